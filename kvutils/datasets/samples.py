@@ -1,0 +1,105 @@
+"""The sample types that every data set yields, real or generated.
+
+A task sees only these, so that Pascal-5i and the pocket scenes run through the same code. Images are upright RGB
+`PIL.Image`; masks are `(height, width)` integer arrays in the pixels of that image, with `VOID` where the
+annotation says nothing; points are `(x, y)` in pixels of that image.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+VOID = 255  # pixels without annotation: excluded from training and from every score
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """One image with a label map: 0 background, 1.. objects or classes, `VOID` unknown."""
+
+    id: str
+    image: Image.Image
+    mask: np.ndarray
+
+
+@dataclass(frozen=True)
+class Episode:
+    """Few-shot foreground segmentation (Pascal-5i): masks are 1 on the class, 0 elsewhere, `VOID` unknown."""
+
+    id: str
+    class_index: int
+    class_name: str
+    fold: int
+    query: LabelledImage
+    supports: tuple[LabelledImage, ...]
+
+
+@dataclass(frozen=True)
+class ImageGroup:
+    """Images that share one object class (co-segmentation, MSRC); masks are 1 on that class."""
+
+    id: str
+    class_name: str
+    images: tuple[LabelledImage, ...]
+
+
+@dataclass(frozen=True)
+class NamedMask:
+    """An image, a text and the pixels it names: a class name (ImageNet-S) or a referring expression (RefCOCO).
+
+    `group` is the unit of resampling when several samples come from one image. `prefix` words, if any, are those
+    that a prefix experiment puts before the image.
+    """
+
+    id: str
+    image_id: str
+    image: Image.Image
+    text: str
+    mask: np.ndarray
+    group: str
+    class_name: str = ""
+
+
+@dataclass(frozen=True)
+class KeypointPair:
+    """Two images of one class with corresponding key points (SPair-71k).
+
+    `source_points` and `target_points` are (K, 2) x, y and correspond row by row; points that are not visible in
+    both images are left out by the data set. `target_box` is x0, y0, x1, y1.
+    """
+
+    id: str
+    category: str
+    source_id: str
+    source: Image.Image
+    source_points: np.ndarray
+    target_id: str
+    target: Image.Image
+    target_points: np.ndarray
+    target_box: np.ndarray
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video with tracked objects (DAVIS-2017): masks (frames, height, width), object ids from 1, `VOID` unknown."""
+
+    id: str
+    frames: tuple[Image.Image, ...]
+    masks: np.ndarray
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about one or more images with a short answer.
+
+    `kind` names the question type (existence, colour, ...); `options` are the possible answers when there is a
+    fixed set; `group` is the scene: questions about one scene are not independent and are resampled together.
+    """
+
+    id: str
+    kind: str
+    images: tuple[Image.Image, ...]
+    text: str
+    answer: str
+    options: tuple[str, ...] = ()
+    group: str = ""
