@@ -1,0 +1,464 @@
+"""Train the pocket models, built up as real ones are: `python -m kvutils.pocket.train`.
+
+Four stages, each with a gate and a checkpoint (the recipe and its reasons are in data/pocket/README.md):
+
+1 encoder    a SigLIP pair, contrastively, labels by entailment; kept as `encoder_original`
+2 language   the language model on text alone, the image replaced by a grid of word embeddings
+3 projector  projector and newline, through the frozen language model, language-model loss only
+4 all        everything end to end, from a copy of the encoder
+
+Stages 1 and 2 do not depend on each other and may run side by side (`--stage encoder`, `--stage language`). A run can
+be stopped at any time and goes on from its last checkpoint. Batches depend on (seed, stage, step, rank) alone.
+"""
+
+import argparse
+import json
+import math
+import os
+import socket
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from kvutils.errors import ParameterError
+
+from .evaluate import quick_accuracy
+from .model import (
+    HIDDEN, IMAGE_SLOTS, answer_loss, build_mlm, build_siglip, encode_windows, image_embeddings, patch_windows, with_newline,
+)  # fmt: skip
+from .packing import PAD, TOKEN, Sampler, encode, pack, pixel_batch
+from .pool import GRID, Pool, load_or_make_pool
+from .questions import OPTIONS
+from .shapes import CLASSES, PARTS
+from .world import COLOURS, DOMAINS, LETTERS, PRESENT, STYLES
+
+WORK = Path(__file__).parents[2] / "data" / "training"
+SEED = 1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`lr` of AdamW; Muon's is three times that (its updates are scaled to AdamW's size). `scenes` per rank and step."""
+
+    number: int
+    steps: int
+    lr: float
+    scenes: int
+
+
+STAGES = {
+    "encoder": Stage(1, 2600, 1.5e-3, 64),
+    "language": Stage(2, 5000, 1.5e-3, 24),
+    "projector": Stage(3, 500, 2e-3, 12),
+    "all": Stage(4, 4200, 1e-3, 12),
+}
+# Which kind of sample a step is made of, with how many sequences relative to a step of single images.
+STEP_KINDS = {
+    "single": (0.58, 1.0),
+    "marked": (0.09, 1.5),
+    "correspondence": (0.15, 0.75),
+    "style_match": (0.12, 0.5),
+    "class_match": (0.06, 0.5),
+}
+
+
+class Trainer:
+    """Optimisers, schedule, gradient exchange, checkpoints and the learning curve of one stage."""
+
+    def __init__(self, name: str, modules: nn.ModuleDict, groups: list[tuple[list, float]], steps: int, quiet: bool):
+        self.name, self.modules, self.steps, self.quiet = name, modules, steps, quiet
+        self.stage = STAGES[name]
+        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        matrices, rest = [], []
+        for named, scale in groups:
+            for key, parameter in named:
+                hidden = parameter.ndim == 2 and not any(w in key for w in ("embed", "lm_head", "rows", "columns"))
+                (matrices if hidden else rest).append({"params": [parameter], "scale": scale})
+        lr = self.stage.lr
+        self.optimizers = [
+            torch.optim.Muon(_merge(matrices), lr=3 * lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(_merge(rest), lr=lr, weight_decay=0.0, betas=(0.9, 0.98)),
+        ]
+        self.parameters = [p for o in self.optimizers for g in o.param_groups for p in g["params"]]
+        self.file = WORK / name / "checkpoint.pt"
+        self.curve: list[dict] = []
+        self.step = 0
+        if self.file.exists():
+            self._resume()
+        self.started, self.first = time.time(), self.step
+        self.recent: list[float] = []
+
+    def _resume(self) -> None:
+        state = torch.load(self.file, map_location="cpu", weights_only=True)
+        self.modules.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.step, self.curve = state["step"], state["curve"]
+
+    def save(self) -> None:
+        if self.rank:
+            return
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        state = {
+            "model": self.modules.state_dict(),
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "step": self.step,
+            "curve": self.curve,
+        }
+        torch.save(state, self.file.with_suffix(".tmp"))
+        os.replace(self.file.with_suffix(".tmp"), self.file)
+        self.file.with_name("curve.json").write_text(json.dumps(self.curve))
+
+    def rng(self) -> np.random.Generator:
+        return np.random.default_rng((SEED, self.stage.number, self.step, self.rank))
+
+    def step_rng(self) -> np.random.Generator:
+        """The same on every rank: for choices that all ranks share."""
+        return np.random.default_rng((SEED, self.stage.number, self.step, 10_000))
+
+    def update(self, loss: torch.Tensor, every: int = 50) -> None:
+        loss.backward()
+        if self.ranks > 1:
+            flat = torch.cat([p.grad.flatten() if p.grad is not None else p.new_zeros(p.numel()) for p in self.parameters])
+            dist.all_reduce(flat)
+            flat /= self.ranks
+            for parameter, piece in zip(self.parameters, flat.split([p.numel() for p in self.parameters])):
+                parameter.grad = piece.view_as(parameter)
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        warm = min(1.0, (self.step + 1) / 100)
+        factor = warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, self.step / self.steps))))
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial"] * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.recent.append(float(loss.detach()))
+        self.step += 1
+        if self.step % every == 0:
+            self.curve.append({"step": self.step, "loss": round(float(np.mean(self.recent[-every:])), 4)})
+            if not self.rank and not self.quiet:
+                rate = (time.time() - self.started) / (self.step - self.first)
+                left = rate * (self.steps - self.step) / 60
+                print(
+                    f"{self.name:9s} step {self.step:5d}/{self.steps}  loss {self.curve[-1]['loss']:.4f}  "
+                    f"{rate:.2f} s/step, {left:.0f} min left",
+                    flush=True,
+                )
+
+    def note(self, **values: float) -> None:
+        """Held-out figures, beside the loss in the learning curve."""
+        self.curve.append({"step": self.step, **{k: round(float(v), 4) for k, v in values.items()}})
+        if not self.rank and not self.quiet:
+            print(f"{self.name:9s} held out: " + "  ".join(f"{k} {v:.3f}" for k, v in values.items()), flush=True)
+
+
+def _merge(entries: list[dict]) -> list[dict]:
+    scales = sorted({e["scale"] for e in entries})
+    return [{"params": [e["params"][0] for e in entries if e["scale"] == s], "scale": s} for s in scales]
+
+
+def _set_initial(trainer: Trainer) -> None:
+    for optimizer, times in zip(trainer.optimizers, (3, 1), strict=True):
+        for group in optimizer.param_groups:
+            group["initial"] = trainer.stage.lr * times * group["scale"]
+
+
+def autocast(device: str):
+    return torch.autocast(torch.device(device).type, torch.bfloat16)
+
+
+# --- stage 1 ---------------------------------------------------------------------------------------------------------
+
+CAPTIONS = (
+    [f"a {c}" for c in CLASSES]
+    + [f"a {k} {c}" for c in CLASSES for k in COLOURS]
+    + [f"a {k} thing" for k in COLOURS]
+    + [f"a {s} image" for s in STYLES]
+    + [f"a {d} photo" for d in DOMAINS]
+    + [f"point {letter}" for letter in LETTERS]
+)
+
+
+def caption_tokens() -> torch.Tensor:
+    rows = [list(encode(c)) for c in CAPTIONS]
+    return torch.tensor([row + [PAD] * (8 - len(row)) for row in rows])
+
+
+def entailment(pool: Pool, rows: np.ndarray, first: np.ndarray, side: int, marks: list) -> tuple[np.ndarray, np.ndarray]:
+    """Which captions hold in each window: labels and weights (B, captions). A thing of which only a small part is in
+    the window makes its captions neither true nor false (weight 0)."""
+    labels, weights = np.zeros((2, len(rows), len(CAPTIONS)), np.float32)
+    weights += 1
+    for b, row in enumerate(rows):
+        r, c = first[b]
+        for i in range(pool.things.shape[1]):
+            cls, colour, _, _, visible, _ = pool.things[row, i]
+            if cls < 0:
+                continue
+            total = pool.coverage[row, i].sum(dtype=float)
+            share = pool.coverage[row, i, r : r + side, c : c + side].sum(dtype=float) / max(total, 1) * visible
+            cls, colour = int(cls), int(colour)
+            captions = [cls, 8 + cls * 8 + colour, 72 + colour]
+            if share >= PRESENT:
+                labels[b, captions] = 1
+                weights[b, captions] = 1
+            elif share > 0.03:
+                weights[b, [k for k in captions if not labels[b, k]]] = 0
+        labels[b, 80 + pool.style[row]] = 1
+        labels[b, 85 + pool.domain[row]] = 1
+        for letter, x, y in marks[b]:
+            if r * 8 + 4 <= y <= (r + side) * 8 - 4 and c * 8 + 4 <= x <= (c + side) * 8 - 4:
+                labels[b, 88 + LETTERS.index(letter)] = 1
+            else:
+                weights[b, 88 + LETTERS.index(letter)] = 0
+    return labels, weights
+
+
+def encoder_batch(pool: Pool, count: int, rng: np.random.Generator, whole: bool):
+    side = GRID if whole else 7
+    rows = rng.integers(len(pool), size=count)
+    first = np.zeros((count, 2), int)
+    marks: list[list] = [[] for _ in rows]
+    for b, row in enumerate(rows):
+        things = [i for i in range(4) if pool.things[row, i, 0] >= 0]
+        thing = things[int(rng.integers(len(things)))]
+        if not whole:
+            x, y = pool.things[row, thing, 2:4]
+            corner = np.array([y, x]) / 8 - side / 2 + rng.uniform(-1.3, 1.3, 2)
+            first[b] = np.clip(np.round(corner), 0, GRID - side)
+        if rng.random() < 0.3:
+            letters = rng.permutation(list(LETTERS))[: int(rng.integers(1, 4))]
+            for letter, part in zip(letters, rng.permutation(len(PARTS))):
+                x, y = pool.keypoints[row, thing, part, :2]
+                marks[b].append((str(letter), float(np.clip(x, 4, 91)), float(np.clip(y, 4, 91))))
+    pixels = pixel_batch(pool, list(zip(rows, marks)))
+    labels, weights = entailment(pool, rows, first, side, marks)
+    return pixels, torch.from_numpy(first), side, torch.from_numpy(labels), torch.from_numpy(weights)
+
+
+def siglip_logits(siglip, pixels, first, side, captions):
+    window, ids = patch_windows(pixels, first, side)
+    image = nn.functional.normalize(encode_windows(siglip, window, ids).float(), dim=-1)
+    text = nn.functional.normalize(siglip.text_model(input_ids=captions).pooler_output.float(), dim=-1)
+    return image @ text.T * siglip.logit_scale.exp() + siglip.logit_bias
+
+
+def train_encoder(pool: Pool, held_out: Pool, steps: int, device: str, quiet: bool) -> None:
+    from sklearn.metrics import roc_auc_score
+
+    torch.manual_seed(SEED)
+    siglip = build_siglip().to(device)
+    nn.init.constant_(siglip.logit_scale, math.log(10.0))
+    nn.init.constant_(siglip.logit_bias, -4.0)  # a caption holds for about 1 image in 12 here, not in 32,000
+    trainer = Trainer("encoder", nn.ModuleDict({"siglip": siglip}), [(list(siglip.named_parameters()), 1.0)], steps, quiet)
+    _set_initial(trainer)
+    captions = caption_tokens().to(device)
+    fixed = encoder_batch(held_out, 400, np.random.default_rng(7), whole=True)
+    while trainer.step < steps:
+        whole = trainer.step_rng().random() < 0.3
+        scale = 0.4 if whole else 1.0
+        batch = encoder_batch(pool, int(trainer.stage.scenes * scale), trainer.rng(), whole)
+        pixels, first, side, labels, weights = (x.to(device) if torch.is_tensor(x) else x for x in batch)
+        with autocast(device):
+            logits = siglip_logits(siglip, pixels, first, side, captions)
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, labels, weights, reduction="sum") / len(labels)
+        trainer.update(loss)
+        if trainer.step % 250 == 0 or trainer.step == steps:
+            with torch.no_grad(), autocast(device):
+                logits = siglip_logits(siglip, fixed[0].to(device), fixed[1], fixed[2], captions).cpu()
+            auc = {}
+            for name, part in (("existence", slice(0, 8)), ("colour_class", slice(8, 72)), ("style", slice(80, 85)), ("letter", slice(88, 93))):
+                keep = fixed[4][:, part] > 0
+                auc[name] = roc_auc_score(fixed[3][:, part][keep], logits[:, part][keep])
+            trainer.note(**{f"auc_{k}": v for k, v in auc.items()})
+            trainer.save()
+    trainer.save()
+
+
+# --- stages 2 to 4 ---------------------------------------------------------------------------------------------------
+
+
+class SymbolicImage(nn.Module):
+    """An image spelled in words: each cell is the mean of the embeddings of what covers it, with noise.
+
+    Class and colour of a thing weighted by how much of the cell it covers, the name of a part or of a mark in the
+    cell where it is, style and light everywhere, and where the cell is. Used in stage 2 only."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(GRID, HIDDEN) * 0.1)
+        self.columns = nn.Parameter(torch.randn(GRID, HIDDEN) * 0.1)
+        self.newline = nn.Parameter(torch.randn(HIDDEN) * 0.1)
+
+    def forward(self, words: nn.Embedding, pool: Pool, images: list, shrink: int, seed: int) -> torch.Tensor:
+        """(n, (12 / shrink)² + 1, hidden) of pool images with marks; `shrink` cells are averaged in each direction."""
+        index = [row for row, _ in images]
+        device = words.weight.device
+        things = torch.from_numpy(pool.things[index]).to(device)
+        cover = torch.from_numpy(pool.coverage[index]).to(device).flatten(2).float() / 64
+        ids = {n: torch.tensor([TOKEN[w] for w in ws], device=device) for n, ws in (
+            ("class", CLASSES), ("colour", COLOURS), ("part", PARTS), ("style", STYLES), ("domain", DOMAINS))}  # fmt: skip
+        what = words(ids["class"][things[..., 0].long().clamp(0)]) + words(ids["colour"][things[..., 1].long().clamp(0)])
+        cells = torch.einsum("btn,btc->bnc", cover * (things[..., :1] >= 0), what)
+        extra = torch.zeros_like(cells)
+        points = pool.keypoints[index]
+        for b, (_, marks) in enumerate(images):
+            for i, k in zip(*np.nonzero(points[b, :, :, 2])):
+                x, y = (points[b, i, k, :2] / 8).astype(int)
+                extra[b, y * GRID + x] += words.weight[ids["part"][k]]
+            for letter, x, y in marks:
+                cell = min(max(int(y / 8), 0), GRID - 1) * GRID + min(max(int(x / 8), 0), GRID - 1)
+                # A mark reads as its option: "(a)"; the reference mark as "reference".
+                word = "reference" if letter == "r" else OPTIONS[LETTERS.index(letter)]
+                extra[b, cell] += 2 * words.weight[TOKEN[word]]
+        style = torch.from_numpy(pool.style[index].astype(np.int64)).to(device)
+        domain = torch.from_numpy(pool.domain[index].astype(np.int64)).to(device)
+        scene = 0.5 * (words(ids["style"][style]) + words(ids["domain"][domain]))[:, None]
+        where = (self.rows[:, None] + self.columns[None]).flatten(0, 1)
+        grid = (cells + scene + where).unflatten(1, (GRID, GRID)).permute(0, 3, 1, 2)
+        cells = nn.functional.avg_pool2d(grid, shrink).flatten(2).transpose(1, 2)
+        extra = extra.unflatten(1, (GRID, GRID)).permute(0, 3, 1, 2)
+        cells = cells + (nn.functional.avg_pool2d(extra, shrink) * shrink**2).flatten(2).transpose(1, 2)
+        generator = torch.Generator(device=device).manual_seed(seed)
+        noise = torch.randn(cells.shape, generator=generator, device=device)
+        cells = cells + 0.3 * cells.detach().pow(2).mean(-1, keepdim=True).sqrt() * noise
+        return torch.cat((cells, self.newline.expand(len(index), 1, -1)), dim=1)
+
+
+def draw_step(trainer: Trainer, sampler: Sampler):
+    """The samples of one step: every rank draws the same kind, so that no rank waits for a longer batch."""
+    kinds = list(STEP_KINDS)
+    kind = str(trainer.step_rng().choice(kinds, p=[STEP_KINDS[k][0] for k in kinds]))
+    return sampler.draw(kind, max(2, int(trainer.stage.scenes * STEP_KINDS[kind][1])), trainer.rng())
+
+
+def train_language(pool: Pool, held_out: Pool, steps: int, device: str, quiet: bool) -> None:
+    torch.manual_seed(SEED)
+    mlm, symbolic = build_mlm().to(device), SymbolicImage().to(device)
+    nn.init.normal_(mlm.get_input_embeddings().weight, std=0.1)
+    modules = nn.ModuleDict({"mlm": mlm, "symbolic": symbolic})
+    named = [
+        *((k, p) for k, p in mlm.named_parameters() if "vision" not in k and "projector" not in k and "newline" not in k),
+        *symbolic.named_parameters(),
+    ]
+    trainer = Trainer("language", modules, [(named, 1.0)], steps, quiet)
+    _set_initial(trainer)
+    sampler, fixed = Sampler(pool), Sampler(held_out)
+    while trainer.step < steps:
+        shrink = 2 if trainer.step < 0.8 * steps else 1  # coarse cells first: a quarter of the tokens
+        samples = draw_step(trainer, sampler)
+        samples = samples if shrink == 2 else samples[: max(2, len(samples) // 2)]
+        packed = pack(samples, (GRID // shrink) ** 2 + 1).to(device)
+        with autocast(device):
+            images = symbolic(mlm.get_input_embeddings(), pool, packed.images, shrink, trainer.step)
+            loss = answer_loss(mlm, packed, images)
+        trainer.update(loss)
+        if trainer.step % 500 == 0 or trainer.step == steps:
+            def embed(images, shrink=shrink):
+                return symbolic(mlm.get_input_embeddings(), held_out, images, shrink, 0)
+
+            trainer.note(**quick_accuracy(mlm, fixed, embed, (GRID // shrink) ** 2 + 1, device))
+            trainer.save()
+    trainer.save()
+
+
+def train_vision_language(name: str, pool: Pool, held_out: Pool, steps: int, device: str, quiet: bool) -> None:
+    """Stage 3 (`projector`: everything else frozen) and stage 4 (`all`)."""
+    torch.manual_seed(SEED)
+    mlm = build_mlm().to(device)
+    if name == "projector":
+        _load_into(mlm, "language")
+        siglip = build_siglip()
+        _load_into(siglip, "encoder")
+        mlm.model.vision_tower.load_state_dict(siglip.vision_model.state_dict())
+    else:
+        _load_into(mlm, "projector")
+    for key, parameter in mlm.named_parameters():
+        parameter.requires_grad_(name == "all" or "projector" in key or "newline" in key)
+    vision = [(k, p) for k, p in mlm.named_parameters() if "vision_tower" in k and ".head." not in k and "post_layernorm" not in k]
+    rest = [(k, p) for k, p in mlm.named_parameters() if p.requires_grad and "vision_tower" not in k]
+    groups = [(rest, 1.0), (vision, 0.5)] if name == "all" else [(rest, 1.0)]
+    trainer = Trainer(name, nn.ModuleDict({"mlm": mlm}), groups, steps, quiet)
+    _set_initial(trainer)
+    sampler, fixed = Sampler(pool), Sampler(held_out)
+    while trainer.step < steps:
+        packed = pack(draw_step(trainer, sampler), IMAGE_SLOTS).to(device)
+        pixels = pixel_batch(pool, packed.images).to(device)
+        with autocast(device):
+            if name == "projector":
+                with torch.no_grad():
+                    tower = mlm.model.vision_tower(pixels, output_hidden_states=True)
+                features = tower.hidden_states[mlm.config.vision_feature_layer]
+                images = with_newline(mlm, mlm.model.multi_modal_projector(features))
+            else:
+                images = image_embeddings(mlm, pixels)
+            loss = answer_loss(mlm, packed, images)
+        trainer.update(loss)
+        if trainer.step % 250 == 0 or trainer.step == steps:
+            def embed(images):
+                return image_embeddings(mlm, pixel_batch(held_out, images).to(device))
+
+            if trainer.rank == 0:
+                trainer.note(**quick_accuracy(mlm, fixed, embed, IMAGE_SLOTS, device))
+            trainer.save()
+    trainer.save()
+
+
+def _load_into(module: nn.Module, stage: str) -> None:
+    file = WORK / stage / "checkpoint.pt"
+    if not file.exists():
+        raise ParameterError(f"stage {stage!r} must be trained first: {file} is missing. Run --stage {stage}.")
+    state = torch.load(file, map_location="cpu", weights_only=True)["model"]
+    part = "siglip." if stage == "encoder" else "mlm."
+    module.load_state_dict({k.removeprefix(part): v for k, v in state.items() if k.startswith(part)})
+
+
+def _run(rank: int, ranks: int, port: int, name: str, options: argparse.Namespace) -> None:
+    torch.set_num_threads(max(1, options.threads))
+    if ranks > 1:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    pool = load_or_make_pool(WORK, options.scenes, SEED)
+    held_out = load_or_make_pool(WORK, 3000, SEED + 1)
+    steps = options.steps or STAGES[name].steps
+    if name == "encoder":
+        train_encoder(pool, held_out, steps, options.device, options.quiet)
+    elif name == "language":
+        train_language(pool, held_out, steps, options.device, options.quiet)
+    else:
+        train_vision_language(name, pool, held_out, steps, options.device, options.quiet)
+    if ranks > 1:
+        dist.destroy_process_group()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m kvutils.pocket.train", description=__doc__.split("\n")[0])
+    parser.add_argument("--stage", choices=[*STAGES, "every"], default="every", help="one stage, or every one in turn")
+    parser.add_argument("--steps", type=int, help="steps of the stage (default: the recipe's)")
+    parser.add_argument("--scenes", type=int, default=60_000, help="training scenes to draw (default 60000)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--ranks", type=int, help="processes that share each step (default: 2 on a CPU, 1 on a GPU)")
+    parser.add_argument("--threads", type=int, default=1, help="threads per process (default 1: with 2 ranks the fastest)")
+    parser.add_argument("--quiet", action="store_true", help="print nothing")
+    options = parser.parse_args(arguments)
+    ranks = options.ranks or (1 if options.device.startswith("cuda") else min(2, os.cpu_count() or 1))
+    load_or_make_pool(WORK, options.scenes, SEED)
+    load_or_make_pool(WORK, 3000, SEED + 1)
+    for name in STAGES if options.stage == "every" else [options.stage]:
+        if ranks == 1:
+            _run(0, 1, 0, name, options)
+            continue
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        torch.multiprocessing.spawn(_run, args=(ranks, port, name, options), nprocs=ranks)
+
+
+if __name__ == "__main__":
+    main()
