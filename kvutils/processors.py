@@ -59,7 +59,7 @@ class ImageOnlyLlavaOnevisionProcessor(LlavaOnevisionProcessor):
             image_token=image_token,
             vision_aspect_ratio=vision_aspect_ratio,
         )
-        # A tokenizer without "<video>" maps it to its unknown token, which the parent would then count in texts.
+        # A tokenizer without "<video>" maps it to its unknown token, which the parent would count in texts.
         self.video_token = self.video_token_id = None
 
 
@@ -82,11 +82,11 @@ _CLASSES = {
 
 
 def load_processor(source: str | Path, family: str, backend: str | None = None, revision: str | None = None):
-    """Processor of a checkpoint, by explicit class: `AutoProcessor` gives the bare tokenizer for unknown classes.
+    """Processor of a checkpoint, by explicit class (`AutoProcessor` gives the bare tokenizer for unknown ones).
 
-    `backend` is "pil" or "torchvision"; None takes what the checkpoint was made with: torchvision for published
-    ones if it is installed, PIL for processors saved by this project (so that its results do not depend on
-    what else is installed). Ask `image_backend(processor)` which one came.
+    `backend` is "pil" or "torchvision"; None takes what the checkpoint was made with: torchvision for
+    published ones if it is installed, PIL for processors saved by this project (so that its results do not
+    depend on what else is installed). Ask `image_backend(processor)` which one came.
     """
     published, image_only, pil_class = _CLASSES[family]
     where = {} if revision is None else {"revision": revision}
@@ -117,12 +117,12 @@ def load_siglip_image_processor(source: str | Path, revision: str | None = None)
 def build_word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     """Word-level tokenizer: lower-cased, split on white space, `? , .` as tokens of their own.
 
-    Ids: <pad> 0, <unk> 1, <eos> 2, <image> 3, then the punctuation, then `words` in order, duplicates dropped.
+    Ids: <pad> 0, <unk> 1, <eos> 2, <image> 3, then the punctuation, then `words` in order without duplicates.
     """
     vocabulary = dict.fromkeys(SPECIAL_TOKENS + PUNCTUATION)
     for word in words:
         if word not in PUNCTUATION and (word != word.lower() or not re.fullmatch(r"[^\s?,.]+", word)):
-            raise ParameterError(f"a vocabulary word is lower-case, without white space or '?,.'; found {word!r}")
+            raise ParameterError(f"a word is lower-case, without white space or any of '?,.'; found {word!r}")
         vocabulary[word] = None
     ids = {word: index for index, word in enumerate(vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
@@ -144,8 +144,8 @@ def build_word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
 def build_pocket_processor(
     words: list[str], image_size: int = 96, patch: int = 8
 ) -> ImageOnlyLlavaOnevisionProcessor:
-    """Processor of the pocket LLaVA-OneVision: word-level tokens; images squashed to `image_size` squares, mean
-    and standard deviation 0.5 as SigLIP; one token per patch."""
+    """Processor of the pocket LLaVA-OneVision: word-level tokens; images squashed to `image_size` squares,
+    mean and standard deviation 0.5 as SigLIP; one token per patch."""
     if image_size % patch:
         raise ParameterError(f"image_size {image_size} must be a multiple of the patch size {patch}")
     image_processor = LlavaOnevisionImageProcessorPil(
