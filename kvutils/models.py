@@ -1,0 +1,303 @@
+"""Name -> loaded model. Three families of multimodal language models (MLMs) behind one small interface."""
+
+import difflib
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, SiglipVisionModel
+
+from kvutils.errors import ModelError, ParameterError, PromptError
+from kvutils.processors import image_backend, load_processor, load_siglip_image_processor
+
+ONEVISION, QWEN, NEXT = FAMILIES = ("llava_onevision", "qwen2_5_vl", "llava_next")  # config.model_type
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
+_POCKET = Path(__file__).resolve().parents[1] / "data" / "pocket"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Where a named model comes from: `source` is a hub id or a folder written by `save_pretrained`."""
+
+    name: str
+    family: str
+    source: str
+    profile: str
+    base_view_only: bool = False
+    note: str = ""
+
+
+MODELS: dict[str, ModelSpec] = {
+    spec.name: spec
+    for spec in (
+        ModelSpec("pocket", ONEVISION, str(_POCKET / "llava-onevision"), "pocket", base_view_only=True),
+        ModelSpec("llava-onevision-7b", ONEVISION, "llava-hf/llava-onevision-qwen2-7b-ov-hf", "paper"),
+        ModelSpec("llava-onevision-0.5b", ONEVISION, "llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "paper"),
+        ModelSpec("qwen2.5-vl-7b", QWEN, "Qwen/Qwen2.5-VL-7B-Instruct", "paper"),
+        ModelSpec("qwen2.5-vl-3b", QWEN, "Qwen/Qwen2.5-VL-3B-Instruct", "paper"),
+        ModelSpec("llava-next-llama3-8b", NEXT, "llava-hf/llama3-llava-next-8b-hf", "paper"),
+    )
+}
+ENCODERS: dict[str, ModelSpec] = {
+    spec.name: spec
+    for spec in (
+        ModelSpec("pocket-siglip", "siglip", str(_POCKET / "siglip"), "pocket"),
+        ModelSpec("siglip-so400m", "siglip", "google/siglip-so400m-patch14-384", "paper"),
+    )
+}
+
+
+@dataclass
+class MLM:
+    """A multimodal language model with its processor; all sizes come from the configuration."""
+
+    model: PreTrainedModel
+    processor: Any
+    name: str
+    family: str
+    revision: str
+    base_view_only: bool = False
+
+    @property
+    def tokenizer(self):
+        return self.processor.tokenizer
+
+    @property
+    def text_config(self):
+        return self.model.config.get_text_config()
+
+    @property
+    def num_layers(self) -> int:
+        return self.text_config.num_hidden_layers
+
+    @property
+    def num_heads(self) -> int:
+        """H, query heads."""
+        return self.text_config.num_attention_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        """G, key-value heads."""
+        return self.text_config.num_key_value_heads
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        config = self.text_config
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go. With weights offloaded by accelerate this is where the embedding is executed."""
+        embedding = self.model.get_input_embeddings()
+        device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+        return embedding.weight.device if device is None else torch.empty(0, device=device).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def image_token_id(self) -> int:
+        return self.model.config.image_token_id
+
+    @property
+    def attention(self) -> str:
+        """The attention backend: "sdpa", "eager" or a flash variant."""
+        return self.text_config._attn_implementation
+
+    @property
+    def image_backend(self) -> str:
+        """"pil" or "torchvision": which code resizes the images (they differ slightly)."""
+        return image_backend(self.processor)
+
+    def prompt(self, question: str | None = None, prefix: str | None = None, images: int = 1) -> str:
+        """The text `prefix + images + question` as the model's chat template writes it.
+
+        Published LLaVA templates move images to the front of a message. If that would put the prefix behind
+        the image, prefix, image tokens and question are given to the template as one text, a line each.
+        """
+        token = self.processor.image_token
+        for name, text in (("prefix", prefix), ("question", question)):
+            if text and token in text:
+                raise PromptError(f"{name} must not contain the image token {token!r}: kvutils places it")
+        before = [{"type": "text", "text": prefix}] if prefix else []
+        after = [{"type": "text", "text": question}] if question else []
+        rendered = self._render(before + [{"type": "image"}] * images + after)
+        if prefix and 0 <= rendered.find(token) < rendered.find(prefix.strip()):
+            lines = "\n".join([prefix] + [token] * images + [question or ""])
+            rendered = self._render([{"type": "text", "text": lines}])
+        if rendered.count(token) != images:
+            raise PromptError(
+                f"the chat template of {self.name} wrote {rendered.count(token)} image tokens {token!r} "
+                f"for {images} image(s): {rendered[:200]!r}"
+            )
+        if prefix and prefix.strip() not in rendered.split(token)[0]:
+            raise PromptError(f"the chat template of {self.name} does not put the prefix before the image")
+        return rendered
+
+    def _render(self, content: list[dict]) -> str:
+        if not getattr(self.processor, "chat_template", None):
+            raise PromptError(f"the processor of {self.name} has no chat template")
+        message = {"role": "user", "content": content}
+        return self.processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+
+
+@dataclass
+class Encoder:
+    """A SigLIP vision tower of its own, such as the one an MLM was built from."""
+
+    model: SiglipVisionModel
+    processor: Any
+    name: str
+    revision: str
+
+
+def load_mlm(
+    name: str,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    attention: str = "sdpa",
+    device_map: str | dict | None = None,
+    untrained: bool = False,
+    seed: int = 0,
+) -> MLM:
+    """Load a model by its name in `MODELS`, a folder, or a hub id of one of the three families.
+
+    device: default CUDA if there is one. dtype: default float32 on CPU and for pocket models, else the
+    checkpoint's. device_map: as in accelerate ("auto" for models that do not fit one GPU), not with `device`.
+    untrained: the same configuration with the random initialisation of its class under `seed` (control).
+    """
+    spec = _spec(name, MODELS)
+    family, config = _family(name, spec)
+    if attention not in ATTENTIONS:
+        raise ParameterError(f"attention must be one of {', '.join(ATTENTIONS)}, not {attention!r}")
+    if device_map is not None and (device is not None or untrained):
+        raise ParameterError("device_map places a trained checkpoint itself: pass no device and no untrained")
+    device = _device(device)
+    dtype = _dtype(dtype) or (torch.float32 if device.type == "cpu" or spec.profile == "pocket" else "auto")
+    options = {"dtype": dtype, "attn_implementation": attention}
+    try:
+        processor = load_processor(spec.source, family)
+        if untrained:
+            model = _random_model(config, seed, device, **options)
+        else:
+            if device_map is not None:
+                options["device_map"] = device_map
+            model = _pretrained(AutoModelForImageTextToText, name, spec.source, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"{name} cannot be loaded from {spec.source}: {error}") from error
+    if device_map is None:
+        model.to(device)
+    revision = f"untrained seed {seed}" if untrained else _revision(spec.source, config)
+    base_view_only = spec.base_view_only or _nothing_to_tile(config)
+    return MLM(model.eval(), processor, spec.name, family, revision, base_view_only)
+
+
+def wrap_mlm(model: PreTrainedModel, processor, name: str = "custom", base_view_only: bool = False) -> MLM:
+    """Use a model that is already in memory; it is put into evaluation mode."""
+    family = model.config.model_type
+    if family not in FAMILIES:
+        raise ModelError(f"expected a model of the families {', '.join(FAMILIES)}, not {family!r}")
+    base_view_only = base_view_only or _nothing_to_tile(model.config)
+    return MLM(model.eval(), processor, name, family, "in memory", base_view_only)
+
+
+def load_encoder(
+    name: str, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+) -> Encoder:
+    """Load a SigLIP vision tower by its name in `ENCODERS`, a folder or a hub id."""
+    spec = _spec(name, ENCODERS)
+    device = _device(device)
+    dtype = _dtype(dtype) or (torch.float32 if device.type == "cpu" or spec.profile == "pocket" else "auto")
+    try:
+        config = AutoConfig.from_pretrained(spec.source)
+        model = _pretrained(SiglipVisionModel, name, spec.source, dtype=dtype)
+        processor = load_siglip_image_processor(spec.source)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{name} cannot be loaded from {spec.source}: {error}") from error
+    return Encoder(model.to(device).eval(), processor, spec.name, _revision(spec.source, config))
+
+
+def _spec(name: str, known: dict[str, ModelSpec]) -> ModelSpec:
+    """The specification of a name, folder or hub id; unknown names raise with the names that exist."""
+    if name in known:
+        spec = known[name]
+        if Path(spec.source).is_absolute() and not Path(spec.source).is_dir():
+            raise ModelError(f"{name} is not at {spec.source}; make it with `python -m kvutils.pocket.train`")
+        return spec
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise ModelError(f"{name}: a model folder must hold config.json, as save_pretrained writes it")
+        return ModelSpec(Path(name).name, "", str(name), "custom")
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return ModelSpec(name, "", name, "custom")
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    names = ", ".join(known)
+    raise ModelError(f"unknown model {name!r}{hint}; expected one of {names}, a folder, or a hub id org/name")
+
+
+def _family(name: str, spec: ModelSpec):
+    try:
+        config = AutoConfig.from_pretrained(spec.source)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{name}: no model configuration at {spec.source} ({error})") from error
+    if config.model_type not in FAMILIES:
+        raise ModelError(f"{name} is a {config.model_type!r} model, not one of {', '.join(FAMILIES)}")
+    return config.model_type, config
+
+
+def _pretrained(model_class, name: str, source: str, **options) -> PreTrainedModel:
+    options |= {"use_safetensors": True, "output_loading_info": True}
+    model, info = model_class.from_pretrained(source, **options)
+    missing = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
+    if missing:  # transformers would go on with random weights
+        raise ModelError(f"{name}: {len(missing)} weights missing or misshapen in {source}: {missing[0]}")
+    return model
+
+
+def _random_model(config, seed: int, device: torch.device, **options) -> PreTrainedModel:
+    if options["dtype"] == "auto":
+        options["dtype"] = config.dtype or torch.float32
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
+        torch.manual_seed(seed)
+        return AutoModelForImageTextToText.from_config(config, **options)
+
+
+def _nothing_to_tile(config) -> bool:
+    """True for a LLaVA configuration whose only resolution is one tile: it repeats the base view (pocket)."""
+    side = getattr(config.vision_config, "image_size", None)
+    return [list(size) for size in getattr(config, "image_grid_pinpoints", None) or []] == [[side, side]]
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ParameterError(f"device {device!r} is not usable: {error}") from error
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    found = getattr(torch, str(dtype), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ParameterError(f"dtype must be float32, float16 or bfloat16, not {dtype!r}")
+    return found
+
+
+def _revision(source: str, config) -> str:
+    """Hub commit hash, or the checksum of a folder's weights."""
+    if not Path(source).is_dir():
+        return config._commit_hash or "unknown"
+    digest = hashlib.sha256()
+    for path in sorted(Path(source).glob("*.safetensors")):
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return f"sha256:{digest.hexdigest()[:16]}"
