@@ -1,0 +1,82 @@
+# kvutils: `make help` lists what there is to do.
+PYTHON      ?= python3
+VENV        ?= .venv
+PROFILE     ?= pocket
+MODEL       ?= pocket
+NOTEBOOKS   ?=
+ARGS        ?=
+TORCH_INDEX ?=
+KEEP_TORCH  ?=
+
+RUN   := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+CHECK := $(CURDIR)/data/cache/check
+CHOSEN = $(if $(NOTEBOOKS),--notebooks $(NOTEBOOKS))
+FILES  = $(if $(NOTEBOOKS),$(foreach n,$(NOTEBOOKS),$(wildcard notebooks/$(n)*.ipynb)),notebooks)
+
+.DEFAULT_GOAL := help
+.PHONY: help install replicate test test-code test-notebooks lab figures report bench train clean distclean
+
+help:  ## list every target with a line each
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo '  PROFILE=pocket|paper  MODEL=pocket|llava-onevision-7b|...  NOTEBOOKS="01 03"  ARGS="-p seed 1"'
+	@echo '  PYTHON=python3.12         the interpreter from which $(VENV) is made (3.11 or newer)'
+	@echo '  TORCH_INDEX=URL           an index to take torch from, such as https://download.pytorch.org/whl/cpu'
+	@echo '  KEEP_TORCH=1              use the torch that is installed already (a GPU machine'"'"'s own)'
+
+install: $(STAMP)  ## make .venv and install into it (the other targets do it when needed)
+
+# Made again only when what is to be installed has changed. A half-made environment is completed.
+$(STAMP): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo; \
+	  echo 'kvutils needs Python 3.11 or newer; "$(PYTHON)" is missing or older: $(shell $(PYTHON) -V 2>&1 | head -n 1).'; \
+	  echo 'Name another one:  make PYTHON=python3.12 $(MAKECMDGOALS)'; exit 1; } >&2
+	@echo 'Installing into $(VENV) (once; a few minutes, most of it the download of torch) ...'
+	@$(PYTHON) -m venv $(if $(KEEP_TORCH),--system-site-packages) $(VENV) || { echo; \
+	  echo '"$(PYTHON) -m venv $(VENV)" failed, see above. On Debian and Ubuntu the package python3-venv may be missing;'; \
+	  echo 'if $(VENV) holds something broken, remove it with "make distclean" and try again.'; exit 1; } >&2
+	@{ $(if $(KEEP_TORCH),$(RUN) -m pip install -q -e '.[dev]',$(RUN) -m pip install -q \
+	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements.txt && \
+	  $(RUN) -m pip install -q --no-deps -e .); } || { echo; \
+	  echo 'The installation failed, see above. It needs a package index (network) and about 2 GB of disk, or 8 GB where'; \
+	  echo 'torch comes with CUDA. Run the same command to go on from here.'; exit 1; } >&2
+	@touch $@
+
+replicate: $(STAMP)  ## run the notebooks, write results, figures and the verdict table
+	@$(RUN) -m kvutils.replicate --profile $(PROFILE) --model $(MODEL) $(CHOSEN) $(ARGS)
+
+test: test-code test-notebooks  ## all tests: the code, then every notebook
+
+test-code: $(STAMP)  ## the tests of the code alone
+	@$(RUN) -m pytest tests
+
+# papermill executes each notebook with nothing stored and compares its verdicts with the committed ones; nbval then
+# compares the marked outputs, reading the captures and parts that the first execution has left. Both write their
+# results and figures into data/cache/check, not over the committed ones.
+test-notebooks: $(STAMP)  ## execute the notebooks with papermill, compare verdicts and outputs (nbval)
+	@KVUTILS_OUT='$(CHECK)' $(RUN) -m kvutils.replicate --check $(CHOSEN)
+	@KVUTILS_OUT='$(CHECK)' MPLBACKEND=module://matplotlib_inline.backend_inline \
+	  $(RUN) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=1800 $(FILES)
+
+lab: $(STAMP)  ## open the notebooks in JupyterLab
+	@$(RUN) -m jupyterlab --notebook-dir=notebooks
+
+figures: $(STAMP)  ## redraw every figure from the stored results (seconds, no model)
+	@$(RUN) -m kvutils.replicate --figures-only --profile $(PROFILE) --model $(MODEL)
+
+report: $(STAMP)  ## write the verdicts into data/results and README.md
+	@$(RUN) -m kvutils.report
+
+bench: $(STAMP)  ## measure speed and memory, write benchmarks/results.json
+	@$(RUN) benchmarks/run.py
+
+train: $(STAMP)  ## train the pocket model anew (about two hours on 2 cores; resumes)
+	@$(RUN) -m kvutils.pocket.train $(ARGS)
+
+clean:  ## remove stored captures, parts and bytecode (results and training checkpoints stay)
+	rm -rf data/cache .pytest_cache
+	find kvutils tests benchmarks notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
+
+distclean: clean  ## clean, and remove .venv
+	rm -rf '$(VENV)'

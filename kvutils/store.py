@@ -1,0 +1,230 @@
+"""Captures and results on disk: written whole or not at all, checked when read, reused only when they still apply.
+
+`write_json` writes a results file; `Store` keeps tensors under a key; `Parts` keeps the finished parts of a run under
+a fingerprint of everything that they depend on, so that a run that was stopped goes on where it was.
+
+Every write goes to a file of its own name in the same folder and is then renamed over the target. A killed run
+leaves the previous file; a full disk leaves the previous file and raises `StoreError`; two runs in one folder each
+write whole files.
+"""
+
+import ast
+import hashlib
+import json
+import logging
+import math
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from kvutils.errors import StoreError
+
+log = logging.getLogger(__name__)
+PACKAGE = Path(__file__).resolve().parent
+VERSIONS = ("torch", "transformers", "numpy", "scikit-learn", "pillow")
+# Modules that show or run, but do not measure: a change in them leaves stored parts valid.
+PRESENTATION = ("plots.py", "widgets.py", "report.py", "replicate.py", "notebook.py", "store.py", "pocket/train.py")
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, renamed to it when the block ends without an exception."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # otherwise a power cut may leave the new name with old or no content
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"{path} could not be written ({error}). What was stored before is untouched; free some "
+                         f"space or mend the folder's permissions and run again: it goes on from there.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def plain(value: object, where: str = "") -> object:
+    """`value` in JSON's own types (NumPy and torch scalars and arrays become numbers and lists).
+
+    Raises `StoreError` that names the entry for NaN, infinities and types that JSON does not have.
+    """
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, float) and not math.isfinite(value):
+        raise StoreError(f"{where or 'the value'} is {value}: only finite numbers can be stored. Store None where "
+                         f"there is nothing to report, and say why beside it.")
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str | int) for key in value):
+            raise StoreError(f"{where or 'the value'} has keys that are neither strings nor integers: {list(value)!r}")
+        return {str(key): plain(item, f"{where}.{key}".lstrip(".")) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    raise StoreError(f"{where or 'the value'} is a {type(value).__name__}, which JSON cannot hold: {value!r}")
+
+
+def to_json(value: object, indent: int | None = 1) -> str:
+    """Canonical JSON text: sorted keys, no NaN, a newline at the end. Same content, same bytes."""
+    return json.dumps(plain(value), sort_keys=True, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file atomically (UTF-8, "\\n")."""
+    with atomic(Path(path)) as temporary:
+        temporary.write_bytes(text.encode())
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Write `value` as canonical JSON, atomically."""
+    write_text(path, to_json(value))
+
+
+def read_json(path: str | Path) -> dict:
+    """Read a JSON file; a missing or unreadable one is a `StoreError`."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} cannot be read as JSON ({error}). Remove it and make it again.") from error
+
+
+def code_version(*modules: str) -> str:
+    """16 hex digits that change when the code of `modules` (paths under kvutils/, default: all that measure) does.
+
+    Comments and layout do not count, so that a corrected comment does not cost a day of measurements.
+    """
+    found = [path.relative_to(PACKAGE).as_posix() for path in sorted(PACKAGE.rglob("*.py"))]
+    digest = hashlib.sha256()
+    for name in modules or [name for name in found if name not in PRESENTATION]:
+        digest.update(f"{name}\0{ast.dump(ast.parse((PACKAGE / name).read_text(encoding='utf-8')))}\0".encode())
+    return digest.hexdigest()[:16]
+
+
+def fingerprint(*, modules: tuple[str, ...] = (), **depends: object) -> str:
+    """16 hex digits of everything a result depends on: `depends` (JSON-able), library versions, `code_version`."""
+    libraries = {}
+    for name in VERSIONS:
+        try:
+            libraries[name] = version(name)
+        except PackageNotFoundError:
+            libraries[name] = ""
+    text = to_json({"depends": depends, "libraries": libraries, "code": code_version(*modules)}, indent=None)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _digest(tensors: Mapping[str, torch.Tensor], about: str) -> str:
+    """sha256 over names, types, shapes and bytes of all tensors and the metadata."""
+    digest = hashlib.sha256(about.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+class Store:
+    """A folder of tensors under keys, one safetensors file each, with its checksum and metadata in its header.
+
+    A shard that is missing, truncated or altered counts as missing (and says so in the log), so that the caller
+    makes it again. Keys may contain "/" (folders).
+    """
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+        for left in self.root.rglob(".*.tmp"):  # of runs that were killed; a write takes minutes at most
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink(missing_ok=True)
+
+    def path(self, key: str) -> Path:
+        parts = key.split("/")
+        if any(part in ("", ".", "..") for part in parts):
+            raise StoreError(f"{key!r} is not a usable key: expected names separated by single slashes.")
+        # Hashed where the file system's limit of 255 bytes would be passed.
+        names = [quote(part, safe=" ") for part in parts]
+        names = [n if len(n) <= 180 else f"{n[:100]}-{hashlib.sha256(n.encode()).hexdigest()[:32]}" for n in names]
+        return self.root.joinpath(*names[:-1], names[-1] + ".safetensors")
+
+    def put(self, key: str, tensors: Mapping[str, torch.Tensor | np.ndarray], meta: Mapping | None = None) -> None:
+        """Store `tensors` (any mix of torch and NumPy, on any device) and JSON-able `meta` under `key`."""
+        arrays = sorted(name for name, value in tensors.items() if isinstance(value, np.ndarray))
+        # A copy of its own for each: safetensors refuses views that share memory.
+        copies = {name: (torch.from_numpy(np.array(value, order="C")) if isinstance(value, np.ndarray)
+                         else value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format))
+                  for name, value in tensors.items()}
+        about = to_json({"meta": meta or {}, "arrays": arrays}, indent=None)
+        path = self.path(key)
+        with atomic(path) as temporary:
+            save_file(copies, temporary, {"about": about, "sha256": _digest(copies, about)})
+
+    def get(self, key: str) -> tuple[dict[str, torch.Tensor | np.ndarray], dict] | None:
+        """(tensors, meta) as they were put, or None if there is no intact shard under `key`."""
+        path = self.path(key)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                header = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            intact = _digest(tensors, header["about"]) == header["sha256"]
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            log.warning("%s is damaged (%s): treated as missing, made again", path, error)
+            return None
+        if not intact:
+            log.warning("%s does not match its checksum: treated as missing, made again", path)
+            return None
+        about = json.loads(header["about"])
+        return {n: t.numpy() if n in about["arrays"] else t for n, t in tensors.items()}, about["meta"]
+
+    def has(self, key: str) -> bool:
+        """Whether an intact shard is stored under `key` (reads it whole, to check it)."""
+        return self.get(key) is not None
+
+
+class Parts:
+    """The finished parts of one run, in `root/<fingerprint>/`: stale ones are never found.
+
+    >>> parts = Parts("data/cache/parts", model=mlm.revision, episodes=100, seed=0)
+    >>> scores = parts.make("foreground", lambda: run_the_episodes())   # computed once, then read
+    """
+
+    def __init__(self, root: str | Path, *, modules: tuple[str, ...] = (), **depends: object):
+        self.folder = Path(root) / fingerprint(modules=modules, **depends)
+        self.store = Store(self.folder)
+        if not (self.folder / "depends.json").exists():
+            write_json(self.folder / "depends.json", depends)
+
+    def finished(self, key: str) -> bool:
+        """Whether the part `key` is stored and intact."""
+        return self.store.has(key)
+
+    def save(self, key: str, value: object) -> None:
+        """Save a JSON-able value, or a non-empty dict of tensors and arrays."""
+        if isinstance(value, dict) and value and all(isinstance(v, torch.Tensor | np.ndarray) for v in value.values()):
+            self.store.put(key, value, {"tensors": True})
+        else:
+            self.store.put(key, {}, {"value": value})
+
+    def load(self, key: str) -> object:
+        """What was saved under `key`; `StoreError` if it is not finished."""
+        found = self.store.get(key)
+        if found is None:
+            raise StoreError(f"part {key!r} is not finished in {self.folder}: compute and save it first.")
+        tensors, meta = found
+        return tensors if "tensors" in meta else meta["value"]
+
+    def make(self, key: str, compute: Callable[[], object]) -> object:
+        """The stored part, or `compute()` saved under `key`. Both ways return what the file holds, so that a resumed
+        and an uninterrupted run go on from the same values."""
+        if not self.finished(key):
+            self.save(key, compute())
+        return self.load(key)
