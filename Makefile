@@ -30,17 +30,18 @@ install: $(STAMP)  ## make .venv and install into it (the other targets do it wh
 # Made again only when what is to be installed has changed. A half-made environment is completed.
 $(STAMP): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo; \
-	  echo 'kvutils needs Python 3.11 or newer; "$(PYTHON)" is missing or older: $(shell $(PYTHON) -V 2>&1 | head -n 1).'; \
+	  echo 'kvutils needs Python 3.11 or newer, but "$(PYTHON)" is missing or older.'; \
 	  echo 'Name another one:  make PYTHON=python3.12 $(MAKECMDGOALS)'; exit 1; } >&2
 	@echo 'Installing into $(VENV) (once; a few minutes, most of it the download of torch) ...'
 	@$(PYTHON) -m venv $(if $(KEEP_TORCH),--system-site-packages) $(VENV) || { echo; \
-	  echo '"$(PYTHON) -m venv $(VENV)" failed, see above. On Debian and Ubuntu the package python3-venv may be missing;'; \
-	  echo 'if $(VENV) holds something broken, remove it with "make distclean" and try again.'; exit 1; } >&2
+	  echo '"$(PYTHON) -m venv $(VENV)" failed, see above.'; \
+	  echo 'On Debian and Ubuntu the package python3-venv may be missing. If $(VENV) holds something'; \
+	  echo 'broken, remove it with "make distclean" and try again.'; exit 1; } >&2
 	@{ $(if $(KEEP_TORCH),$(RUN) -m pip install -q -e '.[dev]',$(RUN) -m pip install -q \
 	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements.txt && \
 	  $(RUN) -m pip install -q --no-deps -e .); } || { echo; \
-	  echo 'The installation failed, see above. It needs a package index (network) and about 2 GB of disk, or 8 GB where'; \
-	  echo 'torch comes with CUDA. Run the same command to go on from here.'; exit 1; } >&2
+	  echo 'The installation failed, see above. It needs a package index (network) and about'; \
+	  echo '2 GB of disk, or 8 GB where torch comes with CUDA. Run the same command to go on from here.'; exit 1; } >&2
 	@touch $@
 
 replicate: $(STAMP)  ## run the notebooks, write results, figures and the verdict table
@@ -51,9 +52,9 @@ test: test-code test-notebooks  ## all tests: the code, then every notebook
 test-code: $(STAMP)  ## the tests of the code alone
 	@$(RUN) -m pytest tests
 
-# papermill executes each notebook with nothing stored and compares its verdicts with the committed ones; nbval then
-# compares the marked outputs, reading the captures and parts that the first execution has left. Both write their
-# results and figures into data/cache/check, not over the committed ones.
+# papermill executes each notebook and compares its verdicts with the committed ones; nbval then compares the
+# marked outputs, reading the captures and parts that the first execution has stored. Both write their results and
+# figures into data/cache/check, not over the committed ones.
 test-notebooks: $(STAMP)  ## execute the notebooks with papermill, compare verdicts and outputs (nbval)
 	@KVUTILS_OUT='$(CHECK)' $(RUN) -m kvutils.replicate --check $(CHOSEN)
 	@KVUTILS_OUT='$(CHECK)' MPLBACKEND=module://matplotlib_inline.backend_inline \

@@ -1,11 +1,11 @@
-"""Captures and results on disk: written whole or not at all, checked when read, reused only when they still apply.
+"""Captures and results on disk: written whole or not at all, checked when read, reused only while valid.
 
-`write_json` writes a results file; `Store` keeps tensors under a key; `Parts` keeps the finished parts of a run under
-a fingerprint of everything that they depend on, so that a run that was stopped goes on where it was.
+`write_json` writes a results file; `Store` keeps tensors under a key; `Parts` keeps the finished parts of a run
+under a fingerprint of everything that they depend on, so that a run that was stopped goes on where it was.
 
-Every write goes to a file of its own name in the same folder and is then renamed over the target. A killed run
-leaves the previous file; a full disk leaves the previous file and raises `StoreError`; two runs in one folder each
-write whole files.
+Every write goes to a file of its own in the same folder, which is then renamed over the target. A killed run
+leaves the previous file; a full disk leaves the previous file and raises `StoreError`; two runs in one folder
+each write whole files.
 """
 
 import ast
@@ -17,7 +17,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from urllib.parse import quote
@@ -30,10 +30,12 @@ from safetensors.torch import save_file
 from kvutils.errors import StoreError
 
 log = logging.getLogger(__name__)
+Array = torch.Tensor | np.ndarray
 PACKAGE = Path(__file__).resolve().parent
 VERSIONS = ("torch", "transformers", "numpy", "scikit-learn", "pillow")
 # Modules that show or run, but do not measure: a change in them leaves stored parts valid.
-PRESENTATION = ("plots.py", "widgets.py", "report.py", "replicate.py", "notebook.py", "store.py", "pocket/train.py")
+PRESENTATION = ("plots.py", "widgets.py", "report.py", "replicate.py", "notebook.py", "store.py",
+                "pocket/train.py")
 
 
 @contextmanager
@@ -47,8 +49,8 @@ def atomic(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())  # otherwise a power cut may leave the new name with old or no content
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        raise StoreError(f"{path} could not be written ({error}). What was stored before is untouched; free some "
-                         f"space or mend the folder's permissions and run again: it goes on from there.") from error
+        raise StoreError(f"{path} could not be written ({error}). What was stored before is untouched. Free some "
+                         "space or mend the permissions and run again: it goes on from there.") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -58,16 +60,16 @@ def plain(value: object, where: str = "") -> object:
 
     Raises `StoreError` that names the entry for NaN, infinities and types that JSON does not have.
     """
-    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
+    if isinstance(value, Array | np.generic):
         value = value.tolist()
     if isinstance(value, float) and not math.isfinite(value):
-        raise StoreError(f"{where or 'the value'} is {value}: only finite numbers can be stored. Store None where "
-                         f"there is nothing to report, and say why beside it.")
+        raise StoreError(f"{where or 'the value'} is {value}: only finite numbers can be stored. Store None "
+                         "where there is nothing to report, and say why beside it.")
     if value is None or isinstance(value, str | bool | int | float):
         return value
     if isinstance(value, Mapping):
         if not all(isinstance(key, str | int) for key in value):
-            raise StoreError(f"{where or 'the value'} has keys that are neither strings nor integers: {list(value)!r}")
+            raise StoreError(f"{where or 'the value'} has keys other than strings and integers: {list(value)!r}")
         return {str(key): plain(item, f"{where}.{key}".lstrip(".")) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
@@ -99,19 +101,20 @@ def read_json(path: str | Path) -> dict:
 
 
 def code_version(*modules: str) -> str:
-    """16 hex digits that change when the code of `modules` (paths under kvutils/, default: all that measure) does.
+    """16 hex digits of the code of `modules` (paths under kvutils/; default: all that measure).
 
     Comments and layout do not count, so that a corrected comment does not cost a day of measurements.
     """
     found = [path.relative_to(PACKAGE).as_posix() for path in sorted(PACKAGE.rglob("*.py"))]
     digest = hashlib.sha256()
     for name in modules or [name for name in found if name not in PRESENTATION]:
-        digest.update(f"{name}\0{ast.dump(ast.parse((PACKAGE / name).read_text(encoding='utf-8')))}\0".encode())
+        tree = ast.parse((PACKAGE / name).read_text(encoding="utf-8"), name)
+        digest.update(f"{name}\0{ast.dump(tree)}\0".encode())
     return digest.hexdigest()[:16]
 
 
 def fingerprint(*, modules: tuple[str, ...] = (), **depends: object) -> str:
-    """16 hex digits of everything a result depends on: `depends` (JSON-able), library versions, `code_version`."""
+    """16 hex digits of all that a result depends on: `depends` (JSON-able), library versions, `code_version`."""
     libraries = {}
     for name in VERSIONS:
         try:
@@ -133,17 +136,18 @@ def _digest(tensors: Mapping[str, torch.Tensor], about: str) -> str:
 
 
 class Store:
-    """A folder of tensors under keys, one safetensors file each, with its checksum and metadata in its header.
+    """A folder of tensors under keys: one safetensors file each, its checksum and metadata in its header.
 
-    A shard that is missing, truncated or altered counts as missing (and says so in the log), so that the caller
-    makes it again. Keys may contain "/" (folders).
+    A shard that is truncated or altered counts as missing (and the log says so): the caller makes it again.
+    Keys may contain "/" (folders).
     """
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
-        for left in self.root.rglob(".*.tmp"):  # of runs that were killed; a write takes minutes at most
-            if time.time() - left.stat().st_mtime > 3600:
-                left.unlink(missing_ok=True)
+        for left in self.root.rglob(".*.tmp"):
+            with suppress(FileNotFoundError):  # another run has just finished writing it
+                if time.time() - left.stat().st_mtime > 3600:  # left by a killed run: no write takes an hour
+                    left.unlink()
 
     def path(self, key: str) -> Path:
         parts = key.split("/")
@@ -151,38 +155,36 @@ class Store:
             raise StoreError(f"{key!r} is not a usable key: expected names separated by single slashes.")
         # Hashed where the file system's limit of 255 bytes would be passed.
         names = [quote(part, safe=" ") for part in parts]
-        names = [n if len(n) <= 180 else f"{n[:100]}-{hashlib.sha256(n.encode()).hexdigest()[:32]}" for n in names]
+        names = [name if len(name) <= 180 else f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:32]}"
+                 for name in names]
         return self.root.joinpath(*names[:-1], names[-1] + ".safetensors")
 
-    def put(self, key: str, tensors: Mapping[str, torch.Tensor | np.ndarray], meta: Mapping | None = None) -> None:
+    def put(self, key: str, tensors: Mapping[str, Array], meta: Mapping | None = None) -> None:
         """Store `tensors` (any mix of torch and NumPy, on any device) and JSON-able `meta` under `key`."""
         arrays = sorted(name for name, value in tensors.items() if isinstance(value, np.ndarray))
         # A copy of its own for each: safetensors refuses views that share memory.
         copies = {name: (torch.from_numpy(np.array(value, order="C")) if isinstance(value, np.ndarray)
                          else value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format))
                   for name, value in tensors.items()}
-        about = to_json({"meta": meta or {}, "arrays": arrays}, indent=None)
-        path = self.path(key)
-        with atomic(path) as temporary:
-            save_file(copies, temporary, {"about": about, "sha256": _digest(copies, about)})
+        about = {"meta": plain(meta or {}, "meta"), "arrays": arrays}
+        about["sha256"] = _digest(copies, to_json(about))
+        with atomic(self.path(key)) as temporary:  # one entry: safetensors writes several in no fixed order
+            save_file(copies, temporary, {"kvutils": to_json(about, indent=None)})
 
-    def get(self, key: str) -> tuple[dict[str, torch.Tensor | np.ndarray], dict] | None:
+    def get(self, key: str) -> tuple[dict[str, Array], dict] | None:
         """(tensors, meta) as they were put, or None if there is no intact shard under `key`."""
         path = self.path(key)
         if not path.exists():
             return None
         try:
             with safe_open(path, "pt") as file:
-                header = file.metadata() or {}
+                about = json.loads(file.metadata()["kvutils"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-            intact = _digest(tensors, header["about"]) == header["sha256"]
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            if about.pop("sha256") != _digest(tensors, to_json(about)):
+                raise ValueError("its content does not match its checksum")
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             log.warning("%s is damaged (%s): treated as missing, made again", path, error)
             return None
-        if not intact:
-            log.warning("%s does not match its checksum: treated as missing, made again", path)
-            return None
-        about = json.loads(header["about"])
         return {n: t.numpy() if n in about["arrays"] else t for n, t in tensors.items()}, about["meta"]
 
     def has(self, key: str) -> bool:
@@ -209,7 +211,7 @@ class Parts:
 
     def save(self, key: str, value: object) -> None:
         """Save a JSON-able value, or a non-empty dict of tensors and arrays."""
-        if isinstance(value, dict) and value and all(isinstance(v, torch.Tensor | np.ndarray) for v in value.values()):
+        if isinstance(value, dict) and value and all(isinstance(item, Array) for item in value.values()):
             self.store.put(key, value, {"tensors": True})
         else:
             self.store.put(key, {}, {"value": value})
@@ -223,8 +225,10 @@ class Parts:
         return tensors if "tensors" in meta else meta["value"]
 
     def make(self, key: str, compute: Callable[[], object]) -> object:
-        """The stored part, or `compute()` saved under `key`. Both ways return what the file holds, so that a resumed
-        and an uninterrupted run go on from the same values."""
+        """The stored part, or `compute()` saved under `key`.
+
+        Both ways return what the file holds: a resumed and an uninterrupted run go on from the same values.
+        """
         if not self.finished(key):
             self.save(key, compute())
         return self.load(key)
