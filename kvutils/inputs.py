@@ -1,13 +1,18 @@
-"""Images and prompts -> model inputs with explicit positions, and the one vision pass that feeds everything."""
+"""Images and prompts -> model inputs with explicit positions; the one vision pass that feeds everything."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from os import PathLike
 
+import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from kvutils.errors import ImageError, ModelError, ParameterError, PromptError
+from kvutils.images import ImageLike, open_image
 from kvutils.layout import TokenLayout, build_layout, pack_crops, tiling
 from kvutils.models import NEXT, ONEVISION, QWEN, MLM
 
@@ -16,9 +21,9 @@ from kvutils.models import NEXT, ONEVISION, QWEN, MLM
 class VisionInputs:
     """Preprocessed images, on the model's device.
 
-    pixels: LLaVA families (crops of all images, 3, S, S), the base view of an image first; Qwen2.5-VL (patches of
-    all images, patch values). crops: crops per image (LLaVA). grids (n, 3): temporal, rows, columns of unmerged
-    patches (Qwen). layouts: one per image, slots not yet placed.
+    pixels: LLaVA families (crops of all images, 3, S, S), the base view of an image first; Qwen2.5-VL
+    (patches of all images, patch values). crops: crops per image (LLaVA). grids (n, 3): temporal, rows and
+    columns of unmerged patches (Qwen). layouts: one per image; `prepare_text` places their slots.
     """
 
     pixels: torch.Tensor
@@ -30,11 +35,32 @@ class VisionInputs:
 
 @dataclass
 class TextInputs:
-    """Token ids (B, T), attention mask (B, T) and positions (B, T), or (3, B, T) for Qwen; padded on the right."""
+    """Token ids (B, T), mask (B, T) and positions (B, T) or for Qwen (3, B, T); padded on the right."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     position_ids: torch.Tensor
+
+
+def open_batches(
+    images: Iterable[ImageLike], batch_size: int, progress: bool
+) -> Iterator[tuple[int, list[Image.Image], list[str]]]:
+    """(index of the first, opened images, their names in errors), `batch_size` at a time."""
+    if batch_size < 1:
+        raise ParameterError(f"batch_size must be at least 1, not {batch_size}")
+    if isinstance(images, str | PathLike | Image.Image | np.ndarray | torch.Tensor):
+        raise ParameterError("images must be a list or another iterable of pictures, not a single one")
+    total = len(images) if isinstance(images, Sequence) else None
+    source, start = iter(images), 0
+    with tqdm(total=total, unit="image", disable=not progress) as bar:
+        while batch := list(itertools.islice(source, batch_size)):
+            names = [
+                str(image) if isinstance(image, str | PathLike) else f"images[{start + index}]"
+                for index, image in enumerate(batch)
+            ]
+            yield start, [open_image(*pair) for pair in zip(batch, names, strict=True)], names
+            start += len(batch)
+            bar.update(len(batch))
 
 
 def prepare_images(
@@ -42,11 +68,12 @@ def prepare_images(
     images: Sequence[Image.Image],
     base_view_only: bool | None = None,
     max_pixels: int | None = None,
+    names: Sequence[str] | None = None,
 ) -> VisionInputs:
     """Preprocess upright RGB images; sizes may differ.
 
-    base_view_only (LLaVA families; None: the model's own setting): only the image squashed to a square, no tiles.
-    max_pixels (Qwen2.5-VL): the image is scaled down to at most so many pixels.
+    base_view_only (LLaVA families; None: the model's own setting): only the image squashed to a square, no
+    tiles. max_pixels (Qwen2.5-VL): images are scaled down to at most so many pixels. names: images in errors.
     """
     processor = mlm.processor.image_processor
     sizes = [image.size for image in images]
@@ -55,7 +82,8 @@ def prepare_images(
             raise ParameterError("base_view_only is for the LLaVA families; Qwen2.5-VL has a single view")
         for index, (width, height) in enumerate(sizes):
             if max(width, height) > 200 * min(width, height):  # the limit of Qwen's own resize
-                raise ImageError(f"images[{index}]: {width}x{height} is too long for Qwen2.5-VL (at most 200:1)")
+                name = names[index] if names else f"images[{index}]"
+                raise ImageError(f"{name}: {width}x{height} is too thin for Qwen2.5-VL (at most 200:1)")
         options = {} if max_pixels is None else {"size": _qwen_size(processor, max_pixels)}
         batch = processor(images=list(images), return_tensors="pt", **options)
         grids, merge = batch["image_grid_thw"], processor.merge_size
@@ -67,7 +95,7 @@ def prepare_images(
         return VisionInputs(pixels, layouts, False, grids=grids.to(mlm.device))
 
     if max_pixels is not None:
-        raise ParameterError("max_pixels is for Qwen2.5-VL; LLaVA models see fixed tiles: use base_view_only=True")
+        raise ParameterError("max_pixels is for Qwen2.5-VL; for LLaVA models use base_view_only=True")
     base_view_only = mlm.base_view_only if base_view_only is None else base_view_only
     side = mlm.model.config.vision_config.image_size
     # With one square resolution there is one tile to cut, and to drop: the base view is the same either way.
@@ -89,22 +117,22 @@ def _qwen_size(processor, max_pixels: int) -> dict[str, int]:
     return {"shortest_edge": min(processor.size["shortest_edge"], max_pixels), "longest_edge": max_pixels}
 
 
-def prepare_text(mlm: MLM, prompts: Sequence[str], vision: VisionInputs, images_only: bool = True) -> TextInputs:
+def prepare_text(
+    mlm: MLM, prompts: Sequence[str], vision: VisionInputs, images_only: bool = True
+) -> TextInputs:
     """Tokenise prompts that hold one image token each, and place the layouts' slots.
 
-    images_only ends every sequence after its last image token: attention is causal, so what follows cannot change
-    the image tokens.
+    images_only ends every sequence after its last image token: attention is causal, so what follows cannot
+    change the image tokens.
     """
     token, rows = mlm.processor.image_token, []
     for index, (prompt, layout) in enumerate(zip(prompts, vision.layouts, strict=True)):
-        if prompt.count(token) != 1:
-            raise PromptError(
-                f"prompts[{index}] must hold the image token {token!r} once, found {prompt.count(token)} times"
-            )
+        if (found := prompt.count(token)) != 1:
+            raise PromptError(f"prompts[{index}] must hold the image token {token!r} once, not {found} times")
         ids = torch.tensor(tokenize(mlm, prompt.replace(token, token * len(layout))))
         slots = (ids == mlm.image_token_id).nonzero().flatten()
         if len(slots) != len(layout):
-            raise PromptError(f"prompts[{index}]: {len(layout)} image tokens expected, {len(slots)} tokenised")
+            raise PromptError(f"prompts[{index}]: expected {len(layout)} image tokens, found {len(slots)}")
         vision.layouts[index] = layout.at(slots.numpy())
         rows.append(ids[: slots[-1] + 1] if images_only else ids)
     ids, mask = pad(mlm, rows)
@@ -119,15 +147,15 @@ def prepare_text(mlm: MLM, prompts: Sequence[str], vision: VisionInputs, images_
 
 
 def tokenize(mlm: MLM, text: str) -> list[int]:
-    """Token ids as the processor would make them; a template that wrote the first token gets no second one."""
+    """Token ids as the processor makes them; a template that wrote the first token gets no second one."""
     start = mlm.tokenizer.bos_token
     return mlm.tokenizer(text, add_special_tokens=not (start and text.startswith(start)))["input_ids"]
 
 
 def pad(mlm: MLM, rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (B, T) and mask (B, T), padded on the right: left padding would rotate the keys differently."""
-    filler = mlm.tokenizer.pad_token_id
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0 if filler is None else filler)
+    """Token ids (B, T) and mask (B, T), padded on the right: left padding would rotate the keys."""
+    filler = mlm.tokenizer.pad_token_id or 0
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=filler)
     lengths = torch.tensor([len(row) for row in rows])
     mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
     return ids.to(mlm.device), mask.to(mlm.device)
@@ -138,19 +166,19 @@ def text_positions(mask: torch.Tensor) -> torch.Tensor:
 
 
 def encode_images(mlm: MLM, vision: VisionInputs) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The vision pass. Per image, on its token grid: vision-tower features (N, C_v) and projector output (N, C_h).
+    """The vision pass. Per image, on its token grid: tower features (N, C_v) and projector output (N, C_h).
 
-    The tower features are what the projector reads: the configured feature layer, unpadded, shrunk and packed like
-    the tokens (newline rows are zeros). Qwen2.5-VL merges 2x2 patches in its projector: its tower features are the
-    mean of each 2x2 group, in image order (the tower itself works in window order).
+    The tower features are what the projector reads: the configured feature layer, unpadded, shrunk and packed
+    like the tokens (newline rows are zeros). Qwen2.5-VL merges 2x2 patches in its projector: its tower
+    features are the mean of each 2x2 group, in image order (the tower itself works in window order).
     """
     with _awake(mlm.model.model):
         states, projected = _encode_qwen(mlm, vision) if mlm.family == QWEN else _encode_llava(mlm, vision)
     for layout, tower, tokens in zip(vision.layouts, states, projected, strict=True):
         if not len(layout) == len(tower) == len(tokens):
             raise ModelError(
-                f"{mlm.name}: {len(layout)} tokens laid out, but {len(tower)} vision and {len(tokens)} projected "
-                "features: do model and processor belong together?"
+                f"{mlm.name}: {len(layout)} tokens laid out, {len(tower)} tower and {len(tokens)} projected: "
+                "do model and processor belong together?"
             )
     return states, projected
 
@@ -194,7 +222,7 @@ def _encode_qwen(mlm: MLM, vision: VisionInputs):
     for layout in vision.layouts:
         row, column = torch.from_numpy(layout.cells).to(merged.device).T
         rows, columns = layout.grids["base"]
-        # Windows run row by row over the image, and tokens row by row in a window: sort by (window, place in it).
+        # Windows run row by row over the image, tokens row by row in a window: sort by (window, place in it).
         place = (row // window * columns + column // window) * rows * columns + row * columns + column
         states.append(merged[start + place.argsort().argsort()])
         start += len(layout)
@@ -216,3 +244,8 @@ def _awake(module: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         hook.post_forward(module, None)
+
+
+def compact(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A compact copy: a view would keep the features of the whole batch alive."""
+    return tensor.to(device, copy=True, memory_format=torch.contiguous_format)
