@@ -1,9 +1,9 @@
-"""Every metric of the replication, equal to the field's reference implementations; `kvutils.metrics.<name>` finds all.
+"""Every metric of the replication, each equal to the field's reference implementation.
 
-Here: binary masks, boxes and key points. Many-class maps are in `semantic_metrics`, videos in `video_metrics`, questions
-in `question_metrics`, bootstrap intervals in `statistics`; all are re-exported. Scores are fractions in 0..1. Masks are
-bool or integer (height, width) arrays in which `VOID` (255) means no annotation. What a reference leaves undefined
-(0/0) is NaN.
+Here: binary masks, boxes and key points. Many-class maps are in `semantic_metrics`, videos in
+`video_metrics`, questions in `question_metrics`, bootstrap intervals in `statistics`; all are re-exported.
+Scores are fractions in 0..1. Masks are bool or integer (height, width) arrays in which `VOID` (255) means no
+annotation. What a reference leaves undefined (0/0) is NaN.
 """
 
 from __future__ import annotations
@@ -72,11 +72,11 @@ def _choice(name: str, value: str, allowed: Sequence[str]) -> None:
         raise ParameterError(f"{name} must be one of {', '.join(allowed)}; found {value!r}")
 
 
-# --- foreground segmentation (Pascal-5i) -------------------------------------------------------------------------------
+# --- foreground segmentation (Pascal-5i) -------------------------------------------------------------------
 
 
 def foreground_counts(prediction, mask) -> np.ndarray:
-    """[[I_background, I_foreground], [U_background, U_foreground]] in pixels of one image; void counts nowhere."""
+    """[[I_background, I_foreground], [U_background, U_foreground]] in pixels; void left out."""
     predicted, true, valid = _binary_pair(prediction, mask)
     both = (predicted & true).sum()
     either = ((predicted | true) & valid).sum()
@@ -84,22 +84,23 @@ def foreground_counts(prediction, mask) -> np.ndarray:
 
 
 def foreground_iou(counts: np.ndarray, classes: Sequence[int], class_ids: Sequence[int]) -> dict:
-    """miou (foreground, mean over `class_ids`), fb_iou, class_iou of few-shot episodes, as HSNet's AverageMeter.
+    """miou (foreground, mean over `class_ids`), fb_iou, class_iou of few-shot episodes, as HSNet.
 
-    counts (n, 2, 2): `foreground_counts` of each episode; classes (n,): its class; class_ids: the classes of the fold.
-    I and U are summed over a class's episodes; a class without episodes counts 0 (denominator max(U, 1)); fb_iou is
-    NaN when background or foreground never occurs. Episodes of other classes do not count.
+    counts (n, 2, 2): `foreground_counts` of each episode; classes (n,): its class; class_ids: the classes of
+    the fold. I and U are summed over a class's episodes; a class without episodes counts 0 (denominator
+    max(U, 1)); fb_iou is NaN when background or foreground never occurs. Episodes of other classes do not
+    count.
     """
     counts, classes = np.asarray(counts), np.asarray(classes)
     if counts.shape != (len(classes), 2, 2):
         raise DataError(f"counts must have shape ({len(classes)}, 2, 2), found {counts.shape}")
-    sums = np.stack([counts[classes == c].sum(axis=0) for c in class_ids]).astype(float)  # (classes, I/U, bg/fg)
+    sums = np.array([counts[classes == c].sum(axis=0) for c in class_ids], float)  # (classes, I/U, bg/fg)
     class_iou = sums[:, 0, 1] / np.maximum(sums[:, 1, 1], 1)
     fb = [i / u if u else NAN for i, u in sums.sum(axis=0).T]
     return {"miou": float(class_iou.mean()), "fb_iou": float(np.mean(fb)), "class_iou": class_iou.tolist()}
 
 
-# --- co-segmentation and referring expressions -----------------------------------------------------------------------
+# --- co-segmentation and referring expressions -------------------------------------------------------------
 
 
 def intersection_union(prediction, mask) -> tuple[int, int]:
@@ -109,7 +110,7 @@ def intersection_union(prediction, mask) -> tuple[int, int]:
 
 
 def jaccard(prediction, mask, rule: str = "one") -> float:
-    """I / U of the foreground, void left out. rule for an empty union: "one" (default, as DAVIS) or "zero"."""
+    """I / U of the foreground, void left out. rule for an empty union: "one" (as DAVIS) or "zero"."""
     _choice("rule", rule, ("one", "zero"))
     intersection, union = intersection_union(prediction, mask)
     return intersection / union if union else float(rule == "one")
@@ -146,7 +147,7 @@ def refseg_scores(
 
 
 def pixel_average_precision(scores, mask) -> float:
-    """Threshold-free quality of a score map (height, width): average precision over pixels; NaN without foreground."""
+    """Average precision over the pixels of a score map (height, width); NaN without foreground."""
     scores, (true, valid) = np.asarray(scores, dtype=float), _binary_mask(label_map(mask, "the mask"))
     if scores.shape != true.shape:
         raise DataError(f"scores {scores.shape} and mask {true.shape} differ in size; upsample the scores")
@@ -156,7 +157,7 @@ def pixel_average_precision(scores, mask) -> float:
 
 
 def largest_region_box(mask) -> tuple[int, int, int, int] | None:
-    """x0, y0, x1, y1 (x1, y1 exclusive) around the largest 8-connected region, the first of equals; None if empty."""
+    """x0, y0, x1, y1 (exclusive) around the largest 8-connected region (first of equals); None if empty."""
     regions, n = ndimage.label(label_map(mask, "the mask") == 1, structure=np.ones((3, 3)))
     if not n:
         return None
@@ -166,7 +167,7 @@ def largest_region_box(mask) -> tuple[int, int, int, int] | None:
 
 
 def box_iou(a: Sequence[float] | None, b: Sequence[float] | None) -> float:
-    """IoU of two boxes x0, y0, x1, y1; 0 where one is None or both are empty. Acc@0.5 is the share with IoU >= 0.5."""
+    """IoU of two boxes x0, y0, x1, y1; 0 where one is None or both are empty. Acc@0.5 asks for >= 0.5."""
     if a is None or b is None:
         return 0.0
     width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
@@ -175,20 +176,27 @@ def box_iou(a: Sequence[float] | None, b: Sequence[float] | None) -> float:
     return width * height / union if union > 0 else 0.0
 
 
-# --- key points (SPair-71k) --------------------------------------------------------------------------------------------
+# --- key points (SPair-71k) --------------------------------------------------------------------------------
 
 
-def correct_points(predicted, target, box: Sequence[float], alpha: float = 0.1, rule: str = "le") -> np.ndarray:
+def correct_points(
+    predicted, target, box: Sequence[float], alpha: float = 0.1, rule: str = "le"
+) -> np.ndarray:
     """(K,) bool: is a predicted point within alpha * max(width, height) of the target's box x0, y0, x1, y1?
 
-    Points (K, 2) x, y in pixels of the target image. rule "le": distance <= threshold (HPF); "lt": < (SD-DINO).
+    Points (K, 2) x, y in pixels of the target image. rule "le": distance <= threshold (HPF);
+    "lt": < (SD-DINO).
     """
     _choice("rule", rule, ("le", "lt"))
     predicted, target = np.asarray(predicted, dtype=float), np.asarray(target, dtype=float)
     if predicted.shape != target.shape or target.ndim != 2 or target.shape[1] != 2 or not len(target):
-        raise DataError(f"predicted {predicted.shape} and target {target.shape} points must both be (K >= 1, 2)")
+        raise DataError(
+            f"predicted {predicted.shape} and target {target.shape} points must both be (K >= 1, 2)"
+        )
     if not (np.isfinite(predicted).all() and np.isfinite(target).all()):
-        raise DataError("a key point is NaN or infinite; leave out points that are not visible in both images")
+        raise DataError(
+            "a key point is NaN or infinite; leave out points that are not visible in both images"
+        )
     size = max(box[2] - box[0], box[3] - box[1])
     if not size > 0:
         raise DataError(f"the target's box x0, y0, x1, y1 must have a positive size, found {list(box)}")
@@ -215,7 +223,9 @@ def pck_scores(
     if not len(targets) or not len(predicted) == len(targets) == len(boxes) == len(categories):
         raise DataError("predicted, targets, boxes and categories must list the same pairs, at least one")
     rule = "le" if convention == "hpf" else "lt"
-    correct = [correct_points(p, t, b, alpha, rule) for p, t, b in zip(predicted, targets, boxes, strict=True)]
+    correct = [
+        correct_points(p, t, b, alpha, rule) for p, t, b in zip(predicted, targets, boxes, strict=True)
+    ]
     per_pair = [float(c.mean()) for c in correct]
 
     def pool(chosen: list[int]) -> float:

@@ -1,8 +1,8 @@
 """Parsing and scoring of the answers to POPE, MME and BLINK, by every convention in use.
 
-The published evaluators read the same answer differently ("I cannot tell" is *yes* for POPE's own script and wrong for
-lmms-eval), so each function takes a named `convention` and a result must say which one it used. Scores are fractions
-in 0..1, except MME's score, which is 100 * (acc + acc_plus) in 0..200 per subtask.
+The published evaluators read the same answer differently ("I cannot tell" is *yes* for POPE's own script and
+wrong for lmms-eval), so each function takes a named `convention` and a result must say which one it used.
+Scores are fractions in 0..1, except MME's score, which is 100 * (acc + acc_plus) in 0..200 per subtask.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from kvutils.errors import DataError, ParameterError
 
 NAN = float("nan")
 
-# --- POPE ------------------------------------------------------------------------------------------------------------
+# --- POPE --------------------------------------------------------------------------------------------------
 
 POPE_CONVENTIONS = ("pope", "lmms_eval", "vlmevalkit")
-_PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"  # of the VQA evaluator, which VLMEvalKit calls
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # of the VQA evaluator, which VLMEvalKit calls
 
 
 def _check(name: str, value: str, allowed: Sequence[str]) -> None:
@@ -28,10 +28,11 @@ def _check(name: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def pope_parse(answer: str, convention: str = "pope") -> str:
-    """"yes", "no" or "unknown" for one answer.
+    """Read one answer as "yes", "no" or "unknown".
 
-    pope (RUCAIBox/POPE evaluate.py, LLaVA eval_pope.py): the words before the first full stop, commas deleted; "no"
-    where one of them is No, not or no (case counts), "yes" for anything else, even for an empty answer.
+    pope (RUCAIBox/POPE evaluate.py, LLaVA eval_pope.py): the words before the first full stop, commas
+    deleted; "no" where one of them is No, not or no (case counts), "yes" for anything else, even for an empty
+    answer.
     lmms_eval: the lower-cased answer must be exactly yes or no.
     vlmevalkit: yes or no as a word of the lower-cased answer without punctuation, but not both.
     """
@@ -50,7 +51,7 @@ def pope_parse(answer: str, convention: str = "pope") -> str:
 
 
 def _without_punctuation(text: str) -> str:
-    """Punctuation next to a space (or anywhere, if a digit,digit occurs) is deleted, other punctuation split on."""
+    """Marks next to a space (all of them if some digit,digit occurs) are deleted, others become spaces."""
     digits_with_comma = re.search(r"\d,\d", text) is not None
     result = text
     for mark in _PUNCTUATION:
@@ -60,10 +61,11 @@ def _without_punctuation(text: str) -> str:
 
 
 def pope_counts(answers: Sequence[str], labels: Sequence[str], convention: str = "pope") -> np.ndarray:
-    """(n, 6) int, per question: true positive, false positive, true negative, false negative, right, said yes.
+    """(n, 6) int, per question: TP, FP, TN, FN, right, said yes. Positive: yes.
 
-    The first four follow the convention: for pope each question falls in exactly one; for lmms_eval an answer that is
-    neither yes nor no falls in none; for vlmevalkit it counts as no. Feed these to `bootstrap_ci` with `f1_statistic`.
+    The first four follow the convention: for pope each question falls in exactly one; for lmms_eval an answer
+    that is neither yes nor no falls in none; for vlmevalkit it counts as no. Feed these to `bootstrap_ci`
+    with `f1_statistic`.
     """
     if len(answers) != len(labels):
         raise DataError(f"{len(answers)} answers for {len(labels)} labels")
@@ -80,9 +82,10 @@ def pope_counts(answers: Sequence[str], labels: Sequence[str], convention: str =
 def pope_scores(answers: Sequence[str], labels: Sequence[str], convention: str = "pope") -> dict:
     """accuracy, precision, recall, f1, yes_ratio (positive class: yes), TP, FP, TN, FN and unknown (share).
 
-    Division by zero: "pope" reports what its script had computed before it crashed, NaN from there on (order: precision,
-    recall, f1, accuracy), and names it in "error"; the other conventions count 0. Under lmms_eval `yes_ratio` is still
-    the share of *answers* that are yes; what that evaluator prints, the share of true labels, is `yes_ratio_of_labels`.
+    Division by zero: "pope" reports what its script had computed before it crashed, NaN from there on (order:
+    precision, recall, f1, accuracy), and names it in "error"; the other conventions count 0. Under lmms_eval
+    `yes_ratio` is still the share of *answers* that are yes; what that evaluator prints, the share of true
+    labels, is `yes_ratio_of_labels`.
     """
     counts = pope_counts(answers, labels, convention)
     if not len(counts):
@@ -100,10 +103,14 @@ def pope_scores(answers: Sequence[str], labels: Sequence[str], convention: str =
     try:
         result["precision"] = divide(tp, tp + fp)
         result["recall"] = divide(tp, tp + fn)
-        result["f1"] = divide(2 * result["precision"] * result["recall"], result["precision"] + result["recall"])
+        result["f1"] = divide(
+            2 * result["precision"] * result["recall"], result["precision"] + result["recall"]
+        )
         result["accuracy"] = right / len(counts)
     except ZeroDivisionError:
-        result["error"] = f"ZeroDivisionError: {tp} true positives of {tp + fp} yes answers and {tp + fn} yes labels"
+        result["error"] = (
+            f"ZeroDivisionError: {tp} true positives of {tp + fp} yes answers and {tp + fn} yes labels"
+        )
     return result
 
 
@@ -113,7 +120,7 @@ def f1_statistic(weights: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return 2 * tp / np.maximum(2 * tp + fp + fn, 1)
 
 
-# --- MME -------------------------------------------------------------------------------------------------------------
+# --- MME ---------------------------------------------------------------------------------------------------
 
 MME_PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR".split()
 MME_COGNITION = "commonsense_reasoning numerical_calculation text_translation code_reasoning".split()
@@ -121,9 +128,10 @@ MME_CONVENTIONS = ("official", "lmms_eval")
 
 
 def mme_parse(answer: str, convention: str = "official") -> str:
-    """"yes", "no" or "other".
+    """Read one answer as "yes", "no" or "other".
 
-    official (the authors' calculation.py): yes, else no, within the first four characters of the lower-cased answer.
+    official (the authors' calculation.py): yes, else no, within the first four characters of the lower-cased
+    answer.
     lmms_eval: the same after stripping blanks and full stops, and the single letters y and n count.
     """
     _check("convention", convention, MME_CONVENTIONS)
@@ -138,12 +146,12 @@ def mme_parse(answer: str, convention: str = "official") -> str:
 
 
 def mme_scores(rows: Mapping[str, Sequence[tuple[str, str, str, str]]], convention: str = "official") -> dict:
-    """acc and acc_plus per subtask, task_score = 100 * (acc + acc_plus), perception_total, cognition_total, parsed.
+    """acc (with acc_plus) and task_score = 100 * (acc + acc_plus) by subtask, totals, parsed, error.
 
-    rows: subtask -> [(image, question, truth, answer)], the two questions of an image in consecutive rows. A total is
-    NaN unless all its subtasks are there. The official script crashes on a subtask without a single yes or no among its
-    answers: then "error" names it, task_score is empty and the totals are NaN, while acc and acc_plus are still given;
-    lmms_eval scores it 0.
+    rows: subtask -> [(image, question, truth, answer)], the two questions of an image in consecutive rows. A
+    total is NaN unless all its subtasks are there. The official script crashes on a subtask without a single
+    yes or no among its answers: then "error" names it, task_score is empty and the totals are NaN, while acc
+    and acc_plus are still given; lmms_eval scores it 0.
     """
     acc: dict[str, dict[str, float]] = {}
     parsed: dict[str, list[str]] = {}
@@ -157,7 +165,9 @@ def mme_scores(rows: Mapping[str, Sequence[tuple[str, str, str, str]]], conventi
         parsed[subtask] = []
         for number, (image, _question, truth, answer) in enumerate(items, start=1):
             if image != items[(number - 1) // 2 * 2][0]:
-                raise DataError(f"MME {subtask}, row {number}: image {image!r} differs from the row before; pairs expected")
+                raise DataError(
+                    f"MME {subtask}, row {number}: image {image!r} is not that of the row before; give pairs"
+                )
             gold = truth.strip().lower().replace(".", "") if convention == "lmms_eval" else truth.lower()
             if gold not in ("yes", "no"):
                 raise DataError(f"MME {subtask}, row {number}: truth must be yes or no, found {truth!r}")
@@ -169,7 +179,9 @@ def mme_scores(rows: Mapping[str, Sequence[tuple[str, str, str, str]]], conventi
             unanswered.append(subtask)
     result: dict = {"acc": acc, "parsed": parsed, "error": None, "task_score": {}}
     if unanswered and convention == "official":
-        result["error"] = f"no answer to {', '.join(unanswered)} is yes or no: the official score is undefined"
+        result["error"] = (
+            f"no answer to {', '.join(unanswered)} is yes or no: the official score is undefined"
+        )
     else:
         result["task_score"] = {name: 100 * (a["acc"] + a["acc_plus"]) for name, a in acc.items()}
     for name, group in (("perception_total", MME_PERCEPTION), ("cognition_total", MME_COGNITION)):
@@ -177,11 +189,11 @@ def mme_scores(rows: Mapping[str, Sequence[tuple[str, str, str, str]]], conventi
     return result
 
 
-# --- BLINK -----------------------------------------------------------------------------------------------------------
+# --- BLINK -------------------------------------------------------------------------------------------------
 
 BLINK_CONVENTIONS = ("blink", "lmms_eval", "vlmevalkit")
 LETTERS = "ABCDE"
-NEEDS_JUDGE = "<<LLM>>"  # BLINK's own script asks GPT-3.5 here; this project counts such an answer as unresolved
+NEEDS_JUDGE = "<<LLM>>"  # BLINK's own script asks GPT-3.5 here; we count such an answer as unresolved
 _REFUSALS = (
     "Sorry, I can't help with images of people yet.",
     "I can't process this file.",
@@ -193,11 +205,12 @@ _REFUSALS = (
 def blink_extract(text: str | None, choices: Sequence[str], convention: str = "blink") -> str | None:
     """The option a free-text answer chooses; its form depends on the convention.
 
-    blink (BLINK_Benchmark analyze_answer): "(A)".."(E)"; `NEEDS_JUDGE` where that script asks a language model; None
-    where it swallows an exception (no text, or more than five choices to list for the judge).
-    lmms_eval: the first letter of the text, upper case, whatever it is ("The answer is B" gives "T"); "" if none.
-    vlmevalkit: "A", "B", ... if exactly one letter, else exactly one option's text, can be inferred; "Z" for a refusal;
-    None where it would ask a judge.
+    blink (BLINK_Benchmark analyze_answer): "(A)".."(E)"; `NEEDS_JUDGE` where that script asks a language
+    model; None where it swallows an exception (no text, or more than five choices to list for the judge).
+    lmms_eval: the first letter of the text, upper case, whatever it is ("The answer is B" gives "T"); "" if
+    none.
+    vlmevalkit: "A", "B", ... if exactly one letter, else exactly one option's text, can be inferred; "Z" for
+    a refusal; None where it would ask a judge.
     """
     _check("convention", convention, BLINK_CONVENTIONS)
     if convention == "blink":
@@ -233,7 +246,9 @@ def _infer_option(text: str, choices: dict[str, str]) -> str | None:
             return "Z"
         words = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()
         named = [letter for letter in choices if letter in words]
-        if len(named) == 1 and words.index(named[0]) > len(words) - 5:  # a letter early in a sentence may be an article
+        if (
+            len(named) == 1 and words.index(named[0]) > len(words) - 5
+        ):  # a letter early in a sentence may be an article
             return named[0]
         if not named and "Z" in words:
             return "Z"
@@ -244,10 +259,11 @@ def _infer_option(text: str, choices: dict[str, str]) -> str | None:
 
 
 def blink_scores(items: Mapping[str, Sequence[tuple[str, str | None]]]) -> dict:
-    """{"accuracy": {subtask: share, "Total": mean of the subtasks}, "unresolved": {subtask: share}, "n": {subtask: n}}.
+    """accuracy by subtask and "Total" (their plain mean), unresolved (share) and n by subtask.
 
-    items: subtask -> [(gold, prediction)], both "(A)".."(E)"; a prediction counts when the strings are equal, so None
-    and `NEEDS_JUDGE` are wrong, and their share is reported. Total weighs subtasks alike, as BLINK does.
+    items: subtask -> [(gold, prediction)], both "(A)".."(E)"; a prediction counts when the strings are equal,
+    so None and `NEEDS_JUDGE` are wrong, and their share is reported. Total weighs subtasks alike, as BLINK
+    does.
     """
     accuracy, unresolved, n = {}, {}, {}
     for subtask, pairs in items.items():

@@ -11,7 +11,8 @@ from kvutils.errors import DataError
 
 NAN = float("nan")
 IMAGENET_S_IGNORE = 1000
-_SIZES = {"S": 5, "MS": 25, "ML": 50, "L": 100}  # upper bound of an object's size in percent of the annotated pixels
+# upper bound of an object's size in percent of the annotated pixels
+_SIZES = {"S": 5, "MS": 25, "ML": 50, "L": 100}
 _BOUNDARY = 0.03  # width of the boundary band as a share of the image diagonal
 _EPS = 1e-10
 
@@ -31,25 +32,30 @@ def label_pair(prediction, mask) -> tuple[np.ndarray, np.ndarray]:
     """Both as label maps of one shape, else DataError."""
     prediction, mask = label_map(prediction, "the prediction"), label_map(mask, "the mask")
     if prediction.shape != mask.shape:
-        raise DataError(f"prediction {prediction.shape} and mask {mask.shape} differ in size; upsample the prediction")
+        raise DataError(
+            f"prediction {prediction.shape} and mask {mask.shape} differ in size; upsample the prediction"
+        )
     return prediction, mask
 
 
 def decode_imagenet_s(rgb: np.ndarray) -> np.ndarray:
-    """(height, width) ids of an ImageNet-S label image (height, width, 3): R + 256 G; 0 background, 1000 ignored."""
+    """(height, width) ids of a label image (height, width, 3): R + 256 G; 0 background, 1000 ignored."""
     rgb = np.asarray(rgb)
     if rgb.ndim != 3 or rgb.shape[2] < 3 or rgb.dtype != np.uint8:
-        raise DataError(f"an ImageNet-S label image is uint8 (height, width, 3), found {rgb.dtype} {rgb.shape}")
+        raise DataError(
+            f"an ImageNet-S label image is uint8 (height, width, 3), found {rgb.dtype} {rgb.shape}"
+        )
     return rgb[..., 0] + 256 * rgb[..., 1].astype(np.int64)
 
 
 def imagenet_s_scores(predictions: Iterable, masks: Iterable, num_classes: int) -> dict:
-    """miou, ious, boundary_miou, accuracy, f_measure, S, MS, ML, L, as LUSSeg/ImageNet-S evaluation/evaluator.py.
+    """miou, ious, boundary_miou, accuracy, f_measure, S, MS, ML, L, as LUSSeg/ImageNet-S evaluator.py.
 
-    Label maps of ids 0..num_classes; mask pixels of 1000 are ignored. miou and boundary_miou are means over *all*
-    num_classes + 1 classes, background included, and a class that never occurs counts 0. accuracy: share of images whose
-    largest predicted object class is present. f_measure: foreground against background, beta 0.3, mean over images.
-    S..L: mean IoU over the classes that occur as objects of at most 5, 25, 50, 100 percent of the pixels, NaN if none.
+    Label maps of ids 0..num_classes; mask pixels of 1000 are ignored. miou and boundary_miou are means over
+    *all* num_classes + 1 classes, background included, and a class that never occurs counts 0. accuracy:
+    share of images whose largest predicted object class is present. f_measure: foreground against background,
+    beta 0.3, mean over images. S..L: mean IoU over the classes that occur as objects of at most 5, 25, 50,
+    100 percent of the pixels, NaN if none.
     """
     n_labels = num_classes + 1
     everywhere, boundary = np.zeros((2, 3, n_labels))  # rows: intersection, predicted, true pixels
@@ -74,7 +80,11 @@ def imagenet_s_scores(predictions: Iterable, masks: Iterable, num_classes: int) 
     if not accuracy:
         raise DataError("no image to score")
     ious = _iou(everywhere)
-    result = {"miou": float(ious.mean()), "ious": ious.tolist(), "boundary_miou": float(_iou(boundary).mean())}
+    result = {
+        "miou": float(ious.mean()),
+        "ious": ious.tolist(),
+        "boundary_miou": float(_iou(boundary).mean()),
+    }
     result |= {"accuracy": float(np.mean(accuracy)), "f_measure": float(np.mean(f_measure))}
     for name, areas in by_size.items():
         occurs = areas[2] > 0
@@ -83,7 +93,7 @@ def imagenet_s_scores(predictions: Iterable, masks: Iterable, num_classes: int) 
 
 
 def _areas(said: np.ndarray, true: np.ndarray, n_labels: int) -> np.ndarray:
-    """(3, n_labels) pixels: intersection, predicted, true; predicted labels beyond the classes count nowhere."""
+    """(3, n_labels) pixels: intersection, predicted, true; labels beyond the classes count nowhere."""
     parts = (said[said == true], said, true)
     return np.stack([np.bincount(part, minlength=n_labels)[:n_labels] for part in parts]).astype(float)
 
@@ -111,7 +121,7 @@ def _f_measure(said: np.ndarray, true: np.ndarray, beta: float = 0.3) -> float:
 
 
 def _boundary_areas(prediction: np.ndarray, mask: np.ndarray, valid: np.ndarray, n_labels: int) -> np.ndarray:
-    """As `_areas`, on the inner boundary band of every class; bands are found before ignored pixels are dropped."""
+    """As `_areas`, on every class's inner boundary band, found before ignored pixels are dropped."""
     areas = np.zeros((3, n_labels))
     for label in np.union1d(prediction, mask):
         if label < n_labels:
@@ -125,14 +135,14 @@ def _band(region: np.ndarray) -> np.ndarray:
     return region & ~ndimage.binary_erosion(region, np.ones((3, 3)), iterations=width)
 
 
-# --- BDD100K ---------------------------------------------------------------------------------------------------------
+# --- BDD100K -----------------------------------------------------------------------------------------------
 
 
 def confusion_matrix(prediction, mask, num_classes: int = 19, void: int = 255) -> np.ndarray:
     """(num_classes + 1, num_classes + 1) pixels of one image, true by predicted, as bdd100k/eval/seg.py.
 
-    The last row and column are "ignored": void mask pixels are dropped (empty last row), predictions beyond the classes
-    stay in the denominators (last column). prediction None, a missing file, is all ignored.
+    The last row and column are "ignored": void mask pixels are dropped (empty last row), predictions beyond
+    the classes stay in the denominators (last column). prediction None, a missing file, is all ignored.
     """
     if prediction is None:
         prediction = np.full(np.shape(mask), num_classes)
@@ -146,9 +156,9 @@ def confusion_matrix(prediction, mask, num_classes: int = 19, void: int = 255) -
 
 
 def bdd_scores(confusion: np.ndarray) -> dict:
-    """miou (over classes that occur in the masks), ious, pixel_accuracy, frequency_iou of a summed confusion matrix.
+    """miou, ious, pixel_accuracy, frequency_iou of a summed confusion matrix.
 
-    A class that never occurs has IoU 0 and does not enter miou. All NaN if no mask pixel is annotated.
+    miou is over the classes that occur in the masks; the others have IoU 0. NaN if no pixel is annotated.
     """
     confusion = np.asarray(confusion, dtype=float)
     right, true = np.diag(confusion)[:-1], confusion.sum(axis=1)[:-1]

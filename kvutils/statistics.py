@@ -1,8 +1,9 @@
-"""Bootstrap intervals over items or groups of items, paired differences, and the test of "build, then degrade".
+"""Bootstrap intervals over items or groups, paired differences, and the test of "build, then degrade".
 
-Resampling is a matrix of weights (n_boot, n): how often each item was drawn. A statistic is a function of the weights
-and the scores, so that ratios of sums (overall IoU, class-wise mIoU, F1) are resampled by a few matrix products.
-Questions about one scene, or sentences about one image, are not independent: pass them as `groups`.
+Resampling is a matrix of weights (n_boot, n): how often each item was drawn. A statistic is a function of the
+weights and the scores, so that ratios of sums (overall IoU, class-wise mIoU, F1) are resampled by a few
+matrix products. Questions about one scene, or sentences about one image, are not independent: pass them as
+`groups`.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def overall_iou_statistic(weights: np.ndarray, counts: np.ndarray) -> np.ndarray
 
 
 def class_iou_statistic(classes: Sequence[int], class_ids: Sequence[int]) -> Statistic:
-    """HSNet's foreground mIoU of counts (n, 2) [I, U]: summed within the classes (n,), IoU per class, then the mean."""
+    """HSNet's foreground mIoU of counts (n, 2) [I, U], summed within each class, as a statistic."""
     member = np.asarray(classes)[:, None] == np.asarray(class_ids)[None, :]  # (n, classes)
 
     def statistic(weights: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -65,9 +66,10 @@ def bootstrap_ci(
 ) -> Interval | list[Interval]:
     """Percentile bootstrap interval of a statistic of scores (n,) or (n, k).
 
-    statistic: "mean", or a callable (weights (n_boot, n), scores) -> (n_boot,). One that returns (n_boot, L), such as
-    the mean of a curve (n, L), gives a list of L intervals from the same resamples. groups (n,): the resampled units.
-    Raises DataError for no scores or scores that are not finite; resamples with an undefined (NaN) value are left out.
+    statistic: "mean", or a callable (weights (n_boot, n), scores) -> (n_boot,). One that returns (n_boot, L),
+    such as the mean of a curve (n, L), gives a list of L intervals from the same resamples. groups (n,): the
+    resampled units. Raises DataError for no scores or scores that are not finite; resamples with an undefined
+    (NaN) value are left out.
 
     >>> bootstrap_ci([0.0, 1.0, 1.0, 1.0]).mean
     0.75
@@ -87,7 +89,7 @@ def paired_difference(
     groups: Sequence[Hashable] | None = None,
     level: float = 0.95,
 ) -> Interval | list[Interval]:
-    """Interval of statistic(a) - statistic(b) for two measurements of the same n items, resampled together."""
+    """Interval of statistic(a) - statistic(b), two measurements of the same n items, resampled together."""
     a, b = _scores(a), _scores(b)
     if a.shape != b.shape:
         raise DataError(f"paired scores must describe the same items, found shapes {a.shape} and {b.shape}")
@@ -100,9 +102,9 @@ def paired_difference(
 class PeakThenDegrade:
     """Does quality build up to some layer and then degrade? (paper, section 3.1, Figure 2)
 
-    `best` is the index of the best layer on one half of the units; `minus_first` and `minus_last` are its paired
-    differences on the other half. `peak` is the best layer of all items with its bootstrap interval (an index), and
-    `peak_shares` how often each layer is best among the resamples.
+    `best` is the index of the best layer on one half of the units; `minus_first` and `minus_last` are its
+    paired differences on the other half. `peak` is the best layer of all items with its bootstrap interval
+    (an index), and `peak_shares` how often each layer is best among the resamples.
     """
 
     best: int
@@ -131,10 +133,11 @@ def peak_then_degrade(
     n_boot: int = 2000,
     level: float = 0.95,
 ) -> PeakThenDegrade:
-    """Choose the best layer on one half of the units, test it against the first and last layer on the other half.
+    """Choose the best layer on one half of the units; test it against first and last on the other half.
 
-    scores (n, L) or, for a statistic of several columns, (n, L, k); higher is better. Units are `groups` (default: the
-    items) and fall into halves by a seeded hash of their name, so adding data keeps the order of the rest. At least 4.
+    scores (n, L) or, for a statistic of several columns, (n, L, k); higher is better. Units are `groups`
+    (default: the items) and fall into halves by a seeded hash of their name, so adding data keeps the order
+    of the rest. At least 4.
     """
     scores = _scores(scores)
     if scores.ndim < 2 or scores.shape[1] < 2:
@@ -144,7 +147,9 @@ def peak_then_degrade(
         raise DataError(f"{len(names)} groups for {len(scores)} items")
     units = sorted(set(names), key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).hexdigest())
     if len(units) < 4:
-        raise ParameterError(f"choosing and testing a layer needs at least 4 independent units, found {len(units)}")
+        raise ParameterError(
+            f"choosing and testing a layer needs at least 4 independent units, found {len(units)}"
+        )
     chosen = np.isin(names, units[: len(units) // 2])
     compute = _statistic(statistic)
 
@@ -169,10 +174,14 @@ def _scores(scores) -> np.ndarray:
     scores = np.asarray(scores)
     scores = scores.astype(float) if scores.dtype == bool or scores.dtype.kind in "iuf" else scores
     if scores.dtype.kind != "f" or scores.ndim < 1 or not len(scores):
-        raise DataError(f"scores must be numbers of shape (items >= 1, ...), found {scores.dtype} {scores.shape}")
+        raise DataError(
+            f"scores must be numbers of shape (items >= 1, ...), found {scores.dtype} {scores.shape}"
+        )
     if not np.isfinite(scores).all():
         bad = np.flatnonzero(~np.isfinite(scores.reshape(len(scores), -1)).all(axis=1))
-        raise DataError(f"{len(bad)} items have NaN or infinite scores (first: {bad[0]}); leave undefined items out")
+        raise DataError(
+            f"{len(bad)} items have NaN or infinite scores (first: {bad[0]}); leave undefined items out"
+        )
     return scores
 
 
@@ -185,7 +194,11 @@ def _statistic(statistic: str | Statistic) -> Statistic:
 
 
 def _resample(
-    compute: Callable[[np.ndarray], np.ndarray], n: int, n_boot: int, seed: int, groups: Sequence[Hashable] | None
+    compute: Callable[[np.ndarray], np.ndarray],
+    n: int,
+    n_boot: int,
+    seed: int,
+    groups: Sequence[Hashable] | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The statistic of all items, and of n_boot resamples (n_boot, ...)."""
     if n_boot < 1:
@@ -206,7 +219,9 @@ def _resample(
         counts = random.multinomial(n_units, np.full(n_units, 1 / n_units), size=size)
         draws.append(np.asarray(compute(counts[:, unit].astype(float))))
         if len(draws[-1]) != size:
-            raise ParameterError(f"the statistic must return one value per resample ({size}), found {draws[-1].shape}")
+            raise ParameterError(
+                f"the statistic must return one value per resample ({size}), found {draws[-1].shape}"
+            )
     return np.asarray(compute(np.ones((1, n))))[0], np.concatenate(draws)
 
 

@@ -1,7 +1,8 @@
 """DAVIS-2017 semi-supervised video object segmentation: J, F and J&F, equal to davis2017-evaluation.
 
-Objects are labelled 1.. in index masks (frames, height, width); 255 is void. The first frame is given and the last is not
-scored. In the semi-supervised task the toolkit turns void into background instead of ignoring it, and so does this.
+Objects are labelled 1.. in index masks (frames, height, width); 255 is void. The first frame is given and the
+last is not scored. In the semi-supervised task the toolkit turns void into background instead of ignoring it,
+and so does this.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def region_similarity(prediction, mask, void=None) -> float:
 def boundary_f(prediction, mask, void=None, tolerance: float = _TOLERANCE) -> float:
     """F of one binary frame: harmonic mean of boundary precision and recall; 1 if neither has a boundary.
 
-    Boundaries match within ceil(tolerance * diagonal) pixels; tolerance >= 1 is in pixels. Void is background in both.
+    Boundaries match within ceil(tolerance * diagonal) pixels; tolerance >= 1 is in pixels. Void is background
+    in both.
     """
     prediction, mask = _check_frames(prediction, mask, void)
     radius = tolerance if tolerance >= 1 else np.ceil(tolerance * np.linalg.norm(mask.shape))
@@ -55,7 +57,7 @@ def boundary_f(prediction, mask, void=None, tolerance: float = _TOLERANCE) -> fl
 
 
 def _boundary(mask: np.ndarray) -> np.ndarray:
-    """One pixel wide: where a pixel differs from its right, lower or lower-right neighbour (half a pixel towards 0)."""
+    """One pixel wide: where a pixel differs from its right, lower or lower-right neighbour."""
     padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
     return (mask != padded[:-1, 1:]) | (mask != padded[1:, :-1]) | (mask != padded[1:, 1:])
 
@@ -63,18 +65,22 @@ def _boundary(mask: np.ndarray) -> np.ndarray:
 def davis_sequence(result: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """J, F: (objects, frames - 2) of one sequence of index masks (frames, height, width).
 
-    The number of objects is the largest label of the first true mask; an object missing from the result scores as empty.
-    DataError for a result label above that, for other shapes and for fewer than 3 frames.
+    The number of objects is the largest label of the first true mask; an object missing from the result
+    scores as empty. DataError for a result label above that, for other shapes and for fewer than 3 frames.
     """
     result, masks = np.asarray(result), np.asarray(masks)
     if result.shape != masks.shape or masks.ndim != 3 or len(masks) < 3:
-        raise DataError(f"result {result.shape} and masks {masks.shape} must be one (frames >= 3, height, width)")
+        raise DataError(
+            f"result {result.shape} and masks {masks.shape} must be one (frames >= 3, height, width)"
+        )
     masks = np.where(masks == VOID, 0, masks)
     objects, result, masks = int(masks[0].max()), result[1:-1], masks[1:-1]
     if not objects:
         raise DataError("the first frame's mask has no object to follow")
     if result.max() > objects:
-        raise DataError(f"the result has label {result.max()}, but the first frame has only {objects} objects")
+        raise DataError(
+            f"the result has label {result.max()}, but the first frame has only {objects} objects"
+        )
     frames = range(len(masks))
     pairs = [[(result[t] == i, masks[t] == i) for t in frames] for i in range(1, objects + 1)]
     j = np.array([[region_similarity(*pair) for pair in row] for row in pairs])
@@ -83,9 +89,10 @@ def davis_sequence(result: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, n
 
 
 def davis_scores(results: Mapping[str, np.ndarray], masks: Mapping[str, np.ndarray]) -> dict:
-    """J_mean, J_recall, J_decay, the same of F, JF_mean, and per object J_per_object, F_per_object ("<sequence>_<i>").
+    """J_mean, J_recall, J_decay, J_per_object ({"<sequence>_<i>": mean}), the same of F, and JF_mean.
 
-    Means are over the objects of all sequences. recall: share of frames above 0.5; decay: first quarter minus last.
+    Means are over the objects of all sequences. recall: share of frames above 0.5; decay: first quarter minus
+    last.
     """
     if not masks or set(results) != set(masks):
         missing, extra = sorted(set(masks) - set(results)), sorted(set(results) - set(masks))

@@ -1,7 +1,7 @@
-"""COCO segmentations (polygons, run lengths, compressed run lengths) as masks, pixel for pixel as pycocotools.
+"""COCO segmentations (polygons, plain or compressed run lengths) as masks, pixel for pixel as pycocotools.
 
-Run lengths are column-major and start with a run of zeros. A polygon is drawn as the COCO mask API does: edges are
-walked on a grid five times finer, the crossings of pixel-column centres toggle inside and outside.
+Run lengths are column-major and start with a run of zeros. A polygon is drawn as the COCO mask API does:
+edges are walked on a grid five times finer, the crossings of pixel-column centres toggle inside and outside.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _FINER = 5  # steps per pixel along an edge
 
 
 def rle_from_string(text: str | bytes) -> list[int]:
-    """Run lengths of a compressed COCO string: 5 bits per character, most counts as differences from two runs ago."""
+    """Run lengths of a compressed COCO string: 5 bits a character, counts relative to two runs before."""
     data = text.encode("ascii") if isinstance(text, str) else text
     counts: list[int] = []
     value = shift = 0
@@ -58,12 +58,14 @@ def rle_encode(mask: np.ndarray) -> list[int]:
 
 
 def rle_decode(counts: Sequence[int] | str | bytes, height: int, width: int) -> np.ndarray:
-    """(height, width) bool mask of run lengths or of a compressed string; DataError where they do not fill the image."""
+    """(height, width) bool mask of run lengths, plain or compressed; DataError if they do not fill it."""
     if isinstance(counts, (str, bytes)):
         counts = rle_from_string(counts)
     runs = np.asarray(counts, dtype=np.int64)
     if runs.ndim != 1 or (runs < 0).any() or runs.sum() != height * width:
-        raise DataError(f"run lengths sum to {runs.sum()}, expected {height} x {width} = {height * width} pixels")
+        raise DataError(
+            f"run lengths sum to {runs.sum()}, expected {height} x {width} = {height * width} pixels"
+        )
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape((height, width), order="F")
 
 
@@ -71,7 +73,9 @@ def polygon_mask(polygon: Sequence[float], height: int, width: int) -> np.ndarra
     """(height, width) bool mask of one polygon [x0, y0, x1, y1, ...] in pixels."""
     points = np.asarray(polygon, dtype=np.float64)
     if points.ndim != 1 or len(points) % 2 or len(points) < 6 or not np.isfinite(points).all():
-        raise DataError(f"a polygon is a flat list of at least 3 finite x, y pairs, found {len(points)} numbers")
+        raise DataError(
+            f"a polygon is a flat list of at least 3 finite x, y pairs, found {len(points)} numbers"
+        )
     corners = (_FINER * points.reshape(-1, 2) + 0.5).astype(np.int64)  # truncation, as the C code
     x, y = np.concatenate([_walk(a, b) for a, b in zip(corners, np.roll(corners, -1, axis=0), strict=True)]).T
     moved = np.flatnonzero(x[1:] != x[:-1]) + 1
@@ -99,17 +103,20 @@ def _walk(start: np.ndarray, end: np.ndarray) -> np.ndarray:
 
 
 def segmentation_mask(segmentation, height: int, width: int, rule: str = "union") -> np.ndarray:
-    """(height, width) bool mask of a COCO `segmentation`: list of polygons, or {"size", "counts"} run lengths.
+    """(height, width) bool mask of a COCO `segmentation`: polygons, or run lengths {"size", "counts"}.
 
-    rule "union" (default): a pixel inside any polygon. rule "refer": a pixel inside exactly one polygon, which is what
-    the RefCOCO toolkit's summed masks become in the evaluation of LAVT; they differ where polygons overlap.
+    rule "union" (default): a pixel inside any polygon. rule "refer": a pixel inside exactly one polygon,
+    which is what the RefCOCO toolkit's summed masks become in the evaluation of LAVT; they differ where
+    polygons overlap.
     """
     if rule not in ("union", "refer"):
         raise ParameterError(f"rule must be 'union' or 'refer', found {rule!r}")
     if isinstance(segmentation, dict):
         size = tuple(segmentation.get("size", (height, width)))
         if size != (height, width):
-            raise DataError(f"run lengths are for an image of {size}, expected height, width = {(height, width)}")
+            raise DataError(
+                f"run lengths are for an image of {size}, expected height, width = {(height, width)}"
+            )
         return rle_decode(segmentation["counts"], height, width)
     if not segmentation:
         raise DataError("an empty segmentation has no mask; leave the annotation out")

@@ -1,7 +1,8 @@
 """The Pascal-5i episode list of HSNet (juhongm999/hsnet, data/pascal.py), reproduced draw for draw.
 
-The query of episode i is line i mod n of the fold's list. Supports are drawn one at a time from the images of the
-query's class with the legacy numpy generator; only the query itself is rejected, so a support may appear twice.
+The query of episode i is line i mod n of the fold's list. Supports are drawn one at a time from the images of
+the query's class with the legacy numpy generator; only the query itself is rejected, so a support may appear
+twice.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def fold_classes(fold: int) -> list[int]:
 
 
 def read_split(path: str | Path) -> list[tuple[str, int]]:
-    """(image name, class index 0..19) of each line `<image>__<class 1..20>` of a fold's list, in file order."""
+    """(image name, class index 0..19) of each line `<image>__<class 1..20>` of a list, in file order."""
     entries = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
         name, mark, class_id = line.strip().partition("__")
@@ -43,7 +44,7 @@ def read_split(path: str | Path) -> list[tuple[str, int]]:
 def sample_episodes(
     entries: Sequence[tuple[str, int]], shot: int = 5, n_episodes: int = 1000, seed: int = 0
 ) -> list[tuple[str, tuple[str, ...], int]]:
-    """[(query name, support names, class index)] of one fold. entries: (image name, class index) in list order.
+    """[(query, supports, class index)] of one fold. entries: (image name, class index) in list order.
 
     Raises ParameterError for a shot below 1, DataError for a class whose only image is the query.
     """
@@ -58,7 +59,9 @@ def sample_episodes(
         query, class_index = entries[i % len(entries)]
         names = by_class[class_index]
         if set(names) == {query}:
-            raise DataError(f"class {class_index} has no image but the query {query!r}: no support can be drawn")
+            raise DataError(
+                f"class {class_index} has no image but the query {query!r}: no support can be drawn"
+            )
         supports: list[str] = []
         while len(supports) < shot:
             # np.random.choice(names, 1, replace=False) is the first element of a permutation

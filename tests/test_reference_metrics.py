@@ -1,0 +1,398 @@
+"""Metrics against the values of the field's reference implementations.
+
+Set `KVUTILS_FIXTURES` to a folder with one subfolder per metric (a `README.md` in each names the
+implementation, the layout and the tolerance). Whatever cases lie there are checked; nothing here counts or
+lists them.
+"""
+
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kvutils import cosegmentation, matching, metrics
+from kvutils.datasets import coco_masks, pascal5i_episodes
+from kvutils.datasets.samples import VOID
+from kvutils.errors import DataError
+from kvutils.keys import KeyVariance
+
+ROOT = os.environ.get("KVUTILS_FIXTURES")
+SAMPLES = os.environ.get("KVUTILS_SAMPLES")
+
+
+def close(found, expected, tolerance=1e-6, what=""):
+    """Equal numbers, lists or dicts of numbers; null in a fixture is NaN."""
+    if isinstance(expected, dict):
+        assert set(found) == set(expected), what
+        for key, value in expected.items():
+            close(found[key], value, tolerance, f"{what}.{key}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), what
+        for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+            close(a, b, tolerance, f"{what}[{i}]")
+    elif expected is None:
+        assert found is None or math.isnan(found), f"{what}: {found}, expected undefined"
+    else:
+        assert abs(found - expected) <= tolerance * max(1, abs(expected)), (
+            f"{what}: {found}, expected {expected}"
+        )
+
+
+def percent(fraction):
+    return [100 * x for x in fraction] if isinstance(fraction, list) else 100 * fraction
+
+
+def numbered(arrays, case, n, *names):
+    """For each name the list of arrays c<case>_<i>_<name>, i = 0..n-1; None where a file is missing."""
+    keys = [[f"c{case:02d}_{i}_{name}" for i in range(n)] for name in names]
+    return [[arrays[key] if key in arrays else None for key in row] for row in keys]
+
+
+# --- one check per folder: (case, arrays) ------------------------------------------------------------------
+
+
+def fss_fgbg_iou(case, arrays):
+    prediction, true, ignore, classes = (
+        arrays[f"c{case['case']:02d}_{name}"] for name in ("pred", "gt", "ignore", "class")
+    )
+    counts = np.stack(
+        [
+            metrics.foreground_counts(p, np.where(i, VOID, t))
+            for p, t, i in zip(prediction, true, ignore, strict=True)
+        ]
+    )
+    close(counts[:, 0].tolist(), case["inter_bg_fg"], what="I")
+    close(counts[:, 1].tolist(), case["union_bg_fg"], what="U")
+    scores = metrics.foreground_iou(counts, classes, pascal5i_episodes.fold_classes(case["fold"]))
+    close(percent(scores["miou"]), case["miou_percent"], what="mIoU")
+    close(percent(scores["fb_iou"]), case["fb_iou_percent"], what="FB-IoU")
+
+
+def fss_episodes(case, arrays):
+    if not SAMPLES:
+        pytest.skip(
+            "set KVUTILS_SAMPLES to the folder with pascal-5i/splits: episodes are drawn from its lists"
+        )
+    path = Path(SAMPLES) / f"pascal-5i/splits/pascal/val/fold{case['fold']}.txt"
+    entries = pascal5i_episodes.read_split(path)
+    episodes = pascal5i_episodes.sample_episodes(entries, case["shot"], case["n_episodes"], case["seed"])
+    episodes = [[query, list(supports), class_index] for query, supports, class_index in episodes]
+    assert len(entries) == case["n_queries"]
+    assert episodes[:20] == case["first20"]
+    assert episodes[-3:] == case["last3"]
+    digest = hashlib.sha256(json.dumps(episodes, separators=(",", ":")).encode()).hexdigest()
+    assert digest == case["sha256_all1000"]
+
+
+def coseg_jaccard(case, arrays):
+    predictions, masks = numbered(arrays, case["case"], len(case["pixel_precision"]), "pred", "gt")
+    pairs = list(zip(predictions, masks, strict=True))
+    one, zero = ([metrics.jaccard(*pair, rule=rule) for pair in pairs] for rule in ("one", "zero"))
+    precision = [metrics.pixel_precision(*pair) for pair in pairs]
+    close(zero, case["jaccard_zero_division0"])
+    close(one, case["jaccard_zero_division1"])
+    close(one, case["davis_db_eval_iou"])
+    close(precision, case["pixel_precision"])
+    close(np.mean(zero), case["set_mean_jaccard_zd0"])
+    close(np.mean(one), case["set_mean_jaccard_zd1"])
+    close(np.mean(precision), case["set_mean_precision"])
+
+
+def coseg_vote(case, arrays):
+    labels, saliency = numbered(arrays, case["case"], case["n_images"], "labels", "saliency")
+    votes, salient = cosegmentation.salient_clusters(
+        labels, saliency, case["num_labels"], case["thresh"], case["votes_percentage"]
+    )
+    assert votes.tolist() == case["votes"]
+    assert salient.tolist() == case["salient_labels"]
+
+
+def kps_transfer(case, arrays):
+    points, source, target = (arrays[f"c{case['case']:02d}_{name}"] for name in ("kps", "d1", "d2"))
+    points, offset, scale = matching.letterbox_points(points, case["width"], case["height"], case["size"])
+    np.testing.assert_allclose(points, case["padded_kps"], atol=1e-3)
+    assert list(offset) == case["offset"]
+    close(scale, case["scale"])
+    index = matching.patch_index(points, case["size"], case["num_patches"])
+    assert index.tolist() == case["patch_index"]
+    nearest = matching.match_nearest(torch.from_numpy(source)[index], torch.from_numpy(target)).numpy()
+    assert nearest.tolist() == case["nn"]
+    np.testing.assert_allclose(
+        matching.patch_centers(nearest, case["num_patches"], case["stride"]), case["pred_xy"], atol=1e-6
+    )
+
+
+def pck(case, arrays):
+    pairs, expected = case["pairs"], case["expected"]
+    columns = [[pair[key] for pair in pairs] for key in ("pred_kps", "trg_kps", "trg_bndbox", "category")]
+    for name in pairs[0]["expected_hpf_le"]:
+        scores = metrics.pck_scores(*columns, alpha=float(name.split("@")[1]), convention="hpf")
+        close(scores["per_pair"], [pair["expected_hpf_le"][name] for pair in pairs], what=name)
+    scores = metrics.pck_scores(*columns, alpha=0.1, convention="hpf")
+    close(scores["pck"], expected["hpf_per_image_mean"])
+    close(scores["by_category"], expected["hpf_per_class_of_per_image"])
+    for i, alpha in enumerate((0.1, 0.05, 0.01)):
+        scores = metrics.pck_scores(*columns, alpha=alpha, convention="sd-dino")
+        close(scores["pck"], expected["sddino_per_point_lt_all"][i], what=f"all points @{alpha}")
+        close(
+            scores["by_category"],
+            {name: values[i] for name, values in expected["sddino_per_point_lt_by_class"].items()},
+            what=f"by class @{alpha}",
+        )
+
+
+def davis_frame(case, arrays):
+    shape = tuple(arrays[f"c{case['case']:02d}_shape"])
+
+    def unpack(name):
+        key = f"c{case['case']:02d}_{name}"
+        return np.unpackbits(arrays[key])[: math.prod(shape)].reshape(shape) if key in arrays else None
+
+    prediction, true, void = unpack("pred"), unpack("gt"), unpack("void")
+    close(metrics.region_similarity(prediction, true, void), case["J"], what="J")
+    close(metrics.boundary_f(prediction, true, void), case["F"], what="F")
+
+
+def davis_jf(case, arrays):
+    start = f"c{case['case']:02d}_"
+    names = sorted(k[len(start) : -3] for k in arrays if k.startswith(start) and k.endswith("_gt"))
+    results, masks = ({name: arrays[f"{start}{name}_{kind}"] for name in names} for kind in ("res", "gt"))
+    if case["error"]:
+        with pytest.raises(DataError):
+            metrics.davis_scores(results, masks)
+        return
+    for name, expected in case["per_frame"].items():
+        j, f = metrics.davis_sequence(results[name], masks[name])
+        close(j.tolist(), expected["J_per_object_frame"], what=f"{name} J")
+        close(f.tolist(), expected["F_per_object_frame"], what=f"{name} F")
+    scores = metrics.davis_scores(results, masks)
+    close(scores, {key: case[key] for key in scores})
+
+
+def label_propagation(case, arrays):
+    target, context, segs, out, norm, argmax = (
+        torch.from_numpy(arrays[f"c{case['case']:02d}_{name}"])
+        for name in ("tar", "ctx", "segs", "out", "norm", "argmax")
+    )
+    near = matching.restrict_neighborhood(case["h"], case["w"], case["size_mask_neighborhood"])
+    soft = matching.propagate_step(
+        target, context.mT, segs.flatten(2).mT, near, topk=case["topk"], temperature=case["temperature"]
+    )
+    planes = soft.T.reshape(out.shape[1:])
+    torch.testing.assert_close(planes, out[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(matching.norm_mask(planes), norm, atol=1e-4, rtol=1e-4)
+    assert torch.equal(matching.norm_mask(planes).argmax(0), argmax.long())
+
+
+def refseg_iou(case, arrays):
+    n = len(case["lavt"]["ious"])
+    counts = [
+        metrics.intersection_union(p, t)
+        for p, t in zip(*numbered(arrays, case["case"], n, "pred", "gt"), strict=True)
+    ]
+    lavt, lisa = (metrics.refseg_scores(counts, convention) for convention in ("lavt", "lisa"))
+    close(lavt["ious"], case["lavt"]["ious"])
+    close(percent(lavt["miou"]), case["lavt"]["mIoU_percent"])
+    close(percent(lavt["oiou"]), case["lavt"]["oIoU_percent"])
+    close([percent(p) for p in lavt["precision_at"].values()], case["lavt"]["precision_at"])
+    close(lisa["miou"], case["lisa"]["gIoU"], 1e-4)
+    close(lisa["oiou"], case["lisa"]["cIoU"], 1e-4)
+
+
+def imagenets_miou(case, arrays):
+    predictions, masks = (
+        [metrics.decode_imagenet_s(rgb) for rgb in images]
+        for images in numbered(arrays, case["case"], case["n"], "pred_rgb", "gt_rgb")
+    )
+    scores = metrics.imagenet_s_scores(predictions, masks, case["num_classes"])
+    names = {
+        "mIoU": "miou",
+        "Acc": "accuracy",
+        "FMeasure": "f_measure",
+        "mBIoU": "boundary_miou",
+        "IoUs_percent": "ious",
+    }
+    for theirs, ours in (names | {size: size for size in ("S", "MS", "ML", "L")}).items():
+        close(percent(scores[ours]), case[theirs], 1e-5, theirs)
+
+
+def bdd_miou(case, arrays):
+    predictions, masks = numbered(arrays, case["case"], case["n"], "pred", "gt")
+    matrices = np.stack([metrics.confusion_matrix(p, t) for p, t in zip(predictions, masks, strict=True)])
+    confusion = matrices.sum(axis=0)
+    scores = metrics.bdd_scores(confusion)
+    assert np.flatnonzero(confusion.sum(axis=1)).tolist() == case["gt_ids"]
+    names = {
+        "miou": "mIoU_percent",
+        "ious": "iou_percent",
+        "pixel_accuracy": "pAcc_percent",
+        "frequency_iou": "fIoU_percent",
+    }
+    for ours, theirs in names.items():
+        close(percent(scores[ours]), case[theirs], what=theirs)
+    close(percent(metrics.mean_iou_statistic(np.ones((1, case["n"])), matrices)[0]), case["mIoU_percent"])
+
+
+def coco_masks_folder(case, arrays):
+    size = case["height"], case["width"]
+    for rule, name in (("union", "union"), ("refer", "refer_sum_eq1")):
+        mask = coco_masks.segmentation_mask(case["segmentation"], *size, rule=rule)
+        assert coco_masks.rle_to_string(coco_masks.rle_encode(mask)) == case[f"{name}_rle"]
+        assert np.array_equal(coco_masks.rle_decode(case[f"{name}_rle"], *size), mask)
+        assert mask.sum() == case[f"{name}_area"]
+    union = coco_masks.segmentation_mask(case["segmentation"], *size)
+    assert union.sum(axis=1).tolist() == case["union_rows"]
+    assert union.sum(axis=0).tolist() == case["union_cols"]
+    assert coco_masks.mask_box(union) == case["bbox"]
+    parts = (
+        [case["segmentation"]]
+        if isinstance(case["segmentation"], dict)
+        else [[p] for p in case["segmentation"]]
+    )
+    assert sum(coco_masks.segmentation_mask(part, *size).sum() for part in parts) == case["refer_area"]
+
+
+def pope(case, arrays):
+    answers, labels, expected = case["answers"], case["labels"], dict(case["expected_pope"])
+    assert [int(metrics.pope_parse(answer) == "yes") for answer in answers] == expected.pop("pred")
+    scores = metrics.pope_scores(answers, labels)
+    assert bool(scores["error"]) == bool(expected.pop("error"))
+    close({key: scores[key] for key in expected}, expected, what="pope")
+    lmms, expected = metrics.pope_scores(answers, labels, "lmms_eval"), dict(case["expected_lmms_eval"])
+    close(lmms["yes_ratio_of_labels"], expected.pop("yes_ratio_of_GT"))
+    close({key: lmms[key] for key in expected}, expected, what="lmms_eval")
+    extracted = [metrics.pope_parse(answer, "vlmevalkit").capitalize() for answer in answers]
+    assert extracted == case["expected_vlmevalkit_extraction"]
+
+
+def mme(case, arrays):
+    for convention, expected in (
+        ("official", case["expected_official"]),
+        ("lmms_eval", case["expected_lmms_eval"]),
+    ):
+        scores = metrics.mme_scores(case["rows"], convention)
+        assert scores["parsed"] == expected["parsed"], convention
+        close(scores["task_score"], expected["task_score"], what=convention)
+        for name in ("perception_total", "cognition_total", "acc"):
+            if name in expected:
+                close(scores[name], expected[name], what=f"{convention} {name}")
+        assert bool(scores["error"]) == bool(expected.get("error"))
+
+
+def blink_extract(case, arrays):
+    for convention, name in (
+        ("blink", "blink_official"),
+        ("lmms_eval", "lmms_eval"),
+        ("vlmevalkit", "vlmevalkit"),
+    ):
+        assert metrics.blink_extract(case["text"], case["choices"], convention) == case[name], convention
+
+
+def blink_accuracy(case, arrays):
+    scores = metrics.blink_scores(
+        {k: [(row[1], row[3]) for row in rows] for k, rows in case["items"].items()}
+    )
+    close({k.replace(" ", "_"): v for k, v in scores["accuracy"].items()}, case["accuracy"])
+    assert scores["n"] == case["counts"]
+    for subtask, rows in case["items"].items():
+        for index, _gold, text, _recorded, extracted in rows:
+            if (
+                text is not None
+            ):  # the fixture does not say how many choices an item had: any that BLINK has will do
+                possible = {metrics.blink_extract(text, ["?"] * n) for n in (2, 3, 4, 5)}
+                assert extracted in possible, f"{subtask} {index}: {text!r}"
+
+
+def l2_variance(case, arrays):
+    keys = torch.from_numpy(arrays[f"c{case['case']:02d}_keys"])
+    whole, first, second = KeyVariance().update(keys), KeyVariance(), KeyVariance()
+    half = len(keys) // 2
+    merged = first.update(keys[:half]).merge(second.update(keys[half:]))
+    for variance in (whole, merged):
+        close(variance.result.tolist(), case["sum_var_ddof0"], 1e-9)
+        if case["sum_var_ddof1"] is not None:
+            close(variance.variance(ddof=1).tolist(), case["sum_var_ddof1"], 1e-9)
+    assert np.argsort(whole.result.numpy(), kind="stable").tolist() == case["rank_low_to_high"]
+
+
+CHECKS = {
+    check.__name__.removesuffix("_folder"): check
+    for check in (
+        bdd_miou, blink_accuracy, blink_extract, coco_masks_folder, coseg_jaccard, coseg_vote, davis_frame,
+        davis_jf, fss_episodes, fss_fgbg_iou, imagenets_miou, kps_transfer, l2_variance, label_propagation,
+        mme, pck, pope, refseg_iou,
+    )
+}  # fmt: skip
+
+
+def read_cases(folder):
+    """(cases, arrays) of a folder: a .json is a list of cases or a dict by name, a .npz holds arrays."""
+    cases, arrays = [], {}
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        named = content.items() if isinstance(content, dict) else enumerate(content)
+        for key, case in named:
+            name = f"{case.get('case', key)}" + (f"-{case['kind']}" if "kind" in case else "")
+            cases.append((name, case))
+    for path in sorted(folder.glob("*.npz")):
+        with np.load(path) as file:
+            arrays |= {name: file[name] for name in file.files}
+    return cases, arrays
+
+
+def collect():
+    if not ROOT:
+        why = "set KVUTILS_FIXTURES to the folder of reference values to check the metrics against them"
+        return [pytest.param(None, None, None, marks=pytest.mark.skip(reason=why), id="no-fixtures")]
+    folders = sorted(p for p in Path(ROOT).iterdir() if p.is_dir()) if Path(ROOT).is_dir() else []
+    if not folders:
+        return [pytest.param(None, None, None, id=f"no-folder-in-{ROOT}")]
+    params = []
+    for folder in folders:
+        if folder.name not in CHECKS:
+            skip = pytest.mark.skip(reason=f"no metric knows the fixture folder {folder.name!r}")
+            params.append(pytest.param(folder.name, None, None, marks=skip, id=folder.name))
+            continue
+        cases, arrays = read_cases(folder)
+        if not cases:
+            params.append(pytest.param(folder.name, None, None, id=f"{folder.name}-empty"))
+        params += [
+            pytest.param(folder.name, case, arrays, id=f"{folder.name}-{name}") for name, case in cases
+        ]
+    return params
+
+
+@pytest.mark.parametrize(("folder", "case", "arrays"), collect())
+def test_equals_the_reference(folder, case, arrays):
+    assert folder is not None, f"KVUTILS_FIXTURES={ROOT} has no fixture folder"
+    assert case is not None, f"the fixture folder {folder} holds no case"
+    CHECKS[folder](case, arrays)
+
+
+def test_osvos_on_real_davis_clips():
+    """The toolkit's own numbers for real OSVOS predictions on two real clips, read in the official layout."""
+    if not SAMPLES:
+        pytest.skip("set KVUTILS_SAMPLES to the folder of sample data")
+    root = Path(SAMPLES) / "davis2017"
+    expected = json.loads((root / "expected_osvos.json").read_text(encoding="utf-8"))
+    names = [
+        line for line in (root / "DAVIS/ImageSets/2017/val.txt").read_text(encoding="utf-8").split() if line
+    ]
+
+    def read(folder):
+        files = sorted(folder.glob("*.png"))
+        assert files, f"no PNG in {folder}"
+        return np.stack([np.array(Image.open(file)) for file in files])
+
+    masks = {name: read(root / "DAVIS/Annotations/480p" / name) for name in names}
+    results = {name: read(root / "results_osvos" / name)[: len(masks[name])] for name in names}
+    scores = metrics.davis_scores(results, masks)
+    close(scores["J_per_object"], expected.pop("J"))
+    close(scores["F_per_object"], expected.pop("F"))
+    close({key: scores[key] for key in expected}, expected)
