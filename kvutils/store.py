@@ -1,7 +1,7 @@
 """Captures and results on disk: written whole or not at all, checked when read, reused only while valid.
 
-`write_json` writes a results file; `Store` keeps tensors under a key; `Parts` keeps the finished parts of a run
-under a fingerprint of everything that they depend on, so that a run that was stopped goes on where it was.
+`write_json` writes a results file; `Store` keeps tensors under a key; `Parts` keeps the finished parts of a
+run under a fingerprint of all that they depend on, so that a run that was stopped goes on where it was.
 
 Every write goes to a file of its own in the same folder, which is then renamed over the target. A killed run
 leaves the previous file; a full disk leaves the previous file and raises `StoreError`; two runs in one folder
@@ -49,8 +49,8 @@ def atomic(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())  # otherwise a power cut may leave the new name with old or no content
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        raise StoreError(f"{path} could not be written ({error}). What was stored before is untouched. Free some "
-                         "space or mend the permissions and run again: it goes on from there.") from error
+        raise StoreError(f"{path} could not be written ({error}). What was stored before is untouched. Free "
+                         "some space or mend the permissions and run again: it resumes.") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -69,7 +69,8 @@ def plain(value: object, where: str = "") -> object:
         return value
     if isinstance(value, Mapping):
         if not all(isinstance(key, str | int) for key in value):
-            raise StoreError(f"{where or 'the value'} has keys other than strings and integers: {list(value)!r}")
+            raise StoreError(f"{where or 'the value'} has keys other than strings and integers: "
+                             f"{list(value)!r}")
         return {str(key): plain(item, f"{where}.{key}".lstrip(".")) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
@@ -114,7 +115,7 @@ def code_version(*modules: str) -> str:
 
 
 def fingerprint(*, modules: tuple[str, ...] = (), **depends: object) -> str:
-    """16 hex digits of all that a result depends on: `depends` (JSON-able), library versions, `code_version`."""
+    """16 hex digits of all that a result depends on: `depends` (JSON-able), library versions, code."""
     libraries = {}
     for name in VERSIONS:
         try:
@@ -155,8 +156,8 @@ class Store:
             raise StoreError(f"{key!r} is not a usable key: expected names separated by single slashes.")
         # Hashed where the file system's limit of 255 bytes would be passed.
         names = [quote(part, safe=" ") for part in parts]
-        names = [name if len(name) <= 180 else f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:32]}"
-                 for name in names]
+        names = [n if len(n) <= 180 else f"{n[:100]}-{hashlib.sha256(n.encode()).hexdigest()[:32]}"
+                 for n in names]
         return self.root.joinpath(*names[:-1], names[-1] + ".safetensors")
 
     def put(self, key: str, tensors: Mapping[str, Array], meta: Mapping | None = None) -> None:
