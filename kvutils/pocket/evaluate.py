@@ -1,41 +1,153 @@
-"""How well the pocket model answers on held-out scenes, beside the blind baseline."""
+"""How well the pocket model answers on held-out scenes, beside the blind baseline: `python -m kvutils.pocket.evaluate`.
 
-from collections import defaultdict
+Blind: the same questions to the same model with every image replaced by that of another sample.
+"""
+
+import argparse
+from collections import Counter, defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from .model import answer_logits
-from .packing import Packed, Sampler, pack
+from kvutils.statistics import bootstrap_ci
+
+from . import questions as q
+from .model import IMAGE_SLOTS, answer_logits, image_embeddings
+from .packing import Packed, Sample, Sampler, pack, pixel_batch
+from .pool import Pool, make_pool
+
+SINGLE = tuple(kind for kind in q.KINDS if kind != "caption")
+SEVERAL = ("letter", "part", "correspondence", "style_match", "class_match")
+GATES = {"existence": 0.85, "class": 0.80, "colour": 0.90}  # the others: clearly above blind and majority
 
 
-def block_right(packed: Packed, logits: torch.Tensor) -> list[tuple[int, str, bool]]:
-    """(sequence, kind, right) of every block: right when every answer token is the most likely one, greedily, given
-    the true tokens before it (for the one-word answers this is what generation gives)."""
+def block_right(packed: Packed, logits: torch.Tensor) -> list[tuple[int, int, bool]]:
+    """(sequence, block index, right): right when every answer token is the most likely one, greedily, given the true
+    tokens before it (for the one-word answers this is what generation gives)."""
     where = packed.labels >= 0
     right = (logits.argmax(-1) == packed.labels[where]).cpu()
     row, block = where.nonzero()[:, 0].cpu(), packed.block[where].cpu()
     verdict: dict[tuple[int, int], bool] = {}
     for r, b, ok in zip(row.tolist(), block.tolist(), right.tolist(), strict=True):
-        verdict[r, b] = verdict.get((r, b), True) and ok
-    return [(r, packed.kinds[r][b - 1], ok) for (r, b), ok in verdict.items()]
+        verdict[r, b - 1] = verdict.get((r, b - 1), True) and ok
+    return [(r, b, ok) for (r, b), ok in verdict.items()]
 
 
 @torch.no_grad()
-def quick_accuracy(
-    mlm, sampler: Sampler, embed: Callable, slots: int, device: str, scenes: int = 150, seed: int = 5
-) -> dict[str, float]:
-    """Accuracy per question kind on a few held-out scenes, to watch training."""
-    mlm.eval()
+def answer_blocks(mlm, samples: list[Sample], embed: Callable, slots: int, batch: int = 50) -> list[list[bool]]:
+    """Right or wrong, per sample and block. `embed(images)` gives the image embeddings (n, slots, hidden)."""
+    device = next(mlm.parameters()).device
+    out = [[False] * len(sample.blocks) for sample in samples]
+    for first in range(0, len(samples), batch):
+        packed = pack(samples[first : first + batch], slots).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=mlm.training):
+            logits = answer_logits(mlm, packed, embed(packed.images))
+        for row, block, ok in block_right(packed, logits):
+            out[first + row][block] = ok
+    return out
+
+
+def quick_accuracy(mlm, sampler: Sampler, embed: Callable, slots: int, scenes: int = 150, seed: int = 5) -> dict[str, float]:
+    """Accuracy per question kind on a few held-out scenes, to watch training (in training precision)."""
     right = defaultdict(list)
     for kind in ("single", "marked", "correspondence", "style_match", "class_match"):
         samples = sampler.draw(kind, scenes, np.random.default_rng(seed))
-        for first in range(0, scenes, 50):
-            packed = pack(samples[first : first + 50], slots).to(device)
-            with torch.autocast(torch.device(device).type, torch.bfloat16):
-                logits = answer_logits(mlm, packed, embed(packed.images))
-            for _, name, ok in block_right(packed, logits):
+        for sample, found in zip(samples, answer_blocks(mlm, samples, embed, slots), strict=True):
+            for (name, _, _), ok in zip(sample.blocks, found, strict=True):
                 right[name].append(ok)
-    mlm.train()
     return {name: float(np.mean(found)) for name, found in sorted(right.items())}
+
+
+def balanced_samples(pool: Pool, kind: str, count: int, seed: int) -> list[Sample]:
+    """About `count` questions of a kind, every answer equally often as far as the scenes allow (answers that fewer
+    than 1 in 40 scenes' worth of questions reach are left out); one question per sample."""
+    rng = np.random.default_rng((seed, len(kind), sum(map(ord, kind))))
+    by_answer: dict[str, list[Sample]] = defaultdict(list)
+    if kind in SINGLE:
+        for row in rng.permutation(len(pool)):
+            for found in {q.ask(pool.facts(int(row)), kind, rng) for _ in range(2)} - {None}:
+                by_answer[found[1]].append(Sample([int(row)], [(kind, *found)], [[]]))
+    else:
+        sampler, step = Sampler(pool), "marked" if kind in ("letter", "part") else kind
+        for sample in sampler.draw(step, 3 * count, rng, hints=False):
+            block = sample.blocks[int(rng.integers(len(sample.blocks)))]
+            if block[0] == kind:
+                by_answer[block[2]].append(replace(sample, blocks=[block]))
+    total = sum(len(found) for found in by_answer.values())
+    kept = {answer: found for answer, found in by_answer.items() if len(found) * 40 >= total}
+    each = min(-(-count // len(kept)), max(40, min(len(found) for found in kept.values())))
+    return [sample for answer in sorted(kept) for sample in kept[answer][:each]]
+
+
+def evaluate(mlm, pool: Pool, count: int = 1200, seed: int = 11, progress: bool = True) -> dict[str, dict]:
+    """Per question kind: n, scenes, accuracy and blind accuracy with 95 % intervals over scenes, share of the most
+    frequent answer."""
+    device = next(mlm.parameters()).device
+    mlm.eval()
+
+    def embed(images):
+        return image_embeddings(mlm, pixel_batch(pool, images).to(device))
+
+    report = {}
+    for kind in tqdm((*SINGLE, *SEVERAL), desc="question kinds", disable=not progress):
+        samples = balanced_samples(pool, kind, count, seed)
+        order = np.random.default_rng(seed).permutation(len(samples))
+        swapped = list(samples)
+        for here, there in zip(order, np.roll(order, 1)):  # a random cycle: every sample gets another one's images
+            swapped[here] = replace(samples[here], images=samples[there].images, marks=samples[there].marks)
+        seen = [found[0] for found in answer_blocks(mlm, samples, embed, IMAGE_SLOTS)]
+        blind = [found[0] for found in answer_blocks(mlm, swapped, embed, IMAGE_SLOTS)]
+        scenes = [str(sample.images) for sample in samples]
+        answers = Counter(sample.blocks[0][2] for sample in samples)
+        report[kind] = {
+            "n": len(samples),
+            "scenes": len(set(scenes)),
+            "answers": len(answers),
+            "majority": max(answers.values()) / len(samples),
+            "accuracy": bootstrap_ci(np.array(seen, float), groups=scenes, seed=seed).as_dict(),
+            "blind": bootstrap_ci(np.array(blind, float), groups=scenes, seed=seed).as_dict(),
+        }
+    return report
+
+
+def missed_gates(report: dict[str, dict]) -> list[str]:
+    """Sentences about every gate that is not met; empty when the model may be used."""
+    missed = []
+    for kind, found in report.items():
+        value, low = found["accuracy"]["mean"], found["accuracy"]["low"]
+        if value < GATES.get(kind, 0.0):
+            missed.append(f"{kind}: accuracy {value:.3f} is under its gate {GATES[kind]}")
+        if low <= max(found["blind"]["high"], found["majority"]):
+            missed.append(
+                f"{kind}: accuracy {value:.3f} (from {low:.3f}) is not clearly above blind "
+                f"{found['blind']['mean']:.3f} and the most frequent answer {found['majority']:.3f}"
+            )
+    return missed
+
+
+def print_report(report: dict[str, dict]) -> None:
+    print(f"{'kind':18s}{'n':>6s}  {'accuracy [95 % interval]':28s}{'blind [95 % interval]':28s}{'majority':>8s}")
+    for kind, found in report.items():
+        cells = ["{mean:.3f} [{low:.3f}, {high:.3f}]".format(**found[name]) for name in ("accuracy", "blind")]
+        print(f"{kind:18s}{found['n']:6d}  {cells[0]:28s}{cells[1]:28s}{found['majority']:8.3f}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    from kvutils.models import load_mlm
+
+    parser = argparse.ArgumentParser(prog="python -m kvutils.pocket.evaluate", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="pocket", help="a pocket model: a name or folder (default: pocket)")
+    parser.add_argument("--scenes", type=int, default=6000, help="held-out scenes to draw (default 6000)")
+    parser.add_argument("--questions", type=int, default=1200, help="questions per kind (default 1200)")
+    options = parser.parse_args(arguments)
+    report = evaluate(load_mlm(options.model).model, make_pool(options.scenes, seed=3), options.questions)
+    print_report(report)
+    for line in missed_gates(report):
+        print("missed:", line)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Write the trained pocket models to data/pocket: `python -m kvutils.pocket.export`.
+
+Plain `save_pretrained` folders in fp16 (which changes no answer) with tokenizer and processor: the final model, the
+SigLIP pair, and a checkpoint of each stage. Then the held-out accuracies (`accuracy.json`), the learning curves
+(`curves.json`) and the model card (`README.md`).
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from kvutils.errors import ParameterError
+from kvutils.models import load_mlm
+from kvutils.processors import build_pocket_processor
+from kvutils.store import write_json, write_text
+
+from .card import model_card
+from .evaluate import evaluate, missed_gates, print_report
+from .model import build_mlm, build_siglip
+from .pool import make_pool
+from .questions import WORDS
+from .train import STAGES, WORK
+
+HOME = Path(__file__).parents[2] / "data" / "pocket"
+CHECKPOINTS = {  # folder under data/pocket -> (stage, file)
+    "stages/2_language": ("language", "checkpoint.pt"),
+    "stages/3_projector": ("projector", "checkpoint.pt"),
+    "stages/4_quarter": ("all", "quarter.pt"),
+    "stages/4_half": ("all", "half.pt"),
+    "llava-onevision": ("all", "checkpoint.pt"),
+}
+LIMITS_MB = {"model": 15, "stages": 40}
+
+
+def _state(stage: str, name: str) -> dict:
+    file = WORK / stage / name
+    if not file.exists():
+        raise ParameterError(f"{file} is missing: train stage {stage!r} to its end first")
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    return state.get("model", state)
+
+
+def _strip(state: dict, part: str) -> dict:
+    return {k.removeprefix(part): v for k, v in state.items() if k.startswith(part)} or state
+
+
+def export_weights(home: Path = HOME) -> None:
+    processor = build_pocket_processor(list(WORDS))
+    siglip = build_siglip()
+    siglip.load_state_dict(_strip(_state("encoder", "checkpoint.pt"), "siglip."))
+    siglip.half().save_pretrained(home / "siglip")
+    processor.tokenizer.save_pretrained(home / "siglip")
+    processor.image_processor.save_pretrained(home / "siglip")
+    for folder, (stage, name) in CHECKPOINTS.items():
+        mlm = build_mlm()
+        mlm.load_state_dict(_strip(_state(stage, name), "mlm."))
+        mlm.half().save_pretrained(home / folder)
+        processor.save_pretrained(home / folder)
+    for kind, folders in (("model", ("siglip", "llava-onevision")), ("stages", ("stages",))):
+        for folder in folders:
+            size = sum(f.stat().st_size for f in (home / folder).rglob("*") if f.is_file()) / 1e6
+            if size > LIMITS_MB[kind]:
+                raise ParameterError(f"{home / folder} has {size:.1f} MB, more than the {LIMITS_MB[kind]} MB meant for it")
+
+
+def export_card(home: Path = HOME, scenes: int = 6000, questions: int = 1200) -> None:
+    report = evaluate(load_mlm(str(home / "llava-onevision")).model, make_pool(scenes, seed=3), questions)
+    print_report(report)
+    for line in missed_gates(report):
+        print("missed:", line)
+    write_json(home / "accuracy.json", report)
+    curves = {name: json.loads((WORK / name / "curve.json").read_text()) for name in STAGES}
+    write_json(home / "curves.json", curves)
+    write_text(home / "README.md", model_card(report, curves, home))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m kvutils.pocket.export", description=__doc__.split("\n")[0])
+    parser.add_argument("--card-only", action="store_true", help="measure again and rewrite the card, not the weights")
+    options = parser.parse_args(arguments)
+    if not options.card_only:
+        export_weights()
+    export_card()
+
+
+if __name__ == "__main__":
+    main()
