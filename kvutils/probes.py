@@ -1,18 +1,19 @@
-"""Readouts of image tokens: a linear probe fitted for all feature sources at once, text similarity, thresholds.
+"""Readouts of image tokens: a linear probe of all feature sources at once, text similarity, Otsu's threshold.
 
-The probe is the classifier of the segmentation task (paper section 3.1) and minimises, for every source separately,
+The probe is the classifier of the segmentation task (paper section 3.1). For every source it minimises
 
     F(w, b) = sum_i s_i * cross_entropy(w . x_i + b, y_i) + |w|^2 / (2 * strength),
 
-which is 1/C times scikit-learn's `LogisticRegression(C=strength, class_weight="balanced")` objective: the intercept is
-not penalised, s_i = sample weight times total / (classes * total of the class), and x_i is standardised as
-`StandardScaler` does (mean and population deviation of the rows with non-zero weight, not weighted otherwise).
+1 / C times the objective of scikit-learn's `LogisticRegression(C=strength, class_weight="balanced")`: the
+intercept is not penalised, s_i = sample weight * total weight / (classes * weight of the class), and x_i is
+standardised as by `StandardScaler` (mean and population deviation of the rows of non-zero weight,
+unweighted).
 
-Dozens of sources share one set of rows, so the solver runs all of them side by side and touches the features, the
-largest array, only twice per iteration. Each step minimises F over the plane spanned by the preconditioned gradient and
-the last few steps (sequential subspace optimisation, Narkiss and Zibulevsky 2005). The logits of those directions are
-kept, hence the Newton steps inside the plane cost nothing on the scale of the features, and the preconditioner, F's
-exact Hessian at zero, is factorised once.
+Dozens of sources share one set of rows, so the solver runs them side by side and passes over the features,
+the largest array, only twice per iteration. Each step minimises F over the plane spanned by the
+preconditioned gradient and the last few steps (sequential subspace optimisation, Narkiss and Zibulevsky
+2005). The logits of these directions are kept, hence the Newton step inside the plane costs little. The
+preconditioner is F's Hessian, estimated from a part of the rows and seldom renewed.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from torch.nn.functional import softplus
 
 from kvutils.errors import KVUtilsError, ParameterError
 
-DIRECTIONS = 4  # the plane of one step: preconditioned gradient and the last three steps; more gained nothing measurable
-PRECONDITION_UP_TO = 1536  # channels; beyond, the C x C Hessian costs more than the iterations it saves
-# Working set of one batched solve. On a CPU an episode should stay in the last-level cache between iterations; on a GPU
-# the limit is there only to leave memory to the model.
+DIRECTIONS = 4  # preconditioned gradient and the last three steps; more gained nothing measurable
+REFRESH = 5  # iterations between preconditioners: separable data leave the curvature at zero far behind
+ROWS_PER_CHANNEL = 3  # rows that enter a preconditioner: it need not be exact, and it costs in proportion
+PRECONDITION_UP_TO = 1536  # channels; beyond, a C x C factorisation costs more than the iterations it saves
+# Bytes of features solved in one batch. On a CPU they should stay in the last-level cache between iterations;
+# on a GPU the limit only leaves memory to the model.
 CHUNK_BYTES = {"cpu": 6 * 2**20, "cuda": 4 * 2**30}
 
 
@@ -39,10 +42,11 @@ class ConvergenceError(KVUtilsError):
 
 @dataclass
 class LinearProbe:
-    """A fitted probe per source; S stands for the leading dimensions of the X it was fitted on (none, one or several).
+    """A fitted probe per source; S stands for the leading dimensions of the fitted X (none, one or several).
 
-    K' is 1 for two classes (one logit, positive for class 1) and num_classes otherwise. weight applies to standardised
-    features. A class without training rows has bias -inf. loss is F (see the module) at the solution.
+    K' is 1 for two classes (one logit, positive for class 1), else num_classes. weight applies to
+    standardised features. A class without training rows has bias -inf. loss is F (see the module) at the
+    solution.
     """
 
     weight: Tensor  # (S, K', C)
@@ -55,13 +59,16 @@ class LinearProbe:
 
     @torch.no_grad()
     def logits(self, X: Tensor) -> Tensor:
-        """Logits of features X (S, M, C): (S, M) for two classes, (S, M, K) for more. ParameterError on a wrong shape."""
+        """Logits of features X (S, M, C): (S, M) for two classes, (S, M, K) for more.
+
+        ParameterError if the sources or channels are not those of the fit.
+        """
         X = torch.as_tensor(X, device=self.weight.device).to(self.weight.dtype)
-        if X.shape[:-2] != self.mean.shape[:-1] or X.shape[-1:] != self.mean.shape[-1:]:
+        if X.ndim < 2 or (*X.shape[:-2], X.shape[-1]) != self.mean.shape:
             expected = (*self.mean.shape[:-1], "M", self.mean.shape[-1])
             raise ParameterError(f"logits: expected features of shape {expected}, found {tuple(X.shape)}; "
                                  "pass the same sources and channels as in fit_linear_probe")
-        # Standardise first, as in the fit: folding mean / std into the bias would cancel digits in outlier channels.
+        # As in the fit; folded into weight and bias, mean / std would cancel digits in outlier channels.
         X = (X - self.mean.unsqueeze(-2)).div_(self.std.unsqueeze(-2))
         logits = X @ self.weight.mT + self.bias.unsqueeze(-2)
         return logits[..., 0] if logits.shape[-1] == 1 else logits
@@ -75,279 +82,294 @@ class LinearProbe:
         """This probe, or ConvergenceError that names the sources which have not converged."""
         if not self.converged.all():
             failed = (~self.converged).flatten().nonzero().flatten().tolist()
-            raise ConvergenceError(f"linear probe: expected every source to converge, found {len(failed)} of "
-                                   f"{self.converged.numel()} that did not (sources {failed[:10]}) after "
-                                   f"{int(self.iterations.max())} iterations; raise max_iter, lower strength, or pass float64")
+            raise ConvergenceError(
+                f"linear probe: expected every source to converge, found {len(failed)} of "
+                f"{self.converged.numel()} that did not within {int(self.iterations.max())} iterations "
+                f"(sources {failed[:10]}); raise max_iter or tol, lower strength, or pass float64 features")
         return self
 
 
 @torch.no_grad()
-def fit_linear_probe(X: Tensor, y: Tensor, num_classes: int = 2, strength: float = 1.0, class_balanced: bool = True,
-                     sample_weight: Tensor | None = None, tol: float = 1e-3, max_iter: int = 1000) -> LinearProbe:
-    """L2-regularised logistic regression of every source, where X lies (CPU or GPU).
+def fit_linear_probe(X: Tensor, y: Tensor, num_classes: int = 2, strength: float = 1.0,
+                     class_balanced: bool = True, sample_weight: Tensor | None = None, tol: float = 1e-3,
+                     max_iter: int = 1000) -> LinearProbe:
+    """L2-regularised logistic regression of every source, computed where X lies (CPU or GPU).
 
     X (S, N, C) features, S any leading dimensions (sources, or episodes x sources); y (N,) or (S, N) classes;
-    sample_weight (N,) or (S, N), >= 0 or bool: rows of weight 0 (padding, void tokens) take no part and may hold any
-    label or feature. strength is scikit-learn's C. float64 features are solved in float64, all others in float32.
+    sample_weight (N,) or (S, N), bool or >= 0: rows of weight 0 (padding, void tokens) take no part and may
+    hold any label and feature. strength is scikit-learn's C. float64 is solved in float64, all else in
+    float32.
 
-    A source has converged when |gradient|^2 <= 2 tol F / strength. As F is 1/strength-strongly convex in w, its loss is
-    then within a share tol of the minimum; in practice the error is about a tenth of that. The result of a source
-    does not depend on the sources beside it.
+    A source has converged when |gradient|^2 <= 2 tol F / strength. F is 1/strength-strongly convex in w, so
+    its loss is then within a share of about tol of the minimum (in practice a tenth of that). A source's
+    result does not depend on the sources beside it.
 
-    ParameterError: shapes that do not fit, labels out of range, fewer than two classes in a source, NaN or Inf.
-    Source: paper section 3.1 (probing set-up ours).
+    ParameterError: shapes that do not fit, labels out of range, a source with fewer than two classes, NaN or
+    Inf. Source: paper section 3.1; the regularisation is ours.
 
     >>> probe = fit_linear_probe(support, labels).require_converged()   # (28, 720, 64), (720,)
     >>> scores = probe.logits(query)                                    # (28, 144, 64) -> (28, 144)
     """
     X = torch.as_tensor(X)
     if X.ndim < 2 or X.numel() == 0:
-        raise ParameterError(f"fit_linear_probe: expected X of shape (S, N, C), found {tuple(X.shape)}; stack sources first")
-    if num_classes < 2 or not strength > 0 or not tol > 0 or max_iter < 1:
-        raise ParameterError("fit_linear_probe: expected num_classes >= 2, strength > 0, tol > 0 and max_iter >= 1, found "
-                             f"{num_classes}, {strength}, {tol}, {max_iter}")
+        raise ParameterError("fit_linear_probe: expected X of shape (S, N, C), none of them 0, found "
+                             f"{tuple(X.shape)}")
+    if num_classes < 2 or not 0 < strength < float("inf") or not tol > 0 or max_iter < 1:
+        raise ParameterError("fit_linear_probe: expected num_classes >= 2, strength > 0, tol > 0 and "
+                             f"max_iter >= 1, found {num_classes}, {strength}, {tol}, {max_iter}")
     lead, (N, C) = X.shape[:-2], X.shape[-2:]
     dtype = torch.float64 if X.dtype == torch.float64 else torch.float32
 
     def rows(name: str, value: Tensor) -> Tensor:
         value = torch.as_tensor(value, device=X.device)
         if value.shape not in ((N,), (*lead, N)):
-            raise ParameterError(f"fit_linear_probe: expected {name} of shape {(N,)} or {(*lead, N)}, found {tuple(value.shape)}")
+            raise ParameterError(f"fit_linear_probe: expected {name} of shape {(N,)} or {(*lead, N)}, "
+                                 f"found {tuple(value.shape)}")
         return value.expand(*lead, N).reshape(-1, N)
 
-    y = rows("y", y).long()
-    weight = None
+    y, keep = rows("y", y).long(), None
+    s = torch.ones_like(y, dtype=dtype)
     if sample_weight is not None:
-        weight = rows("sample_weight", sample_weight).to(dtype)
-        if not (torch.isfinite(weight) & (weight >= 0)).all():
-            raise ParameterError("fit_linear_probe: expected finite sample weights >= 0; use 0 to exclude a row")
-        y = torch.where(weight > 0, y, -1)
-    allowed = -1 if weight is not None else 0
-    if y.min() < allowed or y.max() >= num_classes:
-        raise ParameterError(f"fit_linear_probe: expected labels 0..{num_classes - 1}, found {int(y.min())}..{int(y.max())}; "
-                             "give void rows sample weight 0")
-    onehot = (y.unsqueeze(1) == torch.arange(num_classes, device=y.device)[:, None]).to(dtype)  # (S, K, N)
+        s = rows("sample_weight", sample_weight).to(dtype)
+        if not (torch.isfinite(s) & (s >= 0)).all():
+            raise ParameterError("fit_linear_probe: expected finite sample weights >= 0, found NaN, Inf "
+                                 "or less; use 0 to exclude a row")
+        keep = s > 0
+        y = torch.where(keep, y, y.new_zeros(()))
+    if y.min() < 0 or y.max() >= num_classes:
+        raise ParameterError(f"fit_linear_probe: expected labels 0..{num_classes - 1}, found "
+                             f"{int(y.min())}..{int(y.max())}; give void rows sample weight 0")
+    onehot = y.unsqueeze(1) == torch.arange(num_classes, device=y.device)[:, None]  # (S, K, N)
+    onehot = (onehot if keep is None else onehot & keep.unsqueeze(1)).to(dtype)
     present = onehot.any(-1)
     if (lacking := present.sum(1) < 2).any():
-        raise ParameterError("fit_linear_probe: expected at least two classes among the training rows, found fewer in source "
-                             f"{int(lacking.nonzero()[0])}; skip this episode or choose other support images")
-    s = onehot.sum(1) if weight is None else weight  # (S, N)
+        raise ParameterError("fit_linear_probe: expected at least two classes among the training rows, found "
+                             f"fewer in source {int(lacking.nonzero()[0])}; choose other support images")
     if class_balanced:
-        total = (onehot @ s.unsqueeze(-1)).squeeze(-1)  # weighted count of each class
-        factor = s.sum(1, keepdim=True) / (present.sum(1, keepdim=True) * total.clamp_min(torch.finfo(dtype).tiny))
-        s = s * (factor.unsqueeze(1) @ onehot).squeeze(1)
+        per_class = (onehot @ s.unsqueeze(-1)).squeeze(-1).clamp_min(torch.finfo(dtype).tiny)
+        factor = s.sum(1, keepdim=True) / (present.sum(1, keepdim=True) * per_class)
+        s = s * (factor.masked_fill(~present, 0).unsqueeze(1) @ onehot).squeeze(1)
     flat = X.reshape(-1, N, C)
     size = max(1, CHUNK_BYTES["cuda" if X.is_cuda else "cpu"] // (N * (C + 1) * dtype.itemsize))
-    # Chunks of equal size: a last one with few sources would use the cores badly.
-    parts = torch.arange(len(flat)).tensor_split(-(-len(flat) // size))
-    solved = [_fit_chunk(flat[i:j], onehot[i:j], s[i:j], None if weight is None else weight[i:j] > 0, strength, tol, max_iter, i)
-              for i, j in ((int(p[0]), int(p[-1]) + 1) for p in parts)]
+    # Chunks of equal size: a last one with few sources would waste the fixed cost of an iteration.
+    chunks = torch.arange(len(flat)).tensor_split(-(-len(flat) // size))
+    with torch.inference_mode():  # less bookkeeping per operation than no_grad: it counts for small features
+        solved = [_fit_chunk(flat[i:j], onehot[i:j], s[i:j], None if keep is None else keep[i:j], strength,
+                             tol, max_iter, i) for i, j in ((int(c[0]), int(c[-1]) + 1) for c in chunks)]
     joined = [torch.cat(parts).unflatten(0, lead) if lead else torch.cat(parts)[0] for parts in zip(*solved)]
     return LinearProbe(**{field.name: value for field, value in zip(fields(LinearProbe), joined)})
 
 
-def _standardise(X: Tensor, keep: Tensor | None, s: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Standardised rows with a column of ones (S, N, C+1), mean and std (S, C), Gram matrix weighted by s (S, C+1, C+1).
+def _standardise(X: Tensor, keep: Tensor | None, dtype: torch.dtype,
+                 first: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Standardised rows with a column of ones (S, N, C+1), mean and std (S, C).
 
-    X (S, N, C), keep (S, N) bool or None, s (S, N). One source at a time: a pass over one source stays in the cache and
-    its scratch space is small, where passes over all sources would cost more than the optimisation.
+    X (S, N, C), keep (S, N) bool or None. One source at a time: passes over one source stay in the cache and
+    need little scratch space, where passes over all sources would cost as much as the optimisation.
     """
     S, N, C = X.shape
-    A, mean, std = s.new_empty(S, N, C + 1), s.new_empty(S, C), s.new_empty(S, C)
-    gram = s.new_empty(S, C + 1, C + 1) if C < PRECONDITION_UP_TO else None
-    scratch, eps = s.new_empty(N, C + 1), torch.finfo(s.dtype).eps
-    share = s.new_full((1, N), 1 / N)
+    A, mean, std = (X.new_empty(shape, dtype=dtype) for shape in ((S, N, C + 1), (S, C), (S, C)))
+    scratch, share, eps = A.new_empty(N, C), A.new_full((1, N), 1 / N), torch.finfo(dtype).eps
     for i, (rows, out) in enumerate(zip(X, A)):
-        rows, centred = rows.to(s.dtype), out[:, :C]
-        if keep is not None:
-            rows = rows.masked_fill(~keep[i].unsqueeze(-1), 0)  # a NaN in padding would survive a multiplication by zero
-            share = (keep[i] / keep[i].sum()).to(s.dtype).unsqueeze(0)
+        rows, centred = rows.to(dtype), out[:, :C]
+        if keep is not None:  # by filling: NaN in padding would survive a multiplication by zero
+            rows = rows.masked_fill(~keep[i].unsqueeze(-1), 0)
+            share = (keep[i] / keep[i].sum()).to(dtype).unsqueeze(0)
         torch.sub(rows, torch.mm(share, rows, out=mean[i : i + 1]), out=centred)
-        variance = share @ torch.mul(centred, centred, out=scratch[:, :C])
+        deviation = (share @ torch.mul(centred, centred, out=scratch))[0].sqrt_()
         # The spread of a constant feature is rounding error, which must not be blown up to unit variance.
-        deviation = variance[0].sqrt_()
         std[i] = deviation.masked_fill_(deviation <= 10 * eps * mean[i].abs(), 1)
         centred.div_(std[i])
         out[:, C] = 1
         if keep is not None:
             out.mul_(keep[i].unsqueeze(-1))
-        if gram is not None:
-            torch.mm(out.mT, torch.mul(out, s[i].unsqueeze(-1), out=scratch), out=gram[i])
-    if not torch.isfinite(std).all():  # any NaN or Inf among the rows ends up here, so the features need no pass of their own
-        source = first + int((~torch.isfinite(std)).any(-1).nonzero()[0])
-        raise ParameterError(f"fit_linear_probe: expected finite features, found NaN, Inf or an overflow in source {source}; "
-                             "check the capture of that source (half precision overflows above 65504)")
-    return A, mean, std, gram
+    bad = ~torch.isfinite(std).all(-1)  # a NaN or Inf in any row ends up here: this saves a pass over X
+    if bad.any():
+        raise ParameterError("fit_linear_probe: expected finite features, found NaN, Inf or an overflow in "
+                             f"source {first + int(bad.nonzero()[0])}; check the capture of that source")
+    return A, mean, std
 
 
-def _fit_chunk(X: Tensor, onehot: Tensor, s: Tensor, keep: Tensor | None, strength: float, tol: float, max_iter: int,
-               first: int) -> tuple[Tensor, ...]:
-    """Fields of LinearProbe for X (S, N, C), onehot (S, K, N), row weights s (S, N); `first` numbers the sources in errors."""
-    A, mean, std, gram = _standardise(X, keep, s, first)
+def _fit_chunk(X: Tensor, onehot: Tensor, s: Tensor, keep: Tensor | None, strength: float, tol: float,
+               max_iter: int, first: int) -> tuple[Tensor, ...]:
+    """Fields of LinearProbe; X (S, N, C), onehot (S, K, N), row weights s (S, N); errors count from `first`."""
+    A, mean, std = _standardise(X, keep, s.dtype, first)
     (S, N, P), classes = A.shape, onehot.shape[1]
-    loss_at = (_Binary if classes == 2 else _Softmax)(onehot, s.unsqueeze(1), A)
-    K = loss_at.outputs
+    model = (_Binary if classes == 2 else _Softmax)(onehot, s.unsqueeze(1))
+    K, eps = model.outputs, torch.finfo(A.dtype).eps
     ridge = A.new_full((P,), 1 / strength)
     ridge[-1] = 0  # the intercept
-    precondition = _preconditioner(gram, loss_at.curvature_at_zero, ridge)
-    x, z = A.new_zeros(S, K, P), A.new_zeros(S, K, N)  # weights and intercept; logits
-    D, Z = A.new_zeros(S, DIRECTIONS, K, P), A.new_zeros(S, DIRECTIONS, K, N)  # directions and their logits
+    # Parameters (first P columns) and their logits (last N) move together and are stored together, for the
+    # current point and for the directions of the plane.
+    point, plane = A.new_zeros(S, K, P + N), A.new_zeros(S, DIRECTIONS, K, P + N)
+    metric = torch.empty_like(point)  # weights under which a direction's squared length is F's curvature
+    metric[..., :P] = ridge
     iterations = torch.zeros(S, dtype=torch.long, device=A.device)
-    noise = 8 * torch.finfo(A.dtype).eps
-    flat = lambda t: t.flatten(2)  # noqa: E731  (S, DIRECTIONS, K, .) -> (S, DIRECTIONS, K * .)
-    data, state = loss_at(z)
-    penalty = x.new_zeros(S)
-    loss = data
+    loss, state = model(point[..., P:])
+    factor = None
     for iteration in range(max_iter + 1):
-        residual = loss_at.residual(state)
-        gradient = residual @ A + ridge * x
+        gradient = model.residual(state) @ A + ridge * point[..., :P]
         converged = gradient.square().sum((1, 2)) * (strength / 2) <= tol * loss
         if iteration == max_iter or converged.all():
             break
         iterations += ~converged
-        D[:, 0] = precondition(gradient)
-        Z[:, 0] = D[:, 0] @ A.mT
-        # Two Newton steps inside the plane; `step` are coordinates along the directions, of shape (S, 1, DIRECTIONS).
-        DD = flat(D * ridge) @ flat(D).mT
-        Dx = x.flatten(1).unsqueeze(1) @ flat(D * ridge).mT
-        step, trial = torch.zeros_like(Dx), state
-        for inner in range(2):
-            g = loss_at.residual(trial).flatten(1).unsqueeze(1) @ flat(Z).mT + Dx + step @ DD
-            H = loss_at.curvature(trial, Z) + DD
-            step = step - _solve_small(H, g)
-            if inner == 0:
-                trial = loss_at(z + (step @ flat(Z)).view_as(z), loss=False)[1]
-        step.masked_fill_(converged[:, None, None], 0)  # a source stops where it converged, whatever its neighbours do
+        if iteration % REFRESH == 0 and P <= PRECONDITION_UP_TO:
+            factor = _factorise(A, model.row_curvature(state), ridge, evenly=iteration == 0)
+        direction = gradient if factor is None else torch.cholesky_solve(gradient.mT, factor).mT
+        plane[:, 0, :, :P] = direction
+        plane[:, 0, :, P:] = direction @ A.mT
+        # A Newton step inside the plane: `step` (S, 1, DIRECTIONS) are coordinates along the directions.
+        H = model.plane_curvature(state, plane, metric)
+        # Directions that are zero (first steps, finished sources) or depend on others must do no harm.
+        H.diagonal(dim1=1, dim2=2).mul_(1 + 50 * eps).add_(torch.finfo(H.dtype).tiny)
+        slope = plane[..., :P].flatten(2) @ gradient.flatten(1).unsqueeze(2)
+        step = torch.linalg.solve_ex(H, slope)[0].mT.neg()
+        step.masked_fill_(converged[:, None, None], 0)  # a source stops where it converged, others or not
         while True:
-            dx, dz = (step @ flat(D)).view_as(x), (step @ flat(Z)).view_as(z)
-            data, state = loss_at(z + dz)
-            penalty = ((x + dx).square() * (ridge / 2)).sum((1, 2))
-            worse = data + penalty > loss * (1 + noise)
+            move = (step @ plane.flatten(2)).view_as(point)
+            trial = point + move
+            data, state = model(trial[..., P:])
+            trial_loss = data + (trial[..., :P].square() * (ridge / 2)).sum((1, 2))
+            worse = trial_loss > loss * (1 + 8 * eps)
             if not worse.any():
                 break
-            step = torch.where(worse[:, None, None], step * 0.25, step)  # Newton overshot; the direction is one of descent
-        x, z, loss = x + dx, z + dz, data + penalty
-        slot = 1 + iteration % (DIRECTIONS - 1)
-        D[:, slot], Z[:, slot] = dx, dz
-    weight, bias = x[..., :-1].clone(), x[..., -1].clone()
+            step = torch.where(worse[:, None, None], step * 0.25, step)  # Newton overshot in its direction
+        point, loss = trial, trial_loss
+        plane[:, 1 + iteration % (DIRECTIONS - 1)] = move
+    weight, bias = point[..., : P - 1].clone(), point[..., P - 1].clone()
     if K > 1:
-        bias = bias.masked_fill(~onehot.any(-1), -torch.inf)
+        bias.masked_fill_(~onehot.any(-1), -torch.inf)
     return weight, bias, mean, std, converged, iterations, loss
 
 
-def _preconditioner(gram: Tensor | None, curvature: float, ridge: Tensor):
-    """Function g (S, K, P) -> inverse Hessian at zero times g; g itself without a Gram matrix (S, P, P)."""
-    if gram is None:
-        return lambda g: g
-    H = gram.mul_(curvature)
+def _factorise(A: Tensor, curvature: Tensor, ridge: Tensor, evenly: bool) -> Tensor:
+    """Cholesky factor (S, P, P) of about A' diag(curvature) A + diag(ridge); A (S, N, P), curvature (S, N).
+
+    Only some rows enter: every n-th while all have about the same curvature (evenly), else those with most of
+    it, for late in the optimisation a few rows near the boundary carry nearly all.
+    """
+    S, N, P = A.shape
+    count, index = min(N, ROWS_PER_CHANNEL * P), None
+    if evenly:
+        A, curvature = A[:, :: N // count], curvature[:, :: N // count] * (N // count)
+    elif count < N:
+        curvature, index = curvature.topk(count, dim=1, sorted=False)
+    H = A.new_empty(S, P, P)
+    for i, rows in enumerate(A):
+        rows = rows if index is None else rows[index[i]]
+        torch.mm(rows.mT, rows * curvature[i].unsqueeze(-1), out=H[i])
     diagonal = H.diagonal(dim1=1, dim2=2)
-    # A floor keeps the factorisation safe when features are collinear and hardly penalised. It changes the path to the
-    # minimum, never the minimum.
+    # The floor keeps the factorisation safe when features are collinear and hardly penalised. It changes the
+    # path to the minimum, never the minimum.
     floor = 20 * torch.finfo(H.dtype).eps * diagonal.sum(-1, keepdim=True)
-    diagonal.add_(torch.maximum(ridge, floor))
-    L = torch.linalg.cholesky(H)
-    return lambda g: torch.cholesky_solve(g.mT, L).mT
-
-
-def _solve_small(H: Tensor, g: Tensor) -> Tensor:
-    """g (S, 1, m) H^-1 for positive semi-definite H (S, m, m); directions that are zero or depend on others are harmless."""
-    scale = H.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(H.dtype).tiny).rsqrt().unsqueeze(1)
-    H = H * scale * scale.mT
-    H.diagonal(dim1=1, dim2=2).add_(50 * torch.finfo(H.dtype).eps)
-    L, _ = torch.linalg.cholesky_ex(H)
-    return torch.cholesky_solve((g * scale).mT, L).mT * scale
+    diagonal.add_(torch.maximum(ridge, floor.clamp_min(torch.finfo(H.dtype).tiny)))
+    return torch.linalg.cholesky(H)
 
 
 class _Binary:
-    """Logistic loss of two classes with one logit z (S, 1, N). The state is the probability of the wrong class."""
+    """Logistic loss of two classes with one logit z (S, 1, N). State: probability of the wrong class."""
 
-    outputs, curvature_at_zero = 1, 1 / 4
+    outputs = 1
 
-    def __init__(self, onehot: Tensor, s: Tensor, A: Tensor) -> None:
-        self.s, self.sign = s, (onehot[:, 1:] - onehot[:, :1])
-        self.signed = -s * self.sign
+    def __init__(self, onehot: Tensor, s: Tensor) -> None:
+        self.s, self.flip = s, onehot[:, :1] - onehot[:, 1:]
+        self.signed = s * self.flip
 
-    def __call__(self, z: Tensor, loss: bool = True) -> tuple[Tensor | None, Tensor]:
-        wrong = -self.sign * z
-        return ((self.s @ softplus(wrong).mT)[:, 0, 0] if loss else None), torch.sigmoid(wrong)
+    def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        wrong = self.flip * z
+        return (self.s @ softplus(wrong).mT)[:, 0, 0], torch.sigmoid(wrong)
 
     def residual(self, wrong: Tensor) -> Tensor:
         return self.signed * wrong
 
-    def curvature(self, wrong: Tensor, Z: Tensor) -> Tensor:
-        Z = Z[:, :, 0]
-        return (Z * (self.s * wrong * (1 - wrong))) @ Z.mT
+    def row_curvature(self, wrong: Tensor) -> Tensor:
+        return torch.addcmul(wrong, wrong, wrong, value=-1).mul_(self.s)[:, 0]
+
+    def plane_curvature(self, wrong: Tensor, plane: Tensor, metric: Tensor) -> Tensor:
+        metric[..., -wrong.shape[-1] :] = self.row_curvature(wrong).unsqueeze(1)
+        plane = plane[:, :, 0]
+        return (plane * metric) @ plane.mT
 
 
 class _Softmax:
-    """Cross entropy of K logits z (S, K, N); classes that a source does not contain are left out. State: probabilities."""
+    """Cross entropy of K logits z (S, K, N), without classes that a source lacks. State: probabilities."""
 
-    def __init__(self, onehot: Tensor, s: Tensor, A: Tensor) -> None:
+    def __init__(self, onehot: Tensor, s: Tensor) -> None:
         self.s, self.onehot, self.absent = s, onehot, ~onehot.any(-1, keepdim=True)
-        self.outputs, self.curvature_at_zero = onehot.shape[1], 1 / onehot.shape[1]
+        self.outputs = onehot.shape[1]
 
-    def __call__(self, z: Tensor, loss: bool = True) -> tuple[Tensor | None, Tensor]:
+    def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
         log_p = z.masked_fill(self.absent, -torch.inf).log_softmax(1)
-        value = -(log_p.masked_fill(self.onehot == 0, 0) * self.s).sum((1, 2)) if loss else None
-        return value, log_p.exp()
+        return -(log_p.masked_fill(self.onehot == 0, 0) * self.s).sum((1, 2)), log_p.exp()
 
     def residual(self, p: Tensor) -> Tensor:
         return self.s * (p - self.onehot)
 
-    def curvature(self, p: Tensor, Z: Tensor) -> Tensor:
-        weighted = Z * p.unsqueeze(1)
-        mean = weighted.sum(2)
-        return (weighted * self.s.unsqueeze(1)).flatten(2) @ Z.flatten(2).mT - (mean * self.s) @ mean.mT
+    def row_curvature(self, p: Tensor) -> Tensor:
+        # One matrix has to serve all classes: their mean curvature, without the coupling between classes.
+        return self.s[:, 0] * (p * (1 - p)).sum(1) / (self.outputs - 1)
+
+    def plane_curvature(self, p: Tensor, plane: Tensor, metric: Tensor) -> Tensor:
+        N = p.shape[-1]
+        metric[..., -N:] = self.s * p
+        mean = (plane[..., -N:] * p.unsqueeze(1)).sum(2)
+        return (plane * metric.unsqueeze(1)).flatten(2) @ plane.flatten(2).mT - (mean * self.s) @ mean.mT
 
 
-def shuffled_labels(y: Tensor | np.ndarray, seed: int, valid: Tensor | np.ndarray | None = None) -> Tensor | np.ndarray:
-    """Control: labels (..., N) permuted over N, each row by its own permutation; entries where `valid` is False stay.
+def shuffled_labels(y: Tensor | np.ndarray, seed: int, valid: Tensor | np.ndarray | None = None):
+    """Control: labels (..., N), each row permuted at random over N; where `valid` is False they stay.
 
-    The share of each class is unchanged, so a probe that does better than chance on these has only memorised. Same type
-    and device as y, the same permutation for the same seed on every machine.
+    The share of each class is kept, so a probe that beats chance on new images with these has found no
+    meaning in them. Type and device are those of y; the same seed gives the same permutation on every
+    machine.
     """
     rng = np.random.default_rng(seed)
-    array = y.detach().cpu().numpy() if isinstance(y, Tensor) else np.asarray(y)
-    mask = np.ones(array.shape, bool) if valid is None else np.broadcast_to(np.asarray(torch.as_tensor(valid).cpu()), array.shape)
-    out = array.copy()
-    for row, labels, movable in zip(out.reshape(-1, array.shape[-1]), array.reshape(-1, array.shape[-1]),
-                                    mask.reshape(-1, array.shape[-1])):
-        row[movable] = rng.permutation(labels[movable])
+    out = (y.detach().cpu().numpy() if isinstance(y, Tensor) else np.asarray(y)).copy()
+    movable = np.ones(out.shape, bool)
+    if valid is not None:
+        movable &= (valid.cpu().numpy() if isinstance(valid, Tensor) else np.asarray(valid)).astype(bool)
+    for row, allowed in zip(out.reshape(-1, out.shape[-1]), movable.reshape(-1, out.shape[-1])):
+        row[allowed] = rng.permutation(row[allowed])
     return torch.from_numpy(out).to(y.device) if isinstance(y, Tensor) else out
 
 
 def text_similarity(image_values: Tensor, text_values: Tensor, cosine: bool = False) -> Tensor:
-    """Dot product of a text's values with each image token's, summed over heads (PROTOCOL task 3, paper section 3.1).
+    """Dot product of each image token's values with a text's, summed over heads (paper section 3.1).
 
-    image_values (..., N, G, D), text_values (..., G, D) of the same layer -> (..., N) in float32 at least. cosine=True
-    divides by both lengths, taken over all heads together; a zero vector scores 0. ParameterError on shapes that do not fit.
+    image_values (..., N, G, D) and text_values (..., G, D) of the same layers -> (..., N), in float32 at
+    least. cosine=True divides by both lengths, taken over all heads together; a zero vector scores 0.
+    ParameterError on shapes that do not fit.
     """
-    if image_values.ndim < 3 or text_values.ndim < 2 or image_values.shape[-2:] != text_values.shape[-2:]:
-        raise ParameterError("text_similarity: expected image values (..., N, G, D) and text values (..., G, D), found "
-                             f"{tuple(image_values.shape)} and {tuple(text_values.shape)}")
+    lead = image_values.shape[:-3]
+    if (image_values.ndim < 3 or text_values.ndim < 2 or image_values.shape[-2:] != text_values.shape[-2:]
+            or text_values.shape[:-2] not in ((), lead)):
+        raise ParameterError("text_similarity: expected image values (..., N, G, D) and text values "
+                             f"(..., G, D), found {tuple(image_values.shape)} and {tuple(text_values.shape)}")
     dtype = torch.promote_types(image_values.dtype, torch.float32)
-    image, text = image_values.to(dtype).flatten(-2), text_values.to(image_values.device, dtype).flatten(-2)
-    scores = (image @ text.unsqueeze(-1)).squeeze(-1)
+    image = image_values.to(dtype).flatten(-2)
+    text = text_values.to(image.device, dtype).flatten(-2).unsqueeze(-1)
+    scores = (image @ text).squeeze(-1)
     if not cosine:
         return scores
-    lengths = image.norm(dim=-1) * text.norm(dim=-1, keepdim=True)
-    return scores / lengths.clamp_min(torch.finfo(dtype).tiny)
+    return scores / (image.norm(dim=-1) * text.norm(dim=-2)).clamp_min(torch.finfo(dtype).tiny)
 
 
 def otsu(scores: Tensor | np.ndarray) -> float:
-    """Otsu's threshold (1979): the split of the scores, of any shape, with the largest between-class variance.
+    """Otsu's threshold (1979): the split of scores, of any shape, with the largest variance between classes.
 
-    Exact over all splits, without a histogram. Foreground is `scores > threshold`; the threshold lies midway between
-    the two scores at the split, and is the score itself when all are equal. ParameterError on empty or non-finite scores.
+    Exact over all splits, without a histogram. Foreground is `scores > threshold`; the threshold lies midway
+    between the two scores at the split, and is the score itself when all are equal. ParameterError on empty
+    or non-finite scores.
     """
-    array = scores.detach().cpu().double().numpy() if isinstance(scores, Tensor) else np.asarray(scores, float)
-    x = np.sort(array, axis=None)
+    x = scores.detach().cpu().double().numpy() if isinstance(scores, Tensor) else np.asarray(scores, float)
+    x = np.sort(x, axis=None)
     if x.size == 0 or not np.isfinite(x).all():
-        raise ParameterError(f"otsu: expected finite scores, found {x.size} of which {int((~np.isfinite(x)).sum())} are not finite")
+        raise ParameterError(f"otsu: expected finite scores, found {x.size} scores, "
+                             f"{int((~np.isfinite(x)).sum())} of them NaN or Inf")
     if x[0] == x[-1]:
         return float(x[0])
-    centred = x - x.mean()  # the sum of the lower class then gives the variance between the classes directly
-    lower, count = np.cumsum(centred)[:-1], np.arange(1, x.size)
+    lower = np.cumsum(x - x.mean())[:-1]  # centred, so the lower class's sum alone gives that variance
+    count = np.arange(1, x.size)
     between = np.where(x[1:] > x[:-1], lower**2 / (count * (x.size - count)), -1.0)
     i = int(between.argmax())
     return float((x[i] + x[i + 1]) / 2)

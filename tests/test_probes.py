@@ -1,0 +1,269 @@
+"""The batched probe against scikit-learn, its convergence and bad input; text similarity, Otsu, shuffling."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from kvutils import probes
+from kvutils.errors import ParameterError
+from kvutils.probes import ConvergenceError, fit_linear_probe, otsu, shuffled_labels, text_similarity
+
+
+def make_episode(S, N, C, K=2, decay=0.5, signal=1.0, share=None, seed=0):
+    """Features (S, N, C) float32 with a falling spectrum, offsets and scales that differ, and labels (N,)."""
+    rng = np.random.default_rng(seed)
+    y = rng.choice(K, N, p=share)
+    y[:K] = np.arange(K)
+    spectrum = (1.0 + np.arange(C)) ** -decay
+    X = []
+    for _ in range(S):
+        Z = rng.standard_normal((N, C)) + signal * rng.standard_normal((K, C))[y]
+        Q, _ = np.linalg.qr(rng.standard_normal((C, C)))
+        X.append((Z * spectrum) @ Q * rng.uniform(0.5, 20, C) + 10 * rng.standard_normal(C))
+    return torch.tensor(np.stack(X), dtype=torch.float32), torch.tensor(y)
+
+
+def reference(x, y, balanced=True, strength=1.0, sample_weight=None):
+    """A tightly converged scikit-learn fit of one source in float64, and its standardised features."""
+    scaler = StandardScaler().fit(x.double().numpy())
+    class_weight = "balanced" if balanced else None
+    model = LogisticRegression(C=strength, class_weight=class_weight, tol=1e-6, max_iter=20000)
+    z = scaler.transform(x.double().numpy())
+    return model.fit(z, y.numpy(), sample_weight=sample_weight), z
+
+
+def objective(weight, bias, z, y, balanced, strength, sample_weight=None):
+    """F of the module's docstring in float64 numpy, written independently of the solver."""
+    y = y.numpy()
+    s = np.ones(len(y)) if sample_weight is None else np.asarray(sample_weight, float)
+    if balanced:
+        classes = np.unique(y)
+        total = s.sum()
+        s = s * np.array([total / (len(classes) * s[y == k].sum()) for k in y])
+    logits = z @ weight.T + bias
+    if logits.shape[1] == 1:
+        logits = np.concatenate([np.zeros_like(logits), logits], 1)
+    top = logits.max(1, keepdims=True)
+    nll = np.log(np.exp(logits - top).sum(1)) + top[:, 0] - logits[np.arange(len(y)), y]
+    return (s * nll).sum() + (weight**2).sum() / (2 * strength)
+
+
+CASES = {
+    "more rows than channels": dict(S=5, N=720, C=64, signal=0.3),
+    "falling spectrum": dict(S=4, N=720, C=64, decay=1.5, signal=0.5),
+    "more channels than rows": dict(S=3, N=90, C=300, signal=0.2),
+    "imbalanced": dict(S=4, N=600, C=32, share=[0.97, 0.03], signal=0.4),
+    "separable": dict(S=4, N=300, C=48, signal=3.0),
+    "multinomial": dict(S=3, N=400, C=24, K=5, signal=0.5),
+    "multinomial, separable": dict(S=2, N=200, C=40, K=5, signal=2.5),
+}
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_scikit_learn(name, balanced):
+    case = CASES[name]
+    X, y = make_episode(**case)
+    K = case.get("K", 2)
+    probe = fit_linear_probe(X, y, K, class_balanced=balanced).require_converged()
+    predicted = probe.predict(X)
+    for i, x in enumerate(X):
+        model, z = reference(x, y, balanced)
+        best = objective(model.coef_, model.intercept_, z, y, balanced, 1.0)
+        weight, bias = probe.weight[i].double().numpy(), probe.bias[i].double().numpy()
+        ours = objective(weight, bias, z, y, balanced, 1.0)
+        assert ours <= best * (1 + 1e-3)
+        assert float(probe.loss[i]) == pytest.approx(ours, rel=1e-4)
+        assert np.mean(model.predict(z) == predicted[i].numpy()) >= 0.995
+
+
+@pytest.mark.parametrize("strength", [1e-3, 0.1, 10.0, 100.0])
+def test_regularisation_strength_is_that_of_scikit_learn(strength):
+    X, y = make_episode(S=2, N=300, C=20, signal=0.4)
+    probe = fit_linear_probe(X, y, strength=strength).require_converged()
+    for i, x in enumerate(X):
+        model, z = reference(x, y, strength=strength)
+        best = objective(model.coef_, model.intercept_, z, y, True, strength)
+        assert float(probe.loss[i]) == pytest.approx(best, rel=1e-3)
+
+
+def test_sample_weights_act_as_in_scikit_learn():
+    X, y = make_episode(S=2, N=300, C=20, signal=0.4)
+    weight = np.random.default_rng(1).uniform(0.1, 3, 300)
+    probe = fit_linear_probe(X.double(), y, class_balanced=False, sample_weight=weight, tol=1e-8)
+    for i, x in enumerate(X):
+        model, _ = reference(x, y, False, sample_weight=weight)
+        np.testing.assert_allclose(probe.weight[i].numpy(), model.coef_, atol=2e-4)
+
+
+def test_rows_of_weight_zero_are_as_if_absent():
+    X, y = make_episode(S=3, N=200, C=16)
+    padded = torch.cat([X, torch.full((3, 40, 16), float("nan"))], 1)
+    labels = torch.cat([y, torch.full((40,), 255)])
+    mask = torch.arange(240) < 200
+    plain = fit_linear_probe(X, y, tol=1e-5)
+    masked = fit_linear_probe(padded, labels, sample_weight=mask, tol=1e-5)
+    torch.testing.assert_close(masked.mean, plain.mean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(masked.std, plain.std, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(masked.loss, plain.loss, rtol=1e-4, atol=0)
+    torch.testing.assert_close(masked.logits(X), plain.logits(X), rtol=0, atol=0.02)
+
+
+def test_float64_is_solved_in_float64_to_any_tolerance():
+    X, y = make_episode(S=2, N=200, C=12, signal=0.5)
+    probe = fit_linear_probe(X.double(), y, tol=1e-13).require_converged()
+    assert probe.weight.dtype == torch.float64
+    for i, x in enumerate(X):
+        model, _ = reference(x, y)
+        np.testing.assert_allclose(probe.weight[i].numpy(), model.coef_, atol=1e-4)
+
+
+def test_half_precision_is_solved_in_float32():
+    X, y = make_episode(S=2, N=200, C=12)
+    assert fit_linear_probe(X.bfloat16(), y).require_converged().weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("K", [2, 3])
+def test_leading_dimensions_chunks_and_neighbours_do_not_matter(K, monkeypatch):
+    X, y = make_episode(S=6, N=150, C=10, K=K, signal=0.7)
+    X = X.view(2, 3, 150, 10)
+    labels = torch.stack([y, torch.roll(y, 5)])[:, None].expand(2, 3, 150)
+    probe = fit_linear_probe(X, labels, K)
+    assert probe.weight.shape == (2, 3, 1 if K == 2 else K, 10) and probe.converged.shape == (2, 3)
+    logits = probe.logits(X[:, :, :7])
+    assert logits.shape == ((2, 3, 7) if K == 2 else (2, 3, 7, K))
+    monkeypatch.setitem(probes.CHUNK_BYTES, "cpu", 1)  # one source at a time
+    torch.testing.assert_close(fit_linear_probe(X, labels, K).logits(X[:, :, :7]), logits, rtol=0, atol=1e-3)
+    single = fit_linear_probe(X[1, 2], labels[1, 2], K)
+    assert single.loss.ndim == 0
+    torch.testing.assert_close(single.logits(X[1, 2, :7]), logits[1, 2], rtol=0, atol=1e-3)
+
+
+def test_beyond_the_preconditioner_the_minimum_is_the_same(monkeypatch):
+    X, y = make_episode(S=3, N=150, C=40)
+    expected = fit_linear_probe(X, y).loss
+    monkeypatch.setattr(probes, "PRECONDITION_UP_TO", 10)
+    torch.testing.assert_close(fit_linear_probe(X, y).require_converged().loss, expected, rtol=1e-3, atol=0)
+
+
+def test_constant_collinear_and_outlier_features():
+    X, y = make_episode(S=2, N=200, C=8)
+    constant = torch.tensor([0.1, 0.0]).expand(2, 200, 2)
+    X = torch.cat([X, constant, X[:, :, :3], 3e4 + X[:, :, 3:4]], -1)
+    probe = fit_linear_probe(X, y, strength=1e3).require_converged()
+    assert (probe.std[:, 8:10] == 1).all()
+    assert probe.weight[:, :, 8:10].abs().max() < 1e-2
+    assert torch.isfinite(probe.logits(X)).all()
+
+
+def test_a_class_without_rows_is_never_predicted():
+    X, y = make_episode(S=2, N=200, C=8, K=3)
+    probe = fit_linear_probe(X, torch.where(y == 2, 3, y), 4).require_converged()
+    assert torch.isneginf(probe.bias[:, 2]).all() and torch.isfinite(probe.weight).all()
+    assert not (probe.predict(X) == 2).any()
+
+
+def test_unconverged_sources_are_flagged_and_named():
+    X, y = make_episode(S=3, N=200, C=30, decay=2.0)
+    probe = fit_linear_probe(X, y, max_iter=2)
+    assert probe.iterations.max() == 2 and not probe.converged[0]
+    with pytest.raises(ConvergenceError, match=r"sources \[0"):
+        probe.require_converged()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_features_name_their_source(value, monkeypatch):
+    monkeypatch.setitem(probes.CHUNK_BYTES, "cpu", 1)
+    X, y = make_episode(S=4, N=60, C=5)
+    X[2, 11, 3] = value
+    with pytest.raises(ParameterError, match="source 2"):
+        fit_linear_probe(X, y)
+
+
+def test_other_bad_input():
+    X, y = make_episode(S=2, N=60, C=5)
+    with pytest.raises(ParameterError, match="two classes.*source 0"):
+        fit_linear_probe(X, torch.zeros(60, dtype=torch.long))
+    with pytest.raises(ParameterError, match="two classes.*source 1"):
+        fit_linear_probe(X, torch.stack([y, torch.ones_like(y)]))
+    for labels in (y - 1, y * 255):
+        with pytest.raises(ParameterError, match="labels 0..1"):
+            fit_linear_probe(X, labels)
+    with pytest.raises(ParameterError, match="labels 0..1"):
+        fit_linear_probe(X, y - 1, sample_weight=torch.ones(60))
+    with pytest.raises(ParameterError, match="y of shape"):
+        fit_linear_probe(X, y[:-1])
+    with pytest.raises(ParameterError, match="sample weights"):
+        fit_linear_probe(X, y, sample_weight=-torch.ones(60))
+    with pytest.raises(ParameterError, match="strength"):
+        fit_linear_probe(X, y, strength=0)
+    with pytest.raises(ParameterError, match="X of shape"):
+        fit_linear_probe(X[:, :0], y[:0])
+    with pytest.raises(ParameterError, match="logits: expected"):
+        fit_linear_probe(X, y).logits(X[:1])
+
+
+def test_input_is_left_as_it_was():
+    X, y = make_episode(S=2, N=60, C=5)
+    before = X.clone()
+    fit_linear_probe(X, y, sample_weight=torch.arange(60) > 3)
+    assert torch.equal(X, before)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("K", [2, 5])
+def test_cuda_equals_cpu(K):
+    X, y = make_episode(S=8, N=720, C=128, K=K, signal=0.3)
+    cpu = fit_linear_probe(X, y, K).require_converged()
+    gpu = fit_linear_probe(X.cuda(), y.cuda(), K).require_converged()
+    assert gpu.weight.is_cuda
+    torch.testing.assert_close(gpu.loss.cpu(), cpu.loss, rtol=1e-3, atol=0)
+    assert (gpu.predict(X.cuda()).cpu() == cpu.predict(X)).float().mean() >= 0.995
+
+
+def test_shuffled_labels_keep_counts_and_void_entries():
+    y = torch.tensor([0] * 30 + [1] * 10 + [255] * 5).expand(2, 45)
+    out = shuffled_labels(y, 3, valid=y != 255)
+    assert torch.equal(out, shuffled_labels(y, 3, valid=y != 255)) and out.dtype == y.dtype
+    assert torch.equal(out.sort(1).values, y) and torch.equal(out[:, 40:], y[:, 40:])
+    assert not torch.equal(out[0], out[1]) and not torch.equal(out, shuffled_labels(y, 4, valid=y != 255))
+    array = shuffled_labels(np.arange(20), 0)
+    assert isinstance(array, np.ndarray) and sorted(array) == list(range(20))
+
+
+def test_text_similarity_sums_over_heads():
+    g = torch.Generator().manual_seed(0)
+    image, text = torch.randn(3, 7, 2, 4, generator=g), torch.randn(3, 2, 4, generator=g)
+    expected = torch.einsum("sngd,sgd->sn", image, text)
+    torch.testing.assert_close(text_similarity(image, text), expected)
+    torch.testing.assert_close(text_similarity(image[0], text[0]), expected[0])
+    torch.testing.assert_close(text_similarity(image, text[0])[0], expected[0])
+    cosine = torch.cosine_similarity(image.flatten(2), text.flatten(1)[:, None], dim=-1)
+    torch.testing.assert_close(text_similarity(image, text, cosine=True), cosine)
+    assert text_similarity(image[0].half(), text[0].half()).dtype == torch.float32
+    assert (text_similarity(image[0] * 0, text[0], cosine=True) == 0).all()
+    with pytest.raises(ParameterError, match="text_similarity"):
+        text_similarity(image, text[..., :3])
+    with pytest.raises(ParameterError, match="text_similarity"):
+        text_similarity(image, text[:2])
+
+
+def test_otsu_is_the_best_split():
+    rng = np.random.default_rng(0)
+    scores = np.concatenate([rng.normal(0, 1, 400), rng.normal(6, 1, 100)]).reshape(25, 20)
+    flat = scores.ravel()
+
+    def between(t):
+        upper = flat > t
+        return upper.mean() * (1 - upper.mean()) * (flat[upper].mean() - flat[~upper].mean()) ** 2
+
+    threshold = otsu(scores)
+    best = max(between(t) for t in np.sort(flat)[:-1])
+    assert between(threshold) == pytest.approx(best)
+    assert otsu(torch.tensor(scores)) == threshold
+    assert otsu([0, 0, 0, 1]) == 0.5 and otsu([2.0, 2.0]) == 2.0
+    for bad in ([], [1.0, float("nan")]):
+        with pytest.raises(ParameterError, match="otsu"):
+            otsu(bad)
