@@ -26,7 +26,7 @@ from kvutils.textvalues import text_values
 __all__ = ["Capture", "capture", "capture_encoder", "resolve_layers", "text_values"]
 
 
-@dataclass
+@dataclass(eq=False)
 class Capture:
     """What one image became; tensors that were not asked for are None.
 

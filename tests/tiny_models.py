@@ -69,7 +69,10 @@ def tiny_onevision(seed: int = 0, attention: str = "sdpa", **text) -> MLM:
     pinpoints = [[side * rows, side * columns] for rows in range(1, 7) for columns in range(1, 7)]
     tokenizer = build_word_tokenizer(WORDS)
     image_processor = LlavaOnevisionImageProcessorPil(
-        size={"height": side, "width": side}, image_grid_pinpoints=pinpoints
+        size={"height": side, "width": side},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+        image_grid_pinpoints=pinpoints,
     )
     processor = ImageOnlyLlavaOnevisionProcessor(
         image_processor, tokenizer, (side // patch) ** 2, "full", chat_template=IMAGES_FIRST

@@ -1,0 +1,731 @@
+"""Capture against the plain model: same bits, nothing left behind, one clear error for what cannot be done."""
+
+import json
+import subprocess
+import sys
+import weakref
+
+import accelerate
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny_models import FAMILIES, IMAGES_FIRST, WORDS, tiny, tiny_pocket, tiny_siglip
+from transformers import DynamicCache, GenerationConfig
+
+from kvutils import capture_cli
+from kvutils.capture import capture, capture_encoder, resolve_layers, text_values
+from kvutils.errors import ImageError, KVUtilsError, LayerError, ModelError, ParameterError, PromptError
+from kvutils.inputs import encode_images, prepare_images, prepare_text
+from kvutils.models import load_encoder, load_mlm, wrap_mlm
+from kvutils.processors import build_pocket_processor, image_backend, load_processor
+
+ALL = [*FAMILIES, "pocket"]
+
+
+def picture(width, height, seed=0) -> Image.Image:
+    rng = np.random.default_rng([seed, width, height])
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+IMAGES = [picture(50, 40), picture(40, 90), picture(130, 20)]
+
+
+def plain_cache(mlm, image, prefix=None, whole=False):
+    """(cache, inputs): the published way, processor -> model.model -> DynamicCache; optionally with the suffix."""
+    inputs = mlm.processor(text=[mlm.prompt(prefix=prefix)], images=[image], return_tensors="pt")
+    if not whole:
+        end = (inputs["input_ids"][0] == mlm.image_token_id).nonzero().max() + 1
+        for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+            if name in inputs:
+                inputs[name] = inputs[name][:, :end]
+    cache = DynamicCache()
+    with torch.no_grad():
+        mlm.model.model(**inputs, past_key_values=cache, use_cache=True)
+    return cache, inputs
+
+
+def pocket_cache(mlm, image, prefix=None, whole=False):
+    """The pocket model is shown base views only: the class's several-images mode."""
+    text = mlm.prompt(prefix=prefix).replace("<image>", "<image>" * 17)
+    ids = mlm.tokenizer(text, return_tensors="pt")["input_ids"]
+    square = mlm.processor.image_processor([image.resize((32, 32), Image.Resampling.BICUBIC)], return_tensors="pt")
+    cache = DynamicCache()
+    with torch.no_grad():
+        mlm.model.model(
+            input_ids=ids,
+            pixel_values=square["pixel_values"][:, :1],
+            image_sizes=torch.tensor([[32, 32]]),
+            batch_num_images=[2],
+            past_key_values=cache,
+            use_cache=True,
+        )
+    return cache, {"input_ids": ids}
+
+
+def reference(mlm, *args, **options):
+    return (pocket_cache if mlm.base_view_only else plain_cache)(mlm, *args, **options)
+
+
+def image_rows(cache, ids, mlm):
+    slots = (ids[0] == mlm.image_token_id).nonzero().flatten()
+    keys = torch.stack([layer.keys[0][:, slots] for layer in cache.layers])
+    values = torch.stack([layer.values[0][:, slots] for layer in cache.layers])
+    return slots, keys, values
+
+
+# ---- the same numbers as the plain model ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ALL)
+def test_keys_and_values_are_those_of_the_plain_cache(family, dtype):
+    mlm = tiny(family)
+    mlm.model.to(dtype)
+    for image in IMAGES:
+        if dtype == torch.bfloat16 and family != "pocket":
+            cache, ids = None, None
+            inputs = mlm.processor(text=[mlm.prompt()], images=[image], return_tensors="pt").to(dtype)
+            end = (inputs["input_ids"][0] == mlm.image_token_id).nonzero().max() + 1
+            for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+                if name in inputs:
+                    inputs[name] = inputs[name][:, :end]
+            cache, ids = DynamicCache(), inputs["input_ids"]
+            with torch.no_grad():
+                mlm.model.model(**inputs, past_key_values=cache, use_cache=True)
+        elif dtype == torch.bfloat16:
+            continue
+        else:
+            cache, inputs = reference(mlm, image)
+            ids = inputs["input_ids"]
+        slots, keys, values = image_rows(cache, ids, mlm)
+        one = capture(mlm, [image])[0]
+        assert np.array_equal(one.layout.slots, slots.numpy())
+        assert one.keys.shape == (mlm.num_layers, mlm.num_kv_heads, len(slots), mlm.head_dim)
+        assert torch.equal(one.keys, keys) and torch.equal(one.values, values)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_the_text_after_the_image_does_not_matter(family):
+    mlm = tiny(family)
+    cache, inputs = reference(mlm, IMAGES[0], whole=True)
+    assert inputs["input_ids"][0, -1] != mlm.image_token_id or family == "pocket"
+    _, keys, values = image_rows(cache, inputs["input_ids"], mlm)
+    one = capture(mlm, [IMAGES[0]])[0]
+    assert torch.allclose(one.keys, keys, atol=1e-5) and torch.allclose(one.values, values, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_token_ids_are_those_of_the_processor(family):
+    mlm = tiny(family)
+    prompts = [mlm.prompt("what is this?", prefix="a red fish"), mlm.prompt("yes")]
+    for image, prompt in zip(IMAGES, prompts, strict=False):
+        vision = prepare_images(mlm, [image])
+        ours = prepare_text(mlm, [prompt], vision, images_only=False)
+        theirs = mlm.processor(text=[prompt], images=[image], return_tensors="pt")
+        assert torch.equal(ours.input_ids, theirs["input_ids"])
+    batch = prepare_text(mlm, prompts, prepare_images(mlm, IMAGES[:2]), images_only=False)
+    assert not batch.attention_mask.all() and batch.attention_mask[:, 0].all()  # padded on the right
+
+
+@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("prefix", [None, "a red fish on the left"])
+def test_features_at_image_slots_are_the_scattered_projector_output(family, prefix):
+    mlm = tiny(family)
+    seen = {}
+
+    def remember(module, args, kwargs):
+        seen["embeddings"] = kwargs["inputs_embeds"].clone()
+
+    hook = mlm.model.model.language_model.register_forward_pre_hook(remember, with_kwargs=True)
+    _, inputs = reference(mlm, IMAGES[1], prefix=prefix)
+    hook.remove()
+    one = capture(mlm, [IMAGES[1]], prefix=prefix, keys=False, values=False)[0]
+    slots = (inputs["input_ids"][0] == mlm.image_token_id).nonzero().flatten()
+    assert np.array_equal(one.layout.slots, slots.numpy())
+    assert torch.equal(one.projector, seen["embeddings"][0, slots])
+    if family != "qwen2_5_vl":
+        newline = one.layout.is_newline
+        assert newline.any() and (one.encoder[newline] == 0).all()
+        assert torch.equal(one.projector[newline], mlm.model.model.image_newline.detach().expand(newline.sum(), -1))
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "llava_next"])
+def test_projecting_the_encoder_features_gives_the_projector_features(family):
+    mlm = tiny(family)
+    for options in ({}, {"base_view_only": True}):
+        one = capture(mlm, [IMAGES[0]], keys=False, values=False, **options)[0]
+        real = ~one.layout.is_newline
+        with torch.no_grad():
+            projected = mlm.model.model.multi_modal_projector(one.encoder[real])
+        assert torch.allclose(projected, one.projector[real], atol=1e-5)
+
+
+def test_shrunk_encoder_features_follow_the_models_own_path():
+    mlm = tiny("llava_onevision")
+    linear = torch.nn.Linear(24, 32, bias=False)  # a linear projector commutes with the bilinear shrinking
+    mlm.model.model.multi_modal_projector = linear
+    one = capture(mlm, [picture(300, 251)], keys=False, values=False)[0]
+    assert one.layout.grids["tiles"][0] < 20
+    real = ~one.layout.is_newline
+    assert torch.allclose(linear(one.encoder[real]), one.projector[real], atol=1e-4)
+
+
+def test_qwen_window_order_is_undone():
+    mlm = tiny("qwen2_5_vl")
+    visual = mlm.model.model.visual
+    vision = prepare_images(mlm, IMAGES)
+    outputs = {}
+    hook = visual.merger.register_forward_hook(lambda module, args, output: outputs.update(states=args[0]))
+    with torch.no_grad():
+        encoder, projector = encode_images(mlm, vision)
+    hook.remove()
+    # A merger that averages each group of four patches makes the projector output what `encoder` should be.
+    states = outputs["states"]
+    visual.merger.forward = lambda x: x.unflatten(0, (-1, 4)).mean(1)
+    with torch.no_grad():
+        _, averaged = encode_images(mlm, vision)
+    for ours, expected in zip(encoder, averaged, strict=True):
+        assert torch.equal(ours, expected)
+    grouped = states.unflatten(0, (-1, 4)).mean(1)
+    assert not torch.equal(torch.cat(encoder), grouped)  # the windows did reorder
+    assert torch.equal(torch.cat(encoder).sort(0).values, grouped.sort(0).values)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_early_stop_equals_full_run(family):
+    mlm = tiny(family)
+    full = capture(mlm, IMAGES)
+    for layers in ([0], [1, 3], [-1], 2):
+        part = capture(mlm, IMAGES, layers=layers)
+        numbers = resolve_layers(mlm, layers)
+        for one, whole in zip(part, full, strict=True):
+            assert one.layers == numbers
+            assert torch.equal(one.keys, whole.keys[list(numbers)])
+            assert torch.equal(one.values, whole.values[list(numbers)])
+
+
+def test_early_stop_runs_no_later_layer_and_no_head():
+    mlm = tiny("qwen2_5_vl")
+    ran = []
+    for number, layer in enumerate(mlm.model.model.language_model.layers):
+        layer.register_forward_pre_hook(lambda *_, number=number: ran.append(number))
+    towers = [0]
+    mlm.model.model.visual.register_forward_pre_hook(lambda *_: towers.__setitem__(0, towers[0] + 1))
+    mlm.model.lm_head.register_forward_pre_hook(lambda *_: pytest.fail("the language-model head ran"))
+    capture(mlm, IMAGES, layers=[0, 2])
+    assert ran == [0, 1, 2] and towers == [1]
+    ran.clear()
+    capture(mlm, IMAGES, keys=False, values=False)
+    assert ran == []
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_batch_equals_single(family):
+    mlm = tiny(family)
+    batched = capture(mlm, IMAGES, prefix="a fish", batch_size=3)
+    for image, one in zip(IMAGES, batched, strict=True):
+        alone = capture(mlm, [image], prefix="a fish")[0]
+        for name in ("keys", "values", "encoder", "projector"):
+            assert torch.allclose(getattr(one, name), getattr(alone, name), atol=1e-5, rtol=1e-5), name
+        assert np.array_equal(one.layout.slots, alone.layout.slots)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_eager_equals_sdpa(family):
+    sdpa, eager = capture(tiny(family), IMAGES), capture(tiny(family, attention="eager"), IMAGES)
+    assert tiny(family, attention="eager").attention == "eager"
+    for a, b in zip(sdpa, eager, strict=True):
+        assert torch.allclose(a.keys, b.keys, atol=1e-4) and torch.allclose(a.values, b.values, atol=1e-4)
+
+
+# ---- prefix and prompt -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_prefix_stands_before_the_image_and_is_seen_by_it(family):
+    mlm = tiny(family)
+    prefix = "a red fish"
+    words = mlm.tokenizer(prefix, add_special_tokens=False)["input_ids"]
+    without, one = capture(mlm, [IMAGES[0]])[0], capture(mlm, [IMAGES[0]], prefix=prefix)[0]
+    prompt = mlm.prompt(prefix=prefix)
+    assert prompt.index(prefix) < prompt.index(mlm.processor.image_token)
+    assert np.array_equal(one.layout.slots, without.layout.slots + len(words))
+    cache, inputs = reference(mlm, IMAGES[0], prefix=prefix)
+    slots, keys, values = image_rows(cache, inputs["input_ids"], mlm)
+    assert torch.equal(one.keys, keys) and torch.equal(one.values, values)
+    assert torch.equal(one.values[0], without.values[0])  # layer 0 has not looked around yet
+    assert not torch.allclose(one.values[1], without.values[1], atol=1e-3)
+
+
+def test_pocket_prompt_is_items_joined_by_spaces():
+    mlm = tiny_pocket()
+    assert mlm.prompt("what is this?", prefix="a red fish") == "a red fish <image> what is this?"
+    assert mlm.prompt("same colour?", images=3) == "<image> <image> <image> same colour?"
+    assert mlm.prompt() == "<image>"
+
+
+def test_prompt_errors():
+    mlm = tiny("llava_onevision")
+    for argument in ("prefix", "question"):
+        with pytest.raises(PromptError, match=argument):
+            mlm.prompt(**{argument: "a <image> b"})
+    with pytest.raises(PromptError, match="prompts.1. must hold the image token"):
+        prepare_text(mlm, ["<image>", "no picture"], prepare_images(mlm, IMAGES[:2]))
+    mlm.processor.chat_template = "{{ messages[0]['content'][-1]['text'] }}"
+    with pytest.raises(PromptError, match="0 image tokens"):
+        mlm.prompt("what is this?")
+    mlm.processor.chat_template = IMAGES_FIRST.replace("c['text']", "'hello'")
+    with pytest.raises(PromptError):
+        capture(mlm, [IMAGES[0]], prefix="a red fish")
+    mlm.processor.chat_template = None
+    with pytest.raises(PromptError, match="no chat template"):
+        capture(mlm, [IMAGES[0]])
+
+
+# ---- the model is left as it was ---------------------------------------------------------------------------------
+
+
+def fingerprint(mlm):
+    modules = dict(mlm.model.named_modules())
+    hooks = {
+        name: (tuple(m._forward_hooks), tuple(m._forward_pre_hooks), "forward" in vars(m)) for name, m in modules.items()
+    }
+    weights = {name: (tensor.data_ptr(), tensor._version) for name, tensor in mlm.model.state_dict().items()}
+    inner = getattr(mlm.model.model, "rope_deltas", None)
+    rope = None if inner is None else inner.clone()
+    return hooks, weights, mlm.model.config.to_json_string(), mlm.model.training, rope
+
+
+def same(a, b):
+    assert a[:4] == b[:4]
+    assert (a[4] is None and b[4] is None) or torch.equal(a[4], b[4])
+
+
+def question_logits(mlm):
+    image = IMAGES[0] if not mlm.base_view_only else picture(32, 32)
+    inputs = mlm.processor(text=[mlm.prompt("what is this?")], images=[image], return_tensors="pt")
+    with torch.no_grad():
+        return mlm.model(**inputs).logits
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_model_is_left_unmodified_also_after_an_exception(family, monkeypatch):
+    mlm = tiny(family)
+    before = question_logits(mlm)  # also installs the hooks that transformers keeps on the vision tower
+    state = fingerprint(mlm)
+    capture(mlm, IMAGES, prefix="a fish", layers=[1])
+    same(state, fingerprint(mlm))
+    text_values(mlm, ["red fish"], layers=[1])
+    same(state, fingerprint(mlm))
+
+    def fail(index, item):
+        raise RuntimeError("the callback failed")
+
+    with pytest.raises(RuntimeError, match="callback"):
+        capture(mlm, IMAGES, on_capture=fail)
+    with pytest.raises(ImageError):
+        capture(mlm, [IMAGES[0], "missing.png"], batch_size=1)
+    monkeypatch.setattr("kvutils.capture.RowCache.update", lambda *args: fail(0, None))
+    with pytest.raises(RuntimeError):
+        capture(mlm, IMAGES)
+    same(state, fingerprint(mlm))
+    assert torch.equal(question_logits(mlm), before)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_generation_is_not_disturbed_between_two_steps(family):
+    """A conversation keeps state in the model (Qwen's rope_deltas); a capture in between must not touch it."""
+    mlm = tiny(family)
+    image = IMAGES[0] if not mlm.base_view_only else picture(32, 32)
+    inputs = mlm.processor(text=[mlm.prompt("what is this?")], images=[image], return_tensors="pt")
+    settings = GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=None)
+    first = mlm.model.generate(**inputs, generation_config=settings)
+    rope = getattr(mlm.model.model, "rope_deltas", None)
+    capture(mlm, [picture(33, 70)], layers=[0])
+    assert getattr(mlm.model.model, "rope_deltas", None) is rope
+    assert torch.equal(mlm.model.generate(**inputs, generation_config=settings), first)
+
+
+@pytest.mark.parametrize("offload", ["cpu_offload", "dispatch", "layers"])
+@pytest.mark.parametrize("family", ALL)
+def test_offloaded_models(family, offload):
+    """Weights that accelerate keeps elsewhere are fetched by hooks, also around the early stop."""
+    expected = capture(tiny(family), IMAGES, layers=[1, 3])
+    texts = text_values(tiny(family), ["red fish"])
+    mlm = tiny(family)
+    if offload == "cpu_offload":
+        accelerate.cpu_offload(mlm.model, execution_device="cpu")
+    elif offload == "dispatch":
+        accelerate.dispatch_model(mlm.model, {"": "cpu"}, main_device="cpu", force_hooks=True)
+    else:
+        parts = {name: "cpu" for name, _ in mlm.model.model.language_model.named_children()}
+        accelerate.cpu_offload(mlm.model.model.language_model, execution_device="cpu")
+        assert parts
+    devices = {name: p.device.type for name, p in mlm.model.named_parameters()}
+    for _ in range(2):
+        for one, plain in zip(capture(mlm, IMAGES, layers=[1, 3]), expected, strict=True):
+            for name in ("keys", "values", "encoder", "projector"):
+                assert torch.equal(getattr(one, name), getattr(plain, name)), name
+        assert torch.equal(text_values(mlm, ["red fish"]), texts)
+        assert {name: p.device.type for name, p in mlm.model.named_parameters()} == devices
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------
+
+
+def retained_bytes(captures):
+    """Bytes of the storages behind the captures: a view would keep all of its base alive."""
+    tensors = [t for c in captures for t in (c.keys, c.values, c.encoder, c.projector) if t is not None]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values()), sum(t.numel() * t.element_size() for t in tensors)
+
+
+@pytest.mark.parametrize("to", ["cpu", None])
+@pytest.mark.parametrize("family", ALL)
+def test_only_what_was_asked_for_is_kept(family, to):
+    mlm = tiny(family)
+    captures = capture(mlm, IMAGES, prefix="a red fish", layers=[1, 3], to=to)
+    kept, asked = retained_bytes(captures)
+    tokens = sum(len(c.layout) for c in captures)
+    per_token = 2 * 2 * mlm.num_kv_heads * mlm.head_dim + 24 + 32
+    assert kept == asked == 4 * tokens * per_token
+    kept_one, asked_one = retained_bytes(captures[1:2])
+    assert kept_one == asked_one  # images of a batch share nothing
+    only = capture(mlm, IMAGES, layers=[2], keys=False, features=False)[0]
+    assert only.keys is None and only.encoder is None and only.projector is None
+
+
+def test_streaming_keeps_one_batch_at_a_time():
+    mlm = tiny_pocket()
+    alive, most = weakref.WeakSet(), []
+    indices = []
+
+    def receive(index, item):
+        indices.append(index)
+        alive.add(item)
+        most.append(len(alive))
+
+    images = (picture(20 + i % 7, 30, seed=i) for i in range(60))  # a generator: opened as they are needed
+    assert capture(mlm, images, layers=[1], batch_size=4, on_capture=receive) is None
+    assert indices == list(range(60)) and max(most) <= 8
+
+
+def test_results_can_be_used_with_autograd():
+    one = capture(tiny_pocket(), [IMAGES[0]])[0]
+    weight = torch.ones(one.value(0).shape[1], requires_grad=True)
+    (one.value(0) @ weight).sum().backward()
+    assert weight.grad is not None
+
+
+# ---- reading a capture -------------------------------------------------------------------------------------------
+
+
+def test_reading_layers_heads_and_tokens():
+    mlm = tiny("llava_onevision")
+    one = capture(mlm, [IMAGES[0]], layers=[3, 1, 3, -1])[0]
+    n, g, d = len(one.layout), mlm.num_kv_heads, mlm.head_dim
+    assert one.layers == (1, 3, 4) and one.image_size == (50, 40)
+    assert one.value(3).shape == (n, g * d) and one.key(3, head=1).shape == (n, d)
+    assert torch.equal(one.value(4)[:, d:], one.value(4, head=1)) and torch.equal(one.values[2, 1], one.value(4, 1))
+    tiles = one.select(one.layout.spatial())
+    assert torch.equal(tiles.value(1), one.value(1)[one.layout.spatial()])
+    assert len(tiles.layout) == 6 * 8 == len(tiles.encoder) and tiles.prefix is None
+    assert torch.equal(one.select(~one.layout.is_newline).key(1), one.key(1)[~one.layout.is_newline])
+    for layer, head in ((0, None), (2, None), (1, 2), (1, -1)):
+        with pytest.raises(LayerError):
+            one.value(layer, head)
+    with pytest.raises(ParameterError, match="values"):
+        capture(mlm, [IMAGES[0]], values=False)[0].value(0)
+
+
+@pytest.mark.parametrize("layers", [5, [0, 9], [-6], [], "first", [1.5], ["2"], [None]])
+def test_layers_out_of_range(layers):
+    with pytest.raises(LayerError):
+        capture(tiny_pocket(), [IMAGES[0]], layers=layers)
+
+
+def test_other_arguments_out_of_range():
+    pocket, qwen = tiny_pocket(), tiny("qwen2_5_vl")
+    with pytest.raises(ParameterError, match="batch_size"):
+        capture(pocket, IMAGES, batch_size=0)
+    with pytest.raises(ParameterError, match="list"):
+        capture(pocket, "photo.jpg")
+    with pytest.raises(ParameterError, match="max_pixels"):
+        capture(pocket, IMAGES, max_pixels=1000)
+    with pytest.raises(ParameterError, match="base_view_only"):
+        capture(qwen, IMAGES, base_view_only=True)
+    with pytest.raises(ParameterError, match="max_pixels"):
+        capture(qwen, IMAGES, max_pixels=10)
+    assert capture(pocket, []) == []
+
+
+def test_bad_images_are_named(tmp_path):
+    mlm = tiny_pocket()
+    (tmp_path / "note.txt").write_text("not a picture")
+    with pytest.raises(ImageError, match="note.txt"):
+        capture(mlm, [IMAGES[0], tmp_path / "note.txt"])
+    with pytest.raises(ImageError, match=r"images\[2\].*NaN"):
+        capture(mlm, [IMAGES[0], IMAGES[1], torch.full((3, 4, 4), float("nan"))], batch_size=2)
+    with pytest.raises(ImageError, match=r"images\[1\].*200:1"):
+        capture(tiny("qwen2_5_vl"), [IMAGES[0], picture(1, 5000)], batch_size=1)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_extreme_images(family):
+    mlm = tiny(family)
+    sizes = [(1, 1), (2, 150)] if family == "qwen2_5_vl" else [(1, 1), (1, 5000), (5000, 1)]
+    for size in sizes:
+        one = capture(mlm, [picture(*size)])[0]
+        assert torch.isfinite(one.values).all() and one.image_size == size and len(one.layout) > 0
+
+
+def test_max_pixels_of_qwen():
+    mlm = tiny("qwen2_5_vl")
+    large, small = (capture(mlm, [picture(120, 96)], max_pixels=m)[0] for m in (None, 1024))
+    assert len(small.layout) <= 1024 // 64 < len(large.layout)
+    assert small.layout.image_size == large.layout.image_size == (120, 96)
+
+
+# ---- other towers and texts --------------------------------------------------------------------------------------
+
+
+def test_the_models_own_tower_as_another_encoder_gives_its_own_features():
+    mlm = tiny("llava_onevision")
+    encoder = tiny_siglip()
+    encoder.model.load_state_dict(mlm.model.model.vision_tower.state_dict())
+    images = [*IMAGES, picture(300, 251)]
+    for options in ({}, {"base_view_only": True}):
+        ours = capture_encoder(encoder, mlm, images, batch_size=2, **options)
+        for features, one in zip(ours, capture(mlm, images, keys=False, values=False, **options), strict=True):
+            assert torch.allclose(features, one.encoder, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_another_encoder_lands_on_the_same_grid(family):
+    mlm, encoder = tiny(family), tiny_siglip(side=40)
+    for features, one in zip(capture_encoder(encoder, mlm, IMAGES), capture(mlm, IMAGES, layers=0), strict=True):
+        assert features.shape == (len(one.layout), 24) and torch.isfinite(features).all()
+        assert (features[one.layout.is_newline] == 0).all()
+    with pytest.raises(LayerError):
+        capture_encoder(encoder, mlm, IMAGES, layer=9)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_text_values_are_means_over_the_tokens_of_a_text(family):
+    mlm = tiny(family)
+    texts = ["fish", "a red fish on the left", "blue car"]
+    found = text_values(mlm, texts, layers=[0, 3], batch_size=2)
+    assert found.shape == (3, 2, mlm.num_kv_heads, mlm.head_dim) and found.dtype == torch.float32
+    for text, ours in zip(texts, found, strict=True):
+        encoded = mlm.tokenizer(text, return_tensors="pt", return_special_tokens_mask=True)
+        words = encoded.pop("special_tokens_mask")[0] == 0
+        assert words.sum() == len(text.split())
+        cache = DynamicCache()
+        with torch.no_grad():
+            mlm.model.model(input_ids=encoded["input_ids"], past_key_values=cache, use_cache=True)
+        for position, layer in enumerate((0, 3)):
+            expected = cache.layers[layer].values[0][:, words].mean(1)
+            assert torch.allclose(ours[position], expected, atol=1e-5)
+
+
+def test_text_value_errors():
+    mlm = tiny_pocket()
+    with pytest.raises(ParameterError, match="list"):
+        text_values(mlm, "fish")
+    for bad in (" ", "a <image>"):
+        with pytest.raises(PromptError):
+            text_values(mlm, ["fish", bad])
+    assert text_values(mlm, []).shape[0] == 0
+
+
+# ---- loading -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "pocket"
+    mlm = tiny_pocket()
+    mlm.model.save_pretrained(path)
+    mlm.processor.save_pretrained(path)
+    return path
+
+
+def test_a_saved_folder_loads_and_captures_the_same(folder):
+    mlm = load_mlm(str(folder), device="cpu")
+    assert (mlm.family, mlm.base_view_only, mlm.dtype) == ("llava_onevision", True, torch.float32)
+    assert mlm.revision.startswith("sha256:") and len(mlm.revision) == 23 and mlm.image_backend == "pil"
+    assert mlm.revision == load_mlm(str(folder), device="cpu").revision
+    ours, expected = capture(mlm, IMAGES, prefix="a red fish"), capture(tiny_pocket(), IMAGES, prefix="a red fish")
+    for a, b in zip(ours, expected, strict=True):
+        assert torch.equal(a.values, b.values) and torch.equal(a.projector, b.projector)
+    eager = load_mlm(str(folder), device="cpu", dtype="bfloat16", attention="eager")
+    assert (eager.dtype, eager.attention) == (torch.bfloat16, "eager")
+    placed = load_mlm(str(folder), device_map="auto")
+    assert torch.equal(capture(placed, IMAGES[:1])[0].values, capture(mlm, IMAGES[:1])[0].values)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_loads_from_a_folder(family, tmp_path):
+    original = tiny(family)
+    original.model.save_pretrained(tmp_path)
+    original.processor.save_pretrained(tmp_path)
+    mlm = load_mlm(str(tmp_path), device="cpu")
+    assert mlm.family == family and not mlm.base_view_only
+    a, b = capture(mlm, IMAGES[:1], prefix="a fish")[0], capture(original, IMAGES[:1], prefix="a fish")[0]
+    assert torch.equal(a.keys, b.keys) and mlm.prompt("yes", "a fish") == original.prompt("yes", "a fish")
+
+
+def test_untrained_control_is_seeded_and_has_the_same_shape(folder):
+    state = torch.random.get_rng_state()
+    a, b, c = (load_mlm(str(folder), device="cpu", untrained=True, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    first, second, third = (capture(mlm, IMAGES[:1])[0].values for mlm in (a, b, c))
+    assert torch.equal(first, second) and not torch.allclose(first, third)
+    trained = capture(load_mlm(str(folder), device="cpu"), IMAGES[:1])[0].values
+    assert trained.shape == first.shape and not torch.allclose(trained, first)
+    assert a.revision == "untrained seed 1"
+
+
+def test_encoder_loads_from_a_folder(tmp_path):
+    encoder = tiny_siglip()
+    encoder.model.save_pretrained(tmp_path)
+    encoder.processor.save_pretrained(tmp_path)
+    loaded = load_encoder(str(tmp_path), device="cpu")
+    mlm = tiny("llava_onevision")
+    assert loaded.revision.startswith("sha256:")
+    assert torch.equal(capture_encoder(loaded, mlm, IMAGES)[1], capture_encoder(encoder, mlm, IMAGES)[1])
+
+
+def test_loading_errors(folder, tmp_path):
+    with pytest.raises(ModelError, match="llava-onevision-7b"):
+        load_mlm("llava-onevision-7")
+    with pytest.raises(ModelError, match="known|expected one of.*pocket"):
+        load_mlm("gpt")
+    with pytest.raises(ModelError, match="config.json"):
+        load_mlm(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(ModelError, match="bert"):
+        load_mlm(str(tmp_path))
+    for options in ({"dtype": "float3"}, {"dtype": "int8"}, {"device": "abacus"}, {"attention": "none"},
+                    {"device_map": "auto", "device": "cpu"}):  # fmt: skip
+        with pytest.raises(ParameterError):
+            load_mlm(str(folder), **options)
+    with pytest.raises(ModelError, match="siglip-so400m"):
+        load_encoder("siglip")
+    with pytest.raises(ModelError, match="families"):
+        wrap_mlm(tiny_siglip().model, None)
+
+
+def test_missing_weights_are_an_error(folder, tmp_path):
+    mlm = load_mlm(str(folder), device="cpu")
+    weights = mlm.model.state_dict()
+    name = next(name for name in weights if "linear_2.weight" in name)
+    mlm.model.save_pretrained(tmp_path, state_dict={k: v for k, v in weights.items() if k != name})
+    mlm.processor.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="linear_2.weight"):
+        load_mlm(str(tmp_path), device="cpu")
+
+
+def test_pocket_processor_round_trip(tmp_path):
+    processor = build_pocket_processor(WORDS)
+    processor.save_pretrained(tmp_path)
+    again = load_processor(tmp_path, "llava_onevision")
+    text = "What is a red fish, on the left? zebra <image>"
+    ids = processor.tokenizer(text)["input_ids"]
+    assert again.tokenizer(text)["input_ids"] == ids and ids[-2:] == [1, 3]
+    assert [processor.tokenizer.convert_tokens_to_ids(t) for t in ("<pad>", "<unk>", "<eos>", "<image>")] == [0, 1, 2, 3]
+    assert processor.tokenizer.decode(ids[:5]) == "what is a red fish"
+    assert again.chat_template == processor.chat_template and image_backend(again) == "pil"
+    a, b = (p.image_processor(IMAGES, return_tensors="pt")["pixel_values"] for p in (processor, again))
+    assert torch.equal(a, b) and a.shape[-1] == 96
+    for bad in (["two words"], ["Upper"], [""]):
+        with pytest.raises(ParameterError):
+            build_pocket_processor(bad)
+    with pytest.raises(ParameterError, match="multiple"):
+        build_pocket_processor(WORDS, image_size=90)
+
+
+# ---- command line ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photos(tmp_path):
+    paths = [tmp_path / "one.png", tmp_path / "two.jpg"]
+    for path, image in zip(paths, IMAGES, strict=False):
+        image.save(path)
+    return [str(path) for path in paths]
+
+
+def test_command_writes_everything_that_is_needed(folder, photos, tmp_path, capsys):
+    out = tmp_path / "result.safetensors"
+    arguments = [*photos, "--model", str(folder), "--layers", "0,2-3", "--prefix", "a red fish", "--out", str(out)]
+    assert capture_cli.main([*arguments, "--device", "cpu"]) == 0
+    tensors = load_file(out)
+    mlm = load_mlm(str(folder), device="cpu")
+    for number, one in enumerate(capture(mlm, photos, prefix="a red fish", layers=[0, 2, 3])):
+        for name in ("keys", "values", "encoder", "projector"):
+            assert torch.equal(tensors[f"{number}.{name}"], getattr(one, name))
+        for name in ("slots", "rects", "cells", "view", "is_newline"):
+            assert np.array_equal(tensors[f"{number}.{name}"].numpy(), getattr(one.layout, name), equal_nan=True)
+    with safe_open(out, "pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["layers"]) == [0, 2, 3] and metadata["prefix"] == "a red fish"
+    assert json.loads(metadata["files"]) == photos and json.loads(metadata["image_sizes"]) == [[50, 40], [40, 90]]
+    assert metadata["revision"] == mlm.revision and metadata["model"] == str(folder)
+    assert [path.name for path in tmp_path.glob("*result*")] == ["result.safetensors"]
+
+
+def test_command_never_loses_an_existing_file(folder, photos, tmp_path, capsys):
+    out = tmp_path / "result.safetensors"
+    out.write_text("precious")
+    arguments = [photos[0], "--model", str(folder), "--out", str(out), "--device", "cpu"]
+    assert capture_cli.main(arguments) == 2 and out.read_text() == "precious"
+    assert "--overwrite" in capsys.readouterr().err
+    assert capture_cli.main([*arguments, "--overwrite"]) == 0 and "0.keys" in load_file(out)
+
+
+def test_command_reports_errors_in_one_line(folder, photos, tmp_path, capsys):
+    bad = tmp_path / "letter.jpg"
+    bad.write_bytes(b"Dear reader")
+    out = str(tmp_path / "x.safetensors")
+    base = ["--model", str(folder), "--out", out, "--device", "cpu"]
+    cases = [
+        ([*photos, str(bad), str(tmp_path / "gone.png"), *base], ["letter.jpg", "gone.png"]),
+        ([*photos, *base, "--layers", "0,99"], ["99"]),
+        ([*photos, *base, "--layers", "3-1"], ["3-1"]),
+        ([*photos, *base, "--layers", "two"], ["two"]),
+        ([*photos, *base, "--max-pixels", "5000"], ["max_pixels"]),
+        ([*photos, "--model", "pokcet", "--out", out], ["pokcet", "pocket"]),
+        ([*photos, *base[:2], "--out", str(tmp_path / "no" / "x.safetensors")], ["no"]),
+    ]
+    for arguments, words in cases:
+        assert capture_cli.main(arguments) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: ") and all(word in error for word in words), error
+    assert not list(tmp_path.glob("*.safetensors*"))
+
+
+def test_command_from_the_shell(folder, photos, tmp_path):
+    command = [sys.executable, "-m", "kvutils.capture"]
+    root = str(__import__("pathlib").Path(__file__).resolve().parents[1])
+    wrong = subprocess.run(
+        [*command, "nothing.png", "--model", str(folder), "--out", str(tmp_path / "x.safetensors")],
+        capture_output=True, text=True, cwd=tmp_path, env={**__import__("os").environ, "PYTHONPATH": root},
+    )  # fmt: skip
+    assert wrong.returncode == 2 and "nothing.png" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def test_help_explains_the_file(capsys):
+    with pytest.raises(SystemExit) as stop:
+        capture_cli.main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for word in ("keys", "values", "encoder", "projector", "slots", "rects", "is_newline", "--layers", "0,3,5-7"):
+        assert word in text
+
+
+def test_every_error_is_a_kvutils_error():
+    assert all(issubclass(e, KVUtilsError) for e in (ImageError, LayerError, ModelError, ParameterError, PromptError))

@@ -1,0 +1,266 @@
+"""The token layout, verified by looking: with attention off, changing pixels changes the tokens that hold them."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_models import tiny
+from torch import nn
+
+from kvutils.capture import capture
+from kvutils.errors import DataError, ParameterError
+from kvutils.inputs import prepare_images
+from kvutils.layout import BASE, TILES, TokenLayout, tiling
+
+RNG = np.random.default_rng(0)
+PATCH = 8  # pixels of a token in the resized image, in all four tiny models
+SIZES = {  # (W, H): wide, tall, square, tiny, large
+    "llava_onevision": [(50, 40), (40, 90), (97, 96), (9, 7), (210, 30), (131, 67), (20, 200)],
+    "llava_next": [(50, 40), (40, 90), (97, 96), (9, 7), (210, 30), (131, 67), (20, 200), (300, 251)],
+    "qwen2_5_vl": [(50, 40), (40, 90), (97, 96), (9, 7), (210, 30), (131, 67), (20, 200), (300, 251)],
+    "pocket": [(32, 32), (50, 40), (40, 90), (9, 7)],
+}
+
+
+def without_mixing(mlm):
+    """Zero what attention and MLPs add in the vision tower, so that a token depends on its own patch alone."""
+    tower = mlm.model.model.visual if mlm.family == "qwen2_5_vl" else mlm.model.model.vision_tower
+    for name, module in tower.named_modules():
+        if isinstance(module, nn.Linear) and name.endswith(("out_proj", "attn.proj", "mlp.fc2", "mlp.down_proj")):
+            nn.init.zeros_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    mlm.processor.image_processor.resample = Image.Resampling.NEAREST  # a pixel is seen in one place only
+    return mlm
+
+
+def pixel_steps(mlm, layout):
+    """{view: (x, y)}: how many image pixels one pixel of the resized image spans."""
+    size = np.array(layout.image_size)
+    if mlm.family == "qwen2_5_vl":
+        return {BASE: size / (np.array(layout.grids["base"])[::-1] * PATCH)}
+    side = mlm.model.config.vision_config.image_size
+    steps = {BASE: size / side}
+    if "tiles" in layout.grids:
+        canvas = np.array(tiling(mlm, layout.image_size))[::-1]
+        steps[TILES] = size / np.minimum(np.ceil(size * (canvas / size).min() - 1e-9), canvas)
+    return steps
+
+
+def assert_same_tokens(mlm, layout, block, found):
+    steps = pixel_steps(mlm, layout)
+    assert not (found & ~tokens_with_pixels(layout, steps, block, slack=1e-3)).any(), f"{block}: extra tokens"
+    assert not (tokens_with_pixels(layout, steps, block, slack=-1e-3) & ~found).any(), f"{block}: tokens missed"
+
+
+def random_block(size, rng):
+    width, height = size
+    w, h = rng.integers(1, max(2, width // 3)), rng.integers(1, max(2, height // 3))
+    x, y = rng.integers(0, width - w + 1), rng.integers(0, height - h + 1)
+    return int(x), int(y), int(x + w), int(y + h)
+
+
+def changed_tokens(mlm, pixels, blocks, **options):
+    """(layout, bool (blocks, N)): which tokens change when the pixels of a block change."""
+    images = [pixels]
+    for x0, y0, x1, y1 in blocks:
+        other = pixels.copy()
+        other[y0:y1, x0:x1] = 255 - other[y0:y1, x0:x1]
+        images.append(other)
+    captures = capture(mlm, images, keys=False, layers=0, batch_size=16, **options)
+    changed = []
+    for one in captures[1:]:
+        sources = [(one.encoder, captures[0].encoder), (one.projector, captures[0].projector),
+                   (one.value(0), captures[0].value(0))]  # fmt: skip
+        each = [(a != b).any(1).numpy() for a, b in sources]
+        assert all(np.array_equal(each[0], other) for other in each)
+        changed.append(each[0])
+    return captures[0].layout, np.stack(changed)
+
+
+def tokens_with_pixels(layout, steps, block, slack):
+    """Tokens whose rectangle holds a sampled pixel of the block, found from the rectangles alone.
+
+    slack widens the block a little: a centre exactly on a pixel's border may round either way.
+    """
+    expected = np.zeros(len(layout), dtype=bool)
+    for view in (BASE, TILES):
+        tokens = np.flatnonzero((layout.view == view) & ~layout.is_newline)
+        if not len(tokens):
+            continue
+        rects = layout.rects[tokens]
+        hits = np.ones(len(tokens), dtype=bool)
+        for axis in (0, 1):
+            # Nearest-neighbour resizing reads the pixel under each resized pixel's centre.
+            step = steps[view][axis]
+            low = np.maximum(np.round(rects[:, axis], 6), block[axis] - slack)
+            high = np.minimum(np.round(rects[:, axis + 2], 6), block[axis + 2] + slack)
+            centres = np.ceil(np.round(high / step - 0.5, 6)) - np.ceil(np.round(low / step - 0.5, 6))
+            hits &= (high > low) & (centres > 0)
+        expected[tokens] = hits
+    return expected
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_changed_pixels_change_exactly_the_tokens_that_hold_them(family):
+    mlm = without_mixing(tiny(family))
+    rng = np.random.default_rng(1)
+    seen = 0
+    for size in SIZES[family]:
+        pixels = rng.integers(40, 90, (size[1], size[0], 3), dtype=np.uint8)
+        blocks = [random_block(size, rng) for _ in range(15)]
+        layout, changed = changed_tokens(mlm, pixels, blocks)
+        for block, found in zip(blocks, changed, strict=True):
+            assert_same_tokens(mlm, layout, block, found)
+            seen += found.sum()
+    assert seen > 100
+
+
+def test_base_view_only_is_a_squashed_square():
+    for family in ("llava_onevision", "llava_next"):
+        mlm = without_mixing(tiny(family))
+        for size in ((50, 40), (40, 90), (9, 7)):
+            pixels = RNG.integers(40, 90, (size[1], size[0], 3), dtype=np.uint8)
+            blocks = [random_block(size, RNG) for _ in range(8)]
+            layout, changed = changed_tokens(mlm, pixels, blocks, base_view_only=True)
+            assert layout.grids == {"base": (4, 4)} and len(layout) == 17 and layout.is_newline[-1]
+            for block, found in zip(blocks, changed, strict=True):
+                assert_same_tokens(mlm, layout, block, found)
+
+
+@pytest.mark.parametrize("size", [(300, 251), (500, 200), (120, 480)])
+def test_shrunk_grid_above_anyres_max_9(size):
+    """A shrunk token reads the two patches around its centre along each axis, so it sees more than its rectangle."""
+    mlm = without_mixing(tiny("llava_onevision"))
+    pixels = RNG.integers(40, 90, (size[1], size[0], 3), dtype=np.uint8)
+    blocks = [random_block(size, RNG) for _ in range(20)]
+    layout, changed = changed_tokens(mlm, pixels, blocks)
+    rows, columns = layout.grids["tiles"]
+    assert rows * columns < 10.9 * 16  # shrunk to about nine tiles of 4x4
+    token_size = np.nanmax(layout.rects[:, 2:] - layout.rects[:, :2], axis=0)
+    centers = layout.centers
+    for (x0, y0, x1, y1), found in zip(blocks, changed, strict=True):
+        tiles = np.flatnonzero((layout.view == TILES) & ~layout.is_newline)
+        inside = (centers[tiles] >= [x0, y0]).all(1) & (centers[tiles] < [x1 - 1, y1 - 1]).all(1)
+        near = (centers[tiles] > [x0, y0] - 1.6 * token_size).all(1)
+        near &= (centers[tiles] < [x1, y1] + 1.6 * token_size).all(1)
+        big = (np.array([x1 - x0, y1 - y0]) > token_size).all()
+        assert not (found[tiles] & ~near).any()
+        assert not big or not (inside & ~found[tiles]).any()
+    # The rectangles tile the image: neither gaps beyond the unseen rim nor overlaps.
+    edges = layout.rects[layout.spatial()].reshape(rows, columns, 4)
+    assert np.all(edges[:, 1:, 0] - edges[:, :-1, 2] >= -1e-6) and np.all(edges[1:, :, 1] - edges[:-1, :, 3] >= -1e-6)
+    assert edges[..., 0].min() == 0 and edges[..., 2].max() > 0.9 * size[0]
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "llava_next"])
+def test_layout_fits_every_shape(family):
+    mlm = tiny(family)
+    for size in [(1, 1), (1, 5000), (5000, 1), (33, 35), (640, 480), (357, 1023), (72, 36)]:
+        layout = prepare_images(mlm, [Image.new("RGB", size)]).layouts[0]
+        rows, columns = layout.grids["tiles"]
+        assert len(layout) == 16 + rows * columns + rows == len(layout.rects)
+        assert layout.is_newline.sum() == rows and np.isnan(layout.rects[layout.is_newline]).all()
+        real = layout.rects[~layout.is_newline]
+        assert (real >= 0).all() and (real[:, 2:] <= size).all() and (real[:, 2:] >= real[:, :2]).all()
+        middle = layout.token_at([[size[0] / 2, size[1] / 2]])[0]
+        assert layout.view[middle] == (TILES if rows * columns else BASE)
+
+
+def test_extreme_image_without_any_tile_row():
+    layout = prepare_images(tiny("llava_next"), [Image.new("RGB", (5000, 1))]).layouts[0]
+    assert layout.grids["tiles"][0] == 0 and len(layout) == 16
+    assert np.array_equal(layout.spatial(), np.arange(16)) and layout.to_pixels(torch.ones(16)).shape == (1, 5000)
+
+
+def handmade(size=(8, 6), rows=2, columns=4) -> TokenLayout:
+    cells = np.stack(np.divmod(np.arange(rows * (columns + 1)), columns + 1), axis=1)
+    newline = cells[:, 1] == columns
+    step = np.array([size[0] / columns, size[1] / rows])
+    rects = np.concatenate([cells[:, ::-1] * step, (cells[:, ::-1] + 1) * step], axis=1)
+    rects[newline] = np.nan
+    zeros = np.zeros(len(cells), dtype=np.int64)
+    return TokenLayout(zeros + np.arange(len(cells)), rects, cells, zeros, newline, size, {"base": (rows, columns)})
+
+
+def test_token_labels_take_the_majority_and_skip_ignored_pixels():
+    layout = handmade()  # tokens of 2x3 pixels
+    mask = np.zeros((6, 8), dtype=int)
+    mask[:3, 0] = 2  # half of token 0: a tie, the smaller class wins
+    mask[:2, 2:4] = 3  # four of six pixels of token 1
+    mask[:3, 4:6] = 255  # all of token 2
+    mask[:2, 6:8], mask[2, 6:8] = 255, 4  # token 3: two pixels annotated
+    labels, coverage = layout.token_labels(mask)
+    assert labels[:5].tolist() == [0, 3, -1, 4, -1] and (labels[5:9] == 0).all()
+    assert np.allclose(coverage[:5], [1 / 2, 4 / 6, 0, 2 / 6, 0])
+    with pytest.raises(DataError, match="H, W"):
+        layout.token_labels(mask.T)
+
+
+def test_token_labels_of_an_enlarged_image():
+    layout = handmade(size=(2, 2), rows=2, columns=8)  # tokens a quarter of a pixel wide
+    labels, coverage = layout.token_labels(np.array([[1, 2], [3, 4]]))
+    assert labels[~layout.is_newline].tolist() == [1] * 4 + [2] * 4 + [3] * 4 + [4] * 4
+    assert (coverage[~layout.is_newline] == 1).all()
+
+
+def test_token_at_and_centers():
+    layout = handmade()
+    real = ~layout.is_newline
+    assert np.array_equal(layout.token_at(layout.centers[real]), np.flatnonzero(real))
+    points = [[0, 0], [2, 0], [1.99, 2.99], [7.9, 5.9], [8, 6], [-5, 100]]
+    assert layout.token_at(points).tolist() == [0, 1, 0, 8, 8, 5]
+    with pytest.raises(DataError):
+        layout.token_at([[np.nan, 1]])
+
+
+def test_token_at_agrees_with_rectangles():
+    mlm = tiny("llava_onevision")
+    for size in ((131, 67), (300, 251)):
+        layout = prepare_images(mlm, [Image.new("RGB", size)]).layouts[0]
+        points = RNG.random((200, 2)) * size
+        for view in ("base", "tiles"):
+            tokens = layout.token_at(points, view)
+            inside = (layout.rects[tokens, :2] <= points).all(1) & (points < layout.rects[tokens, 2:]).all(1)
+            for point, token in zip(points[~inside], tokens[~inside], strict=True):  # in the unseen rim of a tile
+                others = layout.rects[layout.spatial(view)]
+                gap = np.maximum(np.maximum(others[:, :2] - point, point - others[:, 2:]), 0).max(1)
+                own = layout.rects[token]
+                assert gap.min() > 0 or np.isclose(gap.min(), 0)
+                assert np.maximum(np.maximum(own[:2] - point, point - own[2:]), 0).max() <= gap.min() + 1e-6
+            assert inside.mean() > 0.6
+
+
+def test_to_pixels_is_bilinear_between_token_centres():
+    layout = handmade(size=(40, 60), rows=6, columns=4)
+    ramp = torch.from_numpy(np.nan_to_num(layout.centers[:, 0])).float()
+    pixels = layout.to_pixels(torch.stack([ramp, torch.full_like(ramp, 2.0)]))
+    assert pixels.shape == (2, 60, 40)
+    assert torch.allclose(pixels[0, 7, 5:35], torch.arange(5, 35) + 0.5)  # exact between the outer centres
+    assert torch.allclose(pixels[0, :, 0], torch.tensor(5.0)) and torch.allclose(pixels[1], torch.tensor(2.0))
+    with pytest.raises(ParameterError, match="N = "):
+        layout.to_pixels(torch.zeros(3))
+
+
+def test_to_pixels_peaks_in_the_token():
+    for family in ("llava_onevision", "llava_next", "qwen2_5_vl"):
+        layout = prepare_images(tiny(family), [Image.new("RGB", (131, 67))]).layouts[0]
+        tokens, cells = layout.spatial(), layout.cells[layout.spatial()]
+        inner = ((cells > 0) & (cells < cells.max(0))).all(1)  # at the border scores are continued: ties
+        for token in RNG.choice(tokens[inner], 5):
+            scores = torch.zeros(len(layout))
+            scores[token] = 1
+            row, column = np.unravel_index(int(layout.to_pixels(scores).argmax()), (67, 131))
+            assert layout.token_at([[column + 0.5, row + 0.5]]).tolist() == [token]
+
+
+def test_select_keeps_positions():
+    layout = handmade()
+    part = layout.select(layout.spatial())
+    assert len(part) == 8 and not part.is_newline.any() and part.grids == layout.grids
+    assert part.token_at([[7, 5]]).tolist() == [7]
+    assert len(layout.select(layout.is_newline)) == 2
+    with pytest.raises(ParameterError, match="full grid"):
+        layout.select([0, 1, 6]).to_pixels(torch.zeros(3))
+    with pytest.raises(ParameterError, match="view"):
+        layout.spatial("tile")
