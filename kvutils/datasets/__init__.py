@@ -1,0 +1,55 @@
+"""Data sets by name. Real ones are read from their official layout, `pocket-*` ones are generated from a seed."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from kvutils.datasets import davis, pocket
+from kvutils.errors import DataError
+
+# Each pocket set is the generated twin of the real one it is named after.
+_GENERATED: dict[str, Callable[..., Iterable]] = {
+    "pocket-pascal-5i": pocket.few_shot_episodes,
+    "pocket-msrc": pocket.image_groups,
+    "pocket-imagenet-s": pocket.named_masks,
+    "pocket-imagenet-s-train": pocket.training_maps,
+    "pocket-refcoco": pocket.referring_masks,
+    "pocket-spair-71k": pocket.keypoint_pairs,
+    "pocket-davis-2017": pocket.clips,
+}
+_ON_DISK: dict[str, Callable[..., Iterable]] = {"davis-2017": davis.davis_clips}
+DATASETS = (*_GENERATED, *_ON_DISK)
+
+
+def open_dataset(name: str, root: str | Path | None = None, **options) -> list:
+    """The samples of a data set, as in `kvutils.datasets.samples`.
+
+    root: the folder of a real data set (default: `<KVUTILS_DATA>/<name>`). options: those of the loader, such as sizes
+    and the seed of a pocket set. Raises DataError for an unknown name, a missing folder and options that do not exist.
+
+    >>> len(open_dataset("pocket-davis-2017", count=2, frames=3))
+    2
+    """
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name, DATASETS, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise DataError(f"no loader for a data set {name!r}{hint}; expected one of {', '.join(DATASETS)}")
+    loader = _GENERATED.get(name) or _ON_DISK[name]
+    if name in _ON_DISK:
+        root = root or (Path(os.environ["KVUTILS_DATA"]) / name if os.environ.get("KVUTILS_DATA") else None)
+        if root is None:
+            raise DataError(f"{name} is read from disk: pass root=, or set KVUTILS_DATA to the folder that holds {name}/")
+        if not Path(root).is_dir():
+            raise DataError(f"{name}: there is no folder {root}")
+        options["root"] = root
+    elif root is not None:
+        raise DataError(f"{name} is generated, not read: leave root out")
+    try:
+        return list(loader(**options))
+    except TypeError as error:
+        if "unexpected keyword" not in str(error):
+            raise
+        raise DataError(f"{name} has no such option: {error}") from error

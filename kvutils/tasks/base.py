@@ -1,0 +1,314 @@
+"""What the six tasks share: rows of scores, a resumable run over samples, and the summary with its intervals.
+
+A task turns one sample (an episode, a pair, a clip, ...) into rows; a row holds, for every feature source, a few numbers
+(`columns`) from which the metrics follow. Metrics such as mIoU are ratios of sums over items, hence a metric is a
+statistic `(weights (n_boot, n), values (n, k)) -> (n_boot,)`, see `kvutils.statistics`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from kvutils.errors import DataError, ParameterError
+from kvutils.features import FeatureExtractor, ImageFeatures, Item
+from kvutils.statistics import Statistic, bootstrap_ci, paired_difference, peak_then_degrade
+from kvutils.store import Parts, to_json
+
+SHUFFLED, UNTRAINED = "shuffled.", "untrained."  # prefixes of control sources
+
+
+@dataclass(frozen=True)
+class Row:
+    """Scores of one scored item: its id, its group (the unit of resampling), and per source its `columns`."""
+
+    id: str
+    group: str
+    values: dict[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreTable:
+    """All rows of a task: values (n, S, k) float64 for n ids, S sources, k columns. skipped: samples without a score."""
+
+    task: str
+    ids: list[str]
+    groups: list[str]
+    sources: list[str]
+    columns: list[str]
+    values: np.ndarray
+    skipped: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def of(self, source: str) -> np.ndarray:
+        """(n, k) values of a source."""
+        if source not in self.sources:
+            raise ParameterError(f"{self.task} has no source {source!r}; there are {', '.join(self.sources)}")
+        return self.values[:, self.sources.index(source)]
+
+    def family(self, name: str) -> list[tuple[int, str]]:
+        """(layer, source) of the sources `<name>.<layer>`, by layer."""
+        found = (re.fullmatch(re.escape(name) + r"\.(\d+)", source) for source in self.sources)
+        return sorted((int(match[1]), match[0]) for match in found if match)
+
+    def as_dict(self) -> dict:
+        return {**vars(self), "values": self.values.tolist()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping) -> ScoreTable:
+        shape = (len(data["ids"]), len(data["sources"]), len(data["columns"]))
+        return cls(**{**data, "values": np.array(data["values"], dtype=float).reshape(shape)})
+
+
+class Task(ABC):
+    """One task over its samples. `columns` are the numbers per row and source; `control` prefixes the control sources."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    metric: ClassVar[str]  # what the headline statistic is called
+    columns: ClassVar[tuple[str, ...]]
+    control: ClassVar[str]
+    samples: Sequence[Any]
+
+    @abstractmethod
+    def sources(self, extractor: FeatureExtractor) -> list[str]:
+        """The sources of this task's rows, in order."""
+
+    @abstractmethod
+    def images(self, sample: Any) -> list[Item]:
+        """(id, image) of every image of a sample; equal ids are equal images."""
+
+    @abstractmethod
+    def score(
+        self, sample: Any, features: Mapping[str, ImageFeatures], extractor: FeatureExtractor
+    ) -> list[Row]:
+        """Rows of a sample from the features of its images; none if it cannot be scored. Depends on nothing else."""
+
+    @staticmethod
+    @abstractmethod
+    def statistic(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """The headline metric of values (n, k), for each row of weights (n_boot, n)."""
+
+    @property
+    def statistics(self) -> dict[str, Statistic]:
+        """The other metrics, by name."""
+        return {}
+
+    def parameters(self) -> dict:
+        """Everything but the samples that changes the scores; JSON-able."""
+        return {}
+
+    def prepare(self, extractor: FeatureExtractor) -> None:  # noqa: B027
+        """Work before the first sample, such as fitting a probe; not done when every part is already stored."""
+
+
+class _Batches:
+    """The images of a chunk in fixed batches, whatever is already in memory: a resumed run repeats them exactly."""
+
+    def __init__(self, extractor: FeatureExtractor, images: Iterable[Item]):
+        self.extractor = extractor
+        unique = list(dict(images).items())
+        size = extractor.batch_size
+        self.batches = [unique[i : i + size] for i in range(0, len(unique), size)]
+        self.keys = [extractor.batch_key(batch) for batch in self.batches]
+        self.where = {name: (i // size, i % size) for i, (name, _) in enumerate(unique)}
+
+    def features(self, name: str) -> ImageFeatures:
+        batch, place = self.where[name]
+        return self.extractor.batch(self.keys[batch], self.batches[batch])[place]
+
+
+def run_task(
+    task: Task,
+    extractor: FeatureExtractor,
+    parts: Parts | None = None,
+    progress: bool = True,
+    chunk: int = 25,
+) -> ScoreTable:
+    """Score all samples of a task. With `parts`, finished chunks are kept there and a run that was stopped goes on.
+
+    Bytes do not depend on interruptions. Raises DataError when no sample can be scored.
+    """
+    if chunk < 1:
+        raise ParameterError(f"chunk must be at least 1, not {chunk}")
+    sources = task.sources(extractor)
+    depends = [task.name, task.parameters(), sources, list(task.columns), extractor.fingerprint]
+    rows: list[dict] = []
+    ready = False
+    bar = tqdm(total=len(task.samples), desc=task.title, unit="sample", disable=not progress)
+    for start in range(0, len(task.samples), chunk):
+        samples = [task.samples[i] for i in range(start, min(start + chunk, len(task.samples)))]
+
+        def compute(samples: list = samples) -> dict:
+            nonlocal ready
+            if not ready:
+                task.prepare(extractor)
+                ready = True
+            batches = _Batches(extractor, (item for sample in samples for item in task.images(sample)))
+            done: dict = {"rows": [], "skipped": []}
+            for sample in samples:
+                scored = task.score(sample, {name: batches.features(name) for name, _ in task.images(sample)}, extractor)
+                done["rows"] += [[row.id, row.group, [row.values[s] for s in sources]] for row in scored]
+                done["skipped"] += [] if scored else [sample.id]
+                bar.update()
+            return done
+
+        if parts is None:
+            rows.append(compute())
+        else:
+            digest = hashlib.sha256(to_json([depends, [sample.id for sample in samples]]).encode()).hexdigest()[:16]
+            before = bar.n
+            rows.append(parts.make(f"{task.name}/{start:06d}-{digest}", compute))
+            bar.update(len(samples) - (bar.n - before))
+    bar.close()
+    found = [row for part in rows for row in part["rows"]]
+    if not found:
+        raise DataError(f"{task.name}: none of {len(task.samples)} samples could be scored")
+    return ScoreTable(
+        task=task.name,
+        ids=[row[0] for row in found],
+        groups=[row[1] for row in found],
+        sources=sources,
+        columns=list(task.columns),
+        values=np.array([row[2] for row in found], dtype=float),
+        skipped=[name for part in rows for name in part["skipped"]],
+    )
+
+
+def summarise(table: ScoreTable, task: Task, n_boot: int = 2000, seed: int = 0) -> dict:
+    """Every metric of every source with its interval, and the tests on layers; JSON-able.
+
+    sources: headline metric per source. secondary: the other metrics. build_then_degrade: per family of layers (value,
+    key, ...) what `peak_then_degrade` finds. value_best: the best value layer, chosen on one half of the groups; its
+    score and its paired differences to every other source, and to its own control, on the other half. Families are
+    tested only with at least 4 groups.
+    """
+    units = len(set(table.groups))
+    summary: dict = {
+        "task": table.task,
+        "title": task.title,
+        "metric": task.metric,
+        "n": len(table),
+        "groups": units,
+        "skipped": len(table.skipped),
+        "parameters": task.parameters(),
+        "sources": _intervals(table, task.statistic, n_boot, seed),
+        "secondary": {name: _intervals(table, s, n_boot, seed) for name, s in task.statistics.items()},
+        "build_then_degrade": {},
+    }
+    if units < 4:
+        return summary
+    for family in sorted({re.sub(r"\.\d+$", "", s) for s in table.sources if re.search(r"\.\d+$", s)}):
+        layers = table.family(family)
+        if len(layers) > 1:
+            curve = np.stack([table.of(source) for _, source in layers], axis=1)
+            found = peak_then_degrade(curve, table.groups, seed, task.statistic, n_boot)
+            numbers = [layer for layer, _ in layers]
+            summary["build_then_degrade"][family] = {
+                **found.as_dict(),
+                "layers": numbers,
+                "best_layer": numbers[found.best],
+                "peak_layer": numbers[int(found.peak.mean)],
+                "peak_layer_low": numbers[int(found.peak.low)],
+                "peak_layer_high": numbers[int(found.peak.high)],
+            }
+    if "value" in summary["build_then_degrade"]:
+        best = f"value.{summary['build_then_degrade']['value']['best_layer']}"
+        summary["value_best"] = _best_against_others(table, task, best, n_boot, seed)
+    return summary
+
+
+def _best_against_others(table: ScoreTable, task: Task, best: str, n_boot: int, seed: int) -> dict:
+    held_out = ~choosing_half(table.groups, seed)
+    groups = [group for group, kept in zip(table.groups, held_out, strict=True) if kept]
+    mine = table.of(best)[held_out]
+    others = [s for s in table.sources if s != best]
+    minus = {
+        source: paired_difference(mine, table.of(source)[held_out], task.statistic, n_boot, seed, groups).as_dict()
+        for source in others
+    }
+    score = bootstrap_ci(mine, task.statistic, n_boot, seed, groups)
+    return {"source": best, "score": score.as_dict(), "minus": minus, "control": task.control + best}
+
+
+def choosing_half(groups: Sequence[str], seed: int = 0) -> np.ndarray:
+    """(n,) bool: the items of the half of the groups on which `peak_then_degrade` chooses the best layer."""
+    names = [str(group) for group in groups]
+    units = sorted(set(names), key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).hexdigest())
+    return np.isin(names, units[: len(units) // 2])
+
+
+def _intervals(table: ScoreTable, statistic: Statistic, n_boot: int, seed: int) -> dict[str, dict]:
+    def curve(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
+        return np.stack([statistic(weights, values[:, s]) for s in range(values.shape[1])], axis=1)
+
+    found = bootstrap_ci(table.values, curve, n_boot, seed, table.groups)
+    return {source: interval.as_dict() for source, interval in zip(table.sources, found, strict=True)}
+
+
+# --- numbers of all sources at once --------------------------------------------------------------------------------------
+
+
+def column_mean(index: int) -> Statistic:
+    """The mean over items of one column."""
+
+    def statistic(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
+        return weights @ values[:, index] / weights.sum(axis=1)
+
+    return statistic
+
+
+def column_ratio(above: int, below: int) -> Statistic:
+    """Sum of one column over items / sum of another; NaN where the latter is zero."""
+
+    def statistic(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
+        top, bottom = weights @ values[:, above], weights @ values[:, below]
+        return np.divide(top, bottom, out=np.full(len(weights), np.nan), where=bottom > 0)
+
+    return statistic
+
+
+def sample_seed(*names: str) -> int:
+    """A seed from names: the same on every machine, another for every sample."""
+    return int.from_bytes(hashlib.sha256("\0".join(names).encode()).digest()[:4], "big")
+
+
+def binary_counts(predicted: torch.Tensor, mask: np.ndarray, void: int = 255) -> np.ndarray:
+    """(S, 4) I_background, I_foreground, U_background, U_foreground in pixels of predictions (S, H, W) bool.
+
+    mask (H, W) of 0, 1 and void: `kvutils.metrics.foreground_counts` of every source at once.
+    """
+    mask = torch.from_numpy(np.ascontiguousarray(mask)).to(predicted.device)
+    valid = (mask != void).flatten()
+    said, true = predicted.flatten(1)[:, valid], (mask == 1).flatten()[valid]
+    both = (said & true).sum(1)
+    said, true, total = said.sum(1), true.sum(), valid.sum()
+    either = said + true - both
+    return torch.stack([total - either, both, total - both, either], dim=1).cpu().numpy().astype(float)
+
+
+def average_precisions(scores: torch.Tensor, mask: np.ndarray, void: int = 255) -> np.ndarray:
+    """(S,) average precision over pixels of score maps (S, H, W): `kvutils.metrics.pixel_average_precision` of each."""
+    mask = torch.from_numpy(np.ascontiguousarray(mask)).to(scores.device)
+    valid = (mask != void).flatten()
+    flat, true = scores.flatten(1)[:, valid], (mask == 1).flatten()[valid]
+    ranked, order = flat.sort(dim=1, descending=True)
+    hits = true[order].double()
+    found = hits.cumsum(1)
+    # Pixels with equal scores are taken together: each has the precision at the last of its ties.
+    last = torch.ones_like(ranked, dtype=torch.bool)
+    last[:, :-1] = ranked[:, 1:] != ranked[:, :-1]
+    place = torch.arange(ranked.shape[1], device=ranked.device)
+    end = torch.where(last, place, ranked.shape[1]).flip(1).cummin(1).values.flip(1)
+    precision = found.gather(1, end) / (end + 1)
+    return ((hits * precision).sum(1) / true.sum()).cpu().numpy()

@@ -1,0 +1,122 @@
+"""Task 1: few-shot foreground segmentation (Pascal-5i), a linear probe on image tokens (paper, section 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from kvutils.datasets.samples import Episode
+from kvutils.features import FeatureExtractor, ImageFeatures, Item, token_means
+from kvutils.probes import fit_linear_probe, shuffled_labels
+from kvutils.statistics import Statistic
+from kvutils.tasks.base import SHUFFLED, Row, Task, binary_counts, sample_seed
+
+_FOLD, _CLASS, _I_BG, _I_FG, _U_BG, _U_FG, _CONVERGED = range(7)
+
+
+class ForegroundSegmentation(Task):
+    """A probe fitted on the tokens of the support images labels every token of the query.
+
+    Paper: a linear classifier on value tokens, 5 support images. Ours: L2-regularised logistic regression (`strength` is
+    scikit-learn's C), class-balanced, features standardised on the support; a token's label is the majority of its
+    pixels, void excluded; logits are interpolated bilinearly to the query's mask and cut at 0. If no support token has a
+    foreground (or background) majority, the token with the largest such share in each support image takes that label.
+    Control: the same probe fitted on shuffled labels.
+    """
+
+    name = "foreground_segmentation"
+    title = "Foreground segmentation"
+    metric = "fg mIoU"
+    columns = ("fold", "class", "i_bg", "i_fg", "u_bg", "u_fg", "converged")
+    control = SHUFFLED
+
+    def __init__(self, samples: Sequence[Episode], strength: float = 1.0, max_iter: int = 1000):
+        self.samples, self.strength, self.max_iter = samples, strength, max_iter
+
+    def parameters(self) -> dict:
+        return {"strength": self.strength, "max_iter": self.max_iter}
+
+    def sources(self, extractor: FeatureExtractor) -> list[str]:
+        return extractor.sources + [f"{SHUFFLED}value.{layer}" for layer in extractor.layers]
+
+    def images(self, sample: Episode) -> list[Item]:
+        return [(one.id, one.image) for one in (*sample.supports, sample.query)]
+
+    def score(
+        self, sample: Episode, features: Mapping[str, ImageFeatures], extractor: FeatureExtractor
+    ) -> list[Row]:
+        supports = [features[one.id] for one in sample.supports]
+        query = features[sample.query.id]
+        labels = torch.from_numpy(support_labels(supports, [one.mask for one in sample.supports]))
+        known = labels >= 0
+        shuffled = shuffled_labels(labels, sample_seed(sample.id), known)
+        logits, converged = {}, {}
+        for names in query.by_width(extractor.sources):
+            train = torch.cat([support.stack(names) for support in supports], dim=1)
+            test = query.stack(names)
+            controlled = [i for i, name in enumerate(names) if name.startswith("value.")]
+            rows = [*range(len(names)), *controlled]  # the control reads the same features under other labels
+            y = torch.stack([labels] * len(names) + [shuffled] * len(controlled))
+            probe = fit_linear_probe(
+                train[rows],
+                y.to(train.device),
+                strength=self.strength,
+                sample_weight=known.to(train.device),
+                max_iter=self.max_iter,
+            )
+            fitted = [*names, *(SHUFFLED + names[i] for i in controlled)]
+            logits |= dict(zip(fitted, probe.logits(test[rows]), strict=True))
+            converged |= dict(zip(fitted, probe.converged.tolist(), strict=True))
+        order = self.sources(extractor)
+        maps = query.layout.to_pixels(torch.stack([logits[source] for source in order]))
+        counts = binary_counts(maps > 0, sample.query.mask)
+        values = {
+            source: (float(sample.fold), float(sample.class_index), *row.tolist(), float(converged[source]))
+            for source, row in zip(order, counts, strict=True)
+        }
+        return [Row(sample.id, sample.query.id, values)]
+
+    @staticmethod
+    def statistic(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """HSNet's foreground mIoU: I and U summed over a class's episodes, IoU per class, mean within and over folds."""
+        folds = []
+        for fold in np.unique(values[:, _FOLD]):
+            classes = np.unique(values[values[:, _FOLD] == fold, _CLASS])
+            ious = []
+            for c in classes:
+                mine = (values[:, _FOLD] == fold) & (values[:, _CLASS] == c)
+                intersection, union = (weights[:, mine] @ values[mine, k] for k in (_I_FG, _U_FG))
+                ious.append(intersection / np.maximum(union, 1))
+            folds.append(np.mean(ious, axis=0))
+        return np.mean(folds, axis=0)
+
+    @property
+    def statistics(self) -> dict[str, Statistic]:
+        return {"FB-IoU": _fb_iou, "converged": lambda w, v: w @ v[:, _CONVERGED] / w.sum(axis=1)}
+
+
+def _fb_iou(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Mean of foreground and background IoU, I and U summed over a fold's episodes; mean over folds."""
+    folds = []
+    for fold in np.unique(values[:, _FOLD]):
+        mine = values[:, _FOLD] == fold
+        i_bg, i_fg, u_bg, u_fg = (weights[:, mine] @ values[mine, k] for k in (_I_BG, _I_FG, _U_BG, _U_FG))
+        folds.append((i_bg / np.maximum(u_bg, 1) + i_fg / np.maximum(u_fg, 1)) / 2)
+    return np.mean(folds, axis=0)
+
+
+def support_labels(supports: Sequence[ImageFeatures], masks: Sequence[np.ndarray]) -> np.ndarray:
+    """(all support tokens,) int64 labels 0, 1, or -1 for tokens with void pixels only; see the class for rare cases."""
+    labels = [one.layout.token_labels(mask)[0] for one, mask in zip(supports, masks, strict=True)]
+    for wanted in (0, 1):
+        if any((found == wanted).any() for found in labels):
+            continue
+        for one, mask, found in zip(supports, masks, labels, strict=True):
+            share = token_means(one.layout, (mask == wanted)[..., None])[:, 0]
+            if share.max() > 0:
+                found[share.argmax()] = wanted
+    return np.concatenate(labels)
+
+
