@@ -49,6 +49,12 @@ ENCODERS: dict[str, ModelSpec] = {
 }
 
 
+def original_encoder(model: str) -> str:
+    """The name in `ENCODERS` of the SigLIP that an MLM is compared with: the one it was built from, if it was."""
+    spec = MODELS.get(model)
+    return "pocket-siglip" if spec and spec.profile == "pocket" else "siglip-so400m"
+
+
 @dataclass
 class MLM:
     """A multimodal language model with its processor; all sizes come from the configuration."""

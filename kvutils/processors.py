@@ -24,7 +24,7 @@ from kvutils.errors import ParameterError
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<eos>", "<image>")  # ids 0, 1, 2, 3 of a word-level tokenizer
 PUNCTUATION = ("?", ",", ".")
 
-# Content items in order, text as is and images as "<image>", joined by one space.
+# Content items in order, text as is and images as "<image>", joined by one space; the answer follows a colon.
 POCKET_CHAT_TEMPLATE = (
     "{%- set ns = namespace(parts=[]) -%}"
     "{%- for message in messages -%}"
@@ -33,6 +33,7 @@ POCKET_CHAT_TEMPLATE = (
     "{%- set ns.parts = ns.parts + ['<image>' if item['type'] == 'image' else item['text']] -%}"
     "{%- endfor -%}{%- endif -%}"
     "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{%- set ns.parts = ns.parts + [':'] -%}{%- endif -%}"
     "{{- ns.parts | join(' ') -}}"
 )
 

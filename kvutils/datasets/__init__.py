@@ -23,6 +23,21 @@ _GENERATED: dict[str, Callable[..., Iterable]] = {
 _ON_DISK: dict[str, Callable[..., Iterable]] = {"davis-2017": davis.davis_clips}
 DATASETS = (*_GENERATED, *_ON_DISK)
 
+# profile -> task -> the data set that it reads there
+TASK_DATA: dict[str, dict[str, str]] = {
+    "paper": {
+        "foreground_segmentation": "pascal-5i",
+        "co_segmentation": "msrc",
+        "semantic_segmentation": "imagenet-s",
+        "semantic_segmentation_probe": "imagenet-s-train",
+        "referring_segmentation": "refcoco",
+        "semantic_correspondence": "spair-71k",
+        "temporal_correspondence": "davis-2017",
+    },
+}
+TASK_DATA["pocket"] = {task: f"pocket-{name}" for task, name in TASK_DATA["paper"].items()}
+CLASS_NAMES: dict[str, tuple[str, ...]] = {"pocket": pocket.CLASS_NAMES, "paper": ()}  # of the supervised probe
+
 
 def open_dataset(name: str, root: str | Path | None = None, **options) -> list:
     """The samples of a data set, as in `kvutils.datasets.samples`.

@@ -120,12 +120,19 @@ def triple_sample(pool: Pool, rows: tuple[int, int, int], kind: str, hints: bool
     of = (lambda row: int(pool.style[row])) if kind == "style_match" else (lambda row: int(pool.things[row, 0, 0]))
     answer = "(a)" if of(rows[1]) == of(rows[0]) else "(b)"
     blocks = [(kind, q.STYLE_MATCH if kind == "style_match" else q.CLASS_MATCH, answer)]
-    if hints:
-        for place, row in zip(q.NTH, rows):
+    if hints:  # the two steps of the match: what a given image shows, and which image shows a given thing
+        seen = [of(row) for row in rows]
+        for place, found in zip(q.NTH, seen):
             if kind == "style_match":
-                blocks.append(("nth_style", f"what style is the {place} image ?", STYLES[of(row)]))
+                blocks.append(("nth_style", f"what style is the {place} image ?", STYLES[found]))
+                which = f"which image is {STYLES[found]} ?"
             else:
-                blocks.append(("nth_class", f"what is the thing on the {place} image ?", CLASSES[of(row)]))
+                blocks.append(("nth_class", f"what is the thing on the {place} image ?", CLASSES[found]))
+                which = f"which image shows the {CLASSES[found]} ?"
+            if seen.count(found) == 1:
+                blocks.append((kind.replace("match", "which"), which, place))
+            elif place != "first":
+                blocks.append((kind.replace("match", "also"), f"{which[:-2]} as the first ?", place))
     return Sample(list(rows), blocks, [[], [], []])
 
 

@@ -54,17 +54,17 @@ class Stage:
 
 STAGES = {
     "encoder": Stage(1, 4000, 1.5e-3, 64),
-    "language": Stage(2, 3000, 1.5e-3, 24),
+    "language": Stage(2, 5000, 1.5e-3, 24),
     "projector": Stage(3, 500, 2e-3, 24),
     "all": Stage(4, 4200, 1e-3, 24),
 }
 # Which kind of sample a step is made of, with how many sequences relative to a step of single images.
 STEP_KINDS = {
-    "single": (0.58, 1.0),
-    "marked": (0.09, 1.5),
-    "correspondence": (0.15, 0.75),
+    "single": (0.52, 1.0),
+    "marked": (0.13, 1.5),
+    "correspondence": (0.14, 0.75),
     "style_match": (0.12, 0.5),
-    "class_match": (0.06, 0.5),
+    "class_match": (0.09, 0.5),
 }
 
 
@@ -328,13 +328,13 @@ class SymbolicImage(nn.Module):
                 x, y = (points[b, i, k, :2] / 8).astype(int)
                 at.append(b * GRID**2 + y * GRID + x)
                 names.append(TOKEN[PARTS[k]])
-                weight.append(1.0)
+                weight.append(1.5)  # as loud as a mark: a part that a mark drowns cannot be found by name
             for letter, x, y in marks:
                 column, row = (min(max(int(v / 8), 0), GRID - 1) for v in (x, y))
                 at.append(b * GRID**2 + row * GRID + column)
                 # A mark reads as its option: "(a)"; the reference mark as "reference".
                 names.append(TOKEN["reference" if letter == "r" else OPTIONS[LETTERS.index(letter)]])
-                weight.append(2.0)
+                weight.append(1.0)
         named = words(torch.tensor(names, device=device)) * torch.tensor(weight, device=device)[:, None]
         extra = torch.zeros_like(cells).flatten(0, 1).index_add(0, torch.tensor(at, device=device), named).view_as(cells)
         style = torch.from_numpy(pool.style[index].astype(np.int64)).to(device)
