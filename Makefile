@@ -41,7 +41,7 @@ $(STAMP): requirements.txt pyproject.toml
 	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements.txt && \
 	  $(RUN) -m pip install -q --no-deps -e .); } || { echo; \
 	  echo 'The installation failed, see above. It needs a package index (network) and about'; \
-	  echo '2 GB of disk, or 8 GB where torch comes with CUDA. Run the same command to go on from here.'; exit 1; } >&2
+	  echo '2 GB of disk, or 8 GB where torch comes with CUDA. Run the same command to go on.'; exit 1; } >&2
 	@touch $@
 
 replicate: $(STAMP)  ## run the notebooks, write results, figures and the verdict table
@@ -53,7 +53,7 @@ test-code: $(STAMP)  ## the tests of the code alone
 	@$(RUN) -m pytest tests
 
 # papermill executes each notebook and compares its verdicts with the committed ones; nbval then compares the
-# marked outputs, reading the captures and parts that the first execution has stored. Both write their results and
+# marked outputs, reading the captures and parts that the first execution has stored. Both write results and
 # figures into data/cache/check, not over the committed ones.
 test-notebooks: $(STAMP)  ## execute the notebooks with papermill, compare verdicts and outputs (nbval)
 	@KVUTILS_OUT='$(CHECK)' $(RUN) -m kvutils.replicate --check $(CHOSEN)

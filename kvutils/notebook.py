@@ -81,8 +81,8 @@ def check_parameters(namespace: dict, **known: type | tuple) -> dict:
     """The notebook's parameters, checked; call it with `globals()` in the first cell after the parameters.
 
     `known` gives each name's type, or the tuple of its possible values. An unknown name (papermill only
-    warns), a wrong type and a value that is not possible are each a `ParameterError`. Every lower-case variable
-    with a plain value counts as a parameter, so the cells before this one only import.
+    warns), a wrong type and an impossible value are each a `ParameterError`. Every lower-case variable with a
+    plain value counts as a parameter, so the cells before this one only import.
 
     >>> parameters = check_parameters(globals(), profile=PROFILES, model=str, seed=int)
     """

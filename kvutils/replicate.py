@@ -1,7 +1,7 @@
 """Run the notebooks: `python -m kvutils.replicate --profile pocket --model pocket`.
 
 Each notebook is executed by papermill with this interpreter, cleaned of what changes from run to run, and
-written back when it is finished: a notebook that fails or is interrupted leaves the previous version as it was.
+written back when it is finished: one that fails or is interrupted leaves the previous version as it was.
 The notebooks store their captures and finished parts, so the same command goes on where a run was stopped.
 """
 
@@ -214,7 +214,7 @@ def compare(old: Path, new: Path, names: list[str]) -> list[str]:
 
 
 def run_all(paths: list[Path], parameters: dict, out: Path, executed: Path) -> list[str]:
-    """Execute the notebooks one after the other, write them to `executed`; explanations of those that failed."""
+    """Execute the notebooks one after the other, write them to `executed`; returns those that failed."""
     stored = notebook.cache_root() / "timings.json"
     failures = []
     for path in paths:
@@ -223,8 +223,8 @@ def run_all(paths: list[Path], parameters: dict, out: Path, executed: Path) -> l
         try:
             book, seconds = execute(path, parameters, timings.get(key))
         except (KVUtilsError, PapermillExecutionError, RuntimeError) as error:  # the last: the kernel died
-            failures.append(explain(path, error))
-            print(failures[-1], flush=True)
+            print(explain(path, error), flush=True)
+            failures.append(path.stem)
             continue
         write_text(executed / path.name, nbformat.writes(book) + "\n")
         write_json(stored, timings | {key: round(seconds, 1)})
@@ -278,6 +278,8 @@ def replicate(chosen: argparse.Namespace) -> int:
     print(f"\n{verdict_lines(report.rows(report.read_results(run.folder)))}\n")
     print(f"results: {show(run.folder)}\nfigures: {show(run.figures)}")
     print("".join(f"updated: {show(path)}\n" for path in written), end="")
+    if failures:
+        print(f"FAILED: {', '.join(failures)}; verdicts of these, if any, are an earlier run's.")
     if chosen.check:
         committed = ROOT / "data" / "results" / run.profile / run.folder.name
         failures += (differences := compare(committed, run.folder, [path.stem for path in paths]))

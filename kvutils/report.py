@@ -28,8 +28,8 @@ def load_claims(path: Path | None = None) -> list[dict]:
     claims = yaml.safe_load(path.read_text(encoding="utf-8"))["claims"]
     for claim in claims:
         if claim.keys() != FIELDS or claim["rule"].get("kind") not in RULES:
-            raise DataError(f"{path}: claim {claim.get('id')}: expected the fields {sorted(FIELDS)} and a rule "
-                            f"of kind {', '.join(RULES)}; found {claim}.")
+            raise DataError(f"{path}: claim {claim.get('id')}: expected {sorted(FIELDS)} and a rule of kind "
+                            f"{', '.join(RULES)}; found {claim}.")
     return claims
 
 
@@ -104,7 +104,8 @@ def number(value: object) -> str:
         return "–"
     if isinstance(value, str | int):
         return str(value)
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 100 else f"{value:,.0f}"
+    digits = 3 if abs(value) < 10 else 1 if abs(value) < 100 else 0
+    return f"{round(value, digits) + 0.0:,.{digits}f}"  # + 0.0: no "-0.000"
 
 
 def interval(part: Mapping, value: str = "value") -> str:
@@ -184,7 +185,7 @@ def readme(text: str, root: Path) -> str:
     """README.md with its generated parts made from the results under `root`."""
     committed = read_results(root / "data" / "results" / Path(*notebook.DEFAULT))
     tables = [f"Profile `{folder.parent.name}`, model `{folder.name}`:\n\n{table(rows(read_results(folder)))}"
-              for folder in result_folders(root)]
+              for folder in result_folders(root) if folder.parent.name != "rehearsal"]  # random weights
     names = sorted(path.stem for path in (root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
     badges = [f"{name} {source}" for name in names for kind, source in notebook.colab_cells(name)
               if kind == "markdown"]

@@ -33,9 +33,10 @@ log = logging.getLogger(__name__)
 Array = torch.Tensor | np.ndarray
 PACKAGE = Path(__file__).resolve().parent
 VERSIONS = ("torch", "transformers", "numpy", "scikit-learn", "pillow")
-# Modules that show or run, but do not measure: a change in them leaves stored parts valid.
-PRESENTATION = ("plots.py", "widgets.py", "report.py", "replicate.py", "notebook.py", "store.py",
-                "pocket/train.py")
+# Modules that show, run or train, but do not measure: a change in them leaves stored parts valid.
+NOT_MEASURING = {
+    "plots.py", "widgets.py", "report.py", "replicate.py", "notebook.py", "store.py", "capture_cli.py",
+    *(f"pocket/{name}.py" for name in ("card", "evaluate", "export", "model", "packing", "pool", "train"))}
 
 
 @contextmanager
@@ -108,7 +109,7 @@ def code_version(*modules: str) -> str:
     """
     found = [path.relative_to(PACKAGE).as_posix() for path in sorted(PACKAGE.rglob("*.py"))]
     digest = hashlib.sha256()
-    for name in modules or [name for name in found if name not in PRESENTATION]:
+    for name in modules or [name for name in found if name not in NOT_MEASURING]:
         tree = ast.parse((PACKAGE / name).read_text(encoding="utf-8"), name)
         digest.update(f"{name}\0{ast.dump(tree)}\0".encode())
     return digest.hexdigest()[:16]

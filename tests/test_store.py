@@ -33,7 +33,7 @@ def test_json_is_canonical_and_atomic(tmp_path):
     ({"curves": {"f": [1.0, float("nan")]}}, "curves.f[1] is nan"),
     ({"a": np.array([np.inf])}, "a[0] is inf"),
     ({"a": object()}, "a is a object"),
-    ({("a", 1): 2}, "neither strings nor integers"),
+    ({("a", 1): 2}, "keys other than strings and integers"),
 ])
 def test_json_refuses_what_it_cannot_hold(tmp_path, value, names):
     path = tmp_path / "a.json"

@@ -1,0 +1,238 @@
+"""Notebooks are run by papermill and written back clean, or left as they were."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from kvutils import notebook, replicate
+from kvutils.errors import ParameterError
+from kvutils.notebook import PROFILES, check_parameters
+
+WRITE = '''
+import json, os
+from pathlib import Path
+folder = Path(os.environ["KVUTILS_OUT"], "data", "results", profile, model)
+folder.mkdir(parents=True, exist_ok=True)
+entries = [{"name": str(i), "value": 0.1, "low": LOW, "high": 0.2, "n": 5} for i in range(6)]
+found = {"claims": {"C1": {"entries": entries}}, "parameters": {"seed": seed}, "provenance": {}}
+(folder / "01_stub.json").write_text(json.dumps(found))
+'''
+
+
+def book(body: str = "print(seed)", write: str = WRITE.replace("LOW", "0.05")) -> nbformat.NotebookNode:
+    """A notebook without kvutils, so that it starts quickly."""
+    code = nbformat.v4.new_code_cell
+    cells = [nbformat.v4.new_markdown_cell("# Stub", id="a"),
+             code('profile = "pocket"\nmodel = "pocket"\nseed = 0', id="b",
+                  metadata={"tags": ["parameters"]}),
+             code(body, id="c"), code(write, id="d")]
+    kernel = {"name": "another", "display_name": "Another", "language": "python"}
+    return nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A repository with a notebook 01, elsewhere."""
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.setattr(replicate, "ROOT", tmp_path)
+    monkeypatch.setattr(notebook, "ROOT", tmp_path)
+    monkeypatch.setattr(replicate.notebook, "repository", lambda: "")
+    monkeypatch.setattr(replicate.report, "load_claims", lambda: [
+        {"id": "C1", "section": "3", "statement": "It is so.", "paper": 6, "unit": "tasks",
+         "notebook": "01_stub", "results": "claims.C1", "rule": {"kind": "entries_above", "at_least": 6}}])
+    monkeypatch.setenv("KVUTILS_OUT", str(tmp_path))
+    monkeypatch.delenv("KVUTILS_CACHE", raising=False)
+    nbformat.write(book(), tmp_path / "notebooks" / "01_stub.ipynb")
+    return tmp_path
+
+
+def test_a_run_is_clean_and_the_same_again(root, capsys):
+    path = root / "notebooks" / "01_stub.ipynb"
+    nbformat.write(book(
+        "import sys\nprint(sys.executable)\nprint('a', flush=True)\nprint('b')\n"
+        f"print({str(root / 'data' / 'x')!r})\n"
+        "from ipywidgets import IntSlider\nfrom IPython.display import display\ndisplay(IntSlider())\n"
+        "import matplotlib.pyplot as plt\nplt.plot([1, 2]); plt.show()"), path)
+    assert replicate.main([]) == 0
+    first = path.read_bytes()
+    done = nbformat.reads(first.decode(), as_version=4)
+    nbformat.validate(done)
+    assert done.metadata == {"kernelspec": {"name": "python3", "display_name": "Python 3 (ipykernel)",
+                                            "language": "python"}, "language_info": {"name": "python"}}
+    assert [cell.get("execution_count") for cell in done.cells] == [None, 1, 2, 3]
+    assert all(set(cell.metadata) <= {"tags"} for cell in done.cells)
+    stream, picture = done.cells[2].outputs
+    assert stream.text == f"{sys.executable}\na\nb\ndata/x\n"  # this interpreter, one stream, path from root
+    assert "image/png" in picture.data
+    printed = capsys.readouterr().out
+    assert "01_stub  done in" in printed and "C1  reproduced      6 tasks" in printed
+    assert replicate.main([]) == 0
+    assert path.read_bytes() == first
+    assert "the last time" in capsys.readouterr().out
+    claims = json.loads((root / "data" / "results" / "pocket" / "pocket" / "claims.json").read_text())
+    assert claims[0]["verdict"] == "reproduced"
+
+
+def test_a_failing_cell_leaves_the_notebook_as_it_was(root, capsys):
+    path = root / "notebooks" / "01_stub.ipynb"
+    nbformat.write(book("def f():\n    return 1 / 0\nf()"), path)
+    nbformat.write(book(), root / "notebooks" / "02_stub.ipynb")
+    before = path.read_bytes()
+    assert replicate.main([]) == 1
+    assert path.read_bytes() == before
+    printed = capsys.readouterr().out
+    assert "01_stub  stopped in cell 3: ZeroDivisionError: division by zero" in printed
+    assert "return 1 / 0" in printed
+    assert "02_stub  done" in printed and "FAILED: 01_stub" in printed  # the others are run
+    kept = nbformat.read(root / "data" / "cache" / "failed" / "01_stub.ipynb", as_version=4)
+    assert any(output.output_type == "error" for cell in kept.cells for output in cell.get("outputs", []))
+
+
+def test_an_error_of_the_library_is_shown_without_its_traceback(root, capsys):
+    nbformat.write(book("class DataError(Exception): pass\nraise DataError('DAVIS is missing')"),
+                   root / "notebooks" / "01_stub.ipynb")
+    assert replicate.main([]) == 1
+    printed = capsys.readouterr().out
+    assert "cell 3: DataError: DAVIS is missing\nAs far" in printed
+
+
+def test_a_dead_kernel_is_reported(root, capsys):
+    nbformat.write(book("import os; os._exit(9)"), root / "notebooks" / "01_stub.ipynb")
+    assert replicate.main([]) == 1
+    assert "01_stub  stopped: DeadKernelError" in capsys.readouterr().out
+
+
+def test_parameters_write_elsewhere(root, capsys):
+    path = root / "notebooks" / "01_stub.ipynb"
+    before = path.read_bytes()
+    assert replicate.main(["-p", "seed", "3"]) == 0
+    assert path.read_bytes() == before and not (root / "data" / "results").exists()
+    out = root / "data" / "cache" / "runs" / "seed_3"
+    results = json.loads((out / "data/results/pocket/pocket/01_stub.json").read_text())
+    assert results["parameters"]["seed"] == 3
+    done = nbformat.read(out / "notebooks" / "01_stub.ipynb", as_version=4)
+    assert done.cells[2].metadata.tags == ["injected-parameters"]
+
+
+def test_another_profile_writes_beside_its_results(root):
+    before = (root / "notebooks" / "01_stub.ipynb").read_bytes()
+    assert replicate.main(["--profile", "paper", "--model", "big"]) == 0
+    assert (root / "notebooks" / "01_stub.ipynb").read_bytes() == before
+    assert (root / "data" / "results" / "paper" / "big" / "01_stub.ipynb").exists()
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["-p", "sead", "3"], "unknown parameter sead; the notebook has: profile, model, seed"),
+    (["--notebooks", "07"], "no notebook 07"),
+])
+def test_mistakes_are_said(root, capsys, arguments, message):
+    assert replicate.main(arguments) == 1
+    captured = capsys.readouterr()
+    assert message in captured.out + captured.err
+
+
+def test_check_compares_with_the_committed_verdicts(root, capsys):
+    exec(WRITE.replace("LOW", "0.05"), {"profile": "pocket", "model": "pocket", "seed": 0})
+    committed = (root / "data" / "results" / "pocket" / "pocket" / "01_stub.json").read_bytes()
+    assert replicate.main(["--check"]) == 0
+    assert "the verdicts are those in" in capsys.readouterr().out
+    nbformat.write(book(write=WRITE.replace("LOW", "-0.05")), root / "notebooks" / "01_stub.ipynb")
+    assert replicate.main(["--check"]) == 1
+    assert "C1: reproduced in" in capsys.readouterr().out
+    assert (root / "data" / "results" / "pocket" / "pocket" / "01_stub.json").read_bytes() == committed
+
+
+def test_an_interrupted_run_leaves_the_notebook_and_runs_again(root):
+    path, mark = root / "notebooks" / "01_stub.ipynb", root / "mark"
+    nbformat.write(book(f"import time, pathlib\np = pathlib.Path({str(mark)!r})\n"
+                        "if not p.exists():\n    p.touch(); time.sleep(60)"), path)
+    before = path.read_bytes()
+    code = (f"import sys; from pathlib import Path; from kvutils import replicate; "
+            f"replicate.ROOT = replicate.notebook.ROOT = Path({str(root)!r}); "
+            "replicate.notebook.repository = lambda: ''; sys.exit(replicate.main([]))")
+    environment = os.environ | {"PYTHONPATH": str(Path(notebook.__file__).parents[1])}
+    run = subprocess.Popen([sys.executable, "-c", code], cwd=root, env=environment, start_new_session=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for _ in range(1200):  # two minutes, on a busy machine
+        if mark.exists() or run.poll() is not None:
+            break
+        time.sleep(0.1)
+    assert mark.exists(), run.communicate()[0]
+    os.killpg(run.pid, signal.SIGINT)  # as Ctrl-C does
+    said = run.communicate(timeout=60)[0]
+    assert run.returncode == 130 and "the same command goes on" in said, said
+    assert path.read_bytes() == before
+    assert replicate.main([]) == 0
+
+
+def test_colab_cells_follow_the_address(monkeypatch):
+    made = book()
+    replicate.set_colab_cells(made, "01_stub")
+    assert len(made.cells) == 4
+    monkeypatch.setattr(notebook, "repository", lambda: "https://github.com/example/name")
+    for _ in range(2):
+        replicate.set_colab_cells(made, "01_stub")
+        assert len(made.cells) == 6
+        assert "/github/example/name/blob/main/notebooks/01_stub.ipynb" in made.cells[0].source
+    compile(made.cells[1].source, "setup", "exec")
+    monkeypatch.setattr(notebook, "repository", lambda: "")
+    replicate.set_colab_cells(made, "01_stub")
+    assert len(made.cells) == 4
+
+
+def check(**values) -> dict:
+    namespace = {"__name__": "x", "_": 1, "In": [], "Out": {}, "LIMIT": 3, "check": check}
+    return check_parameters(namespace | values, profile=PROFILES, model=str, seed=int, rate=float)
+
+
+GOOD = {"profile": "pocket", "model": "pocket", "seed": 1, "rate": 1}
+
+
+def test_good_parameters_pass():
+    assert check(**GOOD) == GOOD
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"sed": 2}, "unknown parameter 'sed'; did you mean 'seed'?"),
+    ({"seed": "2"}, "expected int, found str"),
+    ({"seed": True}, "expected int, found bool"),
+    ({"profile": "papr"}, "expected one of 'pocket', 'paper'"),
+    ({"items": [1]}, "unknown parameter 'items'"),
+])
+def test_bad_parameters_do_not(change, message):
+    with pytest.raises(ParameterError) as error:
+        check(**GOOD | change)
+    assert message in str(error.value)
+
+
+def test_the_check_can_be_run_again():
+    namespace = dict(GOOD)
+    known = {"profile": PROFILES, "model": str, "seed": int, "rate": float}
+    check_parameters(namespace, **known)
+    namespace["later"] = 3
+    assert check_parameters(namespace, **known) == GOOD
+
+
+def test_places_do_not_depend_on_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.delenv("KVUTILS_OUT", raising=False)
+    monkeypatch.chdir(tmp_path)
+    run = notebook.Run("01_value_flow")
+    assert run.results == notebook.ROOT / "data" / "results" / "pocket" / "pocket" / "01_value_flow.json"
+    assert run.figures == notebook.ROOT / "figures"
+    assert notebook.Run("01", "paper", "owner/name").folder.name == "owner--name"
+    assert notebook.Run("01", "paper", "/a/b/mine").folder.name == "mine"
+    monkeypatch.setenv("KVUTILS_OUT", str(tmp_path))
+    assert run.figures == tmp_path / "figures"
+
+
+def test_the_environment_names_versions_and_commit(capsys):
+    notebook.environment_table()
+    lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    assert {"commit", "python", "torch", "transformers", "device"} <= lines.keys()

@@ -1,0 +1,159 @@
+"""Verdicts follow their rules, and what is committed follows from the results."""
+
+import json
+
+import pytest
+
+from kvutils import notebook, report
+from kvutils.errors import DataError
+from kvutils.store import write_json
+
+UP, DOWN, OPEN = (0.1, 0.3), (-0.3, -0.1), (-0.1, 0.1)
+
+
+def claim(**rule) -> dict:
+    return {"id": "C1", "section": "3", "statement": "It is so.", "paper": 1.5, "unit": "points",
+            "notebook": "01_value_flow", "results": "claims.C1", "rule": rule}
+
+
+def measured(*intervals) -> dict:
+    return {"value": 0.2, "low": intervals[0][0], "high": intervals[0][1], "n": 10, "unit": "F1",
+            "entries": [{"name": f"e{i}", "value": (a + b) / 2, "low": a, "high": b, "n": 5}
+                        for i, (a, b) in enumerate(intervals)]}
+
+
+@pytest.mark.parametrize(("rule", "intervals", "verdict"), [
+    ({"kind": "above"}, [UP], "reproduced"),
+    ({"kind": "above"}, [DOWN], "not reproduced"),
+    ({"kind": "above"}, [OPEN], "inconclusive"),
+    ({"kind": "above"}, [(0.0, 0.1)], "inconclusive"),
+    ({"kind": "above", "null": 2.0}, [UP], "not reproduced"),
+    ({"kind": "above", "null": 2.0}, [(2.1, 2.2)], "reproduced"),
+    ({"kind": "entries_above", "at_least": "all"}, [UP, UP], "reproduced"),
+    ({"kind": "entries_above", "at_least": "all"}, [UP, OPEN], "inconclusive"),
+    ({"kind": "entries_above", "at_least": "all"}, [UP, DOWN], "not reproduced"),
+    ({"kind": "entries_above", "at_least": 2}, [UP, DOWN, UP], "reproduced"),
+    ({"kind": "entries_above", "at_least": 2}, [UP, DOWN, OPEN], "inconclusive"),
+    ({"kind": "entries_above", "at_least": 2}, [UP, DOWN, DOWN], "not reproduced"),
+    ({"kind": "entries_above", "at_least": 3}, [UP, UP], "inconclusive"),  # a third was not measured
+    ({"kind": "entries_above", "at_least": 3}, [UP, DOWN], "not reproduced"),
+    ({"kind": "entries_within", "tolerance": 0.2, "at_least": "all"}, [OPEN, OPEN], "reproduced"),
+    ({"kind": "entries_within", "tolerance": 0.2, "at_least": "all"}, [OPEN, UP], "inconclusive"),
+    ({"kind": "entries_within", "tolerance": 0.05, "at_least": "all"}, [(-0.01, 0.01), DOWN],
+     "not reproduced"),
+])
+def test_rules(rule, intervals, verdict):
+    assert report.judge(claim(**rule), measured(*intervals))[0] == verdict
+    assert verdict in report.VERDICTS
+
+
+def test_no_measurement_is_not_run():
+    line = report.row(claim(kind="above"), None)
+    assert line["verdict"] == "not run"
+    assert [line[key] for key in ("ours", "low", "high", "n")] == [None] * 4
+
+
+def test_ours_counts_the_entries_when_there_is_no_value():
+    found = measured(UP, OPEN, UP)
+    del found["value"], found["low"], found["high"]
+    line = report.row(claim(kind="entries_above", at_least=2), found)
+    assert (line["ours"], line["low"], line["verdict"], line["unit"]) == (2, None, "reproduced", "F1")
+
+
+@pytest.mark.parametrize("broken", [
+    {"value": 1.0}, {"value": 1.0, "low": 2.0, "high": 1.0}, {"low": float("nan"), "high": 1.0},
+    {"low": 0.0, "high": None}, {"low": 0.0, "high": float("inf")},
+])
+def test_a_verdict_needs_an_interval(broken):
+    with pytest.raises(DataError, match="claim C1.*interval"):
+        report.judge(claim(kind="above"), broken)
+    with pytest.raises(DataError, match="e1"):
+        report.judge(claim(kind="entries_above", at_least="all"),
+                     {"entries": [measured(UP)["entries"][0], broken | {"name": "e1"}]})
+
+
+def test_a_rule_over_entries_needs_entries():
+    with pytest.raises(DataError, match="entries"):
+        report.judge(claim(kind="entries_above", at_least="all"), {"value": 1.0, "low": 0.5, "high": 2.0})
+
+
+def test_all_claims_are_there():
+    claims = report.load_claims()
+    assert [c["id"] for c in claims] == [f"C{i}" for i in range(1, 9)] + [f"X{i}" for i in range(1, 7)]
+    assert all(c["rule"]["kind"] == "above" or "at_least" in c["rule"] for c in claims)
+    assert all(c["results"] == f"claims.{c['id']}" for c in claims)
+
+
+def test_a_claim_with_another_rule_is_refused(tmp_path):
+    path = tmp_path / "claims.yaml"
+    path.write_text(json.dumps({"claims": [claim(kind="looks good")]}))
+    with pytest.raises(DataError, match="C1"):
+        report.load_claims(path)
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A repository with one result and a README."""
+    monkeypatch.setenv("KVUTILS_OUT", str(tmp_path))
+    run = notebook.Run("01_value_flow")
+    found = measured(*[UP] * 6) | {"n": 60}
+    run.write(parameters={}, provenance={"device": "cpu"}, claims={"C1": found}, finding="It works.",
+              choices={"regularisation": "0.1"}, curves={"foreground": [{"mean": 0.25}]})
+    blocks = "".join(f"<!-- {name}:start -->\nTYPED BY HAND\n<!-- {name}:end -->\n"
+                     for name in ("badges", "gallery", "verdicts"))
+    (tmp_path / "README.md").write_text(
+        f"# T\n{blocks}Mean <!-- results:01_value_flow.curves.foreground.0.mean|.2f -->?<!-- /results -->, "
+        f"<!-- results:02_x.y -->?<!-- /results -->.\n")
+    return tmp_path
+
+
+def test_everything_is_made_from_the_results(root, capsys):
+    assert report.main(["--check"]) == 1
+    assert report.main([]) == 0
+    assert report.main(["--check"]) == 0
+    folder = root / "data" / "results" / "pocket" / "pocket"
+    lines = json.loads((folder / "claims.json").read_text())
+    assert len(lines) == 14
+    assert lines[0] == {"id": "C1", "verdict": "reproduced", "paper": 6, "ours": 0.2, "low": 0.1, "high": 0.3,
+                        "n": 60, "unit": "F1", "notebook": "01_value_flow"}
+    readme = (root / "README.md").read_text()
+    assert "TYPED" not in readme and "**reproduced**" in readme and "0.200 [0.100, 0.300]" in readme
+    assert "It works." in readme and "figures/01_value_flow.png" in readme
+    assert ">0.25<" in readme and ">not run<" in readme
+    text = (folder / "REPORT.md").read_text()
+    assert "| e5 | 0.200 [0.100, 0.300] | 5 |" in text and "- regularisation: 0.1" in text
+    assert "written: README.md" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("edit", ["README.md", "claims.json", "results"])
+def test_a_stale_file_is_found(root, edit):
+    report.write(root)
+    folder = root / "data" / "results" / "pocket" / "pocket"
+    if edit == "README.md":
+        path = root / edit
+        path.write_text(path.read_text().replace("**reproduced**", "**not reproduced**", 1))
+    elif edit == "claims.json":
+        path = folder / edit
+        path.write_text(path.read_text().replace('"reproduced"', '"inconclusive"'))
+    else:
+        results = json.loads((folder / "01_value_flow.json").read_text())
+        results["claims"]["C1"]["entries"][0]["low"] = -1.0
+        write_json(folder / "01_value_flow.json", results)
+    assert report.main(["--check"]) == 1
+
+
+def test_a_readme_without_markers_is_an_error(root, capsys):
+    (root / "README.md").write_text("# T\n")
+    assert report.main([]) == 2
+    assert "<!-- badges:start -->" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("value", "shown"), [
+    (None, "–"), (6, "6"), ("a range", "a range"), (0.12345, "0.123"), (33.333, "33.3"), (1234.5, "1,234"),
+    (-0.0004, "0.000")])
+def test_numbers(value, shown):
+    assert report.number(value) == shown
+
+
+def test_the_committed_tables_are_those_of_the_committed_results():
+    assert report.stale(notebook.ROOT) == [], "run `make report`"

@@ -1,0 +1,143 @@
+"""The repository keeps its own rules: notebooks, commands, files."""
+
+import ast
+import re
+import subprocess
+import tomllib
+
+import nbformat
+import pytest
+import yaml
+
+from kvutils import notebook
+from kvutils.notebook import ROOT
+
+TOP = {"notebooks", "kvutils", "data", "figures", "tests", "benchmarks", "environment.yml", "requirements.txt",
+       "README.md", "Makefile", "LICENSE", "CITATION.cff", "pyproject.toml"}
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+MODULES = sorted((ROOT / "kvutils").rglob("*.py"))
+ABSOLUTE = re.compile(r"""(?<![\w.:/])/(?:home|root|tmp|work|content|Users|mnt|opt)/[\w.]""")
+
+
+def tracked() -> list[str]:
+    """The files that git tracks; all below the repository's own folders where there is no git."""
+    listing = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True)
+    if listing.returncode == 0:
+        return [name for name in listing.stdout.split("\0") if name and (ROOT / name).exists()]
+    return [path.relative_to(ROOT).as_posix() for name in TOP for path in [ROOT / name, *(ROOT / name).rglob("*")]
+            if path.is_file()]
+
+
+def texts() -> dict[str, str]:
+    """The tracked text files and their content."""
+    suffixes = {".py", ".md", ".yml", ".yaml", ".toml", ".cff", ".txt", ".ipynb", ".json"}
+    return {name: (ROOT / name).read_text(encoding="utf-8") for name in tracked()
+            if (ROOT / name).suffix in suffixes or name in ("Makefile", ".ci/run")}
+
+
+def test_nothing_else_at_the_top():
+    found = {name.split("/")[0] for name in tracked()}
+    assert {name for name in found if not name.startswith(".")} <= TOP
+    assert {"README.md", "LICENSE", "Makefile", "CITATION.cff", ".ci", ".gitignore"} <= found
+
+
+def test_file_sizes():
+    large = {name: (ROOT / name).stat().st_size for name in tracked()}
+    assert {name: size for name, size in large.items() if size > 20e6} == {}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_executed_and_clean(path):
+    book = nbformat.read(path, as_version=4)
+    nbformat.validate(book)
+    assert re.fullmatch(r"\d\d_[a-z_]+", path.stem)
+    assert book.metadata.kernelspec.name == "python3"
+    assert "widgets" not in book.metadata and "papermill" not in book.metadata
+    cells = [cell for cell in book.cells if cell.cell_type == "code"]
+    tags = [cell.metadata.get("tags", []) for cell in cells]
+    assert sum("parameters" in each for each in tags) == 1
+    assert not any("injected-parameters" in each for each in tags)
+    following = next(i for i, each in enumerate(tags) if "parameters" in each) + 1
+    assert "check_parameters(" in cells[following].source, "the cell after the parameters checks them"
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run `make replicate`"
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"] == []
+    assert any("image/png" in output.get("data", {}) for output in outputs), "no picture"
+    assert any("NBVAL_CHECK_OUTPUT" in cell.source for cell in cells), "nothing is compared"
+
+
+def test_the_workflow_has_a_job_for_every_notebook():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())
+    named = workflow["jobs"]["notebook"]["strategy"]["matrix"]["notebook"]
+    assert not NOTEBOOKS or named == [path.stem for path in NOTEBOOKS]
+
+
+@pytest.mark.parametrize("suffixes", [(".ipynb", ".md", ".json"), (".py", ".yml", ".yaml", ".toml", "Makefile")])
+def test_no_absolute_paths(suffixes):
+    found = {name: ABSOLUTE.findall(text) for name, text in texts().items()
+             if name.endswith(suffixes) and name != "tests/test_repository.py"}
+    assert {name: paths for name, paths in found.items() if paths} == {}
+
+
+def test_the_readme_names_only_what_exists():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"\bmake ([a-z][a-z-]*)", "\n".join(re.findall(r"`[^`]+`|```.*?```", readme, re.DOTALL))))
+    assert {"replicate", "test"} <= named <= targets
+    for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)\)", readme):
+        assert (ROOT / link).exists(), link
+    for module in re.findall(r"python -m (kvutils[\w.]*)", readme):
+        path = ROOT.joinpath(*module.split("."))
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+
+
+def test_every_target_is_explained():
+    text = (ROOT / "Makefile").read_text()
+    phony = re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)[1].split()
+    explained = re.findall(r"^([a-z-]+):.*## \S", text, re.MULTILINE)
+    assert sorted(phony) == sorted(explained)
+    shown = subprocess.run(["make", "-C", str(ROOT), "--no-print-directory", "help"], capture_output=True, text=True)
+    assert shown.returncode == 0 and all(f"make {target} " in shown.stdout for target in phony)
+
+
+def test_the_public_address_has_one_home():
+    """Links to this repository are derived from pyproject's setting; nothing else may hold (or invent) one."""
+    address = notebook.repository()
+    pattern = re.compile(r"github\.com/[\w.-]+/kvutils|colab\.research\.google\.com/github/[\w.-]+/[\w.-]+")
+    allowed = {"pyproject.toml", "tests/test_repository.py", "kvutils/notebook.py"}
+    if address:  # then also where `make replicate` and `make report` put it
+        allowed |= {"README.md"} | {path.relative_to(ROOT).as_posix() for path in NOTEBOOKS}
+    assert [name for name, text in texts().items() if name not in allowed and pattern.search(text)] == []
+
+
+def test_pinned_versions_are_within_the_ranges():
+    from packaging.requirements import Requirement
+    lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    pinned = {name: version for name, version in (line.split("==") for line in lines if line)}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    ranges = [Requirement(text) for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]]
+    for requirement in ranges:
+        if requirement.name != "ipykernel":  # comes with jupyterlab
+            assert requirement.specifier.contains(pinned[requirement.name]), requirement
+    assert pinned.keys() == {requirement.name for requirement in ranges} - {"ipykernel"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT / "kvutils").as_posix())
+def test_a_module_is_one_idea(path):
+    text = path.read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    assert len(text.splitlines()) <= 500, "two ideas?"
+    assert not text.strip() or ast.get_docstring(tree), "no docstring"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"bare except in line {node.lineno}"
+            assert not all(isinstance(statement, ast.Pass) for statement in node.body), f"line {node.lineno}"
+        if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+            raise AssertionError(f"trust_remote_code in line {node.value.lineno}")
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "cuda":
+            raise AssertionError(f".cuda() in line {node.lineno}: the device comes from the model")
+
+
+def test_the_licence_is_apache_2():
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text and "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
