@@ -192,7 +192,7 @@ def _standardise(X: Tensor, keep: Tensor | None, dtype: torch.dtype,
 
 def _fit_chunk(X: Tensor, onehot: Tensor, s: Tensor, keep: Tensor | None, strength: float, tol: float,
                max_iter: int, first: int) -> tuple[Tensor, ...]:
-    """Fields of LinearProbe; X (S, N, C), onehot (S, K, N), row weights s (S, N); errors count from `first`."""
+    """Fields of LinearProbe; X (S, N, C), onehot (S, K, N), row weights s (S, N); errors name first + i."""
     A, mean, std = _standardise(X, keep, s.dtype, first)
     (S, N, P), classes = A.shape, onehot.shape[1]
     model = (_Binary if classes == 2 else _Softmax)(onehot, s.unsqueeze(1))
