@@ -28,6 +28,7 @@ from kvutils.notebook import ROOT, Run
 from kvutils.store import read_json, write_json, write_text
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
+BAR = re.compile(r"\d%\||\d\w* \[\d+:\d\d")  # what every line of a tqdm bar contains
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -83,6 +84,11 @@ def clean(book: NotebookNode) -> NotebookNode:
         outputs = []
         for output in cell.get("outputs", []):
             output.pop("transient", None)
+            if output.get("name") == "stderr":  # progress bars go; anything else stays to be seen
+                lines = re.split(r"[\r\n]|\x1b\[A", output.text)
+                output.text = "\n".join(line for line in lines if line.strip() and not BAR.search(line))
+                if not output.text:
+                    continue
             if WIDGET in output.get("data", {}):
                 del output.data[WIDGET]
                 output.metadata.pop(WIDGET, None)

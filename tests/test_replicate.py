@@ -58,6 +58,8 @@ def test_a_run_is_clean_and_the_same_again(root, capsys):
     nbformat.write(book(
         "import sys\nprint(sys.executable)\nprint('a', flush=True)\nprint('b')\n"
         f"print({str(root / 'data' / 'x')!r})\n"
+        "from tqdm import tqdm\nfor i in tqdm(range(3)): pass\n"
+        "bar = tqdm(unit='image'); bar.update(); bar.close()\n"
         "from ipywidgets import IntSlider\nfrom IPython.display import display\ndisplay(IntSlider())\n"
         "import matplotlib.pyplot as plt\nplt.plot([1, 2]); plt.show()"), path)
     assert replicate.main([]) == 0
