@@ -2,12 +2,15 @@
 
 import difflib
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, SiglipVisionModel
+from transformers.utils import logging as transformers_logging
 
 from kvutils.errors import ModelError, ParameterError, PromptError
 from kvutils.processors import image_backend, load_processor, load_siglip_image_processor
@@ -50,7 +53,7 @@ ENCODERS: dict[str, ModelSpec] = {
 
 
 def original_encoder(model: str) -> str:
-    """The name in `ENCODERS` of the SigLIP that an MLM is compared with: the one it was built from, if it was."""
+    """Name in `ENCODERS` of the SigLIP that an MLM is compared with: its own origin if it has one."""
     spec = MODELS.get(model)
     return "pocket-siglip" if spec and spec.profile == "pocket" else "siglip-so400m"
 
@@ -116,7 +119,7 @@ class MLM:
 
     @property
     def image_backend(self) -> str:
-        """"pil" or "torchvision": which code resizes the images (they differ slightly)."""
+        """Which code resizes the images: "pil" or "torchvision" (they differ slightly)."""
         return image_backend(self.processor)
 
     def prompt(self, question: str | None = None, prefix: str | None = None, images: int = 1) -> str:
@@ -211,6 +214,17 @@ def wrap_mlm(model: PreTrainedModel, processor, name: str = "custom", base_view_
     return MLM(model.eval(), processor, name, family, "in memory", base_view_only)
 
 
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No warnings of transformers: 5.23 warns about the token ids of its own default SigLIP configuration."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
 def load_encoder(
     name: str, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
 ) -> Encoder:
@@ -219,9 +233,10 @@ def load_encoder(
     device = _device(device)
     dtype = _dtype(dtype) or (torch.float32 if device.type == "cpu" or spec.profile == "pocket" else "auto")
     try:
-        config = AutoConfig.from_pretrained(spec.source)
-        model = _pretrained(SiglipVisionModel, name, spec.source, dtype=dtype)
-        processor = load_siglip_image_processor(spec.source)
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(spec.source)
+            model = _pretrained(SiglipVisionModel, name, spec.source, dtype=dtype)
+            processor = load_siglip_image_processor(spec.source)
     except (OSError, ValueError) as error:
         raise ModelError(f"{name} cannot be loaded from {spec.source}: {error}") from error
     return Encoder(model.to(device).eval(), processor, spec.name, _revision(spec.source, config))

@@ -13,6 +13,8 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
+from IPython.display import Image as PngFile
+from IPython.display import display
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -230,6 +232,12 @@ def save(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
         figure.savefig(paths[-1], metadata={"Software": None})
         plt.close(figure)
     return paths
+
+
+def show(name: str, figure: Figure, folder: Path) -> None:
+    """Write a figure and show it in a notebook: exactly the file, whatever the notebook's backend."""
+    (path,) = save({name: figure}, folder)
+    display(PngFile(path))
 
 
 def draw_all(results: Path, figures: Path) -> list[Path]:

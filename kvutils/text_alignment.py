@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 from torch.nn.functional import normalize
-from transformers import AutoTokenizer, SiglipTextModel
+from transformers import AutoConfig, AutoTokenizer, SiglipModel, SiglipTextModel
 
 from kvutils.capture import text_values
 from kvutils.errors import ModelError, ParameterError
-from kvutils.models import ENCODERS, MLM, Encoder
+from kvutils.models import ENCODERS, MLM, Encoder, quiet_transformers
 
 SIGLIP_TEMPLATE = "a {}"  # SigLIP learned captions, not bare names; a leading "the " of an expression gives way to it
 
@@ -33,6 +33,7 @@ class SiglipText:
 
     model: SiglipTextModel
     tokenizer: Any
+    name: str = "custom"
     template: str = SIGLIP_TEMPLATE
 
     @torch.no_grad()
@@ -51,14 +52,15 @@ def load_siglip_text(name: str, device: str | torch.device = "cpu") -> SiglipTex
     """The text tower of a SigLIP: a name of `kvutils.models.ENCODERS`, a folder or hub id. ModelError if it has none."""
     source = ENCODERS[name].source if name in ENCODERS else name
     try:
-        model, info = SiglipTextModel.from_pretrained(source, use_safetensors=True, output_loading_info=True)
+        kind = AutoConfig.from_pretrained(source).model_type
+        if kind != "siglip":
+            raise ModelError(f"{name}: {source} is a {kind!r}, not a SigLIP pair of vision and text tower")
+        # The pair is loaded whole: loading its text tower alone reports every weight of the other as unexpected.
+        model = SiglipModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True).text_model
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ModelError(f"{name}: no SigLIP text tower and tokenizer at {source}: {error}") from error
-    if info["missing_keys"]:
-        missing = sorted(map(str, info["missing_keys"]))
-        raise ModelError(f"{name}: {source} holds no SigLIP text tower ({len(missing)} weights missing: {missing[0]})")
-    return SiglipText(model.to(device).eval(), tokenizer)
+    return SiglipText(model.to(device).eval(), tokenizer, source)
 
 
 class TextAlignment:

@@ -197,7 +197,8 @@ def pack(samples: list[Sample], image_slots: int) -> Packed:
         tokens = list(encode(sample.prefix))
         if sample.question_first:
             tokens += encode(sample.blocks[0][1])
-        tokens += [IMAGE] * (image_slots * len(sample.images))
+        for place, _ in zip(q.NTH, sample.images):  # several images are announced: "first <image> second <image>"
+            tokens += [TOKEN[place]] * (len(sample.images) > 1) + [IMAGE] * image_slots
         shared = len(tokens)
         positions, block, labels = list(range(shared)), [0] * shared, [IGNORE] * shared
         for number, (_, question, answer) in enumerate(sample.blocks, start=1):

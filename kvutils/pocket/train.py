@@ -54,7 +54,7 @@ class Stage:
 
 STAGES = {
     "encoder": Stage(1, 4000, 1.5e-3, 64),
-    "language": Stage(2, 5000, 1.5e-3, 24),
+    "language": Stage(2, 8000, 1.5e-3, 24),
     "projector": Stage(3, 500, 2e-3, 24),
     "all": Stage(4, 4200, 1e-3, 24),
 }
@@ -371,7 +371,7 @@ def train_language(pool: Pool, held_out: Pool, steps: int, device: str, quiet: b
     _set_initial(trainer)
     sampler, fixed = Sampler(pool), Sampler(held_out)
     while trainer.step < steps:
-        shrink = 2 if trainer.step < 0.8 * steps else 1  # coarse cells first: a quarter of the tokens
+        shrink = 2 if trainer.step < 0.9 * steps else 1  # coarse cells first: a quarter of the tokens
         samples = draw_step(trainer, sampler)
         samples = samples if shrink == 2 else samples[: max(2, len(samples) // 2)]
         packed = pack(samples, (GRID // shrink) ** 2 + 1).to(device)
