@@ -1,12 +1,12 @@
 """Time of the batched probe divided by that of scikit-learn's LogisticRegression looped over the sources.
 
 An episode is made as in the segmentation task: five crops of a photograph, cut into patches, pass through
-the layers of an untrained language model; the sources are the value vectors of its layers, the label of a token
-is whether most of its pixels show the red flower. Both sides get the same float32 features, standardise them,
-use balanced classes and one thread, and alternate within an episode. scikit-learn's tolerance is the loosest
-power of ten, from its default 1e-4 down, at which its loss is within 1e-3 of the minimum, as the batched probe's
-is by default. Time is the CPU time of the process, which is wall time on an idle machine and comparable on a
-busy one.
+the layers of an untrained language model; the sources are the value vectors of its layers, and the label of a
+token is whether most of its pixels show the red flower. Both sides get the same float32 features, standardise
+them, use balanced classes and one thread, and alternate within an episode. scikit-learn's tolerance is the
+loosest power of ten, from its default 1e-4 down, at which its loss is within 1e-3 of the minimum, as the batched
+probe's is by default. Time is the CPU time of the process, which is wall time on an idle machine and comparable
+on a busy one.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def objective(weight: np.ndarray, bias: np.ndarray, Z: np.ndarray, y: np.ndarray
 
 
 def compare(probe: LinearProbe, X: torch.Tensor, y: torch.Tensor, models: list[Pipeline]) -> dict[str, float]:
-    """Largest relative excess of both losses over a tight float64 fit; share of predictions unlike its own."""
+    """Largest relative excess of both losses over a tight float64 fit; share of predictions unlike it."""
     X64, labels = X.double().numpy(), y.numpy()
     exact = fit_scikit_learn(X64, labels, tol=1e-6)
     Z = np.stack([model[0].transform(x) for model, x in zip(exact, X64)])
