@@ -4,9 +4,9 @@ An episode is made as in the segmentation task: five crops of a photograph, cut 
 the layers of an untrained language model; the sources are the value vectors of its layers, and the label of a
 token is whether most of its pixels show the red flower. Both sides get the same float32 features, standardise
 them, use balanced classes and one thread, and alternate within an episode. scikit-learn's tolerance is the
-loosest power of ten, from its default 1e-4 down, at which its loss is within 1e-3 of the minimum, as the batched
-probe's is by default. Time is the CPU time of the process, which is wall time on an idle machine and comparable
-on a busy one.
+loosest power of ten, from its default 1e-4 down, at which its loss is within 1e-3 of the minimum, as the
+batched probe's is by default. Time is the CPU time of the process, which is wall time on an idle machine and
+comparable on a busy one.
 """
 
 from __future__ import annotations
