@@ -137,7 +137,7 @@ class FeatureExtractor:
         text = self.alignment.encoder_text
         about = {
             "models": [_identity(m) for m in (self.mlm, self.untrained, self.encoder_original)],
-            "text": None if text is None else [text.model.name_or_path, text.template],
+            "text": None if text is None else [text.name, text.template],
             "layers": self.layers,
             "views": self._views,
             "batch_size": self.batch_size,

@@ -1,0 +1,313 @@
+"""Feature sources, text-aligned scores and saliency, each against a direct computation."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import normalize
+from transformers import SiglipConfig, SiglipModel, SiglipTextConfig
+
+from kvutils.capture import capture, capture_encoder, text_values
+from kvutils.errors import LayerError, ModelError, ParameterError
+from kvutils.features import FeatureExtractor, image_tokens, pixel_features, token_means
+from kvutils.layout import TokenLayout
+from kvutils.models import Encoder
+from kvutils.processors import build_word_tokenizer
+from kvutils.saliency import prompt_saliency
+from kvutils.store import Store
+from kvutils.text_alignment import SiglipText, load_siglip_text
+from tests.tiny_models import WORDS, tiny, tiny_onevision, tiny_pocket, tiny_siglip
+
+RNG = np.random.default_rng(0)
+
+
+def picture(width: int = 32, height: int = 32) -> Image.Image:
+    return Image.fromarray(RNG.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+ITEMS = [(f"image {i}", picture()) for i in range(3)]
+
+
+def siglip(hidden: int = 24) -> SiglipModel:
+    shape = {"hidden_size": hidden, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
+    tokens = {"vocab_size": 40, "max_position_embeddings": 8, "projection_size": hidden, "pad_token_id": 0}
+    config = SiglipConfig(
+        text_config=SiglipTextConfig(**shape, **tokens, bos_token_id=2, eos_token_id=2).to_dict(),
+        vision_config={**shape, "image_size": 32, "patch_size": 8},
+    )
+    return SiglipModel(config).eval()
+
+
+@pytest.fixture(scope="module")
+def pocket():
+    torch.manual_seed(1)
+    mlm, both = tiny_pocket(), siglip()
+    encoder = Encoder(both.vision_model, tiny_siglip(side=32).processor, "tiny", "in memory")
+    text = SiglipText(both.text_model, build_word_tokenizer(WORDS))
+    return FeatureExtractor(mlm, tiny_pocket(seed=7), encoder, encoder_text=text, batch_size=2)
+
+
+def test_sources_and_shapes(pocket):
+    mlm = pocket.mlm
+    features = pocket.images(ITEMS)
+    layers = range(mlm.num_layers)
+    expected = ["pixels", "encoder_original", "encoder", "projector"]
+    expected += [f"{family}.{n}" for family in ("value", "key", "untrained.value") for n in layers]
+    assert pocket.sources == expected == list(features[0].features)
+    for one in features:
+        assert not one.layout.is_newline.any() and len(one.layout) == 16
+        assert all(t.shape[0] == 16 and t.dtype == torch.float16 for t in one.features.values())
+    groups = features[0].by_width(pocket.sources)
+    assert sorted(sum(groups, [])) == sorted(expected)
+    for names in groups:
+        stack = features[0].stack(names)
+        assert stack.shape[:2] == (len(names), 16) and stack.dtype == torch.float32
+    with pytest.raises(ParameterError, match="value.9"):
+        features[0].by_width(["value.9"])
+
+
+def test_features_are_the_captured_ones(pocket):
+    (one,) = capture(pocket.mlm, [ITEMS[1][1]])
+    (control,) = capture(pocket.untrained, [ITEMS[1][1]])
+    (original,) = capture_encoder(pocket.encoder_original, pocket.mlm, [ITEMS[1][1]])
+    tokens = image_tokens(one.layout)
+    direct = {
+        "encoder": one.encoder,
+        "projector": one.projector,
+        "encoder_original": original,
+        "value.2": one.value(2),
+        "key.1": one.key(1),
+        "untrained.value.3": control.value(3),
+    }
+    features = pocket.images(ITEMS)[1]
+    for source, tensor in direct.items():
+        torch.testing.assert_close(features.features[source].float(), tensor[tokens], rtol=1e-3, atol=1e-4)
+
+
+def test_a_prefix_changes_later_layers_only(pocket):
+    plain, hinted = pocket.images(ITEMS[:1])[0], pocket.images(ITEMS[:1], prefix="a red fish")[0]
+    torch.testing.assert_close(plain.features["value.0"], hinted.features["value.0"], rtol=1e-3, atol=1e-4)
+    assert (plain.features["value.3"] - hinted.features["value.3"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["onevision", "qwen", "next"])
+def test_every_family_gives_one_full_grid(family):
+    family = {"onevision": "llava_onevision", "qwen": "qwen2_5_vl", "next": "llava_next"}[family]
+    extractor = FeatureExtractor(tiny(family), layers=[1, 3], keys=False)
+    items = [("wide", picture(90, 50)), ("tall", picture(40, 80))]
+    for (_, image), one in zip(items, extractor.images(items), strict=True):
+        assert one.layout.image_size == image.size
+        rows, columns = (len(np.unique(one.layout.cells[:, axis])) for axis in (0, 1))
+        assert len(one.layout) == rows * columns
+        assert one.layout.to_pixels(one.features["value.3"].float().T).shape[1:] == image.size[::-1]
+    assert extractor.sources == ["pixels", "encoder", "projector", "value.1", "value.3"]
+    assert set(extractor.text_sources) >= {"projector", "value.1", "lens.value.3"}
+    scores = extractor.text_scores(one, ["fish", "red car"])
+    assert all(score.shape == (2, len(one.layout)) for score in scores.values())
+    assert 0 <= extractor.saliency(items[0]).min() and extractor.saliency(items[0]).max() == 1
+
+
+# --- pixels --------------------------------------------------------------------------------------------------------------
+
+
+def grid_layout(rows: int, columns: int, size: tuple[int, int]) -> TokenLayout:
+    row, column = np.divmod(np.arange(rows * columns), columns)
+    x, y = np.linspace(0, size[0], columns + 1), np.linspace(0, size[1], rows + 1)
+    rects = np.stack([x[column], y[row], x[column + 1], y[row + 1]], axis=1)
+    n = rows * columns
+    return TokenLayout(
+        np.arange(n), rects, np.stack([row, column], 1), np.zeros(n, int), np.zeros(n, bool), size, {"base": (rows, columns)}
+    )
+
+
+def test_pixel_features_are_means_and_positions():
+    image = picture(10, 6)
+    features = pixel_features(grid_layout(2, 5, (10, 6)), image)
+    block = np.asarray(image)[3:6, 2:4].reshape(-1, 3).mean(0) / 127.5 - 1
+    assert np.allclose(features[6], [*block, 2 * 3 / 10 - 1, 2 * 4.5 / 6 - 1])
+
+
+def test_token_means_of_tokens_smaller_than_a_pixel():
+    planes = RNG.random((3, 4, 2))
+    assert np.allclose(token_means(grid_layout(9, 12, (4, 3)), planes).reshape(3, 3, 4, 3, 2).mean((1, 3)), planes)
+
+
+# --- the same numbers from memory, disk and model --------------------------------------------------------------------------
+
+
+def test_store_and_memory_give_the_same_bytes(tmp_path):
+    mlm = tiny_pocket()
+
+    def run(**options):
+        extractor = FeatureExtractor(mlm, layers=[0, 2], batch_size=2, **options)
+        return extractor, extractor.images(ITEMS)
+
+    def same(a, b):
+        for one, other in zip(a, b, strict=True):
+            assert list(one.features) == list(other.features)
+            assert all(torch.equal(one.features[s], other.features[s]) for s in one.features)
+            assert (one.layout.rects == other.layout.rects).all() and one.layout.grids == other.layout.grids
+            assert one.layout.image_size == other.layout.image_size
+
+    _, plain = run()
+    _, written = run(store=Store(tmp_path))
+    extractor, read = run(store=Store(tmp_path), memory_bytes=1)
+    same(plain, written)
+    same(plain, read)
+    assert len(extractor._memory) == 1  # the limit holds, and what was dropped comes back the same
+    same(plain, extractor.images(ITEMS))
+    stored = len(list(tmp_path.rglob("*.safetensors")))
+    assert stored == 2
+    run(store=Store(tmp_path), base_view_only=True)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2 * stored  # other options, other shards
+
+
+def test_the_fingerprint_names_what_features_depend_on(pocket):
+    mlm = pocket.mlm
+    prints = {
+        FeatureExtractor(mlm).fingerprint,
+        FeatureExtractor(mlm, layers=[1]).fingerprint,
+        FeatureExtractor(mlm, pocket.untrained).fingerprint,
+        FeatureExtractor(mlm, max_pixels=100).fingerprint,
+        pocket.fingerprint,
+    }
+    assert len(prints) == 5 and FeatureExtractor(mlm).fingerprint in prints
+
+
+def test_batch_keys_depend_on_pixels_and_prefix(pocket):
+    keys = [pocket.batch_key(ITEMS[:2]), pocket.batch_key(ITEMS[1:]), pocket.batch_key(ITEMS[:2], "a fish")]
+    renamed = [("another name", image) for _, image in ITEMS[:2]]
+    assert len(set(keys)) == 3 and pocket.batch_key(renamed) == keys[0]
+
+
+def test_features_that_overflow_half_precision_are_refused():
+    mlm = tiny_pocket()
+    with torch.no_grad():
+        mlm.model.model.language_model.layers[1].self_attn.v_proj.weight.mul_(1e7)
+    with pytest.raises(ModelError, match="image 0.*value.1"):
+        FeatureExtractor(mlm, keys=False).images(ITEMS[:1])
+
+
+def test_arguments_are_checked(pocket):
+    with pytest.raises(LayerError):
+        FeatureExtractor(pocket.mlm, layers=[99])
+    with pytest.raises(ParameterError, match="batch_size"):
+        FeatureExtractor(pocket.mlm, batch_size=0)
+    with pytest.raises(ParameterError, match="encoder_original"):
+        FeatureExtractor(pocket.mlm, encoder_text=pocket.alignment.encoder_text)
+
+
+# --- texts ---------------------------------------------------------------------------------------------------------------
+
+TEXTS = ["fish", "the red car"]
+
+
+def test_text_scores_of_values_are_dot_products(pocket):
+    features = pocket.images(ITEMS)[0]
+    scores = pocket.text_scores(features, TEXTS)
+    for mlm, prefix in ((pocket.mlm, ""), (pocket.untrained, "untrained.")):
+        texts = text_values(mlm, TEXTS)  # (texts, L, G, D)
+        for layer in pocket.layers:
+            image = features.features[f"{prefix}value.{layer}"].float()
+            image = image.unflatten(1, (mlm.num_kv_heads, mlm.head_dim))
+            expected = torch.einsum("ngd,tgd->tn", image, texts[:, layer])
+            torch.testing.assert_close(scores[f"{prefix}value.{layer}"], expected, rtol=1e-4, atol=1e-4)
+    assert list(scores) == pocket.text_sources
+
+
+def test_projector_scores_are_those_of_the_input_embeddings(pocket):
+    features = pocket.images(ITEMS)[0]
+    ids = pocket.mlm.tokenizer("the red car")["input_ids"]
+    mean = pocket.mlm.model.get_input_embeddings().weight[ids].mean(0)
+    expected = features.features["projector"].float() @ mean
+    torch.testing.assert_close(pocket.text_scores(features, TEXTS)["projector"][1], expected)
+
+
+@torch.no_grad()
+def test_the_lens_is_what_the_modules_give(pocket):
+    """Attention that puts its full weight on one image token, through the model's own modules."""
+    mlm, layer, token = pocket.mlm, 2, 5
+    language_model = mlm.model.model.language_model
+    features = pocket.images(ITEMS)[0]
+    values = features.features[f"value.{layer}"][token].float().view(mlm.num_kv_heads, mlm.head_dim)
+    per_query_head = [values[head // (mlm.num_heads // mlm.num_kv_heads)] for head in range(mlm.num_heads)]
+    added = language_model.layers[layer].self_attn.o_proj(torch.cat(per_query_head))
+    logits = mlm.model.lm_head(language_model.norm(added))
+    expected = logits[mlm.tokenizer("the red car")["input_ids"]].mean()
+    torch.testing.assert_close(pocket.text_scores(features, TEXTS)[f"lens.value.{layer}"][1, token], expected)
+
+
+@torch.no_grad()
+def test_encoder_scores_use_the_pooling_head_on_single_patches(pocket):
+    features = pocket.images(ITEMS)[0]
+    scores = pocket.text_scores(features, TEXTS)
+    vision, text = pocket.encoder_original.model, pocket.alignment.encoder_text
+    ids = torch.tensor([text.tokenizer.encode("a red car") + [0] * 5])  # the template, padded to the full length
+    words = normalize(text.model(input_ids=ids).pooler_output[0], dim=-1)
+    for source in ("encoder_original", "encoder"):
+        patch = features.features[source][3].float()
+        pooled = vision.head(vision.post_layernorm(patch)[None, None])[0]
+        torch.testing.assert_close(scores[source][1, 3], normalize(pooled, dim=-1) @ words)
+
+
+def test_encoders_have_text_scores_only_with_a_text_tower(pocket):
+    plain = FeatureExtractor(pocket.mlm, encoder_original=pocket.encoder_original)
+    assert not {"encoder", "encoder_original"} & set(plain.text_sources)
+    other = siglip(hidden=48)  # another width than the MLM's tower: its head cannot read that tower
+    encoder = Encoder(other.vision_model, pocket.encoder_original.processor, "wide", "in memory")
+    wide = FeatureExtractor(
+        pocket.mlm, encoder_original=encoder, encoder_text=SiglipText(other.text_model, pocket.mlm.tokenizer)
+    )
+    assert "encoder_original" in wide.text_sources and "encoder" not in wide.text_sources
+
+
+def test_text_vectors_do_not_depend_on_other_texts(pocket):
+    fresh = FeatureExtractor(pocket.mlm)
+    both, alone = fresh.texts(TEXTS)[1], FeatureExtractor(pocket.mlm).texts(TEXTS[1:])[0]
+    assert all(torch.equal(both[source], alone[source]) for source in fresh.text_sources)
+
+
+def test_load_siglip_text(tmp_path):
+    both = siglip()
+    both.half().save_pretrained(tmp_path / "siglip")
+    build_word_tokenizer(WORDS).save_pretrained(tmp_path / "siglip")
+    text = load_siglip_text(str(tmp_path / "siglip"))
+    expected = SiglipText(both.float().text_model, build_word_tokenizer(WORDS)).embed("fish")
+    torch.testing.assert_close(text.embed("fish"), expected)
+    assert text.embed("fish").norm() == pytest.approx(1)
+    both.vision_model.save_pretrained(tmp_path / "vision")
+    with pytest.raises(ModelError, match="siglip_vision_model.*not a SigLIP pair"):
+        load_siglip_text(str(tmp_path / "vision"))
+
+
+# --- saliency --------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl", "llava_next"])
+def test_saliency_is_the_attention_of_the_last_token(family):
+    mlm, eager = tiny(family), tiny(family, attention="eager")
+    image, question = picture(60, 40), "what colour is the fish"
+    layout, saliency = prompt_saliency(mlm, image, question)
+    batch = eager.processor(images=[image], text=[eager.prompt(question=question)], return_tensors="pt")
+    output = eager.model.model(**batch, output_attentions=True)
+    full = torch.stack(output.attentions).mean((0, 1, 2))[-1]  # over layers, batch, heads; the last query
+    torch.testing.assert_close(saliency, full[torch.from_numpy(layout.slots)], rtol=1e-4, atol=1e-6)
+    assert mlm.attention == "sdpa"
+
+
+def test_saliency_leaves_the_model_as_it_was_after_an_error(monkeypatch):
+    mlm = tiny_onevision()
+    language_model = mlm.model.model.language_model
+    forward, calls = language_model.forward, []
+
+    def fails_second_time(**inputs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("stopped")
+        return forward(**inputs)
+
+    monkeypatch.setattr(language_model, "forward", fails_second_time)
+    with pytest.raises(RuntimeError, match="stopped"):
+        prompt_saliency(mlm, picture())
+    assert mlm.attention == "sdpa"
