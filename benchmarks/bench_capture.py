@@ -1,10 +1,10 @@
 """What capture costs beyond the model itself: time and memory.
 
-capture_time_ratio     capture() of a picture, K and V of all layers / a bare `model.model` forward of the same
-                       inputs, already preprocessed. Medians of interleaved runs, processor time on one thread
+capture_time_ratio     capture() of a picture, K and V of all layers / a bare `model.model` forward of the
+                       same inputs, already preprocessed. Medians of interleaved runs, CPU time on one thread
                        (other work on the machine does not count). Below 1 is possible: capture stops at the
                        keys and values of the last layer.
-capture_memory_ratio   bytes of all tensor storages that stay alive after capture / bytes of the tensors asked for.
+capture_memory_ratio   bytes of all tensor storages that stay alive after capture / bytes asked for.
 """
 
 import gc
@@ -16,8 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import DynamicCache, LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
-from transformers import Qwen2Config, SiglipVisionConfig
+from transformers import (
+    DynamicCache,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -28,7 +33,7 @@ from kvutils.processors import build_pocket_processor  # noqa: E402
 
 
 def onevision_shaped(layers: int = 8, hidden: int = 1024) -> MLM:
-    """A random LLaVA-OneVision: 27x27 + 1 image tokens, grouped-query attention, MLPs that dominate the cost."""
+    """A random LLaVA-OneVision: 27x27 + 1 image tokens, grouped-query attention, MLPs that cost the most."""
     processor = build_pocket_processor(["a", "photo", "of"], image_size=378, patch=14)
     config = LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(
@@ -85,8 +90,15 @@ def _time_ratio(mlm: MLM, photo: Image.Image, repeats: int) -> dict:
             times[name].append(time.process_time() - start)
     bare_s, captured_s = (statistics.median(times[name]) for name in ("bare", "captured"))
     tokens = len(vision.layouts[0])
-    detail = f"{captured_s:.3f} s / {bare_s:.3f} s, {mlm.num_layers} layers, {tokens} image tokens, {repeats} runs"
-    return {"name": "capture_time_ratio", "value": round(captured_s / bare_s, 4), "goal": 1.10, "detail": detail}
+    detail = (
+        f"{captured_s:.3f} s / {bare_s:.3f} s, {mlm.num_layers} layers, {tokens} image tokens, {repeats} runs"
+    )
+    return {
+        "name": "capture_time_ratio",
+        "value": round(captured_s / bare_s, 4),
+        "goal": 1.10,
+        "detail": detail,
+    }
 
 
 def _storages() -> dict[int, int]:

@@ -16,8 +16,15 @@ import torch
 from kvutils.encoders import capture_encoder
 from kvutils.errors import LayerError, ParameterError
 from kvutils.images import ImageLike
-from kvutils.inputs import TextInputs, VisionInputs, compact, encode_images, open_batches
-from kvutils.inputs import prepare_images, prepare_text
+from kvutils.inputs import (
+    TextInputs,
+    VisionInputs,
+    compact,
+    encode_images,
+    open_batches,
+    prepare_images,
+    prepare_text,
+)
 from kvutils.layout import TokenLayout
 from kvutils.models import MLM
 from kvutils.prefill import RowCache, resolve_layers, run_layers

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from kvutils import __version__
@@ -29,8 +31,8 @@ what the file holds, for photo number i (0, 1, ... in the order given):
   i.cells            (N, 2)        row, column in the token grid
   i.view             (N,)          0: base view of the whole photo, 1: tiles
   i.is_newline       (N,)          True for the tokens that end a row
-metadata (strings, lists as JSON): model, revision, family, layers, prefix, files, image_sizes (width, height),
-grids, dtype, attention, image_backend, kvutils, torch, transformers
+metadata (strings, lists as JSON): model, revision, family, layers, prefix, files, image_sizes (width,
+height), grids, dtype, attention, image_backend, kvutils, torch, transformers
 
 example:
   python -m kvutils.capture cat.jpg dog.png --model pocket --layers 0,3,5-7 --out animals.safetensors
@@ -42,8 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         _run(options)
-    except (KVUtilsError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (KVUtilsError, OSError, SafetensorError) as error:
+        print("error:", *str(error).split(), file=sys.stderr)  # some library messages have many lines
         return 2
     return 0
 
@@ -51,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m kvutils.capture",
-        description="Write the image keys, values and features of photos, with the token layout, to one file.",
+        description="Write image keys, values and features of photos, with the token layout, to one file.",
         epilog=CONTENTS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -60,17 +62,30 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists (else an error)")
     models = ", ".join(MODELS)
     parser.add_argument("--model", default="pocket", help=f"{models}, a folder or a hub id (default: pocket)")
-    parser.add_argument("--layers", default="all", help='"all", or numbers and ranges such as 0,3,5-7 (default: all)')
+    parser.add_argument(
+        "--layers", default="all", help='"all", or numbers and ranges such as 0,3,5-7 (default: all)'
+    )
     parser.add_argument("--prefix", help="text before the image, seen by the image tokens")
     views = parser.add_mutually_exclusive_group()
-    views.add_argument("--base-view-only", action="store_true", default=None, dest="base_view_only",
-                       help="LLaVA models: the photo squashed to one square, no tiles")  # fmt: skip
-    views.add_argument("--tiles", action="store_false", default=None, dest="base_view_only",
-                       help="LLaVA models: base view and tiles (default: the model's own setting)")  # fmt: skip
+    views.add_argument(
+        "--base-view-only",
+        action="store_true",
+        default=None,
+        help="LLaVA models: the photo squashed to one square, no tiles",
+    )
+    views.add_argument(
+        "--tiles",
+        action="store_false",
+        default=None,
+        dest="base_view_only",
+        help="LLaVA models: base view and tiles (default: the model's own setting)",
+    )
     parser.add_argument("--max-pixels", type=int, help="Qwen2.5-VL: scale photos down to this many pixels")
     parser.add_argument("--batch-size", type=int, default=4, help="photos per forward pass (default: 4)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 on CPU, else the model's)")
+    parser.add_argument(
+        "--dtype", help="float32, bfloat16 or float16 (default: float32 on CPU, else the model's)"
+    )
     return parser
 
 
@@ -78,7 +93,9 @@ def _run(options: argparse.Namespace) -> None:
     if options.out.exists() and not options.overwrite:
         raise ParameterError(f"{options.out} exists; choose another --out or pass --overwrite")
     if not options.out.parent.is_dir():
-        raise ParameterError(f"{options.out.parent} is not a folder; make it before writing {options.out.name}")
+        raise ParameterError(
+            f"{options.out.parent} is not a folder; make it before writing {options.out.name}"
+        )
     layers = _layers(options.layers)
     _check_photos(options.photos)
     mlm = load_mlm(options.model, device=options.device, dtype=options.dtype)
@@ -106,9 +123,11 @@ def _run(options: argparse.Namespace) -> None:
         "image_backend": mlm.image_backend,
         "kvutils": __version__,
         "torch": torch.__version__,
-        "transformers": __import__("transformers").__version__,
+        "transformers": transformers.__version__,
     }
-    tensors = {f"{number}.{name}": t for number, one in enumerate(captures) for name, t in _tensors(one).items()}
+    tensors = {
+        f"{number}.{name}": t for number, one in enumerate(captures) for name, t in _tensors(one).items()
+    }
     _write(options.out, tensors, metadata)
     size = options.out.stat().st_size / 2**20
     print(f"{options.out}: {len(captures)} photo(s), layers {options.layers}, {size:.1f} MiB")

@@ -1,7 +1,6 @@
 """One way in for pictures: whatever a user has becomes an upright RGB image, or one clear `ImageError`."""
 
 from os import PathLike, fspath
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +16,10 @@ MAX_PIXELS = 100_000_000  # larger files are refused before they are decoded (de
 def open_image(image: ImageLike, name: str | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Upright RGB `PIL.Image` of a path, a PIL image, an array or a tensor.
 
-    Arrays are (H, W) or (H, W, 1 | 3 | 4), tensors (1 | 3 | 4, H, W); uint8, uint16, or floats in [0, 1]. EXIF
-    orientation is applied, transparency is composited on white, 16-bit greyscale is scaled to 8 bits, CMYK,
-    palette and greyscale become RGB; of an animation the first frame is taken. `name` says in errors which
-    argument is meant (paths name themselves). Raises `ImageError`.
+    Arrays are (H, W) or (H, W, 1 | 3 | 4), tensors (1 | 3 | 4, H, W); uint8, uint16, or floats in [0, 1].
+    EXIF orientation is applied, transparency is composited on white, 16-bit greyscale is scaled to 8 bits,
+    CMYK, palette and greyscale become RGB; of an animation the first frame is taken. `name` says in errors
+    which argument is meant (paths name themselves). Raises `ImageError`.
     """
     if isinstance(image, (str, PathLike)):
         return _open_file(fspath(image), max_pixels)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from kvutils.errors import ImageError, ModelError, ParameterError, PromptError
 from kvutils.images import ImageLike, open_image
 from kvutils.layout import TokenLayout, build_layout, pack_crops, tiling
-from kvutils.models import NEXT, ONEVISION, QWEN, MLM
+from kvutils.models import MLM, NEXT, ONEVISION, QWEN
 
 
 @dataclass
@@ -120,20 +120,32 @@ def _qwen_size(processor, max_pixels: int) -> dict[str, int]:
 def prepare_text(
     mlm: MLM, prompts: Sequence[str], vision: VisionInputs, images_only: bool = True
 ) -> TextInputs:
-    """Tokenise prompts that hold one image token each, and place the layouts' slots.
+    """Tokenise prompts and place the layouts' slots; images belong to the prompts' image tokens in order.
 
     images_only ends every sequence after its last image token: attention is causal, so what follows cannot
     change the image tokens.
     """
-    token, rows = mlm.processor.image_token, []
-    for index, (prompt, layout) in enumerate(zip(prompts, vision.layouts, strict=True)):
-        if (found := prompt.count(token)) != 1:
-            raise PromptError(f"prompts[{index}] must hold the image token {token!r} once, not {found} times")
-        ids = torch.tensor(tokenize(mlm, prompt.replace(token, token * len(layout))))
+    token, rows, first = mlm.processor.image_token, [], 0
+    total = sum(prompt.count(token) for prompt in prompts)
+    for index, prompt in enumerate(prompts):
+        head, *tails = prompt.split(token)
+        if not tails:
+            raise PromptError(f"prompts[{index}] must hold the image token {token!r}: {prompt[:80]!r}")
+        if len(tails) > 1 and mlm.family == ONEVISION and not vision.base_view_only:
+            raise ParameterError(
+                "LLaVA-OneVision sees several images as base views: pass base_view_only=True"
+            )
+        if total != len(vision.layouts):
+            raise PromptError(f"the prompts hold {total} image tokens for {len(vision.layouts)} images")
+        layouts = vision.layouts[first : first + len(tails)]
+        text = head + "".join(token * len(one) + tail for one, tail in zip(layouts, tails, strict=True))
+        ids = torch.tensor(tokenize(mlm, text))
         slots = (ids == mlm.image_token_id).nonzero().flatten()
-        if len(slots) != len(layout):
-            raise PromptError(f"prompts[{index}]: expected {len(layout)} image tokens, found {len(slots)}")
-        vision.layouts[index] = layout.at(slots.numpy())
+        if len(slots) != sum(map(len, layouts)):
+            raise PromptError(f"prompts[{index}]: {sum(map(len, layouts))} image tokens became {len(slots)}")
+        for part in slots.split([len(one) for one in layouts]):
+            vision.layouts[first] = vision.layouts[first].at(part.numpy())
+            first += 1
         rows.append(ids[: slots[-1] + 1] if images_only else ids)
     ids, mask = pad(mlm, rows)
     if mlm.family == QWEN:

@@ -16,6 +16,7 @@ from kvutils.errors import ModelError, ParameterError, PromptError
 from kvutils.processors import image_backend, load_processor, load_siglip_image_processor
 
 ONEVISION, QWEN, NEXT = FAMILIES = ("llava_onevision", "qwen2_5_vl", "llava_next")  # config.model_type
+_PROBE = "kvutils-prefix"  # stands for a prefix, to see where a chat template puts it
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 _POCKET = Path(__file__).resolve().parents[1] / "data" / "pocket"
 
@@ -132,10 +133,10 @@ class MLM:
         for name, text in (("prefix", prefix), ("question", question)):
             if text and token in text:
                 raise PromptError(f"{name} must not contain the image token {token!r}: kvutils places it")
-        before = [{"type": "text", "text": prefix}] if prefix else []
-        after = [{"type": "text", "text": question}] if question else []
-        rendered = self._render(before + [{"type": "image"}] * images + after)
-        if prefix and 0 <= rendered.find(token) < rendered.find(prefix.strip()):
+        rest = [{"type": "image"}] * images + ([{"type": "text", "text": question}] if question else [])
+        rendered = self._render([{"type": "text", "text": prefix}] * bool(prefix) + rest)
+        probe = self._render([{"type": "text", "text": _PROBE}] + rest) if prefix else ""
+        if 0 <= probe.find(token) < probe.find(_PROBE):
             lines = "\n".join([prefix] + [token] * images + [question or ""])
             rendered = self._render([{"type": "text", "text": lines}])
         if rendered.count(token) != images:

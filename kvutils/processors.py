@@ -10,8 +10,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, LlavaNextProcessor, LlavaOnevisionProcessor, PreTrainedTokenizerFast
-from transformers import Qwen2_5_VLProcessor
+from transformers import (
+    AutoTokenizer,
+    LlavaNextProcessor,
+    LlavaOnevisionProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLProcessor,
+)
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
     LlavaOnevisionImageProcessorPil,
@@ -24,13 +29,20 @@ from kvutils.errors import ParameterError
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<eos>", "<image>")  # ids 0, 1, 2, 3 of a word-level tokenizer
 PUNCTUATION = ("?", ",", ".")
 
-# Content items in order, text as is and images as "<image>", joined by one space; the answer follows a colon.
+# Content items in order, text as is and images as "<image>", joined by one space; the answer follows a colon. Several
+# images of a message are announced: "first <image> second <image>".
 POCKET_CHAT_TEMPLATE = (
-    "{%- set ns = namespace(parts=[]) -%}"
+    "{%- set ns = namespace(parts=[], image=0) -%}"
+    "{%- set names = ['first', 'second', 'third'] -%}"
     "{%- for message in messages -%}"
     "{%- if message['content'] is string -%}{%- set ns.parts = ns.parts + [message['content']] -%}"
-    "{%- else -%}{%- for item in message['content'] -%}"
-    "{%- set ns.parts = ns.parts + ['<image>' if item['type'] == 'image' else item['text']] -%}"
+    "{%- else -%}"
+    "{%- set several = message['content'] | selectattr('type', 'equalto', 'image') | list | length > 1 -%}"
+    "{%- for item in message['content'] -%}"
+    "{%- if item['type'] == 'image' -%}"
+    "{%- if several -%}{%- set ns.parts = ns.parts + [names[ns.image]] -%}{%- endif -%}"
+    "{%- set ns.image = ns.image + 1 -%}{%- set ns.parts = ns.parts + ['<image>'] -%}"
+    "{%- else -%}{%- set ns.parts = ns.parts + [item['text']] -%}{%- endif -%}"
     "{%- endfor -%}{%- endif -%}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{%- set ns.parts = ns.parts + [':'] -%}{%- endif -%}"
@@ -75,7 +87,9 @@ class ImageOnlyQwen2_5_VLProcessor(Qwen2_5_VLProcessor):
 # family -> (published processor, processor without video, PIL image processor)
 _CLASSES = {
     "llava_onevision": (
-        LlavaOnevisionProcessor, ImageOnlyLlavaOnevisionProcessor, LlavaOnevisionImageProcessorPil
+        LlavaOnevisionProcessor,
+        ImageOnlyLlavaOnevisionProcessor,
+        LlavaOnevisionImageProcessorPil,
     ),
     "qwen2_5_vl": (Qwen2_5_VLProcessor, ImageOnlyQwen2_5_VLProcessor, Qwen2VLImageProcessorPil),
     "llava_next": (LlavaNextProcessor, LlavaNextProcessor, LlavaNextImageProcessorPil),
@@ -83,7 +97,7 @@ _CLASSES = {
 
 
 def load_processor(source: str | Path, family: str, backend: str | None = None, revision: str | None = None):
-    """Processor of a checkpoint, by explicit class (`AutoProcessor` gives the bare tokenizer for unknown ones).
+    """Processor of a checkpoint, by explicit class: of an unknown one `AutoProcessor` gives the tokenizer.
 
     `backend` is "pil" or "torchvision"; None takes what the checkpoint was made with: torchvision for
     published ones if it is installed, PIL for processors saved by this project (so that its results do not
@@ -105,7 +119,7 @@ def load_processor(source: str | Path, family: str, backend: str | None = None, 
 
 
 def image_backend(processor) -> str:
-    """"pil" or "torchvision": which code resizes the images of this processor."""
+    """Which code resizes the images of this processor: "pil" or "torchvision"."""
     return "pil" if type(processor.image_processor).__name__.endswith("Pil") else "torchvision"
 
 

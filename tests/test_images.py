@@ -23,7 +23,16 @@ def test_paths_pil_arrays_and_tensors_agree(tmp_path):
     path = tmp_path / "photo.png"
     Image.fromarray(RGB).save(path)
     tensor = torch.from_numpy(RGB).permute(2, 0, 1)
-    for image in (path, str(path), Image.open(path), Image.fromarray(RGB), RGB, tensor, tensor / 255, RGB / 255):
+    for image in (
+        path,
+        str(path),
+        Image.open(path),
+        Image.fromarray(RGB),
+        RGB,
+        tensor,
+        tensor / 255,
+        RGB / 255,
+    ):
         assert np.array_equal(pixels(open_image(image)), RGB)
 
 
@@ -137,8 +146,8 @@ def test_bad_float_values(bad):
 
 @pytest.mark.parametrize(
     "image",
-    [None, 3, [1, 2], torch.zeros(4, 4), torch.zeros(2, 4, 4), np.zeros((4, 4, 2), np.uint8), np.zeros((0, 4), np.uint8),
-     np.zeros((4, 4, 3), np.int64), torch.zeros(3, 4, 4, dtype=torch.bool), "https://example.org/a.png"],
+    [None, 3, [1, 2], torch.zeros(4, 4), torch.zeros(2, 4, 4), np.zeros((4, 4, 2), np.uint8),
+     np.zeros((0, 4), np.uint8), np.zeros((4, 4, 3), np.int64), torch.zeros(3, 4, 4, dtype=torch.bool), "https://example.org/a.png"],
 )  # fmt: skip
 def test_what_is_not_a_picture(image):
     with pytest.raises(ImageError):

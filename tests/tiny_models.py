@@ -1,8 +1,8 @@
 """Tiny random models of the real `transformers` classes, with tokenizers and processors built in memory.
 
 They keep what makes the families hard: grouped-query attention (4 query, 2 key-value heads), several tile
-resolutions, newline tokens, patches that do not divide the tile, shrinking above anyres_max_9, a CLS token, window
-attention with some full-attention blocks, a first token that the tokenizer adds.
+resolutions, newline tokens, patches that do not divide the tile, shrinking above anyres_max_9, a CLS token,
+window attention with some full-attention blocks, a first token that the tokenizer adds.
 """
 
 import torch
@@ -36,7 +36,7 @@ from kvutils.processors import (
     build_word_tokenizer,
 )
 
-WORDS = "a red blue fish car on the left right what is colour of this picture user assistant yes no".split()
+WORDS = "a red blue fish car on the left right what is colour of this picture user assistant yes no :".split()
 
 # As the published LLaVA templates: images are moved to the front of the message.
 IMAGES_FIRST = (
@@ -88,7 +88,7 @@ def tiny_onevision(seed: int = 0, attention: str = "sdpa", **text) -> MLM:
 
 
 def tiny_next(seed: int = 0, attention: str = "sdpa", **text) -> MLM:
-    """CLIP tower, 32-pixel tiles of 4x4 patches, feature layer -2 without CLS; the tokenizer adds a first token."""
+    """CLIP tower, 32-pixel tiles of 4x4 patches, feature layer -2 without CLS; texts get a first token."""
     side, patch = 32, 8
     pinpoints = [[side * rows, side * columns] for rows, columns in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
     tokenizer = build_word_tokenizer(WORDS + ["<bos>"])
@@ -98,7 +98,9 @@ def tiny_next(seed: int = 0, attention: str = "sdpa", **text) -> MLM:
         single="<bos> $A", pair="<bos> $A $B", special_tokens=start
     )
     image_processor = LlavaNextImageProcessorPil(
-        size={"shortest_edge": side}, crop_size={"height": side, "width": side}, image_grid_pinpoints=pinpoints
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_grid_pinpoints=pinpoints,
     )
     processor = LlavaNextProcessor(
         image_processor,
