@@ -43,8 +43,7 @@ Seed {seed}; 60,000 training scenes; every batch depends on (seed, stage, step, 
    image that entails it; where only a small part of a thing is in view the caption counts neither way. Clean daylight
    scenes first, all styles and lights later. Kept as `siglip/` (`encoder_original` of the probes).
 2. **language**: the language model on text alone. The image is a grid of word embeddings (class and colour by
-   coverage, parts and marks where they are, style and light everywhere, cell position, noise 0.3); coarse 6 x 6 cells
-   for 80 % of the steps, then 12 x 12.
+   coverage, parts and marks where they are, style and light everywhere, cell position, noise 0.3), 6 x 6 cells.
 3. **projector**: projector and newline through the frozen encoder and language model, language-model loss only. Image
    tokens are never aligned with words directly: that would make the projector semantic by construction.
 4. **all**: end to end, vision tower (a copy of stage 1) at half the rate.
@@ -56,6 +55,15 @@ stages 2 to 4: {shares}.
 description (40 %), a random class name, true or not (15 %), the light or the style (20 %), small talk (25 %); a further
 8 % has the whole question before the image and only the answer behind it. Every block sees the prefix directly; nothing
 rewards carrying it through the image tokens except the question-first samples, as in a chat.
+
+**Several images** are announced by the chat template: `first <image> second <image> third <image>`. Without this the
+language model never learned in which image it had found something (three-image questions stayed at chance).
+
+**History of the shipped weights.** The recipe was settled while they were trained, and no stage was started again: the
+first 1,000 steps of stage 1 had no clean scenes first, the first 3,000 steps of stage 2 gave parts a lower weight than
+marks in the symbolic image and asked no "which image" questions, its first 4,500 steps had no announced images and 500 of
+them used 12 x 12 cells. `python -m kvutils.pocket.train` runs the recipe as it is described above from the start, so
+it will not give the same bytes, and should give a model at least as good.
 """
 
 
@@ -87,7 +95,11 @@ def _curve_lines(curves: dict[str, list[dict]]) -> str:
 
 def model_card(report: dict[str, dict], curves: dict[str, list[dict]], home: Path) -> str:
     """Markdown of data/pocket/README.md."""
-    stages = "\n".join(f"| {s.number} {name} | see below | {s.steps} | {s.lr:g} |" for name, s in STAGES.items())
+    what = dict(zip(STAGES, ("SigLIP pair", "language model", "projector and newline", "everything"), strict=True))
+    stages = "\n".join(
+        f"| {s.number} {name} | {what[name]} | {s.steps}{f' (schedule for {s.horizon})' if s.horizon else ''} | {s.lr:g} |"
+        for name, s in STAGES.items()
+    )
     shares = ", ".join(f"{kind} {share:.0%}" for kind, (share, _) in STEP_KINDS.items())
     size = sum(f.stat().st_size for f in (home / "llava-onevision").iterdir()) / 1e6
     missed = missed_gates(report)

@@ -44,19 +44,21 @@ SEED = 1
 
 @dataclass(frozen=True)
 class Stage:
-    """`lr` of AdamW; Muon's is three times that (its updates are scaled to AdamW's size). `scenes` per step, over all ranks."""
+    """`lr` of AdamW; Muon's is three times that (its updates are scaled to AdamW's size). `scenes` per step, over all ranks.
+    `horizon`: the steps that the cosine schedule is laid out for, if more than are run."""
 
     number: int
     steps: int
     lr: float
     scenes: int
+    horizon: int = 0
 
 
 STAGES = {
     "encoder": Stage(1, 4000, 1.5e-3, 64),
-    "language": Stage(2, 8000, 1.5e-3, 24),
-    "projector": Stage(3, 500, 2e-3, 24),
-    "all": Stage(4, 4200, 1e-3, 24),
+    "language": Stage(2, 6000, 1.5e-3, 24, horizon=8000),
+    "projector": Stage(3, 300, 2e-3, 24),
+    "all": Stage(4, 5200, 1e-3, 24),
 }
 # Which kind of sample a step is made of, with how many sequences relative to a step of single images.
 STEP_KINDS = {
@@ -74,6 +76,7 @@ class Trainer:
     def __init__(self, name: str, modules: nn.ModuleDict, groups: list[tuple[list, float]], steps: int, quiet: bool):
         self.name, self.modules, self.steps, self.quiet = name, modules, steps, quiet
         self.stage = STAGES[name]
+        self.horizon = max(steps, self.stage.horizon)
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         matrices, rest = [], []
         for named, scale in groups:
@@ -132,7 +135,7 @@ class Trainer:
                 parameter.grad = piece.view_as(parameter)
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         warm = min(1.0, (self.step + 1) / 100)
-        factor = warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, self.step / self.steps))))
+        factor = warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, self.step / self.horizon))))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial"] * factor
@@ -299,6 +302,10 @@ def train_encoder(pool: Pool, held_out: Pool, steps: int, device: str, quiet: bo
 # --- stages 2 to 4 ---------------------------------------------------------------------------------------------------
 
 
+SHRINK = 2  # 2 x 2 patches make one cell of the symbolic image: a quarter of the tokens
+COARSE = GRID // SHRINK
+
+
 class SymbolicImage(nn.Module):
     """An image spelled in words: each cell is the mean of the embeddings of what covers it, with noise.
 
@@ -311,8 +318,8 @@ class SymbolicImage(nn.Module):
         self.columns = nn.Parameter(torch.randn(GRID, HIDDEN) * 0.1)
         self.newline = nn.Parameter(torch.randn(HIDDEN) * 0.1)
 
-    def forward(self, words: nn.Embedding, pool: Pool, images: list, shrink: int, seed: int) -> torch.Tensor:
-        """(n, (12 / shrink)² + 1, hidden) of pool images with marks; `shrink` cells are averaged in each direction."""
+    def forward(self, words: nn.Embedding, pool: Pool, images: list, seed: int) -> torch.Tensor:
+        """(n, 6² + 1, hidden) of pool images with marks; `seed` of the noise."""
         index = [row for row, _ in images]
         device = words.weight.device
         things = torch.from_numpy(pool.things[index]).to(device)
@@ -342,9 +349,9 @@ class SymbolicImage(nn.Module):
         scene = 0.5 * (words(ids["style"][style]) + words(ids["domain"][domain]))[:, None]
         where = (self.rows[:, None] + self.columns[None]).flatten(0, 1)
         grid = (cells + scene + where).unflatten(1, (GRID, GRID)).permute(0, 3, 1, 2)
-        cells = nn.functional.avg_pool2d(grid, shrink).flatten(2).transpose(1, 2)
+        cells = nn.functional.avg_pool2d(grid, SHRINK).flatten(2).transpose(1, 2)
         extra = extra.unflatten(1, (GRID, GRID)).permute(0, 3, 1, 2)
-        cells = cells + (nn.functional.avg_pool2d(extra, shrink) * shrink**2).flatten(2).transpose(1, 2)
+        cells = cells + (nn.functional.avg_pool2d(extra, SHRINK) * SHRINK**2).flatten(2).transpose(1, 2)
         generator = torch.Generator(device=device).manual_seed(seed)
         noise = torch.randn(cells.shape, generator=generator, device=device)
         cells = cells + 0.3 * cells.detach().pow(2).mean(-1, keepdim=True).sqrt() * noise
@@ -371,19 +378,16 @@ def train_language(pool: Pool, held_out: Pool, steps: int, device: str, quiet: b
     _set_initial(trainer)
     sampler, fixed = Sampler(pool), Sampler(held_out)
     while trainer.step < steps:
-        shrink = 2 if trainer.step < 0.9 * steps else 1  # coarse cells first: a quarter of the tokens
-        samples = draw_step(trainer, sampler)
-        samples = samples if shrink == 2 else samples[: max(2, len(samples) // 2)]
-        packed = pack(samples, (GRID // shrink) ** 2 + 1).to(device)
+        packed = pack(draw_step(trainer, sampler), COARSE**2 + 1).to(device)
         with autocast(device):
-            images = symbolic(mlm.get_input_embeddings(), pool, packed.images, shrink, trainer.step)
+            images = symbolic(mlm.get_input_embeddings(), pool, packed.images, trainer.step)
             loss = answer_loss(mlm, packed, images)
         trainer.update(loss)
         if trainer.step % 500 == 0 or trainer.step == steps:
-            def embed(images, shrink=shrink):
-                return symbolic(mlm.get_input_embeddings(), held_out, images, shrink, 0)
+            def embed(images):
+                return symbolic(mlm.get_input_embeddings(), held_out, images, 0)
 
-            trainer.note(**quick_accuracy(mlm, fixed, embed, (GRID // shrink) ** 2 + 1))
+            trainer.note(**quick_accuracy(mlm, fixed, embed, COARSE**2 + 1))
             trainer.save()
     trainer.save()
 
@@ -429,6 +433,7 @@ def train_vision_language(name: str, pool: Pool, held_out: Pool, steps: int, dev
             trainer.save()
         if name == "all" and trainer.rank == 0 and trainer.step in (steps // 4, steps // 2):
             quarter = "quarter" if trainer.step == steps // 4 else "half"
+            trainer.file.parent.mkdir(parents=True, exist_ok=True)
             torch.save(mlm.state_dict(), trainer.file.with_name(f"{quarter}.pt"))
     trainer.save()
 
@@ -448,7 +453,7 @@ def _run(rank: int, ranks: int, port: int, name: str, options: argparse.Namespac
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         dist.init_process_group("gloo", rank=rank, world_size=ranks)
     pool = load_or_make_pool(WORK, options.scenes, SEED)
-    held_out = load_or_make_pool(WORK, 3000, SEED + 1)
+    held_out = load_or_make_pool(WORK, min(3000, options.scenes), SEED + 1)
     steps = options.steps or STAGES[name].steps
     if name == "encoder":
         train_encoder(pool, held_out, steps, options.device, options.quiet)
@@ -472,7 +477,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     ranks = options.ranks or (1 if options.device.startswith("cuda") else min(2, os.cpu_count() or 1))
     load_or_make_pool(WORK, options.scenes, SEED)
-    load_or_make_pool(WORK, 3000, SEED + 1)
+    load_or_make_pool(WORK, min(3000, options.scenes), SEED + 1)
     for name in STAGES if options.stage == "every" else [options.stage]:
         if ranks == 1:
             _run(0, 1, 0, name, options)

@@ -1,0 +1,299 @@
+"""The pocket world, its questions, the packing of training batches, and training itself on a few steps."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from kvutils.errors import ParameterError
+from kvutils.models import wrap_mlm
+from kvutils.pocket import questions as q
+from kvutils.pocket import train
+from kvutils.pocket.evaluate import answer_blocks, balanced_samples, missed_gates
+from kvutils.pocket.model import (
+    IMAGE_SLOTS, answer_logits, build_mlm, build_siglip, encode_windows, image_embeddings, patch_windows,
+)  # fmt: skip
+from kvutils.pocket.packing import IGNORE, TOKEN, Sample, Sampler, encode, pack, pixel_batch
+from kvutils.pocket.pool import make_pool
+from kvutils.pocket.shapes import CLASSES, KEYPOINTS, PARTS, SILHOUETTES
+from kvutils.pocket.world import COLOURS, Scene, Thing, render, sample_clip, sample_scene
+from kvutils.processors import build_pocket_processor
+
+
+@pytest.fixture(scope="module")
+def pool():
+    return make_pool(500, seed=9, processes=1, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def mlm():
+    torch.manual_seed(0)
+    return build_mlm().eval()
+
+
+# --- world -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_scene_is_drawn_the_same_twice_and_others_differ():
+    scene = sample_scene(np.random.default_rng(3))
+    again = sample_scene(np.random.default_rng(3))
+    assert scene == again and np.array_equal(render(scene).image, render(again).image)
+    assert not np.array_equal(render(scene).image, render(sample_scene(np.random.default_rng(4))).image)
+
+
+def test_pool_does_not_depend_on_how_the_work_is_split(pool):
+    other = make_pool(40, seed=9, processes=2, chunk=7, quiet=True)
+    assert all(np.array_equal(array, getattr(pool, name)[:40]) for name, array in vars(other).items())
+
+
+def test_every_class_has_its_key_points_on_or_near_its_silhouette():
+    assert set(SILHOUETTES) == set(KEYPOINTS) == set(CLASSES)
+    for index, name in enumerate(CLASSES):
+        drawn = render(Scene((Thing(index, 0, 48, 48, 30, 0.0, False),), 0, 0, 1))
+        rows, columns = np.nonzero(drawn.mask)
+        for part, (x, y) in zip(PARTS, drawn.keypoints[0], strict=True):
+            nearest = np.hypot(columns - x, rows - y).min()
+            assert nearest < 4, f"{part} of {name} is {nearest:.1f} px off"
+
+
+def test_rotation_and_mirroring_move_key_points_with_the_object():
+    one = Thing(0, 0, 48, 48, 30, 0.3, False)
+    mirrored = render(Scene((Thing(0, 0, 48, 48, 30, 0.0, True),), 0, 0, 1)).keypoints[0]
+    plain = render(Scene((Thing(0, 0, 48, 48, 30, 0.0, False),), 0, 0, 1)).keypoints[0]
+    assert np.allclose(mirrored[:, 0] - 48, 48 - plain[:, 0]) and np.allclose(mirrored[:, 1], plain[:, 1])
+    turned = render(Scene((one,), 0, 0, 1)).keypoints[0]
+    assert np.allclose(np.hypot(*(turned - 48).T), np.hypot(*(plain - 48).T))
+    assert turned[0, 1] > plain[0, 1]  # the front, to the right, goes down: y points down, angles are clockwise
+
+
+def test_visibility_is_the_share_of_the_whole_silhouette():
+    whole, half = (render(Scene((Thing(3, 0, x, 48, 20, 0.0, False),), 0, 0, 1)).visible[0] for x in (48, 0))
+    assert whole == 1.0 and 0.3 < half < 0.7
+    covered = render(Scene((Thing(6, 0, 48, 48, 16, 0.0, False), Thing(5, 1, 48, 48, 28, 0.0, False)), 0, 0, 1))
+    assert covered.visible[0] < 0.2 and covered.visible[1] == 1.0
+
+
+def test_colour_does_not_give_the_class_and_positions_are_flat():
+    scenes = [sample_scene(np.random.default_rng((1, i))) for i in range(3000)]
+    pairs = np.array([(t.cls, t.colour) for s in scenes for t in s.things])
+    table = np.zeros((8, 8))
+    np.add.at(table, (pairs[:, 0], pairs[:, 1]), 1)
+    share = table / table.sum(1, keepdims=True)
+    assert np.abs(share - 1 / 8).max() < 0.07
+    x = np.array([t.x for s in scenes for t in s.things if len(s.things) <= 2])
+    counts = np.histogram(x, bins=4, range=(6, 90))[0]
+    assert counts.min() > 0.75 * counts.max()
+
+
+def test_clips_keep_their_things_and_move_little_by_little():
+    scenes = sample_clip(np.random.default_rng(2), frames=8)
+    kinds = {tuple((t.cls, t.colour) for t in s.things) for s in scenes}
+    steps = [abs(a.x - b.x) for s, e in zip(scenes, scenes[1:]) for a, b in zip(s.things, e.things)]
+    assert len(kinds) == 1 and max(steps) < 4 and max(steps) > 0
+
+
+# --- questions -------------------------------------------------------------------------------------------------------
+
+
+def _facts(*things, style=0, domain=0):
+    rows = tuple((CLASSES.index(c), COLOURS.index(k), float(x), float(y), 1.0) for c, k, x, y in things)
+    return q.Facts(rows, style, domain)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("class", {"what is the red thing ?": "fish", "what is the blue thing ?": "car"}),
+        ("colour", {"what colour is the fish ?": "red", "what colour is the car ?": "blue"}),
+        ("count", {"how many things are there ?": "two"}),
+        ("hop_colour", {"what colour is the thing left of the car ?": "red", "what colour is the thing above the car ?": "red",
+                        "what colour is the thing right of the fish ?": "blue", "what colour is the thing below the fish ?": "blue"}),
+        ("hop_class", {"what is the thing left of the car ?": "fish", "what is the thing above the car ?": "fish",
+                       "what is the thing right of the fish ?": "car", "what is the thing below the fish ?": "car"}),
+        ("caption", {"describe the image .": "a red fish and a blue car"}),
+    ],
+)  # fmt: skip
+def test_answers_follow_from_the_facts(kind, expected):
+    facts = _facts(("fish", "red", 20, 20), ("car", "blue", 70, 70))
+    rng = np.random.default_rng(0)
+    asked = dict(found for _ in range(60) if (found := q.ask(facts, kind, rng)))
+    assert asked == expected
+
+
+def test_yes_and_no_are_right_and_balanced(pool):
+    rng = np.random.default_rng(0)
+    for kind in ("existence", "existence_colour", "relation", "hop_same", "hop_more"):
+        answers = []
+        for row in range(len(pool)):
+            facts = pool.facts(row)
+            found = q.ask(facts, kind, rng)
+            if found is None:
+                continue
+            answers.append(found[1])
+            if kind == "existence":
+                cls = CLASSES.index(found[0].split()[3])
+                assert (found[1] == "yes") == any(t[0] == cls for t in facts.things)
+        assert 0.3 < np.mean([a == "yes" for a in answers]) < 0.7, kind
+
+
+def test_nothing_is_asked_about_things_that_hardly_show():
+    facts = q.Facts(((0, 0, 20.0, 20.0, 0.2), (2, 1, 70.0, 70.0, 1.0)), 0, 0)
+    rng = np.random.default_rng(0)
+    for kind in q.KINDS:
+        for _ in range(30):
+            found = q.ask(facts, kind, rng)
+            assert found is None or "fish" not in found[0] + found[1], (kind, found)
+
+
+def test_referring_expressions_name_one_thing():
+    facts = _facts(("fish", "red", 20, 20), ("fish", "blue", 70, 20), ("car", "red", 50, 70))
+    assert [q.referring_expression(facts, i) for i in range(3)] == ["the red fish", "the blue fish", "the car"]
+    twins = _facts(("fish", "red", 20, 20), ("fish", "red", 70, 20))
+    assert [q.referring_expression(twins, i) for i in range(2)] == ["the left fish", "the right fish"]
+    close = _facts(("fish", "red", 20, 20), ("fish", "red", 22, 60))
+    assert q.referring_expression(close, 0) is None
+
+
+def test_every_word_is_in_the_vocabulary(pool):
+    sampler, rng = Sampler(pool), np.random.default_rng(1)
+    for kind in train.STEP_KINDS:
+        for sample in sampler.draw(kind, 30, rng):
+            for _, question, answer in sample.blocks:
+                assert encode(question) and encode(answer)
+            encode(sample.prefix)
+    for index in range(len(pool)):
+        encode(q.caption(pool.facts(index)))
+
+
+# --- packing and model -----------------------------------------------------------------------------------------------
+
+
+def _of_the_class(mlm, pixels):
+    """Image features of the class's own code in its several-images mode, which tiles nothing."""
+    padded = torch.cat((pixels, pixels[:1]))  # a single image would be tiled
+    found = mlm.model.get_image_features(
+        padded[:, None], torch.tensor([[96, 96]] * len(padded)), batch_num_images=torch.tensor([len(padded)])
+    )
+    return list(getattr(found, "pooler_output", found))[: len(pixels)]
+
+
+def test_a_packed_block_is_the_prompt_the_model_meets_at_inference(pool, mlm):
+    """Logits of every block of a packed batch equal those of `prefix + image + question` through the chat template,
+    the processor and the model's own forward, one at a time."""
+    wrapped = wrap_mlm(mlm, build_pocket_processor(list(q.WORDS)), base_view_only=True)
+    blocks = [("colour", "what colour is the fish ?", "red"), ("caption", "describe the image .", "a red fish"),
+              ("count", "how many things are there ?", "one")]  # fmt: skip
+    samples = [Sample([0], blocks, [[]], "look for the fish"), Sample([1, 2], blocks[:2], [[], []])]
+    packed = pack(samples, IMAGE_SLOTS)
+    pixels = pixel_batch(pool, packed.images)
+    with torch.no_grad():
+        found = answer_logits(mlm, packed, image_embeddings(mlm, pixels))
+        start = first_image = 0
+        for sample in samples:
+            images = pixels[first_image : first_image + len(sample.images)]
+            first_image += len(sample.images)
+            for _, question, answer in sample.blocks:
+                prompt = wrapped.prompt(question, sample.prefix or None, images=len(sample.images))
+                text = f"{prompt} {answer}".replace("<image>", " ".join(["<image>"] * IMAGE_SLOTS))
+                ids = wrapped.tokenizer(text, return_tensors="pt").input_ids
+                tokens = mlm.get_input_embeddings()(ids)
+                tokens = tokens.masked_scatter((ids == TOKEN["<image>"])[..., None], torch.stack(_of_the_class(mlm, images)))
+                outputs = mlm(inputs_embeds=tokens)
+                wanted = outputs.logits[0, -len(answer.split()) - 1 :]
+                assert torch.allclose(found[start : start + len(wanted)], wanted, atol=1e-4)
+                start += len(wanted)
+    assert start == len(found)
+
+
+def test_question_first_samples_answer_behind_the_image():
+    packed = pack([Sample([0], [("count", "how many things are there ?", "one")], [[]], question_first=True)], IMAGE_SLOTS)
+    words = {v: k for k, v in TOKEN.items()}
+    text = [words[int(t)] for t in packed.tokens[0]]
+    assert text[:6] == "how many things are there ?".split() and text[-2:] == [":", "one"]
+    assert [words[int(t)] for t in packed.labels[0] if t != IGNORE] == ["one", "<eos>"]
+
+
+def test_image_embeddings_are_those_of_the_class(pool, mlm):
+    pixels = pixel_batch(pool, [(0, []), (1, [("a", 20.0, 30.0)])])
+    with torch.no_grad():
+        assert torch.allclose(image_embeddings(mlm, pixels), torch.stack(_of_the_class(mlm, pixels)), atol=1e-5)
+
+
+def test_full_windows_are_the_siglip_of_the_class(pool):
+    torch.manual_seed(0)
+    siglip = build_siglip().eval()
+    pixels = pixel_batch(pool, [(0, []), (1, [])])
+    with torch.no_grad():
+        window, ids = patch_windows(pixels, torch.zeros(2, 2, dtype=torch.long), 12)
+        assert torch.equal(window, pixels)
+        assert torch.allclose(encode_windows(siglip, window, ids), siglip.vision_model(pixels).pooler_output, atol=1e-5)
+        part, part_ids = patch_windows(pixels, torch.tensor([[2, 3], [0, 5]]), 7)
+        assert torch.equal(part[0], pixels[0, :, 16:72, 24:80]) and part_ids[0, 0] == 2 * 12 + 3
+
+
+def test_triples_and_pairs_have_one_right_answer(pool):
+    sampler, rng = Sampler(pool), np.random.default_rng(0)
+    for sample in sampler.draw("style_match", 20, rng):
+        style = [int(pool.style[row]) for row in sample.images]
+        assert (style[1] == style[0]) != (style[2] == style[0])
+        assert sample.blocks[0][2] == ("(a)" if style[1] == style[0] else "(b)")
+    for sample in sampler.draw("correspondence", 20, rng):
+        (_, x, y), = sample.marks[0]
+        part = int(np.hypot(*(pool.keypoints[sample.images[0], 0, :, :2] - (x, y)).T).argmin())
+        letter = sample.blocks[0][2][1]
+        (_, x, y), = [mark for mark in sample.marks[1] if mark[0] == letter]
+        assert np.allclose(pool.keypoints[sample.images[1], 0, part, :2], (x, y), atol=1e-3)
+
+
+def test_balanced_questions_have_every_answer_equally_often(pool, mlm):
+    samples = balanced_samples(pool, "existence", 60, seed=1)
+    answers = [s.blocks[0][2] for s in samples]
+    assert answers.count("yes") == answers.count("no") > 20
+    with torch.no_grad():
+        right = answer_blocks(mlm, samples, lambda images: image_embeddings(mlm, pixel_batch(pool, images)), IMAGE_SLOTS)
+    assert len(right) == len(samples) and not all(r[0] for r in right)
+
+
+def test_gates_say_what_is_missed():
+    interval = dict(mean=0.6, low=0.55, high=0.65, n=100)
+    report = {"existence": {"accuracy": interval, "blind": dict(mean=0.5, low=0.45, high=0.56, n=100), "majority": 0.5}}
+    missed = missed_gates(report)
+    assert len(missed) == 2 and "gate 0.85" in missed[0] and "not clearly above blind" in missed[1]
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def _train(stage, steps, monkeypatch, folder, scenes=500):
+    monkeypatch.setattr(train, "WORK", folder)
+    monkeypatch.setattr(train, "_fast", lambda model, device: model)  # nothing to compile for a few steps
+    threads = torch.get_num_threads()
+    try:
+        train.main(["--stage", stage, "--steps", str(steps), "--scenes", str(scenes), "--device", "cpu", "--ranks", "1", "--quiet"])
+    finally:
+        torch.set_num_threads(threads)
+    return torch.load(folder / stage / "checkpoint.pt", weights_only=True)
+
+
+def test_a_stage_needs_the_one_before(tmp_path, monkeypatch):
+    with pytest.raises(ParameterError, match="'language' must be trained first"):
+        _train("projector", 1, monkeypatch, tmp_path)
+
+
+def test_stages_follow_each_other_and_resume(tmp_path, monkeypatch):
+    small = {name: train.Stage(s.number, s.steps, s.lr, 4, horizon=20) for name, s in train.STAGES.items()}
+    monkeypatch.setattr(train, "STAGES", small)
+    monkeypatch.setattr(train, "quick_accuracy", lambda *a, **k: {"existence": 0.5})
+    for stage in train.STAGES:
+        assert _train(stage, 2, monkeypatch, tmp_path)["step"] == 2
+    resumed = _train("all", 4, monkeypatch, tmp_path)
+    (tmp_path / "all" / "checkpoint.pt").unlink()
+    straight = _train("all", 4, monkeypatch, tmp_path)
+    assert resumed["step"] == straight["step"] == 4
+    assert all(torch.allclose(resumed["model"][k], v, atol=1e-6) for k, v in straight["model"].items())
+    frozen = torch.load(tmp_path / "projector" / "checkpoint.pt", weights_only=True)["model"]
+    language = torch.load(tmp_path / "language" / "checkpoint.pt", weights_only=True)["model"]
+    key = "mlm.model.language_model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(frozen[key], language[key]) and not torch.equal(straight["model"][key], language[key])
+    assert json.loads((tmp_path / "all" / "curve.json").read_text())
