@@ -4,12 +4,12 @@
     encoder_original   another vision tower, before it was finetuned in the MLM
     encoder            the MLM's vision tower
     projector          what enters the language model
-    value.l, key.l     image values and keys of layer l, heads concatenated (keys as cached, after rotary embedding)
+    value.l, key.l     image values and keys of layer l, heads concatenated (keys after rotary embedding)
     untrained.value.l  the same of a model of the same architecture with random weights (control)
 
-Features are rounded to half precision when they are made, so that they are the same numbers whether they come from
-memory, from disk or from the model. Images are run in fixed batches and stored by batch: a batch of another composition
-may differ in its last bits, and a resumed run must not.
+Features are rounded to half precision when they are made, so that they are the same numbers whether they come
+from memory, from disk or from the model. Images are run in fixed batches and stored by batch: a batch of
+another composition may differ in its last bits, and a resumed run must not.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Item = tuple[str, Image.Image]  # image id (for errors) and upright RGB image
 
 @dataclass(frozen=True, eq=False)
 class ImageFeatures:
-    """One image: layout of the full grid of its finest view, no newlines, no padding; features: source -> (N, C)."""
+    """One image: the full grid of its finest view, no newlines, no padding; features: source -> (N, C)."""
 
     layout: TokenLayout
     features: dict[str, torch.Tensor]
@@ -46,7 +46,7 @@ class ImageFeatures:
         return torch.stack([self.features[source] for source in sources]).float()
 
     def by_width(self, sources: Iterable[str]) -> list[list[str]]:
-        """The sources in groups of equal C, so that each group can be stacked; order is kept within a group."""
+        """The sources in groups of equal C, each of which can be stacked; order is kept within a group."""
         groups: dict[int, list[str]] = {}
         for source in sources:
             if source not in self.features:
@@ -87,9 +87,10 @@ def pixel_features(layout: TokenLayout, image: Image.Image) -> torch.Tensor:
 class FeatureExtractor:
     """Features of images and texts from one MLM and its baselines; see the module for the sources.
 
-    layers: of values and keys ("all" or numbers). encoder_text: the text tower of encoder_original, for text scores of the
-    encoders. base_view_only, max_pixels: as in `kvutils.capture.capture`. Batches are kept in memory up to `memory_bytes`
-    and, with a `Store`, on disk. to: where features live (None: the model's device).
+    layers: of values and keys ("all" or numbers). encoder_text: the text tower of encoder_original, for text
+    scores of the encoders. base_view_only, max_pixels: as in `kvutils.capture.capture`. Batches are kept in
+    memory up to `memory_bytes` and, with a `Store`, on disk. to: where features live (None: the model's
+    device).
     """
 
     def __init__(
@@ -123,7 +124,11 @@ class FeatureExtractor:
     def sources(self) -> list[str]:
         """The ids of all sources with a feature per token."""
         names = ["pixels", *(["encoder_original"] if self.encoder_original else []), "encoder", "projector"]
-        families = ["value", *(["key"] if self.keys else []), *(["untrained.value"] if self.untrained else [])]
+        families = [
+            "value",
+            *(["key"] if self.keys else []),
+            *(["untrained.value"] if self.untrained else []),
+        ]
         return names + [f"{family}.{layer}" for family in families for layer in self.layers]
 
     @property
@@ -145,9 +150,13 @@ class FeatureExtractor:
         return hashlib.sha256(to_json(about).encode()).hexdigest()[:16]
 
     def images(self, items: Sequence[Item], prefix: str | None = None) -> list[ImageFeatures]:
-        """Features of images, in the order given; consecutive batches of `batch_size`. prefix: text before the image."""
+        """Features of images, in consecutive batches of `batch_size`. prefix: text before the image."""
         batches = (items[i : i + self.batch_size] for i in range(0, len(items), self.batch_size))
-        return [features for batch in batches for features in self.batch(self.batch_key(batch, prefix), batch, prefix)]
+        return [
+            features
+            for batch in batches
+            for features in self.batch(self.batch_key(batch, prefix), batch, prefix)
+        ]
 
     def batch_key(self, items: Sequence[Item], prefix: str | None = None) -> str:
         """Name of a batch: it depends on the pixels of all its images and on the prefix."""
@@ -179,7 +188,9 @@ class FeatureExtractor:
         return self.alignment.scores(features.features, texts)
 
     def saliency(self, item: Item, question: str = QUESTION) -> torch.Tensor:
-        """(N,) float32 attention of the last prompt token, scaled to 0..1 over the image's tokens (0 if constant)."""
+        """(N,) float32 attention of the last prompt token, scaled to 0..1 over the image's tokens (0 if
+        constant).
+        """
         key = self.batch_key([item], question)
         if key not in self._saliency:
             layout, attention = prompt_saliency(self.mlm, item[1], question, **self._views)
@@ -192,9 +203,11 @@ class FeatureExtractor:
         images = [image for _, image in items]
         options = {**self._views, "batch_size": len(images), "to": self.to}
         captures = capture(self.mlm, images, prefix, self.layers, keys=self.keys, **options)
-        control = capture(
-            self.untrained, images, prefix, self.layers, keys=False, features=False, **options
-        ) if self.untrained else [None] * len(images)
+        control = (
+            capture(self.untrained, images, prefix, self.layers, keys=False, features=False, **options)
+            if self.untrained
+            else [None] * len(images)
+        )
         original = (
             capture_encoder(self.encoder_original, self.mlm, images, **options)
             if self.encoder_original

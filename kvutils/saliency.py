@@ -1,7 +1,8 @@
 """Where the model looks: attention from the last prompt token to the image tokens (ours).
 
-Co-segmentation after Amir et al. picks clusters that are salient; their saliency is the attention of DINO's class token.
-A language model has none. Its last prompt token, from which the answer starts, is what comes closest.
+Co-segmentation after Amir et al. picks clusters that are salient; their saliency is the attention of DINO's
+class token. A language model has none. Its last prompt token, from which the answer starts, is what comes
+closest.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ def prompt_saliency(
 ) -> tuple[TokenLayout, torch.Tensor]:
     """(layout, (N,) float32 on the CPU): attention weight of the last prompt token on every image token.
 
-    Mean over all heads and layers, not normalised. The prompt `image + question` is read with the model's own attention
-    into the cache; only the last token runs with eager attention, so no T x T map is ever held. Raises ImageError.
+    Mean over all heads and layers, not normalised. The prompt `image + question` is read with the model's own
+    attention into the cache; only the last token runs with eager attention, so no T x T map is ever held.
+    Raises ImageError.
     """
     vision = prepare_images(mlm, [open_image(image)], base_view_only, max_pixels)
     text = prepare_text(mlm, [mlm.prompt(question=question)], vision, images_only=False)
@@ -42,7 +44,10 @@ def prompt_saliency(
     language_model, cache = mlm.model.model.language_model, DynamicCache()
     positions = text.position_ids
     language_model(
-        inputs_embeds=embeddings[:, :-1], position_ids=positions[..., :-1], past_key_values=cache, use_cache=True
+        inputs_embeds=embeddings[:, :-1],
+        position_ids=positions[..., :-1],
+        past_key_values=cache,
+        use_cache=True,
     )
     with _eager(language_model):
         output = language_model(
@@ -52,7 +57,9 @@ def prompt_saliency(
             use_cache=True,
             output_attentions=True,
         )
-    mean = sum(weights[0, :, -1].float().mean(0).cpu() for weights in output.attentions) / len(output.attentions)
+    mean = sum(weights[0, :, -1].float().mean(0).cpu() for weights in output.attentions) / len(
+        output.attentions
+    )
     layout = vision.layouts[0]
     return layout, mean[torch.from_numpy(layout.slots)]
 

@@ -1,11 +1,13 @@
 """Scores of words on image tokens: each source in which an image token and a text have vectors in one space.
 
-    value.l, untrained.value.l   image values of layer l  .  mean value of the text's tokens in a text-only forward
-    lens.value.l                 image values -> repeated over their query group -> o_proj of layer l -> final norm
-                                 .  mean row of the language-model head over the text's tokens (a logit lens on values)
-    projector                    projector output  .  mean input embedding of the text's tokens
-    encoder_original, encoder    each patch alone through SigLIP's pooling head  .  SigLIP's text embedding, both of unit
-                                 length (MaskCLIP's trick). The finetuned `encoder` uses the original head.
+    value.l            image values of layer l . mean value of the text's tokens in a text-only forward
+    untrained.value.l  the same in a model with random weights (control)
+    lens.value.l       image values, repeated over their query group, through o_proj of layer l and final norm
+                       . mean row of the language-model head over the text's tokens (a logit lens on values)
+    projector          projector output . mean input embedding of the text's tokens
+    encoder_original   each patch alone through SigLIP's pooling head . SigLIP's text embedding, both of unit
+                       length (MaskCLIP's trick)
+    encoder            the same for the finetuned tower, with the head of encoder_original
 
 All scores are dot products (paper, section 3.1; sources beyond value.l are ours).
 """
@@ -22,9 +24,10 @@ from transformers import AutoConfig, AutoTokenizer, SiglipModel, SiglipTextModel
 
 from kvutils.capture import text_values
 from kvutils.errors import ModelError, ParameterError
-from kvutils.models import ENCODERS, MLM, Encoder, quiet_transformers
+from kvutils.models import ENCODERS, MLM, Encoder
 
-SIGLIP_TEMPLATE = "a {}"  # SigLIP learned captions, not bare names; a leading "the " of an expression gives way to it
+# SigLIP learned captions, not bare names; a leading "the " of an expression gives way to it.
+SIGLIP_TEMPLATE = "a {}"
 
 
 @dataclass
@@ -38,7 +41,7 @@ class SiglipText:
 
     @torch.no_grad()
     def embed(self, text: str) -> torch.Tensor:
-        """(C,) embedding of a name or expression, of unit length; padded to the full length, as SigLIP was trained."""
+        """(C,) unit-length embedding of a name or expression, padded to full length as SigLIP was trained."""
         caption = self.template.format(text.removeprefix("the "))
         length = self.model.config.max_position_embeddings
         tokens = self.tokenizer(
@@ -49,13 +52,13 @@ class SiglipText:
 
 
 def load_siglip_text(name: str, device: str | torch.device = "cpu") -> SiglipText:
-    """The text tower of a SigLIP: a name of `kvutils.models.ENCODERS`, a folder or hub id. ModelError if it has none."""
+    """The text tower of a SigLIP (name in `ENCODERS`, folder or hub id); ModelError if it has none."""
     source = ENCODERS[name].source if name in ENCODERS else name
     try:
         kind = AutoConfig.from_pretrained(source).model_type
         if kind != "siglip":
             raise ModelError(f"{name}: {source} is a {kind!r}, not a SigLIP pair of vision and text tower")
-        # The pair is loaded whole: loading its text tower alone reports every weight of the other as unexpected.
+        # Loaded whole: for the text tower alone, every weight of the other would be reported as unexpected.
         model = SiglipModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True).text_model
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -75,7 +78,9 @@ class TextAlignment:
         encoder_text: SiglipText | None = None,
     ):
         if encoder_text is not None and encoder is None:
-            raise ParameterError("encoder_text needs the encoder it belongs to: pass encoder_original as well")
+            raise ParameterError(
+                "encoder_text needs the encoder it belongs to: pass encoder_original as well"
+            )
         self.mlm, self.layers, self.untrained = mlm, tuple(layers), untrained
         self.encoder, self.encoder_text = encoder, encoder_text
         self.sources = []
@@ -92,13 +97,18 @@ class TextAlignment:
         self._texts: dict[str, dict[str, torch.Tensor]] = {}
 
     def text(self, text: str) -> dict[str, torch.Tensor]:
-        """Vector (C,) float32 of the text in every source. Texts are read one at a time: no padding, no batch effects."""
+        """Vector (C,) float32 of the text in every source; read one at a time, so without batch effects."""
         if text not in self._texts:
-            vectors = {f"value.{n}": v.flatten() for n, v in zip(self.layers, self._values(self.mlm, text), strict=True)}
+            vectors = {
+                f"value.{n}": v.flatten()
+                for n, v in zip(self.layers, self._values(self.mlm, text), strict=True)
+            }
             if self.untrained is not None:
                 values = self._values(self.untrained, text)
-                vectors |= {f"untrained.value.{n}": v.flatten() for n, v in zip(self.layers, values, strict=True)}
-            # As a word stands in a sentence: with a space before it, which byte-pair tokenizers make part of the token.
+                vectors |= {
+                    f"untrained.value.{n}": v.flatten() for n, v in zip(self.layers, values, strict=True)
+                }
+            # As in a sentence: with a space before it, which byte-pair tokenizers make part of the token.
             ids = torch.tensor(self.mlm.tokenizer(f" {text}", add_special_tokens=False)["input_ids"])
             for source, rows in (
                 ("projector", self.mlm.model.get_input_embeddings().weight),
@@ -114,7 +124,7 @@ class TextAlignment:
 
     @torch.no_grad()
     def scores(self, features: Mapping[str, torch.Tensor], texts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Per source the dot products (len(texts), N) in float32, of the plain features (N, C) of an image."""
+        """Per source the dot products (len(texts), N), float32, with plain features (N, C) of an image."""
         vectors = [self.text(text) for text in texts]
         scores = {}
         for source in self.sources:
@@ -134,7 +144,7 @@ class TextAlignment:
         return text_values(mlm, [text], layers=self.layers)[0]
 
     def _lens(self, values: torch.Tensor, layer: int) -> torch.Tensor:
-        """What the values (N, G*D) of a layer would add to the residual stream if attended to with full weight."""
+        """What values (N, G*D) add to the residual stream when attended to with full weight, normalised."""
         mlm, language_model = self.mlm, self.mlm.model.model.language_model
         output = language_model.layers[layer].self_attn.o_proj
         group = mlm.num_heads // mlm.num_kv_heads
@@ -143,7 +153,7 @@ class TextAlignment:
         return language_model.norm(states).float().to(values.device)
 
     def _pooled(self, states: torch.Tensor) -> torch.Tensor:
-        """Each patch (N, C_v), as the projector reads it, alone through SigLIP's last norm and pooling head."""
+        """Each patch (N, C_v), as the projector reads it, alone through last norm and pooling head."""
         model = self.encoder.model
         tower = getattr(model, "vision_model", model)
         patches = states.unsqueeze(1).to(model.device, model.dtype)

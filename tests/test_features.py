@@ -107,7 +107,7 @@ def test_every_family_gives_one_full_grid(family):
     assert 0 <= extractor.saliency(items[0]).min() and extractor.saliency(items[0]).max() == 1
 
 
-# --- pixels --------------------------------------------------------------------------------------------------------------
+# --- pixels -------------------------------------------------------------------------------------------------
 
 
 def grid_layout(rows: int, columns: int, size: tuple[int, int]) -> TokenLayout:
@@ -116,7 +116,13 @@ def grid_layout(rows: int, columns: int, size: tuple[int, int]) -> TokenLayout:
     rects = np.stack([x[column], y[row], x[column + 1], y[row + 1]], axis=1)
     n = rows * columns
     return TokenLayout(
-        np.arange(n), rects, np.stack([row, column], 1), np.zeros(n, int), np.zeros(n, bool), size, {"base": (rows, columns)}
+        np.arange(n),
+        rects,
+        np.stack([row, column], 1),
+        np.zeros(n, int),
+        np.zeros(n, bool),
+        size,
+        {"base": (rows, columns)},
     )
 
 
@@ -129,10 +135,12 @@ def test_pixel_features_are_means_and_positions():
 
 def test_token_means_of_tokens_smaller_than_a_pixel():
     planes = RNG.random((3, 4, 2))
-    assert np.allclose(token_means(grid_layout(9, 12, (4, 3)), planes).reshape(3, 3, 4, 3, 2).mean((1, 3)), planes)
+    assert np.allclose(
+        token_means(grid_layout(9, 12, (4, 3)), planes).reshape(3, 3, 4, 3, 2).mean((1, 3)), planes
+    )
 
 
-# --- the same numbers from memory, disk and model --------------------------------------------------------------------------
+# --- the same numbers from memory, disk and model -----------------------------------------------------------
 
 
 def test_store_and_memory_give_the_same_bytes(tmp_path):
@@ -197,7 +205,7 @@ def test_arguments_are_checked(pocket):
         FeatureExtractor(pocket.mlm, encoder_text=pocket.alignment.encoder_text)
 
 
-# --- texts ---------------------------------------------------------------------------------------------------------------
+# --- texts --------------------------------------------------------------------------------------------------
 
 TEXTS = ["fish", "the red car"]
 
@@ -242,7 +250,9 @@ def test_encoder_scores_use_the_pooling_head_on_single_patches(pocket):
     features = pocket.images(ITEMS)[0]
     scores = pocket.text_scores(features, TEXTS)
     vision, text = pocket.encoder_original.model, pocket.alignment.encoder_text
-    ids = torch.tensor([text.tokenizer.encode("a red car") + [0] * 5])  # the template, padded to the full length
+    ids = torch.tensor(
+        [text.tokenizer.encode("a red car") + [0] * 5]
+    )  # the template, padded to the full length
     words = normalize(text.model(input_ids=ids).pooler_output[0], dim=-1)
     for source in ("encoder_original", "encoder"):
         patch = features.features[source][3].float()
@@ -280,7 +290,7 @@ def test_load_siglip_text(tmp_path):
         load_siglip_text(str(tmp_path / "vision"))
 
 
-# --- saliency --------------------------------------------------------------------------------------------------------------
+# --- saliency -----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

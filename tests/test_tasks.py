@@ -1,4 +1,4 @@
-"""The six tasks: perfect features reach the ceiling, random ones stay at chance; rare inputs; resuming; summaries.
+"""The six tasks: perfect features reach the ceiling, random ones stay at chance; resuming; summaries.
 
 A stand-in for the extractor gives hand-made features: `value.0` from the truth, `value.1` noise.
 """
@@ -11,7 +11,13 @@ from PIL import Image
 from kvutils.datasets.samples import VOID, Clip, Episode, ImageGroup, KeypointPair, LabelledImage, NamedMask
 from kvutils.errors import DataError, ParameterError
 from kvutils.features import FeatureExtractor, ImageFeatures, token_means
-from kvutils.metrics import foreground_counts, foreground_iou, pck_scores, pixel_average_precision, refseg_scores
+from kvutils.metrics import (
+    foreground_counts,
+    foreground_iou,
+    pck_scores,
+    pixel_average_precision,
+    refseg_scores,
+)
 from kvutils.probes import ConvergenceError
 from kvutils.store import Parts, to_json
 from kvutils.tasks import (
@@ -26,7 +32,8 @@ from kvutils.tasks import (
     run_task,
     summarise,
 )
-from kvutils.tasks.base import average_precisions, binary_counts, choosing_half
+from kvutils.tasks.base import choosing_half
+from kvutils.tasks.counting import average_precisions, binary_counts
 from kvutils.tasks.foreground_segmentation import support_labels
 from kvutils.tasks.temporal_correspondence import COPY_FIRST
 from tests.test_features import grid_layout
@@ -44,7 +51,9 @@ def blank(size: tuple[int, int], seed: int = 0) -> Image.Image:
     return Image.fromarray(rng(seed, 9).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
 
-def box_mask(size: tuple[int, int], seed: int, value: int = 1, void: bool = True, side: int = 16) -> np.ndarray:
+def box_mask(
+    size: tuple[int, int], seed: int, value: int = 1, void: bool = True, side: int = 16
+) -> np.ndarray:
     """A box of `value` somewhere, with a void rim."""
     width, height = size
     x, y = (int(rng(seed, 1, k).integers(4, n - side - 4)) for k, n in enumerate(size))
@@ -56,7 +65,9 @@ def box_mask(size: tuple[int, int], seed: int, value: int = 1, void: bool = True
 
 
 class Extractor:
-    """`value.0`: what `truth[image id]` (N, C) says, a little noisy; `value.1`: noise; `wide.0`: the truth, wider."""
+    """`value.0`: what `truth[image id]` (N, C) says, a little noisy; `value.1`: noise; `wide.0`: the truth,
+    wider.
+    """
 
     layers, batch_size, fingerprint = (0, 1), 2, "stand-in"
     sources = ["value.0", "value.1", "wide.0"]
@@ -78,7 +89,11 @@ class Extractor:
         truth = np.asarray(self.truth(name, layout), dtype=float)
         random = rng(sum(map(ord, name)), 3)
         noise = random.normal(size=(3, *truth.shape))
-        made = {"value.0": truth + 0.01 * noise[0], "value.1": noise[1], "wide.0": np.concatenate([truth, noise[2]], 1)}
+        made = {
+            "value.0": truth + 0.01 * noise[0],
+            "value.1": noise[1],
+            "wide.0": np.concatenate([truth, noise[2]], 1),
+        }
         return ImageFeatures(layout, {source: torch.from_numpy(f).half() for source, f in made.items()})
 
     def text_scores(self, features, texts):
@@ -108,7 +123,7 @@ def means(table, task, statistic=None):
     return {s: float(statistic(np.ones((1, len(table))), table.of(s))[0]) for s in table.sources}
 
 
-# --- task 1 ----------------------------------------------------------------------------------------------------------------
+# --- task 1 -------------------------------------------------------------------------------------------------
 
 
 def labelled(name: str, size, seed: int) -> LabelledImage:
@@ -119,7 +134,16 @@ def episodes(n: int = 6) -> list[Episode]:
     made = []
     for i in range(n):
         five = tuple(labelled(f"e{i}s{k}", SIZES[(i + k) % 3], 10 * i + k) for k in range(5))
-        made.append(Episode(f"episode {i}", i % 4, f"class {i % 4}", (i % 4) // 2, labelled(f"e{i}q", SIZES[i % 3], 10 * i + 7), five))
+        made.append(
+            Episode(
+                f"episode {i}",
+                i % 4,
+                f"class {i % 4}",
+                (i % 4) // 2,
+                labelled(f"e{i}q", SIZES[i % 3], 10 * i + 7),
+                five,
+            )
+        )
     return made
 
 
@@ -148,7 +172,9 @@ def test_foreground_score_is_hsnets():
         counts = values[mine][:, 2:6].reshape(-1, 2, 2)
         folds.append(foreground_iou(counts, values[mine, 1], [2 * fold, 2 * fold + 1]))
     assert means(table, task)["wide.0"] == pytest.approx(np.mean([f["miou"] for f in folds]))
-    assert means(table, task, task.statistics["FB-IoU"])["wide.0"] == pytest.approx(np.mean([f["fb_iou"] for f in folds]))
+    assert means(table, task, task.statistics["FB-IoU"])["wide.0"] == pytest.approx(
+        np.mean([f["fb_iou"] for f in folds])
+    )
 
 
 def test_probes_that_do_not_converge_are_counted():
@@ -171,7 +197,7 @@ def test_a_thin_object_still_has_a_foreground_token():
     assert support_labels([ImageFeatures(layout, {})], [void]).tolist() == [0] + [1] * 7 + [-1] * 8
 
 
-# --- task 2 ----------------------------------------------------------------------------------------------------------------
+# --- task 2 -------------------------------------------------------------------------------------------------
 
 
 def test_co_segmentation_ceiling_and_chance():
@@ -189,7 +215,7 @@ def test_co_segmentation_ceiling_and_chance():
     assert table.groups == ["g0"] * 4 + ["g1"] * 4
 
 
-# --- tasks 3 and 4 ----------------------------------------------------------------------------------------------------------
+# --- tasks 3 and 4 ------------------------------------------------------------------------------------------
 
 WORDS = ["background", "fish", "bird", "car"]
 
@@ -201,7 +227,9 @@ def named(n: int = 6, per_image: int = 1) -> tuple[list[NamedMask], dict]:
         maps[f"n{i}"] = box_mask(size, 40 + i, cls)
         mask = np.where(maps[f"n{i}"] == cls, 1, np.where(maps[f"n{i}"] == VOID, VOID, 0)).astype(np.uint8)
         for k in range(per_image):
-            sample = NamedMask(f"sample {i}.{k}", f"n{i}", blank(size, i), WORDS[cls], mask, f"n{i}", WORDS[cls])
+            sample = NamedMask(
+                f"sample {i}.{k}", f"n{i}", blank(size, i), WORDS[cls], mask, f"n{i}", WORDS[cls]
+            )
             samples.append(sample)
     return samples, maps
 
@@ -239,7 +267,9 @@ def test_wrong_texts_do_not_hold_for_the_image():
 def test_samples_without_foreground_are_skipped_and_counted():
     samples, maps = named(4)
     empty = NamedMask("empty", "n0", samples[0].image, "bird", np.zeros_like(samples[0].mask), "n0", "bird")
-    table = run_task(SemanticSegmentation([empty, *samples]), Extractor(one_hot(maps, 4), WORDS), progress=False)
+    table = run_task(
+        SemanticSegmentation([empty, *samples]), Extractor(one_hot(maps, 4), WORDS), progress=False
+    )
     assert table.skipped == ["empty"] and len(table) == 4
     with pytest.raises(DataError, match="none of 1"):
         run_task(SemanticSegmentation([empty]), Extractor(one_hot(maps, 4), WORDS), progress=False)
@@ -247,7 +277,10 @@ def test_samples_without_foreground_are_skipped_and_counted():
 
 def test_segmentation_by_probe():
     samples, maps = named()
-    train = [LabelledImage(f"t{i}", blank(SIZES[i % 3], i), box_mask(SIZES[i % 3], 70 + i, 1 + i % 3)) for i in range(9)]
+    train = [
+        LabelledImage(f"t{i}", blank(SIZES[i % 3], i), box_mask(SIZES[i % 3], 70 + i, 1 + i % 3))
+        for i in range(9)
+    ]
     maps |= {one.id: one.mask for one in train}
     extractor = Extractor(one_hot(maps, 4))
     task = SemanticSegmentationProbe(samples, train, WORDS[1:])
@@ -265,18 +298,24 @@ def test_segmentation_by_probe():
         run_task(SemanticSegmentationProbe(samples, train, ["cat", "bird", "car"]), extractor, progress=False)
 
 
-# --- task 5 ----------------------------------------------------------------------------------------------------------------
+# --- task 5 -------------------------------------------------------------------------------------------------
 
 
 def pairs(n: int = 6) -> list[KeypointPair]:
-    """The target shows the source's content two tokens further right and one down; grids differ between pairs."""
+    """The target shows the source's content two tokens further right and one down; grids differ between
+    pairs.
+    """
     made = []
     for i in range(n):
         size = SIZES[i % 3]
         points = rng(i, 5).uniform(2, (size[0] - 3 * CELL, size[1] - 2 * CELL), (4, 2))
         moved = points + (2 * CELL, CELL)
         box = np.array([0, 0, *size], dtype=float)
-        made.append(KeypointPair(f"pair {i}", "thing", f"s{i}", blank(size, i), points, f"t{i}", blank(size, i), moved, box))
+        made.append(
+            KeypointPair(
+                f"pair {i}", "thing", f"s{i}", blank(size, i), points, f"t{i}", blank(size, i), moved, box
+            )
+        )
     return made
 
 
@@ -299,7 +338,10 @@ def test_correspondence_ceiling_chance_and_references():
     extractor = Extractor(place_code)
     predicted = []
     for pair in task.samples:
-        source, target = extractor.one(pair.source_id, pair.source), extractor.one(pair.target_id, pair.target)
+        source, target = (
+            extractor.one(pair.source_id, pair.source),
+            extractor.one(pair.target_id, pair.target),
+        )
         a, b = (torch.nn.functional.normalize(f.features["value.1"].float(), dim=1) for f in (source, target))
         best = (a[source.layout.token_at(pair.source_points)] @ b.T).argmax(1)
         predicted.append(target.layout.centers[best])
@@ -316,14 +358,24 @@ def test_missing_key_points():
     table = run_task(SemanticCorrespondence(made), Extractor(place_code), progress=False)
     assert table.skipped == ["pair 1"] and table.of("value.0")[:, 0].tolist() == [3, 4]
     assert means(table, SemanticCorrespondence(made))["value.0"] == 1
-    none = KeypointPair("none", "thing", "s9", blank((48, 48)), np.zeros((0, 2)), "t9", blank((48, 48)), np.zeros((0, 2)), np.ones(4))
+    none = KeypointPair(
+        "none",
+        "thing",
+        "s9",
+        blank((48, 48)),
+        np.zeros((0, 2)),
+        "t9",
+        blank((48, 48)),
+        np.zeros((0, 2)),
+        np.ones(4),
+    )
     assert SemanticCorrespondence([none]).score(none, {}, None) == []
     made[2].target_box[:] = 0
     with pytest.raises(DataError, match="pair 2.*box"):
         run_task(SemanticCorrespondence(made), Extractor(place_code), progress=False)
 
 
-# --- task 6 ----------------------------------------------------------------------------------------------------------------
+# --- task 6 -------------------------------------------------------------------------------------------------
 
 
 def clips() -> list[Clip]:
@@ -341,7 +393,11 @@ def clips() -> list[Clip]:
 
 def test_temporal_ceiling_chance_and_baseline():
     task = TemporalCorrespondence(clips())
-    masks = {f"{clip.id}/{t:05d}": np.where(m == VOID, 0, m) for clip in task.samples for t, m in enumerate(clip.masks)}
+    masks = {
+        f"{clip.id}/{t:05d}": np.where(m == VOID, 0, m)
+        for clip in task.samples
+        for t, m in enumerate(clip.masks)
+    }
     table = run_task(task, Extractor(one_hot(masks, 3)), progress=False)
     score, nearest = means(table, task), means(table, task, task.statistics["J, nearest neighbour"])
     assert table.ids == ["clip0_1", "clip0_2", "clip1_1"] and table.groups == ["clip0", "clip0", "clip1"]
@@ -354,10 +410,14 @@ def test_frames_of_one_clip_must_have_one_grid():
     clip = clips()[0]
     frames = (*clip.frames[:5], clip.frames[5].resize((60, 48)))
     with pytest.raises(DataError, match="clip0.*grids"):
-        run_task(TemporalCorrespondence([Clip("clip0", frames, clip.masks)]), Extractor(lambda n, layout: np.ones((len(layout), 2))), progress=False)
+        run_task(
+            TemporalCorrespondence([Clip("clip0", frames, clip.masks)]),
+            Extractor(lambda n, layout: np.ones((len(layout), 2))),
+            progress=False,
+        )
 
 
-# --- counting ---------------------------------------------------------------------------------------------------------------
+# --- counting -----------------------------------------------------------------------------------------------
 
 
 def test_counts_and_precisions_equal_the_metrics():
@@ -372,7 +432,7 @@ def test_counts_and_precisions_equal_the_metrics():
         assert precision == pytest.approx(pixel_average_precision(score.numpy(), mask))
 
 
-# --- runs ---------------------------------------------------------------------------------------------------------------------
+# --- runs ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -384,7 +444,10 @@ def real():
         return FeatureExtractor(mlm, tiny_pocket(seed=5), batch_size=2)
 
     samples = episodes(6)
-    shared = [Episode(f"{e.id} b", e.class_index, e.class_name, e.fold, e.supports[0], (e.query, *e.supports[1:])) for e in samples]
+    shared = [
+        Episode(f"{e.id} b", e.class_index, e.class_name, e.fold, e.supports[0], (e.query, *e.supports[1:]))
+        for e in samples
+    ]
     return extractor, [e for both in zip(samples, shared, strict=True) for e in both]
 
 
@@ -402,16 +465,22 @@ class Stops(ForegroundSegmentation):
 
 def test_an_interrupted_run_ends_with_the_same_bytes(real, tmp_path):
     extractor, samples = real
-    whole = run_task(ForegroundSegmentation(samples), extractor(), Parts(tmp_path / "a", x=1), progress=False, chunk=2)
+    whole = run_task(
+        ForegroundSegmentation(samples), extractor(), Parts(tmp_path / "a", x=1), progress=False, chunk=2
+    )
     with pytest.raises(KeyboardInterrupt):
         run_task(Stops(samples), extractor(), Parts(tmp_path / "b", x=1), progress=False, chunk=2)
-    task = Stops(samples)  # the two finished chunks are not scored again: 4 + 8 samples would stop it a second time
+    task = Stops(
+        samples
+    )  # the two finished chunks are not scored again: 4 + 8 samples would stop it a second time
     task.left = 9
     resumed = run_task(task, extractor(), Parts(tmp_path / "b", x=1), progress=False, chunk=2)
     no_parts = run_task(ForegroundSegmentation(samples), extractor(), progress=False, chunk=2)
     assert to_json(whole.as_dict()) == to_json(resumed.as_dict()) == to_json(no_parts.as_dict())
     task.left = 1  # everything is stored: nothing is scored
-    assert to_json(run_task(task, extractor(), Parts(tmp_path / "b", x=1), progress=False, chunk=2).as_dict()) == to_json(whole.as_dict())
+    assert to_json(
+        run_task(task, extractor(), Parts(tmp_path / "b", x=1), progress=False, chunk=2).as_dict()
+    ) == to_json(whole.as_dict())
 
 
 def test_stored_parts_of_other_settings_are_not_used(real, tmp_path):
@@ -442,7 +511,9 @@ def test_chunk_is_checked(real):
 
 
 def test_a_table_survives_json():
-    table = ScoreTable("t", ["a"], ["g"], ["value.10", "value.2", "pixels"], ["x", "y"], np.arange(6.0).reshape(1, 3, 2))
+    table = ScoreTable(
+        "t", ["a"], ["g"], ["value.10", "value.2", "pixels"], ["x", "y"], np.arange(6.0).reshape(1, 3, 2)
+    )
     again = ScoreTable.from_dict(table.as_dict())
     assert to_json(again.as_dict()) == to_json(table.as_dict()) and again.of("pixels").tolist() == [[4, 5]]
     assert table.family("value") == [(2, "value.2"), (10, "value.10")]
@@ -450,7 +521,7 @@ def test_a_table_survives_json():
         table.of("encoder")
 
 
-# --- summaries ----------------------------------------------------------------------------------------------------------------
+# --- summaries ----------------------------------------------------------------------------------------------
 
 
 def fake_table(layers: int = 4, n: int = 40) -> ScoreTable:
@@ -460,7 +531,14 @@ def fake_table(layers: int = 4, n: int = 40) -> ScoreTable:
     noise = rng(4).normal(0, 0.05, (n, 1))
     values = np.zeros((n, len(level), 5))
     values[..., 0] = np.array(list(level.values())) + noise + rng(5).normal(0, 0.02, (n, len(level)))
-    return ScoreTable("semantic_segmentation", [f"i{i}" for i in range(n)], [f"g{i // 2}" for i in range(n)], list(level), list("abcde"), values)
+    return ScoreTable(
+        "semantic_segmentation",
+        [f"i{i}" for i in range(n)],
+        [f"g{i // 2}" for i in range(n)],
+        list(level),
+        list("abcde"),
+        values,
+    )
 
 
 def test_summary_tests_the_best_layer_on_the_other_half():
@@ -473,7 +551,10 @@ def test_summary_tests_the_best_layer_on_the_other_half():
     assert best["source"] == "value.1" and best["control"] == "shuffled.value.1"
     held = ~choosing_half(table.groups)
     difference = (table.of("value.1") - table.of("projector"))[held, 0].mean()
-    assert best["minus"]["projector"]["mean"] == pytest.approx(difference) and best["minus"]["projector"]["n"] == held.sum()
+    assert (
+        best["minus"]["projector"]["mean"] == pytest.approx(difference)
+        and best["minus"]["projector"]["n"] == held.sum()
+    )
     assert best["minus"][best["control"]]["low"] > 0.4
     assert summary["sources"]["value.2"]["low"] < 0.5 < summary["sources"]["value.2"]["high"]
     to_json(summary)

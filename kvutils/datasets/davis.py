@@ -26,9 +26,11 @@ def davis_clips(
     resolution: str = "480p",
     max_frames: int | None = None,
 ) -> Iterator[Clip]:
-    """Clips of a split (or the named `sequences`), one at a time; `max_frames` keeps the first frames of each.
+    """Clips of a split (or the named `sequences`), one at a time; `max_frames` keeps the first frames of
+    each.
 
-    root: the folder `DAVIS` or the one that holds it. Raises DataError that names the missing or malformed file.
+    root: the folder `DAVIS` or the one that holds it. Raises DataError that names the missing or malformed
+    file.
     """
     root = Path(root)
     home = next((folder for folder in (root / "DAVIS", root) if (folder / "JPEGImages").is_dir()), None)
@@ -69,8 +71,8 @@ def _read_mask(path: Path, size: tuple[int, int]) -> np.ndarray:
         with Image.open(path) as image:
             if image.mode != "P":
                 raise DataError(
-                    f"{path} is a {image.mode!r} image, not a palette one: DAVIS-2016 marks its one object with 255, "
-                    "which is void in DAVIS-2017; use the annotations of DAVIS-2017"
+                    f"{path} is a {image.mode!r} image, not a palette one: DAVIS-2016 marks its one object "
+                    "with 255, which is void in DAVIS-2017; use the annotations of DAVIS-2017"
                 )
             mask = np.array(image)
     except (OSError, SyntaxError) as error:

@@ -1,10 +1,13 @@
-"""The pocket world as data sets: each function is the generated twin of one real data set, with the same sample types.
+"""The pocket world as data sets: each function is the generated twin of one real data set, with the same
+sample types.
 
-Everything follows from a seed. Scene `i` of a stream depends on (seed, stream, i) alone, so a larger set begins with the
-smaller one; streams keep the sets disjoint, and the default seed keeps them apart from the scenes the pocket models were
-trained on (`kvutils.pocket.pool` draws those from seeds 1 and 2). `group` in every sample is its scene.
+Everything follows from a seed. Scene `i` of a stream depends on (seed, stream, i) alone, so a larger set
+begins with the smaller one; streams keep the sets disjoint, and the default seed keeps them apart from the
+scenes the pocket models were trained on (`kvutils.pocket.pool` draws those from seeds 1 and 2). `group` in
+every sample is its scene.
 
-A thing counts as present from a visible share of `PRESENT` on. Below that it is ambiguous and its pixels are `VOID`.
+A thing counts as present from a visible share of `PRESENT` on. Below that it is ambiguous and its pixels are
+`VOID`.
 """
 
 from __future__ import annotations
@@ -53,7 +56,7 @@ class PocketScene:
         return sorted({self.scene.things[i].cls for i in self.present})
 
     def class_mask(self, cls: int, ambiguous: int = VOID) -> np.ndarray:
-        """(96, 96) uint8: 1 on the present things of a class, `ambiguous` on its hardly visible ones, else 0."""
+        """(96, 96) uint8: 1 on the present things of a class, `ambiguous` on hardly visible ones, else 0."""
         values = np.zeros(len(self.scene.things) + 1, np.uint8)
         for i, thing in enumerate(self.scene.things):
             if thing.cls == cls:
@@ -90,10 +93,11 @@ def _scenes(stream: str, wanted: int, seed: int, kind: str = "mixed") -> Iterato
 def few_shot_episodes(
     per_fold: int = 50, scenes: int = 240, shot: int = 5, seed: int = SEED
 ) -> list[Episode]:
-    """Twin of Pascal-5i: 4 folds of 2 classes, episodes drawn from `scenes` scenes exactly as HSNet draws them.
+    """Twin of Pascal-5i: 4 folds of 2 classes, episodes drawn from `scenes` scenes exactly as HSNet draws
+    them.
 
-    The list of a fold holds every (scene, class of the fold) with a present thing; masks are 1 on all visible pixels of
-    the class, however little of a thing shows (Pascal's masks know no minimum).
+    The list of a fold holds every (scene, class of the fold) with a present thing; masks are 1 on all visible
+    pixels of the class, however little of a thing shows (Pascal's masks know no minimum).
     """
     _at_least_one(per_fold=per_fold, scenes=scenes, shot=shot)
     pool = {s.id: s for s in (pocket_scene("episodes", i, seed) for i in range(scenes))}
@@ -120,9 +124,11 @@ def few_shot_episodes(
 
 
 def image_groups(per_class: int = 2, images: int = 8, seed: int = SEED) -> list[ImageGroup]:
-    """Twin of MSRC: sets of `images` scenes that share a class, among other things. No scene is in two sets."""
+    """Twin of MSRC: sets of `images` scenes that share a class. No scene is in two sets."""
     _at_least_one(per_class=per_class, images=images)
-    sets: dict[int, list[list[PocketScene]]] = {c: [[] for _ in range(per_class)] for c in range(len(CLASSES))}
+    sets: dict[int, list[list[PocketScene]]] = {
+        c: [[] for _ in range(per_class)] for c in range(len(CLASSES))
+    }
     open_places = len(CLASSES) * per_class * images
     for scene in _scenes("groups", open_places, seed):
         # The class that lacks most takes the scene, so that rare classes fill up.
@@ -157,17 +163,18 @@ def named_masks(scenes: int = 100, seed: int = SEED) -> list[NamedMask]:
 
 
 def training_maps(scenes: int = 60, seed: int = SEED) -> list[LabelledImage]:
-    """Labelled scenes to fit a class probe on: class index + 1 of `CLASS_NAMES`; disjoint from `named_masks`."""
+    """Labelled scenes to fit a class probe on: class index + 1; disjoint from `named_masks`."""
     _at_least_one(scenes=scenes)
     drawn = (pocket_scene("training", i, seed) for i in range(scenes))
     return [LabelledImage(s.id, s.image, s.class_map()) for s in drawn]
 
 
 def referring_masks(scenes: int = 60, seed: int = SEED) -> list[NamedMask]:
-    """Twin of RefCOCO: scenes that show some class at least twice, and the shortest expression for each of its things.
+    """Twin of RefCOCO: scenes that show some class at least twice, and the shortest expression for each of
+    its things.
 
-    An expression names exactly one thing: by class, else colour and class, else left or right; things for which none of
-    these is enough have no sample.
+    An expression names exactly one thing: by class, else colour and class, else left or right; things for
+    which none of these is enough have no sample.
     """
     _at_least_one(scenes=scenes)
     samples, used = [], 0
@@ -222,10 +229,12 @@ def keypoint_pairs(pairs: int = 160, seed: int = SEED, min_points: int = 2) -> l
 
 
 def clips(count: int = 24, frames: int = 12, seed: int = SEED) -> list[Clip]:
-    """Twin of DAVIS-2017: short videos of two or three moving things, all of them clearly visible at first."""
+    """Twin of DAVIS-2017: short videos of two or three moving things, all clearly visible at first."""
     _at_least_one(count=count)
     if frames < 3:
-        raise ParameterError(f"a clip needs at least 3 frames (the first is given, the last not scored), not {frames}")
+        raise ParameterError(
+            f"a clip needs at least 3 frames (the first is given, the last not scored), not {frames}"
+        )
     samples: list[Clip] = []
     for index in range(_MAX_TRIES * count):
         scenes = sample_clip(np.random.default_rng((seed, _STREAMS["clips"], index)), frames)

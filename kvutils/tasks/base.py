@@ -1,8 +1,8 @@
 """What the six tasks share: rows of scores, a resumable run over samples, and the summary with its intervals.
 
-A task turns one sample (an episode, a pair, a clip, ...) into rows; a row holds, for every feature source, a few numbers
-(`columns`) from which the metrics follow. Metrics such as mIoU are ratios of sums over items, hence a metric is a
-statistic `(weights (n_boot, n), values (n, k)) -> (n_boot,)`, see `kvutils.statistics`.
+A task turns one sample (an episode, a pair, a clip, ...) into rows; a row holds, for every feature source, a
+few numbers (`columns`) from which the metrics follow. Metrics such as mIoU are ratios of sums over items,
+hence a metric is a statistic `(weights (n_boot, n), values (n, k)) -> (n_boot,)`, see `kvutils.statistics`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from kvutils.errors import DataError, ParameterError
@@ -37,7 +36,9 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class ScoreTable:
-    """All rows of a task: values (n, S, k) float64 for n ids, S sources, k columns. skipped: samples without a score."""
+    """All rows of a task: values (n, S, k) float64 for n ids, S sources, k columns. skipped: samples without
+    a score.
+    """
 
     task: str
     ids: list[str]
@@ -71,7 +72,9 @@ class ScoreTable:
 
 
 class Task(ABC):
-    """One task over its samples. `columns` are the numbers per row and source; `control` prefixes the control sources."""
+    """One task over its samples. `columns` are the numbers per row and source; `control` prefixes the control
+    sources.
+    """
 
     name: ClassVar[str]
     title: ClassVar[str]
@@ -92,7 +95,9 @@ class Task(ABC):
     def score(
         self, sample: Any, features: Mapping[str, ImageFeatures], extractor: FeatureExtractor
     ) -> list[Row]:
-        """Rows of a sample from the features of its images; none if it cannot be scored. Depends on nothing else."""
+        """Rows of a sample from the features of its images; none if it cannot be scored. Depends on nothing
+        else.
+        """
 
     @staticmethod
     @abstractmethod
@@ -109,11 +114,13 @@ class Task(ABC):
         return {}
 
     def prepare(self, extractor: FeatureExtractor) -> None:  # noqa: B027
-        """Work before the first sample, such as fitting a probe; not done when every part is already stored."""
+        """Work before the first sample, such as fitting a probe; left out when every part is stored."""
 
 
 class _Batches:
-    """The images of a chunk in fixed batches, whatever is already in memory: a resumed run repeats them exactly."""
+    """The images of a chunk in fixed batches, whatever is already in memory: a resumed run repeats them
+    exactly.
+    """
 
     def __init__(self, extractor: FeatureExtractor, images: Iterable[Item]):
         self.extractor = extractor
@@ -135,7 +142,8 @@ def run_task(
     progress: bool = True,
     chunk: int = 25,
 ) -> ScoreTable:
-    """Score all samples of a task. With `parts`, finished chunks are kept there and a run that was stopped goes on.
+    """Score all samples of a task. With `parts`, finished chunks are kept there and a run that was stopped
+    goes on.
 
     Bytes do not depend on interruptions. Raises DataError when no sample can be scored.
     """
@@ -157,7 +165,9 @@ def run_task(
             batches = _Batches(extractor, (item for sample in samples for item in task.images(sample)))
             done: dict = {"rows": [], "skipped": []}
             for sample in samples:
-                scored = task.score(sample, {name: batches.features(name) for name, _ in task.images(sample)}, extractor)
+                scored = task.score(
+                    sample, {name: batches.features(name) for name, _ in task.images(sample)}, extractor
+                )
                 done["rows"] += [[row.id, row.group, [row.values[s] for s in sources]] for row in scored]
                 done["skipped"] += [] if scored else [sample.id]
                 bar.update()
@@ -166,7 +176,9 @@ def run_task(
         if parts is None:
             rows.append(compute())
         else:
-            digest = hashlib.sha256(to_json([depends, [sample.id for sample in samples]]).encode()).hexdigest()[:16]
+            digest = hashlib.sha256(
+                to_json([depends, [sample.id for sample in samples]]).encode()
+            ).hexdigest()[:16]
             before = bar.n
             rows.append(parts.make(f"{task.name}/{start:06d}-{digest}", compute))
             bar.update(len(samples) - (bar.n - before))
@@ -188,10 +200,10 @@ def run_task(
 def summarise(table: ScoreTable, task: Task, n_boot: int = 2000, seed: int = 0) -> dict:
     """Every metric of every source with its interval, and the tests on layers; JSON-able.
 
-    sources: headline metric per source. secondary: the other metrics. build_then_degrade: per family of layers (value,
-    key, ...) what `peak_then_degrade` finds. value_best: the best value layer, chosen on one half of the groups; its
-    score and its paired differences to every other source, and to its own control, on the other half. Families are
-    tested only with at least 4 groups.
+    sources: headline metric per source. secondary: the other metrics. build_then_degrade: per family of
+    layers (value, key, ...) what `peak_then_degrade` finds. value_best: the best value layer, chosen on one
+    half of the groups; its score and its paired differences to every other source, and to its own control, on
+    the other half. Families are tested only with at least 4 groups.
     """
     units = len(set(table.groups))
     summary: dict = {
@@ -234,7 +246,9 @@ def _best_against_others(table: ScoreTable, task: Task, best: str, n_boot: int, 
     mine = table.of(best)[held_out]
     others = [s for s in table.sources if s != best]
     minus = {
-        source: paired_difference(mine, table.of(source)[held_out], task.statistic, n_boot, seed, groups).as_dict()
+        source: paired_difference(
+            mine, table.of(source)[held_out], task.statistic, n_boot, seed, groups
+        ).as_dict()
         for source in others
     }
     score = bootstrap_ci(mine, task.statistic, n_boot, seed, groups)
@@ -254,61 +268,3 @@ def _intervals(table: ScoreTable, statistic: Statistic, n_boot: int, seed: int) 
 
     found = bootstrap_ci(table.values, curve, n_boot, seed, table.groups)
     return {source: interval.as_dict() for source, interval in zip(table.sources, found, strict=True)}
-
-
-# --- numbers of all sources at once --------------------------------------------------------------------------------------
-
-
-def column_mean(index: int) -> Statistic:
-    """The mean over items of one column."""
-
-    def statistic(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-        return weights @ values[:, index] / weights.sum(axis=1)
-
-    return statistic
-
-
-def column_ratio(above: int, below: int) -> Statistic:
-    """Sum of one column over items / sum of another; NaN where the latter is zero."""
-
-    def statistic(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-        top, bottom = weights @ values[:, above], weights @ values[:, below]
-        return np.divide(top, bottom, out=np.full(len(weights), np.nan), where=bottom > 0)
-
-    return statistic
-
-
-def sample_seed(*names: str) -> int:
-    """A seed from names: the same on every machine, another for every sample."""
-    return int.from_bytes(hashlib.sha256("\0".join(names).encode()).digest()[:4], "big")
-
-
-def binary_counts(predicted: torch.Tensor, mask: np.ndarray, void: int = 255) -> np.ndarray:
-    """(S, 4) I_background, I_foreground, U_background, U_foreground in pixels of predictions (S, H, W) bool.
-
-    mask (H, W) of 0, 1 and void: `kvutils.metrics.foreground_counts` of every source at once.
-    """
-    mask = torch.from_numpy(np.ascontiguousarray(mask)).to(predicted.device)
-    valid = (mask != void).flatten()
-    said, true = predicted.flatten(1)[:, valid], (mask == 1).flatten()[valid]
-    both = (said & true).sum(1)
-    said, true, total = said.sum(1), true.sum(), valid.sum()
-    either = said + true - both
-    return torch.stack([total - either, both, total - both, either], dim=1).cpu().numpy().astype(float)
-
-
-def average_precisions(scores: torch.Tensor, mask: np.ndarray, void: int = 255) -> np.ndarray:
-    """(S,) average precision over pixels of score maps (S, H, W): `kvutils.metrics.pixel_average_precision` of each."""
-    mask = torch.from_numpy(np.ascontiguousarray(mask)).to(scores.device)
-    valid = (mask != void).flatten()
-    flat, true = scores.flatten(1)[:, valid], (mask == 1).flatten()[valid]
-    ranked, order = flat.sort(dim=1, descending=True)
-    hits = true[order].double()
-    found = hits.cumsum(1)
-    # Pixels with equal scores are taken together: each has the precision at the last of its ties.
-    last = torch.ones_like(ranked, dtype=torch.bool)
-    last[:, :-1] = ranked[:, 1:] != ranked[:, :-1]
-    place = torch.arange(ranked.shape[1], device=ranked.device)
-    end = torch.where(last, place, ranked.shape[1]).flip(1).cummin(1).values.flip(1)
-    precision = found.gather(1, end) / (end + 1)
-    return ((hits * precision).sum(1) / true.sum()).cpu().numpy()

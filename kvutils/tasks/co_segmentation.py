@@ -1,4 +1,6 @@
-"""Task 2: co-segmentation (MSRC) by clustering the tokens of a group of images (paper, section 3.1; Amir et al.)."""
+"""Task 2: co-segmentation (MSRC) by clustering the tokens of a group of images (paper, section 3.1; Amir et
+al.).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from kvutils.datasets.samples import VOID, ImageGroup
 from kvutils.features import FeatureExtractor, ImageFeatures, Item, token_means
 from kvutils.saliency import QUESTION
 from kvutils.statistics import Statistic
-from kvutils.tasks.base import UNTRAINED, Row, Task, binary_counts, column_mean
+from kvutils.tasks.base import UNTRAINED, Row, Task
+from kvutils.tasks.counting import binary_counts, column_mean
 
 _J, _J_ORACLE, _J_FIXED, _PRECISION, _CLUSTERS = range(5)
 
@@ -20,12 +23,13 @@ _J, _J_ORACLE, _J_FIXED, _PRECISION, _CLUSTERS = range(5)
 class CoSegmentation(Task):
     """k-means over the tokens of all images of a group; foreground is what is salient in most of them.
 
-    Paper and Amir et al.: k grows until the inertia stops falling, clusters that are salient in 75 % of the images are
-    the common object. Ours: saliency is the model's attention from the last prompt token (the same for every source); a
-    cluster is salient in an image if its mean saliency is above the image's mean, because a single attention sink makes
-    a fixed threshold on saliency scaled to 0..1 meaningless (Amir et al.'s 0.065 is reported as `J, fixed threshold`);
-    no GrabCut afterwards; clusters are brought to pixels bilinearly. `J, oracle` is the best union of the same clusters:
-    what any choice of clusters could reach. Rows are images, resampled by group. n_init: k-means starts per k.
+    Paper and Amir et al.: k grows until the inertia stops falling, clusters that are salient in 75 % of the
+    images are the common object. Ours: saliency is the model's attention from the last prompt token (the same
+    for every source); a cluster is salient in an image if its mean saliency is above the image's mean,
+    because a single attention sink makes a fixed threshold on saliency scaled to 0..1 meaningless (Amir et
+    al.'s 0.065 is reported as `J, fixed threshold`); no GrabCut afterwards; clusters are brought to pixels
+    bilinearly. `J, oracle` is the best union of the same clusters: what any choice of clusters could reach.
+    Rows are images, resampled by group. n_init: k-means starts per k.
     """
 
     name = "co_segmentation"
@@ -66,7 +70,8 @@ class CoSegmentation(Task):
             token_means(one.layout, np.stack([image.mask == 1, image.mask != VOID], axis=-1))
             for one, image in zip(per_image, sample.images, strict=True)
         ]
-        chosen: list[list[np.ndarray]] = []  # per source and rule the foreground of all images, 0 or 1 per token
+        # Per source and rule the foreground tokens of all images.
+        chosen: list[list[np.ndarray]] = []
         counts = []
         for source in order:
             tokens = [one.features[source].float().cpu().numpy() for one in per_image]

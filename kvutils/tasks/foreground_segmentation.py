@@ -1,4 +1,4 @@
-"""Task 1: few-shot foreground segmentation (Pascal-5i), a linear probe on image tokens (paper, section 3.1)."""
+"""Task 1: few-shot foreground segmentation (Pascal-5i) by a linear probe (paper, section 3.1)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from kvutils.datasets.samples import Episode
 from kvutils.features import FeatureExtractor, ImageFeatures, Item, token_means
 from kvutils.probes import fit_linear_probe, shuffled_labels
 from kvutils.statistics import Statistic
-from kvutils.tasks.base import SHUFFLED, Row, Task, binary_counts, sample_seed
+from kvutils.tasks.base import SHUFFLED, Row, Task
+from kvutils.tasks.counting import binary_counts, sample_seed
 
 _FOLD, _CLASS, _I_BG, _I_FG, _U_BG, _U_FG, _CONVERGED = range(7)
 
@@ -19,11 +20,11 @@ _FOLD, _CLASS, _I_BG, _I_FG, _U_BG, _U_FG, _CONVERGED = range(7)
 class ForegroundSegmentation(Task):
     """A probe fitted on the tokens of the support images labels every token of the query.
 
-    Paper: a linear classifier on value tokens, 5 support images. Ours: L2-regularised logistic regression (`strength` is
-    scikit-learn's C), class-balanced, features standardised on the support; a token's label is the majority of its
-    pixels, void excluded; logits are interpolated bilinearly to the query's mask and cut at 0. If no support token has a
-    foreground (or background) majority, the token with the largest such share in each support image takes that label.
-    Control: the same probe fitted on shuffled labels.
+    Paper: a linear classifier on value tokens, 5 support images. Ours: L2-regularised logistic regression
+    (`strength` is scikit-learn's C), class-balanced, features standardised on the support; a token's label is
+    the majority of its pixels, void excluded; logits are interpolated bilinearly to the query's mask and cut
+    at 0. If no support token has a foreground (or background) majority, the token with the largest such share
+    in each support image takes that label. Control: the same probe fitted on shuffled labels.
     """
 
     name = "foreground_segmentation"
@@ -80,7 +81,7 @@ class ForegroundSegmentation(Task):
 
     @staticmethod
     def statistic(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """HSNet's foreground mIoU: I and U summed over a class's episodes, IoU per class, mean within and over folds."""
+        """HSNet's foreground mIoU: IoU of summed I and U per class, mean within folds, then over folds."""
         folds = []
         for fold in np.unique(values[:, _FOLD]):
             classes = np.unique(values[values[:, _FOLD] == fold, _CLASS])
@@ -108,7 +109,7 @@ def _fb_iou(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def support_labels(supports: Sequence[ImageFeatures], masks: Sequence[np.ndarray]) -> np.ndarray:
-    """(all support tokens,) int64 labels 0, 1, or -1 for tokens with void pixels only; see the class for rare cases."""
+    """(all support tokens,) int64: 0, 1, or -1 where all pixels are void; see the class for rare cases."""
     labels = [one.layout.token_labels(mask)[0] for one, mask in zip(supports, masks, strict=True)]
     for wanted in (0, 1):
         if any((found == wanted).any() for found in labels):
@@ -118,5 +119,3 @@ def support_labels(supports: Sequence[ImageFeatures], masks: Sequence[np.ndarray
             if share.max() > 0:
                 found[share.argmax()] = wanted
     return np.concatenate(labels)
-
-

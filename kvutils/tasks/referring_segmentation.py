@@ -5,16 +5,17 @@ from __future__ import annotations
 import numpy as np
 
 from kvutils.statistics import Statistic
-from kvutils.tasks.base import column_mean, column_ratio
+from kvutils.tasks.counting import column_mean, column_ratio
 from kvutils.tasks.text_segmentation import AP, BOX, INTERSECTION, IOU, UNION, TextSegmentation
 
 
 class ReferringSegmentation(TextSegmentation):
-    """Zero-shot: the expression's vector . every image token, in each text-aligned source; one row per sentence.
+    """Zero-shot: the expression's vector . every image token, in each text-aligned source.
 
-    Headline: mIoU after Otsu's threshold (ours; an empty union counts 0, as LAVT). Beside it oIoU (sum I / sum U),
-    the average precision over pixels, and Acc@0.5, the share of sentences whose box around the largest region has an IoU
-    of at least 0.5 with the true box. Control: an expression for another image.
+    Rows are sentences. Headline: mIoU after Otsu's threshold (ours; an empty union counts 0, as LAVT). Beside
+    it oIoU (sum I / sum U), the average precision over pixels, and Acc@0.5, the share of sentences whose box
+    around the largest region has an IoU of at least 0.5 with the true box. Control: an expression for another
+    image.
     """
 
     name = "referring_segmentation"

@@ -12,20 +12,21 @@ from kvutils.errors import DataError
 from kvutils.features import FeatureExtractor, ImageFeatures, Item
 from kvutils.matching import cosine_similarity, soft_argmax
 from kvutils.statistics import Statistic
-from kvutils.tasks.base import UNTRAINED, Row, Task, column_ratio
+from kvutils.tasks.base import UNTRAINED, Row, Task
+from kvutils.tasks.counting import column_ratio
 
 ALPHA = 0.1
 _POINTS, _HITS, _HITS_STRICT, _HITS_IMAGE, _SOFT, _SOFT_IMAGE = range(6)
 
 
 class SemanticCorrespondence(Task):
-    """The most similar target token (cosine) of the token under each source key point; its centre is the prediction.
+    """The centre of the target token most similar (cosine) to the token under each source key point.
 
-    Headline: PCK@0.1 of the target's box, per pair, then the mean over pairs (HPF's rule, distance <=). Beside it PCK per
-    point (SD-DINO's rule, distance <), PCK@0.1 of the image's longer side, because 0.1 of a box can be less than a
-    token, and a soft-argmax over the tokens within `radius` token sizes of the best match (ours), which predicts
-    between token centres. Points that are not finite (not visible in both images) are left out; a pair without points is
-    skipped. Rows are resampled by source image.
+    Headline: PCK@0.1 of the target's box, per pair, then the mean over pairs (HPF's rule, distance <=).
+    Beside it PCK per point (SD-DINO's rule, distance <), PCK@0.1 of the image's longer side, because 0.1 of a
+    box can be less than a token, and a soft-argmax over the tokens within `radius` token sizes of the best
+    match (ours), which predicts between token centres. Points that are not finite (not visible in both
+    images) are left out; a pair without points is skipped. Rows are resampled by source image.
     """
 
     name = "semantic_correspondence"
@@ -52,7 +53,9 @@ class SemanticCorrespondence(Task):
         points = np.asarray(sample.source_points, float).reshape(-1, 2)
         truth = np.asarray(sample.target_points, float).reshape(-1, 2)
         if len(points) != len(truth):
-            raise DataError(f"{sample.id}: {len(points)} source and {len(truth)} target points do not correspond")
+            raise DataError(
+                f"{sample.id}: {len(points)} source and {len(truth)} target points do not correspond"
+            )
         seen = np.isfinite(points).all(axis=1) & np.isfinite(truth).all(axis=1)
         if not seen.any():
             return []

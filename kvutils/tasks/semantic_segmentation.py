@@ -1,4 +1,4 @@
-"""Task 3: semantic segmentation (ImageNet-S), read with words or with a trained probe (paper, section 3.1)."""
+"""Task 3: semantic segmentation (ImageNet-S), read with words or with a probe (paper, section 3.1)."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from kvutils.errors import DataError, ParameterError
 from kvutils.features import FeatureExtractor, ImageFeatures
 from kvutils.probes import LinearProbe, fit_linear_probe, shuffled_labels
 from kvutils.statistics import Statistic
-from kvutils.tasks.base import SHUFFLED, Row, column_mean
+from kvutils.tasks.base import SHUFFLED, Row
+from kvutils.tasks.counting import column_mean
 from kvutils.tasks.text_segmentation import AP, IOU, TextSegmentation, map_scores
 
 
 class SemanticSegmentation(TextSegmentation):
     """Zero-shot: the class name's vector . every image token, in each text-aligned source.
 
-    Headline: average precision over pixels, which needs no threshold. Second: IoU after Otsu's threshold (ours; the
-    paper states no rule). Control: a class name that is not in the image.
+    Headline: average precision over pixels, which needs no threshold. Second: IoU after Otsu's threshold
+    (ours; the paper states no rule). Control: a class name that is not in the image.
     """
 
     name = "semantic_segmentation"
@@ -38,11 +39,11 @@ class SemanticSegmentation(TextSegmentation):
 
 
 class SemanticSegmentationProbe(SemanticSegmentation):
-    """Supervised counterpart of the same samples and metrics, for every source (ours): what a linear readout can find.
+    """Supervised counterpart of the same samples and metrics, for every source (ours).
 
-    One multinomial probe per source, fitted on the tokens of other labelled images (`train`: class index + 1 of
-    `class_names`, 0 background, void excluded), class-balanced. A class's score is its log-odds against all others,
-    foreground is above 0. Control: the probe fitted on shuffled labels.
+    One multinomial probe per source, fitted on the tokens of other labelled images (`train`: class index + 1
+    of `class_names`, 0 background, void excluded), class-balanced. A class's score is its log-odds against
+    all others, foreground is above 0. Control: the probe fitted on shuffled labels.
     """
 
     name = "semantic_segmentation_probe"
@@ -65,7 +66,12 @@ class SemanticSegmentationProbe(SemanticSegmentation):
 
     def parameters(self) -> dict:
         names = [image.id for image in self.train]
-        return {"strength": self.strength, "max_iter": self.max_iter, "train": names, "classes": self.class_names}
+        return {
+            "strength": self.strength,
+            "max_iter": self.max_iter,
+            "train": names,
+            "classes": self.class_names,
+        }
 
     def sources(self, extractor: FeatureExtractor) -> list[str]:
         return extractor.sources + [f"{SHUFFLED}value.{layer}" for layer in extractor.layers]
@@ -73,21 +79,33 @@ class SemanticSegmentationProbe(SemanticSegmentation):
     def prepare(self, extractor: FeatureExtractor) -> None:
         """Fit the probes. ConvergenceError if one does not converge."""
         images = extractor.images([(image.id, image.image) for image in self.train])
-        found = [one.layout.token_labels(image.mask)[0] for one, image in zip(images, self.train, strict=True)]
+        found = [
+            one.layout.token_labels(image.mask)[0] for one, image in zip(images, self.train, strict=True)
+        ]
         labels = torch.from_numpy(np.concatenate(found))
         known, classes = labels >= 0, len(self.class_names) + 1
         absent = sorted(set(range(classes)) - set(labels[known].tolist()))
         if absent:
             names = ["background", *self.class_names]
-            raise DataError(f"no training token shows {', '.join(names[i] for i in absent)}; pass more training images")
+            raise DataError(
+                f"no training token shows {', '.join(names[i] for i in absent)}; pass more training images"
+            )
         self._probes = []
         for names in images[0].by_width(extractor.sources):
             values = [name for name in names if name.startswith("value.")]
-            for group, y, prefix in ((names, labels, ""), (values, shuffled_labels(labels, 0, known), SHUFFLED)):
+            for group, y, prefix in (
+                (names, labels, ""),
+                (values, shuffled_labels(labels, 0, known), SHUFFLED),
+            ):
                 if group:
                     X = torch.cat([one.stack(group) for one in images], dim=1)
                     probe = fit_linear_probe(
-                        X, y.to(X.device), classes, self.strength, sample_weight=known.to(X.device), max_iter=self.max_iter
+                        X,
+                        y.to(X.device),
+                        classes,
+                        self.strength,
+                        sample_weight=known.to(X.device),
+                        max_iter=self.max_iter,
                     )
                     self._probes.append(([prefix + name for name in group], probe.require_converged()))
 

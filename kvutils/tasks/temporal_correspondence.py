@@ -1,4 +1,4 @@
-"""Task 6: temporal correspondence (DAVIS-2017), the first mask carried through a video (paper, section 3.1)."""
+"""Task 6: temporal correspondence (DAVIS-2017), a mask carried through a video (paper, section 3.1)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from kvutils.errors import DataError
 from kvutils.features import FeatureExtractor, ImageFeatures, Item
 from kvutils.matching import copy_first_mask, copy_labels, propagate_labels
 from kvutils.statistics import Statistic
-from kvutils.tasks.base import UNTRAINED, Row, Task, column_mean
+from kvutils.tasks.base import UNTRAINED, Row, Task
+from kvutils.tasks.counting import column_mean
 from kvutils.video_metrics import davis_sequence
 
 COPY_FIRST = "copy_first_mask"  # the baseline without features
@@ -22,10 +23,11 @@ _J, _F, _J_NEAREST, _F_NEAREST = range(4)
 class TemporalCorrespondence(Task):
     """Labels travel along token similarities from frame to frame; rows are objects, resampled by clip.
 
-    Headline: J&F of DINO's label propagation (context: the first frame and the `n_last` before; `radius` in tokens; the
-    `topk` most similar tokens, temperature 0.1). Beside it plain nearest neighbours in the first frame, which is how the
-    paper matches key points. Ours: a token's first label is the share of its pixels (DINO takes the centre pixel), which
-    does not lose objects smaller than a token. The first frame is given, the last not scored, void is background.
+    Headline: J&F of DINO's label propagation (context: the first frame and the `n_last` before; `radius` in
+    tokens; the `topk` most similar tokens, temperature 0.1). Beside it plain nearest neighbours in the first
+    frame, which is how the paper matches key points. Ours: a token's first label is the share of its pixels
+    (DINO takes the centre pixel), which does not lose objects smaller than a token. The first frame is given,
+    the last not scored, void is background.
     """
 
     name = "temporal_correspondence"
@@ -34,7 +36,9 @@ class TemporalCorrespondence(Task):
     columns = ("j", "f", "j_nearest", "f_nearest")
     control = UNTRAINED
 
-    def __init__(self, samples: Sequence[Clip], n_last: int = 7, radius: int = 12, topk: int = 5, rule: str = "area"):
+    def __init__(
+        self, samples: Sequence[Clip], n_last: int = 7, radius: int = 12, topk: int = 5, rule: str = "area"
+    ):
         self.samples, self.n_last, self.radius, self.topk, self.rule = samples, n_last, radius, topk, rule
 
     def parameters(self) -> dict:
@@ -52,7 +56,9 @@ class TemporalCorrespondence(Task):
         frames = [features[name] for name, _ in self.images(sample)]
         rows, columns = (len(np.unique(frames[0].layout.cells[:, axis])) for axis in (0, 1))
         if any(len(frame.layout) != rows * columns for frame in frames):
-            raise DataError(f"{sample.id}: the frames have different token grids; give all frames the same size")
+            raise DataError(
+                f"{sample.id}: the frames have different token grids; give all frames the same size"
+            )
         first = sample.masks[0]
         options = {"n_last": self.n_last, "radius": self.radius, "topk": self.topk, "rule": self.rule}
         copied = np.concatenate(davis_sequence(copy_first_mask(first, len(frames)), sample.masks))
@@ -70,7 +76,10 @@ class TemporalCorrespondence(Task):
             Row(
                 f"{sample.id}_{i + 1}",
                 sample.id,
-                {source: tuple(float(m) for m in mean[:, [i, objects + i]].ravel()) for source, mean in means.items()},
+                {
+                    source: tuple(float(m) for m in mean[:, [i, objects + i]].ravel())
+                    for source, mean in means.items()
+                },
             )
             for i in range(objects)
         ]

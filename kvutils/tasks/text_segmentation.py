@@ -11,7 +11,8 @@ from kvutils.datasets.samples import NamedMask
 from kvutils.features import FeatureExtractor, ImageFeatures, Item
 from kvutils.metrics import box_iou, largest_region_box
 from kvutils.probes import otsu
-from kvutils.tasks.base import SHUFFLED, Row, Task, average_precisions, binary_counts, sample_seed
+from kvutils.tasks.base import SHUFFLED, Row, Task
+from kvutils.tasks.counting import average_precisions, binary_counts, sample_seed
 
 AP, INTERSECTION, UNION, IOU, BOX = range(5)
 COLUMNS = ("ap", "intersection", "union", "iou", "box")
@@ -19,7 +20,7 @@ CONTROLLED = ("value.", "lens.value.")  # families that also get a control with 
 
 
 def map_scores(maps: torch.Tensor, mask: np.ndarray, thresholds: Sequence[float]) -> list[tuple[float, ...]]:
-    """`COLUMNS` of score maps (S, H, W): average precision, I and U in pixels, IoU (0 for an empty union), box hit.
+    """`COLUMNS` of score maps (S, H, W): AP, I and U in pixels, IoU (0 for an empty union), box hit.
 
     Foreground is above the threshold. box: is the box around the largest region right (IoU >= 0.5)?
     """
@@ -40,10 +41,10 @@ def _bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 
 class TextSegmentation(Task):
-    """Score of a text on every image token, interpolated to pixels; threshold by Otsu's method on the image (ours).
+    """Score of a text on every image token, interpolated to pixels; Otsu's threshold per image (ours).
 
-    Control: the same scores for the text of another sample that does not hold for this image. Samples without a
-    foreground pixel are skipped.
+    Control: the same scores for the text of another sample that does not hold for this image. Samples without
+    a foreground pixel are skipped.
     """
 
     columns = COLUMNS
