@@ -126,17 +126,15 @@ def prepare_text(
     change the image tokens.
     """
     token, rows, first = mlm.processor.image_token, [], 0
-    total = sum(prompt.count(token) for prompt in prompts)
+    counts = [prompt.count(token) for prompt in prompts]
+    if 0 in counts:
+        raise PromptError(f"prompts[{counts.index(0)}] must hold the image token {token!r}")
+    if sum(counts) != len(vision.layouts):
+        raise PromptError(f"the prompts hold {sum(counts)} image tokens for {len(vision.layouts)} images")
+    if max(counts) > 1 and mlm.family == ONEVISION and not vision.base_view_only:
+        raise ParameterError("LLaVA-OneVision sees several images as base views: use base_view_only=True")
     for index, prompt in enumerate(prompts):
         head, *tails = prompt.split(token)
-        if not tails:
-            raise PromptError(f"prompts[{index}] must hold the image token {token!r}: {prompt[:80]!r}")
-        if len(tails) > 1 and mlm.family == ONEVISION and not vision.base_view_only:
-            raise ParameterError(
-                "LLaVA-OneVision sees several images as base views: pass base_view_only=True"
-            )
-        if total != len(vision.layouts):
-            raise PromptError(f"the prompts hold {total} image tokens for {len(vision.layouts)} images")
         layouts = vision.layouts[first : first + len(tails)]
         text = head + "".join(token * len(one) + tail for one, tail in zip(layouts, tails, strict=True))
         ids = torch.tensor(tokenize(mlm, text))

@@ -29,8 +29,8 @@ from kvutils.errors import ParameterError
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<eos>", "<image>")  # ids 0, 1, 2, 3 of a word-level tokenizer
 PUNCTUATION = ("?", ",", ".")
 
-# Content items in order, text as is and images as "<image>", joined by one space; the answer follows a colon. Several
-# images of a message are announced: "first <image> second <image>".
+# Content items in order, text as is and images as "<image>", joined by one space; the answer follows a colon.
+# Several images of a message are announced: "first <image> second <image>".
 POCKET_CHAT_TEMPLATE = (
     "{%- set ns = namespace(parts=[], image=0) -%}"
     "{%- set names = ['first', 'second', 'third'] -%}"

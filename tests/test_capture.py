@@ -257,7 +257,8 @@ def test_prefix_stands_before_the_image_and_is_seen_by_it(family):
 def test_pocket_prompt_is_items_joined_by_spaces():
     mlm = tiny_pocket()
     assert mlm.prompt("what is this?", prefix="a red fish") == "a red fish <image> what is this? :"
-    assert mlm.prompt("same colour?", images=3) == "<image> <image> <image> same colour? :"
+    three = "first <image> second <image> third <image> same colour? :"
+    assert mlm.prompt("same colour?", images=3) == three
     assert mlm.prompt() == "<image> :"
 
 
