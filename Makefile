@@ -39,7 +39,7 @@ $(STAMP): requirements.txt pyproject.toml
 	  echo 'broken, remove it with "make distclean" and try again.'; exit 1; } >&2
 	@{ $(if $(KEEP_TORCH),$(RUN) -m pip install -q -e '.[dev]',$(RUN) -m pip install -q \
 	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements.txt && \
-	  $(RUN) -m pip install -q --no-deps -e .); } || { echo; \
+	  $(RUN) -m pip install -q --no-deps --no-build-isolation -e .); } || { echo; \
 	  echo 'The installation failed, see above. It needs a package index (network) and about'; \
 	  echo '2 GB of disk, or 8 GB where torch comes with CUDA. Run the same command to go on.'; exit 1; } >&2
 	@touch $@

@@ -73,7 +73,8 @@ def test_the_workflow_has_a_job_for_every_notebook():
 
 
 def test_no_absolute_paths():
-    found = {name: ABSOLUTE.findall(text) for name, text in texts().items() if name != "tests/test_repository.py"}
+    found = {name: ABSOLUTE.findall(text) for name, text in texts().items()
+             if name != "tests/test_repository.py"}
     assert {name: paths for name, paths in found.items() if paths} == {}
 
 
