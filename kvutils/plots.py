@@ -35,6 +35,10 @@ BEFORE = {  # what comes before the language model, in order of the data flow
     "encoder": "encoder",
     "projector": "projector",
 }
+TASK_ORDER = (
+    "foreground_segmentation", "co_segmentation", "semantic_segmentation", "referring_segmentation",
+    "semantic_correspondence", "temporal_correspondence", "semantic_segmentation_probe",
+)  # fmt: skip
 STYLE = {
     "figure.dpi": 110, "savefig.dpi": 150, "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False,
@@ -96,8 +100,8 @@ def token_layout(picture: Mapping) -> Figure:
     for index, (x0, y0, x1, y1) in enumerate(rects):
         chosen = index == picture["clicked"]
         left.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, lw=2.2 if chosen else 0.4,
-                                     ec="black" if chosen else "white", zorder=3 if chosen else 2))  # fmt: skip
-    left.set(xlabel="x (pixels of the original image)", ylabel="y (pixels)", title=f"{len(rects)} image tokens")
+                                     ec=_COLOURS[1] if chosen else "white", zorder=3 if chosen else 2))  # fmt: skip
+    left.set(xlabel="x (pixels of the original image)", ylabel="y (pixels)", title=f"{len(rects)} image tokens; orange: the token under the point")
     left.grid(False)
     order = right.scatter(picture["slots"], np.arange(len(rects)), c=rects[:, 1], s=5, cmap="viridis")
     for slot in picture["newlines"]:
@@ -114,7 +118,7 @@ def value_pca(picture: Mapping) -> Figure:
     maps, size = picture["pca"], picture["size"]
     figure, axes = _gallery(len(maps) + 1, size)
     _picture(axes[0], decode_image(picture["image"]), size, "image")
-    for axis, (source, colours) in zip(axes[1:], maps.items(), strict=True):
+    for axis, (source, colours) in zip(axes[1:], _in_order(maps), strict=True):
         _picture(axis, np.array(colours, dtype=np.uint8), size, _label(source))
     return figure
 
@@ -127,10 +131,20 @@ def similarity_maps(picture: Mapping) -> Figure:
     _picture(axes[0], decode_image(picture["image"]), size, "image and point")
     for colour, width in (("black", 3), ("white", 1.2)):
         axes[0].plot(*picture["point"], "o", ms=9, mfc="none", mec=colour, mew=width)
-    for axis, (source, scores) in zip(axes[1:], maps.items(), strict=True):
+    for axis, (source, scores) in zip(axes[1:], _in_order(maps), strict=True):
         shown = _picture(axis, np.array(scores), size, _label(source), vmin=-1, vmax=1, cmap="cividis")
     figure.colorbar(shown, ax=axes, shrink=0.6, label="cosine similarity to the token under the point (centred)")
     return figure
+
+
+def _in_order(sources: Mapping[str, object]) -> list[tuple[str, object]]:
+    """Along the data flow (results files sort their keys)."""
+
+    def place(item: tuple[str, object]) -> tuple[int, int]:
+        layer = re.search(r"\.(\d+)$", item[0])
+        return (1, int(layer[1])) if layer else (0, list(BEFORE).index(item[0]))
+
+    return sorted(sources.items(), key=place)
 
 
 def _label(source: str) -> str:
@@ -156,8 +170,9 @@ def _curve(axis, sources: Mapping[str, Mapping], family: str, offset: int) -> bo
 @_styled
 def layer_curves(tasks: Mapping[str, Mapping]) -> Figure:
     """Each task's score along the data flow: pixels, encoders and projector, then the layers, with 95 % bands."""
-    rows = -(-len(tasks) // 3)
-    figure, axes = plt.subplots(rows, 3, figsize=(11.5, 3.4 * rows), squeeze=False)
+    tasks = _tasks_in_order(tasks)
+    rows = -(-(len(tasks) + 1) // 4)  # the last place is the legend's
+    figure, axes = plt.subplots(rows, 4, figsize=(13, 3.2 * rows), squeeze=False)
     handles: dict[str, object] = {}
     for axis, summary in zip(axes.flat, tasks.values(), strict=False):
         sources = summary["sources"]
@@ -176,21 +191,26 @@ def layer_curves(tasks: Mapping[str, Mapping]) -> Figure:
                         [*BEFORE.values(), *map(str, layers)], fontsize=7.5)  # fmt: skip
         for tick in axis.get_xticklabels()[: len(BEFORE)]:
             tick.set(rotation=40, ha="right")
-        axis.axvline(len(BEFORE) - 0.3 + 0.3, color="grey", lw=0.5)
-        unit = summary.get("unit_name", "samples")
-        axis.set(title=f"{summary['title']}  (n = {summary['n']} {unit})", ylabel=summary["metric"])
+        axis.axvline(len(BEFORE), color="grey", lw=0.5)
+        axis.set(title=f"{summary['title']}\n{summary['n']} items in {summary['groups']} units", ylabel=summary["metric"])
         axis.set_xlabel("before the language model  |  layer", fontsize=8)
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     for axis in list(axes.flat)[len(tasks) :]:
-        axis.set_visible(False)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+        axis.set_axis_off()
+    handles["before the language model"] = plt.Line2D([], [], color="black", marker="D", ms=4, ls="none")
+    list(axes.flat)[len(tasks)].legend(handles.values(), handles.keys(), loc="center", title="95 % bands and bars")
     return figure
+
+
+def _tasks_in_order(tasks: Mapping[str, Mapping]) -> dict[str, Mapping]:
+    return {name: tasks[name] for name in TASK_ORDER if name in tasks}
 
 
 @_styled
 def build_then_degrade(tasks: Mapping[str, Mapping]) -> Figure:
     """Best value layer minus first and minus last, on the half of the items that did not choose it."""
-    figure, axis = plt.subplots(figsize=(8, 0.55 * len(tasks) + 1.3))
+    tasks = _tasks_in_order(tasks)
+    figure, axis = plt.subplots(figsize=(8.5, 0.55 * len(tasks) + 1.3))
     for row, summary in enumerate(tasks.values()):
         found = summary["build_then_degrade"]["value"]
         for part, shift, colour, marker, label in (

@@ -61,28 +61,60 @@ def quick_accuracy(mlm, sampler: Sampler, embed: Callable, slots: int, scenes: i
     return {name: float(np.mean(found)) for name, found in sorted(right.items())}
 
 
+def _evenly(by_answer: dict[str, list[Sample]], count: int) -> list[Sample]:
+    """`count` questions (or all), every answer equally often as far as there are enough of it."""
+    cap = 1
+    while sum(min(len(found), cap) for found in by_answer.values()) < count and cap < max(map(len, by_answer.values())):
+        cap += 1
+    return [sample for answer in sorted(by_answer) for sample in by_answer[answer][:cap]]
+
+
 def balanced_samples(pool: Pool, kind: str, count: int, seed: int) -> list[Sample]:
-    """About `count` questions of a kind, every answer equally often as far as the scenes allow (answers that fewer
-    than 1 in 40 scenes' worth of questions reach are left out); one question per sample."""
+    """At least `count` questions of a kind if the scenes allow so many, answers balanced; one question per sample."""
     rng = np.random.default_rng((seed, len(kind), sum(map(ord, kind))))
     by_answer: dict[str, list[Sample]] = defaultdict(list)
     if kind in SINGLE:
-        for row in rng.permutation(len(pool)):
-            for found in {q.ask(pool.facts(int(row)), kind, rng) for _ in range(2)} - {None}:
-                by_answer[found[1]].append(Sample([int(row)], [(kind, *found)], [[]]))
+        for row in range(len(pool)):
+            facts = pool.facts(row)
+            for found in sorted({q.ask(facts, kind, rng) for _ in range(3)} - {None}):
+                by_answer[found[1]].append(Sample([row], [(kind, *found)], [[]]))
     else:
         sampler, step = Sampler(pool), "marked" if kind in ("letter", "part") else kind
-        for sample in sampler.draw(step, 3 * count, rng, hints=False):
+        for sample in sampler.draw(step, (5 if kind == "part" else 2) * count, rng, hints=False):
             block = sample.blocks[int(rng.integers(len(sample.blocks)))]
             if block[0] == kind:
                 by_answer[block[2]].append(replace(sample, blocks=[block]))
-    total = sum(len(found) for found in by_answer.values())
-    kept = {answer: found for answer, found in by_answer.items() if len(found) * 40 >= total}
-    each = min(-(-count // len(kept)), max(40, min(len(found) for found in kept.values())))
-    return [sample for answer in sorted(kept) for sample in kept[answer][:each]]
+    return _evenly(by_answer, count)
 
 
-def evaluate(mlm, pool: Pool, count: int = 1200, seed: int = 11, progress: bool = True) -> dict[str, dict]:
+def _packed_by_scene(samples: list[Sample]) -> tuple[list[Sample], list[tuple[int, int]]]:
+    """Questions about one scene behind one image; where each question went (sample, block)."""
+    merged: dict[str, Sample] = {}
+    number: dict[str, int] = {}
+    where = []
+    for sample in samples:
+        key = str((sample.images, sample.marks))
+        if key not in merged:
+            number[key] = len(merged)
+            merged[key] = replace(sample, blocks=[])
+        merged[key].blocks.extend(sample.blocks)
+        where.append((number[key], len(merged[key].blocks) - 1))
+    return list(merged.values()), where
+
+
+def _right(mlm, samples: list[Sample], embed: Callable, progress: bool, name: str) -> np.ndarray:
+    """(n,) right or wrong of samples with one question each, through one image pass per scene."""
+    packed, where = _packed_by_scene(samples)
+    found: list[list[bool]] = []
+    bar = tqdm(total=len(packed), desc=name, unit="image", disable=not progress)
+    for first in range(0, len(packed), 40):
+        found += answer_blocks(mlm, packed[first : first + 40], embed, IMAGE_SLOTS)
+        bar.update(len(packed[first : first + 40]))
+    bar.close()
+    return np.array([found[sample][block] for sample, block in where], dtype=float)
+
+
+def evaluate(mlm, pool: Pool, count: int = 1000, seed: int = 11, progress: bool = True) -> dict[str, dict]:
     """Per question kind: n, scenes, accuracy and blind accuracy with 95 % intervals over scenes, share of the most
     frequent answer."""
     device = next(mlm.parameters()).device
@@ -91,26 +123,36 @@ def evaluate(mlm, pool: Pool, count: int = 1200, seed: int = 11, progress: bool 
     def embed(images):
         return image_embeddings(mlm, pixel_batch(pool, images).to(device))
 
+    samples = {kind: balanced_samples(pool, kind, count, seed) for kind in (*SINGLE, *SEVERAL)}
     report = {}
-    for kind in tqdm((*SINGLE, *SEVERAL), desc="question kinds", disable=not progress):
-        samples = balanced_samples(pool, kind, count, seed)
-        order = np.random.default_rng(seed).permutation(len(samples))
-        swapped = list(samples)
-        for here, there in zip(order, np.roll(order, 1)):  # a random cycle: every sample gets another one's images
-            swapped[here] = replace(samples[here], images=samples[there].images, marks=samples[there].marks)
-        seen = [found[0] for found in answer_blocks(mlm, samples, embed, IMAGE_SLOTS)]
-        blind = [found[0] for found in answer_blocks(mlm, swapped, embed, IMAGE_SLOTS)]
-        scenes = [str(sample.images) for sample in samples]
-        answers = Counter(sample.blocks[0][2] for sample in samples)
-        report[kind] = {
-            "n": len(samples),
-            "scenes": len(set(scenes)),
-            "answers": len(answers),
-            "majority": max(answers.values()) / len(samples),
-            "accuracy": bootstrap_ci(np.array(seen, float), groups=scenes, seed=seed).as_dict(),
-            "blind": bootstrap_ci(np.array(blind, float), groups=scenes, seed=seed).as_dict(),
-        }
+    for name, kinds in {"one image": SINGLE, **{kind: (kind,) for kind in SEVERAL}}.items():
+        asked = [sample for kind in kinds for sample in samples[kind]]
+        seen = _right(mlm, asked, embed, progress, name)
+        blind = _right(mlm, _other_images(asked, seed), embed, progress, f"{name}, blind")
+        first = 0
+        for kind in kinds:
+            here = slice(first, first + len(samples[kind]))
+            first = here.stop
+            scenes = [str(sample.images) for sample in samples[kind]]
+            answers = Counter(sample.blocks[0][2] for sample in samples[kind])
+            report[kind] = {
+                "n": len(scenes),
+                "scenes": len(set(scenes)),
+                "answers": len(answers),
+                "majority": max(answers.values()) / len(scenes),
+                "accuracy": bootstrap_ci(seen[here], groups=scenes, seed=seed).as_dict(),
+                "blind": bootstrap_ci(blind[here], groups=scenes, seed=seed).as_dict(),
+            }
     return report
+
+
+def _other_images(samples: list[Sample], seed: int) -> list[Sample]:
+    """Every scene's images replaced by another scene's (a random cycle), the questions kept."""
+    pictures = {str(s.images): (s.images, s.marks) for s in samples}
+    names = sorted(pictures)
+    order = np.random.default_rng(seed).permutation(len(names))
+    swapped = {names[a]: pictures[names[b]] for a, b in zip(order, np.roll(order, 1), strict=True)}
+    return [replace(s, images=swapped[str(s.images)][0], marks=swapped[str(s.images)][1]) for s in samples]
 
 
 def missed_gates(report: dict[str, dict]) -> list[str]:
@@ -141,7 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m kvutils.pocket.evaluate", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="pocket", help="a pocket model: a name or folder (default: pocket)")
     parser.add_argument("--scenes", type=int, default=6000, help="held-out scenes to draw (default 6000)")
-    parser.add_argument("--questions", type=int, default=1200, help="questions per kind (default 1200)")
+    parser.add_argument("--questions", type=int, default=1000, help="questions per kind (default 1000)")
     options = parser.parse_args(arguments)
     report = evaluate(load_mlm(options.model).model, make_pool(options.scenes, seed=3), options.questions)
     print_report(report)

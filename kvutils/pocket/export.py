@@ -65,7 +65,7 @@ def export_weights(home: Path = HOME) -> None:
                 raise ParameterError(f"{home / folder} has {size:.1f} MB, more than the {LIMITS_MB[kind]} MB meant for it")
 
 
-def export_card(home: Path = HOME, scenes: int = 6000, questions: int = 1200) -> None:
+def export_card(home: Path = HOME, scenes: int = 6000, questions: int = 1000) -> None:
     report = evaluate(load_mlm(str(home / "llava-onevision")).model, make_pool(scenes, seed=3), questions)
     print_report(report)
     for line in missed_gates(report):

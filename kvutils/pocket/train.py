@@ -58,7 +58,7 @@ STAGES = {
     "encoder": Stage(1, 4000, 1.5e-3, 64),
     "language": Stage(2, 6000, 1.5e-3, 24, horizon=8000),
     "projector": Stage(3, 300, 2e-3, 24),
-    "all": Stage(4, 5200, 1e-3, 24),
+    "all": Stage(4, 3600, 1e-3, 24),
 }
 # Which kind of sample a step is made of, with how many sequences relative to a step of single images.
 STEP_KINDS = {
