@@ -61,7 +61,7 @@ test-notebooks: $(STAMP)  ## execute the notebooks with papermill, compare verdi
 	  $(RUN) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=1800 $(FILES)
 
 lab: $(STAMP)  ## open the notebooks in JupyterLab
-	@$(RUN) -m jupyterlab --notebook-dir=notebooks
+	@$(RUN) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks
 
 figures: $(STAMP)  ## redraw every figure from the stored results (seconds, no model)
 	@$(RUN) -m kvutils.replicate --figures-only --profile $(PROFILE) --model $(MODEL)
