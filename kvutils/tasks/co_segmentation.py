@@ -17,25 +17,25 @@ from kvutils.statistics import Statistic
 from kvutils.tasks.base import UNTRAINED, Row, Task
 from kvutils.tasks.counting import binary_counts, column_mean
 
-_J, _J_ORACLE, _J_FIXED, _PRECISION, _CLUSTERS = range(5)
+_J, _J_ORACLE, _J_RELATIVE, _PRECISION, _CLUSTERS = range(5)
 
 
 class CoSegmentation(Task):
     """k-means over the tokens of all images of a group; foreground is what is salient in most of them.
 
-    Paper and Amir et al.: k grows until the inertia stops falling, clusters that are salient in 75 % of the
-    images are the common object. Ours: saliency is the model's attention from the last prompt token (the same
-    for every source); a cluster is salient in an image if its mean saliency is above the image's mean,
-    because a single attention sink makes a fixed threshold on saliency scaled to 0..1 meaningless (Amir et
-    al.'s 0.065 is reported as `J, fixed threshold`); no GrabCut afterwards; clusters are brought to pixels
-    bilinearly. `J, oracle` is the best union of the same clusters: what any choice of clusters could reach.
-    Rows are images, resampled by group. n_init: k-means starts per k.
+    Paper and Amir et al.: k grows until the inertia stops falling; clusters whose mean saliency is above
+    0.065 in 75 % of the images are the common object. Ours: saliency is the model's attention from the last
+    prompt token, scaled to 0..1 per image (the same for every source); no GrabCut afterwards; clusters are
+    brought to pixels bilinearly. A single attention sink would make a fixed threshold meaningless, hence `J,
+    relative threshold` beside it: above the image's mean saliency. `J, oracle` is the best union of the same
+    clusters (chosen on tokens): what any choice of clusters could reach. Rows are images, resampled by group.
+    n_init: k-means starts per k.
     """
 
     name = "co_segmentation"
     title = "Co-segmentation"
     metric = "Jaccard"
-    columns = ("j", "j_oracle", "j_fixed", "precision", "clusters")
+    columns = ("j", "j_oracle", "j_relative", "precision", "clusters")
     control = UNTRAINED
 
     def __init__(
@@ -77,9 +77,9 @@ class CoSegmentation(Task):
             tokens = [one.features[source].float().cpu().numpy() for one in per_image]
             found = cluster_tokens(tokens, self.max_clusters, n_init=self.n_init, seed=self.seed)
             rules = (
-                salient_clusters(found.labels, relative, found.num_clusters, threshold=1.0)[1],
-                oracle_clusters(found.labels, *_columns(shares), found.num_clusters)[0],
                 salient_clusters(found.labels, saliency, found.num_clusters)[1],
+                oracle_clusters(found.labels, *_columns(shares), found.num_clusters)[0],
+                salient_clusters(found.labels, relative, found.num_clusters, threshold=1.0)[1],
             )
             chosen += [[np.isin(labels, rule) for labels in found.labels] for rule in rules]
             counts.append(found.num_clusters)
@@ -104,7 +104,7 @@ class CoSegmentation(Task):
     def statistics(self) -> dict[str, Statistic]:
         return {
             "J, oracle": column_mean(_J_ORACLE),
-            "J, fixed threshold": column_mean(_J_FIXED),
+            "J, relative threshold": column_mean(_J_RELATIVE),
             "P": column_mean(_PRECISION),
             "clusters": column_mean(_CLUSTERS),
         }

@@ -54,7 +54,7 @@ class SemanticSegmentationProbe(SemanticSegmentation):
         samples: Sequence[NamedMask],
         train: Sequence[LabelledImage],
         class_names: Sequence[str],
-        strength: float = 1.0,
+        strength: float = 0.01,
         max_iter: int = 1000,
     ):
         super().__init__(samples)
