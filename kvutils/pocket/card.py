@@ -46,7 +46,7 @@ Seed {seed}; 60,000 training scenes; every batch depends on (seed, stage, step, 
    coverage, parts and marks where they are, style and light everywhere, cell position, noise 0.3), 6 x 6 cells.
 3. **projector**: projector and newline through the frozen encoder and language model, language-model loss only. Image
    tokens are never aligned with words directly: that would make the projector semantic by construction.
-4. **all**: end to end, vision tower (a copy of stage 1) at half the rate.
+4. **all**: end to end, vision tower (a copy of stage 1) at 0.9 of the rate.
 
 Questions are packed: about eight blocks behind one image, each seeing prefix, image and itself. Share of the steps of
 stages 2 to 4: {shares}.
@@ -62,7 +62,8 @@ language model never learned in which image it had found something (three-image 
 **History of the shipped weights.** The recipe was settled while they were trained, and no stage was started again: the
 first 1,000 steps of stage 1 had no clean scenes first, the first 3,000 steps of stage 2 gave parts a lower weight than
 marks in the symbolic image and asked no "which image" questions, its first 4,500 steps had no announced images and 500 of
-them used 12 x 12 cells. `python -m kvutils.pocket.train` runs the recipe as it is described above from the start, so
+them used 12 x 12 cells; the first 1,500 steps of stage 4 had the vision tower at half the rate and, as all of stage 2, a
+larger share of marked points. `python -m kvutils.pocket.train` runs the recipe as it is described above from the start, so
 it will not give the same bytes, and should give a model at least as good.
 """
 

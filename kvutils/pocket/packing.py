@@ -24,9 +24,9 @@ IGNORE = -100
 
 # How many blocks of each kind a mixed scene gets on average; existence breaks late, so it gets the most.
 MIX = {
-    "existence": 2.5, "existence_colour": 1.0, "class": 1.3, "colour": 1.0, "count": 0.6, "count_class": 0.8,
+    "existence": 2.5, "existence_colour": 1.0, "class": 2.0, "colour": 1.0, "count": 0.6, "count_class": 0.8,
     "style": 0.4, "domain": 0.2, "position": 0.8, "relation": 0.9, "hop_colour": 1.0, "hop_class": 1.0,
-    "hop_same": 0.8, "hop_more": 0.6, "hop_match": 0.5, "caption": 0.5,
+    "hop_same": 0.8, "hop_more": 0.6, "hop_match": 0.5, "caption": 1.0,
 }  # fmt: skip
 
 

@@ -58,15 +58,15 @@ STAGES = {
     "encoder": Stage(1, 4000, 1.5e-3, 64),
     "language": Stage(2, 6000, 1.5e-3, 24, horizon=8000),
     "projector": Stage(3, 300, 2e-3, 24),
-    "all": Stage(4, 3600, 1e-3, 24),
+    "all": Stage(4, 4600, 1e-3, 24),
 }
 # Which kind of sample a step is made of, with how many sequences relative to a step of single images.
 STEP_KINDS = {
-    "single": (0.52, 1.0),
-    "marked": (0.13, 1.5),
-    "correspondence": (0.14, 0.75),
+    "single": (0.66, 1.0),
+    "marked": (0.08, 1.5),
+    "correspondence": (0.06, 0.75),
     "style_match": (0.12, 0.5),
-    "class_match": (0.09, 0.5),
+    "class_match": (0.08, 0.5),
 }
 
 
@@ -101,7 +101,10 @@ class Trainer:
         state = torch.load(self.file, map_location="cpu", weights_only=True)
         self.modules.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            scales = [group["scale"] for group in optimizer.param_groups]  # the recipe's, not the checkpoint's
             optimizer.load_state_dict(saved)
+            for group, scale in zip(optimizer.param_groups, scales, strict=True):
+                group["scale"] = scale
         self.step, self.curve = state["step"], state["curve"]
 
     def save(self) -> None:
@@ -407,7 +410,7 @@ def train_vision_language(name: str, pool: Pool, held_out: Pool, steps: int, dev
         parameter.requires_grad_(name == "all" or "projector" in key or "newline" in key)
     vision = [(k, p) for k, p in mlm.named_parameters() if "vision_tower" in k and ".head." not in k and "post_layernorm" not in k]
     rest = [(k, p) for k, p in mlm.named_parameters() if p.requires_grad and "vision_tower" not in k]
-    groups = [(rest, 1.0), (vision, 0.5)] if name == "all" else [(rest, 1.0)]
+    groups = [(rest, 1.0), (vision, 0.9)] if name == "all" else [(rest, 1.0)]
     trainer = Trainer(name, nn.ModuleDict({"mlm": mlm}), groups, steps, quiet)
     _set_initial(trainer)
     sampler, fixed = Sampler(pool), Sampler(held_out)
@@ -428,7 +431,7 @@ def train_vision_language(name: str, pool: Pool, held_out: Pool, steps: int, dev
             def embed(images):
                 return image_embeddings(mlm, pixel_batch(held_out, images).to(device))
 
-            if trainer.rank == 0:
+            if trainer.rank == 0 and trainer.step % 500 == 0:
                 trainer.note(**quick_accuracy(mlm, fixed, embed, IMAGE_SLOTS))
             trainer.save()
         if name == "all" and trainer.rank == 0 and trainer.step in (steps // 4, steps // 2):
