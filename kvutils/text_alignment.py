@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoTokenizer, SiglipModel, SiglipTextModel
 
 from kvutils.capture import text_values
 from kvutils.errors import ModelError, ParameterError
-from kvutils.models import ENCODERS, MLM, Encoder
+from kvutils.models import ENCODERS, MLM, Encoder, quiet_transformers
 
 # SigLIP learned captions, not bare names; a leading "the " of an expression gives way to it.
 SIGLIP_TEMPLATE = "a {}"
@@ -55,15 +55,16 @@ def load_siglip_text(name: str, device: str | torch.device = "cpu") -> SiglipTex
     """The text tower of a SigLIP (name in `ENCODERS`, folder or hub id); ModelError if it has none."""
     source = ENCODERS[name].source if name in ENCODERS else name
     try:
-        kind = AutoConfig.from_pretrained(source).model_type
-        if kind != "siglip":
-            raise ModelError(f"{name}: {source} is a {kind!r}, not a SigLIP pair of vision and text tower")
-        # Loaded whole: for the text tower alone, every weight of the other would be reported as unexpected.
-        model = SiglipModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True).text_model
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        with quiet_transformers():
+            kind = AutoConfig.from_pretrained(source).model_type
+            if kind != "siglip":
+                raise ModelError(f"{name}: {source} is a {kind!r}, not a SigLIP pair of vision and text tower")
+            # Whole: for the text tower alone, every weight of the other would be reported as unexpected.
+            model = SiglipModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True).text_model
+            tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ModelError(f"{name}: no SigLIP text tower and tokenizer at {source}: {error}") from error
-    return SiglipText(model.to(device).eval(), tokenizer, source)
+    return SiglipText(model.to(device).eval(), tokenizer, name)
 
 
 class TextAlignment:
