@@ -58,7 +58,7 @@ def load_siglip_text(name: str, device: str | torch.device = "cpu") -> SiglipTex
         with quiet_transformers():
             kind = AutoConfig.from_pretrained(source).model_type
             if kind != "siglip":
-                raise ModelError(f"{name}: {source} is a {kind!r}, not a SigLIP pair of vision and text tower")
+                raise ModelError(f"{name}: {source} is a {kind!r}, not a SigLIP pair of two towers")
             # Whole: for the text tower alone, every weight of the other would be reported as unexpected.
             model = SiglipModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True).text_model
             tokenizer = AutoTokenizer.from_pretrained(source)
