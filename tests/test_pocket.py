@@ -267,6 +267,7 @@ def test_gates_say_what_is_missed():
 
 def _train(stage, steps, monkeypatch, folder, scenes=500):
     monkeypatch.setattr(train, "WORK", folder)
+    monkeypatch.setattr(train, "SHIPPED", {})
     monkeypatch.setattr(train, "_fast", lambda model, device: model)  # nothing to compile for a few steps
     threads = torch.get_num_threads()
     try:

@@ -59,12 +59,12 @@ rewards carrying it through the image tokens except the question-first samples, 
 **Several images** are announced by the chat template: `first <image> second <image> third <image>`. Without this the
 language model never learned in which image it had found something (three-image questions stayed at chance).
 
-**History of the shipped weights.** The recipe was settled while they were trained, and no stage was started again: the
-first 1,000 steps of stage 1 had no clean scenes first, the first 3,000 steps of stage 2 gave parts a lower weight than
-marks in the symbolic image and asked no "which image" questions, its first 4,500 steps had no announced images and 500 of
-them used 12 x 12 cells; the first 1,500 steps of stage 4 had the vision tower at half the rate and, as all of stage 2, a
-larger share of marked points. `python -m kvutils.pocket.train` runs the recipe as it is described above from the start, so
-it will not give the same bytes, and should give a model at least as good.
+**History of the shipped weights.** The recipe was settled while they were trained, and no stage was started again. Stage
+1: no clean scenes first for 1,000 steps. Stage 2: parts had a lower weight than marks in the symbolic image for 3,000
+steps, no "which image" questions for as long, no announced images for 4,500; 500 steps on 12 x 12 cells; more marked points
+throughout. Stage 4: rate 1e-3 on a cosine until step 3,250, the vision tower at half of it for 1,500 steps, more marked
+points and fewer colour questions; from step 3,250 as above. `python -m kvutils.pocket.train` runs the recipe as it is
+described above from the start, so it will not give the same bytes.
 """
 
 
@@ -116,7 +116,7 @@ scenes that this repository generates, so that every measurement of the replicat
 small model: what is measured on it says what happens in it, not what happens in a 7B model.
 
 `siglip/` is the vision-language pair that its tower started from. `stages/` holds the model after the text stage, after
-the projector stage and after a quarter and a half of the last stage.
+the projector stage and halfway through the last stage (step 2,300).
 
 ## What it can do
 

@@ -21,15 +21,14 @@ from .evaluate import evaluate, missed_gates, print_report
 from .model import build_mlm, build_siglip
 from .pool import make_pool
 from .questions import WORDS
-from .train import STAGES, WORK
+from .train import SHIPPED, STAGES, WORK
 
 HOME = Path(__file__).parents[2] / "data" / "pocket"
-CHECKPOINTS = {  # folder under data/pocket -> (stage, file)
-    "stages/2_language": ("language", "checkpoint.pt"),
-    "stages/3_projector": ("projector", "checkpoint.pt"),
-    "stages/4_quarter": ("all", "quarter.pt"),
-    "stages/4_half": ("all", "half.pt"),
-    "llava-onevision": ("all", "checkpoint.pt"),
+CHECKPOINTS = {  # folder -> (stage, file)
+    SHIPPED["language"]: ("language", "checkpoint.pt"),
+    SHIPPED["projector"]: ("projector", "checkpoint.pt"),
+    HOME / "stages" / "4_half": ("all", "half.pt"),
+    HOME / "llava-onevision": ("all", "checkpoint.pt"),
 }
 LIMITS_MB = {"model": 15, "stages": 40}
 
@@ -46,34 +45,34 @@ def _strip(state: dict, part: str) -> dict:
     return {k.removeprefix(part): v for k, v in state.items() if k.startswith(part)} or state
 
 
-def export_weights(home: Path = HOME) -> None:
+def export_weights() -> None:
     processor = build_pocket_processor(list(WORDS))
     siglip = build_siglip()
     siglip.load_state_dict(_strip(_state("encoder", "checkpoint.pt"), "siglip."))
-    siglip.half().save_pretrained(home / "siglip")
-    processor.tokenizer.save_pretrained(home / "siglip")
-    processor.image_processor.save_pretrained(home / "siglip")
+    siglip.half().save_pretrained(SHIPPED["encoder"])
+    processor.tokenizer.save_pretrained(SHIPPED["encoder"])
+    processor.image_processor.save_pretrained(SHIPPED["encoder"])
     for folder, (stage, name) in CHECKPOINTS.items():
         mlm = build_mlm()
         mlm.load_state_dict(_strip(_state(stage, name), "mlm."))
-        mlm.half().save_pretrained(home / folder)
-        processor.save_pretrained(home / folder)
+        mlm.half().save_pretrained(folder)
+        processor.save_pretrained(folder)
     for kind, folders in (("model", ("siglip", "llava-onevision")), ("stages", ("stages",))):
         for folder in folders:
-            size = sum(f.stat().st_size for f in (home / folder).rglob("*") if f.is_file()) / 1e6
+            size = sum(f.stat().st_size for f in (HOME / folder).rglob("*") if f.is_file()) / 1e6
             if size > LIMITS_MB[kind]:
-                raise ParameterError(f"{home / folder} has {size:.1f} MB, more than the {LIMITS_MB[kind]} MB meant for it")
+                raise ParameterError(f"{HOME / folder} has {size:.1f} MB, more than the {LIMITS_MB[kind]} MB meant for it")
 
 
-def export_card(home: Path = HOME, scenes: int = 6000, questions: int = 1000) -> None:
-    report = evaluate(load_mlm(str(home / "llava-onevision")).model, make_pool(scenes, seed=3), questions)
+def export_card(scenes: int = 6000, questions: int = 1000) -> None:
+    report = evaluate(load_mlm(str(HOME / "llava-onevision")).model, make_pool(scenes, seed=3), questions)
     print_report(report)
     for line in missed_gates(report):
         print("missed:", line)
-    write_json(home / "accuracy.json", report)
+    write_json(HOME / "accuracy.json", report)
     curves = {name: json.loads((WORK / name / "curve.json").read_text()) for name in STAGES}
-    write_json(home / "curves.json", curves)
-    write_text(home / "README.md", model_card(report, curves, home))
+    write_json(HOME / "curves.json", curves)
+    write_text(HOME / "README.md", model_card(report, curves, HOME))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -39,6 +39,11 @@ from .shapes import CLASSES, PARTS
 from .world import COLOURS, DOMAINS, LETTERS, PRESENT, STYLES
 
 WORK = Path(__file__).parents[2] / "data" / "training"
+SHIPPED = {  # where the pocket models of the finished stages are, as `kvutils.pocket.export` writes them
+    "encoder": WORK.parent / "pocket" / "siglip",
+    "language": WORK.parent / "pocket" / "stages" / "2_language",
+    "projector": WORK.parent / "pocket" / "stages" / "3_projector",
+}
 SEED = 1
 
 
@@ -58,14 +63,14 @@ STAGES = {
     "encoder": Stage(1, 4000, 1.5e-3, 64),
     "language": Stage(2, 6000, 1.5e-3, 24, horizon=8000),
     "projector": Stage(3, 300, 2e-3, 24),
-    "all": Stage(4, 4600, 1e-3, 24),
+    "all": Stage(4, 4250, 2.5e-3, 24, horizon=4500),
 }
 # Which kind of sample a step is made of, with how many sequences relative to a step of single images.
 STEP_KINDS = {
-    "single": (0.66, 1.0),
-    "marked": (0.08, 1.5),
-    "correspondence": (0.06, 0.75),
-    "style_match": (0.12, 0.5),
+    "single": (0.82, 1.0),
+    "marked": (0.03, 1.5),
+    "correspondence": (0.02, 0.75),
+    "style_match": (0.05, 0.5),
     "class_match": (0.08, 0.5),
 }
 
@@ -442,12 +447,17 @@ def train_vision_language(name: str, pool: Pool, held_out: Pool, steps: int, dev
 
 
 def _load_into(module: nn.Module, stage: str) -> None:
-    file = WORK / stage / "checkpoint.pt"
-    if not file.exists():
+    """The weights that a stage ended with: from the training folder, else those shipped in data/pocket."""
+    file, shipped = WORK / stage / "checkpoint.pt", SHIPPED.get(stage, WORK) / "model.safetensors"
+    if file.exists():
+        state = torch.load(file, map_location="cpu", weights_only=True)["model"]
+        part = "siglip." if stage == "encoder" else "mlm."
+        module.load_state_dict({k.removeprefix(part): v for k, v in state.items() if k.startswith(part)})
+    elif shipped.exists():
+        found = type(module).from_pretrained(shipped.parent, dtype=torch.float32)
+        module.load_state_dict(found.state_dict())
+    else:
         raise ParameterError(f"stage {stage!r} must be trained first: {file} is missing. Run --stage {stage}.")
-    state = torch.load(file, map_location="cpu", weights_only=True)["model"]
-    part = "siglip." if stage == "encoder" else "mlm."
-    module.load_state_dict({k.removeprefix(part): v for k, v in state.items() if k.startswith(part)})
 
 
 def _run(rank: int, ranks: int, port: int, name: str, options: argparse.Namespace) -> None:
