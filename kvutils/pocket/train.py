@@ -436,7 +436,7 @@ def train_vision_language(name: str, pool: Pool, held_out: Pool, steps: int, dev
             def embed(images):
                 return image_embeddings(mlm, pixel_batch(held_out, images).to(device))
 
-            if trainer.rank == 0 and trainer.step % 500 == 0:
+            if trainer.rank == 0 and (trainer.step % 500 == 0 or trainer.step == steps):
                 trainer.note(**quick_accuracy(mlm, fixed, embed, IMAGE_SLOTS))
             trainer.save()
         if name == "all" and trainer.rank == 0 and trainer.step in (steps // 4, steps // 2):
