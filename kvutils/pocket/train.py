@@ -28,15 +28,14 @@ from torch import nn
 
 from kvutils.errors import ParameterError
 
+from .captions import caption_tokens, encoder_batch
 from .evaluate import quick_accuracy
 from .model import (
-    HIDDEN, IMAGE_SLOTS, answer_loss, build_mlm, build_siglip, encode_windows, image_embeddings, patch_windows, with_newline,
+    IMAGE_SLOTS, answer_loss, build_mlm, build_siglip, encode_windows, image_embeddings, patch_windows, with_newline,
 )  # fmt: skip
-from .packing import PAD, TOKEN, Sampler, encode, pack, pixel_batch
-from .pool import GRID, Pool, load_or_make_pool
-from .questions import OPTIONS
-from .shapes import CLASSES, PARTS
-from .world import COLOURS, DOMAINS, LETTERS, PRESENT, STYLES
+from .packing import Sampler, pack, pixel_batch
+from .pool import Pool, load_or_make_pool
+from .symbolic import COARSE, SymbolicImage
 
 WORK = Path(__file__).parents[2] / "data" / "training"
 SHIPPED = {  # where the pocket models of the finished stages are, as `kvutils.pocket.export` writes them
@@ -197,73 +196,6 @@ def _fast(model, device: str):
 
 # --- stage 1 ---------------------------------------------------------------------------------------------------------
 
-CAPTIONS = (
-    [f"a {c}" for c in CLASSES]
-    + [f"a {k} {c}" for c in CLASSES for k in COLOURS]
-    + [f"a {k} thing" for k in COLOURS]
-    + [f"a {s} image" for s in STYLES]
-    + [f"a {d} photo" for d in DOMAINS]
-    + [f"point {letter}" for letter in LETTERS]
-)
-
-
-def caption_tokens() -> torch.Tensor:
-    rows = [list(encode(c)) for c in CAPTIONS]
-    return torch.tensor([row + [PAD] * (8 - len(row)) for row in rows])
-
-
-def entailment(pool: Pool, rows: np.ndarray, first: np.ndarray, side: int, marks: list) -> tuple[np.ndarray, np.ndarray]:
-    """Which captions hold in each window: labels and weights (B, captions). A thing of which only a small part is in
-    the window makes its captions neither true nor false (weight 0)."""
-    labels, weights = np.zeros((2, len(rows), len(CAPTIONS)), np.float32)
-    weights += 1
-    for b, row in enumerate(rows):
-        r, c = first[b]
-        for i in range(pool.things.shape[1]):
-            cls, colour, _, _, visible, _ = pool.things[row, i]
-            if cls < 0:
-                continue
-            total = pool.coverage[row, i].sum(dtype=float)
-            share = pool.coverage[row, i, r : r + side, c : c + side].sum(dtype=float) / max(total, 1) * visible
-            cls, colour = int(cls), int(colour)
-            captions = [cls, 8 + cls * 8 + colour, 72 + colour]
-            if share >= PRESENT:
-                labels[b, captions] = 1
-                weights[b, captions] = 1
-            elif share > 0.03:
-                weights[b, [k for k in captions if not labels[b, k]]] = 0
-        labels[b, 80 + pool.style[row]] = 1
-        labels[b, 85 + pool.domain[row]] = 1
-        for letter, x, y in marks[b]:
-            if r * 8 + 4 <= y <= (r + side) * 8 - 4 and c * 8 + 4 <= x <= (c + side) * 8 - 4:
-                labels[b, 88 + LETTERS.index(letter)] = 1
-            else:
-                weights[b, 88 + LETTERS.index(letter)] = 0
-    return labels, weights
-
-
-def encoder_batch(pool: Pool, rows: np.ndarray, rng: np.random.Generator, whole: bool):
-    """Pixels (B, 3, 96, 96), first patch (B, 2) and side of each window, labels and weights (B, captions)."""
-    side, count = GRID if whole else 7, len(rows)
-    first = np.zeros((count, 2), int)
-    marks: list[list] = [[] for _ in rows]
-    for b, row in enumerate(rows):
-        things = [i for i in range(4) if pool.things[row, i, 0] >= 0]
-        thing = things[int(rng.integers(len(things)))]
-        if not whole:
-            x, y = pool.things[row, thing, 2:4]
-            corner = np.array([y, x]) / 8 - side / 2 + rng.uniform(-1.3, 1.3, 2)
-            first[b] = np.clip(np.round(corner), 0, GRID - side)
-        if rng.random() < 0.3:
-            letters = rng.permutation(list(LETTERS))[: int(rng.integers(1, 4))]
-            for letter, part in zip(letters, rng.permutation(len(PARTS))):
-                x, y = pool.keypoints[row, thing, part, :2]
-                marks[b].append((str(letter), float(np.clip(x, 4, 91)), float(np.clip(y, 4, 91))))
-    pixels = pixel_batch(pool, list(zip(rows, marks)))
-    labels, weights = entailment(pool, rows, first, side, marks)
-    return pixels, torch.from_numpy(first), side, torch.from_numpy(labels), torch.from_numpy(weights)
-
-
 def siglip_logits(siglip, pixels, first, side, captions):
     window, ids = patch_windows(pixels, first, side)
     image = nn.functional.normalize(encode_windows(siglip, window, ids).float(), dim=-1)
@@ -308,62 +240,6 @@ def train_encoder(pool: Pool, held_out: Pool, steps: int, device: str, quiet: bo
 
 
 # --- stages 2 to 4 ---------------------------------------------------------------------------------------------------
-
-
-SHRINK = 2  # 2 x 2 patches make one cell of the symbolic image: a quarter of the tokens
-COARSE = GRID // SHRINK
-
-
-class SymbolicImage(nn.Module):
-    """An image spelled in words: each cell is the mean of the embeddings of what covers it, with noise.
-
-    Class and colour of a thing weighted by how much of the cell it covers, the name of a part or of a mark in the
-    cell where it is, style and light everywhere, and where the cell is. Used in stage 2 only."""
-
-    def __init__(self):
-        super().__init__()
-        self.rows = nn.Parameter(torch.randn(GRID, HIDDEN) * 0.1)
-        self.columns = nn.Parameter(torch.randn(GRID, HIDDEN) * 0.1)
-        self.newline = nn.Parameter(torch.randn(HIDDEN) * 0.1)
-
-    def forward(self, words: nn.Embedding, pool: Pool, images: list, seed: int) -> torch.Tensor:
-        """(n, 6² + 1, hidden) of pool images with marks; `seed` of the noise."""
-        index = [row for row, _ in images]
-        device = words.weight.device
-        things = torch.from_numpy(pool.things[index]).to(device)
-        cover = torch.from_numpy(pool.coverage[index]).to(device).flatten(2).float() / 64
-        ids = {n: torch.tensor([TOKEN[w] for w in ws], device=device) for n, ws in (
-            ("class", CLASSES), ("colour", COLOURS), ("part", PARTS), ("style", STYLES), ("domain", DOMAINS))}  # fmt: skip
-        what = words(ids["class"][things[..., 0].long().clamp(0)]) + words(ids["colour"][things[..., 1].long().clamp(0)])
-        cells = torch.einsum("btn,btc->bnc", cover * (things[..., :1] >= 0), what).float()
-        at, names, weight = [], [], []
-        points = pool.keypoints[index]
-        for b, (_, marks) in enumerate(images):
-            for i, k in zip(*np.nonzero(points[b, :, :, 2])):
-                x, y = (points[b, i, k, :2] / 8).astype(int)
-                at.append(b * GRID**2 + y * GRID + x)
-                names.append(TOKEN[PARTS[k]])
-                weight.append(1.5)  # as loud as a mark: a part that a mark drowns cannot be found by name
-            for letter, x, y in marks:
-                column, row = (min(max(int(v / 8), 0), GRID - 1) for v in (x, y))
-                at.append(b * GRID**2 + row * GRID + column)
-                # A mark reads as its option: "(a)"; the reference mark as "reference".
-                names.append(TOKEN["reference" if letter == "r" else OPTIONS[LETTERS.index(letter)]])
-                weight.append(1.0)
-        named = words(torch.tensor(names, device=device)) * torch.tensor(weight, device=device)[:, None]
-        extra = torch.zeros_like(cells).flatten(0, 1).index_add(0, torch.tensor(at, device=device), named).view_as(cells)
-        style = torch.from_numpy(pool.style[index].astype(np.int64)).to(device)
-        domain = torch.from_numpy(pool.domain[index].astype(np.int64)).to(device)
-        scene = 0.5 * (words(ids["style"][style]) + words(ids["domain"][domain]))[:, None]
-        where = (self.rows[:, None] + self.columns[None]).flatten(0, 1)
-        grid = (cells + scene + where).unflatten(1, (GRID, GRID)).permute(0, 3, 1, 2)
-        cells = nn.functional.avg_pool2d(grid, SHRINK).flatten(2).transpose(1, 2)
-        extra = extra.unflatten(1, (GRID, GRID)).permute(0, 3, 1, 2)
-        cells = cells + (nn.functional.avg_pool2d(extra, SHRINK) * SHRINK**2).flatten(2).transpose(1, 2)
-        generator = torch.Generator(device=device).manual_seed(seed)
-        noise = torch.randn(cells.shape, generator=generator, device=device)
-        cells = cells + 0.3 * cells.detach().pow(2).mean(-1, keepdim=True).sqrt() * noise
-        return torch.cat((cells, self.newline.expand(len(index), 1, -1)), dim=1)
 
 
 def draw_step(trainer: Trainer, sampler: Sampler):

@@ -1,0 +1,67 @@
+"""The text stage's stand-in for an image: a grid of word embeddings."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from .model import HIDDEN
+from .packing import TOKEN
+from .pool import GRID, Pool
+from .questions import OPTIONS
+from .shapes import CLASSES, PARTS
+from .world import COLOURS, DOMAINS, LETTERS, STYLES
+
+SHRINK = 2  # 2 x 2 patches make one cell of the symbolic image: a quarter of the tokens
+COARSE = GRID // SHRINK
+
+
+class SymbolicImage(nn.Module):
+    """An image spelled in words: each cell is the mean of the embeddings of what covers it, with noise.
+
+    Class and colour of a thing weighted by how much of the cell it covers, the name of a part or of a mark in the
+    cell where it is, style and light everywhere, and where the cell is. Used in stage 2 only."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(GRID, HIDDEN) * 0.1)
+        self.columns = nn.Parameter(torch.randn(GRID, HIDDEN) * 0.1)
+        self.newline = nn.Parameter(torch.randn(HIDDEN) * 0.1)
+
+    def forward(self, words: nn.Embedding, pool: Pool, images: list, seed: int) -> torch.Tensor:
+        """(n, 6² + 1, hidden) of pool images with marks; `seed` of the noise."""
+        index = [row for row, _ in images]
+        device = words.weight.device
+        things = torch.from_numpy(pool.things[index]).to(device)
+        cover = torch.from_numpy(pool.coverage[index]).to(device).flatten(2).float() / 64
+        ids = {n: torch.tensor([TOKEN[w] for w in ws], device=device) for n, ws in (
+            ("class", CLASSES), ("colour", COLOURS), ("part", PARTS), ("style", STYLES), ("domain", DOMAINS))}  # fmt: skip
+        what = words(ids["class"][things[..., 0].long().clamp(0)]) + words(ids["colour"][things[..., 1].long().clamp(0)])
+        cells = torch.einsum("btn,btc->bnc", cover * (things[..., :1] >= 0), what).float()
+        at, names, weight = [], [], []
+        points = pool.keypoints[index]
+        for b, (_, marks) in enumerate(images):
+            for i, k in zip(*np.nonzero(points[b, :, :, 2])):
+                x, y = (points[b, i, k, :2] / 8).astype(int)
+                at.append(b * GRID**2 + y * GRID + x)
+                names.append(TOKEN[PARTS[k]])
+                weight.append(1.5)  # as loud as a mark: a part that a mark drowns cannot be found by name
+            for letter, x, y in marks:
+                column, row = (min(max(int(v / 8), 0), GRID - 1) for v in (x, y))
+                at.append(b * GRID**2 + row * GRID + column)
+                # A mark reads as its option: "(a)"; the reference mark as "reference".
+                names.append(TOKEN["reference" if letter == "r" else OPTIONS[LETTERS.index(letter)]])
+                weight.append(1.0)
+        named = words(torch.tensor(names, device=device)) * torch.tensor(weight, device=device)[:, None]
+        extra = torch.zeros_like(cells).flatten(0, 1).index_add(0, torch.tensor(at, device=device), named).view_as(cells)
+        style = torch.from_numpy(pool.style[index].astype(np.int64)).to(device)
+        domain = torch.from_numpy(pool.domain[index].astype(np.int64)).to(device)
+        scene = 0.5 * (words(ids["style"][style]) + words(ids["domain"][domain]))[:, None]
+        where = (self.rows[:, None] + self.columns[None]).flatten(0, 1)
+        grid = (cells + scene + where).unflatten(1, (GRID, GRID)).permute(0, 3, 1, 2)
+        cells = nn.functional.avg_pool2d(grid, SHRINK).flatten(2).transpose(1, 2)
+        extra = extra.unflatten(1, (GRID, GRID)).permute(0, 3, 1, 2)
+        cells = cells + (nn.functional.avg_pool2d(extra, SHRINK) * SHRINK**2).flatten(2).transpose(1, 2)
+        generator = torch.Generator(device=device).manual_seed(seed)
+        noise = torch.randn(cells.shape, generator=generator, device=device)
+        cells = cells + 0.3 * cells.detach().pow(2).mean(-1, keepdim=True).sqrt() * noise
+        return torch.cat((cells, self.newline.expand(len(index), 1, -1)), dim=1)
