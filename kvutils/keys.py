@@ -10,9 +10,13 @@ position alike in every image, so it leaves this number unchanged.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 
-from kvutils.errors import DataError, ParameterError
+from kvutils.errors import DataError, LayerError, ParameterError
 
 
 class KeyVariance:
@@ -100,3 +104,65 @@ class KeyVariance:
                 f"a variance with divisor n - {ddof} needs more than {ddof} images, found {self.count}"
             )
         return self.sum_squares / (self.count - ddof)
+
+
+@dataclass(frozen=True, eq=False)
+class KeySelection:
+    """Which image keys are chosen, such as those that `block_keys` blocks.
+
+    mask (L, G, N) bool: mask[i] belongs to layer layers[i]; N counts an image's tokens in the order of its
+    `TokenLayout`, newlines included. layers are different non-negative numbers. Whether a model has these
+    layers and heads shows when the selection is used.
+    """
+
+    name: str
+    mask: torch.Tensor
+    layers: tuple[int, ...]
+
+    def __post_init__(self):
+        mask = torch.as_tensor(self.mask)
+        if mask.dtype != torch.bool or mask.ndim != 3:
+            raise DataError(
+                f"{self.name}: the mask must be bool of shape (L, G, N), found {mask.dtype} {tuple(mask.shape)}"
+            )
+        layers = tuple(self.layers)
+        bad = [x for x in layers if isinstance(x, bool) or not isinstance(x, int | np.integer) or x < 0]
+        if bad or len(set(layers)) != len(layers):
+            raise LayerError(f"{self.name}: layers must be different numbers from 0 on, found {layers}")
+        if len(layers) != len(mask):
+            raise DataError(f"{self.name}: a mask of {len(mask)} layers for {len(layers)} layer numbers {layers}")
+        object.__setattr__(self, "mask", mask)
+        object.__setattr__(self, "layers", tuple(int(layer) for layer in layers))
+
+    @property
+    def count(self) -> torch.Tensor:
+        """(L, G) int64: how many keys are chosen in each layer and head."""
+        return self.mask.sum(-1)
+
+    def at(self, layer: int) -> torch.Tensor:
+        """(G, N) bool mask of one layer."""
+        if layer not in self.layers:
+            raise LayerError(f"{self.name} says nothing about layer {layer}, only about {self.layers}")
+        return self.mask[self.layers.index(layer)]
+
+    def restrict(self, layers: Iterable[int]) -> KeySelection:
+        """The same selection in some of its layers only."""
+        layers = tuple(layers)
+        mask = torch.stack([self.at(layer) for layer in layers]) if layers else self.mask[:0]
+        return KeySelection(self.name, mask, layers)
+
+    def __or__(self, other: KeySelection) -> KeySelection:
+        """The keys that either selection chooses."""
+        if not isinstance(other, KeySelection):
+            return NotImplemented
+        if self.mask.shape[1:] != other.mask.shape[1:]:
+            raise DataError(
+                f"{self.name} and {other.name} choose among different keys: (G, N) is "
+                f"{tuple(self.mask.shape[1:])} and {tuple(other.mask.shape[1:])}"
+            )
+        layers = tuple(sorted({*self.layers, *other.layers}))
+        mask = torch.zeros(len(layers), *self.mask.shape[1:], dtype=torch.bool, device=self.mask.device)
+        for one in (self, other):
+            for layer in one.layers:
+                mask[layers.index(layer)] |= one.at(layer).to(mask.device)
+        return KeySelection(f"{self.name} or {other.name}", mask, layers)

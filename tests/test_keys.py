@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kvutils.errors import DataError, ParameterError
-from kvutils.keys import KeyVariance
+from kvutils.errors import DataError, LayerError, ParameterError
+from kvutils.keys import KeySelection, KeyVariance
 
 
 def keys(images=20, shape=(3, 2, 5, 8), seed=0):
@@ -80,3 +80,45 @@ def test_bad_input_is_one_clear_error():
     assert variance.count == 0
     with pytest.raises(ParameterError, match="more than 1"):
         KeyVariance().update(keys(1)).variance(ddof=1)
+
+
+# ---- selections ----------------------------------------------------------------------------------
+
+
+def some(name="some", layers=(3, 7, 9), heads=2, tokens=11, seed=0, share=0.3):
+    generator = torch.Generator().manual_seed(seed)
+    return KeySelection(name, torch.rand(len(layers), heads, tokens, generator=generator) < share, layers)
+
+
+def test_a_selection_says_which_keys_of_which_layer():
+    chosen = some()
+    assert chosen.count.shape == (3, 2) and torch.equal(chosen.count, chosen.mask.sum(-1))
+    assert torch.equal(chosen.at(7), chosen.mask[1])
+    part = chosen.restrict([9, 3])
+    assert part.layers == (9, 3) and torch.equal(part.mask, chosen.mask[[2, 0]])
+    assert chosen.restrict([]).layers == () and chosen.restrict([]).count.shape == (0, 2)
+
+
+def test_the_union_of_selections():
+    a, b = some("a", (3, 7)), some("b", (5, 7), seed=1)
+    both = a | b
+    assert both.layers == (3, 5, 7) and both.name == "a or b"
+    assert torch.equal(both.at(3), a.at(3)) and torch.equal(both.at(5), b.at(5))
+    assert torch.equal(both.at(7), a.at(7) | b.at(7))
+    with pytest.raises(DataError, match="different keys"):
+        _ = a | some(tokens=12)
+
+
+def test_a_selection_that_cannot_be_is_refused():
+    mask = torch.ones(2, 2, 5, dtype=torch.bool)
+    with pytest.raises(DataError, match="bool of shape"):
+        KeySelection("x", mask.float(), (0, 1))
+    with pytest.raises(DataError, match="bool of shape"):
+        KeySelection("x", mask[0], (0, 1))
+    with pytest.raises(DataError, match="2 layers for 3"):
+        KeySelection("x", mask, (0, 1, 2))
+    for layers in ((1, 1), (-1, 0), (0, "1"), (0, 1.0)):
+        with pytest.raises(LayerError, match="different numbers"):
+            KeySelection("x", mask, layers)
+    with pytest.raises(LayerError, match="nothing about layer 4"):
+        some().restrict([4])
