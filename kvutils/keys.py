@@ -123,14 +123,15 @@ class KeySelection:
         mask = torch.as_tensor(self.mask)
         if mask.dtype != torch.bool or mask.ndim != 3:
             raise DataError(
-                f"{self.name}: the mask must be bool of shape (L, G, N), found {mask.dtype} {tuple(mask.shape)}"
+                f"{self.name}: the mask must be bool of shape (L, G, N), "
+                f"found {mask.dtype} {tuple(mask.shape)}"
             )
         layers = tuple(self.layers)
         bad = [x for x in layers if isinstance(x, bool) or not isinstance(x, int | np.integer) or x < 0]
         if bad or len(set(layers)) != len(layers):
             raise LayerError(f"{self.name}: layers must be different numbers from 0 on, found {layers}")
         if len(layers) != len(mask):
-            raise DataError(f"{self.name}: a mask of {len(mask)} layers for {len(layers)} layer numbers {layers}")
+            raise DataError(f"{self.name}: a mask of {len(mask)} layers for {len(layers)} layers {layers}")
         object.__setattr__(self, "mask", mask)
         object.__setattr__(self, "layers", tuple(int(layer) for layer in layers))
 

@@ -1,0 +1,555 @@
+"""Blocked keys against a float64 softmax of its own, the mask that attention is given, and the bare model."""
+
+import contextlib
+import copy
+import functools
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_models import FAMILIES, tiny
+from transformers import DynamicCache, StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kvutils.block import block_keys
+from kvutils.capture import capture
+from kvutils.errors import DataError, LayerError, ModelError, ParameterError
+from kvutils.inputs import encode_images, prepare_images, prepare_text
+from kvutils.keys import KeySelection
+
+ATTENTIONS = ("sdpa", "eager")
+QUESTIONS = ["what is this?", "what is the colour of the red fish on the left"]
+
+
+@functools.cache
+def model(family, attention):
+    mlm = tiny(family, attention=attention)
+    mlm.model.generation_config.eos_token_id = None  # all texts have the length asked for
+    return mlm
+
+
+def pictures(count=2, first=0):
+    rng = np.random.default_rng(first)
+    return [Image.fromarray(rng.integers(0, 256, (32, 40, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def batch(mlm, side="left", questions=QUESTIONS, images=None):
+    """(inputs of the model's own processor, image slots (B, N)) of questions of different lengths."""
+    mlm.tokenizer.padding_side = side
+    inputs = mlm.processor(
+        text=[mlm.prompt(question) for question in questions],
+        images=images or pictures(len(questions)),
+        padding=True,
+        return_tensors="pt",
+    )
+    found = (inputs["input_ids"] == mlm.image_token_id).nonzero()[:, 1].reshape(len(questions), -1)
+    return inputs, found.numpy()
+
+
+def choose(mlm, slots, layers=(1, 3), share=0.5, seed=0):
+    """Some keys of some layers, different ones for each head."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(len(layers), mlm.num_kv_heads, slots.shape[-1], generator=generator) < share
+    return KeySelection("some", mask, layers)
+
+
+def everything(mlm, slots, layers=None):
+    layers = tuple(range(mlm.num_layers)) if layers is None else layers
+    shape = (len(layers), mlm.num_kv_heads, slots.shape[-1])
+    return KeySelection("all", torch.ones(shape, dtype=torch.bool), layers)
+
+
+@torch.no_grad()
+def logits(mlm, inputs, **options):
+    return mlm.model(**inputs, **options).logits
+
+
+def generate(mlm, inputs, tokens=3, **options):
+    return mlm.model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=0, **options)
+
+
+@contextlib.contextmanager
+def attention_calls(mlm):
+    """What the language model's attention function was given and returned, call after call."""
+    layers = {id(layer.self_attn): n for n, layer in enumerate(mlm.model.model.language_model.layers)}
+    module = sys.modules[type(mlm.model.model.language_model.layers[0].self_attn).__module__]
+    calls, patch = [], pytest.MonkeyPatch()
+
+    def recorded(function):
+        def attention(owner, query, key, value, attention_mask, **options):
+            output = function(owner, query, key, value, attention_mask, **options)
+            if id(owner) in layers:
+                mask = None if attention_mask is None else attention_mask.clone()
+                calls.append((layers[id(owner)], query.clone(), key.clone(), value.clone(), mask, output[0]))
+            return output
+
+        return attention
+
+    patch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", recorded(ALL_ATTENTION_FUNCTIONS["sdpa"]))
+    patch.setattr(module, "eager_attention_forward", recorded(module.eager_attention_forward))
+    try:
+        yield calls
+    finally:
+        patch.undo()
+
+
+def allowed_keys(mlm, selection, layer, slots, queries, present, seen, length):
+    """(B, H, length, keys) bool, spelled out: causal, not padding, not blocked for the head that serves.
+
+    present (B, keys): 1 for tokens, 0 for padding.
+    """
+    group = mlm.num_heads // mlm.num_kv_heads
+    position = seen + np.arange(length)[:, None]
+    causal = np.arange(present.shape[1]) <= position
+    allowed = np.zeros((len(slots), mlm.num_heads, length, present.shape[1]), dtype=bool)
+    for b, h in np.ndindex(allowed.shape[:2]):
+        allowed[b, h] = causal & (present[b] == 1)
+        if layer not in selection.layers:
+            continue
+        chosen = selection.mask[selection.layers.index(layer), h // group].numpy()
+        for slot in slots[b][chosen]:
+            if queries == "all":
+                allowed[b, h, position[:, 0] != slot, slot] = False
+            else:
+                allowed[b, h, position[:, 0] > max(slots[b]), slot] = False
+    return allowed
+
+
+def softmax_reference(query, key, value, allowed):
+    """(B, length, H, D) in float64; rows that see nothing, of padding, are NaN."""
+    query, key, value = (x.double().numpy() for x in (query, key, value))
+    group = query.shape[1] // key.shape[1]
+    output = np.empty((len(query), query.shape[2], query.shape[1], query.shape[3]))
+    for b, h in np.ndindex(query.shape[:2]):
+        scores = query[b, h] @ key[b, h // group].T / np.sqrt(query.shape[3])
+        weights = np.where(allowed[b, h], np.exp(scores - scores.max(1, keepdims=True)), 0)
+        with np.errstate(invalid="ignore"):
+            output[b, :, h] = weights @ value[b, h // group] / weights.sum(1, keepdims=True)
+    return output
+
+
+def check_calls(mlm, calls, selection, slots, queries, present):
+    """Every recorded call equals the reference, in the output and, where keys are blocked, in the mask."""
+    seen = dict.fromkeys(range(mlm.num_layers), 0)
+    for layer, query, key, value, mask, output in calls:
+        length = query.shape[2]
+        here = present[:, : key.shape[2]]
+        allowed = allowed_keys(mlm, selection, layer, slots, queries, here, seen[layer], length)
+        expected = softmax_reference(query, key, value, allowed)
+        real = ~np.isnan(expected[:, :, 0, 0])
+        assert np.abs(output.numpy() - expected)[real].max() < 1e-5
+        last = seen[layer] + length - 1
+        if layer in selection.layers and (queries == "all" or last > slots.max(axis=1).min()):
+            assert mask.shape == (len(query), mlm.num_heads, length, key.shape[2])
+            given = mask if mask.dtype == torch.bool else mask == 0
+            assert mask.dtype == torch.bool or set(mask.unique().tolist()) == {0, torch.finfo(mask.dtype).min}
+            assert np.array_equal(given.numpy()[real.nonzero()[0], :, real.nonzero()[1]],
+                                  allowed[real.nonzero()[0], :, real.nonzero()[1]])  # fmt: skip
+        seen[layer] += length
+    assert set(seen.values()) != {0} and len(set(seen.values())) == 1
+
+
+# ---- exact -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("queries", ["after", "all"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_is_the_softmax_over_the_keys_that_are_left(family, attention, side, queries):
+    mlm = model(family, attention)
+    inputs, slots = batch(mlm, side)
+    selection = choose(mlm, slots)
+    with block_keys(mlm, selection, slots, queries), attention_calls(mlm) as calls:
+        logits(mlm, inputs)
+    assert [call[0] for call in calls] == list(range(mlm.num_layers))
+    check_calls(mlm, calls, selection, slots, queries, inputs["attention_mask"].numpy())
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_padding(family, attention):
+    """Then sdpa gets no mask from the model, and the causal one has to be made."""
+    mlm = model(family, attention)
+    inputs, slots = batch(mlm, questions=QUESTIONS[:1])
+    selection = choose(mlm, slots)
+    with attention_calls(mlm) as bare:
+        logits(mlm, inputs)
+    assert all((call[4] is None) == (attention == "sdpa") for call in bare)
+    with block_keys(mlm, selection, slots[0]), attention_calls(mlm) as calls:
+        logits(mlm, inputs)
+    check_calls(mlm, calls, selection, slots, "after", inputs["attention_mask"].numpy())
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_step_of_generate(family, attention, beams):
+    mlm = model(family, attention)
+    inputs, slots = batch(mlm)
+    selection = choose(mlm, slots, share=0.8)
+    with block_keys(mlm, selection, slots), attention_calls(mlm) as calls:
+        generate(mlm, inputs, num_beams=beams)
+    assert len(calls) == 3 * mlm.num_layers and calls[0][1].shape[0] == 2 * beams
+    assert [call[1].shape[2] for call in calls[:: mlm.num_layers]] == [inputs["input_ids"].shape[1], 1, 1]
+    present = torch.nn.functional.pad(inputs["attention_mask"], (0, 3), value=1).numpy()
+    rows = (np.repeat(slots, beams, axis=0), np.repeat(present, beams, axis=0))
+    check_calls(mlm, calls, selection, rows[0], "after", rows[1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generated_text_of_a_batch_is_that_of_each_alone(family):
+    mlm = model(family, "sdpa")
+    images = pictures(2)
+    inputs, slots = batch(mlm, images=images)
+    selection = choose(mlm, slots, share=0.9)
+    for options in ({}, {"num_beams": 2}):
+        with block_keys(mlm, selection, slots):
+            together = generate(mlm, inputs, tokens=4, **options)[:, -4:]
+        for row, (question, image) in enumerate(zip(QUESTIONS, images, strict=True)):
+            alone, at = batch(mlm, questions=[question], images=[image])
+            with block_keys(mlm, selection, at):
+                assert torch.equal(generate(mlm, alone, tokens=4, **options)[0, -4:], together[row])
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_static_cache_has_more_keys_than_tokens(family, attention):
+    mlm = model(family, attention)
+    for side in ("left", "right"):
+        inputs, slots = batch(mlm, side)
+        length = inputs["input_ids"].shape[1]
+        selection = choose(mlm, slots)
+        cache = StaticCache(config=mlm.text_config, max_cache_len=length + 9)
+        for queries in ("after", "all"):
+            cache.reset()
+            with block_keys(mlm, selection, slots, queries):
+                expected = logits(mlm, inputs)
+                found = logits(mlm, inputs, past_key_values=cache)
+            real = inputs["attention_mask"].bool()
+            torch.testing.assert_close(found[real], expected[real], atol=1e-5, rtol=1e-5)
+    inputs, slots = batch(mlm)
+    with block_keys(mlm, selection, slots):
+        expected = generate(mlm, inputs)
+        static = generate(mlm, inputs, cache_implementation="static", disable_compile=True)
+        assert torch.equal(static, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_eager_equals_sdpa(family):
+    found = {}
+    for attention in ATTENTIONS:
+        mlm = model(family, attention)
+        inputs, slots = batch(mlm)
+        with block_keys(mlm, choose(mlm, slots), slots, "all"):
+            found[attention] = logits(mlm, inputs)[inputs["attention_mask"].bool()]
+    torch.testing.assert_close(found["sdpa"], found["eager"], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_half_precision(attention, dtype):
+    mlm = tiny("llava_next", attention=attention)
+    mlm.model.to(dtype)
+    inputs, slots = batch(mlm)
+    inputs = inputs.to(dtype)
+    with block_keys(mlm, everything(mlm, slots), slots, "all"), attention_calls(mlm) as calls:
+        assert torch.isfinite(logits(mlm, inputs)[inputs["attention_mask"].bool()]).all()
+    for _, query, key, value, mask, output in calls:
+        allowed = (mask if mask.dtype == torch.bool else mask == 0).numpy()
+        expected = softmax_reference(query, key, value, allowed)
+        real = ~np.isnan(expected)
+        assert np.abs(output.double().numpy() - expected)[real].max() < 0.1
+
+
+# ---- what changes, and what does not ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_the_served_query_heads_change_and_only_after_the_image(family, attention):
+    mlm = model(family, attention)
+    inputs, slots = batch(mlm, questions=QUESTIONS[:1])
+    mask = torch.zeros(1, mlm.num_kv_heads, slots.shape[1], dtype=torch.bool)
+    mask[0, 1] = True  # of KV heads 0 and 1, which serve query heads 0, 1 and 2, 3
+    with attention_calls(mlm) as bare:
+        before = logits(mlm, inputs)
+    with block_keys(mlm, KeySelection("head 1", mask, (2,)), slots), attention_calls(mlm) as calls:
+        after = logits(mlm, inputs)
+    change = (calls[2][5] - bare[2][5]).abs()[0]  # (T, H, D)
+    end = slots.max() + 1
+    assert change[:, :2].max() < 1e-6 and change[:end].max() < 1e-6
+    assert (change[end:, 2:].amax(-1) > 1e-3).all()
+    for layer in (0, 1):
+        assert torch.equal(calls[layer][5], bare[layer][5])
+    assert (calls[3][5] - bare[3][5])[0, end:].abs().amax((1, 2)).min() > 1e-3
+    assert (after - before)[0, :end].abs().max() < 1e-5
+    assert (after - before)[0, end:].abs().amax(-1).min() > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_text_move(family):
+    mlm = model(family, "sdpa")
+    inputs, slots = batch(mlm)
+    before, text = logits(mlm, inputs)[:, -1], generate(mlm, inputs, tokens=6)
+    with block_keys(mlm, everything(mlm, slots), slots):
+        assert ((logits(mlm, inputs)[:, -1] - before).abs().amax(-1) > 0.01).all()
+        assert not torch.equal(generate(mlm, inputs, tokens=6), text)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_any_image_key_the_image_does_not_matter(family, attention):
+    mlm = model(family, attention)
+    inputs, slots = batch(mlm)
+    others, _ = batch(mlm, images=pictures(2, first=9))
+    assert (logits(mlm, inputs)[:, -1] - logits(mlm, others)[:, -1]).abs().min(0).values.max() > 0.01
+    with block_keys(mlm, everything(mlm, slots), slots):
+        torch.testing.assert_close(logits(mlm, inputs)[:, -1], logits(mlm, others)[:, -1])
+        assert torch.equal(generate(mlm, inputs)[:, -3:], generate(mlm, others)[:, -3:])
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_keeps_the_diagonal_and_every_token_sees_something(family, attention):
+    mlm = model(family, attention)
+    inputs, slots = batch(mlm, "left")
+    present = inputs["attention_mask"].bool()
+    with block_keys(mlm, everything(mlm, slots), slots, "all"), attention_calls(mlm) as calls:
+        logits(mlm, inputs)
+    for call in calls:
+        allowed = call[4] if attention == "sdpa" else call[4] == 0
+        assert allowed.diagonal(dim1=-2, dim2=-1).transpose(1, 2)[present].all()
+        own = torch.zeros_like(allowed[0, 0])
+        for row, places in enumerate(torch.from_numpy(slots)):
+            own[places, places] = True
+            assert torch.equal(allowed[row][:, :, places], own[:, places].expand(mlm.num_heads, -1, -1))
+            own.zero_()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_changes_the_image_tokens_and_after_does_not(family):
+    mlm = model(family, "sdpa")
+    image = pictures(1)
+    plain = capture(mlm, image)[0]
+    selection = choose(mlm, plain.layout.slots)
+    with block_keys(mlm, selection, plain.layout):
+        assert torch.equal(capture(mlm, image)[0].keys, plain.keys)  # not even another kernel
+    with block_keys(mlm, selection, plain.layout, "all"):
+        changed = capture(mlm, image)[0]
+    assert torch.equal(changed.values[:2], plain.values[:2])  # layer 1 is the first with a blocked key
+    assert (changed.values[2] - plain.values[2]).abs().max() > 1e-3
+
+
+# ---- a cached image, then questions ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_questions_on_a_copy_of_a_cached_image_equal_the_whole_prompt(family, attention):
+    mlm = model(family, attention)
+    image = pictures(1)
+    prompts = [mlm.prompt(question, prefix="a red fish") for question in QUESTIONS]
+    vision = prepare_images(mlm, image * 2)
+    text = prepare_text(mlm, prompts, vision, images_only=False)
+    layouts = vision.layouts
+    selection = choose(mlm, layouts[0].slots, share=0.8)
+    embeddings = mlm.model.get_input_embeddings()(text.input_ids)
+    at_image = (text.input_ids == mlm.image_token_id).unsqueeze(-1)
+    embeddings = embeddings.masked_scatter(at_image, torch.cat(encode_images(mlm, vision)[1]))
+    run = mlm.model.model.language_model
+    mask, positions = text.attention_mask, text.position_ids
+
+    with block_keys(mlm, selection, layouts):
+        whole = run(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions).last_hidden_state
+    end = layouts[0].slots.max() + 1
+    cache = DynamicCache()
+    with block_keys(mlm, selection, layouts[0]):  # nothing to do yet
+        run(
+            inputs_embeds=embeddings[:1, :end],
+            position_ids=positions[..., :1, :end],
+            past_key_values=cache,
+            use_cache=True,
+        )
+
+    def ask(rows):
+        copied = copy.deepcopy(cache)
+        copied.batch_repeat_interleave(len(rows))
+        output = run(
+            inputs_embeds=embeddings[rows, end:],
+            attention_mask=mask[rows],
+            position_ids=positions[..., rows, end:],
+            past_key_values=copied,
+            use_cache=True,
+        )
+        return output.last_hidden_state
+
+    with attention_calls(mlm) as calls, block_keys(mlm, selection, layouts[0]):
+        found = ask([0, 1])
+        calls_of_one = len(calls)
+        alone = ask([1])
+    assert calls_of_one == mlm.num_layers
+    real = mask[:, end:].bool()
+    torch.testing.assert_close(found[real], whole[:, end:][real], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(alone[0], found[1], atol=1e-5, rtol=1e-5)
+    assert (ask([0, 1]) - found)[real].abs().max() > 1e-2  # the same cache, not blocked
+
+
+def test_several_images_of_one_prompt_are_one_row_of_slots():
+    mlm = model("qwen2_5_vl", "sdpa")
+    inputs = mlm.processor(text=[mlm.prompt("yes", images=2)], images=pictures(2), return_tensors="pt")
+    slots = (inputs["input_ids"][0] == mlm.image_token_id).nonzero().flatten()
+    selection = choose(mlm, slots)
+    with block_keys(mlm, selection, slots), attention_calls(mlm) as calls:
+        logits(mlm, inputs)
+    check_calls(mlm, calls, selection, slots.numpy()[None], "after", inputs["attention_mask"].numpy())
+
+
+# ---- the model is left as it was ---------------------------------------------------------------------
+
+
+def hooks(mlm):
+    return {
+        name: (tuple(m._forward_hooks), tuple(m._forward_pre_hooks), "forward" in vars(m))
+        for name, m in mlm.model.named_modules()
+    }
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_restored_to_the_last_bit_also_after_an_exception(family, attention):
+    mlm = model(family, attention)
+    inputs, slots = batch(mlm)
+    before, text, state = logits(mlm, inputs), generate(mlm, inputs), hooks(mlm)
+    weights = {name: tensor._version for name, tensor in mlm.model.state_dict().items()}
+    given = inputs["attention_mask"].clone()
+    with block_keys(mlm, choose(mlm, slots), slots):
+        assert hooks(mlm) != state
+        assert not torch.equal(logits(mlm, inputs), before)
+    assert hooks(mlm) == state
+    with pytest.raises(RuntimeError, match="inside"), block_keys(mlm, choose(mlm, slots), slots, "all"):
+        logits(mlm, inputs)
+        raise RuntimeError("inside")
+    with pytest.raises(ParameterError), block_keys(mlm, choose(mlm, slots), slots + 99):
+        logits(mlm, inputs)
+    assert hooks(mlm) == state
+    assert torch.equal(logits(mlm, inputs), before) and torch.equal(generate(mlm, inputs), text)
+    assert {name: tensor._version for name, tensor in mlm.model.state_dict().items()} == weights
+    assert torch.equal(inputs["attention_mask"], given)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_nested_blocks_act_together(attention):
+    mlm = model("llava_next", attention)
+    inputs, slots = batch(mlm)
+    outer, inner = choose(mlm, slots, (1, 3)), choose(mlm, slots, (3, 4), seed=1)
+    with block_keys(mlm, outer | inner, slots):
+        expected = logits(mlm, inputs)
+    with block_keys(mlm, outer, slots):
+        alone = logits(mlm, inputs)
+        with block_keys(mlm, inner, slots):
+            assert torch.equal(logits(mlm, inputs), expected)
+        assert torch.equal(logits(mlm, inputs), alone)
+        with block_keys(mlm, outer, slots):  # twice the same is once
+            assert torch.equal(logits(mlm, inputs), alone)
+    assert not torch.equal(alone, expected)
+    blocks = block_keys(mlm, outer, slots), block_keys(mlm, inner, slots)
+    for block in blocks:
+        block.__enter__()
+    blocks[0].__exit__(None, None, None)  # not in the order of with statements
+    rest = logits(mlm, inputs)
+    blocks[1].__exit__(None, None, None)
+    with block_keys(mlm, inner, slots):
+        assert torch.equal(logits(mlm, inputs), rest)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_empty_selection_changes_nothing(family, attention):
+    mlm = model(family, attention)
+    inputs, slots = batch(mlm)
+    before, text, state = logits(mlm, inputs), generate(mlm, inputs), hooks(mlm)
+    nothing = KeySelection("none", torch.zeros(2, mlm.num_kv_heads, slots.shape[1], dtype=torch.bool), (0, 4))
+    for selection in (nothing, everything(mlm, slots).restrict([])):
+        for queries in ("after", "all"):
+            with block_keys(mlm, selection, slots, queries):
+                assert hooks(mlm) == state
+                assert torch.equal(logits(mlm, inputs), before)
+    with block_keys(mlm, nothing, slots):
+        assert torch.equal(generate(mlm, inputs), text)
+    partly = nothing | choose(mlm, slots, (2,))
+    with block_keys(mlm, partly, slots):
+        changed = [name for name, found in hooks(mlm).items() if found != state[name]]
+    assert [name.split(".")[-2:] for name in changed] == [["2", "self_attn"]]
+
+
+# ---- what cannot be ----------------------------------------------------------------------------------
+
+
+def test_impossible_selections_are_one_clear_error():
+    mlm = model("llava_onevision", "sdpa")
+    inputs, slots = batch(mlm, questions=QUESTIONS[:1])
+    state, tokens = hooks(mlm), slots.shape[1]
+
+    def refuse(error, match, selection, slots=slots, queries="after"):
+        with pytest.raises(error, match=match), block_keys(mlm, selection, slots, queries):
+            pytest.fail("the block was entered")
+        assert hooks(mlm) == state
+
+    chosen = choose(mlm, slots)
+    refuse(LayerError, r"layer 5; tiny-llava_onevision has 0\.\.4", choose(mlm, slots, (1, 5)))
+    heads = KeySelection("four", torch.ones(1, 4, tokens, dtype=torch.bool), (1,))
+    refuse(LayerError, r"4 key-value heads; tiny-llava_onevision has 2", heads)
+    refuse(DataError, f"{tokens} image tokens, not {tokens - 1}", chosen, slots[:, 1:])
+    refuse(ParameterError, "after, all, not 'before'", chosen, queries="before")
+    refuse(DataError, "integers", chosen, slots.astype(float))
+    refuse(DataError, "integers", chosen, slots[None])
+    refuse(DataError, "integers", chosen, [])
+    refuse(DataError, "different positions", chosen, np.zeros_like(slots))
+    refuse(DataError, "different positions", chosen, slots - slots.min() - 1)
+    captures = capture(mlm, [pictures(1)[0], pictures(1)[0].resize((90, 40))], keys=False, values=False)
+    refuse(DataError, "one token grid", chosen, [one.layout for one in captures])
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_a_slot_outside_the_sequence_is_an_error(attention):
+    mlm = model("llava_onevision", attention)
+    inputs, slots = batch(mlm)
+    length = inputs["input_ids"].shape[1]
+    beyond = slots + (length - slots.max())
+    cache = StaticCache(config=mlm.text_config, max_cache_len=length + 20)
+    for options in ({}, {"past_key_values": cache}):
+        with block_keys(mlm, choose(mlm, slots), beyond):
+            with pytest.raises(ParameterError, match=f"slot {length} lies beyond the sequence of {length}"):
+                logits(mlm, inputs, **options)
+    with block_keys(mlm, choose(mlm, slots), np.concatenate([slots, slots[:1]])):
+        with pytest.raises(ParameterError, match="3 sequences, which do not divide the batch of 2"):
+            logits(mlm, inputs)
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3", "flex_attention"])
+def test_attention_that_takes_no_mask_is_an_error(attention):
+    mlm = tiny("llava_next")
+    inputs, slots = batch(mlm)
+    state = hooks(mlm)
+    with block_keys(mlm, choose(mlm, slots), slots):
+        mlm.text_config._attn_implementation = attention  # changed inside
+        with pytest.raises(ModelError, match=f'{attention} attention takes no mask.*"sdpa" or "eager"'):
+            mlm.model.model.language_model.layers[1].self_attn(hidden_states=torch.zeros(1, 60, 32))
+    with pytest.raises(ModelError, match=f"{attention} attention takes no mask"):
+        with block_keys(mlm, choose(mlm, slots), slots):
+            pytest.fail("the block was entered")
+    assert hooks(mlm) == state
+
+
+def test_sliding_window_attention_is_an_error():
+    mlm = tiny("llava_onevision", use_sliding_window=True, sliding_window=8, max_window_layers=2)
+    _, slots = batch(mlm)
+    with block_keys(mlm, choose(mlm, slots, (0, 1)), slots):
+        pass
+    with pytest.raises(ModelError, match="layer 3 .* sliding-window"):
+        with block_keys(mlm, choose(mlm, slots, (1, 3)), slots):
+            pytest.fail("the block was entered")
