@@ -1,11 +1,7 @@
-"""How much each image key varies across images: one pass, constant memory (paper, section 3.2 and A.6.1).
+"""Which image keys: selections by variance, and the controls they are compared with (paper, section 3.2).
 
-An image key that hardly changes from image to image is *input-agnostic*. The statistic is the L2 variance
-
-    variance[l, g, n] = mean over images i of || key_i[l, g, n] - mean_i key_i[l, g, n] ||^2
-
-in squared key units (divisor: the number of images). Rotary position encoding rotates the keys of one
-position alike in every image, so it leaves this number unchanged.
+Every selection is a `KeySelection` by layer, key-value head and image token. The controls take a selection
+(`like`) and choose as many keys, or keys that receive as much attention, in another way.
 """
 
 from __future__ import annotations
@@ -17,93 +13,21 @@ import numpy as np
 import torch
 
 from kvutils.errors import DataError, LayerError, ParameterError
+from kvutils.key_variance import (
+    PAPER_THRESHOLDS,
+    KeyVariance,
+    Threshold,
+    key_variance,
+    residual_log_variance,
+    variance_threshold,
+)
 
-
-class KeyVariance:
-    """Streaming, mergeable L2 variance of keys in float64 (Welford within, Chan et al. between streams).
-
-    Images are taken one at a time, so the result does not depend on how they were batched, and the memory is
-    that of one mean key per position however many images are seen.
-
-    >>> variance = KeyVariance()
-    >>> variance.update(torch.zeros(3, 2, 4)).update(torch.ones(3, 2, 4)).result
-    tensor([1., 1.], dtype=torch.float64)
-    """
-
-    def __init__(self) -> None:
-        self.count = 0  # images seen
-        self.mean: torch.Tensor | None = None  # (..., D) float64
-        self.sum_squares: torch.Tensor | None = (
-            None  # (...) float64: sum over images of the squared L2 distance
-        )
-
-    def update(self, keys: torch.Tensor) -> KeyVariance:
-        """Add B images and return itself. keys: (B, ..., D), any float type, every call the same (..., D).
-
-        Raises DataError for another shape and for keys that are not finite (half precision may have
-        overflowed).
-        """
-        keys = torch.as_tensor(keys)
-        if keys.ndim < 2 or not keys.is_floating_point():
-            raise DataError(
-                f"keys must be floating point of shape (B, ..., D), found {keys.dtype} {tuple(keys.shape)}"
-            )
-        if self.mean is not None and keys.shape[1:] != self.mean.shape:
-            raise DataError(
-                f"keys of shape (B, *{tuple(self.mean.shape)}) were expected, found {tuple(keys.shape)}; "
-                "give every image the same token grid (same resize)"
-            )
-        if not torch.isfinite(keys).all():
-            raise DataError(
-                "keys hold NaN or infinite values; run the model in bfloat16 or float32 instead of float16"
-            )
-        if self.mean is None and len(keys):
-            self.mean = torch.zeros(keys.shape[1:], dtype=torch.float64, device=keys.device)
-            self.sum_squares = torch.zeros(keys.shape[1:-1], dtype=torch.float64, device=keys.device)
-        for image in keys:
-            delta = image.to(self.mean) - self.mean
-            self.count += 1
-            self.mean += delta / self.count
-            self.sum_squares += delta.square().sum(-1) * ((self.count - 1) / self.count)
-        return self
-
-    def merge(self, other: KeyVariance) -> KeyVariance:
-        """Add the images another stream (another process, another shard) has seen. Returns itself."""
-        if other.count == 0:
-            return self
-        if self.count == 0:
-            self.count, self.mean, self.sum_squares = (
-                other.count,
-                other.mean.clone(),
-                other.sum_squares.clone(),
-            )
-            return self
-        if self.mean.shape != other.mean.shape:
-            raise DataError(
-                f"cannot merge keys of shape {tuple(other.mean.shape)} into {tuple(self.mean.shape)}"
-            )
-        total = self.count + other.count
-        delta = other.mean.to(self.mean) - self.mean
-        self.mean += delta * (other.count / total)
-        between = delta.square().sum(-1) * (self.count * other.count / total)
-        self.sum_squares += other.sum_squares.to(between) + between
-        self.count = total
-        return self
-
-    @property
-    def result(self) -> torch.Tensor:
-        """L2 variance (...) in float64, divisor n: zero for one image. DataError before the first image."""
-        return self.variance(ddof=0)
-
-    def variance(self, ddof: int = 0) -> torch.Tensor:
-        """The same with divisor n - ddof; ParameterError where that is not positive."""
-        if self.count == 0:
-            raise DataError("no key has been seen yet: call update(keys) first")
-        if self.count <= ddof:
-            raise ParameterError(
-                f"a variance with divisor n - {ddof} needs more than {ddof} images, found {self.count}"
-            )
-        return self.sum_squares / (self.count - ddof)
+__all__ = [
+    "PAPER_THRESHOLDS", "KeySelection", "KeyVariance", "Threshold", "key_variance", "residual_log_variance",
+    "select_all", "select_highest_variance", "select_input_agnostic", "select_random",
+    "select_random_matched_mass", "select_same_positions", "selected_mass", "variance_threshold",
+]  # fmt: skip
+_TRIES = 16  # random orders of which the one with the closest attention mass is taken
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,3 +91,113 @@ class KeySelection:
             for layer in one.layers:
                 mask[layers.index(layer)] |= one.at(layer).to(mask.device)
         return KeySelection(f"{self.name} or {other.name}", mask, layers)
+
+
+def select_all(layers: Iterable[int], heads: int, tokens: int) -> KeySelection:
+    """All image keys of these layers, newline tokens included: they carry what they read from the image."""
+    layers = tuple(layers)
+    return KeySelection("all", torch.ones(len(layers), heads, tokens, dtype=torch.bool), layers)
+
+
+def select_input_agnostic(
+    variance: torch.Tensor, threshold: float, layers: Iterable[int], is_newline: np.ndarray
+) -> KeySelection:
+    """The keys whose variance is below the threshold; newlines are never among them.
+
+    variance (L, G, N) of exactly these layers (`restrict` chooses among them afterwards); is_newline (N,).
+    """
+    variance = _per_key(variance, "variance")
+    mask = (variance < threshold) & _eligible(is_newline, variance)
+    return KeySelection("input-agnostic", mask, tuple(layers))
+
+
+def select_random(like: KeySelection, is_newline: np.ndarray, seed: int) -> KeySelection:
+    """As many keys in each layer and head as `like` has, drawn from all that are no newlines."""
+    places = np.flatnonzero(_eligible(is_newline, like.mask))
+    random, mask = np.random.default_rng(seed), torch.zeros_like(like.mask)
+    for layer, head in np.ndindex(like.mask.shape[:2]):
+        count = _fitting(like, layer, head, len(places))
+        mask[layer, head, random.permutation(places)[:count]] = True
+    return KeySelection("random", mask, like.layers)
+
+
+def select_highest_variance(
+    like: KeySelection, variance: torch.Tensor, is_newline: np.ndarray
+) -> KeySelection:
+    """As many keys in each layer and head as `like` has, those that vary most. variance: as `like.mask`."""
+    variance = _per_key(variance, "variance", like)
+    eligible = _eligible(is_newline, like.mask)
+    mask = torch.zeros_like(like.mask)
+    for layer, head in np.ndindex(like.mask.shape[:2]):
+        count = _fitting(like, layer, head, int(eligible.sum()))
+        order = variance[layer, head].masked_fill(~eligible, -torch.inf).argsort(descending=True, stable=True)
+        mask[layer, head, order[:count]] = True
+    return KeySelection("highest variance", mask, like.layers)
+
+
+def select_same_positions(like: KeySelection, layers: Iterable[int]) -> KeySelection:
+    """The same heads and positions in as many other layers: the lowest stands for the lowest, and so on."""
+    layers = tuple(sorted(layers))
+    if len(layers) != len(like.layers):
+        raise ParameterError(f"{like.name} has {len(like.layers)} layers {like.layers}, asked for {layers}")
+    return KeySelection("same positions", like.restrict(sorted(like.layers)).mask, layers)
+
+
+def select_random_matched_mass(
+    like: KeySelection, mass: torch.Tensor, is_newline: np.ndarray, seed: int
+) -> KeySelection:
+    """Random keys that receive as much attention as those of `like`, however many that takes.
+
+    mass (L, G, N), as from `attention_mass`, of the layers of `like`. In each layer and head keys are drawn
+    one by one, newlines never, and the draw ends where its mass is closest to that of `like`; of 16 draws the
+    closest is taken. `selected_mass` of both says how close that is: where few keys receive most of the
+    attention it may not be.
+    """
+    mass = _per_key(mass, "mass", like)
+    places = np.flatnonzero(_eligible(is_newline, like.mask))
+    random, mask = np.random.default_rng(seed), torch.zeros_like(like.mask)
+    for (layer, head), target in np.ndenumerate(selected_mass(like, mass).numpy()):
+        weights, nearest = mass[layer, head].numpy(), np.inf
+        for _ in range(_TRIES):
+            order = random.permutation(places)
+            gaps = np.abs(np.concatenate([[0], weights[order].cumsum()]) - target)
+            if gaps.min() < nearest:
+                nearest, chosen = gaps.min(), order[: gaps.argmin()]
+        mask[layer, head, chosen] = True
+    return KeySelection("random, same attention", mask, like.layers)
+
+
+def selected_mass(selection: KeySelection, mass: torch.Tensor) -> torch.Tensor:
+    """(L, G) float64: the attention mass (L, G, N) that the selected keys receive together."""
+    return torch.where(selection.mask.cpu(), _per_key(mass, "mass", selection), 0.0).sum(-1)
+
+
+def _per_key(values: torch.Tensor, name: str, like: KeySelection | None = None) -> torch.Tensor:
+    """(L, G, N) float64 on the CPU."""
+    values = torch.as_tensor(values).double().cpu()
+    if values.ndim != 3 or (like is not None and values.shape != like.mask.shape):
+        expected = "(L, G, N)" if like is None else f"{tuple(like.mask.shape)} like {like.name}"
+        raise DataError(f"{name} must have the shape {expected}, found {tuple(values.shape)}")
+    return values
+
+
+def _eligible(is_newline: np.ndarray, values: torch.Tensor) -> torch.Tensor:
+    """(N,) bool: the tokens that show a part of the image."""
+    newline = np.asarray(is_newline)
+    if newline.dtype != bool or newline.shape != values.shape[-1:]:
+        raise DataError(
+            f"is_newline must be bool (N,) = {tuple(values.shape[-1:])}, "
+            f"found {newline.dtype} {newline.shape}"
+        )
+    return torch.from_numpy(~newline)
+
+
+def _fitting(like: KeySelection, layer: int, head: int, eligible: int) -> int:
+    """How many keys `like` has in a head; DataError if there are not as many to choose from."""
+    count = int(like.mask[layer, head].sum())
+    if count > eligible:
+        raise DataError(
+            f"{like.name} has {count} keys in layer {like.layers[layer]}, head {head}; "
+            f"only {eligible} tokens are no newlines"
+        )
+    return count

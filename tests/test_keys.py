@@ -1,10 +1,28 @@
-"""The streaming key variance: definition, independence of batching, merging, precision, bad input."""
+"""Key variance (definition, streaming, precision), its threshold, and the selections and their controls."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from tiny_models import FAMILIES, tiny
 
-from kvutils.errors import DataError, LayerError, ParameterError
-from kvutils.keys import KeySelection, KeyVariance
+from kvutils.capture import capture
+from kvutils.errors import DataError, ImageError, LayerError, ParameterError
+from kvutils.keys import (
+    KeySelection,
+    KeyVariance,
+    key_variance,
+    residual_log_variance,
+    select_all,
+    select_highest_variance,
+    select_input_agnostic,
+    select_random,
+    select_random_matched_mass,
+    select_same_positions,
+    selected_mass,
+    variance_threshold,
+)
+from kvutils.store import Parts
 
 
 def keys(images=20, shape=(3, 2, 5, 8), seed=0):
@@ -50,6 +68,31 @@ def test_a_large_common_offset_does_not_drown_the_variance(dtype):
     torch.testing.assert_close(KeyVariance().update(x).result, direct(x))
 
 
+def test_the_mean_norm_is_streamed_along():
+    x = keys()
+    a, b = (KeyVariance().update(part) for part in x.split([4, 16]))
+    torch.testing.assert_close(a.merge(b).mean_norm, x.double().norm(dim=-1).mean(0))
+    assert KeyVariance().merge(a).mean_norm.shape == (3, 2, 5)
+
+
+def test_a_stream_can_be_stored_and_go_on(tmp_path):
+    x = keys()
+    for seen in (0, 12):
+        parts = Parts(tmp_path, seen=seen)
+        parts.save("keys", KeyVariance().update(x[:seen]).state_dict())
+        again = KeyVariance.from_state(parts.load("keys")).update(x[seen:])
+        whole = KeyVariance().update(x)
+        assert again.count == 20
+        assert torch.equal(again.result, whole.result) and torch.equal(again.mean_norm, whole.mean_norm)
+    state = whole.state_dict()
+    KeyVariance.from_state(state).update(x)
+    assert torch.equal(KeyVariance.from_state(state).result, whole.result)  # the state is a copy
+    with pytest.raises(DataError, match="not the state of a KeyVariance"):
+        KeyVariance.from_state({name: state[name] for name in ("count", "mean")})
+    with pytest.raises(DataError, match="mixed"):
+        KeyVariance.from_state(state | {"sum_norms": state["sum_norms"][0]})
+
+
 def test_memory_is_that_of_one_mean_key():
     variance = KeyVariance().update(keys(4)).update(keys(9, seed=1))
     assert variance.mean.shape == (3, 2, 5, 8)
@@ -80,6 +123,155 @@ def test_bad_input_is_one_clear_error():
     assert variance.count == 0
     with pytest.raises(ParameterError, match="more than 1"):
         KeyVariance().update(keys(1)).variance(ddof=1)
+
+
+# ---- over images ---------------------------------------------------------------------------------
+
+
+def pictures(count, size=(40, 32), seed=0):
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        yield Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "pocket"])
+def test_the_variance_of_the_keys_of_images(family):
+    mlm = tiny(family)
+    captured = torch.stack([one.keys for one in capture(mlm, list(pictures(7)), layers=[1, 4])])
+    found = key_variance(mlm, pictures(7), layers=[4, 1], batch_size=3)
+    assert found.count == 7
+    torch.testing.assert_close(found.result, direct(captured), rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(found.mean_norm, captured.double().norm(dim=-1).mean(0), rtol=1e-5, atol=0)
+    halves = [key_variance(mlm, list(pictures(7))[part], [1, 4]) for part in (slice(3), slice(3, None))]
+    torch.testing.assert_close(halves[0].merge(halves[1]).result, found.result, rtol=1e-5, atol=1e-9)
+    assert key_variance(mlm, pictures(2)).result.shape[:2] == (mlm.num_layers, mlm.num_kv_heads)
+
+
+def test_the_rotary_embedding_leaves_the_variance_of_a_position_alone():
+    mlm = tiny("llava_onevision")
+    unrotated = []
+    projection = mlm.model.model.language_model.layers[2].self_attn.k_proj
+    hook = projection.register_forward_hook(lambda module, args, output: unrotated.append(output[0]))
+    found = key_variance(mlm, pictures(6), layers=2, batch_size=1).result[0]
+    hook.remove()
+    slots = torch.from_numpy(capture(mlm, list(pictures(1)))[0].layout.slots)
+    keys = torch.stack(unrotated)[:, slots].unflatten(-1, (mlm.num_kv_heads, -1)).transpose(1, 2)
+    torch.testing.assert_close(found, direct(keys), rtol=1e-5, atol=1e-9)
+
+
+def test_images_must_share_one_token_grid_and_there_must_be_some():
+    mlm = tiny("llava_onevision")
+    images = [*pictures(2), *pictures(1, (90, 40))]
+    with pytest.raises(DataError, match=r"images\[2\] \(90x40\) has the token grids .* one size"):
+        key_variance(mlm, images)
+    assert key_variance(mlm, images, base_view_only=True).count == 3
+    tall, wide = [next(pictures(1, size)) for size in ((36, 72), (72, 36))]
+    with pytest.raises(DataError, match="token grids"):
+        key_variance(tiny("qwen2_5_vl"), [tall, wide])  # as many tokens, differently arranged
+    with pytest.raises(DataError, match="needs images, found none"):
+        key_variance(mlm, [])
+    with pytest.raises(ImageError, match="missing.png"):
+        key_variance(mlm, ["missing.png"])
+    with pytest.raises(LayerError):
+        key_variance(mlm, images, layers=[9])
+
+
+# ---- threshold -----------------------------------------------------------------------------------
+
+
+def modes(low=0.0, high=4.0, spread=0.5, share=0.3, shape=(6, 2, 100), seed=0):
+    """Variances whose logarithm has two normal modes."""
+    rng = np.random.default_rng(seed)
+    centre = np.where(rng.random(shape) < share, low, high)
+    return torch.from_numpy(np.exp(centre + spread * rng.standard_normal(shape)))
+
+
+def test_the_threshold_is_the_valley_between_two_modes():
+    variance = modes()
+    found = variance_threshold(variance)
+    assert found.two_modes and found.method == "valley"
+    assert found.separation == pytest.approx(4 / 0.5, rel=0.05)
+    assert np.log(found.modes) == pytest.approx([0, 4], abs=0.1)
+    assert found.shares == pytest.approx((0.3, 0.7), abs=0.03)
+    # Equal spreads: the density is lowest somewhat on the side of the smaller mode.
+    assert 1.5 < np.log(found.value) < 2.1
+    assert ((variance < found.value).double().mean() - 0.3).abs() < 0.03
+    assert variance_threshold(variance * 1000).value == pytest.approx(1000 * found.value, rel=1e-3)
+    assert found == variance_threshold(variance)
+    assert found.as_dict()["value"] == found.value
+
+
+def test_without_two_modes_the_threshold_is_a_stated_quantile():
+    one = modes(high=0.0)
+    close = modes(high=0.8)  # Ashman's D is 1.6
+    outliers = modes(low=-9.0, share=0.004)
+    for variance in (one, close, outliers):
+        found = variance_threshold(variance, quantile=0.2)
+        assert not found.two_modes and found.method == "quantile 0.2"
+        assert found.value == pytest.approx(variance.quantile(0.2).item())
+    assert variance_threshold(close).separation < 2 < variance_threshold(outliers).separation
+
+
+def test_the_paper_has_a_threshold_for_its_own_model():
+    found = variance_threshold(modes(), model="llava-onevision-7b")
+    assert (found.value, found.method, found.two_modes) == (450.0, "paper", True)
+    assert variance_threshold(modes(), model="pocket").method == "valley"
+
+
+def test_newlines_and_many_keys_and_zeros():
+    variance, newline = modes(shape=(6, 2, 100)), np.arange(100) % 10 == 9
+    spoiled = variance.clone()
+    spoiled[..., newline] = 1e-20
+    assert variance_threshold(spoiled, newline) == variance_threshold(variance, newline)
+    few, many = variance_threshold(variance), variance_threshold(modes(shape=(60, 2, 100)))
+    assert many.two_modes and np.log(many.value) == pytest.approx(np.log(few.value), abs=0.2)
+    spoiled = torch.cat([variance.flatten(), torch.zeros(5)])
+    assert variance_threshold(spoiled).value == pytest.approx(few.value)
+
+
+def test_variances_that_give_no_threshold():
+    for bad in (torch.tensor([-1.0, 1.0]), torch.tensor([torch.nan, 1.0])):
+        with pytest.raises(DataError, match="finite and not negative"):
+            variance_threshold(bad)
+    with pytest.raises(DataError, match="10 different variances"):
+        variance_threshold(torch.ones(3, 2, 50))
+    with pytest.raises(ParameterError, match="quantile"):
+        variance_threshold(modes(), quantile=1)
+
+
+def test_what_the_foreground_explains_is_taken_out():
+    rng = np.random.default_rng(0)
+    frequency, noise = rng.random(60), torch.from_numpy(rng.standard_normal((3, 2, 60)))
+    slope = torch.tensor([[1.0, 2.0], [0.0, -3.0], [5.0, 1.0]]).double()[..., None]
+    noise = noise - noise.mean(-1, keepdim=True)
+    centred = torch.from_numpy(frequency - frequency.mean())
+    noise -= (noise @ centred)[..., None] / (centred @ centred) * centred  # what no line explains
+    level = torch.arange(6.0).double().reshape(3, 2, 1)
+    variance = (level + slope * centred + noise).exp()
+    torch.testing.assert_close(residual_log_variance(variance, frequency), level + noise)
+
+    newline = np.arange(70) >= 60
+    padded = torch.cat([variance, torch.full((3, 2, 10), 7.0)], dim=-1)
+    with_newlines = np.concatenate([frequency, np.full(10, np.nan)])
+    found = residual_log_variance(padded, with_newlines, newline)
+    torch.testing.assert_close(found[..., :60], level + noise)
+    assert found[..., 60:].isnan().all()
+    variance[0, 0, 5] = 0
+    found = residual_log_variance(variance, frequency)
+    assert found[0, 0, 5] == -torch.inf and found[0, 0].isfinite().sum() == 59
+    torch.testing.assert_close(found[1:], (level + noise)[1:])
+    assert torch.equal(
+        residual_log_variance(variance, np.full(60, 0.5)), variance.log()
+    )  # nothing to explain
+
+
+def test_regression_with_bad_input():
+    with pytest.raises(DataError, match="foreground_frequency must be"):
+        residual_log_variance(torch.ones(2, 2, 5), np.ones(4))
+    with pytest.raises(DataError, match="finite"):
+        residual_log_variance(torch.ones(2, 2, 3), np.array([0, np.nan, 1]))
+    with pytest.raises(DataError, match="not negative"):
+        residual_log_variance(-torch.ones(2, 2, 3), np.ones(3))
 
 
 # ---- selections ----------------------------------------------------------------------------------
@@ -122,3 +314,90 @@ def test_a_selection_that_cannot_be_is_refused():
             KeySelection("x", mask, layers)
     with pytest.raises(LayerError, match="nothing about layer 4"):
         some().restrict([4])
+
+
+NEWLINE = np.arange(11) % 4 == 3  # 2 of 11
+
+
+def random_variance(layers=3, heads=2, tokens=11, seed=5):
+    return torch.rand(layers, heads, tokens, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def test_input_agnostic_keys_are_those_below_the_threshold_but_no_newlines():
+    variance = random_variance()
+    chosen = select_input_agnostic(variance, 0.4, (3, 7, 9), NEWLINE)
+    assert torch.equal(chosen.mask, (variance < 0.4) & torch.from_numpy(~NEWLINE))
+    assert chosen.layers == (3, 7, 9) and chosen.name == "input-agnostic" and chosen.mask.any()
+    with pytest.raises(DataError, match="3 layers for 2"):
+        select_input_agnostic(variance, 0.4, (3, 7), NEWLINE)
+    with pytest.raises(DataError, match="shape .L, G, N."):
+        select_input_agnostic(variance[0], 0.4, (3, 7), NEWLINE)
+    with pytest.raises(DataError, match="is_newline must be bool .N,. = .11,."):
+        select_input_agnostic(variance, 0.4, (3, 7, 9), NEWLINE[1:])
+
+
+def agnostic():
+    return select_input_agnostic(random_variance(), 0.4, (3, 7, 9), NEWLINE)
+
+
+def test_random_keys_match_the_count_and_follow_the_seed():
+    like = agnostic()
+    draws = [select_random(like, NEWLINE, seed) for seed in range(200)]
+    for one in draws:
+        assert torch.equal(one.count, like.count) and one.layers == like.layers
+        assert not one.mask[..., NEWLINE].any()
+    assert torch.equal(draws[0].mask, select_random(like, NEWLINE, 0).mask)
+    assert not torch.equal(draws[0].mask, draws[1].mask)
+    share = torch.stack([one.mask for one in draws]).double().mean(0)[..., ~NEWLINE]
+    expected = like.count[..., None] / (~NEWLINE).sum()
+    assert (share - expected).abs().max() < 0.15  # no position is preferred
+    with pytest.raises(DataError, match="11 keys in layer 0, head 0; only 9"):
+        select_random(select_all((0,), 2, 11), NEWLINE, 0)
+
+
+def test_keys_of_highest_variance_match_the_count():
+    like, variance = agnostic(), random_variance()
+    variance[..., NEWLINE] = 99
+    chosen = select_highest_variance(like, variance, NEWLINE)
+    assert torch.equal(chosen.count, like.count) and not chosen.mask[..., NEWLINE].any()
+    for layer, head in np.ndindex(3, 2):
+        kept, rest = chosen.mask[layer, head], ~chosen.mask[layer, head] & torch.from_numpy(~NEWLINE)
+        assert not kept.any() or variance[layer, head, kept].min() > variance[layer, head, rest].max()
+    with pytest.raises(DataError, match="shape"):
+        select_highest_variance(like, variance[:2], NEWLINE)
+
+
+def test_the_same_positions_in_early_layers():
+    like = agnostic()
+    early = select_same_positions(like, [2, 0, 1])
+    assert early.layers == (0, 1, 2) and torch.equal(early.mask, like.mask)
+    swapped = select_same_positions(like.restrict([9, 3, 7]), (0, 1, 2))
+    assert torch.equal(swapped.mask, like.mask)
+    with pytest.raises(ParameterError, match="3 layers"):
+        select_same_positions(like, (0, 1))
+
+
+def test_all_image_keys():
+    everything = select_all(range(2, 4), 2, 11)
+    assert everything.layers == (2, 3) and everything.mask.all() and everything.mask.shape == (2, 2, 11)
+
+
+def test_random_keys_that_match_the_attention_mass():
+    tokens = 400
+    newline = np.arange(tokens) % 20 == 19
+    variance, mass = random_variance(tokens=tokens), random_variance(tokens=tokens, seed=6)
+    mass /= mass.sum(-1, keepdim=True)
+    mass = torch.where(variance < 0.4, mass * 3, mass)  # the keys of interest are looked at more
+    like = select_input_agnostic(variance, 0.4, (3, 7, 9), newline)
+    target = selected_mass(like, mass)
+    torch.testing.assert_close(target, (mass * like.mask).sum(-1))
+    for seed in range(3):
+        chosen = select_random_matched_mass(like, mass, newline, seed)
+        torch.testing.assert_close(selected_mass(chosen, mass), target, rtol=0.005, atol=0)
+        assert not chosen.mask[..., newline].any() and (chosen.count > like.count).all()
+        assert torch.equal(chosen.mask, select_random_matched_mass(like, mass, newline, seed).mask)
+    assert not torch.equal(chosen.mask, select_random_matched_mass(like, mass, newline, 0).mask)
+    nothing = KeySelection("none", torch.zeros_like(like.mask), like.layers)
+    assert not select_random_matched_mass(nothing, mass, newline, 0).mask.any()
+    with pytest.raises(DataError, match="mass must have the shape"):
+        selected_mass(like, mass[..., 1:])
