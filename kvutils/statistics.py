@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -96,6 +97,71 @@ def paired_difference(
     compute = _statistic(statistic)
     value, draws = _resample(lambda w: compute(w, a) - compute(w, b), len(a), n_boot, seed, groups)
     return _intervals(value, draws, len(a), level)
+
+
+def standard_error(
+    scores,
+    statistic: str | Statistic = "mean",
+    n_boot: int = 2000,
+    seed: int = 0,
+    groups: Sequence[Hashable] | None = None,
+) -> float | np.ndarray:
+    """Bootstrap standard error of a statistic, from the resamples of `bootstrap_ci`; (L,) for L values. NaN with
+    fewer than two resamples in which it is defined.
+    """
+    scores = _scores(scores)
+    compute = _statistic(statistic)
+    _, draws = _resample(lambda weights: compute(weights, scores), len(scores), n_boot, seed, groups)
+    defined = np.isfinite(draws)
+    n = defined.sum(axis=0)
+    mean = np.where(defined, draws, 0).sum(axis=0) / np.maximum(n, 1)
+    squares = np.where(defined, (draws - mean) ** 2, 0).sum(axis=0)
+    error = np.sqrt(squares / np.maximum(n - 1, 1))
+    error = np.where(n < 2, np.nan, error)
+    return float(error) if error.ndim == 0 else error
+
+
+def detectable(error, power: float = 0.8, level: float = 0.95):
+    """The true difference that a two-sided test finds with probability `power`, from its standard error.
+
+    About 2.8 standard errors; it shrinks with the square root of the number of items. NaN where the error is
+    0: measurements that never differ tell nothing about the noise of a difference.
+
+    >>> round(detectable(1.0), 2)
+    2.8
+    """
+    if not (0 < power < 1 and 0 < level < 1):
+        raise ParameterError(f"power and level must be between 0 and 1, found {power} and {level}")
+    normal = NormalDist()
+    factor = normal.inv_cdf((1 + level) / 2) + normal.inv_cdf(power)
+    found = np.where(np.asarray(error) > 0, factor * np.asarray(error, dtype=float), np.nan)
+    return float(found) if found.ndim == 0 else found
+
+
+def minimum_detectable_difference(
+    a,
+    b,
+    statistic: str | Statistic = "mean",
+    n_boot: int = 2000,
+    seed: int = 0,
+    groups: Sequence[Hashable] | None = None,
+    power: float = 0.8,
+    level: float = 0.95,
+):
+    """How large a true difference statistic(a) - statistic(b) had to be to show, given how a and b vary.
+
+    a and b are two measurements of the same items, as in `paired_difference`; see `detectable`.
+    """
+    a, b = _scores(a), _scores(b)
+    if a.shape != b.shape:
+        raise DataError(f"paired scores must describe the same items, found shapes {a.shape} and {b.shape}")
+    compute = _statistic(statistic)
+
+    def difference(weights: np.ndarray, both: np.ndarray) -> np.ndarray:
+        return compute(weights, both[:, 0]) - compute(weights, both[:, 1])
+
+    error = standard_error(np.stack([a, b], axis=1), difference, n_boot, seed, groups)
+    return detectable(error, power, level)
 
 
 @dataclass(frozen=True)
