@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from kvutils.datasets import davis, pocket
+from kvutils.datasets import davis, mme, pocket, pocket_questions, pope
 from kvutils.errors import DataError
 
 # Each pocket set is the generated twin of the real one it is named after.
@@ -19,8 +19,14 @@ _GENERATED: dict[str, Callable[..., Iterable]] = {
     "pocket-refcoco": pocket.referring_masks,
     "pocket-spair-71k": pocket.keypoint_pairs,
     "pocket-davis-2017": pocket.clips,
+    "pocket-pope": pocket_questions.pocket_pope,
+    "pocket-mme": pocket_questions.pocket_mme,
 }
-_ON_DISK: dict[str, Callable[..., Iterable]] = {"davis-2017": davis.davis_clips}
+_ON_DISK: dict[str, Callable[..., Iterable]] = {
+    "davis-2017": davis.davis_clips,
+    "pope": pope.pope_questions,
+    "mme": mme.mme_questions,
+}
 DATASETS = (*_GENERATED, *_ON_DISK)
 
 # profile -> task -> the data set that it reads there
@@ -36,6 +42,11 @@ TASK_DATA: dict[str, dict[str, str]] = {
     },
 }
 TASK_DATA["pocket"] = {task: f"pocket-{name}" for task, name in TASK_DATA["paper"].items()}
+# profile -> question task -> the data set that it reads there
+QUESTION_DATA: dict[str, dict[str, str]] = {
+    "paper": {"pope": "pope", "mme": "mme"},
+    "pocket": {"pope": "pocket-pope", "mme": "pocket-mme"},
+}
 CLASS_NAMES: dict[str, tuple[str, ...]] = {"pocket": pocket.CLASS_NAMES, "paper": ()}  # of the supervised probe
 
 

@@ -30,7 +30,8 @@ SEED = 20_000  # held out from the training seeds
 FOLDS = 4
 CLASSES_PER_FOLD = len(CLASSES) // FOLDS
 CLASS_NAMES = CLASSES
-_STREAMS = {"episodes": 1, "groups": 2, "named": 3, "training": 4, "referring": 5, "pairs": 6, "clips": 7}
+_STREAMS = {"episodes": 1, "groups": 2, "named": 3, "training": 4, "referring": 5, "pairs": 6, "clips": 7,
+            "pope": 8, "mme": 9}  # fmt: skip
 _MAX_TRIES = 100  # scenes looked at per sample wanted, before a set is declared impossible
 
 
@@ -76,10 +77,15 @@ class PocketScene:
         return np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], dtype=float)
 
 
+def describe_scene(stream: str, index: int, seed: int = SEED, kind: str = "mixed") -> Scene:
+    """What is in scene `index` of a stream, always the same; drawing it takes far longer."""
+    return sample_scene(np.random.default_rng((seed, _STREAMS[stream], index)), kind)
+
+
 @lru_cache(maxsize=4096)
 def pocket_scene(stream: str, index: int, seed: int = SEED, kind: str = "mixed") -> PocketScene:
-    """Scene `index` of a stream, always the same."""
-    scene = sample_scene(np.random.default_rng((seed, _STREAMS[stream], index)), kind)
+    """Scene `index` of a stream, drawn."""
+    scene = describe_scene(stream, index, seed, kind)
     return PocketScene(f"{stream}-{seed}-{index:05d}", scene, render(scene))
 
 

@@ -6,9 +6,12 @@ annotation says nothing; points are `(x, y)` in pixels of that image.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from kvutils.images import open_image
 
 VOID = 255  # pixels without annotation: excluded from training and from every score
 
@@ -103,3 +106,25 @@ class Question:
     answer: str
     options: tuple[str, ...] = ()
     group: str = ""
+
+
+@dataclass(frozen=True)
+class YesNoSample:
+    """A question about one image, to be answered yes or no (POPE, MME).
+
+    `subset` is the split of POPE or the subtask of MME; `truth` is "yes" or "no". `image_id` is the unit of
+    resampling. The questions of one image, in all subsets, share `picture`: an image, or the file that holds
+    it (the images of a whole benchmark, decoded, fill the memory), which `image` opens.
+    """
+
+    id: str
+    image_id: str
+    picture: Image.Image | Path
+    question: str
+    truth: str
+    subset: str
+
+    @property
+    def image(self) -> Image.Image:
+        """The upright RGB image; a file is opened anew each time. Raises ImageError."""
+        return open_image(self.picture, self.image_id)

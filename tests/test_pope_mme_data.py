@@ -1,0 +1,385 @@
+"""POPE and MME: the official files, malformed ones, and their pocket twins."""
+
+import json
+import os
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kvutils.datasets import QUESTION_DATA, mme, open_dataset, pocket, pocket_questions, pope
+from kvutils.errors import DataError, ImageError, ParameterError
+from kvutils.pocket.questions import WORDS, ask, facts_of
+from kvutils.pocket.shapes import CLASSES
+from kvutils.pocket.world import PRESENT, Scene, Thing, render
+
+SAMPLES = os.environ.get("KVUTILS_SAMPLES")
+needs_samples = pytest.mark.skipif(not SAMPLES, reason="KVUTILS_SAMPLES names no folder with POPE and MME samples")
+
+
+def picture(path, colour=(9, 90, 200), size=(8, 6)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+# --- POPE --------------------------------------------------------------------------------------------------
+
+LINES = [("a.jpg", "dog", "yes"), ("a.jpg", "cat", "no"), ("b.jpg", "cup", "no"), ("b.jpg", "tie", "yes")]
+
+
+def pope_line(number, image="a.jpg", thing="dog", label="yes", **other):
+    line = {"question_id": number, "image": image, "text": f"Is there a {thing} in the image?", "label": label}
+    return json.dumps(line | other)
+
+
+@pytest.fixture
+def pope_root(tmp_path):
+    folder = tmp_path / "pope" / "output" / "coco"
+    folder.mkdir(parents=True)
+    for split in pope.SPLITS:
+        lines = [pope_line(i, *line) for i, line in enumerate(LINES, start=1)]
+        (folder / f"coco_pope_{split}.json").write_text("\n".join(lines) + "\n")
+    for name in ("a.jpg", "b.jpg"):
+        picture(tmp_path / "pope" / "val2014" / name)
+    return tmp_path / "pope"
+
+
+def test_pope_reads_the_lists_in_their_order(pope_root):
+    (first, *_), samples = open_dataset("pope", pope_root, split="popular"), open_dataset("pope", pope_root)
+    assert first.question == "Is there a dog in the image?" and first.truth == "yes" and first.id == "popular-1"
+    assert first.image_id == "a" and first.subset == "popular" and first.image.size == (8, 6)
+    assert [s.subset for s in samples] == [name for name in pope.SPLITS for _ in LINES]
+    assert [s.truth for s in samples[:4]] == ["yes", "no", "no", "yes"] and len({s.id for s in samples}) == 12
+    assert [s.image_id for s in open_dataset("pope", pope_root, split="random", max_images=1)] == ["a", "a"]
+    (short, *_) = open_dataset("pope", pope_root, suffix=pope.SHORT_ANSWER)
+    assert short.question == first.question + "\nAnswer the question using a single word or phrase."
+
+
+@pytest.mark.parametrize("where", ["output/coco", "coco", "."])
+def test_pope_lists_and_images_where_people_keep_them(tmp_path, pope_root, where):
+    home = tmp_path / "elsewhere" / "lists"
+    (home / where).mkdir(parents=True)
+    for path in (pope_root / "output" / "coco").iterdir():
+        (home / where / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(DataError, match=r"none of .*val2014.*images="):
+        open_dataset("pope", home)
+    assert len(open_dataset("pope", home, images=pope_root / "val2014")) == 12
+    (tmp_path / "elsewhere" / "coco").mkdir()
+    (pope_root / "val2014").rename(tmp_path / "elsewhere" / "coco" / "val2014")
+    assert len(open_dataset("pope", home, split="random")) == 4
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("{'question_id': 2}", "not a JSON object"),
+        ('["yes"]', "expected a JSON object, found list"),
+        (pope_line(2, label="maybe"), "'label' must be yes or no, found 'maybe'"),
+        (pope_line(2, label=None), "'label' must be text, found None"),
+        (pope_line(2, text=" "), "'text' must be text"),
+        (pope_line(2, image="../a.jpg"), "'image' must be the name of a file"),
+        (pope_line(None), "'question_id' must be a number or text"),
+        (pope_line(1), "question_id 1 is that of line 1"),
+    ],
+)
+def test_a_malformed_pope_line_is_named(pope_root, bad, message):
+    path = pope_root / "output" / "coco" / "coco_pope_random.json"
+    path.write_text("\n".join([pope_line(1), "", bad, pope_line(4, label="no")]))
+    with pytest.raises(DataError, match="coco_pope_random.json, line 3: ") as raised:
+        open_dataset("pope", pope_root, split="random")
+    assert message in str(raised.value)
+    assert len(open_dataset("pope", pope_root, split="popular")) == 4
+
+
+def test_pope_says_what_is_missing(pope_root, caplog):
+    with pytest.raises(ParameterError, match="no split 'hard': expected random, popular, adversarial, or all"):
+        open_dataset("pope", pope_root, split="hard")
+    with pytest.raises(ParameterError, match="max_images"):
+        open_dataset("pope", pope_root, max_images=0)
+    (pope_root / "val2014" / "b.jpg").unlink()
+    with pytest.raises(DataError, match=r"1 of the 2 images of POPE are missing in .*val2014 \(first: b.jpg\)"):
+        open_dataset("pope", pope_root)
+    with pytest.raises(DataError, match="there is no folder .*nowhere"):
+        open_dataset("pope", pope_root, images=pope_root / "nowhere")
+    folder = pope_root / "output" / "coco"
+    folder.joinpath("coco_pope_random.json").write_text(pope_line(1) + "\r\n")
+    assert not caplog.records
+    assert len(open_dataset("pope", pope_root, split="random")) == 1
+    assert "1 of 1 answers are yes" in caplog.text and "2,910" in caplog.text
+    folder.joinpath("coco_pope_random.json").write_text("\n")
+    with pytest.raises(DataError, match="holds no question"):
+        open_dataset("pope", pope_root)
+    folder.joinpath("coco_pope_random.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match="random.json cannot be read"):
+        open_dataset("pope", pope_root)
+    folder.joinpath("coco_pope_random.json").unlink()
+    with pytest.raises(DataError, match="random.json is missing.*one JSON object per line"):
+        open_dataset("pope", pope_root)
+
+
+def test_an_image_is_opened_when_it_is_asked_for(pope_root):
+    (pope_root / "val2014" / "a.jpg").write_bytes(b"not a picture")
+    sample = open_dataset("pope", pope_root)[0]
+    with pytest.raises(ImageError, match="a.jpg"):
+        _ = sample.image
+
+
+@needs_samples
+def test_the_published_pope_lists(tmp_path):
+    root = Path(SAMPLES) / "pope"
+    names = {
+        json.loads(line)["image"] for line in (root / "output/coco/coco_pope_random.json").open(encoding="utf-8")
+    }
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    samples = open_dataset("pope", root, images=tmp_path)
+    assert len(samples) == 9000 and len(names) == 500
+    balance = Counter((s.subset, s.image_id, s.truth) for s in samples)
+    assert set(balance.values()) == {3} and len(balance) == 3 * 500 * 2
+    positives = [{(s.image_id, s.question) for s in samples if (s.subset, s.truth) == (split, "yes")}
+                 for split in pope.SPLITS]  # fmt: skip
+    assert positives[0] == positives[1] == positives[2]
+
+
+# --- MME ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mme_root(tmp_path):
+    """The release with two images per subtask: some subtasks in the one form, some in the other."""
+    home = tmp_path / "MME_Benchmark_release_version"
+    for number, subtask in enumerate(mme.SUBTASKS):
+        texts, pictures = home / subtask, home / subtask
+        if number % 2:
+            texts, pictures = home / subtask / "questions_answers_YN", home / subtask / "images"
+        for name in ("0", "1"):
+            picture(pictures / f"{name}{'.png' if number % 3 else '.JPG'}", (number, 0, int(name)))
+            texts.mkdir(exist_ok=True)
+            lines = [f"Is it {subtask}? Please answer yes or no.\tYes", "Is it not? Please answer yes or no.\tNo "]
+            (texts / f"{name}.txt").write_bytes("\r\n".join(lines).encode())
+    return home
+
+
+def test_mme_reads_both_forms_and_every_subtask(mme_root):
+    for root in (mme_root, mme_root.parent):
+        samples = open_dataset("mme", root)
+        assert [s.subset for s in samples] == [name for name in mme.SUBTASKS for _ in range(4)]
+        assert [s.truth for s in samples] == ["yes", "no"] * 28
+        assert samples[0].question == "Is it existence? Please answer yes or no."
+        assert [s.image_id for s in samples[:4]] == ["existence/0"] * 2 + ["existence/1"] * 2
+        assert samples[6].image.getpixel((0, 0)) == (1, 0, 1)
+    assert len(open_dataset("mme", mme_root, split="perception", max_images=1)) == 20
+    assert {s.subset for s in open_dataset("mme", mme_root, split="cognition")} == set(mme.MME_COGNITION)
+    chosen = open_dataset("mme", mme_root, split=("color", "hallucination"), suffix="!")
+    assert list(dict.fromkeys(s.subset for s in chosen)) == ["color", "existence", "count", "position"]
+    assert chosen[0].question.endswith("no.!")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Is it?\tYes\nIs it not? No", "0.txt, line 2: expected a question, a tab, and Yes or No"),
+        ("\nIs it?\tPerhaps\nIs it not?\tNo", "0.txt, line 2: the answer must be Yes or No, found 'Perhaps'"),
+        ("\tYes\nIs it not?\tNo", "0.txt, line 1: expected a question"),
+        ("Is it?\tYes", "0.txt: expected two questions .*found 1"),
+        ("Is it?\tYes\n" * 3, "0.txt: expected two questions .*found 3"),
+    ],
+)
+def test_a_malformed_mme_line_is_named(mme_root, text, message):
+    (mme_root / "existence" / "0.txt").write_text(text)
+    with pytest.raises(DataError, match=message):
+        open_dataset("mme", mme_root)
+    assert len(open_dataset("mme", mme_root, split="color")) == 4
+
+
+def test_mme_says_what_is_missing(mme_root):
+    with pytest.raises(ParameterError, match="no split 'colour': expected .*color.*perception"):
+        open_dataset("mme", mme_root, split=["count", "colour"])
+    with pytest.raises(ParameterError, match="no split"):
+        open_dataset("mme", mme_root, split=[])
+    with pytest.raises(ParameterError, match="max_images"):
+        open_dataset("mme", mme_root, max_images=0)
+    (mme_root / "existence" / "1.JPG").unlink()
+    with pytest.raises(DataError, match=r"MME existence: 1 of 2 images are missing in .*existence \(first: 1.jpg"):
+        open_dataset("mme", mme_root)
+    (mme_root / "existence" / "0.txt").write_bytes(b"\xff\xfeab\tYes")
+    with pytest.raises(DataError, match="0.txt cannot be read"):
+        open_dataset("mme", mme_root, split="existence", max_images=1)
+    for path in (mme_root / "existence").iterdir():
+        path.unlink()
+    with pytest.raises(DataError, match="existence holds no question files"):
+        open_dataset("mme", mme_root)
+    (mme_root / "existence").rmdir()
+    with pytest.raises(DataError, match="MME existence: no such folder.*name in split="):
+        open_dataset("mme", mme_root)
+    with pytest.raises(DataError, match="no MME data in"):
+        open_dataset("mme", mme_root / "count")
+
+
+@needs_samples
+def test_the_sample_mme_folders():
+    root = Path(SAMPLES) / "mme_synthetic"
+    samples = open_dataset("mme", root, split=("existence", "color", "artwork", "landmark"))
+    assert Counter(s.truth for s in samples) == {"yes": 8, "no": 8}
+    assert {s.image.size for s in samples} == {(40, 32)} and len({s.image_id for s in samples}) == 8
+    with pytest.raises(DataError, match="MME count, position.*which holds existence, color, landmark, artwork"):
+        open_dataset("mme", root)
+
+
+# --- the pocket twins --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pocket_pope():
+    return open_dataset("pocket-pope", scenes=60)
+
+
+@pytest.fixture(scope="module")
+def pocket_mme():
+    return open_dataset("pocket-mme", images=8)
+
+
+def facts_by_image(samples) -> dict:
+    """Scene description of each image id, drawn again from its name."""
+    found = {}
+    for name in {s.image_id for s in samples}:
+        stream, seed, index = name.split("-")
+        scene = pocket.pocket_scene(stream, int(index), int(seed))
+        found[name] = facts_of(scene.scene, scene.drawn)
+    return found
+
+
+def test_pocket_pope_is_balanced_in_every_scene_and_split(pocket_pope):
+    counts = defaultdict(Counter)
+    for sample in pocket_pope:
+        counts[sample.subset, sample.image_id][sample.truth] += 1
+    assert len(counts) == 3 * 60 and {c["yes"] - c["no"] for c in counts.values()} == {0}
+    assert {c["yes"] for c in counts.values()} == {1, 2, 3}
+    assert [s.truth for s in pocket_pope] == ["yes", "no"] * (len(pocket_pope) // 2)
+    by_split = {split: [s for s in pocket_pope if s.subset == split] for split in pope.SPLITS}
+    positives = [[(s.image_id, s.question) for s in by_split[split][::2]] for split in pope.SPLITS]
+    assert positives[0] == positives[1] == positives[2]
+    for samples in by_split.values():
+        assert len({(s.image_id, s.question) for s in samples}) == len(samples)
+
+
+def test_pocket_pope_tells_the_truth(pocket_pope):
+    facts = facts_by_image(pocket_pope)
+    for sample in pocket_pope:
+        cls = CLASSES.index(sample.question.split()[3])
+        shares = [thing[4] for thing in facts[sample.image_id].things if thing[0] == cls]
+        assert max(shares, default=0) >= PRESENT if sample.truth == "yes" else max(shares, default=0) <= 0.02
+
+
+def test_pocket_pope_chooses_negatives_as_pope_does(pocket_pope):
+    facts = facts_by_image(pocket_pope)
+    present = {name: {thing[0] for thing in f.present} for name, f in facts.items()}
+    often = Counter(cls for classes in present.values() for cls in classes)
+    together = Counter((a, b) for classes in present.values() for a in classes for b in classes if a != b)
+    asked = defaultdict(list)
+    for sample in pocket_pope:
+        asked[sample.subset, sample.image_id].append(CLASSES.index(sample.question.split()[3]))
+    differ = 0
+    for name, classes in present.items():
+        popular, adversarial = asked["popular", name][1::2], asked["adversarial", name][1::2]
+        absent = sorted(set(range(8)) - classes, key=lambda cls: -often[cls])
+        assert [often[cls] for cls in popular] == [often[cls] for cls in absent[: len(popular)]]
+        for step, (positive, negative) in enumerate(
+            zip(asked["adversarial", name][::2], adversarial, strict=True)
+        ):
+            free = set(absent) - set(adversarial[:step])
+            assert together[positive, negative] == max(together[positive, cls] for cls in free)
+        differ += set(popular) != set(adversarial) and set(asked["random", name][1::2]) != set(popular)
+    assert differ > 10
+    mean = {s: np.mean([often[c] for (split, _), a in asked.items() if split == s for c in a[1::2]])
+            for s in pope.SPLITS}  # fmt: skip
+    assert mean["popular"] > mean["adversarial"] > mean["random"]
+
+
+def test_hardly_visible_things_are_not_asked_about():
+    fish, corner = Thing(0, 0, 60, 60, 20, 0, False), Thing(6, 2, 1, 1, 16, 0, False)
+    scene = Scene((fish, corner), 0, 0, seed=5)
+    facts = facts_of(scene, render(scene))
+    assert 0.02 < facts.things[1][4] < PRESENT
+    assert pocket_questions._absent(facts) == [1, 2, 3, 4, 5, 7]
+    random = np.random.default_rng(0)
+    assert pocket_questions._count(facts, random) is None  # who knows how many cups there are
+    asked = {pocket_questions._existence(facts, random) for _ in range(200)}
+    assert {yes for yes, _ in asked} == {"is there a fish ?"} and len(asked) == 6
+    assert not any("cup" in question for pair in asked for question in pair)
+
+
+def test_pocket_mme_has_a_true_and_a_false_question_per_image(pocket_mme):
+    assert list(dict.fromkeys(s.subset for s in pocket_mme)) == list(pocket_questions.MME_FORMS)
+    pairs = defaultdict(dict)
+    for sample in pocket_mme:
+        pairs[sample.subset, sample.image_id][sample.truth] = sample.question
+    assert Counter(subset for subset, _ in pairs) == dict.fromkeys(pocket_questions.MME_FORMS, 8)
+    for (subset, _), pair in pairs.items():
+        yes, no = pair["yes"].split(), pair["no"].split()
+        if subset in ("position", "count"):  # the same question with the two classes exchanged
+            assert sorted(yes) == sorted(no)
+        if subset in ("existence", "color"):  # one word is another
+            assert sum(a != b for a, b in zip(yes, no, strict=True)) == 1
+        assert yes != no
+
+
+def test_pocket_mme_asks_what_the_models_learned_and_answers_alike(pocket_mme):
+    """Every pair is among the questions that the training code itself asks about the scene."""
+    facts = facts_by_image(pocket_mme)
+    random = np.random.default_rng(0)
+    known = {
+        (subset, name): {ask(facts[name], pocket_questions.MME_FORMS[subset], random) for _ in range(600)}
+        for subset, name in {(s.subset, s.image_id) for s in pocket_mme}
+    }
+    for sample in pocket_mme:
+        assert (sample.question, sample.truth) in known[sample.subset, sample.image_id]
+        assert set(sample.question.split()) <= set(WORDS)
+
+
+def test_pocket_pope_asks_what_the_models_learned(pocket_pope):
+    facts = facts_by_image(pocket_pope[:8])
+    random = np.random.default_rng(0)
+    for sample in pocket_pope[:8]:
+        known = {ask(facts[sample.image_id], "existence", random) for _ in range(400)}
+        assert (sample.question, sample.truth) in known
+
+
+def test_pocket_twins_are_seeded_and_share_no_scene():
+    sizes = {"pocket-pope": {"scenes": 8}, "pocket-mme": {"images": 3}, "pocket-imagenet-s": {"scenes": 10}}
+    seen: set[bytes] = set()
+    for name, size in sizes.items():
+        first = open_dataset(name, **size)
+        pictures = {s.image.tobytes() for s in first}
+        assert not seen & pictures and len({s.id for s in first}) == len(first)
+        seen |= pictures
+        if name == "pocket-imagenet-s":
+            continue
+        pocket.pocket_scene.cache_clear()
+        again, other = (open_dataset(name, **size, **seed) for seed in ({}, {"seed": 30_000}))
+        content = [(s.id, s.question, s.truth, s.image.tobytes()) for s in first]
+        assert content == [(s.id, s.question, s.truth, s.image.tobytes()) for s in again]
+        assert not pictures & {s.image.tobytes() for s in other}
+
+
+def test_larger_pocket_sets_begin_with_the_smaller_ones(pocket_pope, pocket_mme):
+    few = open_dataset("pocket-mme", images=3)
+    assert {s.id for s in few} < {s.id for s in pocket_mme}
+    fewer = open_dataset("pocket-pope", scenes=20, split="random")  # the other splits follow the set's frequencies
+    assert [(s.id, s.question) for s in fewer] == [(s.id, s.question) for s in pocket_pope][: len(fewer)]
+
+
+def test_pocket_options():
+    one = open_dataset("pocket-pope", scenes=30, per_scene=1, split="popular")
+    assert len(one) == 60 and {s.subset for s in one} == {"popular"}
+    assert {s.subset for s in open_dataset("pocket-mme", images=1, split="hallucination")} == set(mme.HALLUCINATION)
+    with pytest.raises(ParameterError, match="no split 'hard'"):
+        open_dataset("pocket-pope", scenes=1, split="hard")
+    with pytest.raises(ParameterError, match="no split 'perception': expected .*same_color, or all, halluc"):
+        open_dataset("pocket-mme", images=1, split="perception")
+    for call in (lambda: pocket_questions.pocket_pope(0), lambda: pocket_questions.pocket_mme(0)):
+        with pytest.raises(ParameterError, match="at least 1"):
+            call()
+    assert QUESTION_DATA["pocket"] == {task: f"pocket-{name}" for task, name in QUESTION_DATA["paper"].items()}
