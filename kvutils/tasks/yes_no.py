@@ -1,0 +1,299 @@
+"""What POPE and MME share: questions in, one answer each, and scores by subset with intervals over images.
+
+An answer set is a list of texts, one per sample of the task, in that order. Whatever gives it (a plain model,
+one with keys blocked) is a callable, so nothing here knows about models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from kvutils.datasets.samples import YesNoSample
+from kvutils.errors import DataError, ParameterError
+from kvutils.statistics import Interval, Statistic, bootstrap_ci, detectable, standard_error
+from kvutils.store import Parts, to_json
+
+Answerer = Callable[[str, Image.Image, list[str]], Sequence[str]]
+Measures = dict[tuple[str, str], np.ndarray]  # (subset or summary, metric) -> (n_boot,)
+
+
+class YesNoTask(ABC):
+    """Questions with a yes or no each, in subsets, and how a convention scores the answers to them.
+
+    Raises DataError for no samples, an id given twice, a truth other than yes or no, an image_id of two images.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    metric: ClassVar[tuple[str, str]]  # the headline: (subset or summary, metric)
+    conventions: ClassVar[tuple[str, ...]]
+
+    def __init__(self, samples: Sequence[YesNoSample], convention: str | None = None):
+        self.samples = list(samples)
+        self.convention = self.conventions[0] if convention is None else convention
+        if self.convention not in self.conventions:
+            raise ParameterError(
+                f"{self.name} is scored by {' or '.join(self.conventions)}, found {self.convention!r}"
+            )
+        if not self.samples:
+            raise DataError(f"{self.name}: no questions")
+        pictures: dict[str, object] = {}
+        ids: set[str] = set()
+        for sample in self.samples:
+            if sample.id in ids:
+                raise DataError(f"{self.name}: two questions have the id {sample.id!r}")
+            if sample.truth not in ("yes", "no"):
+                raise DataError(
+                    f"{self.name}: the truth of {sample.id!r} must be yes or no, found {sample.truth!r}"
+                )
+            first = pictures.setdefault(sample.image_id, sample.picture)
+            if first is not sample.picture and first != sample.picture:
+                raise DataError(f"{self.name}: two images have the id {sample.image_id!r}")
+            ids.add(sample.id)
+        self.subsets = list(dict.fromkeys(sample.subset for sample in self.samples))
+        names = np.array([sample.subset for sample in self.samples])
+        self.member = names[:, None] == np.array(self.subsets)  # (n, subsets)
+        self.images = list(pictures)
+        places = {name: place for place, name in enumerate(self.images)}
+        self.image_of = np.array([places[sample.image_id] for sample in self.samples])  # (n,)
+
+    @abstractmethod
+    def read(self, answer: str) -> tuple[str, bool]:
+        """What the convention takes an answer for, and whether it says neither yes nor no."""
+
+    @abstractmethod
+    def values(self, answers: Sequence[str]) -> np.ndarray:
+        """(n, k) numbers per question; every metric is a function of their sums over questions."""
+
+    @abstractmethod
+    def measures(self, sums: np.ndarray) -> Measures:
+        """Every metric from sums (n_boot, subsets, k) of the values over the questions of each subset."""
+
+    def members(self, summary: str) -> Sequence[str]:
+        """The subsets that a summary is over; all, if a task has no other."""
+        return self.subsets
+
+    @abstractmethod
+    def official(self, answers: Sequence[str]) -> dict:
+        """What the convention's own script prints."""
+
+    def rows(self, answers: Sequence[str]) -> list[dict]:
+        """Per question: id, image, subset, question, truth, answer, said, right, unknown (says neither)."""
+        self.check(answers)
+        rows = []
+        for sample, answer in zip(self.samples, answers, strict=True):
+            said, unknown = self.read(answer)
+            row = {"id": sample.id, "image": sample.image_id, "subset": sample.subset}
+            row |= {"question": sample.question, "truth": sample.truth, "answer": answer}
+            rows.append(row | {"said": said, "right": said == sample.truth, "unknown": unknown})
+        return rows
+
+    def check(self, answers: Sequence[str]) -> None:
+        """Raises DataError unless there is one text per question."""
+        if isinstance(answers, str) or len(answers) != len(self.samples):
+            raise DataError(f"{self.name}: {len(answers)} answers for {len(self.samples)} questions")
+        for sample, answer in zip(self.samples, answers, strict=True):
+            if not isinstance(answer, str):
+                raise DataError(
+                    f"{self.name}: the answer to {sample.id!r} must be text, found {type(answer).__name__}"
+                )
+
+
+def run_questions(
+    task: YesNoTask,
+    answer: Answerer,
+    parts: Parts | None = None,
+    condition: str = "plain",
+    progress: bool = True,
+    chunk: int = 25,
+) -> list[str]:
+    """The answers to all questions of a task: texts in the order of `task.samples`.
+
+    answer(image_id, image, questions) gets every question about an image at once, each wording once (the
+    positives of POPE are in all three splits), and returns one text per question. With `parts`, finished chunks
+    of images are kept under the name of the `condition`, and a run that was stopped goes on; all that the
+    answers depend on, such as the model and which keys are blocked, must be in the `depends` of `parts` or in
+    that name. Raises DataError that names the image for anything but one text per question.
+    """
+    if chunk < 1:
+        raise ParameterError(f"chunk must be at least 1, not {chunk}")
+    if not condition:
+        raise ParameterError("condition must be a name for what answers, such as 'plain' or 'blocked'")
+    asked: dict[str, dict[str, None]] = {}
+    first: dict[str, YesNoSample] = {}
+    for sample in task.samples:
+        asked.setdefault(sample.image_id, {})[sample.question] = None
+        first.setdefault(sample.image_id, sample)
+    images = list(asked)
+    found: dict[tuple[str, str], str] = {}
+    description = f"{task.title}, {condition}"
+    with tqdm(total=len(images), desc=description, unit="image", disable=not progress) as bar:
+        for start in range(0, len(images), chunk):
+            names = images[start : start + chunk]
+            questions = [list(asked[name]) for name in names]
+
+            def compute(names: list[str] = names, questions: list[list[str]] = questions) -> list[list[str]]:
+                return [
+                    _texts(answer(name, first[name].image, list(texts)), name, len(texts))
+                    for name, texts in zip(names, questions, strict=True)
+                ]
+
+            if parts is None:
+                texts = compute()
+            else:
+                content = to_json([task.name, condition, names, questions])
+                digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+                texts = parts.make(f"{task.name}/{condition}/{start:06d}-{digest}", compute)
+            for name, wording, replies in zip(names, questions, texts, strict=True):
+                found |= {(name, question): reply for question, reply in zip(wording, replies, strict=True)}
+            bar.update(len(names))
+    return [found[sample.image_id, sample.question] for sample in task.samples]
+
+
+def _texts(answers: Sequence[str], image_id: str, questions: int) -> list[str]:
+    if isinstance(answers, str) or len(answers) != questions:
+        raise DataError(f"image {image_id!r}: {questions} questions, found {len(answers)} answers")
+    for answer in answers:
+        if not isinstance(answer, str):
+            raise DataError(f"image {image_id!r}: an answer must be text, found {type(answer).__name__}")
+    return list(answers)
+
+
+def summarise_answers(task: YesNoTask, answers: Sequence[str], n_boot: int = 2000, seed: int = 0) -> dict:
+    """Every metric of every subset with its 95 % interval over images, and the official scores; JSON-able.
+
+    scores: by subset, then summaries over subsets, each metric as mean, low, high, n. headline: one of them.
+    unknown: how many answers say neither yes nor no; they are scored as the convention does, never dropped.
+    """
+    values = _values(task, [answers])
+    keys, statistic = _statistic(task)
+    intervals = bootstrap_ci(values, statistic, n_boot, seed)
+    scores = _scores(task, keys, intervals)
+    return {
+        **_about(task),
+        "unknown": sum(row["unknown"] for row in task.rows(answers)),
+        "headline": scores[task.metric[0]][task.metric[1]],
+        "scores": scores,
+        "official": _finite(task.official(answers)),
+    }
+
+
+def compare_answers(
+    task: YesNoTask,
+    answers: Sequence[str] | Sequence[Sequence[str]],
+    baseline: Sequence[str] | Sequence[Sequence[str]],
+    n_boot: int = 2000,
+    seed: int = 0,
+    power: float = 0.8,
+) -> dict:
+    """Answers minus baseline over the same questions: paired differences of every metric; JSON-able.
+
+    Either may be several answer sets, such as 20 draws of random keys: then the mean of their scores is meant
+    (the interval is over images, not over draws). scores: as in `summarise_answers`, each with `detectable`, the
+    true difference that would show with probability `power` (None where no score changed in any resample).
+    changed: by subset the share of questions that are right and were wrong, and the reverse, over all pairs of
+    sets.
+    """
+    now, before = (_sets(each) for each in (answers, baseline))
+    sides = [_values(task, each) for each in (now, before)]
+    keys, statistic = _statistic(task)
+
+    def paired(weights: np.ndarray, both: np.ndarray) -> np.ndarray:
+        return statistic(weights, both[:, : len(now)]) - statistic(weights, both[:, len(now) :])
+
+    both = np.concatenate(sides, axis=1)
+    scores = _scores(task, keys, bootstrap_ci(both, paired, n_boot, seed))
+    visible = detectable(standard_error(both, paired, n_boot, seed), power)
+    for (subset, metric), size in zip(keys, visible.tolist(), strict=True):
+        scores[subset][metric]["detectable"] = _finite(size)
+    gained, lost = _changes(task, now, before)
+    return {
+        **_about(task),
+        "sets": [len(now), len(before)],
+        "power": power,
+        "headline": scores[task.metric[0]][task.metric[1]],
+        "scores": scores,
+        "changed": {
+            subset: {"now_right": float(gained[mine].mean()), "now_wrong": float(lost[mine].mean())}
+            for subset, mine in zip(task.subsets, task.member.T, strict=True)
+        },
+    }
+
+
+def _sets(answers: Sequence[str] | Sequence[Sequence[str]]) -> list[Sequence[str]]:
+    return [answers] if not len(answers) or isinstance(answers[0], str) else list(answers)
+
+
+def _values(task: YesNoTask, sets: Sequence[Sequence[str]]) -> np.ndarray:
+    """(images, sets, subsets, k): sums of the values over the questions of an image, the unit of resampling."""
+    for answers in sets:
+        task.check(answers)
+    values = np.stack([task.values(answers) for answers in sets], axis=1)
+    sums = np.zeros((len(task.images), len(sets), len(task.subsets), values.shape[-1]))
+    np.add.at(sums, task.image_of, values[:, :, None, :] * task.member[:, None, :, None])
+    return sums
+
+
+def _statistic(task: YesNoTask) -> tuple[list[tuple[str, str]], Statistic]:
+    """The (subset, metric) of every metric, and the statistic that gives them: their mean over answer sets."""
+    k = task.values([""] * len(task.samples)).shape[1]
+    keys = list(task.measures(np.ones((1, len(task.subsets), k))))
+
+    def statistic(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
+        sums = (weights @ values.reshape(len(values), -1)).reshape(len(weights), *values.shape[1:])
+        each = (task.measures(sums[:, number]) for number in range(values.shape[1]))
+        return np.mean([np.stack([found[key] for key in keys], axis=1) for found in each], axis=0)
+
+    return keys, statistic
+
+
+def _changes(task: YesNoTask, now: Sequence, before: Sequence) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) each: share of the pairs of answer sets in which a question is newly right, and newly wrong."""
+
+    def right(sets: Sequence[Sequence[str]]) -> np.ndarray:  # (n,) share of the sets
+        return np.mean([[row["right"] for row in task.rows(answers)] for answers in sets], axis=0)
+
+    is_now, was = right(now), right(before)
+    return is_now * (1 - was), (1 - is_now) * was
+
+
+def _about(task: YesNoTask) -> dict:
+    return {
+        "task": task.name,
+        "title": task.title,
+        "metric": ".".join(task.metric),
+        "convention": task.convention,
+        "n": len(task.samples),
+        "images": len(task.images),
+        "questions": dict(zip(task.subsets, task.member.sum(axis=0).tolist(), strict=True)),
+    }
+
+
+def _scores(task: YesNoTask, keys: Sequence[tuple[str, str]], intervals: Sequence[Interval]) -> dict:
+    """subset -> metric -> mean, low, high and n, the number of questions."""
+    counts = dict(zip(task.subsets, task.member.sum(axis=0).tolist(), strict=True))
+    scores: dict[str, dict[str, dict]] = {}
+    for (subset, metric), interval in zip(keys, intervals, strict=True):
+        n = counts[subset] if subset in counts else sum(counts[name] for name in task.members(subset))
+        scores.setdefault(subset, {})[metric] = _finite(interval.as_dict() | {"n": n})
+    return scores
+
+
+def _finite(value):
+    """The same nested dicts, with None where a number is undefined: JSON has no NaN."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """above / below; NaN where the latter is 0."""
+    return np.divide(above, below, out=np.full(np.shape(above), np.nan), where=below > 0)
