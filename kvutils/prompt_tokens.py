@@ -1,0 +1,108 @@
+"""Token ids of `prefix + images + question`, split behind the last image: what is cached, what is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from kvutils.errors import ParameterError, PromptError
+from kvutils.inputs import tokenize
+from kvutils.models import MLM
+
+Options = Sequence[str] | Mapping[str, Sequence[str]]
+_QUESTION = "kvutils-question"  # stands for a question, to see where a chat template puts it
+
+
+class PromptTokens:
+    """Prompts of one model and prefix. Every question is tokenised within its whole prompt, and only once."""
+
+    def __init__(self, mlm: MLM, prefix: str | None = None):
+        self.mlm, self.prefix = mlm, prefix
+        self._prompts: dict[tuple[str, int], list[int]] = {}
+        self._heads: dict[int, list[int]] = {}
+        self._options: dict[str, list[int]] = {}
+
+    def up_to_images(self, images: int) -> str:
+        """A prompt that is meant up to its last image only; a stand-in for the question follows."""
+        prompt = self.mlm.prompt(question=_QUESTION, prefix=self.prefix, images=images)
+        if prompt.rfind(self.mlm.processor.image_token) > prompt.find(_QUESTION):
+            raise PromptError(
+                f"the chat template of {self.mlm.name} does not put the question behind the image, so no "
+                f"cached image can serve several questions: {prompt[:200]!r}"
+            )
+        return prompt
+
+    def head(self, images: int) -> list[int]:
+        """Token ids up to the last image, one token per image (tokenised as if each image were one token)."""
+        if images not in self._heads:
+            ids = tokenize(self.mlm, self.up_to_images(images))
+            self._heads[images] = ids[: self._behind_images(ids)]
+        return self._heads[images]
+
+    def check(self, images: int, tokens: Sequence[int], ids: list[int]) -> None:
+        """PromptError unless `ids` are `head` with `tokens[i]` tokens in place of image i."""
+        counts, expected = iter(tokens), []
+        for token in self.head(images):
+            expected += [token] * (next(counts) if token == self.mlm.image_token_id else 1)
+        if expected != ids:
+            raise PromptError(f"the tokenizer of {self.mlm.name} joins image tokens with text around them")
+
+    def tail(self, question: str, images: int) -> list[int]:
+        """Token ids behind the last image of the whole prompt with this question.
+
+        PromptError where the prompt up to there is not what every other question shares.
+        """
+        if not isinstance(question, str) or not question.strip():
+            raise PromptError(f"a question must be a text of at least one word, not {question!r}")
+        if (question, images) not in self._prompts:
+            ids = tokenize(self.mlm, self.mlm.prompt(question=question, prefix=self.prefix, images=images))
+            end = self._behind_images(ids)
+            if ids[:end] != self.head(images) or end == len(ids):
+                raise PromptError(
+                    f"the prompt of {question!r} does not begin with the tokens that are cached: the chat "
+                    f"template or the tokenizer of {self.mlm.name} mixes it with what is before it"
+                )
+            self._prompts[question, images] = ids[end:]
+        return self._prompts[question, images]
+
+    def options(self, options: Options) -> dict[str, list[list[int]]]:
+        """Label -> token ids of each spelling, as the model would begin its turn with them.
+
+        options: texts, or label -> spellings. Spellings with equal tokens count once, those with tokens
+        unknown to the model not at all; ParameterError where an option has no other.
+        """
+        if isinstance(options, str) or not options or not all(isinstance(one, str) for one in options):
+            raise ParameterError(f"options must be a list of at least one text, not {options!r}")
+        spelled = options if isinstance(options, Mapping) else {option: (option,) for option in options}
+        if len(spelled) < len(options):
+            raise ParameterError(f"every option can be given only once, found {list(options)}")
+        return {label: self._spellings(label, spellings) for label, spellings in spelled.items()}
+
+    def _spellings(self, label: str, spellings: Sequence[str]) -> list[list[int]]:
+        found, unknown = [], self.mlm.tokenizer.unk_token_id
+        for text in spellings:
+            if text not in self._options:
+                self._options[text] = self.mlm.tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = self._options[text]
+            if ids and ids not in found and (unknown is None or unknown not in ids):
+                found.append(ids)
+        if not found:
+            raise ParameterError(f"the option {label!r} has no tokens that {self.mlm.name} knows")
+        return found
+
+    def _behind_images(self, ids: list[int]) -> int:
+        return len(ids) - ids[::-1].index(self.mlm.image_token_id)
+
+
+def for_all(options) -> bool:
+    """Whether these are one question's options, meant for every question, and not options of each."""
+    return options is None or isinstance(options, str | Mapping) or not options or isinstance(options[0], str)
+
+
+def per_question(options, questions: Sequence[Sequence[str]]) -> Sequence[Sequence[Options | None]]:
+    """options[row][i] of questions[row][i]; ParameterError where their numbers differ."""
+    if for_all(options):
+        return [[options] * len(texts) for texts in questions]
+    counts, found = [len(texts) for texts in questions], [len(choices) for choices in options]
+    if counts != found:
+        raise ParameterError(f"expected options for {counts} questions (of each prompt), found {found}")
+    return options
