@@ -49,7 +49,7 @@ def prompt_saliency(
         past_key_values=cache,
         use_cache=True,
     )
-    with _eager(language_model):
+    with eager_attention(language_model):
         output = language_model(
             inputs_embeds=embeddings[:, -1:],
             position_ids=positions[..., -1:],
@@ -65,7 +65,7 @@ def prompt_saliency(
 
 
 @contextlib.contextmanager
-def _eager(language_model: torch.nn.Module) -> Iterator[None]:
+def eager_attention(language_model: torch.nn.Module) -> Iterator[None]:
     """Eager attention, the only backend that returns its weights, for the time of the block."""
     before = language_model.config._attn_implementation
     language_model.set_attn_implementation("eager")

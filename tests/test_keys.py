@@ -6,8 +6,10 @@ import torch
 from PIL import Image
 from tiny_models import FAMILIES, tiny
 
+from kvutils.attention_mass import attention_mass
 from kvutils.capture import capture
-from kvutils.errors import DataError, ImageError, LayerError, ParameterError
+from kvutils.errors import DataError, ImageError, LayerError, ParameterError, PromptError
+from kvutils.inputs import encode_images, prepare_images, prepare_text
 from kvutils.keys import (
     KeySelection,
     KeyVariance,
@@ -174,6 +176,68 @@ def test_images_must_share_one_token_grid_and_there_must_be_some():
         key_variance(mlm, ["missing.png"])
     with pytest.raises(LayerError):
         key_variance(mlm, images, layers=[9])
+
+
+# ---- attention that they receive -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "pocket"])
+@torch.no_grad()
+def test_attention_mass_is_the_mean_weight_of_the_text_behind_the_image(family):
+    mlm, questions = tiny(family), ["what is this?", "yes"]
+    eager = tiny(family, attention="eager")
+    images = list(pictures(3))
+    expected = torch.zeros(mlm.num_layers, mlm.num_kv_heads, len(capture(mlm, images[:1])[0].layout)).double()
+    for image in images:
+        for question in questions:
+            vision = prepare_images(eager, [image])
+            text = prepare_text(eager, [eager.prompt(question, "a red fish")], vision, images_only=False)
+            ids, slots = text.input_ids, torch.from_numpy(vision.layouts[0].slots)
+            embeddings = eager.model.get_input_embeddings()(ids)
+            at_image = (ids == eager.image_token_id).unsqueeze(-1)
+            embeddings = embeddings.masked_scatter(at_image, encode_images(eager, vision)[1][0])
+            output = eager.model.model.language_model(
+                inputs_embeds=embeddings, position_ids=text.position_ids, output_attentions=True
+            )
+            for layer, weights in enumerate(output.attentions):  # (1, H, T, T)
+                behind = weights[0, :, slots.max() + 1 :][..., slots].double()
+                for head in range(mlm.num_heads):
+                    group = mlm.num_heads // mlm.num_kv_heads
+                    expected[layer, head // group] += behind[head].mean(0) / group / 6
+    found = attention_mass(mlm, iter(images), questions, prefix="a red fish", batch_size=2)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+    assert (found.sum(-1) < 1).all() and (found >= 0).all()
+    part = attention_mass(mlm, images, questions, layers=[3, 1], prefix="a red fish", batch_size=1)
+    torch.testing.assert_close(part, expected[[1, 3]], atol=1e-6, rtol=1e-4)
+
+
+def test_attention_mass_leaves_the_model_alone_and_refuses_what_cannot_be(monkeypatch):
+    mlm = tiny("llava_next")
+    layers = mlm.model.model.language_model.layers
+
+    def untouched():
+        return mlm.attention == "sdpa" and not any(layer.self_attn._forward_hooks for layer in layers)
+
+    attention_mass(mlm, pictures(1), ["yes"])
+    assert untouched()
+    monkeypatch.setattr("kvutils.attention_mass.copy.deepcopy", lambda cache: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        attention_mass(mlm, pictures(1), ["yes"])
+    assert untouched()
+    for questions in ("yes", []):
+        with pytest.raises(ParameterError, match="list of at least one text"):
+            attention_mass(mlm, pictures(1), questions)
+    with pytest.raises(DataError, match="needs images, found none"):
+        attention_mass(mlm, [], ["yes"])
+    with pytest.raises(DataError, match=r"images\[1\] \(90x40\) has the token grids"):
+        attention_mass(mlm, [*pictures(1), *pictures(1, (90, 40))], ["yes"])
+    with pytest.raises(LayerError):
+        attention_mass(mlm, pictures(1), ["yes"], layers=[7])
+    mlm.processor.chat_template = (
+        "{% for c in messages[0]['content'] %}{{ c.get('text', '') }}{% endfor %}<image>"
+    )
+    with pytest.raises(PromptError, match="behind the image"):
+        attention_mass(mlm, pictures(1), ["yes"])
 
 
 # ---- threshold -----------------------------------------------------------------------------------

@@ -1,0 +1,108 @@
+"""How much attention image keys receive from the text behind the image: are some of them attention sinks?"""
+
+import contextlib
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from kvutils.errors import DataError, ParameterError, PromptError
+from kvutils.images import ImageLike
+from kvutils.inputs import encode_images, open_batches, prepare_images, prepare_text
+from kvutils.key_variance import SameGrid
+from kvutils.models import MLM
+from kvutils.prefill import resolve_layers
+from kvutils.saliency import eager_attention
+
+
+@torch.no_grad()
+def attention_mass(
+    mlm: MLM,
+    images: Iterable[ImageLike],
+    questions: Sequence[str],
+    layers: str | int | Iterable[int] = "all",
+    *,
+    prefix: str | None = None,
+    base_view_only: bool | None = None,
+    max_pixels: int | None = None,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> torch.Tensor:
+    """(L, G, N) float64 on the CPU: the attention weight (0..1) that each image key receives, as a mean.
+
+    The mean is over images, questions, all text tokens behind the image (question and what the chat template
+    adds) and the query heads that a key-value head serves. Summed over N it is the share of its attention
+    that the text spends on the image. Row i belongs to the i-th of the increasing layer numbers.
+
+    The images need one token grid, as in `key_variance`, and may come from a generator; each is read once
+    with the model's own attention, and only the text behind it with eager attention, which shows its weights.
+    Raises DataError for different token grids and for no images, ImageError, LayerError, PromptError.
+    """
+    if isinstance(questions, str) or not questions:
+        raise ParameterError(f"questions must be a list of at least one text, not {questions!r}")
+    layers, grid, seen = resolve_layers(mlm, layers), SameGrid(), 0
+    language_model, embed = mlm.model.model.language_model, mlm.model.get_input_embeddings()
+    prompts = [mlm.prompt(question, prefix) for question in questions]
+    mass = None
+    for _, batch, names in open_batches(images, batch_size, progress):
+        vision = prepare_images(mlm, batch, base_view_only, max_pixels, names)
+        for index, layout in enumerate(vision.layouts):
+            grid.check(layout, names[index])
+        # One grid and one question: all rows are equally long, and nothing is padded.
+        texts = [prepare_text(mlm, [prompt] * len(batch), vision, images_only=False) for prompt in prompts]
+        slots = vision.layouts[0].slots
+        end = int(slots[-1]) + 1
+        ids = texts[0].input_ids[:, :end]
+        for question, text in zip(questions, texts, strict=True):
+            if not torch.equal(text.input_ids[:, :end], ids) or text.input_ids.shape[1] == end:
+                raise PromptError(
+                    f"the chat template of {mlm.name} does not put the question {question!r} behind the image"
+                )
+        embeddings = embed(ids)
+        at_image = (ids == mlm.image_token_id).unsqueeze(-1).to(embeddings.device)
+        tokens = torch.cat(encode_images(mlm, vision)[1]).to(embeddings.device, embeddings.dtype)
+        cache = DynamicCache()
+        language_model(
+            inputs_embeds=embeddings.masked_scatter(at_image, tokens),
+            position_ids=texts[0].position_ids[..., :end],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        if mass is None:
+            mass = torch.zeros(len(layers), mlm.num_kv_heads, len(slots), dtype=torch.float64)
+        with _recorded_mass(language_model, layers, slots, mass):
+            for text in texts:
+                language_model(
+                    inputs_embeds=embed(text.input_ids[:, end:]),
+                    position_ids=text.position_ids[..., end:],
+                    past_key_values=copy.deepcopy(cache),
+                    use_cache=True,
+                )
+        seen += len(batch) * len(texts)
+    if mass is None:
+        raise DataError("a mean over images needs images, found none")
+    return mass / seen
+
+
+@contextlib.contextmanager
+def _recorded_mass(
+    language_model: torch.nn.Module, layers: Sequence[int], slots: np.ndarray, mass: torch.Tensor
+) -> Iterator[None]:
+    """Adds to mass (L, G, N), for every sequence of a pass, the mean weight of its queries on the slots."""
+    columns = torch.from_numpy(slots)
+
+    def recorder(row: torch.Tensor):
+        def hook(module, args, output) -> None:
+            weights = output[1]  # (B, H, queries, keys)
+            received = weights[..., columns.to(weights.device)].double().mean(2)
+            row.add_(received.unflatten(1, (len(row), -1)).mean(2).sum(0).cpu())
+
+        return hook
+
+    with eager_attention(language_model), contextlib.ExitStack() as stack:
+        for layer, row in zip(layers, mass, strict=True):
+            attention = language_model.layers[layer].self_attn
+            stack.callback(attention.register_forward_hook(recorder(row)).remove)
+        yield
