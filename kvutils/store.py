@@ -36,7 +36,7 @@ VERSIONS = ("torch", "transformers", "numpy", "scikit-learn", "pillow")
 # Modules that show, run or train, but do not measure: a change in them leaves stored parts valid.
 NOT_MEASURING = {
     "plots.py", "widgets.py", "report.py", "replicate.py", "notebook.py", "store.py", "capture_cli.py",
-    *(f"pocket/{name}.py" for name in ("captions", "card", "evaluate", "export", "model", "packing",
+    *(f"pocket/{name}.py" for name in ("captions", "card", "evaluate", "export", "model", "muon", "packing",
                                        "pool", "symbolic", "train"))}
 
 

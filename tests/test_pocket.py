@@ -111,7 +111,12 @@ def _facts(*things, style=0, domain=0):
                         "what colour is the thing right of the fish ?": "blue", "what colour is the thing below the fish ?": "blue"}),
         ("hop_class", {"what is the thing left of the car ?": "fish", "what is the thing above the car ?": "fish",
                        "what is the thing right of the fish ?": "car", "what is the thing below the fish ?": "car"}),
+        ("position", {"is the fish left or right ?": "left", "is the car left or right ?": "right",
+                      "is the fish top or bottom ?": "top", "is the car top or bottom ?": "bottom"}),
         ("caption", {"describe the image .": "a red fish and a blue car"}),
+        ("list_colours", {"what colour are the things ?": "fish red , car blue"}),
+        ("list_sides", {"are the things left or right ?": "fish left , car right",
+                        "are the things top or bottom ?": "fish top , car bottom"}),
     ],
 )  # fmt: skip
 def test_answers_follow_from_the_facts(kind, expected):
@@ -119,6 +124,16 @@ def test_answers_follow_from_the_facts(kind, expected):
     rng = np.random.default_rng(0)
     asked = dict(found for _ in range(60) if (found := q.ask(facts, kind, rng)))
     assert asked == expected
+
+
+def test_lookups_ask_about_every_thing():
+    facts = _facts(("fish", "red", 20, 20), ("car", "blue", 70, 70), ("cup", "green", 20, 70))
+    rng = np.random.default_rng(0)
+    assert dict(q.ask_about_all(facts, "colour", rng)) == {
+        "what colour is the fish ?": "red", "what colour is the car ?": "blue", "what colour is the cup ?": "green"}  # fmt: skip
+    relations = q.ask_about_all(facts, "relation", rng)
+    assert relations and sum(answer == "yes" for _, answer in relations) * 2 == len(relations)
+    assert len(q.ask_about_all(facts, "existence", rng)) == 1
 
 
 def test_yes_and_no_are_right_and_balanced(pool):
@@ -157,7 +172,7 @@ def test_referring_expressions_name_one_thing():
 
 def test_every_word_is_in_the_vocabulary(pool):
     sampler, rng = Sampler(pool), np.random.default_rng(1)
-    for kind in train.STEP_KINDS:
+    for kind in train.SEQUENCES:
         for sample in sampler.draw(kind, 30, rng):
             for _, question, answer in sample.blocks:
                 assert encode(question) and encode(answer)
@@ -238,12 +253,18 @@ def test_triples_and_pairs_have_one_right_answer(pool):
         style = [int(pool.style[row]) for row in sample.images]
         assert (style[1] == style[0]) != (style[2] == style[0])
         assert sample.blocks[0][2] == ("(a)" if style[1] == style[0] else "(b)")
-    for sample in sampler.draw("correspondence", 20, rng):
-        (_, x, y), = sample.marks[0]
-        part = int(np.hypot(*(pool.keypoints[sample.images[0], 0, :, :2] - (x, y)).T).argmin())
-        letter = sample.blocks[0][2][1]
-        (_, x, y), = [mark for mark in sample.marks[1] if mark[0] == letter]
-        assert np.allclose(pool.keypoints[sample.images[1], 0, part, :2], (x, y), atol=1e-3)
+    for sample in sampler.draw("correspondence", 40, rng):
+        reference, candidates = sample.marks
+
+        def part_at(image, mark):
+            return int(np.hypot(*(pool.keypoints[sample.images[image], 0, :, :2] - mark[1:]).T).argmin())
+
+        for kind, question, answer in sample.blocks:
+            if kind not in ("correspondence", "counterpart"):
+                continue
+            asked = [m for m in reference if kind == "correspondence" or f"({m[0]})" in question]
+            given = [m for m in candidates if f"({m[0]})" == answer]
+            assert part_at(0, *asked) == part_at(1, *given)
 
 
 def test_balanced_questions_have_every_answer_equally_often(pool, mlm):

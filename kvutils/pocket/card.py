@@ -28,6 +28,8 @@ EXPLAIN = {
     "class_match": "which image shows the same thing as the first image ? (3 images)",
 }
 
+CONTINUED = "6,500"  # steps of stage 2 with the present recipe, before these weights were exported
+
 _RECIPE = """## Recipe
 
 Built up as real models are. Optimiser throughout: Muon for matrices (three times the rate, updates scaled to AdamW's
@@ -48,8 +50,13 @@ Seed {seed}; 60,000 training scenes; every batch depends on (seed, stage, step, 
    tokens are never aligned with words directly: that would make the projector semantic by construction.
 4. **all**: end to end, vision tower (a copy of stage 1) at 0.9 of the rate.
 
-Questions are packed: about eight blocks behind one image, each seeing prefix, image and itself. Share of the steps of
-stages 2 to 4: {shares}.
+Questions are packed: eight to twelve blocks behind one image, each seeing prefix, image and itself. Share of the steps:
+{shares}.
+
+**Lookups.** "What colour is the fish ?" is asked about every thing of a scene at once, so that the class in the question
+decides the answer, and beside it stand lists ("fish red , car blue"; "fish left , car right"; "front (b) , top (a)"):
+there the answer follows its key at once. With one question per scene and no lists the model stayed with a colour that is
+somewhere in view (.69) for as long as it was trained; the lists were learned first and the questions followed.
 
 **Prefixes.** A quarter of the single-image samples has words before the image, as a chat has: a true class name or
 description (40 %), a random class name, true or not (15 %), the light or the style (20 %), small talk (25 %); a further
@@ -59,12 +66,12 @@ rewards carrying it through the image tokens except the question-first samples, 
 **Several images** are announced by the chat template: `first <image> second <image> third <image>`. Without this the
 language model never learned in which image it had found something (three-image questions stayed at chance).
 
-**History of the shipped weights.** The recipe was settled while they were trained, and no stage was started again. Stage
-1: no clean scenes first for 1,000 steps. Stage 2: parts had a lower weight than marks in the symbolic image for 3,000
-steps, no "which image" questions for as long, no announced images for 4,500; 500 steps on 12 x 12 cells; more marked points
-throughout. Stage 4: rate 1e-3 on a cosine until step 3,250, the vision tower at half of it for 1,500 steps, more marked
-points and fewer colour questions; from step 3,250 as above. `python -m kvutils.pocket.train` runs the recipe as it is
-described above from the start, so it will not give the same bytes.
+**History of the shipped weights.** The recipe was settled while they were trained. Stage 1: no clean scenes first for
+1,000 steps. Stage 2: 6,000 steps without the lists and with one question per lookup kind (for the first 3,000 parts had a
+lower weight than marks in the symbolic image, for 4,500 images were not announced), then {more} steps with the recipe as
+it is now, in which the lists and the marked points were given more room step by step. Stage 3: vision tower, projector and
+newline came from an earlier stage 4 (4,250 steps on the earlier language model), not from stage 1. Stage 4: as
+above. `python -m kvutils.pocket.train` runs the recipe from the start, so it will not give the same bytes.
 """
 
 
@@ -101,7 +108,10 @@ def model_card(report: dict[str, dict], curves: dict[str, list[dict]], home: Pat
         f"| {s.number} {name} | {what[name]} | {s.steps}{f' (schedule for {s.horizon})' if s.horizon else ''} | {s.lr:g} |"
         for name, s in STAGES.items()
     )
-    shares = ", ".join(f"{kind} {share:.0%}" for kind, (share, _) in STEP_KINDS.items())
+    shares = "; ".join(
+        f"stage {STAGES[stage].number}: " + ", ".join(f"{kind} {share:.0%}" for kind, share in kinds.items())
+        for stage, kinds in STEP_KINDS.items()
+    )
     size = sum(f.stat().st_size for f in (home / "llava-onevision").iterdir()) / 1e6
     missed = missed_gates(report)
     weak = [kind for kind, found in report.items() if found["accuracy"]["mean"] < 0.75]
@@ -133,7 +143,7 @@ frequent answer. {"All gates are met." if not missed else "Not met: " + "; ".joi
 Anything outside the pocket world: it knows eight classes, eight colours, five styles and about 150 words. It answers in
 one word or a short caption. Kinds under 75 %: {", ".join(weak) or "none"}. It was not trained on photographs.
 
-{_RECIPE.format(seed=SEED, stages=stages, shares=shares)}
+{_RECIPE.format(seed=SEED, stages=stages, shares=shares, more=CONTINUED)}
 ## Learning curves
 
 Training loss (all points, and the held-out accuracies during training, are in `curves.json`):

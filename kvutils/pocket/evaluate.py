@@ -19,7 +19,7 @@ from .model import IMAGE_SLOTS, answer_logits, image_embeddings
 from .packing import Packed, Sample, Sampler, pack, pixel_batch
 from .pool import Pool, make_pool
 
-SINGLE = tuple(kind for kind in q.KINDS if kind != "caption")
+SINGLE = tuple(kind for kind in q.KINDS if kind not in q.DESCRIPTIONS)
 SEVERAL = ("letter", "part", "correspondence", "style_match", "class_match")
 GATES = {"existence": 0.85, "class": 0.80, "colour": 0.90}  # the others: clearly above blind and majority
 
@@ -43,8 +43,7 @@ def answer_blocks(mlm, samples: list[Sample], embed: Callable, slots: int, batch
     out = [[False] * len(sample.blocks) for sample in samples]
     for first in range(0, len(samples), batch):
         packed = pack(samples[first : first + batch], slots).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=mlm.training):
-            logits = answer_logits(mlm, packed, embed(packed.images))
+        logits = answer_logits(mlm, packed, embed(packed.images))
         for row, block, ok in block_right(packed, logits):
             out[first + row][block] = ok
     return out

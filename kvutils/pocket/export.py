@@ -47,11 +47,12 @@ def _strip(state: dict, part: str) -> dict:
 
 def export_weights() -> None:
     processor = build_pocket_processor(list(WORDS))
-    siglip = build_siglip()
-    siglip.load_state_dict(_strip(_state("encoder", "checkpoint.pt"), "siglip."))
-    siglip.half().save_pretrained(SHIPPED["encoder"])
-    processor.tokenizer.save_pretrained(SHIPPED["encoder"])
-    processor.image_processor.save_pretrained(SHIPPED["encoder"])
+    if (WORK / "encoder" / "checkpoint.pt").exists():  # else the later stages were trained from the shipped one
+        siglip = build_siglip()
+        siglip.load_state_dict(_strip(_state("encoder", "checkpoint.pt"), "siglip."))
+        siglip.half().save_pretrained(SHIPPED["encoder"])
+        processor.tokenizer.save_pretrained(SHIPPED["encoder"])
+        processor.image_processor.save_pretrained(SHIPPED["encoder"])
     for folder, (stage, name) in CHECKPOINTS.items():
         mlm = build_mlm()
         mlm.load_state_dict(_strip(_state(stage, name), "mlm."))
@@ -70,7 +71,10 @@ def export_card(scenes: int = 6000, questions: int = 1000) -> None:
     for line in missed_gates(report):
         print("missed:", line)
     write_json(HOME / "accuracy.json", report)
-    curves = {name: json.loads((WORK / name / "curve.json").read_text()) for name in STAGES}
+    curves = json.loads((HOME / "curves.json").read_text()) if (HOME / "curves.json").exists() else {}
+    for name in STAGES:
+        if (WORK / name / "curve.json").exists():
+            curves[name] = json.loads((WORK / name / "curve.json").read_text())
     write_json(HOME / "curves.json", curves)
     write_text(HOME / "README.md", model_card(report, curves, HOME))
 

@@ -22,11 +22,12 @@ TOKEN = build_word_tokenizer(list(q.WORDS)).get_vocab()
 PAD, EOS, IMAGE = TOKEN["<pad>"], TOKEN["<eos>"], TOKEN["<image>"]
 IGNORE = -100
 
-# How many blocks of each kind a mixed scene gets on average; existence breaks late, so it gets the most.
+# How often each kind is drawn for a scene. A lookup kind then asks about every thing, so that "colour", which breaks
+# late, still gets the largest share of the blocks.
 MIX = {
-    "existence": 1.5, "existence_colour": 1.0, "class": 1.3, "colour": 5.0, "count": 0.5, "count_class": 0.7,
-    "style": 0.2, "domain": 0.1, "position": 1.2, "relation": 1.5, "hop_colour": 1.0, "hop_class": 1.0,
-    "hop_same": 0.8, "hop_more": 0.6, "hop_match": 0.5, "caption": 0.6,
+    "existence": 2.0, "existence_colour": 1.2, "class": 0.8, "colour": 2.0, "count": 0.6, "count_class": 1.0,
+    "style": 0.2, "domain": 0.1, "position": 0.8, "relation": 0.8, "hop_colour": 1.0, "hop_class": 1.0,
+    "hop_same": 0.8, "hop_more": 0.6, "hop_match": 0.5, "caption": 0.2, "list_colours": 3.0, "list_sides": 0.3,
 }  # fmt: skip
 
 
@@ -48,7 +49,7 @@ class Sample:
     question_first: bool = False
 
 
-def single_image_sample(pool: Pool, row: int, rng: np.random.Generator, blocks: int = 10) -> Sample:
+def single_image_sample(pool: Pool, row: int, rng: np.random.Generator, blocks: int = 12) -> Sample:
     facts = pool.facts(row)
     if rng.random() < 0.08:  # the question before the image, as many chats have it
         kind = str(rng.choice(list(MIX), p=np.array(list(MIX.values())) / sum(MIX.values())))
@@ -58,11 +59,13 @@ def single_image_sample(pool: Pool, row: int, rng: np.random.Generator, blocks: 
     prefix = q.prefix(facts, rng) if rng.random() < 0.25 else ""
     kinds = rng.choice(list(MIX), size=2 * blocks, p=np.array(list(MIX.values())) / sum(MIX.values()))
     asked: dict[str, tuple[str, str, str]] = {}
-    alone = len(facts.present) < 2 and rng.random() < 0.7  # then any colour seen is the answer: little to learn
-    for kind in kinds:
-        found = None if kind == "colour" and alone else q.ask(facts, str(kind), rng)
-        if found and len(asked) < blocks:
-            asked[found[0]] = (str(kind), *found)
+    for kind in map(str, kinds):
+        found = q.ask_about_all(facts, kind, rng)
+        if kind in q.LOOKUPS and len({answer for _, answer in found}) < 2 and rng.random() < 0.7:
+            continue  # one answer holds for whatever is in view: little to learn
+        for question, answer in found[:4]:
+            if len(asked) < blocks:
+                asked[question] = (kind, question, answer)
     return Sample([row], _even(list(asked.values()), rng), [[]], prefix)
 
 
@@ -94,7 +97,18 @@ def marked_sample(pool: Pool, row: int, rng: np.random.Generator) -> Sample:
     letters = [str(c) for c in rng.permutation(list("abcd"))]
     marks = [(letter, *point(pool, row, part)) for letter, part in zip(letters, parts[:4])]
     blocks = [("letter", q.letter_question(part), f"({letter})") for (letter, _, _), part in zip(marks, parts)]
+    blocks += _lists([letter for letter, _, _ in marks], parts, rng)
     return Sample([row], blocks, [marks])
+
+
+def _lists(letters: list[str], parts: list[int], rng: np.random.Generator) -> list[tuple[str, str, str]]:
+    """Which letter each part has, and which part each letter marks, in random order."""
+    pairs = list(zip(letters, (PARTS[part] for part in parts)))
+    one, two = ([pairs[i] for i in rng.permutation(len(pairs))] for _ in range(2))
+    return [
+        ("list_letters", q.LETTERS_QUESTION, " , ".join(f"{part} ({letter})" for letter, part in one)),
+        ("list_parts", q.PARTS_QUESTION, " , ".join(f"({letter}) {part}" for letter, part in two)),
+    ]
 
 
 def correspondence_sample(pool: Pool, rows: tuple[int, int], rng: np.random.Generator, hints: bool = True) -> Sample | None:
@@ -111,7 +125,23 @@ def correspondence_sample(pool: Pool, rows: tuple[int, int], rng: np.random.Gene
     if hints:
         blocks += [("part", q.PART_QUESTION, PARTS[part])]
         blocks += [("letter", q.letter_question(p), f"({letter})") for letter, p in zip(letters, shown)]
+        blocks += _lists(letters, shown, rng)
+        for letter, same in ((letters[0], "yes"), (letters[int(rng.integers(1, len(shown)))], "no")):
+            blocks.append(("same_point", q.same_point_question(f"({letter})"), same))
     return Sample(list(rows), blocks, [[("r", *point(pool, rows[0], part))], marks])
+
+
+def lettered_pair_sample(pool: Pool, rows: tuple[int, int], rng: np.random.Generator) -> Sample | None:
+    """The same parts lettered on both images, in different orders, and asked for each: four answers behind one pair of
+    images, so that neither image alone nor the options give them. BLINK's form has one reference point per pair."""
+    first, second = (seen_points(pool, row) for row in rows)
+    parts = [int(p) for p in rng.permutation([p for p in first if p in second])[:4]]
+    if len(parts) < 3:
+        return None
+    letters = [[str(c) for c in rng.permutation(list("abcd"))[: len(parts)]] for _ in rows]
+    marks = [[(a, *point(pool, row, p)) for a, p in zip(names, parts)] for row, names in zip(rows, letters)]
+    blocks = [("counterpart", q.counterpart_question(f"({a})"), f"({b})") for a, b in zip(*letters)]
+    return Sample(list(rows), blocks, marks)
 
 
 def triple_sample(pool: Pool, rows: tuple[int, int, int], kind: str, hints: bool = True) -> Sample:
@@ -162,7 +192,10 @@ class Sampler:
             return marked_sample(self.pool, int(rng.choice(self.portraits)), rng)
         if kind == "correspondence":
             rows = rng.choice(self.by_class[int(rng.integers(len(CLASSES)))], 2, replace=False)
-            return correspondence_sample(self.pool, (int(rows[0]), int(rows[1])), rng, hints)
+            pair = int(rows[0]), int(rows[1])
+            if hints and rng.random() < 0.25:
+                return lettered_pair_sample(self.pool, pair, rng)
+            return correspondence_sample(self.pool, pair, rng, hints)
         groups = self.by_style if kind == "style_match" else self.by_class
         same, other = rng.choice(len(groups), 2, replace=False)
         reference, match = rng.choice(groups[same], 2, replace=False)

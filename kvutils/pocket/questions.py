@@ -7,6 +7,7 @@ a thing that is hardly visible.
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
@@ -88,20 +89,12 @@ def _existence_colour(facts, rng):
     return f"is there a {COLOURS[wrong[1]]} {CLASSES[wrong[0]]} ?", "no"
 
 
-def _class(facts, rng):
-    things = _unique(facts, 1)
-    if not things:
-        return None
-    cls, colour = _pick(rng, things)[:2]
-    return f"what is the {COLOURS[colour]} thing ?", CLASSES[cls]
+def _classes(facts, rng):
+    return [(f"what is the {COLOURS[t[1]]} thing ?", CLASSES[t[0]]) for t in _unique(facts, 1)]
 
 
-def _colour(facts, rng):
-    things = _unique(facts, 0)
-    if not things:
-        return None
-    cls, colour = _pick(rng, things)[:2]
-    return f"what colour is the {CLASSES[cls]} ?", COLOURS[colour]
+def _colours(facts, rng):
+    return [(f"what colour is the {CLASSES[t[0]]} ?", COLOURS[t[1]]) for t in _unique(facts, 0)]
 
 
 def _count(facts, rng):
@@ -133,14 +126,14 @@ def _domain(facts, rng):
     return "what is the light ?", DOMAINS[facts.domain]
 
 
-def _position(facts, rng):
-    things = [t for t in _unique(facts, 0)]
-    if not things:
-        return None
-    cls, _, x, y, _ = _pick(rng, things)
-    if rng.random() < 0.5:
-        return None if abs(x - 48) < MARGIN else (f"is the {CLASSES[cls]} left or right ?", "left" if x < 48 else "right")
-    return None if abs(y - 48) < MARGIN else (f"is the {CLASSES[cls]} top or bottom ?", "top" if y < 48 else "bottom")
+def _positions(facts, rng):
+    """One axis for all: "left" for one thing and "right" for another makes the class in the question matter."""
+    axis, near, far = (2, "left", "right") if rng.random() < 0.5 else (3, "top", "bottom")
+    return [
+        (f"is the {CLASSES[t[0]]} {near} or {far} ?", near if t[axis] < 48 else far)
+        for t in _unique(facts, 0)
+        if abs(t[axis] - 48) >= MARGIN
+    ]
 
 
 def _offset(one, two, side) -> float:
@@ -148,17 +141,17 @@ def _offset(one, two, side) -> float:
     return {"left": two[2] - one[2], "right": one[2] - two[2], "above": two[3] - one[3], "below": one[3] - two[3]}[side]
 
 
-def _relation(facts, rng):
-    things = _unique(facts, 0)
-    if len(things) < 2:
-        return None
-    one, two = (things[i] for i in rng.permutation(len(things))[:2])
-    side = _pick(rng, SIDES)
-    gap = _offset(one, two, side)
-    if abs(gap) < MARGIN:
-        return None
-    of = f"{side} of" if side in ("left", "right") else side
-    return f"is the {CLASSES[one[0]]} {of} the {CLASSES[two[0]]} ?", "yes" if gap > 0 else "no"
+def _relations(facts, rng):
+    """Each pair of things, on one random side, in both orders: one "yes" and one "no"."""
+    found = []
+    for one, two in combinations(_unique(facts, 0), 2):
+        side = _pick(rng, SIDES)
+        gap = _offset(one, two, side)
+        if abs(gap) >= MARGIN:
+            of = f"{side} of" if side in ("left", "right") else side
+            a, b = (CLASSES[t[0]] for t in ((one, two) if gap > 0 else (two, one)))
+            found += [(f"is the {a} {of} the {b} ?", "yes"), (f"is the {b} {of} the {a} ?", "no")]
+    return found
 
 
 def _neighbour(facts, rng):
@@ -241,24 +234,50 @@ def _caption(facts, rng):
     return None if facts.partial else ("describe the image .", caption(facts))
 
 
+def _list_things(facts, rng, values):
+    """"fish red , car blue" from left to right. The word behind a class is its colour (or side): one look from the
+    class word, at the class word. A question has the look and the answer at different tokens; without these lists
+    neither step was ever learned, and the model was content with a colour that is somewhere in view."""
+    things = sorted(_unique(facts, 0), key=lambda t: t[2])
+    return " , ".join(f"{CLASSES[t[0]]} {values(t)}" for t in things)
+
+
+def _list_colours(facts, rng):
+    found = _list_things(facts, rng, lambda t: COLOURS[t[1]])
+    return ("what colour are the things ?", found) if found else None
+
+
+def _list_sides(facts, rng):
+    if rng.random() < 0.5:
+        found = _list_things(facts, rng, lambda t: "left" if t[2] < 48 else "right")
+        return ("are the things left or right ?", found) if found else None
+    found = _list_things(facts, rng, lambda t: "top" if t[3] < 48 else "bottom")
+    return ("are the things top or bottom ?", found) if found else None
+
+
+# Kinds that look one thing up: every question of the kind that a scene allows.
+LOOKUPS = {"class": _classes, "colour": _colours, "position": _positions, "relation": _relations}
 KINDS = {
     "existence": _existence,
     "existence_colour": _existence_colour,
-    "class": _class,
-    "colour": _colour,
+    "class": _classes,
+    "colour": _colours,
     "count": _count,
     "count_class": _count_class,
     "style": _style,
     "domain": _domain,
-    "position": _position,
-    "relation": _relation,
+    "position": _positions,
+    "relation": _relations,
     "hop_colour": _hop_colour,
     "hop_class": _hop_class,
     "hop_same": _hop_same,
     "hop_more": _hop_more,
     "hop_match": _hop_match,
     "caption": _caption,
+    "list_colours": _list_colours,
+    "list_sides": _list_sides,
 }
+DESCRIPTIONS = ("caption", "list_colours", "list_sides")  # several words: trained on, not scored
 HOPS = ("hop_colour", "hop_class", "hop_same", "hop_more", "hop_match")
 
 
@@ -266,9 +285,23 @@ def ask(facts: Facts, kind: str, rng: np.random.Generator, tries: int = 4) -> tu
     """One (question, answer) of a kind, or None when the scene does not allow it."""
     for _ in range(tries):
         found = KINDS[kind](facts, rng)
+        if kind in LOOKUPS:
+            found = _pick(rng, found) if found else None
         if found is not None:
             return found
     return None
+
+
+def ask_about_all(facts: Facts, kind: str, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """The questions of a kind that look up each thing in turn, in random order; one question for the other kinds.
+
+    Where the answers differ from thing to thing, the class (or colour) in the question must be found in the image:
+    asked about one thing per scene, the model was content with a frequent answer for any thing in view."""
+    if kind not in LOOKUPS:
+        found = ask(facts, kind, rng)
+        return [found] if found else []
+    found = LOOKUPS[kind](facts, rng)
+    return [found[i] for i in rng.permutation(len(found))]
 
 
 def referring_expression(facts: Facts, index: int) -> str | None:
@@ -318,9 +351,21 @@ CLASS_MATCH = "which image shows the same thing as the first image ? (a) the sec
 CORRESPONDENCE = "which point on the second image corresponds to the reference point ? (a) (b) (c) (d)"
 
 
+def counterpart_question(option: str) -> str:
+    """About a pair with lettered points on both images."""
+    return f"which point on the second image corresponds to {option} ?"
+
+
+def same_point_question(option: str) -> str:
+    """About a pair in BLINK's form: a single comparison of the four."""
+    return f"is {option} the reference point ?"
+
+
 def letter_question(part: int) -> str:
     """About one portrait with lettered points."""
     return f"which letter marks the {PARTS[part]} ?"
 
 
+PARTS_QUESTION = "which letter has which part ?"  # "(b) front , (a) top": at the letter, its part
+LETTERS_QUESTION = "which part has which letter ?"  # "front (b) , top (a)": as the lists of things
 PART_QUESTION = "which part is marked ?"  # about one portrait with one point, and about the first image of a pair

@@ -33,6 +33,7 @@ from .evaluate import quick_accuracy
 from .model import (
     IMAGE_SLOTS, answer_loss, build_mlm, build_siglip, encode_windows, image_embeddings, patch_windows, with_newline,
 )  # fmt: skip
+from .muon import Muon
 from .packing import Sampler, pack, pixel_batch
 from .pool import Pool, load_or_make_pool
 from .symbolic import COARSE, SymbolicImage
@@ -60,17 +61,17 @@ class Stage:
 
 STAGES = {
     "encoder": Stage(1, 4000, 1.5e-3, 64),
-    "language": Stage(2, 6000, 1.5e-3, 24, horizon=8000),
-    "projector": Stage(3, 300, 2e-3, 24),
-    "all": Stage(4, 4250, 2.5e-3, 24, horizon=4500),
+    "language": Stage(2, 7000, 1.5e-3, 24, horizon=8000),
+    "projector": Stage(3, 200, 2e-3, 24),
+    "all": Stage(4, 2100, 2.2e-3, 24),
 }
-# Which kind of sample a step is made of, with how many sequences relative to a step of single images.
+# Sequences in a step of this kind, relative to a step of single images.
+SEQUENCES = {"single": 1.0, "marked": 1.5, "correspondence": 0.75, "style_match": 0.5, "class_match": 0.5}
+# Which kind of sample a step is made of. What needs two looks in turn is learned in the text stage or not at all.
 STEP_KINDS = {
-    "single": (0.82, 1.0),
-    "marked": (0.03, 1.5),
-    "correspondence": (0.02, 0.75),
-    "style_match": (0.05, 0.5),
-    "class_match": (0.08, 0.5),
+    "language": {"single": 0.45, "marked": 0.08, "correspondence": 0.35, "style_match": 0.04, "class_match": 0.08},
+    "projector": {"single": 0.90, "marked": 0.05, "style_match": 0.05},
+    "all": {"single": 0.68, "marked": 0.10, "correspondence": 0.14, "style_match": 0.05, "class_match": 0.03},
 }
 
 
@@ -89,7 +90,7 @@ class Trainer:
                 (matrices if hidden else rest).append({"params": [parameter], "scale": scale})
         lr = self.stage.lr
         self.optimizers = [
-            torch.optim.Muon(_merge(matrices), lr=3 * lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            Muon(_merge(matrices), lr=3 * lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(_merge(rest), lr=lr, weight_decay=0.0, betas=(0.9, 0.98)),
         ]
         self.parameters = [p for o in self.optimizers for g in o.param_groups for p in g["params"]]
@@ -179,15 +180,23 @@ def _set_initial(trainer: Trainer) -> None:
             group["initial"] = trainer.stage.lr * times * group["scale"]
 
 
+def computes_bfloat16(device: str) -> bool:
+    """False for a CPU that only emulates it, at a third of float32's speed."""
+    if torch.device(device).type != "cpu":
+        return True
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
+
+
 def autocast(device: str):
-    return torch.autocast(torch.device(device).type, torch.bfloat16)
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=computes_bfloat16(device))
 
 
 def _fast(model, device: str):
-    """On a CPU: eager attention (0.4 of the time of sdpa's backward pass on one thread) and compiled layers, which fuse
-    the many small operations between the matrix products (about a third of the time, after a minute of compiling)."""
+    """On a CPU: compiled layers, which fuse the many small operations between the matrix products (after a minute of
+    compiling), and in bfloat16 eager attention (0.4 of the time of sdpa's backward pass on one thread)."""
     if torch.device(device).type == "cpu":
-        model.set_attn_implementation("eager")
+        model.set_attn_implementation("eager" if computes_bfloat16(device) else "sdpa")
         for name, module in model.named_modules():
             if type(module).__name__ in ("SiglipEncoderLayer", "Qwen2DecoderLayer"):
                 module.compile(dynamic=True)
@@ -244,15 +253,16 @@ def train_encoder(pool: Pool, held_out: Pool, steps: int, device: str, quiet: bo
 
 def draw_step(trainer: Trainer, sampler: Sampler):
     """The samples of one step: every rank draws the same kind, so that no rank waits for a longer batch."""
-    kinds = list(STEP_KINDS)
-    kind = str(trainer.step_rng().choice(kinds, p=[STEP_KINDS[k][0] for k in kinds]))
-    return sampler.draw(kind, max(2, int(trainer.stage.scenes * STEP_KINDS[kind][1] / trainer.ranks)), trainer.rng())
+    shares = STEP_KINDS[trainer.name]
+    kind = str(trainer.step_rng().choice(list(shares), p=list(shares.values())))
+    return sampler.draw(kind, max(2, int(trainer.stage.scenes * SEQUENCES[kind] / trainer.ranks)), trainer.rng())
 
 
-def train_language(pool: Pool, held_out: Pool, steps: int, device: str, quiet: bool) -> None:
+def train_language(pool: Pool, held_out: Pool, steps: int, device: str, quiet: bool, start: Path | None = None) -> None:
     torch.manual_seed(SEED)
     mlm, symbolic = _fast(build_mlm().to(device), device), SymbolicImage().to(device)
     nn.init.normal_(mlm.get_input_embeddings().weight, std=0.1)
+    _start_from(mlm, start)
     modules = nn.ModuleDict({"mlm": mlm, "symbolic": symbolic})
     named = [
         *((k, p) for k, p in mlm.named_parameters() if "vision" not in k and "projector" not in k and "newline" not in k),
@@ -267,7 +277,7 @@ def train_language(pool: Pool, held_out: Pool, steps: int, device: str, quiet: b
             images = symbolic(mlm.get_input_embeddings(), pool, packed.images, trainer.step)
             loss = answer_loss(mlm, packed, images)
         trainer.update(loss)
-        if trainer.step % 500 == 0 or trainer.step == steps:
+        if trainer.step % 250 == 0 or trainer.step == steps:
             def embed(images):
                 return symbolic(mlm.get_input_embeddings(), held_out, images, 0)
 
@@ -276,7 +286,9 @@ def train_language(pool: Pool, held_out: Pool, steps: int, device: str, quiet: b
     trainer.save()
 
 
-def train_vision_language(name: str, pool: Pool, held_out: Pool, steps: int, device: str, quiet: bool) -> None:
+def train_vision_language(
+    name: str, pool: Pool, held_out: Pool, steps: int, device: str, quiet: bool, start: Path | None = None
+) -> None:
     """Stage 3 (`projector`: everything else frozen) and stage 4 (`all`)."""
     torch.manual_seed(SEED)
     mlm = _fast(build_mlm().to(device), device)
@@ -285,8 +297,10 @@ def train_vision_language(name: str, pool: Pool, held_out: Pool, steps: int, dev
         siglip = build_siglip()
         _load_into(siglip, "encoder")
         mlm.model.vision_tower.load_state_dict(siglip.vision_model.state_dict())
+        _start_from(mlm, start, ("vision_tower", "projector", "newline"))
     else:
         _load_into(mlm, "projector")
+        _start_from(mlm, start)
     for key, parameter in mlm.named_parameters():
         parameter.requires_grad_(name == "all" or "projector" in key or "newline" in key)
     vision = [(k, p) for k, p in mlm.named_parameters() if "vision_tower" in k and ".head." not in k and "post_layernorm" not in k]
@@ -336,6 +350,14 @@ def _load_into(module: nn.Module, stage: str) -> None:
         raise ParameterError(f"stage {stage!r} must be trained first: {file} is missing. Run --stage {stage}.")
 
 
+def _start_from(mlm: nn.Module, folder: Path | None, parts: tuple[str, ...] = ("",)) -> None:
+    """Go on from weights that `save_pretrained` wrote (those whose name holds one of `parts`), the optimiser anew."""
+    if folder is not None:
+        found = type(mlm).from_pretrained(folder, dtype=torch.float32).state_dict()
+        kept = {name: weight for name, weight in found.items() if any(part in name for part in parts)}
+        mlm.load_state_dict(mlm.state_dict() | kept)
+
+
 def _run(rank: int, ranks: int, port: int, name: str, options: argparse.Namespace) -> None:
     torch.set_num_threads(max(1, options.threads))
     if ranks > 1:
@@ -347,9 +369,9 @@ def _run(rank: int, ranks: int, port: int, name: str, options: argparse.Namespac
     if name == "encoder":
         train_encoder(pool, held_out, steps, options.device, options.quiet)
     elif name == "language":
-        train_language(pool, held_out, steps, options.device, options.quiet)
+        train_language(pool, held_out, steps, options.device, options.quiet, options.start_from)
     else:
-        train_vision_language(name, pool, held_out, steps, options.device, options.quiet)
+        train_vision_language(name, pool, held_out, steps, options.device, options.quiet, options.start_from)
     if ranks > 1:
         dist.destroy_process_group()
 
@@ -362,6 +384,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--ranks", type=int, help="processes that share each step (default: 2 on a CPU, 1 on a GPU)")
     parser.add_argument("--threads", type=int, default=1, help="threads per process (default 1: with 2 ranks the fastest)")
+    parser.add_argument("--start-from", type=Path, metavar="FOLDER", help="weights to start stage 2 or 4 from; for stage 3, those of the vision side")
     parser.add_argument("--quiet", action="store_true", help="print nothing")
     options = parser.parse_args(arguments)
     ranks = options.ranks or (1 if options.device.startswith("cuda") else min(2, os.cpu_count() or 1))
