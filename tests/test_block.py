@@ -237,6 +237,46 @@ def test_a_static_cache_has_more_keys_than_tokens(family, attention):
         assert torch.equal(static, expected)
 
 
+def test_a_prompt_in_several_passes():
+    """The first ends where only one row's image has ended: its text must be kept from the keys already."""
+    mlm = model("llava_next", "sdpa")
+    inputs, slots = batch(mlm, "left")
+    selection = choose(mlm, slots, share=0.9)
+    first, second = sorted(slots.max(axis=1) + 1)
+    assert first + 2 < second < inputs["input_ids"].shape[1]
+    for queries in ("after", "all"):
+        with block_keys(mlm, selection, slots, queries), attention_calls(mlm) as calls:
+            whole = logits(mlm, inputs)
+            calls.clear()
+            cache, mask = DynamicCache(), inputs["attention_mask"]
+            start = {name: inputs[name] for name in ("pixel_values", "image_sizes")}
+            start |= {"input_ids": inputs["input_ids"][:, :second], "attention_mask": mask[:, :second]}
+            parts = [logits(mlm, start, past_key_values=cache)]
+            rest = {"input_ids": inputs["input_ids"][:, second:], "attention_mask": mask}
+            parts.append(logits(mlm, rest, past_key_values=cache))
+        check_calls(mlm, calls, selection, slots, queries, mask.numpy())
+        found = torch.cat(parts, dim=1)
+        torch.testing.assert_close(found[mask.bool()], whole[mask.bool()], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_a_mask_of_the_callers_own_is_combined_and_not_edited(attention):
+    mlm = model("llava_next", attention)
+    length, slots = 20, np.arange(2, 9)[None]
+    selection = choose(mlm, slots)
+    own = torch.rand(1, mlm.num_heads, length, length) < 0.7
+    own = (own | torch.eye(length, dtype=torch.bool)).tril()
+    given = own if attention == "sdpa" else torch.zeros(own.shape).masked_fill(~own, -1e30)
+    before = given.clone()
+    with block_keys(mlm, selection, slots), attention_calls(mlm) as calls, torch.no_grad():
+        mlm.model.model.language_model(inputs_embeds=torch.randn(1, length, 32), attention_mask=given)
+    assert torch.equal(given, before)
+    for layer, query, key, value, _, output in calls:
+        allowed = allowed_keys(mlm, selection, layer, slots, "after", np.ones((1, length)), 0, length)
+        expected = softmax_reference(query, key, value, allowed & own.numpy())
+        assert np.abs(output.numpy() - expected).max() < 1e-5
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_eager_equals_sdpa(family):
     found = {}

@@ -79,10 +79,10 @@ def test_the_mean_norm_is_streamed_along():
 
 def test_a_stream_can_be_stored_and_go_on(tmp_path):
     x = keys()
+    parts = Parts(tmp_path, modules=("key_variance.py",))
     for seen in (0, 12):
-        parts = Parts(tmp_path, seen=seen)
-        parts.save("keys", KeyVariance().update(x[:seen]).state_dict())
-        again = KeyVariance.from_state(parts.load("keys")).update(x[seen:])
+        parts.save(f"keys {seen}", KeyVariance().update(x[:seen]).state_dict())
+        again = KeyVariance.from_state(parts.load(f"keys {seen}")).update(x[seen:])
         whole = KeyVariance().update(x)
         assert again.count == 20
         assert torch.equal(again.result, whole.result) and torch.equal(again.mean_norm, whole.mean_norm)
