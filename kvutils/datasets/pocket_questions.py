@@ -28,7 +28,7 @@ _POSITIVES, _NEGATIVES, _PAIRS = 1, 2, 3  # what a seed is for, beside the scene
 
 
 def pocket_pope(
-    scenes: int = 500, split: str = "all", per_scene: int = 3, seed: int = SEED
+    scenes: int = 600, split: str = "all", per_scene: int = 3, seed: int = SEED
 ) -> list[YesNoSample]:
     """Twin of POPE: is there a thing of a class, with three kinds of negatives.
 
@@ -38,6 +38,10 @@ def pocket_pope(
     splits. The negatives are drawn as by POPE's own script, from the truth of this very set of scenes: random
     (any absent class), popular (the absent classes that most scenes show), adversarial (for each positive,
     the absent class that is seen with it most often). Yes and no alternate.
+
+    600 scenes show a true difference of 3 F1 points with probability 0.8 as long as at most one answer in six
+    changes (by `minimum_detectable_difference` between the pocket model and a half-trained one); where 6 % of
+    the answers change, as when a third of the image is hidden from it, they show 1.6 points.
     """
     _at_least_one(scenes=scenes, per_scene=per_scene)
     splits = pope_splits(split)
