@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from kvutils.datasets import davis, mme, pocket, pocket_questions, pope
+from kvutils.datasets import davis, mme, pocket, pocket_kinds, pocket_questions, pope
 from kvutils.errors import DataError
 
 # Each pocket set is the generated twin of the real one it is named after.
@@ -21,6 +21,8 @@ _GENERATED: dict[str, Callable[..., Iterable]] = {
     "pocket-davis-2017": pocket.clips,
     "pocket-pope": pocket_questions.pocket_pope,
     "pocket-mme": pocket_questions.pocket_mme,
+    "pocket-coco": pocket.key_images,
+    "pocket-questions": pocket_kinds.questions_of_every_kind,
 }
 _ON_DISK: dict[str, Callable[..., Iterable]] = {
     "davis-2017": davis.davis_clips,
@@ -47,6 +49,8 @@ QUESTION_DATA: dict[str, dict[str, str]] = {
     "paper": {"pope": "pope", "mme": "mme"},
     "pocket": {"pope": "pocket-pope", "mme": "pocket-mme"},
 }
+# profile -> the images over which the variance of image keys is taken
+KEY_IMAGES: dict[str, str] = {"paper": "coco", "pocket": "pocket-coco"}
 CLASS_NAMES: dict[str, tuple[str, ...]] = {"pocket": pocket.CLASS_NAMES, "paper": ()}  # of the supervised probe
 
 

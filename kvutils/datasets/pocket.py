@@ -31,7 +31,7 @@ FOLDS = 4
 CLASSES_PER_FOLD = len(CLASSES) // FOLDS
 CLASS_NAMES = CLASSES
 _STREAMS = {"episodes": 1, "groups": 2, "named": 3, "training": 4, "referring": 5, "pairs": 6, "clips": 7,
-            "pope": 8, "mme": 9}  # fmt: skip
+            "pope": 8, "mme": 9, "keys": 10}  # fmt: skip
 _MAX_TRIES = 100  # scenes looked at per sample wanted, before a set is declared impossible
 
 
@@ -253,6 +253,16 @@ def clips(count: int = 24, frames: int = 12, seed: int = SEED) -> list[Clip]:
         if len(samples) == count:
             return samples
     raise ParameterError(f"{count} clips with visible things were not found among {_MAX_TRIES * count}")
+
+
+def key_images(count: int = 1000, seed: int = SEED) -> list[LabelledImage]:
+    """Twin of the COCO images over which the variance of image keys is taken: scenes as they come.
+
+    Label maps as in `training_maps`: 0 is background. The real set may open its images when they are asked for.
+    """
+    _at_least_one(count=count)
+    drawn = (pocket_scene("keys", i, seed) for i in range(count))
+    return [LabelledImage(s.id, s.image, s.class_map()) for s in drawn]
 
 
 def _at_least_one(**sizes: int) -> None:
