@@ -1,0 +1,136 @@
+"""Statistics of the image keys of a model over many images: variance, norm, attention from text, foreground.
+
+The images are read once, in parts that a stopped run finds again. See `kvutils.tasks.key_statistics` for what
+the table says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from kvutils.attention_mass import attention_mass
+from kvutils.capture import Capture, capture
+from kvutils.datasets.samples import VOID, LabelledImage
+from kvutils.errors import DataError, ParameterError
+from kvutils.key_variance import KeyVariance, SameGrid
+from kvutils.layout import TokenLayout
+from kvutils.models import MLM
+from kvutils.store import Parts, to_json
+
+
+@dataclass(frozen=True, eq=False)
+class KeyTable:
+    """Statistics of every image key of a model. All tensors are float64 on the CPU.
+
+    variance, norm, mass (L, G, N): L2 variance over images (squared key units), mean L2 norm, mean attention
+    weight (0..1) from the text. halves (2, L, G, N): the variance of the images in even and in odd chunks.
+    foreground (N,): share of images, 0..1, in which the token is mostly foreground. layout: of every image.
+    """
+
+    name: str
+    variance: torch.Tensor
+    norm: torch.Tensor
+    mass: torch.Tensor
+    halves: torch.Tensor
+    foreground: np.ndarray
+    layout: TokenLayout
+    images: int
+    mass_images: int
+
+    @property
+    def is_newline(self) -> np.ndarray:
+        return self.layout.is_newline
+
+    @property
+    def real(self) -> torch.Tensor:
+        """(N,) bool: tokens that are no newlines."""
+        return torch.from_numpy(~self.is_newline)
+
+    @property
+    def scale_free(self) -> torch.Tensor:
+        """(L, G, N) variance / mean norm^2, no unit; 0 where the key is always zero."""
+        return torch.where(self.norm > 0, self.variance / self.norm.square().clamp(min=1e-300), 0.0)
+
+
+def measure_keys(
+    mlm: MLM,
+    images: Sequence[LabelledImage],
+    questions: Sequence[str],
+    parts: Parts | None = None,
+    *,
+    mass_images: int | None = None,
+    base_view_only: bool | None = None,
+    max_pixels: int | None = None,
+    chunk: int = 50,
+    progress: bool = True,
+) -> KeyTable:
+    """Read the keys of all images (at least 2 chunks' worth), and the attention that `questions` pay to them.
+
+    images: any sequence of samples with `id`, `image` and `mask` (0 background, `VOID` unknown), which may open
+    its files when they are asked for; all of one token grid. mass_images: how many of them the attention is
+    measured on (default: all). With `parts` finished chunks are kept, and a stopped run goes on. Raises
+    DataError for too few images or different grids, and what `capture` raises.
+    """
+    if chunk < 1 or (mass_images is not None and mass_images < 1):
+        raise ParameterError(f"chunk and mass_images must be at least 1, not {chunk} and {mass_images}")
+    if len(images) <= chunk:
+        raise DataError(f"{len(images)} images make no two chunks of {chunk}: give more, or a smaller chunk")
+    mass_images = len(images) if mass_images is None else min(mass_images, len(images))
+    asked = [mlm.name, list(questions), base_view_only, max_pixels]
+    grid, streams = SameGrid(), (KeyVariance(), KeyVariance())
+    mass, foreground, weight = 0.0, 0.0, 0
+    bar = tqdm(total=len(images), desc=f"keys of {mlm.name}", unit="image", disable=not progress)
+    for number, start in enumerate(range(0, len(images), chunk)):
+        some = [images[i] for i in range(start, min(start + chunk, len(images)))]
+        heard = some[: max(0, mass_images - start)]
+
+        def compute(some: list = some, heard: list = heard) -> dict:
+            options = {"base_view_only": base_view_only, "max_pixels": max_pixels}
+            found = _read(mlm, some, grid, options)
+            if heard:
+                received = attention_mass(mlm, [s.image for s in heard], questions, **options)
+                found["mass"] = received * len(heard)
+            return found
+
+        key = hashlib.sha256(to_json([asked, [s.id for s in some], len(heard)]).encode()).hexdigest()[:16]
+        found = dict(compute() if parts is None else parts.make(f"keys/{start:06d}-{key}", compute))
+        foreground, mass = foreground + found.pop("foreground"), mass + found.pop("mass", 0.0)
+        weight += len(heard)
+        streams[number % 2].merge(KeyVariance.from_state(found))
+        bar.update(len(some))
+    bar.close()
+    halves = torch.stack([stream.result for stream in streams])
+    total = KeyVariance().merge(streams[0]).merge(streams[1])
+    layout = grid.layout or _layout(mlm, images[0], base_view_only, max_pixels)
+    return KeyTable(mlm.name, total.result, total.mean_norm, mass / weight, halves,
+                    np.asarray(foreground) / total.count, layout, total.count, weight)  # fmt: skip
+
+
+def _read(mlm: MLM, samples: Sequence[LabelledImage], grid: SameGrid, options: dict) -> dict[str, torch.Tensor]:
+    """The state of a `KeyVariance`, and how often each token is mostly foreground."""
+    variance = KeyVariance()
+    foreground = torch.zeros(0)
+
+    def add(index: int, one: Capture) -> None:
+        nonlocal foreground
+        grid.check(one.layout, samples[index].id)
+        variance.update(one.keys[None])
+        mask = np.asarray(samples[index].mask)
+        labels, _ = one.layout.token_labels(np.where(mask == VOID, VOID, mask > 0), VOID)
+        count = torch.from_numpy((labels == 1).astype(float))
+        foreground = count if not len(foreground) else foreground + count
+
+    capture(mlm, [s.image for s in samples], values=False, features=False, to=None, on_capture=add, **options)
+    return variance.state_dict() | {"foreground": foreground}
+
+
+def _layout(mlm: MLM, sample: LabelledImage, base_view_only, max_pixels) -> TokenLayout:
+    """Of an image whose keys were stored: one image is read again."""
+    return capture(mlm, [sample.image], layers=[0], values=False, features=False,
+                   base_view_only=base_view_only, max_pixels=max_pixels)[0].layout  # fmt: skip

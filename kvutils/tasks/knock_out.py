@@ -1,0 +1,199 @@
+"""Where is the image read? Text that may not see the image in one layer, or from a layer on, or up to one.
+
+Blocking keys of late layers can only matter for questions whose answer still depends on the image there. So this
+is measured first: per kind of question, accuracy and loss with all image keys hidden from the text
+
+  one    in layer l alone
+  from   in layer l and all after it: what is read before l is enough, as far as nothing is lost
+  until  in layer l and all before it
+
+A question is answered right when the right option scores highest among the options of its kind; the loss is
+minus the log-probability (nats) that the answer begins with the right option.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+from kvutils.answer import SessionBatch
+from kvutils.datasets.samples import Question, YesNoSample
+from kvutils.errors import DataError, ParameterError
+from kvutils.keys import select_all
+from kvutils.models import MLM
+from kvutils.prompt_tokens import PromptTokens
+from kvutils.statistics import bootstrap_ci, mean_statistic
+from kvutils.store import Parts, to_json
+from kvutils.tasks.base import choosing_half
+
+FAMILIES = ("one", "from", "until")
+ALL = "all"  # kinds together, each with the same weight
+
+
+@dataclass(frozen=True, eq=False)
+class KnockOut:
+    """Per question and condition: values (n, C, 2) float64, right (0 or 1) and loss (nats).
+
+    conditions (C,): "none", then "one 0", "from 0", ...; kinds, groups (n,): kind of question, scene.
+    """
+
+    layers: int
+    conditions: list[str]
+    kinds: list[str]
+    groups: list[str]
+    values: np.ndarray
+
+    def of(self, condition: str) -> np.ndarray:
+        """(n, 2) of one condition."""
+        return self.values[:, self.conditions.index(condition)]
+
+
+def blocked_layers(layers: int) -> dict[str, tuple[int, ...]]:
+    """Condition -> layers in which the image is hidden. Equal sets are measured once, see `condition_of`."""
+    found: dict[str, tuple[int, ...]] = {"none": ()}
+    for family in FAMILIES:
+        for layer in range(layers):
+            name = condition_of(family, layer, layers)
+            bounds = {"one": (layer, layer + 1), "from": (layer, layers), "until": (0, layer + 1)}
+            found.setdefault(name, tuple(range(*bounds[family])))
+    return found
+
+
+def condition_of(family: str, layer: int, layers: int) -> str:
+    """The condition that stands for a family's at a layer: until 0 is one 0, from the last is one, until it is all."""
+    if family not in FAMILIES or not 0 <= layer < layers:
+        raise ParameterError(f"expected one of {', '.join(FAMILIES)} and a layer below {layers}: {family}, {layer}")
+    if (family == "until" and layer == 0) or (family == "from" and layer == layers - 1):
+        return f"one {layer}"
+    return "from 0" if family == "until" and layer == layers - 1 else f"{family} {layer}"
+
+
+def as_questions(samples: Sequence[YesNoSample]) -> list[Question]:
+    """POPE's and MME's questions as `knock_out` takes them; the subset is the kind. Images are opened."""
+    return [
+        Question(s.id, s.subset, (s.image,), s.question, s.truth, ("yes", "no"), s.image_id) for s in samples
+    ]
+
+
+def knock_out(
+    mlm: MLM,
+    samples: Sequence[Question],
+    parts: Parts | None = None,
+    *,
+    base_view_only: bool | None = None,
+    max_pixels: int | None = None,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> KnockOut:
+    """Every question under every condition; each image is read once. Samples need one image each.
+
+    The questions of one `group` share its image. The images of a batch need the same number of tokens
+    (batch_size=1 serves any). With `parts`, finished batches are kept. Raises DataError for no samples, several
+    images, or a kind with fewer than two different options, and what `SessionBatch` raises.
+    """
+    options = _options(samples)
+    scenes: dict[str, list[Question]] = {}
+    for sample in samples:
+        scenes.setdefault(sample.group or sample.id, []).append(sample)
+    names, blocked = list(scenes), blocked_layers(mlm.num_layers)
+    tokens, rows = PromptTokens(mlm, None), []
+    with tqdm(total=len(names), desc="knock-out", unit="image", disable=not progress) as bar:
+        for start in range(0, len(names), batch_size):
+            batch = [scenes[name] for name in names[start : start + batch_size]]
+
+            def compute(batch: list = batch) -> list:
+                with SessionBatch(mlm, [asked[0].images for asked in batch], None, base_view_only, max_pixels,
+                                  tokens) as session:  # fmt: skip
+                    return _ask(session, batch, options, blocked)
+
+            content = [mlm.name, base_view_only, max_pixels, options,
+                       [[s.group, s.id, s.text, s.answer] for asked in batch for s in asked]]  # fmt: skip
+            key = hashlib.sha256(to_json(content).encode()).hexdigest()[:16]
+            rows += compute() if parts is None else parts.make(f"knock_out/{start:06d}-{key}", compute)
+            bar.update(len(batch))
+    ordered = [sample for name in names for sample in scenes[name]]
+    return KnockOut(mlm.num_layers, list(blocked), [s.kind for s in ordered], [s.group or s.id for s in ordered],
+                    np.array(rows, dtype=float))  # fmt: skip
+
+
+def _ask(session: SessionBatch, batch: list[list[Question]], options: dict, blocked: dict) -> list:
+    """[question][condition] -> [right, loss] of a batch of scenes."""
+    questions = [[s.text for s in asked] for asked in batch]
+    choices = [[options[s.kind] for s in asked] for asked in batch]
+    heads, count = session.mlm.num_kv_heads, session.slots.shape[1]
+    rows: list[list] = [[] for asked in batch for _ in asked]
+    for layers in blocked.values():
+        block = select_all(layers, heads, count) if layers else None
+        answers = session.answer(questions, choices, 0, block)
+        flat = [(s, a) for asked, found in zip(batch, answers, strict=True) for s, a in zip(asked, found, strict=True)]
+        for row, (sample, answer) in zip(rows, flat, strict=True):
+            row.append([float(answer.best == sample.answer), -answer.scores[sample.answer]])
+    return rows
+
+
+def _options(samples: Sequence[Question]) -> dict[str, list[str]]:
+    """The options of each kind: those that its samples name, and all their answers."""
+    if not samples:
+        raise DataError("a knock-out curve needs questions, found none")
+    options: dict[str, set[str]] = {}
+    for sample in samples:
+        if len(sample.images) != 1:
+            raise DataError(f"{sample.id}: expected a question about one image, found {len(sample.images)}")
+        options.setdefault(sample.kind, set()).update((sample.answer, *sample.options))
+    for kind, found in options.items():
+        if len(found) < 2:
+            raise DataError(f"all {kind} questions have the answer {found}: nothing can be right or wrong")
+    return {kind: sorted(found) for kind, found in options.items()}
+
+
+def summarise_knock_out(table: KnockOut, n_boot: int = 2000, seed: int = 0) -> dict:
+    """Per kind, and for all kinds: accuracy and loss without block and under each, with 95 % intervals over scenes.
+
+    kinds -> kind -> n, scenes, none {accuracy, loss}, and per family a list over layers of accuracy, loss, and
+    the paired differences to none, accuracy_change and loss_change. JSON-able.
+    """
+    weight = {kind: 1 / table.kinds.count(kind) for kind in table.kinds}
+    every = np.array([weight[kind] for kind in table.kinds])
+    kinds = {ALL: np.ones(len(table.kinds), bool)}
+    kinds |= {kind: np.array(table.kinds) == kind for kind in weight}
+    names = ("accuracy", "loss", "accuracy_change", "loss_change")
+    result: dict = {"layers": table.layers, "kinds": {}}
+    for kind, mine in kinds.items():
+        values = table.values[mine]
+        packed = np.concatenate([values, values - values[:, :1]], axis=2).reshape(mine.sum(), -1)
+        groups = [group for group, kept in zip(table.groups, mine, strict=True) if kept]
+
+        def statistic(weights: np.ndarray, packed: np.ndarray, balance: np.ndarray = every[mine]) -> np.ndarray:
+            return mean_statistic(weights * balance, packed)
+
+        intervals = [each.as_dict() for each in bootstrap_ci(packed, statistic, n_boot, seed, groups)]
+        by_condition = {
+            condition: dict(zip(names, intervals[4 * i : 4 * i + 4], strict=True))
+            for i, condition in enumerate(table.conditions)
+        }
+        found: dict = {"n": int(mine.sum()), "scenes": len(set(groups)), "none": by_condition["none"]}
+        for family in FAMILIES:
+            found[family] = [by_condition[condition_of(family, layer, table.layers)] for layer in range(table.layers)]
+        result["kinds"][kind] = found
+    return result
+
+
+def reading_layers(table: KnockOut, width: int, seed: int = 0) -> dict:
+    """The `width` adjacent layers where the image is read: hiding it in each alone adds most loss, summed.
+
+    Chosen on one half of the scenes; `added` is the sum there, `held_out` on the other half. Kinds count equally.
+    """
+    if not 1 <= width <= table.layers:
+        raise ParameterError(f"width must be between 1 and {table.layers}, not {width}")
+    weight = {kind: 1 / table.kinds.count(kind) for kind in table.kinds}
+    balance, chosen = np.array([weight[kind] for kind in table.kinds]), choosing_half(table.groups, seed)
+    added = np.stack([table.of(f"one {layer}")[:, 1] - table.of("none")[:, 1] for layer in range(table.layers)])
+    halves = [(added[:, half] * balance[half]).sum(1) / balance[half].sum() for half in (chosen, ~chosen)]
+    sums = [np.convolve(half, np.ones(width), "valid") for half in halves]
+    first = int(sums[0].argmax())
+    return {"layers": list(range(first, first + width)), "added": float(sums[0][first]),
+            "held_out": float(sums[1][first]), "windows": sums[0].tolist()}  # fmt: skip
