@@ -240,7 +240,16 @@ def draw_value_flow(results: Mapping) -> dict[str, Figure]:
     return figures
 
 
-DRAW: dict[str, Callable[[Mapping], dict[str, Figure]]] = {"01_value_flow": draw_value_flow}
+def draw_input_agnostic_keys(results: Mapping) -> dict[str, Figure]:
+    from kvutils.plots_keys import draw_input_agnostic_keys as draw  # it draws in the style of this module
+
+    return draw(results)
+
+
+DRAW: dict[str, Callable[[Mapping], dict[str, Figure]]] = {
+    "01_value_flow": draw_value_flow,
+    "03_input_agnostic_keys": draw_input_agnostic_keys,
+}
 
 
 def save(figures: Mapping[str, Figure], folder: Path) -> list[Path]:

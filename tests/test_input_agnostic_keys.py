@@ -1,0 +1,528 @@
+"""Notebook 03's measurements: key statistics, knock-out curve, blocking experiment, claims; resumed and planted."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kvutils import plots, plots_keys
+from kvutils.answer import ImageSession
+from kvutils.attention_mass import attention_mass
+from kvutils.datasets import KEY_IMAGES, open_dataset
+from kvutils.datasets.samples import VOID, LabelledImage, Question, YesNoSample
+from kvutils.errors import DataError, ParameterError
+from kvutils.key_variance import key_variance, variance_threshold
+from kvutils.keys import select_all, selected_mass
+from kvutils.layout import build_layout
+from kvutils.report import judge, load_claims
+from kvutils.store import Parts, read_json, to_json, write_json
+from kvutils.tasks import Mme, Pope, key_blocking
+from kvutils.tasks.input_agnostic_keys import claim_c5, claim_c6, claim_x2, claim_x4
+from kvutils.tasks.key_blocking import (
+    BLOCK,
+    CONTROLS,
+    NONE,
+    READING,
+    ask_under_blocks,
+    conditions,
+    effects,
+    last_layers,
+    power_statement,
+    select_lowest,
+    sweep,
+)
+from kvutils.tasks.key_statistics import (
+    agnostic,
+    compare_trained,
+    describe_keys,
+    foreground,
+    modes,
+    sinks,
+    thresholds,
+)
+from kvutils.tasks.key_table import KeyTable, measure_keys
+from kvutils.tasks.knock_out import (
+    KnockOut,
+    as_questions,
+    blocked_layers,
+    condition_of,
+    knock_out,
+    reading_layers,
+    summarise_knock_out,
+)
+from kvutils.two_modes import separation
+from tests.tiny_models import tiny_pocket
+
+QUESTIONS = ["is the fish on the left", "what colour is the car"]
+CLAIMS = {claim["id"]: claim for claim in load_claims()}
+
+
+@pytest.fixture(scope="module")
+def mlm():
+    return tiny_pocket()
+
+
+def picture(seed, size=32):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8))
+
+
+def labelled(count, stop=None):
+    """Foreground in the upper half of every second image, unknown on the right of all."""
+    found = []
+    for number in range(count):
+        mask = np.zeros((32, 32), np.uint8)
+        mask[:16] = number % 2
+        mask[:, 24:] = VOID
+        found.append(LabelledImage(f"image{number}", picture(number), mask))
+    return found
+
+
+def table_of(variance, norm=None, mass=None, foreground=None, seed=0):
+    """A KeyTable of the 4 x 4 grid and newline of a tiny pocket model, or of a wider one; no model is run."""
+    variance = torch.as_tensor(variance, dtype=torch.float64)
+    side = round((variance.shape[-1] - 1) ** 0.5)
+    layout = build_layout(tiny_pocket(image_size=8 * side), (8 * side, 8 * side), base_view_only=True)
+    ones = torch.ones_like(variance)
+    noise = 1 + 0.01 * torch.randn(2, *variance.shape, dtype=torch.float64)
+    random = np.random.default_rng(seed)
+    return KeyTable("made up", variance, ones if norm is None else norm, ones / 20 if mass is None else mass,
+                    variance * noise, random.random(variance.shape[-1]) if foreground is None else foreground,
+                    layout, 100, 100)  # fmt: skip
+
+
+def log_normal(layers, heads, tokens, spread=0.3, seed=0):
+    return torch.exp(spread * torch.from_numpy(np.random.default_rng(seed).normal(size=(layers, heads, tokens))))
+
+
+def yes_no(images=8, subsets=("random", "popular"), size=32):
+    pictures = [picture(i, size) for i in range(images)]
+    words = ("fish", "car")
+    return [
+        YesNoSample(f"{subset}-{i}-{k}", f"im{i}", pictures[i], f"is the {words[k]} on the {side}",
+                    "yes" if k else "no", subset)
+        for subset, side in zip(subsets, ("left", "right"), strict=True) for i in range(images) for k in (0, 1)
+    ]  # fmt: skip
+
+
+# --- key statistics ----------------------------------------------------------------------------------------
+
+
+def test_the_table_is_what_its_parts_measure(mlm):
+    images = labelled(10)
+    table = measure_keys(mlm, images, QUESTIONS, chunk=3, mass_images=5, progress=False)
+    pictures = [each.image for each in images]
+    direct = key_variance(mlm, pictures)
+    torch.testing.assert_close(table.variance, direct.result, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(table.norm, direct.mean_norm, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(table.mass, attention_mass(mlm, pictures[:5], QUESTIONS), rtol=1e-4, atol=1e-7)
+    assert (table.images, table.mass_images) == (10, 5) and table.variance.shape == (5, 2, 17)
+    even = key_variance(mlm, [pictures[i] for i in (0, 1, 2, 6, 7, 8)]).result
+    torch.testing.assert_close(table.halves[0], even, rtol=1e-5, atol=1e-9)
+    layout = table.layout
+    upper = ~layout.is_newline & (layout.cells[:, 0] < 2) & (layout.cells[:, 1] < 3)
+    np.testing.assert_array_equal(table.foreground, np.where(upper, 0.5, 0))
+
+
+def test_a_stopped_measurement_goes_on(mlm, tmp_path):
+    class Images(list):
+        left = 4
+
+        def __getitem__(self, index):
+            if not self.left:
+                raise KeyboardInterrupt
+            Images.left -= 1
+            return super().__getitem__(index)
+
+    plain = measure_keys(mlm, labelled(6), QUESTIONS[:1], chunk=2, progress=False)
+    parts = Parts(tmp_path, seed=0)
+    with pytest.raises(KeyboardInterrupt):
+        measure_keys(mlm, Images(labelled(6)), QUESTIONS[:1], parts, chunk=2, progress=False)
+    assert len([*parts.folder.rglob("keys/*.safetensors")]) == 2
+    resumed = measure_keys(mlm, labelled(6), QUESTIONS[:1], parts, chunk=2, progress=False)
+    again = measure_keys(mlm, labelled(6), QUESTIONS[:1], parts, chunk=2, progress=False)  # nothing left to read
+    for one in (resumed, again):
+        for name in ("variance", "norm", "mass", "halves"):
+            assert torch.equal(getattr(one, name), getattr(plain, name)), name
+        assert np.array_equal(one.foreground, plain.foreground) and one.layout.grids == plain.layout.grids
+
+
+def test_bad_image_sets(mlm):
+    with pytest.raises(DataError, match="two chunks"):
+        measure_keys(mlm, labelled(3), QUESTIONS, chunk=3, progress=False)
+    with pytest.raises(ParameterError, match="mass_images"):
+        measure_keys(mlm, labelled(3), QUESTIONS, chunk=1, mass_images=0, progress=False)
+
+
+def test_a_planted_constant_head_is_found():
+    mlm = tiny_pocket(seed=3)
+    attention = mlm.model.model.language_model.layers[3].self_attn
+    with torch.no_grad():
+        attention.k_proj.bias.normal_()
+        attention.k_proj.weight[mlm.head_dim :] = 0  # of the second key-value head: its keys are the bias
+    table = measure_keys(mlm, labelled(8), QUESTIONS[:1], chunk=2, progress=False)
+    planted = torch.zeros_like(table.variance, dtype=torch.bool)
+    planted[3, 1] = table.real
+    found = thresholds(table)
+    assert torch.equal(agnostic(table, found, "near_constant")[3], planted[3])
+    assert agnostic(table, found, "raw")[planted].all() and found["near_constant"]["value"] == 0.1
+    described = describe_keys(table, n_boot=50, mode_draws=3)
+    assert described["shares"]["near_constant"]["heads"][3] == [0.0, 1.0]
+    assert json.loads(to_json(described))["shares"] == described["shares"] and described["positions"] == 16
+
+
+def test_planted_keys_make_two_modes_and_sinks():
+    variance, planted = log_normal(4, 2, 101), torch.zeros(4, 2, 101, dtype=torch.bool)
+    planted[2:, :, 10:35] = True
+    variance = torch.where(planted, variance * 1e-2, variance)
+    mass = torch.where(planted, 0.03, 0.01).double()
+    table = table_of(variance, mass=mass)
+    found = thresholds(table)
+    assert found["raw"]["two_modes"] and torch.equal(agnostic(table, found, "raw"), planted)
+    assert torch.equal(agnostic(table, found, "per_layer")[2:], planted[2:])
+    seen = modes(table, n_boot=20)
+    assert all(each["low"] > 5 for each in seen["layers"][2:])
+    assert seen["best"]["layer"] in (2, 3) and seen["best"]["low"] > 5
+    gap = sinks(table, planted, 100)["mass"]
+    expected = 0.02 / (0.01 * 0.75 + 0.03 * 0.25)
+    assert gap["all"]["mean"] == pytest.approx(expected) and gap["all"]["low"] > 1.2
+    assert gap["layers"][0]["mean"] is None and gap["layers"][2]["mean"] == pytest.approx(expected)
+
+
+def test_scale_of_layers_and_heads_cannot_fake_two_modes():
+    """Keys of one kind, ten times as long in some layers and in one head of each."""
+    factor = torch.ones(6, 2, 1, dtype=torch.float64)
+    factor[3:], factor[:, 1] = 10, factor[:, 1] * 10
+    table = table_of(log_normal(6, 2, 145) * factor.square(), norm=factor.expand(6, 2, 145).clone())
+    assert variance_threshold(table.variance, table.is_newline).two_modes, "the artefact itself"
+    assert not thresholds(table)["scale_free"]["two_modes"]
+    seen = modes(table, n_boot=20)
+    assert seen["median"]["low"] == 0 and seen["pooled"]["raw"]["two_modes"]
+    claim = claim_c5({"modes": seen})
+    assert judge(CLAIMS["C5"], claim)[0] != "reproduced" and len(claim["entries"]) == 6
+    planted = table.variance.clone()
+    planted[:, :, :40] *= 1e-2
+    claim = claim_c5({"modes": modes(replace(table, variance=planted, halves=torch.stack([planted] * 2)), n_boot=20)})
+    assert judge(CLAIMS["C5"], claim)[0] == "reproduced" and claim["value"] > 4
+
+
+def test_what_the_foreground_explains():
+    often = np.linspace(0, 0.5, 101)
+    variance = log_normal(2, 2, 101, 0.05) * torch.from_numpy(np.exp(4 * often))
+    table = table_of(variance, foreground=often)
+    mask = (table.variance < 1.6) & table.real
+    seen = foreground(table, mask, 1.6, 50)
+    assert seen["correlation"]["all"]["low"] > 0.99 and len(seen["correlation"]["layers"]) == 2
+    assert mask.double().mean() > 0.2 and seen["share_after"]["all"]["mean"] == 0 and seen["kept"] == 0
+    described = describe_keys(table, n_boot=50, mode_draws=2)
+    assert described["foreground"]["correlation"] == seen["correlation"]
+    assert np.array(described["maps"]["foreground"]).shape == (10, 10)
+    assert sum(map(sum, described["histograms"]["raw"]["layers"])) == 2 * 2 * 100
+
+
+def test_trained_minus_untrained():
+    trained = log_normal(4, 2, 101)
+    trained[:, :, :20] *= 1e-3
+    tables = [table_of(trained), table_of(log_normal(4, 2, 101, seed=1))]
+    tables[0] = replace(tables[0], mass=torch.where(trained < 0.05, 0.02, 0.01).double())
+    described = describe_keys(tables[0], n_boot=100, mode_draws=2)
+    compared = compare_trained(*tables, described["thresholds"], 100)
+    assert compared["scale_free"]["difference"]["all"]["mean"] == pytest.approx(0.2)
+    assert compared["scale_free"]["untrained"]["all"]["mean"] == 0
+    claim = claim_x4(described, compared)
+    assert judge(CLAIMS["X4"], claim) == ("reproduced", 2) and "scale_free" in claim["entries"][0]["name"]
+    described["sinks"]["raw"]["mass"]["all"] = dict.fromkeys(("mean", "low", "high", "n"))
+    with pytest.raises(DataError, match="above the threshold"):
+        claim_x4(described, compared)
+
+
+def test_what_counts_as_two_modes():
+    random = np.random.default_rng(0)
+    apart = np.concatenate([random.normal(0, 1, 400), random.normal(4, 1, 600)])
+    (value,), (means, sds, shares) = separation(apart)
+    assert value == pytest.approx(4, abs=0.3) and means[0] == pytest.approx([0, 4], abs=0.2)
+    assert sds[0] == pytest.approx([1, 1], abs=0.15) and shares[0] == pytest.approx([0.4, 0.6], abs=0.03)
+    one_group = [random.uniform(size=1000), random.normal(size=1000), random.exponential(size=1000)]
+    assert separation(np.stack(one_group))[0].tolist() == [0, 0, 0], "Ashman's D alone is above 2 for two of them"
+    assert separation(np.zeros(50))[0] == 0
+    with pytest.raises(DataError, match="finite"):
+        separation(np.full(50, np.nan))
+
+
+# --- knock-out ---------------------------------------------------------------------------------------------
+
+
+def questions(images=5):
+    found = []
+    for i in range(images):
+        for kind, text, options in (
+            ("side", "what is on the left", ("fish", "car")),
+            ("colour", "what colour is this", ("red", "blue")),
+        ):
+            found.append(Question(f"{kind}{i}", kind, (picture(i),), text, options[i % 2], options, f"scene{i}"))
+    return found
+
+
+def test_every_condition_is_that_block(mlm):
+    asked = questions(3)
+    table = knock_out(mlm, asked, batch_size=2, progress=False)
+    assert len(table.conditions) == 1 + 3 * 5 - 3 and table.values.shape == (6, 13, 2)
+    assert table.groups == ["scene0", "scene0", "scene1", "scene1", "scene2", "scene2"]
+    blocked = blocked_layers(5)
+    assert blocked["from 3"] == (3, 4) and blocked["until 1"] == (0, 1) and blocked["from 0"] == (0, 1, 2, 3, 4)
+    for number in (0, 3):
+        sample = asked[number]
+        with ImageSession(mlm, sample.images) as session:
+            for name in ("none", "one 2", "from 3", "until 1"):
+                block = select_all(blocked[name], 2, 17) if blocked[name] else None
+                (answer,) = session.choose([sample.text], sample.options, 0, block=block)
+                right, loss = table.of(name)[number]
+                assert loss == pytest.approx(-answer.scores[sample.answer], abs=1e-4)
+                assert right == (answer.best == sample.answer)
+    same = [condition_of("until", 0, 5), condition_of("from", 4, 5), condition_of("until", 4, 5)]
+    assert same == ["one 0", "one 4", "from 0"]
+
+
+def test_a_layer_that_reads_nothing_can_be_knocked_out():
+    mlm = tiny_pocket(seed=1)
+    with torch.no_grad():
+        mlm.model.model.language_model.layers[2].self_attn.o_proj.weight.zero_()
+    table = knock_out(mlm, questions(), progress=False)
+    plain, moved = table.of("none"), {}
+    for layer in range(5):
+        moved[layer] = np.abs(table.of(f"one {layer}") - plain).max()
+    assert moved.pop(2) < 1e-5 and min(moved.values()) > 1e-3
+
+
+def test_the_curve_and_the_reading_layers(mlm, tmp_path):
+    names = list(blocked_layers(4))
+    n, random = 240, np.random.default_rng(0)
+    values = np.zeros((n, len(names), 2))
+    for i, name in enumerate(names):
+        hidden = blocked_layers(4)[name]
+        values[:, i, 0] = 1 - 0.5 * (1 in hidden) - 0.25 * (2 in hidden)
+        values[:, i, 1] = 0.1 + 2 * (1 in hidden) + (2 in hidden) + 0.1 * random.random(n)
+    kinds = ["often"] * 200 + ["seldom"] * 40
+    values[200:, 1:, 0] = values[200:, :1, 0]  # blocking changes nothing for the second kind
+    table = KnockOut(4, names, kinds, [f"scene{i // 4}" for i in range(n)], values)
+    summary = summarise_knock_out(table, 100)
+    often = summary["kinds"]["often"]
+    assert [each["accuracy_change"]["mean"] for each in often["from"]] == pytest.approx([-0.75, -0.75, -0.25, 0])
+    assert [each["accuracy_change"]["mean"] for each in often["until"]] == pytest.approx([0, -0.5, -0.75, -0.75])
+    assert often["scenes"] == 50 and often["one"][1]["loss_change"]["low"] > 1.8
+    both = summary["kinds"]["all"]["from"][0]["accuracy_change"]["mean"]
+    assert both == pytest.approx(-0.375), "kinds weigh equally"
+    found = reading_layers(table, 2)
+    assert found["layers"] == [1, 2] and found["held_out"] == pytest.approx(3, abs=0.05)
+    assert json.loads(to_json(summary)) == summary
+    parts = Parts(tmp_path, seed=0)
+    stored = knock_out(mlm, questions(3), parts, batch_size=2, progress=False)
+    files = {path: path.stat().st_mtime_ns for path in parts.folder.rglob("knock_out/*")}
+    again = knock_out(mlm, questions(3), parts, batch_size=2, progress=False)
+    assert len(files) == 2 and np.array_equal(stored.values, again.values)
+    assert files == {path: path.stat().st_mtime_ns for path in parts.folder.rglob("knock_out/*")}
+
+
+def test_bad_questions(mlm):
+    with pytest.raises(DataError, match="none"):
+        knock_out(mlm, [], progress=False)
+    one = questions(1)[0]
+    with pytest.raises(DataError, match="one image"):
+        knock_out(mlm, [replace(one, images=(picture(0),) * 2)], progress=False)
+    with pytest.raises(DataError, match="right or wrong"):
+        knock_out(mlm, [replace(one, options=())], progress=False)
+    with pytest.raises(ParameterError, match="below 5"):
+        condition_of("from", 5, 5)
+    assert {q.kind for q in as_questions(yes_no(2))} == {"random", "popular"}
+
+
+# --- the blocking experiment -------------------------------------------------------------------------------
+
+
+def experiment(draws=3, **changes):
+    variance = log_normal(6, 2, 17, seed=2)
+    variance[3:, :, 2:5] *= 1e-3
+    mass = torch.from_numpy(np.random.default_rng(4).uniform(0.01, 0.03, (6, 2, 17)))
+    table = table_of(variance, mass=mass)
+    return table, *conditions(table, thresholds(table), [1, 2], draws=draws, **changes)
+
+
+def test_controls_match_the_block():
+    table, blocks, about = experiment()
+    block = blocks[BLOCK]
+    assert block.layers == (4, 5) == last_layers(6) and last_layers(28) == tuple(range(18, 28))
+    assert block.mask[:, :, 2:5].all() and int(block.mask.sum()) == 12 and blocks[NONE] is None
+    drawn = [name for name in blocks if name.startswith("random/")]
+    assert len(drawn) == 3 and len({tuple(blocks[name].mask.flatten().tolist()) for name in drawn}) == 3
+    for name in (*drawn, CONTROLS[2], CONTROLS[3], READING[1], f"{READING[2]}/00"):
+        assert torch.equal(blocks[name].count, block.count), name
+    for name, each in blocks.items():
+        assert name in (NONE, "all keys") or not each.mask[..., table.is_newline].any(), name
+    target = selected_mass(block, table.mass[4:])
+    reached = selected_mass(blocks[f"{CONTROLS[1]}/01"], table.mass[4:])
+    assert (reached - target).abs().max() < 0.006
+    assert blocks[CONTROLS[3]].layers == (0, 1) and blocks[READING[1]].layers == (1, 2)
+    low, high = blocks[READING[1]], blocks[CONTROLS[2]]
+    for row, head in np.ndindex(2, 2):
+        near, late = table.variance[1 + row, head], table.variance[4 + row, head]
+        chosen, highest = low.mask[row, head], high.mask[row, head]
+        assert near[chosen].max() < near[~chosen & table.real].min()
+        assert late[highest].min() > late[~highest & table.real].max()
+    assert about["families"]["random"]["draws"] == 3 and about["families"][BLOCK]["keys"] == 12
+    assert about["method"] == "raw threshold" and about["share"] == pytest.approx(12 / 64)
+
+
+def test_without_a_key_below_the_threshold_the_lowest_are_blocked():
+    table = table_of(log_normal(6, 2, 17) * torch.tensor([1e-3, 1, 1, 1, 1, 1]).double()[:, None, None])
+    found = thresholds(table)
+    assert not agnostic(table, found, "raw")[4:].any()
+    blocks, about = conditions(table, found, [0, 1], draws=1)
+    assert "lowest 0.1" in about["method"] and blocks[BLOCK].count.sum(1).tolist() == [3, 3]
+    assert blocks[BLOCK].name == BLOCK
+    assert select_lowest(table, 0.5, [5]).mask.sum() == 16
+    for bad in ({"reading": [1]}, {"reading": [0, 1], "draws": 0}):
+        with pytest.raises(ParameterError, match="draws"):
+            conditions(table, found, **bad)
+    with pytest.raises(ParameterError, match="share"):
+        select_lowest(table, 0.0, [5])
+
+
+def test_answers_under_blocks(mlm, tmp_path, monkeypatch):
+    task = Pope(yes_no(5))
+    blocks = {NONE: None, "everything": select_all(range(5), 2, 17), "late": select_all([4], 2, 17)}
+    parts = Parts(tmp_path, seed=0)
+    options = {"max_new_tokens": 5, "chunk": 2, "progress": False}
+    answers = ask_under_blocks(task, mlm, blocks, parts, **options)
+    assert list(answers) == list(blocks) and all(len(texts) == len(task.samples) for texts in answers.values())
+    for number in (0, 13):
+        sample = task.samples[number]
+        with ImageSession(mlm, sample.image) as session:
+            for name, block in blocks.items():
+                (said,) = session.ask([sample.question], 5, block=block)
+                assert said.text == answers[name][number]
+    assert answers[NONE] != answers["everything"], "nothing of the image is left"
+    calls = []
+    real = key_blocking.answer_all
+    monkeypatch.setattr(key_blocking, "answer_all", lambda *a, **k: calls.append(a) or real(*a, **k))
+    assert ask_under_blocks(task, mlm, blocks, parts, **options) == answers and not calls
+    next(parts.folder.rglob("blocked/pope/000002*")).unlink()
+    assert ask_under_blocks(task, mlm, blocks, parts, **options) == answers and len(calls) == 1
+    changed = blocks | {"late": select_all([3], 2, 17)}
+    ask_under_blocks(task, mlm, changed, parts, **options)
+    assert len(calls) == 4, "another block under the same name is another answer"
+
+
+def answered(task, accuracy, seed):
+    random = np.random.default_rng(seed)
+    return [s.truth if random.random() < accuracy else {"yes": "no", "no": "yes"}[s.truth] for s in task.samples]
+
+
+def corrected(task, answers, every):
+    return [s.truth if i % every == 0 else text for i, (s, text) in enumerate(zip(task.samples, answers, strict=True))]
+
+
+def test_effects_and_claims():
+    task = Pope([replace(s, image_id=f"im{i // 4}", picture=picture(0)) for i, s in enumerate(yes_no(100))])
+    answers = {NONE: answered(task, 0.75, 0)}
+    answers[BLOCK] = corrected(task, answers[NONE], 3)
+    for name in CONTROLS[:2]:
+        answers |= {f"{name}/{draw:02d}": answered(task, 0.75, draw + 1) for draw in range(4)}
+    answers |= dict.fromkeys(CONTROLS[2:], answers[NONE])
+    found = effects(task, answers, 400)
+    assert set(found["families"]) == {BLOCK, *CONTROLS} and set(found["versus"]) == set(CONTROLS)
+    assert found["families"]["random"]["sets"] == [4, 1] and len(found["families"]["random"]["draws"]) == 4
+    assert found["versus"]["random"]["as_large"] == 0 and "as_large" not in found["versus"][CONTROLS[2]]
+    gain = found["families"][BLOCK]["headline"]
+    assert gain["low"] > 0 and found["versus"][CONTROLS[2]]["mean"] == pytest.approx(gain["mean"])
+    mme = Mme([YesNoSample(f"{i}{t}", f"im{i}", picture(0), f"{t} {i}", t, "existence")
+               for i in range(80) for t in ("yes", "no")])  # fmt: skip
+    plain = answered(mme, 0.7, 5)
+    other = effects(mme, {NONE: plain, BLOCK: corrected(mme, plain, 4)}, 400)
+    claim = claim_c6(found, other)
+    assert judge(CLAIMS["C6"], claim) == ("reproduced", 2)
+    assert claim["value"] == pytest.approx(100 * gain["mean"]) and claim["entries"][0]["name"].startswith("POPE")
+    assert claim["entries"][1]["value"] == pytest.approx(other["families"][BLOCK]["headline"]["mean"])
+    specific = claim_x2(found)
+    assert judge(CLAIMS["X2"], specific) == ("reproduced", 4) and len(specific["entries"]) == 4
+    power = power_statement(found, 0.03)
+    assert power["detectable"][CONTROLS[2]] is None and power["largest"] > power["detectable"][BLOCK]
+    assert power["enough"] == (power["largest"] <= 0.03) and power_statement(found, 1)["enough"]
+    assert json.loads(to_json(found))["versus"] == found["versus"]
+
+
+def test_the_sweep_reports_on_the_other_half(monkeypatch):
+    task, seen = Pope(yes_no(60)), []
+    table = table_of(log_normal(6, 2, 17))
+
+    def answer(half, mlm, blocks, parts, **options):
+        seen.append((half.images, list(blocks)))
+        wrong = answered(half, 0.6, len(seen))
+        right = answered(half, 0.95, 9)
+        return {name: right if name == "0.2 3" else wrong for name in blocks}
+
+    monkeypatch.setattr(key_blocking, "ask_under_blocks", answer)
+    found = sweep(task, None, table, (0.1, 0.2), (1, 3, 6), n_boot=100)
+    assert found["best"] == {"share": 0.2, "depth": 3} and found["held_out"]["low"] > 0.1
+    assert np.array([[cell["mean"] for cell in row] for row in found["grid"]]).shape == (2, 3)
+    (first, every), (second, one) = seen
+    assert len(every) == 7 and one == [NONE, "0.2 3"]
+    assert not set(first) & set(second) and len(first) + len(second) == 60 == sum(found["images"])
+    with pytest.raises(ParameterError, match="depths"):
+        sweep(task, None, table, (0.1,), (7,))
+
+
+# --- figures -----------------------------------------------------------------------------------------------
+
+
+def test_figures_come_from_stored_results_alone(tmp_path):
+    """Every figure of the notebook, from a results file and nothing else."""
+    table, blocks, about = experiment(draws=1)
+    untrained = table_of(log_normal(6, 2, 17, seed=7))
+    described = [describe_keys(each, n_boot=20, mode_draws=2) for each in (table, untrained)]
+    names, groups = list(blocked_layers(6)), [str(i // 4) for i in range(40)]
+    values = np.random.default_rng(0).random((40, len(names), 2))
+    curve = KnockOut(6, names, ["colour", "count"] * 20, groups, values)
+    pope, mme = Pope(yes_no(10)), Mme(yes_no(10, ("existence", "count")))
+    found = [effects(task, {name: answered(task, 0.8, i) for i, name in enumerate(blocks)}, 20) for task in (pope, mme)]
+    interval = {"mean": 0.01, "low": -0.01, "high": 0.02, "n": 4}
+    results = {
+        "keys": {"trained": described[0], "untrained": described[1],
+                 "compared": compare_trained(table, untrained, described[0]["thresholds"], 20)},
+        "knock_out": summarise_knock_out(curve, 20),
+        "blocking": {"about": about, "pope": found[0], "mme": found[1]},
+        "sweep": {"grid": [[interval, interval]], "shares": [0.1], "depths": [1, 2], "held_out": interval,
+                  "best": {"share": 0.1, "depth": 2}},
+        "picture": {"image": plots.encode_image(picture(0))},
+    }  # fmt: skip
+    write_json(tmp_path / "03_input_agnostic_keys.json", results)
+    figures = plots.DRAW["03_input_agnostic_keys"](read_json(tmp_path / "03_input_agnostic_keys.json"))
+    assert len(figures) == 8 and all(name.startswith("03_") for name in figures)
+    for name, figure in figures.items():
+        labels = [axis.get_xlabel() + axis.get_ylabel() + axis.get_title() for axis in figure.axes]
+        assert any(labels) and any(axis.has_data() for axis in figure.axes), name
+    again = {"03_sweep": plots_keys.sweep_map(results["sweep"])}
+    (one,), (two,) = plots.save({"03_sweep": figures["03_sweep"]}, tmp_path / "a"), plots.save(again, tmp_path / "b")
+    assert np.asarray(Image.open(one).convert("L")).std() > 5 and one.read_bytes() == two.read_bytes()
+    figures["03_position_maps"] = plots_keys.position_maps(results["keys"])  # without an image
+    for figure in figures.values():
+        plots.plt.close(figure)
+
+
+# --- data --------------------------------------------------------------------------------------------------
+
+
+def test_pocket_images_and_questions():
+    images = open_dataset(KEY_IMAGES["pocket"], count=3)
+    assert [one.id for one in images] == [f"keys-20000-{i:05d}" for i in range(3)]
+    assert images[0].mask.shape == (96, 96) and images[0].image.size == (96, 96)
+    asked = open_dataset("pocket-questions", per_kind=4, scenes=40, kinds=("existence", "colour", "hop_same"))
+    assert {q.kind for q in asked} == {"existence", "colour", "hop_same"} and len({q.id for q in asked}) == len(asked)
+    existence = [q.answer for q in asked if q.kind == "existence"]
+    assert sorted(existence) == ["no", "no", "yes", "yes"] and asked[0].options == ("no", "yes")
+    assert all(q.answer in q.options and len(q.images) == 1 and q.group.startswith("questions-") for q in asked)
+    with pytest.raises(ParameterError, match="caption"):
+        open_dataset("pocket-questions", kinds=("caption",))
+    with pytest.raises(ParameterError, match="at least 1"):
+        open_dataset("pocket-questions", per_kind=0)
