@@ -28,7 +28,7 @@ EXPLAIN = {
     "class_match": "which image shows the same thing as the first image ? (3 images)",
 }
 
-CONTINUED = "6,500"  # steps of stage 2 with the present recipe, before these weights were exported
+CONTINUED = "9,500"
 
 _RECIPE = """## Recipe
 
@@ -66,12 +66,12 @@ rewards carrying it through the image tokens except the question-first samples, 
 **Several images** are announced by the chat template: `first <image> second <image> third <image>`. Without this the
 language model never learned in which image it had found something (three-image questions stayed at chance).
 
-**History of the shipped weights.** The recipe was settled while they were trained. Stage 1: no clean scenes first for
-1,000 steps. Stage 2: 6,000 steps without the lists and with one question per lookup kind (for the first 3,000 parts had a
-lower weight than marks in the symbolic image, for 4,500 images were not announced), then {more} steps with the recipe as
-it is now, in which the lists and the marked points were given more room step by step. Stage 3: vision tower, projector and
-newline came from an earlier stage 4 (4,250 steps on the earlier language model), not from stage 1. Stage 4: as
-above. `python -m kvutils.pocket.train` runs the recipe from the start, so it will not give the same bytes.
+**History of the shipped weights.** The recipe was settled while they were trained. `llava-onevision/`, `stages/3_projector`
+and `stages/4_half` are of an earlier state of it: one question per lookup kind, no lists, fewer marked points (stage 2:
+6,000 steps, stage 3: 300, stage 4: 4,250 in several goes), which is why they do not look up a colour by its class. Stage 1
+had no clean scenes first for 1,000 steps. `stages/2_language` is of the recipe above: the earlier stage 2, continued
+with it ({more} steps in all). Its vision tower and projector are not untrained as the recipe's would be, but those of a
+stage 4 begun on it (750 steps), so that the next stage 3 can start from them with `--start-from`.
 """
 
 
@@ -126,7 +126,7 @@ scenes that this repository generates, so that every measurement of the replicat
 small model: what is measured on it says what happens in it, not what happens in a 7B model.
 
 `siglip/` is the vision-language pair that its tower started from. `stages/` holds the model after the text stage, after
-the projector stage and halfway through the last stage (step 2,300).
+the projector stage and halfway through the last stage (step 2,300); the history below says of which run.
 
 ## What it can do
 

@@ -101,13 +101,17 @@ def marked_sample(pool: Pool, row: int, rng: np.random.Generator) -> Sample:
     return Sample([row], blocks, [marks])
 
 
-def _lists(letters: list[str], parts: list[int], rng: np.random.Generator) -> list[tuple[str, str, str]]:
-    """Which letter each part has, and which part each letter marks, in random order."""
-    pairs = list(zip(letters, (PARTS[part] for part in parts)))
-    one, two = ([pairs[i] for i in rng.permutation(len(pairs))] for _ in range(2))
+def _lists(
+    letters: list[str], parts: list[int], rng: np.random.Generator, reference: int | None = None
+) -> list[tuple[str, str, str]]:
+    """Which letter each part has, and which part each letter (and the reference point) marks, in random order."""
+    to_letter = [(PARTS[part], f"({letter})") for letter, part in zip(letters, parts)]
+    to_part = [(letter, part) for part, letter in to_letter]
+    if reference is not None:
+        to_part.append(("reference", PARTS[reference]))
     return [
-        ("list_letters", q.LETTERS_QUESTION, " , ".join(f"{part} ({letter})" for letter, part in one)),
-        ("list_parts", q.PARTS_QUESTION, " , ".join(f"({letter}) {part}" for letter, part in two)),
+        (kind, question, " , ".join(" ".join(pairs[i]) for i in rng.permutation(len(pairs))))
+        for kind, question, pairs in (("list_letters", q.LETTERS_QUESTION, to_letter), ("list_parts", q.PARTS_QUESTION, to_part))
     ]
 
 
@@ -124,8 +128,9 @@ def correspondence_sample(pool: Pool, rows: tuple[int, int], rng: np.random.Gene
     blocks = [("correspondence", q.CORRESPONDENCE, f"({letters[0]})")]
     if hints:
         blocks += [("part", q.PART_QUESTION, PARTS[part])]
+        blocks += [("part_then_letter", q.PART_THEN_LETTER, f"{PARTS[part]} ({letters[0]})")]
         blocks += [("letter", q.letter_question(p), f"({letter})") for letter, p in zip(letters, shown)]
-        blocks += _lists(letters, shown, rng)
+        blocks += _lists(letters, shown, rng, reference=part)
         for letter, same in ((letters[0], "yes"), (letters[int(rng.integers(1, len(shown)))], "no")):
             blocks.append(("same_point", q.same_point_question(f"({letter})"), same))
     return Sample(list(rows), blocks, [[("r", *point(pool, rows[0], part))], marks])

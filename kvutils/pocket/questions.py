@@ -350,6 +350,8 @@ STYLE_MATCH = "which image has the same style as the first image ? (a) the secon
 CLASS_MATCH = "which image shows the same thing as the first image ? (a) the second image (b) the third image"
 CORRESPONDENCE = "which point on the second image corresponds to the reference point ? (a) (b) (c) (d)"
 
+PART_THEN_LETTER = CORRESPONDENCE.replace("which point", "which part")  # "front (b)": the two steps of the same question
+
 
 def counterpart_question(option: str) -> str:
     """About a pair with lettered points on both images."""

@@ -61,15 +61,15 @@ class Stage:
 
 STAGES = {
     "encoder": Stage(1, 4000, 1.5e-3, 64),
-    "language": Stage(2, 7000, 1.5e-3, 24, horizon=8000),
+    "language": Stage(2, 9500, 1.5e-3, 24, horizon=14_000),
     "projector": Stage(3, 200, 2e-3, 24),
-    "all": Stage(4, 2100, 2.2e-3, 24),
+    "all": Stage(4, 3000, 1e-3, 24),
 }
 # Sequences in a step of this kind, relative to a step of single images.
 SEQUENCES = {"single": 1.0, "marked": 1.5, "correspondence": 0.75, "style_match": 0.5, "class_match": 0.5}
 # Which kind of sample a step is made of. What needs two looks in turn is learned in the text stage or not at all.
 STEP_KINDS = {
-    "language": {"single": 0.45, "marked": 0.08, "correspondence": 0.35, "style_match": 0.04, "class_match": 0.08},
+    "language": {"single": 0.38, "marked": 0.08, "correspondence": 0.48, "style_match": 0.03, "class_match": 0.03},
     "projector": {"single": 0.90, "marked": 0.05, "style_match": 0.05},
     "all": {"single": 0.68, "marked": 0.10, "correspondence": 0.14, "style_match": 0.05, "class_match": 0.03},
 }
