@@ -303,6 +303,13 @@ def test_a_stage_needs_the_one_before(tmp_path, monkeypatch):
         _train("projector", 1, monkeypatch, tmp_path)
 
 
+def test_weights_to_start_from_need_one_stage_and_a_model(tmp_path):
+    with pytest.raises(ParameterError, match="needs one stage"):
+        train.main(["--start-from", str(tmp_path)])
+    with pytest.raises(ParameterError, match="config.json is missing"):
+        train.main(["--stage", "all", "--start-from", str(tmp_path)])
+
+
 def test_stages_follow_each_other_and_resume(tmp_path, monkeypatch):
     small = {name: train.Stage(s.number, s.steps, s.lr, 4, horizon=20) for name, s in train.STAGES.items()}
     monkeypatch.setattr(train, "STAGES", small)

@@ -73,7 +73,7 @@ def open_dataset(name: str, root: str | Path | None = None, **options) -> list:
         if root is None:
             raise DataError(f"{name} is read from disk: pass root=, or set KVUTILS_DATA to the folder that holds {name}/")
         if not Path(root).is_dir():
-            raise DataError(f"{name}: there is no folder {root}")
+            raise DataError(f"{name}: there is no folder {root}; give the one that holds the files in their official layout")
         options["root"] = root
     elif root is not None:
         raise DataError(f"{name} is generated, not read: leave root out")

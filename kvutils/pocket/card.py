@@ -33,7 +33,8 @@ CONTINUED = "9,500"
 _RECIPE = """## Recipe
 
 Built up as real models are. Optimiser throughout: Muon for matrices (three times the rate, updates scaled to AdamW's
-size), AdamW for the rest, gradient norm clipped at 1, bf16 autocast, linear warm-up over 100 steps, cosine to 2 %.
+size), AdamW for the rest, gradient norm clipped at 1, bf16 autocast where the
+machine computes in it, linear warm-up over 100 steps, cosine to 2 %.
 Seed {seed}; 60,000 training scenes; every batch depends on (seed, stage, step, rank) alone.
 
 | stage | what is trained | steps | rate |

@@ -184,7 +184,7 @@ def computes_bfloat16(device: str) -> bool:
     """False for a CPU that only emulates it, at a third of float32's speed."""
     if torch.device(device).type != "cpu":
         return True
-    found = torch.cpu.get_capabilities()
+    found = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 cannot tell: float32 is right anywhere
     return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
 
 
@@ -384,9 +384,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--ranks", type=int, help="processes that share each step (default: 2 on a CPU, 1 on a GPU)")
     parser.add_argument("--threads", type=int, default=1, help="threads per process (default 1: with 2 ranks the fastest)")
-    parser.add_argument("--start-from", type=Path, metavar="FOLDER", help="weights to start stage 2 or 4 from; for stage 3, those of the vision side")
+    parser.add_argument(
+        "--start-from", type=Path, metavar="FOLDER",
+        help="weights to begin stage 2 or 4 with, or the vision side of stage 3; a checkpoint of the stage goes first",
+    )  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="print nothing")
     options = parser.parse_args(arguments)
+    if options.start_from is not None:
+        if options.stage not in ("language", "projector", "all"):
+            raise ParameterError("--start-from needs one stage: --stage language, projector or all")
+        if not (options.start_from / "config.json").is_file():
+            raise ParameterError(f"{options.start_from} holds no model (config.json is missing): give a folder of save_pretrained")
     ranks = options.ranks or (1 if options.device.startswith("cuda") else min(2, os.cpu_count() or 1))
     load_or_make_pool(WORK, options.scenes, SEED)
     load_or_make_pool(WORK, min(3000, options.scenes), SEED + 1)
