@@ -20,7 +20,7 @@ from kvutils.layout import build_layout
 from kvutils.report import judge, load_claims
 from kvutils.store import Parts, read_json, to_json, write_json
 from kvutils.tasks import Mme, Pope, key_blocking
-from kvutils.tasks.input_agnostic_keys import claim_c5, claim_c6, claim_x2, claim_x4
+from kvutils.tasks.input_agnostic_keys import claim_c5, claim_c6, claim_x2, claim_x4, open_data
 from kvutils.tasks.key_blocking import (
     BLOCK,
     CONTROLS,
@@ -526,3 +526,29 @@ def test_pocket_images_and_questions():
         open_dataset("pocket-questions", kinds=("caption",))
     with pytest.raises(ParameterError, match="at least 1"):
         open_dataset("pocket-questions", per_kind=0)
+
+
+def test_the_data_of_the_notebook():
+    few = {"pocket-coco": {"count": 2}, "pocket-pope": {"scenes": 3}, "pocket-mme": {"images": 2, "split": "count"},
+           "pocket-questions": {"per_kind": 2, "scenes": 40, "kinds": ("count",)}}  # fmt: skip
+    data = open_data("pocket", few)
+    assert {use: len(found) for use, found in data.items()} == {"keys": 2, "pope": len(data["pope"]), "mme": 4, "reading": 4}
+    assert data["pope"][0].image.size == data["keys"][0].image.size == (96, 96)
+    resized = open_data("pocket", few, [48, 24])
+    assert resized["pope"][0].image.size == resized["mme"][0].image.size == resized["keys"][1].image.size == (48, 24)
+    assert resized["keys"][1].mask.shape == (24, 48) and len(resized["keys"]) == 2
+    assert set(np.unique(resized["keys"][1].mask)) <= set(np.unique(data["keys"][1].mask))
+    for size in ([96], [0, 96], ["96", "96"]):
+        with pytest.raises(ParameterError, match="a width and a height"):
+            open_data("pocket", few, size)
+    with pytest.raises(ParameterError, match="options for pocket-pop: profile pocket uses pocket-coco, "):
+        open_data("pocket", {"pocket-pop": {}})
+
+
+def test_a_profile_without_questions_by_kind_reads_by_pope_and_mme(monkeypatch):
+    monkeypatch.setattr("kvutils.tasks.input_agnostic_keys.READING_DATA", {})
+    monkeypatch.setattr("kvutils.tasks.input_agnostic_keys.READING_IMAGES", 2)
+    few = {"pocket-coco": {"count": 2}, "pocket-pope": {"scenes": 4}, "pocket-mme": {"images": 3, "split": "count"}}
+    asked = open_data("pocket", few)["reading"]
+    images = {kind: {q.group for q in asked if q.kind == kind} for kind in {q.kind for q in asked}}
+    assert {kind: len(found) for kind, found in images.items()} == {"random": 2, "popular": 2, "adversarial": 2, "count": 2}

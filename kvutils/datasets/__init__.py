@@ -49,6 +49,8 @@ QUESTION_DATA: dict[str, dict[str, str]] = {
     "paper": {"pope": "pope", "mme": "mme"},
     "pocket": {"pope": "pocket-pope", "mme": "pocket-mme"},
 }
+# profile -> questions of every kind, where there are such, by which the knock-out curve is measured
+READING_DATA: dict[str, str] = {"pocket": "pocket-questions"}
 # profile -> the images over which the variance of image keys is taken
 KEY_IMAGES: dict[str, str] = {"paper": "coco", "pocket": "pocket-coco"}
 CLASS_NAMES: dict[str, tuple[str, ...]] = {"pocket": pocket.CLASS_NAMES, "paper": ()}  # of the supervised probe

@@ -5,6 +5,7 @@ A task sees only these, so that Pascal-5i and the pocket scenes run through the 
 annotation says nothing; points are `(x, y)` in pixels of that image.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,7 +115,8 @@ class YesNoSample:
 
     `subset` is the split of POPE or the subtask of MME; `truth` is "yes" or "no". `image_id` is the unit of
     resampling. The questions of one image, in all subsets, share `picture`: an image, or the file that holds
-    it (the images of a whole benchmark, decoded, fill the memory), which `image` opens.
+    it (the images of a whole benchmark, decoded, fill the memory), which `image` opens. size: (width, height) to
+    which `image` is resized, whatever its proportions; None leaves it as it is.
     """
 
     id: str
@@ -123,8 +125,26 @@ class YesNoSample:
     question: str
     truth: str
     subset: str
+    size: tuple[int, int] | None = None
 
     @property
     def image(self) -> Image.Image:
         """The upright RGB image; a file is opened anew each time. Raises ImageError."""
-        return open_image(self.picture, self.image_id)
+        image = open_image(self.picture, self.image_id)
+        return image if self.size is None else image.resize(self.size, Image.Resampling.BICUBIC)
+
+
+@dataclass(frozen=True, eq=False)
+class ResizedImages(Sequence):
+    """Labelled images, each brought to one (width, height) when it is asked for: image bicubic, mask nearest."""
+
+    images: Sequence[LabelledImage]
+    size: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> LabelledImage:
+        one = self.images[index]
+        mask = Image.fromarray(np.asarray(one.mask, np.uint8)).resize(self.size, Image.Resampling.NEAREST)
+        return LabelledImage(one.id, one.image.resize(self.size, Image.Resampling.BICUBIC), np.asarray(mask))

@@ -1,13 +1,64 @@
-"""Claims C5, C6, X2 and X4 from what notebook 03 measures, in the form that data/claims.yaml asks for."""
+"""The data that notebook 03 reads, and claims C5, C6, X2 and X4 in the form that data/claims.yaml asks for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from kvutils.errors import DataError
+from kvutils.datasets import KEY_IMAGES, QUESTION_DATA, READING_DATA, open_dataset
+from kvutils.datasets.samples import ResizedImages, YesNoSample
+from kvutils.errors import DataError, ParameterError
 from kvutils.tasks.key_blocking import BLOCK, CONTROLS
+from kvutils.tasks.knock_out import as_questions
+
+ATTENTION_QUESTIONS = {  # the text whose attention to the image keys is measured
+    "pocket": ("is there a fish ?", "what colour is the car ?", "how many things are there ?", "what style is the image ?"),
+    "paper": ("Is there a person in the image?", "What color is the largest object?", "How many people are there?",
+              "Describe the image."),
+}  # fmt: skip
+IMAGE_SIZE = {"pocket": None, "paper": (640, 480)}  # pocket scenes are of one size; most COCO images are of this one
+READING_IMAGES = 100  # of each subset of POPE and MME, for the knock-out curve of a profile without questions by kind
 
 POINTS = {"pope": 100.0, "mme": 1.0}  # F1 in points; the score of MME is in points already
+
+
+def open_data(
+    profile: str, options: Mapping[str, Mapping] | None = None, size: Sequence[int] = ()
+) -> dict[str, Sequence]:
+    """What the notebook reads: `keys` (images), `pope`, `mme` (questions), `reading` (questions for the knock-out curve).
+
+    options: loader options per data set name, such as {"pocket-pope": {"scenes": 60}}. size: (width, height) to which
+    every image is resized, default `IMAGE_SIZE`: keys are compared position by position, which needs one token grid.
+    The pocket profile has questions of every kind to read by; the paper profile takes those about the first
+    `READING_IMAGES` images of each subset of POPE and MME. Raises ParameterError for a size that is none and for
+    options of a set that the profile does not use.
+    """
+    size = tuple(size) or IMAGE_SIZE[profile]
+    if size is not None and (len(size) != 2 or not all(type(each) is int and each > 0 for each in size)):
+        raise ParameterError(f"the image size must be a width and a height in pixels, not {size}")
+    options = dict(options or {})
+    names = {"keys": KEY_IMAGES[profile], **QUESTION_DATA[profile]}
+    if profile in READING_DATA:
+        names["reading"] = READING_DATA[profile]
+    unknown = sorted(set(options) - set(names.values()))
+    if unknown:
+        raise ParameterError(f"options for {', '.join(unknown)}: profile {profile} uses {', '.join(names.values())}")
+    found = {use: open_dataset(name, **options.get(name, {})) for use, name in names.items()}
+    if size is not None:
+        found["keys"] = ResizedImages(found["keys"], size)
+        found |= {use: [replace(sample, size=size) for sample in found[use]] for use in QUESTION_DATA[profile]}
+    if "reading" not in found:
+        found["reading"] = as_questions(_first_images([*found["pope"], *found["mme"]], READING_IMAGES))
+    return found
+
+
+def _first_images(samples: list[YesNoSample], count: int) -> list[YesNoSample]:
+    """The questions about the first `count` images of each subset."""
+    images: dict[str, dict[str, None]] = {}
+    for sample in samples:
+        images.setdefault(sample.subset, {})[sample.image_id] = None
+    first = {subset: set(list(names)[:count]) for subset, names in images.items()}
+    return [sample for sample in samples if sample.image_id in first[sample.subset]]
 
 
 def claim_c5(described: Mapping) -> dict:

@@ -57,7 +57,7 @@ def select_lowest(table: KeyTable, share: float, layers: Sequence[int]) -> KeySe
 
 def conditions(
     table: KeyTable, thresholds: dict, reading: Sequence[int], *, layers: Sequence[int] | None = None,
-    scale: str = "raw", draws: int = 20, seed: int = 0,
+    scale: str = "raw", draws: int = 20, reading_draws: int = 5, seed: int = 0,
 ) -> tuple[dict[str, KeySelection | None], dict]:  # fmt: skip
     """(name -> selection, what they are) of the experiment: no block, the block, every control.
 
@@ -66,13 +66,14 @@ def conditions(
     and `method` says so. reading: as many layers where the image is read, from `reading_layers`. Controls: random
     keys, as many in each layer and head; random keys that receive as much attention; the keys that vary most; the
     same positions in the first layers; in the reading layers the keys below the threshold, and as many lowest and
-    random ones as the block has. "all keys" of the layers bounds what any block of them can do. about: JSON-able.
+    random ones (`reading_draws`) as the block has. "all keys" of the layers bounds what any block of them can do. about: JSON-able.
     """
     total = len(table.variance)
     layers = last_layers(total) if layers is None else tuple(layers)
     reading, early = tuple(reading), tuple(range(len(layers)))
-    if draws < 1 or len(reading) != len(layers):
-        raise ParameterError(f"expected draws from 1 and {len(layers)} reading layers, found {draws}, {reading}")
+    if min(draws, reading_draws) < 1 or len(reading) != len(layers):
+        raise ParameterError(f"expected draws from 1 and {len(layers)} reading layers, found {draws}, "
+                             f"{reading_draws}, {reading}")  # fmt: skip
     newline = table.is_newline
     every = KeySelection(BLOCK, agnostic(table, thresholds, scale), tuple(range(total)))
     block, method = every.restrict(layers), f"{scale} threshold"
@@ -93,12 +94,12 @@ def conditions(
     found[CONTROLS[3]] = select_same_positions(block, early)
     found[READING[0]] = every.restrict(reading)
     found[READING[1]] = replace(lowest, name=READING[1])
-    for draw in range(draws):
+    for draw in range(reading_draws):
         found[f"{READING[2]}/{draw:02d}"] = select_random(like, newline, seed + draw)
     found["all keys"] = select_all(layers, table.variance.shape[1], len(table.real))
     about = {
         "layers": list(layers), "reading": list(reading), "early": list(early), "scale": scale, "method": method,
-        "draws": draws, "seed": seed, "count": block.count.tolist(),
+        "draws": draws, "reading_draws": reading_draws, "seed": seed, "count": block.count.tolist(),
         "share": float(block.mask.sum() / (len(layers) * table.variance.shape[1] * table.real.sum())),
         "families": {name: _about(each, table) for name, each in _by_family(found).items()},
     }  # fmt: skip
