@@ -16,6 +16,7 @@ from kvutils.pocket.model import (
 )  # fmt: skip
 from kvutils.pocket.packing import IGNORE, TOKEN, Sample, Sampler, encode, pack, pixel_batch
 from kvutils.pocket.pool import make_pool
+from kvutils.pocket.symbolic import mark_loss
 from kvutils.pocket.shapes import CLASSES, KEYPOINTS, PARTS, SILHOUETTES
 from kvutils.pocket.world import COLOURS, Scene, Thing, render, sample_clip, sample_scene
 from kvutils.processors import build_pocket_processor
@@ -233,6 +234,32 @@ def test_image_embeddings_are_those_of_the_class(pool, mlm):
     pixels = pixel_batch(pool, [(0, []), (1, [("a", 20.0, 30.0)])])
     with torch.no_grad():
         assert torch.allclose(image_embeddings(mlm, pixels), torch.stack(_of_the_class(mlm, pixels)), atol=1e-5)
+
+
+def test_marks_that_read_as_their_letters_lose_nothing(mlm):
+    words, images = mlm.get_input_embeddings(), [(0, []), (1, [("a", 20.0, 30.0), ("r", 95.9, 0.0)])]
+    tokens = torch.zeros(2, IMAGE_SLOTS, words.embedding_dim)
+    flat = mark_loss(words, tokens, images)
+    assert flat == pytest.approx(np.log(5) + np.log(144))
+    tokens[1, 3 * 12 + 2] = 5 * words.weight[TOKEN["(a)"]].detach()
+    tokens[1, 11] = 5 * words.weight[TOKEN["reference"]].detach()
+    right = mark_loss(words, tokens, images)
+    assert right < 0.05 < mark_loss(words, tokens, [(0, []), (1, [("b", 20.0, 30.0), ("r", 95.9, 0.0)])])
+    assert right < 0.05 < mark_loss(words, tokens, [(0, []), (1, [("a", 28.0, 30.0), ("r", 95.9, 0.0)])])
+    assert mark_loss(words, tokens, [(0, []), (1, [])]) == 0
+
+
+def test_the_projector_stage_begins_with_tokens_as_long_as_words(pool):
+    torch.manual_seed(0)
+    mlm, pixels = build_mlm().eval(), pixel_batch(pool, [(row, []) for row in range(16)])
+    before = image_embeddings(mlm, pixels).detach()
+    train._match_words(mlm, pixels)
+    after = image_embeddings(mlm, pixels).detach()
+    wanted = mlm.get_input_embeddings().weight.detach().norm(dim=-1).mean().item()
+    assert after[:, :-1].norm(dim=-1).mean().item() == pytest.approx(wanted, rel=1e-4)
+    assert after[0, -1].norm().item() == pytest.approx(wanted, rel=1e-4)
+    scale = after[:, :-1].norm() / before[:, :-1].norm()
+    assert torch.allclose(after[:, :-1], scale * before[:, :-1], atol=1e-5)
 
 
 def test_full_windows_are_the_siglip_of_the_class(pool):

@@ -36,7 +36,7 @@ from .model import (
 from .muon import Muon
 from .packing import Sampler, pack, pixel_batch
 from .pool import Pool, load_or_make_pool
-from .symbolic import COARSE, SymbolicImage
+from .symbolic import COARSE, SymbolicImage, mark_loss
 
 WORK = Path(__file__).parents[2] / "data" / "training"
 SHIPPED = {  # where the pocket models of the finished stages are, as `kvutils.pocket.export` writes them
@@ -63,7 +63,7 @@ STAGES = {
     "encoder": Stage(1, 4000, 1.5e-3, 64),
     "language": Stage(2, 9500, 1.5e-3, 24, horizon=14_000),
     "projector": Stage(3, 200, 2e-3, 24),
-    "all": Stage(4, 3000, 1e-3, 24),
+    "all": Stage(4, 4400, 1e-3, 24),
 }
 # Sequences in a step of this kind, relative to a step of single images.
 SEQUENCES = {"single": 1.0, "marked": 1.5, "correspondence": 0.75, "style_match": 0.5, "class_match": 0.5}
@@ -71,8 +71,10 @@ SEQUENCES = {"single": 1.0, "marked": 1.5, "correspondence": 0.75, "style_match"
 STEP_KINDS = {
     "language": {"single": 0.38, "marked": 0.08, "correspondence": 0.48, "style_match": 0.03, "class_match": 0.03},
     "projector": {"single": 0.90, "marked": 0.05, "style_match": 0.05},
-    "all": {"single": 0.68, "marked": 0.10, "correspondence": 0.14, "style_match": 0.05, "class_match": 0.03},
+    "all": {"single": 0.58, "marked": 0.14, "correspondence": 0.18, "style_match": 0.07, "class_match": 0.03},
 }
+
+MARK_WEIGHT = 0.3  # of `mark_loss`, in stage 4
 
 
 class Trainer:
@@ -298,14 +300,18 @@ def train_vision_language(
         _load_into(siglip, "encoder")
         mlm.model.vision_tower.load_state_dict(siglip.vision_model.state_dict())
         _start_from(mlm, start, ("vision_tower", "projector", "newline"))
+        _match_words(mlm, pixel_batch(pool, [(row, []) for row in range(64)]).to(device))
     else:
         _load_into(mlm, "projector")
         _start_from(mlm, start)
     for key, parameter in mlm.named_parameters():
         parameter.requires_grad_(name == "all" or "projector" in key or "newline" in key)
     vision = [(k, p) for k, p in mlm.named_parameters() if "vision_tower" in k and ".head." not in k and "post_layernorm" not in k]
-    rest = [(k, p) for k, p in mlm.named_parameters() if p.requires_grad and "vision_tower" not in k]
-    groups = [(rest, 1.0), (vision, 0.9)] if name == "all" else [(rest, 1.0)]
+    last = [(k, p) for k, p in mlm.named_parameters() if "projector.linear_2" in k]
+    rest = [(k, p) for k, p in mlm.named_parameters() if p.requires_grad and "vision_tower" not in k and "linear_2" not in k]
+    weight = mlm.model.multi_modal_projector.linear_2.weight
+    small = min(1.0, float(weight.detach().square().mean().sqrt()) * weight.shape[1] ** 0.5)  # against its usual size
+    groups = [(rest, 1.0), (last, small), *([(vision, 0.9)] if name == "all" else [])]
     trainer = Trainer(name, nn.ModuleDict({"mlm": mlm}), groups, steps, quiet)
     _set_initial(trainer)
     sampler, fixed = Sampler(pool), Sampler(held_out)
@@ -321,6 +327,8 @@ def train_vision_language(
             else:
                 images = image_embeddings(mlm, pixels)
             loss = answer_loss(mlm, packed, images)
+        if name == "all":
+            loss = loss + MARK_WEIGHT * mark_loss(mlm.get_input_embeddings(), images, packed.images)
         trainer.update(loss)
         if trainer.step % 250 == 0 or trainer.step == steps:
             def embed(images):
@@ -334,6 +342,22 @@ def train_vision_language(
             trainer.file.parent.mkdir(parents=True, exist_ok=True)
             torch.save(mlm.state_dict(), trainer.file.with_name(f"{quarter}.pt"))
     trainer.save()
+
+
+@torch.no_grad()
+def _match_words(mlm: nn.Module, pixels: torch.Tensor) -> None:
+    """Scale the projector's last layer (and the newline) so that image tokens are as long as word embeddings.
+
+    The first layer of the text stage's model replaces a token by what it computes from it; what it was before hardly
+    counts, because a word is short (norm 2, and 1,000 behind that layer). Image tokens of norm 500 and more were added
+    to all that later layers read, and nothing that the model knew how to do behind its first layer worked on them."""
+    features = mlm.model.vision_tower(pixels, output_hidden_states=True).hidden_states[mlm.config.vision_feature_layer]
+    wanted = mlm.get_input_embeddings().weight.norm(dim=-1).mean()
+    last = mlm.model.multi_modal_projector.linear_2
+    factor = wanted / mlm.model.multi_modal_projector(features).norm(dim=-1).mean()
+    last.weight *= factor
+    last.bias *= factor
+    mlm.model.image_newline *= wanted / mlm.model.image_newline.norm()
 
 
 def _load_into(module: nn.Module, stage: str) -> None:
