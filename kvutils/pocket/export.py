@@ -47,13 +47,15 @@ def _strip(state: dict, part: str) -> dict:
 
 def export_weights() -> None:
     processor = build_pocket_processor(list(WORDS))
-    if (WORK / "encoder" / "checkpoint.pt").exists():  # else the later stages were trained from the shipped one
+    if (WORK / "encoder" / "checkpoint.pt").exists() or not (SHIPPED["encoder"] / "config.json").exists():
         siglip = build_siglip()
         siglip.load_state_dict(_strip(_state("encoder", "checkpoint.pt"), "siglip."))
         siglip.half().save_pretrained(SHIPPED["encoder"])
         processor.tokenizer.save_pretrained(SHIPPED["encoder"])
         processor.image_processor.save_pretrained(SHIPPED["encoder"])
     for folder, (stage, name) in CHECKPOINTS.items():
+        if stage == "language" and not (WORK / stage / name).exists() and (folder / "config.json").exists():
+            continue  # the later stages were trained from the shipped one
         mlm = build_mlm()
         mlm.load_state_dict(_strip(_state(stage, name), "mlm."))
         mlm.half().save_pretrained(folder)
