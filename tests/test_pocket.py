@@ -16,8 +16,8 @@ from kvutils.pocket.model import (
 )  # fmt: skip
 from kvutils.pocket.packing import IGNORE, TOKEN, Sample, Sampler, encode, pack, pixel_batch
 from kvutils.pocket.pool import make_pool
-from kvutils.pocket.symbolic import mark_loss
 from kvutils.pocket.shapes import CLASSES, KEYPOINTS, PARTS, SILHOUETTES
+from kvutils.pocket.symbolic import mark_loss, place_loss
 from kvutils.pocket.world import COLOURS, Scene, Thing, render, sample_clip, sample_scene
 from kvutils.processors import build_pocket_processor
 
@@ -247,6 +247,22 @@ def test_marks_that_read_as_their_letters_lose_nothing(mlm):
     assert right < 0.05 < mark_loss(words, tokens, [(0, []), (1, [("b", 20.0, 30.0), ("r", 95.9, 0.0)])])
     assert right < 0.05 < mark_loss(words, tokens, [(0, []), (1, [("a", 28.0, 30.0), ("r", 95.9, 0.0)])])
     assert mark_loss(words, tokens, [(0, []), (1, [])]) == 0
+
+
+def test_tokens_that_hold_their_place_lose_nothing(mlm):
+    words = mlm.get_input_embeddings()
+    length = words.weight.detach().norm(dim=-1).mean()
+    columns, rows = torch.nn.functional.normalize(
+        torch.randn(2, 12, words.embedding_dim, generator=torch.Generator().manual_seed(0)), dim=-1
+    ) * length  # the codes that the loss is documented to have
+    told = torch.zeros(2, IMAGE_SLOTS, words.embedding_dim)
+    assert place_loss(words, told) == pytest.approx(2 * np.log(12))
+    for row in range(12):
+        for column in range(12):
+            told[:, 12 * row + column] = 3 * (columns[column] + rows[row])
+    assert place_loss(words, told) < 0.1
+    swapped = told[:, :144].reshape(2, 12, 12, -1).transpose(1, 2).reshape(2, 144, -1)
+    assert place_loss(words, torch.cat((swapped, told[:, 144:]), dim=1)) > 2
 
 
 def test_the_projector_stage_begins_with_tokens_as_long_as_words(pool):

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from .evaluate import GATES, missed_gates
-from .train import SEED, STAGES, STEP_KINDS
+from .train import MARK_WEIGHT, PLACE_WEIGHT, SEED, STAGES, STEP_KINDS
 
 EXPLAIN = {
     "existence": "is there a fish ?",
@@ -47,9 +47,17 @@ Seed {seed}; 60,000 training scenes; every batch depends on (seed, stage, step, 
    scenes first, all styles and lights later. Kept as `siglip/` (`encoder_original` of the probes).
 2. **language**: the language model on text alone. The image is a grid of word embeddings (class and colour by
    coverage, parts and marks where they are, style and light everywhere, cell position, noise 0.3), 6 x 6 cells.
-3. **projector**: projector and newline through the frozen encoder and language model, language-model loss only. Image
-   tokens are never aligned with words directly: that would make the projector semantic by construction.
-4. **all**: end to end, vision tower (a copy of stage 1) at 0.9 of the rate.
+3. **projector**: projector and newline through the frozen encoder and language model, language-model loss only. It begins
+   with tokens as long as word embeddings, and its last layer learns at a rate reduced in proportion. The first layer of
+   the language model replaces a short token by what it computes from it (norm 2 before, 1,000 behind); image tokens of
+   norm 500, as they come out otherwise, stay in all that later layers read, and little that the text stage had taught
+   worked on them.
+4. **all**: end to end, vision tower (a copy of stage 1) at 0.9 of the rate. Beside the language-model loss two small
+   terms on the image tokens: painted letters read as their option (weight {marks}; cross-entropy over options and over
+   cells, at marks only), and every token tells its row and column, as fixed random codes (weight {places}). The captions
+   of stage 1 say nothing of where things are, unlike those of photographs, and its encoder had kept nothing of it: no
+   column could be read off a token (R² 0.00), and which of four letters it holds in 54 % of the cases. No term says what a token shows:
+   classes, colours, parts and styles are learned from questions and captions alone.
 
 Questions are packed: eight to twelve blocks behind one image, each seeing prefix, image and itself. Share of the steps:
 {shares}.
@@ -67,12 +75,11 @@ rewards carrying it through the image tokens except the question-first samples, 
 **Several images** are announced by the chat template: `first <image> second <image> third <image>`. Without this the
 language model never learned in which image it had found something (three-image questions stayed at chance).
 
-**History of the shipped weights.** The recipe was settled while they were trained. `llava-onevision/`, `stages/3_projector`
-and `stages/4_half` are of an earlier state of it: one question per lookup kind, no lists, fewer marked points (stage 2:
-6,000 steps, stage 3: 300, stage 4: 4,250 in several goes), which is why they do not look up a colour by its class. Stage 1
-had no clean scenes first for 1,000 steps. `stages/2_language` is of the recipe above: the earlier stage 2, continued
-with it ({more} steps in all). Its vision tower and projector are not untrained as the recipe's would be, but those of a
-stage 4 begun on it (750 steps), so that the next stage 3 can start from them with `--start-from`.
+**History of the shipped weights.** The recipe was settled while they were trained, so they did not go through it from end
+to end. Stage 1 had no clean scenes first for 1,000 steps. Stage 2 had one question per lookup kind and no lists for its
+first 6,000 steps ({more} in all). The tower that stage 3 started from had been through 2,500 steps of earlier runs of
+stage 4, on earlier language models (the tower in `stages/2_language` through 750 of them; `--start-from` takes it from
+there). Stage 4 had no place term for its first 2,000 steps.
 """
 
 
@@ -127,7 +134,7 @@ scenes that this repository generates, so that every measurement of the replicat
 small model: what is measured on it says what happens in it, not what happens in a 7B model.
 
 `siglip/` is the vision-language pair that its tower started from. `stages/` holds the model after the text stage, after
-the projector stage and halfway through the last stage (step 2,300); the history below says of which run.
+the projector stage and halfway through the last stage (step {STAGES["all"].steps // 2:,}).
 
 ## What it can do
 
@@ -144,7 +151,8 @@ frequent answer. {"All gates are met." if not missed else "Not met: " + "; ".joi
 Anything outside the pocket world: it knows eight classes, eight colours, five styles and about 150 words. It answers in
 one word or a short caption. Kinds under 75 %: {", ".join(weak) or "none"}. It was not trained on photographs.
 
-{_RECIPE.format(seed=SEED, stages=stages, shares=shares, more=CONTINUED)}
+{_RECIPE.format(seed=SEED, stages=stages, shares=shares, more=CONTINUED, marks=MARK_WEIGHT,
+                places=PLACE_WEIGHT)}
 ## Learning curves
 
 Training loss (all points, and the held-out accuracies during training, are in `curves.json`):

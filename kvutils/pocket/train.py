@@ -36,7 +36,7 @@ from .model import (
 from .muon import Muon
 from .packing import Sampler, pack, pixel_batch
 from .pool import Pool, load_or_make_pool
-from .symbolic import COARSE, SymbolicImage, mark_loss
+from .symbolic import COARSE, SymbolicImage, mark_loss, place_loss
 
 WORK = Path(__file__).parents[2] / "data" / "training"
 SHIPPED = {  # where the pocket models of the finished stages are, as `kvutils.pocket.export` writes them
@@ -63,7 +63,7 @@ STAGES = {
     "encoder": Stage(1, 4000, 1.5e-3, 64),
     "language": Stage(2, 9500, 1.5e-3, 24, horizon=14_000),
     "projector": Stage(3, 200, 2e-3, 24),
-    "all": Stage(4, 4400, 1e-3, 24),
+    "all": Stage(4, 5000, 1e-3, 24),
 }
 # Sequences in a step of this kind, relative to a step of single images.
 SEQUENCES = {"single": 1.0, "marked": 1.5, "correspondence": 0.75, "style_match": 0.5, "class_match": 0.5}
@@ -74,7 +74,7 @@ STEP_KINDS = {
     "all": {"single": 0.58, "marked": 0.14, "correspondence": 0.18, "style_match": 0.07, "class_match": 0.03},
 }
 
-MARK_WEIGHT = 0.3  # of `mark_loss`, in stage 4
+MARK_WEIGHT, PLACE_WEIGHT = 0.3, 0.2  # of `mark_loss` and `place_loss`, in stage 4
 
 
 class Trainer:
@@ -328,7 +328,8 @@ def train_vision_language(
                 images = image_embeddings(mlm, pixels)
             loss = answer_loss(mlm, packed, images)
         if name == "all":
-            loss = loss + MARK_WEIGHT * mark_loss(mlm.get_input_embeddings(), images, packed.images)
+            words = mlm.get_input_embeddings()
+            loss = loss + MARK_WEIGHT * mark_loss(words, images, packed.images) + PLACE_WEIGHT * place_loss(words, images)
         trainer.update(loss)
         if trainer.step % 250 == 0 or trainer.step == steps:
             def embed(images):
