@@ -38,7 +38,7 @@ NOT_MEASURING = {
     "plots.py", "plots_keys.py", "widgets.py", "report.py", "replicate.py", "notebook.py", "store.py",
     "capture_cli.py",
     *(f"pocket/{name}.py" for name in ("captions", "card", "evaluate", "export", "model", "muon", "packing",
-                                       "pool", "symbolic", "train"))}
+                                       "pool", "start", "symbolic", "train"))}
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from kvutils.pocket.model import (
 from kvutils.pocket.packing import IGNORE, TOKEN, Sample, Sampler, encode, pack, pixel_batch
 from kvutils.pocket.pool import make_pool
 from kvutils.pocket.shapes import CLASSES, KEYPOINTS, PARTS, SILHOUETTES
+from kvutils.pocket.start import add_places, match_words
 from kvutils.pocket.symbolic import mark_loss, place_loss
 from kvutils.pocket.world import COLOURS, Scene, Thing, render, sample_clip, sample_scene
 from kvutils.processors import build_pocket_processor
@@ -265,11 +266,31 @@ def test_tokens_that_hold_their_place_lose_nothing(mlm):
     assert place_loss(words, torch.cat((swapped, told[:, 144:]), dim=1)) > 2
 
 
+def test_the_tower_can_read_off_where_a_patch_is(pool):
+    torch.manual_seed(0)
+    mlm, pixels = build_mlm(), pixel_batch(pool, [(row, []) for row in range(32)])
+    tower = mlm.model.vision_tower.embeddings
+    before = tower.position_embedding.weight.detach().clone()
+    add_places(mlm, pixels)
+    added = tower.position_embedding.weight.detach() - before
+    patches = tower.patch_embedding(pixels).detach().flatten(2).transpose(1, 2)
+    assert added.norm(dim=-1).mean().item() == pytest.approx(0.35 * patches.norm(dim=-1).mean().item(), rel=1e-4)
+    # Column and row of a patch are linear in patch and place together; in what was there before they are not.
+    column, row = torch.arange(12.0).repeat(12), torch.arange(12.0).repeat_interleave(12)
+    wanted = torch.stack((column, row), dim=1).repeat(32, 1) - 5.5
+    for places, low, high in ((before, -1, 0.6), (before + added, 0.95, 1)):
+        found = (patches + places).flatten(0, 1)
+        found = torch.cat((found, torch.ones(len(found), 1)), dim=1)
+        fitted = found @ torch.linalg.lstsq(found[: 16 * 144], wanted[: 16 * 144]).solution
+        left = (wanted - fitted)[16 * 144 :].square().mean(0) / wanted.square().mean(0)
+        assert (low < 1 - left).all() and (1 - left <= high).all()
+
+
 def test_the_projector_stage_begins_with_tokens_as_long_as_words(pool):
     torch.manual_seed(0)
     mlm, pixels = build_mlm().eval(), pixel_batch(pool, [(row, []) for row in range(16)])
     before = image_embeddings(mlm, pixels).detach()
-    train._match_words(mlm, pixels)
+    match_words(mlm, pixels)
     after = image_embeddings(mlm, pixels).detach()
     wanted = mlm.get_input_embeddings().weight.detach().norm(dim=-1).mean().item()
     assert after[:, :-1].norm(dim=-1).mean().item() == pytest.approx(wanted, rel=1e-4)
@@ -331,7 +352,7 @@ def test_gates_say_what_is_missed():
 
 def _train(stage, steps, monkeypatch, folder, scenes=500):
     monkeypatch.setattr(train, "WORK", folder)
-    monkeypatch.setattr(train, "SHIPPED", {})
+    monkeypatch.setattr("kvutils.pocket.start.SHIPPED", {})
     monkeypatch.setattr(train, "_fast", lambda model, device: model)  # nothing to compile for a few steps
     threads = torch.get_num_threads()
     try:

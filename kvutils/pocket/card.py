@@ -28,7 +28,7 @@ EXPLAIN = {
     "class_match": "which image shows the same thing as the first image ? (3 images)",
 }
 
-CONTINUED = "9,500"
+CONTINUED, HALFWAY = "9,500", "3,000"  # steps of the shipped weights, see the history below
 
 _RECIPE = """## Recipe
 
@@ -56,7 +56,8 @@ Seed {seed}; 60,000 training scenes; every batch depends on (seed, stage, step, 
    terms on the image tokens: painted letters read as their option (weight {marks}; cross-entropy over options and over
    cells, at marks only), and every token tells its row and column, as fixed random codes (weight {places}). The captions
    of stage 1 say nothing of where things are, unlike those of photographs, and its encoder had kept nothing of it: no
-   column could be read off a token (R² 0.00), and which of four letters it holds in 54 % of the cases. No term says what a token shows:
+   column could be read off a token (R² 0.00), and which of four letters it holds in 54 % of the cases. So the stage
+   begins by adding waves over rows and columns to the position embeddings, a third as long as a patch embedding. No term says what a token shows:
    classes, colours, parts and styles are learned from questions and captions alone.
 
 Questions are packed: eight to twelve blocks behind one image, each seeing prefix, image and itself. Share of the steps:
@@ -79,7 +80,8 @@ language model never learned in which image it had found something (three-image 
 to end. Stage 1 had no clean scenes first for 1,000 steps. Stage 2 had one question per lookup kind and no lists for its
 first 6,000 steps ({more} in all). The tower that stage 3 started from had been through 2,500 steps of earlier runs of
 stage 4, on earlier language models (the tower in `stages/2_language` through 750 of them; `--start-from` takes it from
-there). Stage 4 had no place term for its first 2,000 steps.
+there). In stage 4 the place term came after 2,000 steps and the waves in the position embeddings after 2,750, and the
+schedule was stretched at the same time, so that its rate went up twice by a little.
 """
 
 
@@ -134,7 +136,7 @@ scenes that this repository generates, so that every measurement of the replicat
 small model: what is measured on it says what happens in it, not what happens in a 7B model.
 
 `siglip/` is the vision-language pair that its tower started from. `stages/` holds the model after the text stage, after
-the projector stage and halfway through the last stage (step {STAGES["all"].steps // 2:,}).
+the projector stage and during the last stage (step {HALFWAY}).
 
 ## What it can do
 

@@ -7,7 +7,6 @@ SigLIP pair, and a checkpoint of each stage. Then the held-out accuracies (`accu
 
 import argparse
 import json
-from pathlib import Path
 
 import torch
 
@@ -21,9 +20,9 @@ from .evaluate import evaluate, missed_gates, print_report
 from .model import build_mlm, build_siglip
 from .pool import make_pool
 from .questions import WORDS
-from .train import SHIPPED, STAGES, WORK
+from .start import HOME, SHIPPED
+from .train import STAGES, WORK
 
-HOME = Path(__file__).parents[2] / "data" / "pocket"
 CHECKPOINTS = {  # folder -> (stage, file)
     SHIPPED["language"]: ("language", "checkpoint.pt"),
     SHIPPED["projector"]: ("projector", "checkpoint.pt"),

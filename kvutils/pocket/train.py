@@ -17,7 +17,6 @@ import math
 import os
 import socket
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,14 +35,10 @@ from .model import (
 from .muon import Muon
 from .packing import Sampler, pack, pixel_batch
 from .pool import Pool, load_or_make_pool
+from .start import add_places, load_into, match_words, start_from
 from .symbolic import COARSE, SymbolicImage, mark_loss, place_loss
 
 WORK = Path(__file__).parents[2] / "data" / "training"
-SHIPPED = {  # where the pocket models of the finished stages are, as `kvutils.pocket.export` writes them
-    "encoder": WORK.parent / "pocket" / "siglip",
-    "language": WORK.parent / "pocket" / "stages" / "2_language",
-    "projector": WORK.parent / "pocket" / "stages" / "3_projector",
-}
 SEED = 1
 
 
@@ -63,7 +58,7 @@ STAGES = {
     "encoder": Stage(1, 4000, 1.5e-3, 64),
     "language": Stage(2, 9500, 1.5e-3, 24, horizon=14_000),
     "projector": Stage(3, 200, 2e-3, 24),
-    "all": Stage(4, 5000, 1e-3, 24),
+    "all": Stage(4, 5500, 1e-3, 24),
 }
 # Sequences in a step of this kind, relative to a step of single images.
 SEQUENCES = {"single": 1.0, "marked": 1.5, "correspondence": 0.75, "style_match": 0.5, "class_match": 0.5}
@@ -264,7 +259,7 @@ def train_language(pool: Pool, held_out: Pool, steps: int, device: str, quiet: b
     torch.manual_seed(SEED)
     mlm, symbolic = _fast(build_mlm().to(device), device), SymbolicImage().to(device)
     nn.init.normal_(mlm.get_input_embeddings().weight, std=0.1)
-    _start_from(mlm, start)
+    start_from(mlm, start)
     modules = nn.ModuleDict({"mlm": mlm, "symbolic": symbolic})
     named = [
         *((k, p) for k, p in mlm.named_parameters() if "vision" not in k and "projector" not in k and "newline" not in k),
@@ -295,15 +290,16 @@ def train_vision_language(
     torch.manual_seed(SEED)
     mlm = _fast(build_mlm().to(device), device)
     if name == "projector":
-        _load_into(mlm, "language")
+        load_into(mlm, "language", WORK)
         siglip = build_siglip()
-        _load_into(siglip, "encoder")
+        load_into(siglip, "encoder", WORK)
         mlm.model.vision_tower.load_state_dict(siglip.vision_model.state_dict())
-        _start_from(mlm, start, ("vision_tower", "projector", "newline"))
-        _match_words(mlm, pixel_batch(pool, [(row, []) for row in range(64)]).to(device))
+        start_from(mlm, start, ("vision_tower", "projector", "newline"))
+        match_words(mlm, pixel_batch(pool, [(row, []) for row in range(64)]).to(device))
     else:
-        _load_into(mlm, "projector")
-        _start_from(mlm, start)
+        load_into(mlm, "projector", WORK)
+        start_from(mlm, start)
+        add_places(mlm, pixel_batch(pool, [(row, []) for row in range(64)]).to(device))
     for key, parameter in mlm.named_parameters():
         parameter.requires_grad_(name == "all" or "projector" in key or "newline" in key)
     vision = [(k, p) for k, p in mlm.named_parameters() if "vision_tower" in k and ".head." not in k and "post_layernorm" not in k]
@@ -343,44 +339,6 @@ def train_vision_language(
             trainer.file.parent.mkdir(parents=True, exist_ok=True)
             torch.save(mlm.state_dict(), trainer.file.with_name(f"{quarter}.pt"))
     trainer.save()
-
-
-@torch.no_grad()
-def _match_words(mlm: nn.Module, pixels: torch.Tensor) -> None:
-    """Scale the projector's last layer (and the newline) so that image tokens are as long as word embeddings.
-
-    The first layer of the text stage's model replaces a token by what it computes from it; what it was before hardly
-    counts, because a word is short (norm 2, and 1,000 behind that layer). Image tokens of norm 500 and more were added
-    to all that later layers read, and nothing that the model knew how to do behind its first layer worked on them."""
-    features = mlm.model.vision_tower(pixels, output_hidden_states=True).hidden_states[mlm.config.vision_feature_layer]
-    wanted = mlm.get_input_embeddings().weight.norm(dim=-1).mean()
-    last = mlm.model.multi_modal_projector.linear_2
-    factor = wanted / mlm.model.multi_modal_projector(features).norm(dim=-1).mean()
-    last.weight *= factor
-    last.bias *= factor
-    mlm.model.image_newline *= wanted / mlm.model.image_newline.norm()
-
-
-def _load_into(module: nn.Module, stage: str) -> None:
-    """The weights that a stage ended with: from the training folder, else those shipped in data/pocket."""
-    file, shipped = WORK / stage / "checkpoint.pt", SHIPPED.get(stage, WORK) / "model.safetensors"
-    if file.exists():
-        state = torch.load(file, map_location="cpu", weights_only=True)["model"]
-        part = "siglip." if stage == "encoder" else "mlm."
-        module.load_state_dict({k.removeprefix(part): v for k, v in state.items() if k.startswith(part)})
-    elif shipped.exists():
-        found = type(module).from_pretrained(shipped.parent, dtype=torch.float32)
-        module.load_state_dict(found.state_dict())
-    else:
-        raise ParameterError(f"stage {stage!r} must be trained first: {file} is missing. Run --stage {stage}.")
-
-
-def _start_from(mlm: nn.Module, folder: Path | None, parts: tuple[str, ...] = ("",)) -> None:
-    """Go on from weights that `save_pretrained` wrote (those whose name holds one of `parts`), the optimiser anew."""
-    if folder is not None:
-        found = type(mlm).from_pretrained(folder, dtype=torch.float32).state_dict()
-        kept = {name: weight for name, weight in found.items() if any(part in name for part in parts)}
-        mlm.load_state_dict(mlm.state_dict() | kept)
 
 
 def _run(rank: int, ranks: int, port: int, name: str, options: argparse.Namespace) -> None:
