@@ -17,8 +17,8 @@ from kvutils.pocket.model import (
 from kvutils.pocket.packing import IGNORE, TOKEN, Sample, Sampler, encode, pack, pixel_batch
 from kvutils.pocket.pool import make_pool
 from kvutils.pocket.shapes import CLASSES, KEYPOINTS, PARTS, SILHOUETTES
-from kvutils.pocket.start import add_places, match_words
-from kvutils.pocket.symbolic import mark_loss, place_loss
+from kvutils.pocket.start import SHIPPED, add_places, load_places, match_words
+from kvutils.pocket.symbolic import SymbolicImage, mark_loss, place_loss
 from kvutils.pocket.world import COLOURS, Scene, Thing, render, sample_clip, sample_scene
 from kvutils.processors import build_pocket_processor
 
@@ -250,20 +250,39 @@ def test_marks_that_read_as_their_letters_lose_nothing(mlm):
     assert mark_loss(words, tokens, [(0, []), (1, [])]) == 0
 
 
-def test_tokens_that_hold_their_place_lose_nothing(mlm):
-    words = mlm.get_input_embeddings()
-    length = words.weight.detach().norm(dim=-1).mean()
-    columns, rows = torch.nn.functional.normalize(
-        torch.randn(2, 12, words.embedding_dim, generator=torch.Generator().manual_seed(0)), dim=-1
-    ) * length  # the codes that the loss is documented to have
-    told = torch.zeros(2, IMAGE_SLOTS, words.embedding_dim)
-    assert place_loss(words, told) == pytest.approx(2 * np.log(12))
+def test_tokens_that_hold_their_place_lose_nothing():
+    columns, rows = torch.randn(2, 6, 128, generator=torch.Generator().manual_seed(0))
+    told = torch.zeros(2, IMAGE_SLOTS, 128)
+    assert place_loss(columns, rows, told) > 3
     for row in range(12):
         for column in range(12):
-            told[:, 12 * row + column] = 3 * (columns[column] + rows[row])
-    assert place_loss(words, told) < 0.1
+            told[:, 12 * row + column] = 2 * (columns[column // 2] + rows[row // 2])
+    assert place_loss(columns, rows, told) < 0.1
+    # What all tokens share says nothing of places, and does not hide them.
+    assert place_loss(columns + 3, rows, told) == pytest.approx(float(place_loss(columns, rows, told)), abs=1e-3)
     swapped = told[:, :144].reshape(2, 12, 12, -1).transpose(1, 2).reshape(2, 144, -1)
-    assert place_loss(words, torch.cat((swapped, told[:, 144:]), dim=1)) > 2
+    assert place_loss(columns, rows, torch.cat((swapped, told[:, 144:]), dim=1)) > 2
+
+
+def test_the_symbolic_image_says_where_its_cells_are(mlm, pool):
+    symbolic, words = SymbolicImage(), mlm.get_input_embeddings()
+    with torch.no_grad():
+        before = symbolic(words, pool, [(0, []), (1, [])], seed=0)
+        symbolic.columns[4] += 1  # a shift of one column, so of the noise's scale there as well
+        moved = (symbolic(words, pool, [(0, []), (1, [])], seed=0) - before).abs().amax(-1) > 0
+    assert moved[:, :36].unflatten(1, (6, 6))[:, :, 4].all() and moved.sum() == 12
+
+
+def test_places_come_from_the_text_stage_trained_here_or_shipped(tmp_path, monkeypatch):
+    shipped = load_places(tmp_path)
+    assert [codes.shape for codes in shipped] == [(6, 128), (6, 128)]
+    (tmp_path / "language").mkdir()
+    trained = {f"symbolic.{name}": codes + 1 for name, codes in zip(("columns", "rows"), shipped, strict=True)}
+    torch.save({"model": trained}, tmp_path / "language" / "checkpoint.pt")
+    assert torch.equal(load_places(tmp_path)[1], shipped[1] + 1)
+    monkeypatch.setitem(SHIPPED, "language", tmp_path)
+    with pytest.raises(ParameterError, match="--stage language"):
+        load_places(tmp_path / "elsewhere")
 
 
 def test_the_tower_can_read_off_where_a_patch_is(pool):

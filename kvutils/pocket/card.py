@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from .evaluate import GATES, missed_gates
-from .train import MARK_WEIGHT, PLACE_WEIGHT, SEED, STAGES, STEP_KINDS
+from .train import LISTEN, MARK_WEIGHT, PLACE_WEIGHT, SEED, STAGES, STEP_KINDS
 
 EXPLAIN = {
     "existence": "is there a fish ?",
@@ -28,8 +28,6 @@ EXPLAIN = {
     "class_match": "which image shows the same thing as the first image ? (3 images)",
 }
 
-CONTINUED, HALFWAY = "9,500", "3,000"  # steps of the shipped weights, see the history below
-
 _RECIPE = """## Recipe
 
 Built up as real models are. Optimiser throughout: Muon for matrices (three times the rate, updates scaled to AdamW's
@@ -46,19 +44,22 @@ Seed {seed}; 60,000 training scenes; every batch depends on (seed, stage, step, 
    image that entails it; where only a small part of a thing is in view the caption counts neither way. Clean daylight
    scenes first, all styles and lights later. Kept as `siglip/` (`encoder_original` of the probes).
 2. **language**: the language model on text alone. The image is a grid of word embeddings (class and colour by
-   coverage, parts and marks where they are, style and light everywhere, cell position, noise 0.3), 6 x 6 cells.
-3. **projector**: projector and newline through the frozen encoder and language model, language-model loss only. It begins
-   with tokens as long as word embeddings, and its last layer learns at a rate reduced in proportion. The first layer of
-   the language model replaces a short token by what it computes from it (norm 2 before, 1,000 behind); image tokens of
-   norm 500, as they come out otherwise, stay in all that later layers read, and little that the text stage had taught
-   worked on them.
-4. **all**: end to end, vision tower (a copy of stage 1) at 0.9 of the rate. Beside the language-model loss two small
-   terms on the image tokens: painted letters read as their option (weight {marks}; cross-entropy over options and over
-   cells, at marks only), and every token tells its row and column, as fixed random codes (weight {places}). The captions
-   of stage 1 say nothing of where things are, unlike those of photographs, and its encoder had kept nothing of it: no
-   column could be read off a token (R² 0.00), and which of four letters it holds in 54 % of the cases. So the stage
-   begins by adding waves over rows and columns to the position embeddings, a third as long as a patch embedding. No term says what a token shows:
-   classes, colours, parts and styles are learned from questions and captions alone.
+   coverage, parts and marks where they are, style and light everywhere, a code of row and column, noise 0.3), 6 x 6 cells.
+3. **projector**: projector and newline through the frozen encoder and language model. It begins with tokens as long as
+   word embeddings, and its last layer learns at a rate reduced in proportion. The first layer of the language model
+   replaces a short token by what it computes from it (norm 2 before, 1,000 behind); image tokens of norm 500, as they
+   come out otherwise, stay in all that later layers read, and little that the text stage had taught worked on them.
+4. **all**: end to end, vision tower (a copy of stage 1) at 0.9 of the rate, the language model at a rate that rises over
+   the first {listen:,} steps: vision learns to speak its words before it forgets what to do with them.
+
+In stages 3 and 4 two small terms on the image tokens stand beside the language-model loss: painted letters read as their
+option (weight {marks}; cross-entropy over options and over cells, at marks only), and every token tells its row and
+column in the code of the text stage (weight {places}). The captions of stage 1 say nothing of where things are, unlike
+those of photographs, and its encoder had kept nothing of it: no column could be read off a token (R² 0.00), and which of
+four letters it holds in 54 % of the cases. So stage 3 begins by adding waves over rows and columns to the position
+embeddings, a third as long as a patch embedding. With places in a code of its own, questions of left and right stayed at
+chance, though the text stage had answered nearly all of them. No term says what a token shows: classes, colours, parts
+and styles are learned from questions and captions alone.
 
 Questions are packed: eight to twelve blocks behind one image, each seeing prefix, image and itself. Share of the steps:
 {shares}.
@@ -78,10 +79,10 @@ language model never learned in which image it had found something (three-image 
 
 **History of the shipped weights.** The recipe was settled while they were trained, so they did not go through it from end
 to end. Stage 1 had no clean scenes first for 1,000 steps. Stage 2 had one question per lookup kind and no lists for its
-first 6,000 steps ({more} in all). The tower that stage 3 started from had been through 2,500 steps of earlier runs of
-stage 4, on earlier language models (the tower in `stages/2_language` through 750 of them; `--start-from` takes it from
-there). In stage 4 the place term came after 2,000 steps and the waves in the position embeddings after 2,750, and the
-schedule was stretched at the same time, so that its rate went up twice by a little.
+first 6,000 steps; its codes of rows and columns were not kept and were found again through its frozen model (250 steps;
+`places.safetensors` beside it). The tower that stage 3 started from (`--start-from`; it is the one in
+`stages/3_projector`) had been through 6,000 steps of earlier runs of stage 4, on earlier language models, the last 2,750
+of them with the waves. So its training was longer than the table says; how far the table alone gets is not known.
 """
 
 
@@ -136,7 +137,7 @@ scenes that this repository generates, so that every measurement of the replicat
 small model: what is measured on it says what happens in it, not what happens in a 7B model.
 
 `siglip/` is the vision-language pair that its tower started from. `stages/` holds the model after the text stage, after
-the projector stage and during the last stage (step {HALFWAY}).
+the projector stage and during the last stage (step {STAGES['all'].steps // 2:,}).
 
 ## What it can do
 
@@ -153,8 +154,8 @@ frequent answer. {"All gates are met." if not missed else "Not met: " + "; ".joi
 Anything outside the pocket world: it knows eight classes, eight colours, five styles and about 150 words. It answers in
 one word or a short caption. Kinds under 75 %: {", ".join(weak) or "none"}. It was not trained on photographs.
 
-{_RECIPE.format(seed=SEED, stages=stages, shares=shares, more=CONTINUED, marks=MARK_WEIGHT,
-                places=PLACE_WEIGHT)}
+{_RECIPE.format(seed=SEED, stages=stages, shares=shares, marks=MARK_WEIGHT, places=PLACE_WEIGHT,
+                listen=LISTEN)}
 ## Learning curves
 
 Training loss (all points, and the held-out accuracies during training, are in `curves.json`):

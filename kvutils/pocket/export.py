@@ -9,6 +9,7 @@ import argparse
 import json
 
 import torch
+from safetensors.torch import save_file
 
 from kvutils.errors import ParameterError
 from kvutils.models import load_mlm
@@ -20,7 +21,7 @@ from .evaluate import evaluate, missed_gates, print_report
 from .model import build_mlm, build_siglip
 from .pool import make_pool
 from .questions import WORDS
-from .start import HOME, SHIPPED
+from .start import HOME, PLACES, SHIPPED, load_places
 from .train import STAGES, WORK
 
 CHECKPOINTS = {  # folder -> (stage, file)
@@ -59,6 +60,9 @@ def export_weights() -> None:
         mlm.load_state_dict(_strip(_state(stage, name), "mlm."))
         mlm.half().save_pretrained(folder)
         processor.save_pretrained(folder)
+        if stage == "language":
+            columns, rows = load_places(WORK)
+            save_file({"columns": columns.contiguous(), "rows": rows.contiguous()}, folder / PLACES)
     for kind, folders in (("model", ("siglip", "llava-onevision")), ("stages", ("stages",))):
         for folder in folders:
             size = sum(f.stat().st_size for f in (HOME / folder).rglob("*") if f.is_file()) / 1e6

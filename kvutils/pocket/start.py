@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from kvutils.errors import ParameterError
@@ -14,6 +15,7 @@ SHIPPED = {  # where the pocket models of the finished stages are, as `kvutils.p
     "language": HOME / "stages" / "2_language",
     "projector": HOME / "stages" / "3_projector",
 }
+PLACES = "places.safetensors"  # beside the model of the text stage: the codes of rows and columns that it reads
 
 
 @torch.no_grad()
@@ -61,6 +63,18 @@ def load_into(module: nn.Module, stage: str, work: Path) -> None:
         module.load_state_dict(found.state_dict())
     else:
         raise ParameterError(f"stage {stage!r} must be trained first: {file} is missing. Run --stage {stage}.")
+
+
+def load_places(work: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """(columns, rows), each (6, hidden): the codes of the text stage's cells, from where `load_into` finds its model."""
+    file, shipped = work / "language" / "checkpoint.pt", SHIPPED["language"] / PLACES
+    if file.exists():
+        state = torch.load(file, map_location="cpu", weights_only=True)["model"]
+        return state["symbolic.columns"], state["symbolic.rows"]
+    if not shipped.exists():
+        raise ParameterError(f"stage 'language' must be trained first: {file} is missing. Run --stage language.")
+    found = load_file(shipped)
+    return found["columns"], found["rows"]
 
 
 def start_from(mlm: nn.Module, folder: Path | None, parts: tuple[str, ...] = ("",)) -> None:

@@ -24,8 +24,8 @@ class SymbolicImage(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.rows = nn.Parameter(torch.randn(GRID, HIDDEN) * 0.1)
-        self.columns = nn.Parameter(torch.randn(GRID, HIDDEN) * 0.1)
+        self.rows = nn.Parameter(torch.randn(COARSE, HIDDEN) * 0.1)
+        self.columns = nn.Parameter(torch.randn(COARSE, HIDDEN) * 0.1)
         self.newline = nn.Parameter(torch.randn(HIDDEN) * 0.1)
 
     def forward(self, words: nn.Embedding, pool: Pool, images: list, seed: int) -> torch.Tensor:
@@ -58,8 +58,8 @@ class SymbolicImage(nn.Module):
         domain = torch.from_numpy(pool.domain[index].astype(np.int64)).to(device)
         scene = 0.5 * (words(ids["style"][style]) + words(ids["domain"][domain]))[:, None]
         where = (self.rows[:, None] + self.columns[None]).flatten(0, 1)
-        grid = (cells + scene + where).unflatten(1, (GRID, GRID)).permute(0, 3, 1, 2)
-        cells = nn.functional.avg_pool2d(grid, SHRINK).flatten(2).transpose(1, 2)
+        grid = (cells + scene).unflatten(1, (GRID, GRID)).permute(0, 3, 1, 2)
+        cells = nn.functional.avg_pool2d(grid, SHRINK).flatten(2).transpose(1, 2) + where
         extra = extra.unflatten(1, (GRID, GRID)).permute(0, 3, 1, 2)
         cells = cells + (nn.functional.avg_pool2d(extra, SHRINK) * SHRINK**2).flatten(2).transpose(1, 2)
         generator = torch.Generator(device=device).manual_seed(seed)
@@ -95,18 +95,22 @@ def mark_loss(words: nn.Embedding, tokens: torch.Tensor, images: list) -> torch.
     return which + where
 
 
-def place_loss(words: nn.Embedding, tokens: torch.Tensor) -> torch.Tensor:
-    """How badly a token tells its column and row, as two fixed random codes of a word's length; nats, over all tokens.
+def place_loss(columns: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """How badly a token tells its column and row as the symbolic image spells them; nats, over all tokens.
 
-    tokens as in `mark_loss`. The captions of stage 1 say nothing of where things are, and its encoder kept nothing of
-    it: after 1,750 steps of stage 4 no column could be read off a token (R² 0.00), so nothing could be left of anything
-    and no part could be told from another. Captions of photographs do speak of left and right.
+    columns, rows: (6, hidden) codes of the cells of `SymbolicImage`; tokens as in `mark_loss`. The captions of stage 1
+    say nothing of where things are, and its encoder kept nothing of it: after 1,750 steps of stage 4 no column could be
+    read off a token (R² 0.00), so nothing could be left of anything and no part could be told from another. Captions of
+    photographs do speak of left and right. In a code of its own instead of the text stage's, places were in the tokens
+    and questions about them stayed at chance for another 750 steps: the language model knew how to ask for the other.
     """
-    codes = torch.randn(2, GRID, words.embedding_dim, generator=torch.Generator().manual_seed(0)).to(tokens.device)
-    length = words.weight.detach().norm(dim=-1).mean()
-    codes = 4 * nn.functional.normalize(codes, dim=-1) / length  # 4 where a token holds the code at a word's length
     grid = tokens[:, : GRID**2].float().unflatten(1, (GRID, GRID))
-    places = torch.arange(GRID, device=tokens.device)
-    columns = nn.functional.cross_entropy((grid @ codes[0].T).flatten(0, 2), places.repeat(len(grid) * GRID))
-    rows = nn.functional.cross_entropy((grid @ codes[1].T).flatten(0, 2), places.repeat_interleave(GRID).repeat(len(grid)))
-    return columns + rows
+    at = torch.arange(GRID, device=tokens.device) // SHRINK
+    found = []
+    for codes, right in ((columns, at.repeat(len(grid) * GRID)), (rows, at.repeat_interleave(GRID).repeat(len(grid)))):
+        codes = codes.detach().float().to(tokens.device)
+        codes = codes - codes.mean(0)
+        length = codes.square().sum(-1)
+        near = 2 * (2 * grid @ codes.T - length) / length.mean()  # minus the squared distance, but for what all share
+        found.append(nn.functional.cross_entropy(near.flatten(0, 2), right))
+    return found[0] + found[1]

@@ -35,7 +35,7 @@ from .model import (
 from .muon import Muon
 from .packing import Sampler, pack, pixel_batch
 from .pool import Pool, load_or_make_pool
-from .start import add_places, load_into, match_words, start_from
+from .start import add_places, load_into, load_places, match_words, start_from
 from .symbolic import COARSE, SymbolicImage, mark_loss, place_loss
 
 WORK = Path(__file__).parents[2] / "data" / "training"
@@ -57,8 +57,8 @@ class Stage:
 STAGES = {
     "encoder": Stage(1, 4000, 1.5e-3, 64),
     "language": Stage(2, 9500, 1.5e-3, 24, horizon=14_000),
-    "projector": Stage(3, 200, 2e-3, 24),
-    "all": Stage(4, 5500, 1e-3, 24),
+    "projector": Stage(3, 300, 2e-3, 24),
+    "all": Stage(4, 4500, 1e-3, 24),
 }
 # Sequences in a step of this kind, relative to a step of single images.
 SEQUENCES = {"single": 1.0, "marked": 1.5, "correspondence": 0.75, "style_match": 0.5, "class_match": 0.5}
@@ -69,22 +69,24 @@ STEP_KINDS = {
     "all": {"single": 0.58, "marked": 0.14, "correspondence": 0.18, "style_match": 0.07, "class_match": 0.03},
 }
 
-MARK_WEIGHT, PLACE_WEIGHT = 0.3, 0.2  # of `mark_loss` and `place_loss`, in stage 4
+MARK_WEIGHT, PLACE_WEIGHT = 0.3, 0.2  # of `mark_loss` and `place_loss`, in stages 3 and 4
+WARM_UP, LISTEN = 100, 1000  # steps over which a rate rises: of everything, and of the language model in stage 4
 
 
 class Trainer:
     """Optimisers, schedule, gradient exchange, checkpoints and the learning curve of one stage."""
 
-    def __init__(self, name: str, modules: nn.ModuleDict, groups: list[tuple[list, float]], steps: int, quiet: bool):
+    def __init__(self, name: str, modules: nn.ModuleDict, groups: list[tuple[list, float, int]], steps: int, quiet: bool):
+        """`groups`: (named parameters, their rate relative to the stage's, steps over which it rises)."""
         self.name, self.modules, self.steps, self.quiet = name, modules, steps, quiet
         self.stage = STAGES[name]
         self.horizon = max(steps, self.stage.horizon)
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         matrices, rest = [], []
-        for named, scale in groups:
+        for named, scale, warm in groups:
             for key, parameter in named:
                 hidden = parameter.ndim == 2 and not any(w in key for w in ("embed", "lm_head", "rows", "columns"))
-                (matrices if hidden else rest).append({"params": [parameter], "scale": scale})
+                (matrices if hidden else rest).append({"params": [parameter], "scale": scale, "warm": warm})
         lr = self.stage.lr
         self.optimizers = [
             Muon(_merge(matrices), lr=3 * lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
@@ -103,10 +105,10 @@ class Trainer:
         state = torch.load(self.file, map_location="cpu", weights_only=True)
         self.modules.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            scales = [group["scale"] for group in optimizer.param_groups]  # the recipe's, not the checkpoint's
+            recipe = [{k: group[k] for k in ("scale", "warm")} for group in optimizer.param_groups]
             optimizer.load_state_dict(saved)
-            for group, scale in zip(optimizer.param_groups, scales, strict=True):
-                group["scale"] = scale
+            for group, ours in zip(optimizer.param_groups, recipe, strict=True):
+                group.update(ours)  # the recipe's, not the checkpoint's
         self.step, self.curve = state["step"], state["curve"]
 
     def save(self) -> None:
@@ -139,11 +141,10 @@ class Trainer:
             for parameter, piece in zip(self.parameters, flat.split([p.numel() for p in self.parameters])):
                 parameter.grad = piece.view_as(parameter)
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        warm = min(1.0, (self.step + 1) / 100)
-        factor = warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, self.step / self.horizon))))
+        factor = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, self.step / self.horizon)))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["initial"] * factor
+                group["lr"] = group["initial"] * factor * min(1.0, (self.step + 1) / group["warm"])
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.recent.append(float(loss.detach()))
@@ -167,8 +168,11 @@ class Trainer:
 
 
 def _merge(entries: list[dict]) -> list[dict]:
-    scales = sorted({e["scale"] for e in entries})
-    return [{"params": [e["params"][0] for e in entries if e["scale"] == s], "scale": s} for s in scales]
+    kinds = sorted({(e["scale"], e["warm"]) for e in entries})
+    return [
+        {"params": [e["params"][0] for e in entries if (e["scale"], e["warm"]) == kind], "scale": kind[0], "warm": kind[1]}
+        for kind in kinds
+    ]
 
 
 def _set_initial(trainer: Trainer) -> None:
@@ -216,7 +220,7 @@ def train_encoder(pool: Pool, held_out: Pool, steps: int, device: str, quiet: bo
     siglip = _fast(build_siglip().to(device), device)
     nn.init.constant_(siglip.logit_scale, math.log(10.0))
     nn.init.constant_(siglip.logit_bias, -4.0)  # a caption holds for about 1 image in 12 here, not in 32,000
-    trainer = Trainer("encoder", nn.ModuleDict({"siglip": siglip}), [(list(siglip.named_parameters()), 1.0)], steps, quiet)
+    trainer = Trainer("encoder", nn.ModuleDict({"siglip": siglip}), [(list(siglip.named_parameters()), 1.0, WARM_UP)], steps, quiet)
     _set_initial(trainer)
     captions = caption_tokens().to(device)
     fixed = encoder_batch(held_out, np.arange(400), np.random.default_rng(7), whole=True)
@@ -265,7 +269,7 @@ def train_language(pool: Pool, held_out: Pool, steps: int, device: str, quiet: b
         *((k, p) for k, p in mlm.named_parameters() if "vision" not in k and "projector" not in k and "newline" not in k),
         *symbolic.named_parameters(),
     ]
-    trainer = Trainer("language", modules, [(named, 1.0)], steps, quiet)
+    trainer = Trainer("language", modules, [(named, 1.0, WARM_UP)], steps, quiet)
     _set_initial(trainer)
     sampler, fixed = Sampler(pool), Sampler(held_out)
     while trainer.step < steps:
@@ -289,25 +293,31 @@ def train_vision_language(
     """Stage 3 (`projector`: everything else frozen) and stage 4 (`all`)."""
     torch.manual_seed(SEED)
     mlm = _fast(build_mlm().to(device), device)
+    columns, rows = load_places(WORK)
     if name == "projector":
+        first = pixel_batch(pool, [(row, []) for row in range(64)]).to(device)
         load_into(mlm, "language", WORK)
         siglip = build_siglip()
         load_into(siglip, "encoder", WORK)
         mlm.model.vision_tower.load_state_dict(siglip.vision_model.state_dict())
+        if start is None:
+            add_places(mlm, first)
         start_from(mlm, start, ("vision_tower", "projector", "newline"))
-        match_words(mlm, pixel_batch(pool, [(row, []) for row in range(64)]).to(device))
+        match_words(mlm, first)
     else:
         load_into(mlm, "projector", WORK)
         start_from(mlm, start)
-        add_places(mlm, pixel_batch(pool, [(row, []) for row in range(64)]).to(device))
     for key, parameter in mlm.named_parameters():
         parameter.requires_grad_(name == "all" or "projector" in key or "newline" in key)
     vision = [(k, p) for k, p in mlm.named_parameters() if "vision_tower" in k and ".head." not in k and "post_layernorm" not in k]
     last = [(k, p) for k, p in mlm.named_parameters() if "projector.linear_2" in k]
-    rest = [(k, p) for k, p in mlm.named_parameters() if p.requires_grad and "vision_tower" not in k and "linear_2" not in k]
+    first = [(k, p) for k, p in mlm.named_parameters() if "projector.linear_1" in k or "newline" in k]
+    words = [(k, p) for k, p in mlm.named_parameters() if "language_model" in k or "lm_head" in k]
     weight = mlm.model.multi_modal_projector.linear_2.weight
     small = min(1.0, float(weight.detach().square().mean().sqrt()) * weight.shape[1] ** 0.5)  # against its usual size
-    groups = [(rest, 1.0), (last, small), *([(vision, 0.9)] if name == "all" else [])]
+    groups = [(first, 1.0, WARM_UP), (last, small, WARM_UP)]
+    if name == "all":
+        groups += [(vision, 0.9, WARM_UP), (words, 1.0, LISTEN)]
     trainer = Trainer(name, nn.ModuleDict({"mlm": mlm}), groups, steps, quiet)
     _set_initial(trainer)
     sampler, fixed = Sampler(pool), Sampler(held_out)
@@ -323,9 +333,8 @@ def train_vision_language(
             else:
                 images = image_embeddings(mlm, pixels)
             loss = answer_loss(mlm, packed, images)
-        if name == "all":
-            words = mlm.get_input_embeddings()
-            loss = loss + MARK_WEIGHT * mark_loss(words, images, packed.images) + PLACE_WEIGHT * place_loss(words, images)
+        loss = loss + MARK_WEIGHT * mark_loss(mlm.get_input_embeddings(), images, packed.images)
+        loss = loss + PLACE_WEIGHT * place_loss(columns, rows, images)
         trainer.update(loss)
         if trainer.step % 250 == 0 or trainer.step == steps:
             def embed(images):
