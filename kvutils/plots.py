@@ -240,6 +240,12 @@ def draw_value_flow(results: Mapping) -> dict[str, Figure]:
     return figures
 
 
+def draw_siglip_baseline(results: Mapping) -> dict[str, Figure]:
+    from kvutils.plots_baseline import draw_siglip_baseline as draw  # it draws in the style of this module
+
+    return draw(results)
+
+
 def draw_input_agnostic_keys(results: Mapping) -> dict[str, Figure]:
     from kvutils.plots_keys import draw_input_agnostic_keys as draw  # it draws in the style of this module
 
@@ -248,6 +254,7 @@ def draw_input_agnostic_keys(results: Mapping) -> dict[str, Figure]:
 
 DRAW: dict[str, Callable[[Mapping], dict[str, Figure]]] = {
     "01_value_flow": draw_value_flow,
+    "02_siglip_baseline": draw_siglip_baseline,
     "03_input_agnostic_keys": draw_input_agnostic_keys,
 }
 
