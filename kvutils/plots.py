@@ -252,10 +252,17 @@ def draw_input_agnostic_keys(results: Mapping) -> dict[str, Figure]:
     return draw(results)
 
 
+def draw_prefix(results: Mapping) -> dict[str, Figure]:
+    from kvutils.plots_prefix import draw_prefix as draw
+
+    return draw(results)
+
+
 DRAW: dict[str, Callable[[Mapping], dict[str, Figure]]] = {
     "01_value_flow": draw_value_flow,
     "02_siglip_baseline": draw_siglip_baseline,
     "03_input_agnostic_keys": draw_input_agnostic_keys,
+    "04_prefix": draw_prefix,
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from kvutils.datasets import davis, mme, pocket, pocket_kinds, pocket_questions, pope
@@ -22,6 +23,8 @@ _GENERATED: dict[str, Callable[..., Iterable]] = {
     "pocket-pope": pocket_questions.pocket_pope,
     "pocket-mme": pocket_questions.pocket_mme,
     "pocket-coco": pocket.key_images,
+    "pocket-bdd-10k": pocket.domain_scenes,
+    "pocket-bdd-10k-train": partial(pocket.domain_scenes, scenes=100, stream="domain-training"),
     "pocket-questions": pocket_kinds.questions_of_every_kind,
 }
 _ON_DISK: dict[str, Callable[..., Iterable]] = {
@@ -49,6 +52,11 @@ QUESTION_DATA: dict[str, dict[str, str]] = {
     "paper": {"pope": "pope", "mme": "mme"},
     "pocket": {"pope": "pocket-pope", "mme": "pocket-mme"},
 }
+# profile -> what the prefix experiments read
+PREFIX_DATA: dict[str, dict[str, str]] = {
+    "paper": {"referring": "refcoco", "domains": "bdd-10k", "domains_train": "bdd-10k-train", "questions": "pope"},
+}
+PREFIX_DATA["pocket"] = {use: f"pocket-{name}" for use, name in PREFIX_DATA["paper"].items()}
 # profile -> questions of every kind, where there are such, by which the knock-out curve is measured
 READING_DATA: dict[str, str] = {"pocket": "pocket-questions"}
 # profile -> the images over which the variance of image keys is taken

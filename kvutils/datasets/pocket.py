@@ -12,7 +12,7 @@ A thing counts as present from a visible share of `PRESENT` on. Below that it is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -20,18 +20,18 @@ import numpy as np
 from PIL import Image
 
 from kvutils.datasets.pascal5i_episodes import sample_episodes
-from kvutils.datasets.samples import VOID, Clip, Episode, ImageGroup, KeypointPair, LabelledImage, NamedMask
+from kvutils.datasets.samples import VOID, Clip, DomainImage, Episode, ImageGroup, KeypointPair, LabelledImage, NamedMask
 from kvutils.errors import ParameterError
 from kvutils.pocket.questions import facts_of, referring_expression
 from kvutils.pocket.shapes import CLASSES
-from kvutils.pocket.world import PRESENT, Rendered, Scene, render, sample_clip, sample_scene
+from kvutils.pocket.world import DOMAINS, PRESENT, Rendered, Scene, render, sample_clip, sample_scene
 
 SEED = 20_000  # held out from the training seeds
 FOLDS = 4
 CLASSES_PER_FOLD = len(CLASSES) // FOLDS
 CLASS_NAMES = CLASSES
 _STREAMS = {"episodes": 1, "groups": 2, "named": 3, "training": 4, "referring": 5, "pairs": 6, "clips": 7,
-            "pope": 8, "mme": 9, "keys": 10}  # fmt: skip
+            "pope": 8, "mme": 9, "keys": 10, "domains": 11, "domain-training": 12}  # fmt: skip
 _MAX_TRIES = 100  # scenes looked at per sample wanted, before a set is declared impossible
 
 
@@ -263,6 +263,29 @@ def key_images(count: int = 1000, seed: int = SEED) -> list[LabelledImage]:
     _at_least_one(count=count)
     drawn = (pocket_scene("keys", i, seed) for i in range(count))
     return [LabelledImage(s.id, s.image, s.class_map()) for s in drawn]
+
+
+def domain_scenes(
+    scenes: int = 160, stream: str = "domains", domains: Sequence[str] = ("night", "fog"), seed: int = SEED
+) -> list[DomainImage]:
+    """Twin of BDD-10K split by domain: labelled scenes of these lights only, label maps as in `training_maps`.
+
+    stream "domain-training" gives scenes of the same kind to fit a probe on.
+    """
+    _at_least_one(scenes=scenes)
+    unknown = sorted(set(domains) - set(DOMAINS))
+    if unknown or not domains or stream not in ("domains", "domain-training"):
+        raise ParameterError(f"domains must be some of {', '.join(DOMAINS)}, the stream domains or domain-training, "
+                             f"found {list(domains)}, {stream!r}")  # fmt: skip
+    samples: list[DomainImage] = []
+    for index in range(_MAX_TRIES * scenes):
+        name = DOMAINS[describe_scene(stream, index, seed).domain]
+        if name in domains:
+            scene = pocket_scene(stream, index, seed)
+            samples.append(DomainImage(scene.id, scene.image, scene.class_map(), name))
+        if len(samples) == scenes:
+            return samples
+    raise ParameterError(f"{scenes} scenes with {' or '.join(domains)} were not found among {_MAX_TRIES * scenes}")
 
 
 def _at_least_one(**sizes: int) -> None:

@@ -27,6 +27,13 @@ class LabelledImage:
 
 
 @dataclass(frozen=True)
+class DomainImage(LabelledImage):
+    """A labelled image of a known domain, in words: "night", "fog" (BDD-10K: time of day, scene, weather)."""
+
+    domain: str
+
+
+@dataclass(frozen=True)
 class Episode:
     """Few-shot foreground segmentation (Pascal-5i): masks are 1 on the class, 0 elsewhere, `VOID` unknown."""
 
@@ -51,8 +58,7 @@ class ImageGroup:
 class NamedMask:
     """An image, a text and the pixels it names: a class name (ImageNet-S) or a referring expression (RefCOCO).
 
-    `group` is the unit of resampling when several samples come from one image. `prefix` words, if any, are those
-    that a prefix experiment puts before the image.
+    `group` is the unit of resampling when several samples come from one image.
     """
 
     id: str

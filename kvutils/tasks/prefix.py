@@ -1,0 +1,278 @@
+"""Do words before the image make its values better? Section 4.1: one measurement, three readouts.
+
+Every sample is read under every condition of `kvutils.prefixes`; a readout turns the values of each layer into a few
+numbers (`columns`). Sources are `<condition>.<layer>`, so that a layer's conditions are compared on the same samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from kvutils.datasets.samples import VOID, DomainImage, LabelledImage, NamedMask
+from kvutils.errors import DataError
+from kvutils.features import FeatureExtractor, ImageFeatures, token_means
+from kvutils.maps import to_grid
+from kvutils.plots import encode_image
+from kvutils.prefixes import CONDITIONS, PrefixWriter
+from kvutils.probes import LinearProbe, fit_linear_probe, otsu
+from kvutils.store import Parts, to_json
+from kvutils.tasks.base import ScoreTable
+from kvutils.tasks.counting import column_mean, sample_seed
+from kvutils.tasks.text_segmentation import COLUMNS, IOU, map_scores
+
+MOVED = ("moved_objects", "moved_background")  # the last columns of every readout
+Prefixes = dict[str, str | None]
+
+
+class PrefixReadout(ABC):
+    """Samples, the prefixes that go before their images, and what is read from the values."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    metric: ClassVar[str]
+    columns: Sequence[str]
+    samples: Sequence[Any]
+
+    def __init__(self, writer: PrefixWriter, seed: int = 0):
+        self.writer, self.seed = writer, seed
+
+    @abstractmethod
+    def prefixes(self, sample: Any) -> Prefixes | None:
+        """A prefix per condition; None where there is no control of the same length."""
+
+    @abstractmethod
+    def score(self, sample: Any, values: torch.Tensor, image: ImageFeatures, condition: str) -> list[tuple[float, ...]]:
+        """`columns` of each layer's values (L, N, C) of a sample under a condition."""
+
+    @abstractmethod
+    def statistic(self, weights: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """The metric of values (n, k), for each row of weights (n_boot, n)."""
+
+    def fit(self, extractor: FeatureExtractor) -> None:  # noqa: B027
+        """Work before the first sample, such as fitting a probe; left out when every part is stored."""
+
+    def objects(self, sample: Any) -> np.ndarray:
+        """(H, W) bool: the pixels of objects, for how far values move there."""
+        return (np.asarray(sample.mask) > 0) & (np.asarray(sample.mask) != VOID)
+
+    def image_of(self, sample: Any) -> tuple[str, Any]:
+        return getattr(sample, "image_id", sample.id), sample.image
+
+    def group_of(self, sample: Any) -> str:
+        return getattr(sample, "group", sample.id)
+
+
+class ReferringPrefix(PrefixReadout):
+    """Task 4 with a prefix: the class name, or the expression itself; the readout is that of the expression.
+
+    wrong: the prefix of a thing of another image whose class this image does not show (of all samples' classes)."""
+
+    metric = "mIoU"
+    columns = (*COLUMNS, *MOVED)
+
+    def __init__(self, samples: Sequence[NamedMask], extractor: FeatureExtractor, writer: PrefixWriter, kind: str, seed: int = 0):
+        super().__init__(writer, seed)
+        self.samples, self.extractor, self.kind = samples, extractor, kind
+        self.name = f"referring_by_{kind}"
+        self.title = f"Referring segmentation,\n{'class name' if kind == 'class_name' else 'expression'} before the image"
+        self._shown: dict[str, set[str]] = {}
+        for sample in samples:
+            self._shown.setdefault(sample.image_id, set()).add(sample.class_name)
+        self._things = sorted({(self._text(sample), sample.class_name) for sample in samples})
+
+    def _text(self, sample: NamedMask) -> str:
+        if self.kind == "class_name":
+            return self.writer.wording.class_name.format(sample.class_name)
+        return self.writer.wording.expression.format(sample.text)
+
+    def prefixes(self, sample: NamedMask) -> Prefixes | None:
+        wrong = [text for text, name in self._things if name not in self._shown[sample.image_id]]
+        return self.writer.write(self._text(sample), wrong, sample_seed(str(self.seed), self.name, sample.id))
+
+    def score(self, sample: NamedMask, values: torch.Tensor, image: ImageFeatures, condition: str) -> list[tuple[float, ...]]:
+        text = self.extractor.alignment.text(sample.text)
+        vectors = torch.stack([text[f"value.{layer}"] for layer in self.extractor.layers]).to(values.device)
+        maps = image.layout.to_pixels(torch.einsum("lnc,lc->ln", values, vectors))
+        return map_scores(maps, sample.mask, [otsu(one) for one in maps])
+
+    def statistic(self, weights: np.ndarray, values: np.ndarray) -> np.ndarray:
+        return column_mean(IOU)(weights, values)
+
+
+class DomainPrefix(PrefixReadout):
+    """Semantic segmentation of one domain with the domain's name before the image; mIoU over the classes that occur.
+
+    readout "text": the class name with the largest dot product, on pixels that show some class (background has no
+    name). readout "probe": a linear probe per condition, fitted on the tokens of other images of the domains, each
+    with its own prefix of that condition, for all classes and background."""
+
+    metric = "mIoU"
+
+    def __init__(
+        self, samples: Sequence[DomainImage], train: Sequence[DomainImage], class_names: Sequence[str],
+        extractor: FeatureExtractor, writer: PrefixWriter, readout: str, seed: int = 0, strength: float = 0.01,
+    ):  # fmt: skip
+        super().__init__(writer, seed)
+        self.samples, self.train, self.class_names, self.extractor = samples, train, tuple(class_names), extractor
+        self.readout, self.strength = readout, strength
+        self.name = f"domain_by_{readout}"
+        self.title = f"Domain segmentation by {readout},\ndomain before the image"
+        self.domains = sorted({sample.domain for sample in samples})
+        if len(self.domains) < 2:
+            raise DataError(f"prefixes of a wrong domain need at least two domains, found {self.domains}")
+        labels = self.class_names if readout == "text" else ("background", *self.class_names)
+        self.columns = (*(f"{part} {name}" for part in ("right", "true", "said") for name in labels), *MOVED)
+        self._first = 1 if readout == "text" else 0  # the label that stands in the first column
+        self._probes: dict[str, LinearProbe] = {}
+
+    def prefixes(self, sample: DomainImage) -> Prefixes | None:
+        texts = {name: self.writer.wording.domain.format(name) for name in self.domains}
+        wrong = [text for name, text in texts.items() if name != sample.domain]
+        return self.writer.write(texts[sample.domain], wrong, sample_seed(str(self.seed), "domain", sample.id))
+
+    def fit(self, extractor: FeatureExtractor) -> None:
+        if self.readout != "probe":
+            return
+        chosen = [(image, prefixes) for image in self.train if (prefixes := self.prefixes(image)) is not None]
+        for condition in CONDITIONS:
+            found = _read(extractor, [(image.id, image.image) for image, _ in chosen], [p[condition] for _, p in chosen])
+            labels = np.concatenate([one.layout.token_labels(image.mask)[0] for one, (image, _) in zip(found, chosen, strict=True)])
+            absent = sorted(set(range(len(self.class_names) + 1)) - set(labels.tolist()))
+            if absent:
+                names = ("background", *self.class_names)
+                raise DataError(f"no training token shows {', '.join(names[i] for i in absent)}; pass more training images")
+            y = torch.from_numpy(labels)
+            features = torch.cat([_values(one, extractor.layers) for one in found], dim=1)
+            probe = fit_linear_probe(features, y.to(features.device), len(self.class_names) + 1, self.strength,
+                                     sample_weight=(y >= 0).to(features.device))  # fmt: skip
+            self._probes[condition] = probe.require_converged()
+
+    def score(self, sample: LabelledImage, values: torch.Tensor, image: ImageFeatures, condition: str) -> list[tuple[float, ...]]:
+        if self.readout == "text":
+            texts = [self.extractor.alignment.text(name) for name in self.class_names]
+            names = [f"value.{layer}" for layer in self.extractor.layers]
+            vectors = torch.stack([torch.stack([text[name] for text in texts]) for name in names]).to(values.device)
+            scores = torch.einsum("lnc,lkc->lkn", values, vectors)
+        else:
+            scores = self._probes[condition].logits(values).transpose(1, 2)
+        said = image.layout.to_pixels(scores).argmax(1).cpu().numpy() + self._first
+        labels = range(self._first, len(self.class_names) + 1)
+        true = np.asarray(sample.mask)
+        valid = (true != VOID) & (true >= self._first)
+        return [
+            tuple(float(count) for count in (
+                *((one[valid] == label)[true[valid] == label].sum() for label in labels),
+                *((true[valid] == label).sum() for label in labels), *((one[valid] == label).sum() for label in labels)))
+            for one in said
+        ]  # fmt: skip
+
+    def statistic(self, weights: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Mean IoU over the classes that occur in a resample, as BDD100K's seg.py has it."""
+        right, true, said = np.split(weights @ values[:, : -len(MOVED)], 3, axis=1)
+        ious = right / np.maximum(true + said - right, 1)
+        return ious.sum(axis=1) / np.maximum((true > 0).sum(axis=1), 1)
+
+
+def _values(image: ImageFeatures, layers: Sequence[int]) -> torch.Tensor:
+    return image.stack([f"value.{layer}" for layer in layers])
+
+
+def _read(extractor: FeatureExtractor, items: Sequence[tuple], prefixes: Sequence[str | None]) -> list[ImageFeatures]:
+    """Features of images, each behind its own prefix: images with one prefix are run together."""
+    by_prefix: dict[str | None, list[int]] = {}
+    for index, prefix in enumerate(prefixes):
+        by_prefix.setdefault(prefix, []).append(index)
+    found: dict[int, ImageFeatures] = {}
+    for prefix, members in by_prefix.items():
+        found |= dict(zip(members, extractor.images([items[i] for i in members], prefix), strict=True))
+    return [found[index] for index in range(len(items))]
+
+
+def moved(values: torch.Tensor, plain: torch.Tensor, objects: np.ndarray) -> list[tuple[float, float]]:
+    """How far tokens move, per layer: |v - v without prefix| / |v without prefix|, mean over objects and background.
+
+    values, plain (L, N, C); objects (N,): the share of each token's pixels that show an object, its weight."""
+    distance = ((values - plain).norm(dim=-1) / plain.norm(dim=-1).clamp_min(1e-12)).double().cpu().numpy()
+    weights = np.stack([objects, 1 - objects], axis=1)
+    return [tuple(row) for row in distance @ weights / np.maximum(weights.sum(0), 1e-12)]
+
+
+def run_prefixes(
+    readout: PrefixReadout, extractor: FeatureExtractor, parts: Parts | None = None, progress: bool = True, chunk: int = 20
+) -> ScoreTable:
+    """The rows of a readout: sources `<condition>.<layer>`. Samples without controls of equal length are `skipped`.
+
+    With `parts`, finished chunks are kept there and a run that was stopped goes on, with the same bytes."""
+    sources = [f"{condition}.{layer}" for condition in CONDITIONS for layer in extractor.layers]
+    depends = [readout.name, sources, list(readout.columns), extractor.fingerprint]
+    rows: list = []
+    skipped: list[str] = []
+    ready = False
+    with tqdm(total=len(readout.samples), desc=readout.title.replace("\n", " "), unit="sample", disable=not progress) as bar:
+        for start in range(0, len(readout.samples), chunk):
+            samples = [readout.samples[i] for i in range(start, min(start + chunk, len(readout.samples)))]
+            prefixes = [readout.prefixes(sample) for sample in samples]
+            skipped += [sample.id for sample, each in zip(samples, prefixes, strict=True) if each is None]
+            kept = [(sample, each) for sample, each in zip(samples, prefixes, strict=True) if each is not None]
+
+            def compute(kept: list = kept) -> list:
+                nonlocal ready
+                if not ready:
+                    readout.fit(extractor)
+                    ready = True
+                return _rows(readout, extractor, kept)
+
+            content = to_json([depends, [[sample.id, each] for sample, each in kept]])
+            digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+            rows += parts.make(f"prefix/{readout.name}/{start:06d}-{digest}", compute) if parts else compute()
+            bar.update(len(samples))
+    if not rows:
+        raise DataError(f"{readout.name}: none of {len(readout.samples)} samples has prefixes of equal length in every condition")
+    values = np.array([row[2] for row in rows], dtype=float)
+    return ScoreTable(readout.name, [row[0] for row in rows], [row[1] for row in rows], sources, list(readout.columns), values, skipped)
+
+
+def _rows(readout: PrefixReadout, extractor: FeatureExtractor, kept: Sequence[tuple[Any, Prefixes]]) -> list:
+    items = [readout.image_of(sample) for sample, _ in kept]
+    shares: list[np.ndarray] = []
+    plain: list[torch.Tensor] = []
+    rows = [[sample.id, readout.group_of(sample), []] for sample, _ in kept]
+    for condition in CONDITIONS:
+        found = _read(extractor, items, [prefixes[condition] for _, prefixes in kept])
+        for i, (image, (sample, _)) in enumerate(zip(found, kept, strict=True)):
+            values = _values(image, extractor.layers)
+            if condition == "none":
+                plain.append(values)
+                shares.append(token_means(image.layout, readout.objects(sample)[..., None].astype(float))[:, 0])
+            scores = readout.score(sample, values, image, condition)
+            distances = moved(values, plain[i], shares[i])
+            rows[i][2] += [[*score, *distance] for score, distance in zip(scores, distances, strict=True)]
+    return rows
+
+
+def prefix_picture(
+    readout: ReferringPrefix, number: int, layer: int, order: Sequence[str] = ("none", "correct", "wrong", "random")
+) -> dict:
+    """What the figure of one referring expression needs, JSON-able: its score on every token behind some prefixes, in one
+    layer. Raises DataError where the sample has no controls of equal length."""
+    sample, extractor = readout.samples[number], readout.extractor
+    prefixes = readout.prefixes(sample)
+    if prefixes is None:
+        raise DataError(f"{sample.id} has no prefixes of equal length in every condition; show another sample")
+    place = list(extractor.layers).index(layer)
+    vector = extractor.alignment.text(sample.text)[f"value.{layer}"]
+    maps, ious = {}, {}
+    for condition in order:
+        (image,) = extractor.images([readout.image_of(sample)], prefixes[condition])
+        values = _values(image, extractor.layers)
+        maps[condition] = to_grid(image.layout, (values[place].cpu() @ vector.cpu()).numpy()).round(4).tolist()
+        ious[condition] = readout.score(sample, values, image, condition)[place][IOU]
+    return {"image": encode_image(sample.image), "size": list(sample.image.size), "text": sample.text, "layer": layer,
+            "order": list(order), "maps": maps, "ious": ious, "prefixes": {c: prefixes[c] for c in order}}  # fmt: skip

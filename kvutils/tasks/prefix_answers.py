@@ -1,0 +1,113 @@
+"""Does a prefix change the answers? POPE's questions with the name of an object before the image."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from kvutils.answer import answer_all
+from kvutils.datasets.samples import YesNoSample
+from kvutils.errors import DataError
+from kvutils.models import MLM
+from kvutils.prefixes import CONDITIONS, PrefixWriter
+from kvutils.question_metrics import pope_parse
+from kvutils.statistics import bootstrap_ci, paired_difference
+from kvutils.store import Parts, to_json
+from kvutils.tasks.base import ScoreTable
+from kvutils.tasks.counting import column_ratio, sample_seed
+
+COLUMNS = ("right", "yes", "changed", "named_right", "asked", "named")
+RATES = {  # name -> (column above, column below)
+    "accuracy": ("right", "asked"),
+    "share of yes": ("yes", "asked"),
+    "changed answers": ("changed", "asked"),
+    "accuracy on the object named": ("named_right", "named"),
+}
+_OBJECT = re.compile(r"is there an? (.+?)(?: in the image)?\s*\?", re.IGNORECASE)
+
+
+def object_of(question: str) -> str:
+    """The object that a question of POPE asks about; DataError for a question of another form."""
+    found = _OBJECT.fullmatch(question.strip())
+    if not found:
+        raise DataError(f"not a question of POPE: expected 'Is there a <object> in the image?', found {question!r}")
+    return found[1]
+
+
+def ask_behind_prefixes(
+    samples: Sequence[YesNoSample], mlm: MLM, writer: PrefixWriter, parts: Parts | None = None, images: int = 150,
+    seed: int = 0, batch_size: int = 16, progress: bool = True,
+) -> ScoreTable:
+    """Answers about the first `images` images under every condition: rows are images, sources conditions.
+
+    The correct prefix names an object that one of the image's questions is about and that is there, the wrong one an
+    object that is asked about and is not. columns: right, yes and changed answers (against those without prefix), right
+    ones about the object that the prefix names, and how many were asked of each kind. Wordings count once per image.
+    Answers are parsed as POPE's own script does (what is no "no" counts as yes). Images without an object of each kind, or without controls of equal
+    length, are `skipped`."""
+    asked: dict[str, dict[str, YesNoSample]] = {}
+    for sample in samples:
+        asked.setdefault(sample.image_id, {}).setdefault(sample.question, sample)
+    names = list(asked)[:images]
+    plans, skipped = {}, []
+    for name in names:
+        objects = {truth: [object_of(q) for q, s in asked[name].items() if s.truth == truth] for truth in ("yes", "no")}
+        number = sample_seed(str(seed), "answers", name)
+        prefixes = None
+        if objects["yes"] and objects["no"]:
+            present = objects["yes"][number % len(objects["yes"])]
+            form = writer.wording.class_name.format
+            prefixes = writer.write(form(present), [form(absent) for absent in objects["no"]], number)
+        if prefixes is None:
+            skipped.append(name)
+        else:
+            plans[name] = prefixes
+    if not plans:
+        raise DataError(f"none of {len(names)} images has questions about a present and an absent object, and prefixes of equal length")
+
+    def answers(condition: str) -> dict[str, list[str]]:
+        by_prefix: dict[str | None, list[str]] = {}
+        for name, prefixes in plans.items():
+            by_prefix.setdefault(prefixes[condition], []).append(name)
+        found = {}
+        for prefix, members in by_prefix.items():
+            rows = [(name, next(iter(asked[name].values())).image, list(asked[name])) for name in members]
+            for name, blocks in answer_all(mlm, rows, prefix=prefix, batch_size=batch_size):
+                found[name] = [answer.text for answer in blocks["none"]]
+        return found
+
+    digest = hashlib.sha256(to_json([mlm.revision, plans, {name: list(asked[name]) for name in plans}]).encode()).hexdigest()[:16]
+    texts = {}
+    for condition in tqdm(CONDITIONS, desc="answers behind prefixes", unit="condition", disable=not progress):
+        key = f"prefix/answers/{condition}-{digest}"
+        texts[condition] = parts.make(key, lambda condition=condition: answers(condition)) if parts else answers(condition)
+    values = np.array([[_counts(asked[name], texts[c][name], texts["none"][name], plans[name], c) for c in CONDITIONS] for name in plans], dtype=float)
+    return ScoreTable("prefix_answers", list(plans), list(plans), list(CONDITIONS), list(COLUMNS), values, skipped)
+
+
+def _counts(asked: dict[str, YesNoSample], texts: list[str], plain: list[str], prefixes: dict, condition: str) -> list[int]:
+    said, before = ([pope_parse(text) for text in each] for each in (texts, plain))
+    right = [word == sample.truth for word, sample in zip(said, asked.values(), strict=True)]
+    prefix = prefixes["wrong" if condition == "wrong" else "correct"]
+    named = [re.search(rf"\b{re.escape(object_of(question))}\b", prefix) is not None for question in asked]
+    return [
+        sum(right), said.count("yes"), sum(a != b for a, b in zip(said, before, strict=True)),
+        sum(r and n for r, n in zip(right, named, strict=True)), len(right), sum(named),
+    ]  # fmt: skip
+
+
+def summarise_prefix_answers(table: ScoreTable, n_boot: int = 2000, seed: int = 0) -> dict:
+    """Every rate per condition, and per condition its difference to no prefix; intervals over images; JSON-able."""
+    found: dict = {"images": len(table), "questions": int(table.of("none")[:, COLUMNS.index("asked")].sum()),
+                   "skipped": len(table.skipped), "rates": {}, "minus_none": {}}  # fmt: skip
+    for name, ends in RATES.items():
+        statistic = column_ratio(*(COLUMNS.index(end) for end in ends))
+        found["rates"][name] = {c: bootstrap_ci(table.of(c), statistic, n_boot, seed).as_dict() for c in CONDITIONS}
+        found["minus_none"][name] = {
+            c: paired_difference(table.of(c), table.of("none"), statistic, n_boot, seed).as_dict() for c in CONDITIONS[1:]
+        }
+    return found

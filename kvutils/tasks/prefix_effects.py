@@ -1,0 +1,86 @@
+"""What prefixes do to scores, values and answers, with intervals; claims C7 and X3."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from kvutils.errors import DataError
+from kvutils.prefixes import CONDITIONS
+from kvutils.statistics import Statistic, bootstrap_ci, paired_difference, peak_then_degrade
+from kvutils.tasks.base import ScoreTable, choosing_half
+from kvutils.tasks.counting import column_mean
+from kvutils.tasks.prefix import MOVED
+
+
+def summarise_prefixes(table: ScoreTable, statistic: Statistic, n_boot: int = 2000, seed: int = 0) -> dict:
+    """Scores by condition and layer, what each prefix adds, and the comparisons at the best layer; JSON-able.
+
+    The best layer is that of the values *without* prefix, chosen on one half of the groups among all but the first (whose
+    values no prefix can reach); `best` is measured on the other half: score per condition, and `correct_minus` every other. added: per condition and layer, its
+    score minus that without prefix, over all samples. moved: per condition and layer, over all samples."""
+    layers = [layer for layer, _ in table.family("none")]
+    if len(set(table.groups)) < 4:
+        raise DataError(f"{table.task}: {len(set(table.groups))} groups are too few to choose a layer; at least 4 are needed")
+    reached = [layer for layer in layers if layer > 0]
+    plain = np.stack([table.of(f"none.{layer}") for layer in reached], axis=1)
+    best = reached[peak_then_degrade(plain, table.groups, seed, statistic, n_boot).best]
+    held_out = ~choosing_half(table.groups, seed)
+    groups = [group for group, kept in zip(table.groups, held_out, strict=True) if kept]
+
+    def at_best(condition: str) -> np.ndarray:
+        return table.of(f"{condition}.{best}")[held_out]
+
+    def every(condition: str, layer: int) -> np.ndarray:
+        return table.of(f"{condition}.{layer}")
+
+    whole, half = (statistic, n_boot, seed, table.groups), (statistic, n_boot, seed, groups)
+    first = len(table.columns) - len(MOVED)
+    return {
+        "n": len(table), "groups": len(set(table.groups)), "held_out": int(held_out.sum()), "skipped": len(table.skipped),
+        "layers": layers, "best_layer": best,
+        "scores": {c: [bootstrap_ci(every(c, layer), *whole).as_dict() for layer in layers] for c in CONDITIONS},
+        "added": {c: [paired_difference(every(c, layer), every("none", layer), *whole).as_dict() for layer in layers]
+                  for c in CONDITIONS[1:]},
+        "best": {
+            "scores": {c: bootstrap_ci(at_best(c), *half).as_dict() for c in CONDITIONS},
+            "correct_minus": {c: paired_difference(at_best("correct"), at_best(c), *half).as_dict()
+                              for c in CONDITIONS if c != "correct"},
+        },
+        "moved": {
+            part: {c: [bootstrap_ci(every(c, layer), column_mean(first + i), n_boot, seed, table.groups).as_dict() for layer in layers]
+                   for c in CONDITIONS[1:]}
+            for i, part in enumerate(("objects", "background"))
+        },
+    }  # fmt: skip
+
+
+def claim_c7(summaries: Mapping[str, Mapping], headline: str = "domain_by_probe") -> dict:
+    """C7: correct minus none, wrong and random prefix, in points of mIoU, for the class name before referring expressions
+    and the domain before domain segmentation by a probe. Headline: the latter, correct minus none."""
+    entries = [
+        _entry(f"{name}: correct minus {other}", summaries[name]["best"]["correct_minus"][other])
+        for name in ("referring_by_class_name", headline)
+        for other in ("none", "wrong", "random")
+    ]
+    return {**_points(summaries[headline]["best"]["correct_minus"]["none"]), "unit": "mIoU points", "entries": entries}
+
+
+def claim_x3(summaries: Mapping[str, Mapping], headline: str = "domain_by_probe") -> dict:
+    """X3: correct minus each control of the same number of tokens, in points of mIoU, for the same two readouts.
+    Headline: the domain by a probe, correct minus random words."""
+    entries = [
+        _entry(f"{name}: correct minus {other}", summaries[name]["best"]["correct_minus"][other])
+        for name in ("referring_by_class_name", headline)
+        for other in ("random", "reversed", "unrelated", "filler")
+    ]
+    return {**_points(summaries[headline]["best"]["correct_minus"]["random"]), "unit": "mIoU points", "entries": entries}
+
+
+def _points(interval: Mapping) -> dict:
+    return {"value": 100 * interval["mean"], "low": 100 * interval["low"], "high": 100 * interval["high"], "n": interval["n"]}
+
+
+def _entry(name: str, interval: Mapping) -> dict:
+    return {"name": name, **_points(interval)}

@@ -1,0 +1,318 @@
+"""Notebook 04: prefixes of equal length, what is read behind them, and effects that are known beforehand."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_models import tiny
+
+from kvutils import plots
+from kvutils.capture import capture
+from kvutils.datasets import CLASS_NAMES, PREFIX_DATA, open_dataset
+from kvutils.datasets.samples import YesNoSample
+from kvutils.errors import DataError, ParameterError
+from kvutils.features import FeatureExtractor
+from kvutils.models import load_mlm
+from kvutils.prefixes import CONDITIONS, WORDING, PrefixWriter
+from kvutils.report import judge, load_claims
+from kvutils.semantic_metrics import bdd_scores, confusion_matrix
+from kvutils.store import Parts, read_json, to_json, write_json
+from kvutils.tasks import prefix_answers
+from kvutils.tasks.base import ScoreTable, choosing_half
+from kvutils.tasks.prefix import MOVED, DomainPrefix, ReferringPrefix, moved, prefix_picture, run_prefixes
+from kvutils.tasks.prefix_effects import claim_c7, claim_x3, summarise_prefixes
+
+
+@pytest.fixture(scope="module")
+def mlm():
+    return load_mlm("pocket", untrained=True, seed=3)
+
+
+@pytest.fixture(scope="module")
+def writer(mlm):
+    return PrefixWriter(mlm, "pocket")
+
+
+class Letters(PrefixWriter):
+    """A tokenizer that cuts words into pieces of three letters, as byte-pair tokenizers cut rare ones."""
+
+    def __init__(self, profile: str = "paper"):
+        self.wording = WORDING[profile]
+
+    def tokens(self, prefix):
+        return sum(-(-len(word) // 3) for word in (prefix or "").split())
+
+
+# --- prefixes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [lambda writer: writer, lambda writer: Letters()])
+def test_all_controls_have_the_tokens_of_the_correct_prefix(writer, make):
+    writer = make(writer)
+    form = writer.wording.class_name.format
+    wrong = [form(name) for name in ("tree", "house", "car")]
+    for seed in range(20):
+        found = writer.write(form("fish"), wrong, seed)
+        assert list(found) == list(CONDITIONS) and found["none"] is None and found["correct"] == form("fish")
+        assert {writer.tokens(found[name]) for name in CONDITIONS[1:]} == {writer.tokens(form("fish"))}
+        assert found["wrong"] in wrong and len(set(found.values())) == len(CONDITIONS)
+        assert sorted(found["reversed"].split()) == sorted(form("fish").split()) != found["reversed"].split()
+        assert len(set(found["filler"].split())) == 1
+        assert "fish" not in found["random"] + found["unrelated"]
+    assert writer.write(form("fish"), wrong, 0) == writer.write(form("fish"), wrong, 0)
+    assert len({writer.write(form("fish"), wrong, seed)["random"] for seed in range(20)}) > 10
+
+
+def test_reversed_is_the_last_word_first(writer):
+    assert writer.write("look for the fish", ["look for the car"], 0)["reversed"] == "fish the for look"
+
+
+def test_a_prefix_without_controls_of_its_length_has_none(writer):
+    assert writer.write("look for the fish", ["look for the red car"], 0) is None
+    assert writer.write("look for the fish", ["look for the fish"], 0) is None  # the correct one is no control
+
+
+def test_bad_prefixes_are_errors(writer, mlm):
+    with pytest.raises(ParameterError, match="two words"):
+        writer.write("fish", ["car"], 0)
+    with pytest.raises(ParameterError, match="does not know"):
+        writer.write("look for the zeppelin", ["look for the car"], 0)
+    with pytest.raises(ParameterError, match="pocket, paper"):
+        PrefixWriter(mlm, "coffee")
+
+
+def test_the_pocket_model_knows_every_word_of_its_prefixes(writer):
+    for text in (*writer.wording.words, *writer.wording.sentences, writer.wording.filler):
+        assert writer.tokens(text) > writer.tokens(None)
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "llava_next", "qwen2_5_vl"])
+def test_values_of_the_first_layer_are_the_same_behind_any_prefix(family):
+    model = tiny(family)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
+    plain, behind = (capture(model, [image], prefix)[0] for prefix in (None, "the red fish on the left"))
+    assert torch.equal(plain.values[0], behind.values[0])
+    assert not torch.allclose(plain.values[1], behind.values[1], rtol=1e-3)
+    assert behind.layout.slots[0] > plain.layout.slots[0]
+
+
+# --- data --------------------------------------------------------------------------------------------------
+
+
+def test_domain_scenes_are_of_their_domains_and_disjoint():
+    scored = open_dataset("pocket-bdd-10k", scenes=12)
+    train = open_dataset("pocket-bdd-10k-train", scenes=6)
+    assert {one.domain for one in scored} == {"night", "fog"} and len(scored) == 12 and len(train) == 6
+    assert scored[0].mask.shape == (96, 96) and not {one.id for one in scored} & {one.id for one in train}
+    dark, light = ([np.asarray(one.image).mean() for one in scored if one.domain == name] for name in ("night", "fog"))
+    assert max(dark) < min(light)
+    with pytest.raises(ParameterError, match="domains"):
+        open_dataset("pocket-bdd-10k", domains=["rain"])
+    assert PREFIX_DATA["paper"]["domains"] == "bdd-10k"
+
+
+# --- readouts ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def domain_readouts(mlm, writer):
+    extractor = FeatureExtractor(mlm, layers=[0, 5], keys=False)
+    scored, train = open_dataset("pocket-bdd-10k", scenes=6), open_dataset("pocket-bdd-10k-train", scenes=30)
+    return extractor, {r: DomainPrefix(scored, train, CLASS_NAMES["pocket"], extractor, writer, r) for r in ("text", "probe")}
+
+
+@pytest.mark.parametrize("readout", ["text", "probe"])
+def test_domain_readouts_run_and_resume_with_the_same_bytes(domain_readouts, readout, tmp_path):
+    extractor, readouts = domain_readouts
+    task = readouts[readout]
+    parts = Parts(tmp_path, model="m")
+    table = run_prefixes(task, extractor, parts, progress=False, chunk=4)
+    assert table.sources[:3] == ["none.0", "none.5", "correct.0"] and len(table) == 6 and not table.skipped
+    files = sorted((parts.folder).rglob("*.safetensors"))
+    files[-1].unlink()
+    again = run_prefixes(task, extractor, parts, progress=False, chunk=4)
+    assert to_json(again.as_dict()) == to_json(table.as_dict())
+    # Values of layer 0 cannot move, later ones do; without prefix nothing does.
+    moves = {source: table.of(source)[:, -2:] for source in table.sources}
+    assert (moves["correct.0"] == 0).all() and (moves["none.5"] == 0).all() and (moves["correct.5"] > 0).all()
+    # Every scored pixel is counted once: true and said pixels of all classes are equally many.
+    k = (len(table.columns) - len(MOVED)) // 3
+    _, true, said = (table.of("wrong.5")[:, i * k : (i + 1) * k].sum(1) for i in range(3))
+    assert (true == said).all() and (true > 0).all()
+
+
+def test_the_domain_score_is_that_of_bdd(domain_readouts):
+    _, readouts = domain_readouts
+    rng = np.random.default_rng(0)
+    masks = [rng.integers(0, 9, (20, 20)) for _ in range(4)]
+    masks[0][masks[0] == 8] = 255  # void
+    said = [np.where(rng.random((20, 20)) < 0.5, mask, rng.integers(0, 9, (20, 20))) % 9 for mask in masks]
+    rows = []
+    for mask, one in zip(masks, said, strict=True):
+        valid = mask != 255
+        counts = [((one == c) & (mask == c) & valid).sum() for c in range(9)]
+        counts += [(mask[valid] == c).sum() for c in range(9)] + [(one[valid] == c).sum() for c in range(9)]
+        rows.append([*counts, 0.0, 0.0])
+    found = readouts["probe"].statistic(np.ones((1, 4)), np.array(rows, dtype=float))
+    wanted = bdd_scores(sum(confusion_matrix(one, mask, 9) for one, mask in zip(said, masks, strict=True)))
+    assert found[0] == pytest.approx(wanted["miou"], abs=1e-12)
+
+
+def test_referring_readout_scores_the_planted_thing(mlm, writer, monkeypatch):
+    """Values that hold their expression where the mask is: the score is that of a perfect map, whatever the prefix."""
+    samples = open_dataset("pocket-refcoco", scenes=6)
+    extractor = FeatureExtractor(mlm, layers=[1, 4], keys=False)
+    readout = ReferringPrefix(samples, extractor, writer, "class_name")
+    number = next(i for i, one in enumerate(samples) if readout.prefixes(one))  # an image may show every class
+    sample = samples[number]
+    (image,) = extractor.images([(sample.image_id, sample.image)])
+    labels = torch.from_numpy(image.layout.token_labels(sample.mask)[0]).float()
+    vector = extractor.alignment.text(sample.text)["value.1"]
+    planted = torch.stack([labels[:, None] * vector, torch.zeros(len(labels), len(vector))])
+    right, empty = readout.score(sample, planted, image, "none")
+    assert right[3] > 0.6 and right[0] > 0.9 > empty[0]
+    prefixes = readout.prefixes(sample)
+    assert prefixes["correct"] == f"look for the {sample.class_name}"
+    shown = {one.class_name for one in samples if one.image_id == sample.image_id}
+    assert prefixes["wrong"].split()[-1] not in shown
+    picture = prefix_picture(readout, number, 4)
+    assert len(picture["maps"]) == 4 and np.shape(picture["maps"]["none"]) == (12, 12)
+    monkeypatch.setattr(readout, "prefixes", lambda sample: None)
+    with pytest.raises(DataError, match="equal length"):
+        prefix_picture(readout, number, 4)
+    with pytest.raises(DataError, match="none of"):
+        run_prefixes(readout, extractor, progress=False)
+
+
+def test_distance_moved_is_relative_and_weighted():
+    plain = torch.ones(1, 4, 2)
+    values = plain.clone()
+    values[0, 0] *= 2  # moved by its own length
+    values[0, 3] *= 1.5
+    assert moved(values, plain, np.array([1.0, 1.0, 0.0, 0.0])) == [(pytest.approx(0.5), pytest.approx(0.25))]
+    assert moved(values, plain, np.array([0.5, 0.0, 0.0, 0.0])) == [(pytest.approx(1.0), pytest.approx(1.0 / 3.5))]
+
+
+# --- effects -----------------------------------------------------------------------------------------------
+
+
+def table_of(effects: dict[str, float], n: int = 80) -> ScoreTable:
+    """IoU of 0.5 in layer 2, 0.4 in layer 1, 0.9 in layer 0; a condition adds its effect in layers 1 and 2."""
+    rng = np.random.default_rng(0)
+    sources = [f"{c}.{layer}" for c in CONDITIONS for layer in (0, 1, 2)]
+    level = {0: 0.9, 1: 0.4, 2: 0.5}
+    values = np.zeros((n, len(sources), 7))
+    for s, source in enumerate(sources):
+        condition, layer = source.split(".")
+        values[:, s, 3] = level[int(layer)] + (effects.get(condition, 0.0) if layer != "0" else 0.0)
+        values[:, s, 5:] = (0.2, 0.1) if condition != "none" else 0.0
+    values[:, :, 3] += rng.normal(0, 0.15, (n, 1)) + rng.normal(0, 0.01, (n, len(sources)))
+    return ScoreTable("referring_by_class_name", [f"i{i}" for i in range(n)], [f"g{i // 2}" for i in range(n)], sources,
+                      ["ap", "intersection", "union", "iou", "box", *MOVED], values)  # fmt: skip
+
+
+def statistic(weights, values):
+    return weights @ values[:, 3] / weights.sum(1)
+
+
+def test_effects_are_the_planted_ones_in_a_layer_that_a_prefix_reaches():
+    table = table_of({"correct": 0.04, "wrong": -0.02, "filler": 0.01})
+    found = summarise_prefixes(table, statistic, 300)
+    assert found["best_layer"] == 2 and found["held_out"] == (~choosing_half(table.groups)).sum()
+    minus = found["best"]["correct_minus"]
+    for condition, wanted in {"none": 0.04, "wrong": 0.06, "random": 0.04, "filler": 0.03}.items():
+        assert minus[condition]["mean"] == pytest.approx(wanted, abs=0.01)
+        assert minus[condition]["high"] - minus[condition]["low"] < 0.02  # paired: what items differ by does not matter
+    assert found["added"]["wrong"][1]["mean"] == pytest.approx(-0.02, abs=0.01)
+    assert found["moved"]["objects"]["correct"][0]["mean"] == pytest.approx(0.2)
+    assert found["moved"]["background"]["correct"][0]["mean"] == pytest.approx(0.1)
+    with pytest.raises(DataError, match="at least 4"):
+        summarise_prefixes(table_of({}, n=6), statistic, 20)
+
+
+@pytest.mark.parametrize(
+    "effects, c7, x3",
+    [
+        ({"correct": 0.04}, "reproduced", "reproduced"),
+        # Better than no prefix, but so is every control: the token count does it.
+        ({name: 0.04 for name in CONDITIONS[1:]}, "inconclusive", "inconclusive"),
+        ({"correct": -0.04}, "not reproduced", "not reproduced"),
+        ({"correct": 0.04, "reversed": 0.04}, "reproduced", "inconclusive"),
+    ],
+)
+def test_verdicts(effects, c7, x3):
+    found = summarise_prefixes(table_of(effects), statistic, 300)
+    summaries = {"referring_by_class_name": found, "domain_by_probe": found}
+    claims = {"C7": claim_c7(summaries), "X3": claim_x3(summaries)}
+    assert len(claims["C7"]["entries"]) == 6 and len(claims["X3"]["entries"]) == 8
+    known = {claim["id"]: claim for claim in load_claims()}
+    assert {name: judge(known[name], claim)[0] for name, claim in claims.items()} == {"C7": c7, "X3": x3}
+    assert claims["C7"]["value"] == pytest.approx(100 * effects["correct"], abs=1)  # points
+
+
+# --- answers -----------------------------------------------------------------------------------------------
+
+
+def questions(images: int = 6) -> list[YesNoSample]:
+    picture = Image.new("RGB", (32, 32))
+    return [YesNoSample(f"{i}-{subset}-{name}", f"image{i}", picture, f"is there a {name} ?", truth, subset)
+            for i in range(images) for subset in ("random", "popular") for name, truth in (("fish", "yes"), ("car", "no"))]  # fmt: skip
+
+
+def test_answers_that_follow_the_prefix_are_counted(writer, mlm, monkeypatch, tmp_path):
+    """A model that says yes to what its prefix names, and otherwise the truth."""
+
+    def fake(mlm, rows, prefix=None, batch_size=16):
+        for name, _, texts in rows:
+            said = ["yes" if "fish" in text or (prefix or "").endswith(text.split()[-2]) else "no" for text in texts]
+            yield name, {"none": [SimpleNamespace(text=each) for each in said]}
+
+    monkeypatch.setattr(prefix_answers, "answer_all", fake)
+    parts = Parts(tmp_path, model="m")
+    table = prefix_answers.ask_behind_prefixes(questions(), mlm, writer, parts, progress=False)
+    assert len(table) == 6 and table.of("none")[:, 4].tolist() == [2] * 6  # each wording once per image
+    found = prefix_answers.summarise_prefix_answers(table, 50)
+    assert found["rates"]["accuracy"]["none"]["mean"] == 1 and found["minus_none"]["accuracy"]["wrong"]["mean"] == -0.5
+    assert found["minus_none"]["accuracy on the object named"]["wrong"]["mean"] == -1
+    assert found["minus_none"]["share of yes"]["wrong"]["mean"] == 0.5
+    assert found["rates"]["changed answers"]["correct"]["mean"] == 0
+    monkeypatch.setattr(prefix_answers, "answer_all", None)  # all is stored
+    again = prefix_answers.ask_behind_prefixes(questions(), mlm, writer, parts, progress=False)
+    assert to_json(again.as_dict()) == to_json(table.as_dict())
+
+
+def test_questions_of_another_form_are_errors(writer, mlm):
+    assert prefix_answers.object_of("Is there a dining table in the image?") == "dining table"
+    assert prefix_answers.object_of("is there an owl ?") == "owl"
+    with pytest.raises(DataError, match="What is this"):
+        prefix_answers.object_of("What is this?")
+    only_yes = [sample for sample in questions() if sample.truth == "yes"]
+    with pytest.raises(DataError, match="present and an absent"):
+        prefix_answers.ask_behind_prefixes(only_yes, mlm, writer, progress=False)
+
+
+# --- figures -----------------------------------------------------------------------------------------------
+
+
+def test_figures_need_only_the_results_file(tmp_path):
+    summary = summarise_prefixes(table_of({"correct": 0.04}), statistic, 30) | {"title": "Referring\nsegmentation", "metric": "mIoU"}
+    rows = np.random.default_rng(0).integers(1, 4, (8, len(CONDITIONS), 6)).astype(float)
+    ids = [f"i{i}" for i in range(8)]
+    answers = ScoreTable("prefix_answers", ids, ids, list(CONDITIONS), list(prefix_answers.COLUMNS), rows)
+    grid = np.random.default_rng(0).random((4, 4)).tolist()
+    order = ["none", "correct", "wrong", "random"]
+    write_json(tmp_path / "04_prefix.json", {
+        "readouts": {name: summary for name in ("referring_by_class_name", "domain_by_text", "domain_by_probe")},
+        "answers": prefix_answers.summarise_prefix_answers(answers, 30),
+        "picture": {"image": plots.encode_image(Image.new("RGB", (32, 32), "teal")), "size": [32, 32], "text": "the fish", "layer": 2,
+                    "order": order, "maps": dict.fromkeys(order, grid), "ious": dict.fromkeys(order, 0.5),
+                    "prefixes": {"none": None, "correct": "look for the fish", "wrong": "look for the car", "random": "in there of nothing"}},
+    })  # fmt: skip
+    paths = plots.draw_all(tmp_path, tmp_path / "figures")
+    assert len(paths) == 5 and all(np.asarray(Image.open(path).convert("L")).std() > 5 for path in paths)
+    figures = plots.DRAW["04_prefix"](read_json(tmp_path / "04_prefix.json"))
+    drawn = [line.get_xdata()[0] for line in figures["04_prefix_effects"].axes[0].lines if line.get_marker() == "X"]  # filler
+    assert drawn == pytest.approx([100 * summary["best"]["correct_minus"]["filler"]["mean"]])
+    plots.plt.close("all")
