@@ -125,6 +125,16 @@ class SessionBatch:
             )
         return np.stack(rows)
 
+    def image_values(self) -> list[list[torch.Tensor]]:
+        """values[row][image] (L, G, N, D): the values that the cache holds at the tokens of `layouts[row][image]`."""
+        if self._prefix is None:
+            raise ParameterError("this session is closed; open a new one")
+        layers = [values for _, values in self._prefix.keys_values]
+        return [
+            [torch.stack([values[row][:, layout.slots].to(self.mlm.device) for values in layers]) for layout in layouts]
+            for row, layouts in enumerate(self.layouts)
+        ]
+
     @torch.no_grad()
     def answer(
         self,

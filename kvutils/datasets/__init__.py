@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from kvutils.datasets import davis, mme, pocket, pocket_kinds, pocket_questions, pope
+from kvutils.datasets import davis, mme, pocket, pocket_blink, pocket_kinds, pocket_questions, pope
 from kvutils.errors import DataError
 
 # Each pocket set is the generated twin of the real one it is named after.
@@ -21,6 +21,7 @@ _GENERATED: dict[str, Callable[..., Iterable]] = {
     "pocket-davis-2017": pocket.clips,
     "pocket-pope": pocket_questions.pocket_pope,
     "pocket-mme": pocket_questions.pocket_mme,
+    "pocket-blink": pocket_blink.pocket_blink,
     "pocket-coco": pocket.key_images,
     "pocket-questions": pocket_kinds.questions_of_every_kind,
 }
@@ -49,6 +50,8 @@ QUESTION_DATA: dict[str, dict[str, str]] = {
     "paper": {"pope": "pope", "mme": "mme"},
     "pocket": {"pope": "pocket-pope", "mme": "pocket-mme"},
 }
+# profile -> the multiple-choice items about several images
+CHOICE_DATA: dict[str, str] = {"paper": "blink", "pocket": "pocket-blink"}
 # profile -> questions of every kind, where there are such, by which the knock-out curve is measured
 READING_DATA: dict[str, str] = {"pocket": "pocket-questions"}
 # profile -> the images over which the variance of image keys is taken

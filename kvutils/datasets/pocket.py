@@ -31,7 +31,8 @@ FOLDS = 4
 CLASSES_PER_FOLD = len(CLASSES) // FOLDS
 CLASS_NAMES = CLASSES
 _STREAMS = {"episodes": 1, "groups": 2, "named": 3, "training": 4, "referring": 5, "pairs": 6, "clips": 7,
-            "pope": 8, "mme": 9, "keys": 10}  # fmt: skip
+            "pope": 8, "mme": 9, "keys": 10, "art_style": 11, "visual_similarity": 12,
+            "correspondence": 13}  # fmt: skip
 _MAX_TRIES = 100  # scenes looked at per sample wanted, before a set is declared impossible
 
 
