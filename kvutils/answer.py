@@ -130,10 +130,7 @@ class SessionBatch:
         if self._prefix is None:
             raise ParameterError("this session is closed; open a new one")
         layers = [values for _, values in self._prefix.keys_values]
-        return [
-            [torch.stack([values[row][:, layout.slots].to(self.mlm.device) for values in layers]) for layout in layouts]
-            for row, layouts in enumerate(self.layouts)
-        ]
+        return [[_at(layers, row, layout) for layout in layouts] for row, layouts in enumerate(self.layouts)]
 
     @torch.no_grad()
     def answer(
@@ -297,6 +294,12 @@ def answer_all(
             for row, image_id in enumerate(names):
                 yield image_id, {name: answers[row] for name, answers in found.items()}
             bar.update(len(batch))
+
+
+def _at(layers: Sequence[torch.Tensor], row: int, layout: TokenLayout) -> torch.Tensor:
+    """(L, G, N, D) of cached tensors (B, G, T, D), on the device of the first."""
+    slots = torch.from_numpy(layout.slots)
+    return torch.stack([each[row].index_select(1, slots.to(each.device)).to(layers[0].device) for each in layers])
 
 
 def _as_list(images) -> list:
