@@ -252,10 +252,17 @@ def draw_input_agnostic_keys(results: Mapping) -> dict[str, Figure]:
     return draw(results)
 
 
+def draw_blink_gap(results: Mapping) -> dict[str, Figure]:
+    from kvutils.plots_blink import draw_blink_gap as draw  # it draws in the style of this module
+
+    return draw(results)
+
+
 DRAW: dict[str, Callable[[Mapping], dict[str, Figure]]] = {
     "01_value_flow": draw_value_flow,
     "02_siglip_baseline": draw_siglip_baseline,
     "03_input_agnostic_keys": draw_input_agnostic_keys,
+    "05_blink_gap": draw_blink_gap,
 }
 
 

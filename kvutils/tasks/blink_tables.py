@@ -52,8 +52,8 @@ def choose_layer(table: ChoiceTable, items: np.ndarray, family: str = "value", r
 def describe_table(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dict:
     """Everything that notebook 05 reports on a subtask but the interventions; JSON-able, intervals with n.
 
-    model: accuracy, unresolved (share), that of the highest option score. readouts: readout -> source -> accuracy on all
-    items. chosen: the value layer. held_out: on the other half, its `table_of_two`, and in `others` that of every other
+    model: accuracy, unresolved (share), accuracy of the highest option score, said (how often each option, -1 unresolved).
+    readouts: readout -> source -> accuracy on all items. chosen: the value layer, and how often it says each option. held_out: on the other half, its `table_of_two`, and in `others` that of every other
     source (families by a layer chosen in the same way). cross_validated: `table_of_two` with the layer chosen on the
     other folds.
     """
@@ -84,7 +84,12 @@ def describe_table(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dic
             readout: {source: accuracy(table.right(source, readout)) for source in table.sources}
             for readout in table.readouts
         },
-        "chosen": {"source": chosen, "readout": table.readouts[0], "accuracy_where_chosen": float(table.right(chosen)[choosing].mean())},
+        "chosen": {
+            "source": chosen,
+            "readout": table.readouts[0],
+            "accuracy_where_chosen": float(table.right(chosen)[choosing].mean()),
+            "said": np.bincount(table.of(chosen).argmax(axis=1), minlength=table.options).tolist(),
+        },
         "held_out": {
             **table_of_two(rest, rest.right(chosen), n_boot, seed),
             "others": {source: _other(rest, source, chosen, n_boot, seed) for source in others},
