@@ -62,8 +62,8 @@ def readout_curves(subtasks: Mapping[str, Mapping]) -> Figure:
         names = [found["chosen"]["readout"], *(name for name in found["readouts"] if name != found["chosen"]["readout"])]
         for axis, name in zip(column, names, strict=False):
             _curves(axis, found, found["readouts"][name])
-            also = "" if name == names[0] else "also tried: "
-            axis.set_title(f"{found['title']}: {also}{READOUT_LABELS[name]}\n{found['n']} items, {found['options']} options")
+            also = "" if name == names[0] else "also measured: "
+            axis.set_title(f"{found['title']} ({found['n']} items)\n{also}{READOUT_LABELS[name]}")
         column[-1].set_xlabel("before the language model  |  layer")
         chosen = int(found["chosen"]["source"].rsplit(".", 1)[1])
         column[0].axvline(chosen + len(BEFORE) + 1, color=_COLOURS[0], lw=6, alpha=0.12)
@@ -129,8 +129,8 @@ def tables_of_two(subtasks: Mapping[str, Mapping]) -> Figure:
             + ("" if errors["low"] is None else f" [{100 * errors['low']:.0f}, {100 * errors['high']:.0f}]"))  # fmt: skip
         chance = f"a readout at chance: {100 * held_out['at_chance']['mean']:.1f} % of all items"
         axis.set_title(f"{found['title']}, values of layer {layer}\n{held_out['n']} items that did not choose the layer")
-        axis.set_xlabel(f"value right, model wrong: {share}\n{chance}")
-    figure.supxlabel("items, share of all items [95 % interval]", fontsize=8)
+        axis.set_xlabel(f"value right, model wrong:\n{share}\n{chance}")
+    figure.supxlabel("in the cells: number of items, share of all items [95 % interval]", fontsize=8)
     return figure
 
 
@@ -138,7 +138,7 @@ def tables_of_two(subtasks: Mapping[str, Mapping]) -> Figure:
 def shares_by_source(subtasks: Mapping[str, Mapping]) -> Figure:
     """The share of items that a readout of each source has right and the model wrong; the cross: a readout at chance."""
     subtasks = in_order(subtasks)
-    figure, axes = plt.subplots(1, len(subtasks), figsize=(3.3 * len(subtasks) + 2.6, 3.2), squeeze=False)
+    figure, axes = plt.subplots(1, len(subtasks), figsize=(3.3 * len(subtasks) + 2.6, 3.2), squeeze=False, sharex=True)
     for place, (axis, found) in enumerate(zip(axes.flat, subtasks.values(), strict=True)):
         held_out = found["held_out"]
         tables = {found["chosen"]["source"]: held_out}
@@ -152,12 +152,9 @@ def shares_by_source(subtasks: Mapping[str, Mapping]) -> Figure:
         chance = held_out["at_chance"]["mean"]
         axis.axvline(chance, color="black", lw=0.9, ls=":", label="a readout at chance")
         labels = [_source_label(source) for source in tables]
-        layers = [f"layer {source.rsplit('.', 1)[1]}" if source not in BEFORE else "" for source in tables]
-        axis.set_yticks(range(len(tables)), [label.split(", layer")[0] for label in labels] if place == 0 else [""] * len(tables))
-        for row, text in enumerate(layers):
-            axis.annotate(text, (1, row), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7, color="grey")
+        labels = labels if place == 0 else [label.rpartition(", ")[2] if ", " in label else "" for label in labels]
+        axis.set_yticks(range(len(tables)), labels)
         axis.invert_yaxis()
-        axis.set_xlim(left=0)
         axis.set(title=f"{found['title']}\n{held_out['n']} items", xlabel="share of all items")
     axes[0, 0].legend(loc="lower right")
     figure.suptitle("Readout right, model wrong, with 95 % intervals (layers chosen on the other half of the items)", fontsize=10)
@@ -187,7 +184,7 @@ def intervention_effects(found: Mapping[str, Mapping]) -> Figure:
     left.set_yticks(range(len(rows)), labels)
     left.invert_yaxis()
     left.set(xlabel="change of accuracy against the model's answers", title="what it brings")
-    right.set(xlabel="share of the items that the model had right, now wrong", title="what it costs")
+    right.set(xlabel="now wrong, as a share of the items\nthat the model had right", title="what it costs")
     for axis in (left, right):
         axis.grid(axis="y", visible=False)
     return figure
@@ -211,11 +208,9 @@ def example_item(example: Mapping) -> Figure:
               ("model", "the model", "log-probability of the option (nats)"))  # fmt: skip
     for axis, (key, title, label) in zip(axes[len(images) :], panels, strict=True):
         scores = np.array(example[key])
-        colours = [_COLOURS[0] if place == chosen[key] else "lightgrey" for place in range(len(scores))]
-        axis.barh(range(len(scores)), scores, color=colours, height=0.6)
-        spread = max(np.ptp(scores), 1e-6)
-        low, high = scores.min() - 0.6 * spread, scores.max() + 0.25 * spread
-        axis.set_xlim(low, min(high, 0) if key == "model" else high)
+        for place, score in enumerate(scores):
+            axis.plot(score, place, "o", ms=10, color=_COLOURS[0] if place == chosen[key] else "darkgrey")
+        axis.margins(0.2)
         axis.set_yticks(range(len(scores)), [f"{name} right" if place == example["gold"] else name for place, name in enumerate(names)])
         axis.invert_yaxis()
         verdict = "unresolved" if chosen[key] < 0 else "right" if chosen[key] == example["gold"] else "wrong"
@@ -224,7 +219,7 @@ def example_item(example: Mapping) -> Figure:
         axis.tick_params(axis="x", labelsize=7)
         axis.locator_params(axis="x", nbins=4)
     prompt = example["prompt"] if len(example["prompt"]) < 130 else example["prompt"][:127] + "..."
-    figure.suptitle(f"{prompt}\nblue: what each side answers", fontsize=9)
+    figure.suptitle(f"{prompt}\nblue: the option that values and model answer", fontsize=9)
     return figure
 
 

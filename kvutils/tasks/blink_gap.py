@@ -245,7 +245,7 @@ def said(item: MultipleChoice, text: str) -> int:
 
 def _table(subtask: str, items: list[MultipleChoice], rows: list[dict]) -> ChoiceTable:
     readouts = list(READOUTS[subtask])
-    sources = list(rows[0]["scores"][readouts[0]])
+    sources = sorted(rows[0]["scores"][readouts[0]])  # stored parts do not keep the order of keys
     return ChoiceTable(
         subtask=subtask,
         ids=[item.id for item in items],
