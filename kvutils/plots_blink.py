@@ -16,12 +16,6 @@ FAMILIES = {  # family of sources -> colour, line, marker, label
     "alone.value": (_COLOURS[1], "--", "s", "values, each image alone"),
     "untrained.value": (_COLOURS[7], ":", "^", "values, untrained model"),
 }
-CELL_LABELS = {
-    "both": "both right",
-    "value_only": "value right,\nmodel wrong",
-    "model_only": "value wrong,\nmodel right",
-    "neither": "both wrong",
-}
 READOUT_LABELS = {
     "style": "style statistics (mean and Gram)", "mean": "mean token", "point": "token at the point",
     "around": "3 x 3 tokens at the point",
@@ -33,7 +27,7 @@ INTERVENTION_STYLE = {  # -> colour, marker
     "option scores alone": ("grey", "x"),
     "either right": ("black", "D"),
 }
-_WRAP = {"either right": "either right\n(upper bound)", "option scores alone": "option scores\nalone (no values)"}
+_LONGER = {"either right": "either right (upper bound)", "option scores alone": "option scores alone (no values)"}
 
 
 def in_order(subtasks: Mapping[str, Mapping]) -> dict[str, Mapping]:
@@ -117,9 +111,10 @@ def tables_of_two(subtasks: Mapping[str, Mapping]) -> Figure:
         for y, row in enumerate(cells):
             for x, name in enumerate(row):
                 share = held_out["shares"][name]
-                text = f"{held_out['counts'][name]}\n{100 * share['mean']:.1f} %\n[{100 * share['low']:.1f}, {100 * share['high']:.1f}]"
-                bold = "bold" if name == "value_only" else "normal"
-                axis.text(x, y, text, ha="center", va="center", fontsize=10, weight=bold, color="white" if shares[y, x] > 0.75 else "black")
+                mean, low, high = (100 * share[key] for key in ("mean", "low", "high"))
+                text = f"{held_out['counts'][name]}\n{mean:.1f} %\n[{low:.1f}, {high:.1f}]"
+                weight, colour = "bold" if name == "value_only" else "normal", "white" if shares[y, x] > 0.75 else "black"
+                axis.text(x, y, text, ha="center", va="center", fontsize=10, weight=weight, color=colour)
         axis.set_xticks((0, 1), ("model right", "model wrong"))
         axis.set_yticks((0, 1), ("value\nright", "value\nwrong"))
         axis.grid(False)
@@ -127,7 +122,7 @@ def tables_of_two(subtasks: Mapping[str, Mapping]) -> Figure:
         share = "the model makes no error" if errors["mean"] is None else (
             f"of the model's {errors['n']} errors {100 * errors['mean']:.0f} %"
             + ("" if errors["low"] is None else f" [{100 * errors['low']:.0f}, {100 * errors['high']:.0f}]"))  # fmt: skip
-        chance = f"a readout at chance: {100 * held_out['at_chance']['mean']:.1f} % of all items"
+        chance = f"by guessing: {100 * held_out['at_guess']['mean']:.1f} % of all items"
         axis.set_title(f"{found['title']}, values of layer {layer}\n{held_out['n']} items that did not choose the layer")
         axis.set_xlabel(f"value right, model wrong:\n{share}\n{chance}")
     figure.supxlabel("in the cells: number of items, share of all items [95 % interval]", fontsize=8)
@@ -136,9 +131,9 @@ def tables_of_two(subtasks: Mapping[str, Mapping]) -> Figure:
 
 @_styled
 def shares_by_source(subtasks: Mapping[str, Mapping]) -> Figure:
-    """The share of items that a readout of each source has right and the model wrong; the cross: a readout at chance."""
+    """The share of items that a readout of each source has right and the model wrong; bars: the same by guessing."""
     subtasks = in_order(subtasks)
-    figure, axes = plt.subplots(1, len(subtasks), figsize=(3.3 * len(subtasks) + 2.6, 3.2), squeeze=False, sharex=True)
+    figure, axes = plt.subplots(1, len(subtasks), figsize=(3.3 * len(subtasks) + 2.6, 3.5), squeeze=False, sharex=True)
     for place, (axis, found) in enumerate(zip(axes.flat, subtasks.values(), strict=True)):
         held_out = found["held_out"]
         tables = {found["chosen"]["source"]: held_out}
@@ -149,14 +144,14 @@ def shares_by_source(subtasks: Mapping[str, Mapping]) -> Figure:
             colour, _, marker, _ = FAMILIES.get(family, ("black", "", "D", ""))
             share = each["shares"]["value_only"]
             axis.errorbar(share["mean"], row, xerr=_error(share), fmt=marker, color=colour, ms=5, capsize=3)
-        chance = held_out["at_chance"]["mean"]
-        axis.axvline(chance, color="black", lw=0.9, ls=":", label="a readout at chance")
+            axis.plot(each["at_guess"]["mean"], row, "|", ms=16, mew=2, color=_COLOURS[3],
+                      label=None if row else "by guessing, options as often as this readout")  # fmt: skip
         labels = [_source_label(source) for source in tables]
         labels = labels if place == 0 else [label.rpartition(", ")[2] if ", " in label else "" for label in labels]
         axis.set_yticks(range(len(tables)), labels)
         axis.invert_yaxis()
         axis.set(title=f"{found['title']}\n{held_out['n']} items", xlabel="share of all items")
-    axes[0, 0].legend(loc="lower right")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center")
     figure.suptitle("Readout right, model wrong, with 95 % intervals (layers chosen on the other half of the items)", fontsize=10)
     return figure
 
@@ -176,7 +171,8 @@ def intervention_effects(found: Mapping[str, Mapping]) -> Figure:
         if cost["mean"] is not None and cost["low"] is not None:
             right.errorbar(cost["mean"], row, xerr=_error(cost), fmt=marker, color=colour, ms=5, capsize=3)
         first = row == 0 or rows[row - 1][0] != subtask
-        labels.append((f"{found[subtask]['title']} (n = {found[subtask]['n']}):  " if first else "") + _WRAP.get(name, name).replace("\n", " "))
+        about = f"{found[subtask]['title']} (n = {found[subtask]['n']}):  " if first else ""
+        labels.append(about + _LONGER.get(name, name))
         if first and row:
             for axis in (left, right):
                 axis.axhline(row - 0.5, color="grey", lw=0.5)
@@ -194,7 +190,8 @@ def intervention_effects(found: Mapping[str, Mapping]) -> Figure:
 def example_item(example: Mapping) -> Figure:
     """One item: its images as the model sees them, and the scores that values and model give each option."""
     images = example["images"]
-    figure, axes = plt.subplots(1, len(images) + 2, figsize=(2.1 * len(images) + 6.2, 2.9), width_ratios=(*[1] * len(images), 1.25, 1.25))
+    widths = (*[1] * len(images), 1.25, 1.25)
+    figure, axes = plt.subplots(1, len(widths), figsize=(2.1 * len(images) + 6.2, 2.9), width_ratios=widths)
     for place, (axis, text) in enumerate(zip(axes, images, strict=False)):
         picture = decode_image(text)
         _picture(axis, picture, picture.shape[1::-1], ("first image", "second image", "third image")[place])
@@ -211,7 +208,8 @@ def example_item(example: Mapping) -> Figure:
         for place, score in enumerate(scores):
             axis.plot(score, place, "o", ms=10, color=_COLOURS[0] if place == chosen[key] else "darkgrey")
         axis.margins(0.2)
-        axis.set_yticks(range(len(scores)), [f"{name} right" if place == example["gold"] else name for place, name in enumerate(names)])
+        right = [f"{name} right" if place == example["gold"] else name for place, name in enumerate(names)]
+        axis.set_yticks(range(len(scores)), right)
         axis.invert_yaxis()
         verdict = "unresolved" if chosen[key] < 0 else "right" if chosen[key] == example["gold"] else "wrong"
         axis.set_title(f"{title}: {verdict}")

@@ -28,7 +28,7 @@ from kvutils.tasks.blink_gap import UNRESOLVED, ChoiceTable, check_items, read_i
 from kvutils.tasks.blink_interventions import (
     DECIDES, GATE, HEADLINE, INTERVENTIONS, Evidence, add_values, choose_weight, claim_x5, evidence, fit_gate, interventions,
 )
-from kvutils.tasks.blink_tables import CELLS, choose_layer, claim_c8, describe_table, table_of_two
+from kvutils.tasks.blink_tables import CELLS, choose_layer, claim_c8, describe_table, official_scores, table_of_two, telling_item
 from kvutils.value_readouts import mean_similarity, point_similarity, style_similarity
 
 FEW = 8  # items of each subtask
@@ -128,7 +128,7 @@ def test_bad_items_are_named(items):
         ([replace(style, answer="A")], r"must be one of \(A\), \(B\), found 'A'"),
         ([replace(style, images=style.images[:2])], "compares 3 images, found 2"),
         ([replace(point, reference_point=None)], "only painted marks"),
-        ([replace(point, reference_point=np.array([96.0, 3]))], r"reference: the point \(96, 3\) is outside its image of 96 x 96"),
+        ([replace(point, reference_point=np.array([96.0, 3]))], r"reference: the point \(96, 3\) is outside its image of 96"),
         ([replace(point, candidate_points=point.candidate_points[:3])], "3 candidate points for 4 options"),
         ([point, replace(point, id="x", options=("(a)", "(b)"), choices=("A", "B"), answer="(A)",
                          candidate_points=point.candidate_points[:2])], "'x' has 2 options and the first of .* has 4"),
@@ -178,7 +178,9 @@ def images_of(statistics: str, right: int, noise: bool, seed: int) -> list[torch
     return tensors
 
 
-@pytest.mark.parametrize("statistics, readout", [("mean", mean_similarity), ("mean", style_similarity), ("gram", style_similarity)])
+@pytest.mark.parametrize(
+    "statistics, readout", [("mean", mean_similarity), ("mean", style_similarity), ("gram", style_similarity)]
+)
 def test_style_readouts_find_what_is_planted_and_nothing_in_noise(statistics, readout):
     right = {True: [], False: []}
     for seed in range(60):
@@ -346,7 +348,11 @@ def table_of(model, sources, options=2, subtask="Art_Style") -> ChoiceTable:
 def test_two_by_two_with_both_denominators():
     value = np.array([1, 1, 1, 1, 1, 0, 0, 0, 0, 0], bool)
     model = np.array([1, 0, 0, 0, 1, 1, 0, 0, 0, 0], bool)
-    found = table_of_two(table_of(model, {"value.0": value}, options=4), value, n_boot=400)
+    table = table_of(model, {"value.0": value}, options=4)
+    found = table_of_two(table, table.says("value.0"), n_boot=400)
+    # The readout says 0 1 2 3 0 2 3 0 1 2; the model misses items whose answers are 1 2 3 2 3 0 1.
+    assert found["at_guess"]["mean"] == pytest.approx((3 * 1 + 2 * 2 + 3 * 2 + 2 * 2) / 100)
+    assert found["above_guess"]["mean"] == pytest.approx(0.3 - 0.17)
     assert found["counts"] == {"both": 2, "value_only": 3, "model_only": 1, "neither": 4} and found["errors"] == 7
     assert [found["shares"][cell]["mean"] for cell in CELLS] == pytest.approx([0.2, 0.3, 0.1, 0.4])
     assert found["of_errors"]["mean"] == pytest.approx(3 / 7) and found["of_errors"]["n"] == 7
@@ -358,8 +364,22 @@ def test_two_by_two_with_both_denominators():
 
 def test_a_model_without_errors_has_no_share_of_them():
     right = np.ones(12, bool)
-    found = table_of_two(table_of(right, {"value.0": right}), right, n_boot=50)
+    table = table_of(right, {"value.0": right})
+    found = table_of_two(table, table.gold, n_boot=50)
     assert found["of_errors"] == {"mean": None, "low": None, "high": None, "n": 0} and found["shares"]["value_only"]["mean"] == 0
+
+
+def test_opposite_preferences_are_not_knowledge():
+    """A model that always says one option and a readout that always says the other: chance is passed, guessing is not."""
+    table = table_of(np.zeros(200, bool), {"value.0": np.zeros(200, bool)})
+    table.said[:] = 1
+    table.scores[..., 0], table.scores[..., 1] = 1.0, 0.0
+    described = describe_table(table, n_boot=200)
+    held_out = described["held_out"]
+    assert held_out["above_chance"]["low"] > 0.15 and held_out["value_accuracy"]["low"] < 0.5 < held_out["value_accuracy"]["high"]
+    assert held_out["above_guess"]["mean"] == pytest.approx(0, abs=1e-9) and described["chosen"]["said"] == [200, 0]
+    (c8,) = (each for each in load_claims() if each["id"] == "C8")
+    assert judge(c8, claim_c8({"Art_Style": described}))[0] == "inconclusive"
 
 
 def test_unresolved_answers_are_wrong_and_counted():
@@ -369,6 +389,19 @@ def test_unresolved_answers_are_wrong_and_counted():
     found = describe_table(table, n_boot=50)
     assert found["model"]["unresolved"]["mean"] == 0.25 and found["model"]["accuracy"]["mean"] == 0.75
     assert found["model"]["option_scores"]["mean"] == 1 and found["model"]["said"]["-1"] == 5
+
+
+def test_official_scores_and_the_telling_item():
+    value, model = np.ones(12, bool), np.arange(12) % 3 > 0
+    table = table_of(model, {"value.0": value})
+    table.said[1] = UNRESOLVED
+    found = official_scores({"Art_Style": table, "b": table_of(value, {"value.0": value})})
+    assert found["accuracy"] == {"Art_Style": 7 / 12, "b": 1, "Total": pytest.approx(19 / 24)}
+    assert found["unresolved"] == {"Art_Style": 1 / 12, "b": 0}
+    reported = [i for i in range(12) if not choosing_half(table.ids)[i]]
+    wrong = [i for i in reported if i % 3 == 0 or i == 1]
+    assert telling_item(table, "value.0") == table.ids[wrong[0]]
+    assert telling_item(table_of(value, {"value.0": value}), "value.0") == table.ids[reported[0]]
 
 
 def test_the_layer_is_chosen_on_one_half_and_reported_on_the_other():
@@ -419,7 +452,7 @@ def test_c8_compares_with_a_readout_at_chance(value, verdict):
     (c8,) = (each for each in load_claims() if each["id"] == "C8")
     assert judge(c8, claim)[0] == verdict and len(claim["entries"]) == 2
     assert claim["value"] == pytest.approx(100 * value) and claim["unit"] == c8["unit"] and claim["n"] == 100
-    assert claim["entries"][0]["value"] == pytest.approx(100 * (value - 0.5))
+    assert claim["entries"][0]["value"] == pytest.approx(100 * (value - 0.5), abs=3)  # the readout's options are not quite even
 
 
 # --- interventions -----------------------------------------------------------------------------------------
@@ -469,7 +502,8 @@ def test_what_is_reported_fits_nothing():
 
 
 def test_weights_and_scores_by_hand():
-    found = Evidence(np.array([[0.5, -0.5], [0.5, -0.5]]), np.array([[-1.0, 1.0], [1.0, -1.0]]), np.zeros(2, int), np.array([1, 0]))
+    model, value = np.array([[0.5, -0.5], [0.5, -0.5]]), np.array([[-1.0, 1.0], [1.0, -1.0]])
+    found = Evidence(model, value, np.zeros(2, int), np.array([1, 0]))
     assert add_values(found, 0).tolist() == [0, 0] and add_values(found, 0.25).tolist() == [0, 0]
     assert add_values(found, 1).tolist() == [1, 0]
     assert choose_weight(found, np.array([True, True])) == 1.0  # the smallest that is right on both
@@ -518,8 +552,8 @@ def test_figures_need_only_the_results_file(items, tmp_path):
     random = np.random.default_rng(0)
     described, surfaced, examples = {}, {}, {}
     for subtask, options in (("Art_Style", 2), ("Semantic_Correspondence", 4)):
-        sources = {name: random.random(60) < 0.6 for name in
-                   ("pixels", "encoder_original", "encoder", "projector", "value.0", "value.1", "alone.value.0", "untrained.value.0")}
+        names = "pixels encoder_original encoder projector value.0 value.1 alone.value.0 untrained.value.0".split()
+        sources = {name: random.random(60) < 0.6 for name in names}
         table = table_of(random.random(60) < 0.6, sources, options, subtask)
         described[subtask], surfaced[subtask] = describe_table(table, n_boot=50), interventions(table, n_boot=50)
         item = next(each for each in items if each.subtask == subtask)

@@ -69,9 +69,13 @@ class ChoiceTable:
                 raise ParameterError(f"{self.subtask} has no readout of {name!r}; there are {', '.join(known)}")
         return self.scores[:, self.readouts.index(readout), self.sources.index(source)]
 
+    def says(self, source: str, readout: str | None = None) -> np.ndarray:
+        """(n,) the option with the readout's highest score."""
+        return self.of(source, readout).argmax(axis=1)
+
     def right(self, source: str, readout: str | None = None) -> np.ndarray:
-        """(n,) bool: the readout's highest score is the right option."""
-        return self.of(source, readout).argmax(axis=1) == self.gold
+        """(n,) bool: that is the right option."""
+        return self.says(source, readout) == self.gold
 
     def layers(self, family: str = "value") -> list[str]:
         """The sources `<family>.<layer>`, by layer."""
@@ -146,8 +150,7 @@ def read_items(
     if batch_size < 1:
         raise ParameterError(f"batch_size must be at least 1, not {batch_size}")
     by_subtask = check_items(items)
-    # Several images are shown as base views: the form in which LLaVA models were trained on them.
-    views = {"base_view_only": None if mlm.family == QWEN else True}
+    views = views_of(mlm)
     extractor = FeatureExtractor(mlm, None, encoder_original, keys=False, batch_size=batch_size, memory_bytes=0, to=None, **views)
     models = {"value": mlm} | ({"untrained.value": untrained} if untrained else {})
     tables = {}
@@ -163,7 +166,8 @@ def read_items(
                 if parts is None:
                     rows += compute()
                 else:
-                    about = [list(models), extractor.fingerprint, max_new_tokens, [(i.id, i.prompt, i.answer) for i in batch]]
+                    about = [list(models), extractor.fingerprint, max_new_tokens]
+                    about += [(item.id, item.group, item.prompt, item.answer) for item in batch]
                     digest = hashlib.sha256(to_json(about).encode()).hexdigest()[:16]
                     rows += parts.make(f"multiple_choice/{subtask}/{start:06d}-{digest}", compute)
                 bar.update(len(batch))
@@ -171,7 +175,14 @@ def read_items(
     return tables
 
 
-def _read_batch(models: Mapping[str, MLM], extractor, batch: list[MultipleChoice], max_new_tokens: int, views: dict) -> list[dict]:
+def views_of(mlm: MLM) -> dict[str, bool | None]:
+    """Options of a session over several images: base views for LLaVA models, the form in which they were trained on them."""
+    return {"base_view_only": None if mlm.family == QWEN else True}
+
+
+def _read_batch(
+    models: Mapping[str, MLM], extractor: FeatureExtractor, batch: list[MultipleChoice], max_new_tokens: int, views: dict
+) -> list[dict]:
     """Per item: answer text, the option said, option scores, and scores[readout][source] of every option."""
     images = [item.images for item in batch]
     places = np.cumsum([0, *map(len, images)])
@@ -182,7 +193,7 @@ def _read_batch(models: Mapping[str, MLM], extractor, batch: list[MultipleChoice
     for family, mlm in models.items():
         with SessionBatch(mlm, images, **views) as session:
             for row, in_prompt in enumerate(session.image_values()):
-                for place, values, layout in zip(range(places[row], places[row + 1]), in_prompt, session.layouts[row], strict=True):
+                for place, (values, layout) in enumerate(zip(in_prompt, session.layouts[row], strict=True), places[row]):
                     features[place] |= _by_layer(family, values, layout)
             if family == "value":
                 options = [[_spellings(item)] for item in batch]
@@ -191,7 +202,8 @@ def _read_batch(models: Mapping[str, MLM], extractor, batch: list[MultipleChoice
     for row, (item, (answer,)) in enumerate(zip(batch, answers, strict=True)):
         here = slice(places[row], places[row + 1])
         scores = score_options(item, features[here], [each.layout for each in alone[here]])
-        rows.append({"text": answer.text, "said": said(item, answer.text), "options": list(answer.scores.values()), "scores": scores})
+        options = [answer.scores[option] for option in item.options]
+        rows.append({"text": answer.text, "said": said(item, answer.text), "options": options, "scores": scores})
     return rows
 
 

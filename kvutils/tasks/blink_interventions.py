@@ -119,7 +119,9 @@ def interventions(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dict
         "model": bootstrap_ci(rest.model_right, "mean", n_boot, seed, rest.groups).as_dict(),
         "changes": {name: _change(rest, each[report] == rest.gold, n_boot, seed) for name, each in answers.items()},
         "others": others,
-        "differences": {name: ((each[report] == rest.gold).astype(int) - rest.model_right).tolist() for name, each in answers.items()},
+        "differences": {
+            name: ((each[report] == rest.gold).astype(int) - rest.model_right).tolist() for name, each in answers.items()
+        },
         "groups": rest.groups,
     }  # fmt: skip
 

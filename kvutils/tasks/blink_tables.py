@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from kvutils.errors import ParameterError
+from kvutils.question_metrics import LETTERS, NEEDS_JUDGE, blink_scores
 from kvutils.statistics import Interval, bootstrap_ci, paired_difference
 from kvutils.tasks.base import choosing_half
 from kvutils.tasks.blink_gap import UNRESOLVED, ChoiceTable, some_items
@@ -53,9 +54,9 @@ def describe_table(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dic
     """Everything that notebook 05 reports on a subtask but the interventions; JSON-able, intervals with n.
 
     model: accuracy, unresolved (share), accuracy of the highest option score, said (how often each option, -1 unresolved).
-    readouts: readout -> source -> accuracy on all items. chosen: the value layer, and how often it says each option. held_out: on the other half, its `table_of_two`, and in `others` that of every other
-    source (families by a layer chosen in the same way). cross_validated: `table_of_two` with the layer chosen on the
-    other folds.
+    readouts: readout -> source -> accuracy on all items. chosen: the value layer, and how often it says each option.
+    held_out: on the other half, its `table_of_two`, and in `others` that of every other source (families by a layer
+    chosen in the same way). cross_validated: `table_of_two` with the layer chosen on the other folds.
     """
     choosing, held_out = halves(table, seed)
 
@@ -88,42 +89,50 @@ def describe_table(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dic
             "source": chosen,
             "readout": table.readouts[0],
             "accuracy_where_chosen": float(table.right(chosen)[choosing].mean()),
-            "said": np.bincount(table.of(chosen).argmax(axis=1), minlength=table.options).tolist(),
+            "said": np.bincount(table.says(chosen), minlength=table.options).tolist(),
         },
         "held_out": {
-            **table_of_two(rest, rest.right(chosen), n_boot, seed),
+            **table_of_two(rest, rest.says(chosen), n_boot, seed),
             "others": {source: _other(rest, source, chosen, n_boot, seed) for source in others},
             "readouts": {
-                readout: table_of_two(rest, rest.right(choose_layer(table, choosing, "value", readout), readout), n_boot, seed)
-                for readout in table.readouts[1:]
+                name: table_of_two(rest, rest.says(choose_layer(table, choosing, "value", name), name), n_boot, seed)
+                for name in table.readouts[1:]
             },
         },
         "cross_validated": {**table_of_two(table, folds, n_boot, seed), "layers": by_fold},
     }  # fmt: skip
 
 
-def table_of_two(table: ChoiceTable, value_right: np.ndarray, n_boot: int = 2000, seed: int = 0) -> dict:
-    """The 2 x 2 table of a readout (n,) bool against the model, with intervals over independent items.
+def table_of_two(table: ChoiceTable, says: np.ndarray, n_boot: int = 2000, seed: int = 0) -> dict:
+    """The 2 x 2 table of a readout's answers (n,) against the model's, with intervals over independent items.
 
     counts, shares: of `CELLS`, shares of all items. of_errors: value_only as a share of the model's errors (None where
-    it makes none). value_accuracy, model_accuracy. at_chance: the value_only share of a readout that guesses,
-    independently of the model, on the same items: errors / K. above_chance: the share minus that. above_independence:
-    the share minus the product of the two marginals, which is what a readout of this accuracy would give if it did not
-    know where the model is wrong (below 0: both fail on the same items).
+    it makes none). value_accuracy, model_accuracy. Three levels that the value_only share is compared with, on the same
+    items (above_...: the share minus it):
+      at_chance        a readout that guesses all options alike: errors / K
+      at_guess         a readout that guesses, each option as often as this one says it. Where the model prefers one
+                       option and the readout another, the first level is passed without any knowledge; this is not
+      at_independence  a readout of this accuracy that is as good on the model's errors as elsewhere (below it: values
+                       and model fail on the same items)
     """
-    model = table.model_right
-    cells = np.stack([value_right & model, value_right & ~model, ~value_right & model, ~value_right & ~model], axis=1)
-    options = (n_boot, seed, table.groups)
+    model, value, k = table.model_right, says == table.gold, table.options
+    cells = np.stack([value & model, value & ~model, ~value & model, ~value & ~model], axis=1)
+    each = np.arange(k)
+    said = says[:, None] == each  # (n, K)
+    missed = (table.gold[:, None] == each) & ~model[:, None]  # the right option where the model is wrong
+    packed = np.concatenate([cells, said, missed], axis=1).astype(float)
 
-    def statistic(weights: np.ndarray, cells: np.ndarray) -> np.ndarray:
-        both, only, _, neither = shares = (weights @ cells / weights.sum(axis=1, keepdims=True)).T
+    def statistic(weights: np.ndarray, packed: np.ndarray) -> np.ndarray:
+        means = weights @ packed / weights.sum(axis=1, keepdims=True)
+        both, only, _, neither = shares = means[:, : len(CELLS)].T
         wrong = only + neither
-        guess = wrong / table.options
-        found = [*shares, ratio(only, wrong), both + only, 1 - wrong, guess, only - guess, only - (both + only) * wrong]
+        levels = [wrong / k, (means[:, -2 * k : -k] * means[:, -k:]).sum(axis=1), (both + only) * wrong]
+        found = [*shares, ratio(only, wrong), both + only, 1 - wrong, *levels, *(only - level for level in levels)]
         return np.stack(found, axis=1)
 
-    names = (*CELLS, "of_errors", "value_accuracy", "model_accuracy", "at_chance", "above_chance", "above_independence")
-    found = dict(zip(names, bootstrap_ci(cells.astype(float), statistic, *options), strict=True))
+    names = [*CELLS, "of_errors", "value_accuracy", "model_accuracy"]
+    names += [f"{side}_{level}" for side in ("at", "above") for level in ("chance", "guess", "independence")]
+    found = dict(zip(names, bootstrap_ci(packed, statistic, n_boot, seed, table.groups), strict=True))
     errors = int((~model).sum())
     return {
         "n": len(table),
@@ -142,36 +151,58 @@ def _defined(interval: Interval) -> dict:
 
 def _other(table: ChoiceTable, source: str, chosen: str, n_boot: int, seed: int) -> dict:
     """The 2 x 2 table of another source, and by how much the chosen values' share of "value right, model wrong" exceeds its."""
-    right, wrong = table.right(source), ~table.model_right
-    options = (n_boot, seed, table.groups)
-    more = paired_difference(table.right(chosen) & wrong, right & wrong, "mean", *options)
-    better = paired_difference(table.right(chosen), right, "mean", *options)
-    return table_of_two(table, right, n_boot, seed) | {"values_minus_this": more.as_dict(), "accuracy_minus_this": better.as_dict()}
+    mine, this, wrong = table.right(chosen), table.right(source), ~table.model_right
+    options = ("mean", n_boot, seed, table.groups)
+    return {
+        **table_of_two(table, table.says(source), n_boot, seed),
+        "values_minus_this": paired_difference(mine & wrong, this & wrong, *options).as_dict(),
+        "accuracy_minus_this": paired_difference(mine, this, *options).as_dict(),
+    }
 
 
 def _cross_validated(table: ChoiceTable, seed: int) -> tuple[np.ndarray, list[str]]:
-    """(n,) bool, right by the layer chosen on the other folds; and that layer's source for each fold."""
+    """(n,) answers of the layer chosen on the other folds; and that layer's source for each fold."""
     units = sorted(set(table.groups), key=lambda name: hashlib.sha256(f"{seed}:folds:{name}".encode()).hexdigest())
     fold_of = {name: place % FOLDS for place, name in enumerate(units)}
     folds = np.array([fold_of[group] for group in table.groups])
-    right, layers = np.zeros(len(table), dtype=bool), []
+    says, layers = np.zeros(len(table), dtype=int), []
     for fold in range(min(FOLDS, len(units))):
         here = folds == fold
         layers.append(choose_layer(table, ~here))
-        right[here] = table.right(layers[-1])[here]
-    return right, layers
+        says[here] = table.says(layers[-1])[here]
+    return says, layers
+
+
+def official_scores(tables: Mapping[str, ChoiceTable]) -> dict:
+    """BLINK's own accuracies (`blink_scores`): by subtask, and their plain mean as Total."""
+
+    def letter(option: int) -> str:
+        return NEEDS_JUDGE if option == UNRESOLVED else f"({LETTERS[option]})"
+
+    return blink_scores({
+        name: [(letter(gold), letter(said)) for gold, said in zip(table.gold, table.said, strict=True)]
+        for name, table in tables.items()
+    })  # fmt: skip
+
+
+def telling_item(table: ChoiceTable, source: str, seed: int = 0) -> str:
+    """Id of the first reported item with value right and model wrong; the first reported one if there is none."""
+    _, held_out = halves(table, seed)
+    telling = held_out & table.right(source) & ~table.model_right
+    return table.ids[int(np.argmax(telling if telling.any() else held_out))]
 
 
 def claim_c8(described: Mapping[str, Mapping]) -> dict:
     """C8 from `describe_table` of each subtask: "value right, model wrong" in % of items, on the half that did not choose.
 
-    Headline: art style, the paper's subtask (else the first). Entries: per subtask the share minus what a readout at
-    chance would give on the same items.
+    Headline: art style, the paper's subtask (else the first). Entries: per subtask the share minus what guessing would
+    give on the same items (`at_guess`).
     """
     headline = described.get("Art_Style") or next(iter(described.values()))
     entries = [
-        _percent(f"{each['title']}: {each['chosen']['source']} right and model wrong, minus chance", each["held_out"]["above_chance"])
+        _percent(f"{each['title']}: {each['chosen']['source']} right, model wrong, minus guessing", held_out["above_guess"])
         for each in described.values()
+        for held_out in (each["held_out"],)
     ]
     first = _percent("", headline["held_out"]["shares"]["value_only"])
     return {key: first[key] for key in ("value", "low", "high", "n")} | {"unit": "% of items", "entries": entries}
