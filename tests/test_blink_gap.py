@@ -389,6 +389,9 @@ def test_unresolved_answers_are_wrong_and_counted():
     found = describe_table(table, n_boot=50)
     assert found["model"]["unresolved"]["mean"] == 0.25 and found["model"]["accuracy"]["mean"] == 0.75
     assert found["model"]["option_scores"]["mean"] == 1 and found["model"]["said"]["-1"] == 5
+    table.said[:] = UNRESOLVED  # an answer that cannot be extracted is no perception that is not surfaced
+    held_out = describe_table(table, n_boot=50)["held_out"]
+    assert held_out["shares"]["value_only"]["mean"] == 1 and held_out["by_option_scores"]["shares"]["value_only"]["mean"] == 0
 
 
 def test_official_scores_and_the_telling_item():

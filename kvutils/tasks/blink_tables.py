@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -56,7 +57,9 @@ def describe_table(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dic
     model: accuracy, unresolved (share), accuracy of the highest option score, said (how often each option, -1 unresolved).
     readouts: readout -> source -> accuracy on all items. chosen: the value layer, and how often it says each option.
     held_out: on the other half, its `table_of_two`, and in `others` that of every other source (families by a layer
-    chosen in the same way). cross_validated: `table_of_two` with the layer chosen on the other folds.
+    chosen in the same way); in `by_option_scores` with the model's most probable option as its answer, because an answer
+    that cannot be extracted counts as wrong and would pass for "model wrong"; in `readouts` by the subtask's other
+    readouts. cross_validated: `table_of_two` with the layer chosen on the other folds.
     """
     choosing, held_out = halves(table, seed)
 
@@ -65,6 +68,7 @@ def describe_table(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dic
 
     chosen = choose_layer(table, choosing)
     rest = some_items(table, held_out)
+    scored = replace(rest, said=rest.option_scores.argmax(axis=1))
     others = [source for source in SINGLE if source in table.sources]
     others += [choose_layer(table, choosing, family) for family in FAMILIES[1:] if table.layers(family)]
     folds, by_fold = _cross_validated(table, seed)
@@ -94,6 +98,7 @@ def describe_table(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dic
         "held_out": {
             **table_of_two(rest, rest.says(chosen), n_boot, seed),
             "others": {source: _other(rest, source, chosen, n_boot, seed) for source in others},
+            "by_option_scores": table_of_two(scored, rest.says(chosen), n_boot, seed),
             "readouts": {
                 name: table_of_two(rest, rest.says(choose_layer(table, choosing, "value", name), name), n_boot, seed)
                 for name in table.readouts[1:]
