@@ -248,4 +248,6 @@ def draw_blink_gap(results: Mapping) -> dict[str, Figure]:
         "05_sources": shares_by_source(results["subtasks"]),
         "05_interventions": intervention_effects(results["interventions"]),
     }
+    if results["method"]:  # None where no item has points
+        figures["05_method"] = example_item(results["method"])
     return figures | {f"05_example_{name.lower()}": example_item(each) for name, each in results["examples"].items()}

@@ -562,16 +562,18 @@ def test_figures_need_only_the_results_file(items, tmp_path):
         item = next(each for each in items if each.subtask == subtask)
         table.ids[0] = item.id
         examples[subtask] = plots_blink.describe_example(item, table, described[subtask]["chosen"]["source"])
-    write_json(tmp_path / "05_blink_gap.json", {"subtasks": described, "interventions": surfaced, "examples": examples})
+    results = {"subtasks": described, "interventions": surfaced, "examples": examples, "method": examples["Art_Style"]}
+    write_json(tmp_path / "05_blink_gap.json", results)
     paths = plots.draw_all(tmp_path, tmp_path / "figures")
     assert sorted(path.stem for path in paths) == [
-        "05_example_art_style", "05_example_semantic_correspondence", "05_interventions", "05_readouts", "05_sources",
-        "05_two_by_two"]  # fmt: skip
+        "05_example_art_style", "05_example_semantic_correspondence", "05_interventions", "05_method", "05_readouts",
+        "05_sources", "05_two_by_two"]  # fmt: skip
     assert all(np.asarray(Image.open(path).convert("L")).std() > 5 for path in paths)
     figures = plots.DRAW["05_blink_gap"](read_json(tmp_path / "05_blink_gap.json"))
     texts = [text.get_text() for axis in figures["05_two_by_two"].axes for text in axis.texts]
     counts = [described[s]["held_out"]["counts"][c] for s in described for c in ("both", "value_only", "model_only", "neither")]
     assert [int(text.split("\n")[0]) for text in texts] == counts
+    assert "05_method" not in plots.DRAW["05_blink_gap"](results | {"method": None})
     left = figures["05_interventions"].axes[0]
     drawn = [line.get_xdata()[0] for line in left.lines if line.get_marker() == "^"]
     assert drawn == pytest.approx([surfaced[s]["changes"][GATE]["change"]["mean"] for s in surfaced])
