@@ -13,6 +13,7 @@ from kvutils import plots, plots_blink
 from kvutils.answer import SessionBatch
 from kvutils.datasets import CHOICE_DATA, open_dataset, pocket
 from kvutils.datasets.pocket_blink import SUBTASKS
+from kvutils.datasets.samples import MultipleChoice
 from kvutils.errors import DataError, ParameterError
 from kvutils.inputs import encode_images, prepare_images, prepare_text
 from kvutils.layout import TokenLayout
@@ -580,3 +581,28 @@ def test_figures_need_only_the_results_file(items, tmp_path):
     plots.plt.close("all")
 
 
+
+
+@pytest.mark.parametrize("family", [*tiny_models.FAMILIES])
+def test_every_family_reads_items_in_their_official_form(family, monkeypatch):
+    """Photographs of different sizes, options "(A)" or "A", several images as base views or as grids of their own."""
+    monkeypatch.setattr(tiny_models, "WORDS", list(q.WORDS))  # the tokenizer lower-cases
+    mlm, random = tiny_models.tiny(family), np.random.default_rng(0)
+    pictures = [Image.fromarray(random.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in ((50, 40), (40, 60), (64, 48))]
+    about = {"question": "which image ?", "prompt": "which image ? (A) (B)", "options": ("(A)", "(B)"), "choices": ("A", "B")}
+    style = MultipleChoice(id="s", subtask="Art_Style", images=tuple(pictures), answer="(B)", group="s", **about)
+    points = {"reference_point": np.array([45.0, 5]), "candidate_points": np.array([[3.0, 55], [39, 3]])}
+    about |= {"subtask": "Visual_Correspondence", **points}
+    point = MultipleChoice(id="p", images=tuple(pictures[:2]), answer="(A)", group="p", **about)
+    tables = read_items(mlm, [style, point], encoder_original=tiny_models.tiny_siglip(), progress=False)
+    for name, gold in (("Art_Style", 1), ("Visual_Correspondence", 0)):
+        table = tables[name]
+        assert table.gold.tolist() == [gold] and len(table.layers()) == len(table.layers("alone.value")) == mlm.num_layers
+        assert np.isfinite(table.scores).all() and (np.abs(table.scores) <= 1 + 1e-6).all()
+        assert np.ptp(table.scores, axis=-1).min() > 0  # every source tells the options apart
+    prompt = mlm.prompt(style.prompt, images=3)
+    with SessionBatch(mlm, [pictures], **blink_gap.views_of(mlm)) as session:
+        score = session.answer([[style.prompt]], [[["(A)", "A"]]], max_new_tokens=0)[0][0].scores
+    assert prompt.count("<image>") + prompt.count("<|image_pad|>") == 3
+    # Both spellings of an option count.
+    assert tables["Art_Style"].option_scores[0, 0] == pytest.approx(np.logaddexp(score["(A)"], score["A"]), abs=1e-4)
