@@ -125,6 +125,13 @@ class SessionBatch:
             )
         return np.stack(rows)
 
+    def image_values(self) -> list[list[torch.Tensor]]:
+        """values[row][image] (L, G, N, D): the values that the cache holds at the tokens of `layouts[row][image]`."""
+        if self._prefix is None:
+            raise ParameterError("this session is closed; open a new one")
+        layers = [values for _, values in self._prefix.keys_values]
+        return [[_at(layers, row, layout) for layout in layouts] for row, layouts in enumerate(self.layouts)]
+
     @torch.no_grad()
     def answer(
         self,
@@ -287,6 +294,12 @@ def answer_all(
             for row, image_id in enumerate(names):
                 yield image_id, {name: answers[row] for name, answers in found.items()}
             bar.update(len(batch))
+
+
+def _at(layers: Sequence[torch.Tensor], row: int, layout: TokenLayout) -> torch.Tensor:
+    """(L, G, N, D) of cached tensors (B, G, T, D), on the device of the first."""
+    slots = torch.from_numpy(layout.slots)
+    return torch.stack([each[row].index_select(1, slots.to(each.device)).to(layers[0].device) for each in layers])
 
 
 def _as_list(images) -> list:

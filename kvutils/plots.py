@@ -7,6 +7,7 @@ import base64
 import io
 import re
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 
 import matplotlib as mpl
@@ -240,29 +241,17 @@ def draw_value_flow(results: Mapping) -> dict[str, Figure]:
     return figures
 
 
-def draw_siglip_baseline(results: Mapping) -> dict[str, Figure]:
-    from kvutils.plots_baseline import draw_siglip_baseline as draw  # it draws in the style of this module
-
-    return draw(results)
-
-
-def draw_input_agnostic_keys(results: Mapping) -> dict[str, Figure]:
-    from kvutils.plots_keys import draw_input_agnostic_keys as draw  # it draws in the style of this module
-
-    return draw(results)
-
-
-def draw_prefix(results: Mapping) -> dict[str, Figure]:
-    from kvutils.plots_prefix import draw_prefix as draw
-
-    return draw(results)
+def _elsewhere(module: str) -> Callable[[Mapping], dict[str, Figure]]:
+    """`draw` of a module that draws in the style of this one, hence imported only when it is needed."""
+    return lambda results: import_module(f"kvutils.{module}").draw(results)
 
 
 DRAW: dict[str, Callable[[Mapping], dict[str, Figure]]] = {
     "01_value_flow": draw_value_flow,
-    "02_siglip_baseline": draw_siglip_baseline,
-    "03_input_agnostic_keys": draw_input_agnostic_keys,
-    "04_prefix": draw_prefix,
+    "02_siglip_baseline": _elsewhere("plots_baseline"),
+    "03_input_agnostic_keys": _elsewhere("plots_keys"),
+    "04_prefix": _elsewhere("plots_prefix"),
+    "05_blink_gap": _elsewhere("plots_blink"),
 }
 
 

@@ -63,7 +63,7 @@ def steps_along_chain(chains: Mapping[str, Mapping]) -> Figure:
     return figure
 
 
-def draw_siglip_baseline(results: Mapping) -> dict[str, Figure]:
+def draw(results: Mapping) -> dict[str, Figure]:
     chains = results["chains"]
     return {
         "02_scores": scores_along_chain(chains),

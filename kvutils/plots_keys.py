@@ -231,7 +231,7 @@ def sweep_map(sweep: Mapping) -> Figure:
     return figure
 
 
-def draw_input_agnostic_keys(results: Mapping) -> dict[str, Figure]:
+def draw(results: Mapping) -> dict[str, Figure]:
     """Every figure of the notebook's results file by name."""
     keys, block = results["keys"], results["blocking"]["about"]["layers"]
     return {

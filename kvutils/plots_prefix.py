@@ -126,7 +126,7 @@ def prefix_maps(picture: Mapping) -> Figure:
     return figure
 
 
-def draw_prefix(results: Mapping) -> dict[str, Figure]:
+def draw(results: Mapping) -> dict[str, Figure]:
     return {
         "04_prefix_effects": prefix_effects(results["readouts"]),
         "04_added": added_by_layer(results["readouts"]),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-from kvutils.datasets import davis, mme, pocket, pocket_kinds, pocket_questions, pope
+from kvutils.datasets import davis, mme, pocket, pocket_blink, pocket_kinds, pocket_questions, pope
 from kvutils.errors import DataError
 
 # Each pocket set is the generated twin of the real one it is named after.
@@ -22,6 +22,7 @@ _GENERATED: dict[str, Callable[..., Iterable]] = {
     "pocket-davis-2017": pocket.clips,
     "pocket-pope": pocket_questions.pocket_pope,
     "pocket-mme": pocket_questions.pocket_mme,
+    "pocket-blink": pocket_blink.pocket_blink,
     "pocket-coco": pocket.key_images,
     "pocket-bdd-10k": pocket.domain_scenes,
     "pocket-bdd-10k-train": partial(pocket.domain_scenes, scenes=100, stream="domain-training"),
@@ -57,6 +58,8 @@ PREFIX_DATA: dict[str, dict[str, str]] = {
     "paper": {"referring": "refcoco", "domains": "bdd-10k", "domains_train": "bdd-10k-train", "questions": "pope"},
 }
 PREFIX_DATA["pocket"] = {use: f"pocket-{name}" for use, name in PREFIX_DATA["paper"].items()}
+# profile -> the multiple-choice items about several images
+CHOICE_DATA: dict[str, str] = {"paper": "blink", "pocket": "pocket-blink"}
 # profile -> questions of every kind, where there are such, by which the knock-out curve is measured
 READING_DATA: dict[str, str] = {"pocket": "pocket-questions"}
 # profile -> the images over which the variance of image keys is taken

@@ -31,7 +31,8 @@ FOLDS = 4
 CLASSES_PER_FOLD = len(CLASSES) // FOLDS
 CLASS_NAMES = CLASSES
 _STREAMS = {"episodes": 1, "groups": 2, "named": 3, "training": 4, "referring": 5, "pairs": 6, "clips": 7,
-            "pope": 8, "mme": 9, "keys": 10, "domains": 11, "domain-training": 12}  # fmt: skip
+            "pope": 8, "mme": 9, "keys": 10, "domains": 11, "domain-training": 12, "art_style": 13, "visual_similarity": 14,
+            "correspondence": 15}  # fmt: skip
 _MAX_TRIES = 100  # scenes looked at per sample wanted, before a set is declared impossible
 
 

@@ -116,6 +116,29 @@ class Question:
 
 
 @dataclass(frozen=True)
+class MultipleChoice:
+    """A multiple-choice item with BLINK's fields: 2 to 4 images in prompt order, `prompt` as it is asked.
+
+    answer: "(A)", "(B)", ... `options` are the answers as the prompt spells them, one per choice: BLINK's "(A)" or the
+    pocket models' "(a)". reference_point (x, y) in pixels of the first image and candidate_points (K, 2) of the second,
+    one per choice, are None where there are none or where they are only painted in the pictures, as in BLINK itself.
+    `group` is the unit of resampling.
+    """
+
+    id: str
+    subtask: str
+    images: tuple[Image.Image, ...]
+    question: str
+    choices: tuple[str, ...]
+    answer: str
+    prompt: str
+    options: tuple[str, ...]
+    group: str
+    reference_point: np.ndarray | None = None
+    candidate_points: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
 class YesNoSample:
     """A question about one image, to be answered yes or no (POPE, MME).
 

@@ -1,0 +1,218 @@
+"""Value right or wrong by model right or wrong: the 2 x 2 table, its denominators and its controls (section 4.2), claim C8.
+
+The layer is chosen on one half of the items (`choosing_half`) and everything is reported on the other; beside it, by
+cross-validation over all items.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from kvutils.errors import ParameterError
+from kvutils.question_metrics import LETTERS, NEEDS_JUDGE, blink_scores
+from kvutils.statistics import Interval, bootstrap_ci, paired_difference
+from kvutils.tasks.base import choosing_half
+from kvutils.tasks.blink_gap import UNRESOLVED, ChoiceTable, some_items
+from kvutils.tasks.yes_no import ratio
+
+CELLS = ("both", "value_only", "model_only", "neither")  # who is right
+TITLES = {
+    "Art_Style": "art style",
+    "Visual_Similarity": "visual similarity",
+    "Semantic_Correspondence": "semantic correspondence",
+    "Functional_Correspondence": "functional correspondence",
+    "Visual_Correspondence": "visual correspondence",
+}
+SINGLE = ("pixels", "encoder_original", "encoder", "projector")  # sources without layers
+FAMILIES = ("value", "alone.value", "untrained.value")
+FOLDS = 5
+_FEWEST = 4  # items, to have two in each half
+
+
+def halves(table: ChoiceTable, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) bool each: the items that choose, and those that are reported. ParameterError for fewer than four groups."""
+    if len(set(table.groups)) < _FEWEST:
+        raise ParameterError(f"{table.subtask}: {len(set(table.groups))} independent items are too few to choose a layer on one "
+                             f"half and report the other; at least {_FEWEST} are needed: ask the data set for more")  # fmt: skip
+    choosing = choosing_half(table.groups, seed)
+    return choosing, ~choosing
+
+
+def choose_layer(table: ChoiceTable, items: np.ndarray, family: str = "value", readout: str | None = None) -> str:
+    """The source of the family that is right most often on `items` (n,) bool; the earliest layer on a tie."""
+    sources = table.layers(family)
+    if not sources:
+        raise ParameterError(f"{table.subtask}: no source {family}.<layer> among {', '.join(table.sources)}")
+    return sources[int(np.argmax([table.right(source, readout)[items].mean() for source in sources]))]
+
+
+def describe_table(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dict:
+    """Everything that notebook 05 reports on a subtask but the interventions; JSON-able, intervals with n.
+
+    model: accuracy, unresolved (share), accuracy of the highest option score, said (how often each option, -1 unresolved).
+    readouts: readout -> source -> accuracy on all items. chosen: the value layer, and how often it says each option.
+    held_out: on the other half, its `table_of_two`, and in `others` that of every other source (families by a layer
+    chosen in the same way); in `by_option_scores` with the model's most probable option as its answer, because an answer
+    that cannot be extracted counts as wrong and would pass for "model wrong"; in `readouts` by the subtask's other
+    readouts. cross_validated: `table_of_two` with the layer chosen on the other folds.
+    """
+    choosing, held_out = halves(table, seed)
+
+    def accuracy(right: np.ndarray) -> dict:
+        return bootstrap_ci(right, "mean", n_boot, seed, table.groups).as_dict()
+
+    chosen = choose_layer(table, choosing)
+    rest = some_items(table, held_out)
+    scored = replace(rest, said=rest.option_scores.argmax(axis=1))
+    others = [source for source in SINGLE if source in table.sources]
+    others += [choose_layer(table, choosing, family) for family in FAMILIES[1:] if table.layers(family)]
+    folds, by_fold = _cross_validated(table, seed)
+    return {
+        "subtask": table.subtask,
+        "title": TITLES[table.subtask],
+        "n": len(table),
+        "groups": len(set(table.groups)),
+        "options": table.options,
+        "chance": 1 / table.options,
+        "model": {
+            "accuracy": accuracy(table.model_right),
+            "unresolved": accuracy(table.said == UNRESOLVED),
+            "option_scores": accuracy(table.option_scores.argmax(axis=1) == table.gold),
+            "said": {str(option): int((table.said == option).sum()) for option in range(UNRESOLVED, table.options)},
+        },
+        "readouts": {
+            readout: {source: accuracy(table.right(source, readout)) for source in table.sources}
+            for readout in table.readouts
+        },
+        "chosen": {
+            "source": chosen,
+            "readout": table.readouts[0],
+            "accuracy_where_chosen": float(table.right(chosen)[choosing].mean()),
+            "said": np.bincount(table.says(chosen), minlength=table.options).tolist(),
+        },
+        "held_out": {
+            **table_of_two(rest, rest.says(chosen), n_boot, seed),
+            "others": {source: _other(rest, source, chosen, n_boot, seed) for source in others},
+            "by_option_scores": table_of_two(scored, rest.says(chosen), n_boot, seed),
+            "readouts": {
+                name: table_of_two(rest, rest.says(choose_layer(table, choosing, "value", name), name), n_boot, seed)
+                for name in table.readouts[1:]
+            },
+        },
+        "cross_validated": {**table_of_two(table, folds, n_boot, seed), "layers": by_fold},
+    }  # fmt: skip
+
+
+def table_of_two(table: ChoiceTable, says: np.ndarray, n_boot: int = 2000, seed: int = 0) -> dict:
+    """The 2 x 2 table of a readout's answers (n,) against the model's, with intervals over independent items.
+
+    counts, shares: of `CELLS`, shares of all items. of_errors: value_only as a share of the model's errors (None where
+    it makes none). value_accuracy, model_accuracy. Three levels that the value_only share is compared with, on the same
+    items (above_...: the share minus it):
+      at_chance        a readout that guesses all options alike: errors / K
+      at_guess         a readout that guesses, each option as often as this one says it. Where the model prefers one
+                       option and the readout another, the first level is passed without any knowledge; this is not
+      at_independence  a readout of this accuracy that is as good on the model's errors as elsewhere (below it: values
+                       and model fail on the same items)
+    """
+    model, value, k = table.model_right, says == table.gold, table.options
+    cells = np.stack([value & model, value & ~model, ~value & model, ~value & ~model], axis=1)
+    each = np.arange(k)
+    said = says[:, None] == each  # (n, K)
+    missed = (table.gold[:, None] == each) & ~model[:, None]  # the right option where the model is wrong
+    packed = np.concatenate([cells, said, missed], axis=1).astype(float)
+
+    def statistic(weights: np.ndarray, packed: np.ndarray) -> np.ndarray:
+        means = weights @ packed / weights.sum(axis=1, keepdims=True)
+        both, only, _, neither = shares = means[:, : len(CELLS)].T
+        wrong = only + neither
+        levels = [wrong / k, (means[:, -2 * k : -k] * means[:, -k:]).sum(axis=1), (both + only) * wrong]
+        found = [*shares, ratio(only, wrong), both + only, 1 - wrong, *levels, *(only - level for level in levels)]
+        return np.stack(found, axis=1)
+
+    names = [*CELLS, "of_errors", "value_accuracy", "model_accuracy"]
+    names += [f"{side}_{level}" for side in ("at", "above") for level in ("chance", "guess", "independence")]
+    found = dict(zip(names, bootstrap_ci(packed, statistic, n_boot, seed, table.groups), strict=True))
+    errors = int((~model).sum())
+    return {
+        "n": len(table),
+        "errors": errors,
+        "counts": dict(zip(CELLS, cells.sum(axis=0).tolist(), strict=True)),
+        "shares": {name: found[name].as_dict() for name in CELLS},
+        **{name: found[name].as_dict() for name in names[len(CELLS) :] if name != "of_errors"},
+        "of_errors": _defined(found["of_errors"]) | {"n": errors},
+    }
+
+
+def _defined(interval: Interval) -> dict:
+    """As a dict, with None for a number that is undefined: JSON has no NaN."""
+    return {key: value if math.isfinite(value) else None for key, value in interval.as_dict().items()}
+
+
+def _other(table: ChoiceTable, source: str, chosen: str, n_boot: int, seed: int) -> dict:
+    """The 2 x 2 table of another source, and by how much the chosen values' share of "value right, model wrong" exceeds its."""
+    mine, this, wrong = table.right(chosen), table.right(source), ~table.model_right
+    options = ("mean", n_boot, seed, table.groups)
+    return {
+        **table_of_two(table, table.says(source), n_boot, seed),
+        "values_minus_this": paired_difference(mine & wrong, this & wrong, *options).as_dict(),
+        "accuracy_minus_this": paired_difference(mine, this, *options).as_dict(),
+    }
+
+
+def _cross_validated(table: ChoiceTable, seed: int) -> tuple[np.ndarray, list[str]]:
+    """(n,) answers of the layer chosen on the other folds; and that layer's source for each fold."""
+    units = sorted(set(table.groups), key=lambda name: hashlib.sha256(f"{seed}:folds:{name}".encode()).hexdigest())
+    fold_of = {name: place % FOLDS for place, name in enumerate(units)}
+    folds = np.array([fold_of[group] for group in table.groups])
+    says, layers = np.zeros(len(table), dtype=int), []
+    for fold in range(min(FOLDS, len(units))):
+        here = folds == fold
+        layers.append(choose_layer(table, ~here))
+        says[here] = table.says(layers[-1])[here]
+    return says, layers
+
+
+def official_scores(tables: Mapping[str, ChoiceTable]) -> dict:
+    """BLINK's own accuracies (`blink_scores`): by subtask, and their plain mean as Total."""
+
+    def letter(option: int) -> str:
+        return NEEDS_JUDGE if option == UNRESOLVED else f"({LETTERS[option]})"
+
+    return blink_scores({
+        name: [(letter(gold), letter(said)) for gold, said in zip(table.gold, table.said, strict=True)]
+        for name, table in tables.items()
+    })  # fmt: skip
+
+
+def telling_item(table: ChoiceTable, source: str, seed: int = 0) -> str:
+    """Id of the first reported item with value right and model wrong; the first reported one if there is none."""
+    _, held_out = halves(table, seed)
+    telling = held_out & table.right(source) & ~table.model_right
+    return table.ids[int(np.argmax(telling if telling.any() else held_out))]
+
+
+def claim_c8(described: Mapping[str, Mapping]) -> dict:
+    """C8 from `describe_table` of each subtask: "value right, model wrong" in % of items, on the half that did not choose.
+
+    Headline: art style, the paper's subtask (else the first). Entries: per subtask the share minus what guessing would
+    give on the same items (`at_guess`).
+    """
+    headline = described.get("Art_Style") or next(iter(described.values()))
+    entries = [
+        _percent(f"{each['title']}: {each['chosen']['source']} right, model wrong, minus guessing", held_out["above_guess"])
+        for each in described.values()
+        for held_out in (each["held_out"],)
+    ]
+    first = _percent("", headline["held_out"]["shares"]["value_only"])
+    return {key: first[key] for key in ("value", "low", "high", "n")} | {"unit": "% of items", "entries": entries}
+
+
+def _percent(name: str, interval: Mapping) -> dict:
+    value, low, high = (100 * interval[key] for key in ("mean", "low", "high"))
+    return {"name": name, "value": value, "low": low, "high": high, "n": interval["n"]}

@@ -1,0 +1,608 @@
+"""Notebook 05: multiple-choice items, value readouts, 2 x 2 tables and interventions, on answers that are known."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from PIL import Image
+
+from kvutils import plots, plots_blink
+from kvutils.answer import SessionBatch
+from kvutils.datasets import CHOICE_DATA, open_dataset, pocket
+from kvutils.datasets.pocket_blink import SUBTASKS
+from kvutils.datasets.samples import MultipleChoice
+from kvutils.errors import DataError, ParameterError
+from kvutils.inputs import encode_images, prepare_images, prepare_text
+from kvutils.layout import TokenLayout
+from kvutils.pocket import questions as q
+from kvutils.pocket.packing import Sampler, encode, pack
+from kvutils.pocket.pool import make_pool
+from kvutils.pocket.world import draw_mark
+from kvutils.report import judge, load_claims
+from kvutils.store import Parts, read_json, write_json
+from kvutils.tasks import blink_gap
+from kvutils.tasks.base import choosing_half
+from kvutils.tasks.blink_gap import UNRESOLVED, ChoiceTable, check_items, read_items, said, score_options, some_items
+from kvutils.tasks.blink_interventions import (
+    DECIDES, GATE, HEADLINE, INTERVENTIONS, Evidence, add_values, choose_weight, claim_x5, evidence, fit_gate, interventions,
+)
+from kvutils.tasks.blink_tables import CELLS, choose_layer, claim_c8, describe_table, official_scores, table_of_two, telling_item
+from kvutils.value_readouts import mean_similarity, point_similarity, style_similarity
+
+FEW = 8  # items of each subtask
+KIND_OF = {"Art_Style": "style_match", "Visual_Similarity": "class_match", "Semantic_Correspondence": "correspondence"}
+
+
+@pytest.fixture(scope="module")
+def items():
+    return open_dataset(CHOICE_DATA["pocket"], items=FEW)
+
+
+@pytest.fixture(scope="module")
+def mlm():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_models, "WORDS", list(q.WORDS))
+        return tiny_models.tiny_pocket()
+
+
+# --- the items ---------------------------------------------------------------------------------------------
+
+
+def test_items_are_whole_balanced_and_independent(items):
+    assert Counter(item.subtask for item in items) == dict.fromkeys(SUBTASKS, FEW)
+    assert len({item.id for item in items}) == len(items)
+    for item in items:
+        assert len(item.options) == len(item.choices) and item.answer.lower() in item.options
+        assert item.prompt.startswith(item.question) and all(option in item.prompt for option in item.options)
+        assert all(image.size == (96, 96) and image.mode == "RGB" for image in item.images)
+    for subtask, options in zip(SUBTASKS, (2, 2, 4), strict=True):
+        answers = Counter(item.answer for item in items if item.subtask == subtask)
+        assert sorted(answers.values()) == [FEW // options] * options
+    scenes = [scene for item in items for scene in item.group.split("+")]
+    assert len(scenes) == len(set(scenes)) == FEW * (3 + 3 + 2)
+
+
+def test_exactly_one_option_is_right(items):
+    for item in items:
+        things = []
+        for name in item.group.split("+"):
+            stream, _, index = name.rsplit("-", 2)
+            kind = "mixed" if stream == "art_style" and int(index) % 5 else "portrait"
+            things.append(pocket.pocket_scene(stream, int(index), kind=kind))
+        right = item.options.index(item.answer.lower())
+        if item.subtask == "Semantic_Correspondence":
+            points = [scene.drawn.keypoints[0] for scene in things]
+            (part,) = (i for i, point in enumerate(points[0]) if np.array_equal(point, item.reference_point))
+            assert np.array_equal(item.candidate_points[right], points[1][part])
+            assert len(np.unique(item.candidate_points, axis=0)) == 4
+            assert things[0].scene.things[0].cls == things[1].scene.things[0].cls
+            for scene, image, marks in zip(things, item.images, ([("r", item.reference_point)], list(
+                    zip("abcd", item.candidate_points, strict=True))), strict=True):  # fmt: skip
+                picture = scene.drawn.image.copy()
+                for letter, (x, y) in marks:
+                    draw_mark(picture, letter, x, y)
+                assert np.array_equal(picture, image)
+            continue
+        kinds = [s.scene.style if item.subtask == "Art_Style" else s.scene.things[0].cls for s in things]
+        assert [kind == kinds[0] for kind in kinds[1:]] == [place == right for place in range(2)]
+        assert all(np.array_equal(s.drawn.image, image) for s, image in zip(things, item.images, strict=True))
+
+
+def test_prompts_are_those_of_training(items, mlm):
+    sampler = Sampler(make_pool(300, seed=3, processes=1, quiet=True))
+    for item in items[::FEW]:
+        (trained,) = sampler.draw(KIND_OF[item.subtask], 1, np.random.default_rng(0), hints=False)
+        ((_, question, answer),) = trained.blocks
+        assert item.prompt == question and answer in item.options and len(item.images) == len(trained.images)
+        slots = 5
+        packed = pack([trained], slots).tokens[0].tolist()
+        prompt = mlm.prompt(item.prompt, images=len(item.images)).replace("<image>", " ".join(["<image>"] * slots))
+        assert packed == list(encode(f"{prompt} {answer}"))
+
+
+def test_a_larger_set_begins_with_the_smaller_one(items):
+    more = open_dataset("pocket-blink", items=FEW + 3, subtasks=SUBTASKS[2:])
+    for one, two in zip(items[2 * FEW :], more, strict=False):
+        assert one.id == two.id and one.group == two.group and one.answer == two.answer
+        assert np.array_equal(one.images[1], two.images[1])
+    other = open_dataset("pocket-blink", items=1, subtasks="Art_Style", seed=5)
+    assert other[0].group != items[0].group
+
+
+def test_bad_requests_for_items():
+    with pytest.raises(ParameterError, match="at least 1"):
+        open_dataset("pocket-blink", items=0)
+    with pytest.raises(ParameterError, match="no BLINK subtask 'Jigsaw': expected Art_Style, "):
+        open_dataset("pocket-blink", items=1, subtasks=("Jigsaw",))
+
+
+def test_bad_items_are_named(items):
+    style, point = items[0], items[-1]
+    cases = [
+        ([], "expected at least one"),
+        ([style, style], "two multiple-choice items have the id"),
+        ([replace(style, subtask="Jigsaw")], "no readout of values is defined for the subtask 'Jigsaw', only for Art_Style"),
+        ([replace(style, choices=("one",))], "2 options and 1 choices"),
+        ([replace(style, answer="A")], r"must be one of \(A\), \(B\), found 'A'"),
+        ([replace(style, images=style.images[:2])], "compares 3 images, found 2"),
+        ([replace(point, reference_point=None)], "only painted marks"),
+        ([replace(point, reference_point=np.array([96.0, 3]))], r"reference: the point \(96, 3\) is outside its image of 96"),
+        ([replace(point, candidate_points=point.candidate_points[:3])], "3 candidate points for 4 options"),
+        ([point, replace(point, id="x", options=("(a)", "(b)"), choices=("A", "B"), answer="(A)",
+                         candidate_points=point.candidate_points[:2])], "'x' has 2 options and the first of .* has 4"),
+    ]  # fmt: skip
+    for bad, message in cases:
+        with pytest.raises(DataError, match=message):
+            check_items(bad)
+    assert {name: len(mine) for name, mine in check_items(items).items()} == dict.fromkeys(SUBTASKS, FEW)
+
+
+def test_answers_are_extracted_as_blink_does(items):
+    style, point = items[0], items[-1]
+    assert [said(style, text) for text in ("(a)", "(b)", "(c)", "fish", "")] == [0, 1, UNRESOLVED, UNRESOLVED, UNRESOLVED]
+    assert said(point, "the point is (d)") == 3 and said(point, "(a) or (b)") == UNRESOLVED
+    official = replace(style, options=("(A)", "(B)"))
+    assert [said(official, text) for text in ("(B)", "A", "Both are nice. The answer is (B)", "(a)")] == [1, 0, 1, UNRESOLVED]
+
+
+# --- the readouts ------------------------------------------------------------------------------------------
+
+
+def grid(side=5, size=40) -> TokenLayout:
+    """side x side tokens over a square image."""
+    cells = np.stack(np.divmod(np.arange(side**2), side), axis=1)
+    corner = cells[:, ::-1] * size / side
+    rects = np.concatenate([corner, corner + size / side], axis=1)
+    plain = np.zeros(side**2, dtype=np.int64)
+    return TokenLayout(np.arange(side**2), rects, cells, plain, plain.astype(bool), (size, size), {"base": (side, side)})
+
+
+def images_of(statistics: str, right: int, noise: bool, seed: int) -> list[torch.Tensor]:
+    """A reference and two candidates (2 sources, 400 tokens, 6 channels); the right one shares the reference's mean, or its
+    spread between channels with equal means. noise: neither shares anything.
+    """
+    random = np.random.default_rng(seed)
+    draws = [random.normal(size=6) + 1 for _ in range(2)]
+    kinds = [0, *(0 if place == right else 1 for place in range(2))]
+    tensors = []
+    for kind in kinds:
+        tokens = random.normal(size=(2, 400, 6))
+        if not noise and statistics == "mean":
+            tokens += draws[kind]
+        if not noise and statistics == "gram":
+            tokens[..., 3 * kind] += tokens[..., 3 * kind + 1] * 3
+            tokens += 1  # a mean that all three share
+        tensors.append(torch.from_numpy(tokens))
+    return tensors
+
+
+@pytest.mark.parametrize(
+    "statistics, readout", [("mean", mean_similarity), ("mean", style_similarity), ("gram", style_similarity)]
+)
+def test_style_readouts_find_what_is_planted_and_nothing_in_noise(statistics, readout):
+    right = {True: [], False: []}
+    for seed in range(60):
+        for noise in (True, False):
+            found = readout(images_of(statistics, seed % 2, noise, seed))
+            assert found.shape == (2, 2)
+            right[noise] += (found.argmax(dim=1) == seed % 2).tolist()
+    assert np.mean(right[False]) > 0.95 and 0.35 < np.mean(right[True]) < 0.65
+
+
+def test_gram_sees_what_the_mean_does_not():
+    right = [int(mean_similarity(images_of("gram", seed % 2, False, seed))[0].argmax()) == seed % 2 for seed in range(60)]
+    assert 0.3 < np.mean(right) < 0.7
+
+
+def test_style_scores_by_hand():
+    images = [torch.tensor([[[1.0, 0], [0, 1]]]), torch.tensor([[[2.0, 0], [0, 2]]]), torch.tensor([[[1.0, 1], [-1, -1]]])]
+    assert mean_similarity(images[:2]).tolist() == [[pytest.approx(1)]]
+    # Candidate 2: mean 0 (cosine 0); its Gram is all ones, the reference's is half the identity.
+    assert style_similarity(images).tolist() == [[pytest.approx(1), pytest.approx(1 / np.sqrt(2) / 2)]]
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_the_point_readout_finds_the_planted_token(around):
+    random, layout, right = np.random.default_rng(0), grid(), []
+    points = np.array([[4.0, 4], [20, 12], [36, 28], [12, 36]])
+    for number in range(40):
+        signal, tokens = random.normal(size=8), [random.normal(size=(3, 25, 8)) * 0.4 + 5 for _ in range(2)]
+        reference = random.uniform(8, 32, 2)
+        tokens[0][:, layout.token_at(reference)[0]] += 3 * signal
+        tokens[1][1:, layout.token_at(points)[number % 4]] += 3 * signal  # not in source 0
+        scores = point_similarity([torch.from_numpy(t) for t in tokens], [layout] * 2, reference, points, around)
+        assert scores.shape == (3, 4)
+        right.append((scores.argmax(dim=1) == number % 4).tolist())
+    zero, *planted = np.mean(right, axis=0)
+    assert zero < 0.5 and min(planted) > 0.9
+
+
+def test_around_reads_the_neighbours_and_no_others():
+    layout, tokens = grid(), torch.zeros(1, 25, 2)
+    reference = torch.zeros(1, 25, 2)
+    reference[0, 12] = torch.tensor([1.0, 0])
+    tokens[0, 6] = torch.tensor([1.0, 0])  # row 1, column 1: a neighbour of row 2, column 2 only
+    tokens[0, 24] = torch.tensor([0.0, 1])
+    points = [[20, 20], [36, 36]]
+    at = point_similarity([reference, tokens], [layout] * 2, [20, 20], points)
+    near = point_similarity([reference, tokens], [layout] * 2, [20, 20], points, around=True)
+    assert at[0, 0] < 0 < near[0, 0] and near[0, 0] > near[0, 1]
+    with pytest.raises(DataError, match=r"the point \(40, 2\) is outside its image of 40 x 40 pixels"):
+        point_similarity([reference, tokens], [layout] * 2, [20, 20], [[1, 1], [40, 2]])
+
+
+def test_sources_of_different_width_are_scored_apart(items):
+    features = [{"a": torch.rand(16, 4), "b": torch.rand(16, 7), "c": torch.rand(16, 4)} for _ in range(3)]
+    found = score_options(items[0], features, [grid(4)] * 3)
+    assert list(found) == ["style", "mean"]
+    for source in "abc":
+        alone = style_similarity([image[source][None] for image in features])[0]
+        assert found["style"][source] == pytest.approx(alone.tolist(), abs=1e-6)
+
+
+# --- reading items with a model ----------------------------------------------------------------------------
+
+
+def test_readouts_are_those_of_a_plain_full_prompt(items, mlm):
+    chosen = [items[0], items[1], items[2 * FEW], items[2 * FEW + 1]]
+    tables = read_items(mlm, chosen, progress=False, batch_size=2)
+    for item in chosen:
+        vision = prepare_images(mlm, item.images, True)
+        text = prepare_text(mlm, [mlm.prompt(item.prompt, images=len(item.images))], vision, images_only=False)
+        embeddings = mlm.model.get_input_embeddings()(text.input_ids)
+        embeddings[text.input_ids == mlm.image_token_id] = torch.cat(encode_images(mlm, vision)[1])
+        with torch.no_grad():
+            output = mlm.model(inputs_embeds=embeddings, attention_mask=text.attention_mask, use_cache=True)
+        images = []
+        for layout in vision.layouts:
+            slots = layout.slots[~layout.is_newline]
+            values = [layer.values[0][:, slots].transpose(0, 1).flatten(1) for layer in output.past_key_values.layers]
+            images.append({f"value.{number}": each for number, each in enumerate(values)})
+        expected = score_options(item, images, [layout.select(~layout.is_newline) for layout in vision.layouts])
+        table = tables[item.subtask]
+        row = table.ids.index(item.id)
+        for readout, by_source in expected.items():
+            assert table.layers() == list(by_source) and len(by_source) == mlm.num_layers
+            for source, scores in by_source.items():
+                assert table.of(source, readout)[row].tolist() == pytest.approx(scores, abs=1e-4)
+        first = output.logits[0, -1].log_softmax(-1)[mlm.tokenizer.convert_tokens_to_ids(list(item.options))]
+        assert table.option_scores[row].tolist() == pytest.approx(first.tolist(), abs=1e-4)
+
+
+def test_image_values_are_those_of_the_cache(items, mlm):
+    with SessionBatch(mlm, [items[0].images, items[-1].images]) as session:
+        values = session.image_values()
+        assert [len(row) for row in values] == [3, 2]
+        for layer, (_, cached) in enumerate(session._prefix.keys_values):
+            for row, each in enumerate(values):
+                for image, layout in zip(each, session.layouts[row], strict=True):
+                    assert torch.equal(image[layer], cached[row][:, layout.slots])
+    with pytest.raises(ParameterError, match="closed"):
+        session.image_values()
+
+
+def test_every_source_is_read_and_no_more_depends_on_the_other_images_than_should(items, mlm):
+    encoder = tiny_models.tiny_siglip()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_models, "WORDS", list(q.WORDS))
+        untrained = tiny_models.tiny_pocket(seed=1)
+    # The candidates of two items exchanged against the same reference: their scores change places where images are alone.
+    item = items[0]
+    turned = replace(item, id="turned", images=(item.images[0], item.images[2], item.images[1]))
+    (table,) = read_items(mlm, [item, turned], encoder_original=encoder, untrained=untrained, progress=False).values()
+    layers = [f"{family}.{layer}" for family in ("alone.value", "value", "untrained.value") for layer in range(mlm.num_layers)]
+    assert set(table.sources) == {"pixels", "encoder_original", "encoder", "projector", *layers}
+    for source in table.sources:
+        one, two = table.of(source)
+        same = np.allclose(one, two[::-1], atol=2e-3)
+        assert same == (not (source.startswith(("value.", "untrained.")) and not source.endswith(".0"))), source
+
+
+def test_a_stopped_run_goes_on_and_gives_the_same(items, mlm, tmp_path, monkeypatch):
+    modules = ("tasks/blink_gap.py",)
+    plain = read_items(mlm, items, progress=False, batch_size=4)
+    read, calls = blink_gap._read_batch, []
+
+    def stops(*arguments):
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return read(*arguments)
+
+    monkeypatch.setattr(blink_gap, "_read_batch", stops)
+    with pytest.raises(KeyboardInterrupt):
+        read_items(mlm, items, Parts(tmp_path, modules=modules, model="x"), progress=False, batch_size=4)
+    resumed = read_items(mlm, items, Parts(tmp_path, modules=modules, model="x"), progress=False, batch_size=4)
+    assert len(calls) == 4 + 3  # six batches, three of them stored before the fourth was stopped
+    for subtask, table in plain.items():
+        for name, value in vars(table).items():
+            assert np.array_equal(value, getattr(resumed[subtask], name)), name
+    read_items(mlm, items, Parts(tmp_path, modules=modules, model="y"), progress=False, batch_size=4)
+    assert len(calls) == 7 + 6  # another model: nothing is reused
+    with pytest.raises(ParameterError, match="batch_size"):
+        read_items(mlm, items, batch_size=0)
+
+
+# --- tables ------------------------------------------------------------------------------------------------
+
+
+def table_of(model, sources, options=2, subtask="Art_Style") -> ChoiceTable:
+    """model, sources[name] (n,) bool: who is right; wrong answers are the option after the right one."""
+    n = len(model)
+    gold = np.arange(n) % options
+
+    def scores(right) -> np.ndarray:
+        answer = np.where(right, gold, (gold + 1) % options)
+        return -1.0 - (np.arange(options) != answer[:, None])
+
+    values = np.stack([scores(np.asarray(right)) for right in sources.values()], axis=1)
+    values = np.stack([values, values], axis=1) + np.random.default_rng(0).normal(0, 0.01, (n, 2, len(sources), options))
+    said = scores(np.asarray(model)).argmax(axis=1)
+    names = [f"{subtask}-{i}" for i in range(n)]
+    readouts = list(blink_gap.READOUTS[subtask])
+    return ChoiceTable(subtask, names, names, ["(a)"] * n, gold, said, scores(np.asarray(model)), readouts, list(sources), values)
+
+
+def test_two_by_two_with_both_denominators():
+    value = np.array([1, 1, 1, 1, 1, 0, 0, 0, 0, 0], bool)
+    model = np.array([1, 0, 0, 0, 1, 1, 0, 0, 0, 0], bool)
+    table = table_of(model, {"value.0": value}, options=4)
+    found = table_of_two(table, table.says("value.0"), n_boot=400)
+    # The readout says 0 1 2 3 0 2 3 0 1 2; the model misses items whose answers are 1 2 3 2 3 0 1.
+    assert found["at_guess"]["mean"] == pytest.approx((3 * 1 + 2 * 2 + 3 * 2 + 2 * 2) / 100)
+    assert found["above_guess"]["mean"] == pytest.approx(0.3 - 0.17)
+    assert found["counts"] == {"both": 2, "value_only": 3, "model_only": 1, "neither": 4} and found["errors"] == 7
+    assert [found["shares"][cell]["mean"] for cell in CELLS] == pytest.approx([0.2, 0.3, 0.1, 0.4])
+    assert found["of_errors"]["mean"] == pytest.approx(3 / 7) and found["of_errors"]["n"] == 7
+    assert found["at_chance"]["mean"] == pytest.approx(0.7 / 4)
+    assert found["above_chance"]["mean"] == pytest.approx(0.3 - 0.7 / 4)
+    assert found["above_independence"]["mean"] == pytest.approx(0.3 - 0.5 * 0.7)
+    assert found["above_chance"]["low"] < found["above_chance"]["mean"] < found["above_chance"]["high"]
+
+
+def test_a_model_without_errors_has_no_share_of_them():
+    right = np.ones(12, bool)
+    table = table_of(right, {"value.0": right})
+    found = table_of_two(table, table.gold, n_boot=50)
+    assert found["of_errors"] == {"mean": None, "low": None, "high": None, "n": 0} and found["shares"]["value_only"]["mean"] == 0
+
+
+def test_opposite_preferences_are_not_knowledge():
+    """A model that always says one option and a readout that always says the other: chance is passed, guessing is not."""
+    table = table_of(np.zeros(200, bool), {"value.0": np.zeros(200, bool)})
+    table.said[:] = 1
+    table.scores[..., 0], table.scores[..., 1] = 1.0, 0.0
+    described = describe_table(table, n_boot=200)
+    held_out = described["held_out"]
+    assert held_out["above_chance"]["low"] > 0.15 and held_out["value_accuracy"]["low"] < 0.5 < held_out["value_accuracy"]["high"]
+    assert held_out["above_guess"]["mean"] == pytest.approx(0, abs=1e-9) and described["chosen"]["said"] == [200, 0]
+    (c8,) = (each for each in load_claims() if each["id"] == "C8")
+    assert judge(c8, claim_c8({"Art_Style": described}))[0] == "inconclusive"
+
+
+def test_unresolved_answers_are_wrong_and_counted():
+    right = np.ones(20, bool)
+    table = table_of(right, {"value.0": right})
+    table.said[:5] = UNRESOLVED
+    found = describe_table(table, n_boot=50)
+    assert found["model"]["unresolved"]["mean"] == 0.25 and found["model"]["accuracy"]["mean"] == 0.75
+    assert found["model"]["option_scores"]["mean"] == 1 and found["model"]["said"]["-1"] == 5
+    table.said[:] = UNRESOLVED  # an answer that cannot be extracted is no perception that is not surfaced
+    held_out = describe_table(table, n_boot=50)["held_out"]
+    assert held_out["shares"]["value_only"]["mean"] == 1 and held_out["by_option_scores"]["shares"]["value_only"]["mean"] == 0
+
+
+def test_official_scores_and_the_telling_item():
+    value, model = np.ones(12, bool), np.arange(12) % 3 > 0
+    table = table_of(model, {"value.0": value})
+    table.said[1] = UNRESOLVED
+    found = official_scores({"Art_Style": table, "b": table_of(value, {"value.0": value})})
+    assert found["accuracy"] == {"Art_Style": 7 / 12, "b": 1, "Total": pytest.approx(19 / 24)}
+    assert found["unresolved"] == {"Art_Style": 1 / 12, "b": 0}
+    reported = [i for i in range(12) if not choosing_half(table.ids)[i]]
+    wrong = [i for i in reported if i % 3 == 0 or i == 1]
+    assert telling_item(table, "value.0") == table.ids[wrong[0]]
+    assert telling_item(table_of(value, {"value.0": value}), "value.0") == table.ids[reported[0]]
+
+
+def test_the_layer_is_chosen_on_one_half_and_reported_on_the_other():
+    n = 80
+    names = [f"Art_Style-{i}" for i in range(n)]
+    choosing = choosing_half(names)
+    always, never = np.ones(n, bool), np.zeros(n, bool)
+    # value.0 is right only where layers are chosen; value.1 everywhere else, and on three choosing items in four.
+    sources = {"pixels": never, "value.0": choosing, "value.1": ~choosing | (np.arange(n) % 4 > 0), "untrained.value.0": always}
+    table = table_of(never, sources)
+    found = describe_table(table, n_boot=50)
+    assert found["chosen"]["source"] == "value.0" and found["chosen"]["accuracy_where_chosen"] == 1
+    assert found["held_out"]["n"] == (~choosing).sum() and found["held_out"]["shares"]["value_only"]["mean"] == 0
+    assert found["held_out"]["others"]["untrained.value.0"]["values_minus_this"]["mean"] == -1
+    assert set(found["held_out"]["others"]) == {"pixels", "untrained.value.0"}
+    # Over all items, and so in cross-validation, value.1 is the better layer.
+    assert set(found["cross_validated"]["layers"]) == {"value.1"} and found["cross_validated"]["n"] == n
+    assert found["cross_validated"]["value_accuracy"]["mean"] == pytest.approx(sources["value.1"].mean())
+    assert choose_layer(table, ~choosing) == "value.1"
+    # Nothing that is reported on the held-out half changes what is chosen.
+    table.scores[~choosing] = 0
+    assert describe_table(table, n_boot=20)["chosen"]["source"] == "value.0"
+
+
+def test_tables_need_enough_items_and_known_names():
+    few = table_of(np.ones(3, bool), {"value.0": np.ones(3, bool)})
+    with pytest.raises(ParameterError, match="3 independent items are too few .* at least 4"):
+        describe_table(few)
+    with pytest.raises(ParameterError, match="no readout of 'value.7'; there are value.0"):
+        few.of("value.7")
+    with pytest.raises(ParameterError, match="no source lens.value.<layer> among value.0"):
+        choose_layer(few, np.ones(3, bool), "lens.value")
+    assert some_items(few, np.array([False, True, True])).ids == few.ids[1:]
+
+
+@pytest.mark.parametrize("value, verdict", [(1.0, "reproduced"), (0.5, "inconclusive"), (0.1, "not reproduced")])
+def test_c8_compares_with_a_readout_at_chance(value, verdict):
+    random = np.random.default_rng(3)
+    described = {}
+    for subtask in ("Art_Style", "Visual_Similarity"):
+        right = np.zeros(200, bool)
+        for half in (choosing_half([f"{subtask}-{i}" for i in range(200)]),):
+            for members in (half, ~half):  # exactly this share right in each half
+                index = np.flatnonzero(members)
+                right[random.permutation(index)[: round(value * len(index))]] = True
+        described[subtask] = describe_table(table_of(np.zeros(200, bool), {"value.0": right}, subtask=subtask), n_boot=200)
+    claim = claim_c8(described)
+    (c8,) = (each for each in load_claims() if each["id"] == "C8")
+    assert judge(c8, claim)[0] == verdict and len(claim["entries"]) == 2
+    assert claim["value"] == pytest.approx(100 * value) and claim["unit"] == c8["unit"] and claim["n"] == 100
+    assert claim["entries"][0]["value"] == pytest.approx(100 * (value - 0.5), abs=3)  # the readout's options are not quite even
+
+
+# --- interventions -----------------------------------------------------------------------------------------
+
+
+def uncertain(n=400, seed=0, helps=True) -> ChoiceTable:
+    """The model is sure where it is right and unsure where it is wrong; the readout is right there (helps), or guesses."""
+    random = np.random.default_rng(seed)
+    model = random.random(n) < 0.6
+    value = np.where(model, random.random(n) < 0.7, True) if helps else random.random(n) < 0.5
+    table = table_of(model, {"pixels": random.random(n) < 0.5, "value.0": value})
+    table.option_scores[:] = np.where(model[:, None], 5 * table.option_scores, 0.2 * table.option_scores)
+    return table
+
+
+def test_a_gate_that_can_help_helps_and_costs_nothing():
+    found = interventions(uncertain(), n_boot=300)
+    gate, decides = found["changes"][GATE], found["changes"][DECIDES]
+    assert gate["accuracy"]["mean"] == 1 and gate["change"]["low"] > 0.2 and gate["cost"]["mean"] == 0
+    assert decides["cost"]["mean"] > 0.15 and decides["lost"]["mean"] > 0.1
+    for each in found["changes"].values():
+        assert each["change"]["mean"] == pytest.approx(each["gained"]["mean"] - each["lost"]["mean"])
+    assert found["changes"]["either right"]["accuracy"]["mean"] == 1
+    assert found["changes"]["option scores alone"]["change"]["mean"] == 0
+    assert found["others"]["pixels"]["mean"] < found["changes"][HEADLINE]["change"]["mean"]
+    assert found["weight"] > 0 and found["n"] == 200
+
+
+def test_values_that_know_nothing_do_not_help():
+    random = np.random.default_rng(1)
+    n = 400
+    table = table_of(random.random(n) < 0.8, {"value.0": random.random(n) < 0.5})
+    found = interventions(table, n_boot=300)
+    assert found["changes"][GATE]["change"]["high"] <= 0.02 and found["changes"][HEADLINE]["change"]["high"] <= 0.02
+    assert found["changes"][DECIDES]["change"]["high"] < 0 and found["changes"][DECIDES]["cost"]["low"] > 0.3
+
+
+def test_what_is_reported_fits_nothing():
+    table = uncertain()
+    names = table.groups
+    held_out = ~choosing_half(names)
+    before = interventions(table, n_boot=20)
+    table.scores[held_out] *= -1  # there, the readout now says the opposite
+    after = interventions(table, n_boot=20)
+    assert (after["source"], after["weight"]) == (before["source"], before["weight"])
+    assert after["changes"][DECIDES]["accuracy"]["mean"] == pytest.approx(1 - before["changes"][DECIDES]["accuracy"]["mean"])
+
+
+def test_weights_and_scores_by_hand():
+    model, value = np.array([[0.5, -0.5], [0.5, -0.5]]), np.array([[-1.0, 1.0], [1.0, -1.0]])
+    found = Evidence(model, value, np.zeros(2, int), np.array([1, 0]))
+    assert add_values(found, 0).tolist() == [0, 0] and add_values(found, 0.25).tolist() == [0, 0]
+    assert add_values(found, 1).tolist() == [1, 0]
+    assert choose_weight(found, np.array([True, True])) == 1.0  # the smallest that is right on both
+    assert choose_weight(found, np.array([False, True])) == 0.0  # nothing to gain
+    table = uncertain(n=40)
+    fit = np.arange(40) < 20
+    seen = evidence(table, "value.0", fit)
+    assert seen.value[fit].std() == pytest.approx(1) and np.allclose(seen.model.mean(axis=1), 0)
+
+
+def test_a_gate_without_two_kinds_of_disagreement_trusts_one_side():
+    def side(right):
+        scores = np.where(np.array(right)[:, None], [[1.0, -1.0]], [[-1.0, 1.0]])
+        return scores, scores.argmax(axis=1)
+
+    gold, fit = np.zeros(4, int), np.ones(4, bool)
+    for value, model, expected in (
+        ([1, 1, 1, 1], [1, 0, 0, 1], [0, 0, 0, 0]),  # only the readout is ever right alone
+        ([0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]),  # only the model
+        ([1, 0, 1, 1], [1, 0, 1, 1], [0, 1, 0, 0]),  # they never differ
+    ):
+        (values, _), (scores, said_) = side(value), side(model)
+        found = Evidence(scores, values, said_, gold)
+        assert fit_gate(found, fit)(found).tolist() == expected
+
+
+@pytest.mark.parametrize("helps, verdict", [(True, "reproduced"), (None, "inconclusive"), (False, "not reproduced")])
+def test_x5_is_the_mean_change_over_subtasks(helps, verdict):
+    found = {name: interventions(uncertain(n), n_boot=50) for name, n in (("Art_Style", 400), ("b", 80))}
+    if helps is not True:  # a chosen weight can fall back to 0, so what is not so is put in by hand
+        for each in found.values():
+            each["differences"][HEADLINE] = [0 if helps is None else -(i % 2) for i in range(each["n"])]
+    claim = claim_x5(found, n_boot=200)
+    (x5,) = (each for each in load_claims() if each["id"] == "X5")
+    assert judge(x5, claim)[0] == verdict and claim["unit"] == x5["unit"] and claim["n"] == 240
+    assert len(claim["entries"]) == 2 * len(INTERVENTIONS)
+    if helps:  # subtasks weigh alike, however many items they have
+        means = [each["changes"][HEADLINE]["change"]["mean"] for each in found.values()]
+        assert claim["value"] == pytest.approx(np.mean(means)) and means[0] != means[1]
+
+
+# --- figures -----------------------------------------------------------------------------------------------
+
+
+def test_figures_need_only_the_results_file(items, tmp_path):
+    random = np.random.default_rng(0)
+    described, surfaced, examples = {}, {}, {}
+    for subtask, options in (("Art_Style", 2), ("Semantic_Correspondence", 4)):
+        names = "pixels encoder_original encoder projector value.0 value.1 alone.value.0 untrained.value.0".split()
+        sources = {name: random.random(60) < 0.6 for name in names}
+        table = table_of(random.random(60) < 0.6, sources, options, subtask)
+        described[subtask], surfaced[subtask] = describe_table(table, n_boot=50), interventions(table, n_boot=50)
+        item = next(each for each in items if each.subtask == subtask)
+        table.ids[0] = item.id
+        examples[subtask] = plots_blink.describe_example(item, table, described[subtask]["chosen"]["source"])
+    results = {"subtasks": described, "interventions": surfaced, "examples": examples, "method": examples["Art_Style"]}
+    write_json(tmp_path / "05_blink_gap.json", results)
+    paths = plots.draw_all(tmp_path, tmp_path / "figures")
+    assert sorted(path.stem for path in paths) == [
+        "05_example_art_style", "05_example_semantic_correspondence", "05_interventions", "05_method", "05_readouts",
+        "05_sources", "05_two_by_two"]  # fmt: skip
+    assert all(np.asarray(Image.open(path).convert("L")).std() > 5 for path in paths)
+    figures = plots.DRAW["05_blink_gap"](read_json(tmp_path / "05_blink_gap.json"))
+    texts = [text.get_text() for axis in figures["05_two_by_two"].axes for text in axis.texts]
+    counts = [described[s]["held_out"]["counts"][c] for s in described for c in ("both", "value_only", "model_only", "neither")]
+    assert [int(text.split("\n")[0]) for text in texts] == counts
+    assert "05_method" not in plots.DRAW["05_blink_gap"](results | {"method": None})
+    left = figures["05_interventions"].axes[0]
+    drawn = [line.get_xdata()[0] for line in left.lines if line.get_marker() == "^"]
+    assert drawn == pytest.approx([surfaced[s]["changes"][GATE]["change"]["mean"] for s in surfaced])
+    plots.plt.close("all")
+
+
+
+
+@pytest.mark.parametrize("family", [*tiny_models.FAMILIES])
+def test_every_family_reads_items_in_their_official_form(family, monkeypatch):
+    """Photographs of different sizes, options "(A)" or "A", several images as base views or as grids of their own."""
+    monkeypatch.setattr(tiny_models, "WORDS", list(q.WORDS))  # the tokenizer lower-cases
+    mlm, random = tiny_models.tiny(family), np.random.default_rng(0)
+    pictures = [Image.fromarray(random.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in ((50, 40), (40, 60), (64, 48))]
+    about = {"question": "which image ?", "prompt": "which image ? (A) (B)", "options": ("(A)", "(B)"), "choices": ("A", "B")}
+    style = MultipleChoice(id="s", subtask="Art_Style", images=tuple(pictures), answer="(B)", group="s", **about)
+    points = {"reference_point": np.array([45.0, 5]), "candidate_points": np.array([[3.0, 55], [39, 3]])}
+    about |= {"subtask": "Visual_Correspondence", **points}
+    point = MultipleChoice(id="p", images=tuple(pictures[:2]), answer="(A)", group="p", **about)
+    tables = read_items(mlm, [style, point], encoder_original=tiny_models.tiny_siglip(), progress=False)
+    for name, gold in (("Art_Style", 1), ("Visual_Correspondence", 0)):
+        table = tables[name]
+        assert table.gold.tolist() == [gold] and len(table.layers()) == len(table.layers("alone.value")) == mlm.num_layers
+        assert np.isfinite(table.scores).all() and (np.abs(table.scores) <= 1 + 1e-6).all()
+        assert np.ptp(table.scores, axis=-1).min() > 0  # every source tells the options apart
+    prompt = mlm.prompt(style.prompt, images=3)
+    with SessionBatch(mlm, [pictures], **blink_gap.views_of(mlm)) as session:
+        score = session.answer([[style.prompt]], [[["(A)", "A"]]], max_new_tokens=0)[0][0].scores
+    assert prompt.count("<image>") + prompt.count("<|image_pad|>") == 3
+    # Both spellings of an option count.
+    assert tables["Art_Style"].option_scores[0, 0] == pytest.approx(np.logaddexp(score["(A)"], score["A"]), abs=1e-4)
