@@ -172,7 +172,8 @@ def execute(path: Path, parameters: dict, last: float | None) -> tuple[NotebookN
         try:
             done = papermill.execute_notebook(
                 source, target, parameters, kernel_name="python3", progress_bar=False, cwd=path.parent,
-                on_cell_start=lambda cell, cell_index: setattr(progress, "cell", cell_index + 1))
+                # papermill adds a cell with the parameters
+                on_cell_start=lambda cell, cell_index: setattr(progress, "cell", min(cell_index + 1, progress.cells)))
         except PapermillExecutionError:
             failed_copy(path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(target, failed_copy(path))

@@ -81,7 +81,7 @@ language model never learned in which image it had found something (three-image 
 to end. Stage 1 had no clean scenes first for 1,000 steps. Stage 2 had one question per lookup kind and no lists for its
 first 6,000 steps; its codes of rows and columns were not kept and were found again through its frozen model (250 steps;
 `places.safetensors` beside it). The tower that stage 3 started from (`--start-from`; it is the one in
-`stages/3_projector`) had been through 6,000 steps of earlier runs of stage 4, on earlier language models, the last 2,750
+`stages/3_projector`) had been through 6,000 steps of earlier runs of stage 4, on earlier language models, the last 750
 of them with the waves. So its training was longer than the table says; how far the table alone gets is not known.
 """
 
