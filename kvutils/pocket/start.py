@@ -67,7 +67,7 @@ def load_into(module: nn.Module, stage: str, work: Path) -> None:
 
 def load_places(work: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """(columns, rows), each (6, hidden): the codes of the text stage's cells, from where `load_into` finds its model."""
-    file, shipped = work / "language" / "checkpoint.pt", SHIPPED["language"] / PLACES
+    file, shipped = work / "language" / "checkpoint.pt", SHIPPED.get("language", work) / PLACES
     if file.exists():
         state = torch.load(file, map_location="cpu", weights_only=True)["model"]
         return state["symbolic.columns"], state["symbolic.rows"]
