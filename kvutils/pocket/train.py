@@ -220,7 +220,8 @@ def train_encoder(pool: Pool, held_out: Pool, steps: int, device: str, quiet: bo
     siglip = _fast(build_siglip().to(device), device)
     nn.init.constant_(siglip.logit_scale, math.log(10.0))
     nn.init.constant_(siglip.logit_bias, -4.0)  # a caption holds for about 1 image in 12 here, not in 32,000
-    trainer = Trainer("encoder", nn.ModuleDict({"siglip": siglip}), [(list(siglip.named_parameters()), 1.0, WARM_UP)], steps, quiet)
+    groups = [(list(siglip.named_parameters()), 1.0, WARM_UP)]
+    trainer = Trainer("encoder", nn.ModuleDict({"siglip": siglip}), groups, steps, quiet)
     _set_initial(trainer)
     captions = caption_tokens().to(device)
     fixed = encoder_batch(held_out, np.arange(400), np.random.default_rng(7), whole=True)

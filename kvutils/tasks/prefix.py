@@ -235,8 +235,8 @@ def run_prefixes(
             bar.update(len(samples))
     if not rows:
         raise DataError(f"{readout.name}: none of {len(readout.samples)} samples has prefixes of equal length in every condition")
-    values = np.array([row[2] for row in rows], dtype=float)
-    return ScoreTable(readout.name, [row[0] for row in rows], [row[1] for row in rows], sources, list(readout.columns), values, skipped)
+    ids, groups, values = ([row[i] for row in rows] for i in range(3))
+    return ScoreTable(readout.name, ids, groups, sources, list(readout.columns), np.array(values, dtype=float), skipped)
 
 
 def _rows(readout: PrefixReadout, extractor: FeatureExtractor, kept: Sequence[tuple[Any, Prefixes]]) -> list:

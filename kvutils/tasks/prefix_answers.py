@@ -47,8 +47,8 @@ def ask_behind_prefixes(
     The correct prefix names an object that one of the image's questions is about and that is there, the wrong one an
     object that is asked about and is not. columns: right, yes and changed answers (against those without prefix), right
     ones about the object that the prefix names, and how many were asked of each kind. Wordings count once per image.
-    Answers are parsed as POPE's own script does (what is no "no" counts as yes). Images without an object of each kind, or without controls of equal
-    length, are `skipped`."""
+    Answers are parsed as POPE's own script does (what is no "no" counts as yes). Images without an object of each kind,
+    or without controls of equal length, are `skipped`; DataError if all are."""
     asked: dict[str, dict[str, YesNoSample]] = {}
     for sample in samples:
         asked.setdefault(sample.image_id, {}).setdefault(sample.question, sample)
@@ -67,7 +67,8 @@ def ask_behind_prefixes(
         else:
             plans[name] = prefixes
     if not plans:
-        raise DataError(f"none of {len(names)} images has questions about a present and an absent object, and prefixes of equal length")
+        raise DataError(f"none of {len(names)} images has questions about a present and an absent object, and prefixes of "
+                        "equal length; pass more images")  # fmt: skip
 
     def answers(condition: str) -> dict[str, list[str]]:
         by_prefix: dict[str | None, list[str]] = {}
@@ -85,8 +86,9 @@ def ask_behind_prefixes(
     for condition in tqdm(CONDITIONS, desc="answers behind prefixes", unit="condition", disable=not progress):
         key = f"prefix/answers/{condition}-{digest}"
         texts[condition] = parts.make(key, lambda condition=condition: answers(condition)) if parts else answers(condition)
-    values = np.array([[_counts(asked[name], texts[c][name], texts["none"][name], plans[name], c) for c in CONDITIONS] for name in plans], dtype=float)
-    return ScoreTable("prefix_answers", list(plans), list(plans), list(CONDITIONS), list(COLUMNS), values, skipped)
+    rows = [[_counts(asked[name], texts[c][name], texts["none"][name], plans[name], c) for c in CONDITIONS] for name in plans]
+    values, ids = np.array(rows, dtype=float), list(plans)
+    return ScoreTable("prefix_answers", ids, ids, list(CONDITIONS), list(COLUMNS), values, skipped)
 
 
 def _counts(asked: dict[str, YesNoSample], texts: list[str], plain: list[str], prefixes: dict, condition: str) -> list[int]:

@@ -18,8 +18,9 @@ def summarise_prefixes(table: ScoreTable, statistic: Statistic, n_boot: int = 20
     """Scores by condition and layer, what each prefix adds, and the comparisons at the best layer; JSON-able.
 
     The best layer is that of the values *without* prefix, chosen on one half of the groups among all but the first (whose
-    values no prefix can reach); `best` is measured on the other half: score per condition, and `correct_minus` every other. added: per condition and layer, its
-    score minus that without prefix, over all samples. moved: per condition and layer, over all samples."""
+    values no prefix can reach); `best` is measured on the other half: score per condition, and `correct_minus` every
+    other. added: per condition and layer, its score minus that without prefix, over all samples. moved: per condition and
+    layer, over all samples. Raises DataError for fewer than four groups."""
     layers = [layer for layer, _ in table.family("none")]
     if len(set(table.groups)) < 4:
         raise DataError(f"{table.task}: {len(set(table.groups))} groups are too few to choose a layer; at least 4 are needed")
@@ -49,7 +50,7 @@ def summarise_prefixes(table: ScoreTable, statistic: Statistic, n_boot: int = 20
                               for c in CONDITIONS if c != "correct"},
         },
         "moved": {
-            part: {c: [bootstrap_ci(every(c, layer), column_mean(first + i), n_boot, seed, table.groups).as_dict() for layer in layers]
+            part: {c: [bootstrap_ci(every(c, layer), column_mean(first + i), *whole[1:]).as_dict() for layer in layers]
                    for c in CONDITIONS[1:]}
             for i, part in enumerate(("objects", "background"))
         },
