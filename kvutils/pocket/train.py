@@ -296,15 +296,15 @@ def train_vision_language(
     mlm = _fast(build_mlm().to(device), device)
     columns, rows = load_places(WORK)
     if name == "projector":
-        first = pixel_batch(pool, [(row, []) for row in range(64)]).to(device)
+        some = pixel_batch(pool, [(row, []) for row in range(64)]).to(device)
         load_into(mlm, "language", WORK)
         siglip = build_siglip()
         load_into(siglip, "encoder", WORK)
         mlm.model.vision_tower.load_state_dict(siglip.vision_model.state_dict())
         if start is None:
-            add_places(mlm, first)
+            add_places(mlm, some)
         start_from(mlm, start, ("vision_tower", "projector", "newline"))
-        match_words(mlm, first)
+        match_words(mlm, some)
     else:
         load_into(mlm, "projector", WORK)
         start_from(mlm, start)
