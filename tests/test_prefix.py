@@ -10,7 +10,7 @@ from tiny_models import tiny
 
 from kvutils import plots
 from kvutils.capture import capture
-from kvutils.datasets import CLASS_NAMES, PREFIX_DATA, open_dataset
+from kvutils.datasets import PREFIX_DATA, class_names, open_dataset
 from kvutils.datasets.samples import YesNoSample
 from kvutils.errors import DataError, ParameterError
 from kvutils.features import FeatureExtractor
@@ -120,7 +120,7 @@ def test_domain_scenes_are_of_their_domains_and_disjoint():
 def domain_readouts(mlm, writer):
     extractor = FeatureExtractor(mlm, layers=[0, 5], keys=False)
     scored, train = open_dataset("pocket-bdd-10k", scenes=6), open_dataset("pocket-bdd-10k-train", scenes=30)
-    return extractor, {r: DomainPrefix(scored, train, CLASS_NAMES["pocket"], extractor, writer, r) for r in ("text", "probe")}
+    return extractor, {r: DomainPrefix(scored, train, class_names("pocket-bdd-10k-train"), extractor, writer, r) for r in ("text", "probe")}
 
 
 @pytest.mark.parametrize("readout", ["text", "probe"])

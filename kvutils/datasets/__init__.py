@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import os
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
 from kvutils.datasets import davis, mme, pocket, pocket_blink, pocket_kinds, pocket_questions, pope
+from kvutils.datasets.catalog import CATALOG, data_root, missing_data
+from kvutils.datasets.hub import HUB
 from kvutils.errors import DataError
 
 # Each pocket set is the generated twin of the real one it is named after.
@@ -34,6 +36,7 @@ _ON_DISK: dict[str, Callable[..., Iterable]] = {
     "mme": mme.mme_questions,
 }
 DATASETS = (*_GENERATED, *_ON_DISK)
+FOLDERS = {"imagenet-s-train": "imagenet-s", "bdd-10k-train": "bdd-10k"}  # where it is not the data set's name
 
 # profile -> task -> the data set that it reads there
 TASK_DATA: dict[str, dict[str, str]] = {
@@ -64,14 +67,19 @@ CHOICE_DATA: dict[str, str] = {"paper": "blink", "pocket": "pocket-blink"}
 READING_DATA: dict[str, str] = {"pocket": "pocket-questions"}
 # profile -> the images over which the variance of image keys is taken
 KEY_IMAGES: dict[str, str] = {"paper": "coco", "pocket": "pocket-coco"}
-CLASS_NAMES: dict[str, tuple[str, ...]] = {"pocket": pocket.CLASS_NAMES, "paper": ()}  # of the supervised probe
+# data set -> the names of its classes 1, 2, ...: given, or read from the data set with its loader's options
+_CLASS_NAMES: dict[str, tuple[str, ...] | Callable[..., Sequence[str]]] = {
+    "pocket-imagenet-s-train": pocket.CLASS_NAMES,
+    "pocket-bdd-10k-train": pocket.CLASS_NAMES,
+}
 
 
-def open_dataset(name: str, root: str | Path | None = None, **options) -> list:
+def open_dataset(name: str, root: str | Path | None = None, **options) -> Sequence:
     """The samples of a data set, as in `kvutils.datasets.samples`.
 
-    root: the folder of a real data set (default: `<KVUTILS_DATA>/<name>`). options: those of the loader, such as sizes
-    and the seed of a pocket set. Raises DataError for an unknown name, a missing folder and options that do not exist.
+    root: the folder of a real data set (default: its own in `KVUTILS_DATA`), or "hub" for those that the Hugging Face hub
+    holds. options: those of the loader, such as sizes and the seed of a pocket set. Raises DataError for an unknown name, a
+    missing folder and options that do not exist.
 
     >>> len(open_dataset("pocket-davis-2017", count=2, frames=3))
     2
@@ -82,17 +90,38 @@ def open_dataset(name: str, root: str | Path | None = None, **options) -> list:
         raise DataError(f"no loader for a data set {name!r}{hint}; expected one of {', '.join(DATASETS)}")
     loader = _GENERATED.get(name) or _ON_DISK[name]
     if name in _ON_DISK:
-        root = root or (Path(os.environ["KVUTILS_DATA"]) / name if os.environ.get("KVUTILS_DATA") else None)
-        if root is None:
-            raise DataError(f"{name} is read from disk: pass root=, or set KVUTILS_DATA to the folder that holds {name}/")
-        if not Path(root).is_dir():
-            raise DataError(f"{name}: there is no folder {root}; give the one that holds the files in their official layout")
-        options["root"] = root
+        options["root"] = find_root(name, root)
     elif root is not None:
         raise DataError(f"{name} is generated, not read: leave root out")
     try:
-        return list(loader(**options))
+        found = loader(**options)
+        return found if isinstance(found, Sequence) else list(found)
     except TypeError as error:
         if "unexpected keyword" not in str(error):
             raise
         raise DataError(f"{name} has no such option: {error}") from error
+
+
+def find_root(name: str, root: str | Path | None = None) -> str | Path:
+    """The folder from which a real data set is read, or `HUB`. Raises DataError that says how to get what is missing."""
+    folder = FOLDERS.get(name, name)
+    if str(root) == HUB:
+        if not CATALOG[folder].hub:
+            raise DataError(f"{name}: no Parquet copy on the hub is known; read it from disk: {missing_data(folder, 'root=')}")
+        return HUB
+    if root is None:
+        if data_root() is None:
+            raise missing_data(folder, "KVUTILS_DATA is not set: the folder that holds the real data sets (or pass root=)")
+        root = data_root() / folder
+    if not Path(root).is_dir():
+        raise missing_data(folder, f"there is no folder {root}")
+    return root
+
+
+def class_names(name: str, root: str | Path | None = None, **options) -> tuple[str, ...]:
+    """The names of the classes 1, 2, ... in the label maps of a data set that a probe is fitted on. options: its loader's."""
+    known = _CLASS_NAMES[name]
+    if not callable(known):
+        return known
+    wanted = inspect.signature(known).parameters
+    return tuple(known(root=find_root(name, root), **{key: value for key, value in options.items() if key in wanted}))

@@ -3,16 +3,37 @@
 A task sees only these, so that Pascal-5i and the pocket scenes run through the same code. Images are upright RGB
 `PIL.Image`; masks are `(height, width)` integer arrays in the pixels of that image, with `VOID` where the
 annotation says nothing; points are `(x, y)` in pixels of that image.
+
+Fields marked `Opened()` are given as a value, or as a function without arguments that is called each time the field is
+read: the pictures of a whole benchmark, decoded, fill the memory.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from kvutils.images import open_image
+
+
+class Opened:
+    """A dataclass field that holds a value or the function that opens it; see the module."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __set__(self, instance: object, value: object) -> None:
+        instance.__dict__[self.name] = value
+
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
+        if instance is None:
+            raise AttributeError(self.name)  # tells dataclass that the field has no default
+        value = instance.__dict__[self.name]
+        return value() if callable(value) else value
+
 
 VOID = 255  # pixels without annotation: excluded from training and from every score
 
@@ -22,8 +43,8 @@ class LabelledImage:
     """One image with a label map: 0 background, 1.. objects or classes, `VOID` unknown."""
 
     id: str
-    image: Image.Image
-    mask: np.ndarray
+    image: Image.Image = Opened()
+    mask: np.ndarray = Opened()
 
 
 @dataclass(frozen=True)
@@ -63,9 +84,9 @@ class NamedMask:
 
     id: str
     image_id: str
-    image: Image.Image
+    image: Image.Image = Opened()
     text: str
-    mask: np.ndarray
+    mask: np.ndarray = Opened()
     group: str
     class_name: str = ""
 
@@ -81,10 +102,10 @@ class KeypointPair:
     id: str
     category: str
     source_id: str
-    source: Image.Image
+    source: Image.Image = Opened()
     source_points: np.ndarray
     target_id: str
-    target: Image.Image
+    target: Image.Image = Opened()
     target_points: np.ndarray
     target_box: np.ndarray
 
@@ -94,8 +115,8 @@ class Clip:
     """A video with tracked objects (DAVIS-2017): masks (frames, height, width), object ids from 1, `VOID` unknown."""
 
     id: str
-    frames: tuple[Image.Image, ...]
-    masks: np.ndarray
+    frames: tuple[Image.Image, ...] = Opened()
+    masks: np.ndarray = Opened()
 
 
 @dataclass(frozen=True)
@@ -127,7 +148,7 @@ class MultipleChoice:
 
     id: str
     subtask: str
-    images: tuple[Image.Image, ...]
+    images: tuple[Image.Image, ...] = Opened()
     question: str
     choices: tuple[str, ...]
     answer: str

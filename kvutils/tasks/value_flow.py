@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from kvutils.datasets import CLASS_NAMES, TASK_DATA, open_dataset
+from kvutils.datasets import TASK_DATA, class_names, open_dataset
 from kvutils.errors import ParameterError
 from kvutils.features import FeatureExtractor
 from kvutils.models import original_encoder, load_encoder, load_mlm
@@ -45,7 +45,8 @@ def value_flow_tasks(profile: str, options: Mapping[str, Mapping] | None = None)
     data = {use: open_dataset(name, **options.get(name, {})) for use, name in names.items()}
     tasks = {task.name: task(data[task.name]) for task in SIX}
     probe = SemanticSegmentationProbe.name
-    tasks[probe] = SemanticSegmentationProbe(data[SemanticSegmentation.name], data[probe], CLASS_NAMES[profile])
+    classes = class_names(names[probe], **options.get(names[probe], {}))
+    tasks[probe] = SemanticSegmentationProbe(data[SemanticSegmentation.name], data[probe], classes)
     return tasks
 
 
