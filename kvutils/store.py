@@ -5,7 +5,8 @@ run under a fingerprint of all that they depend on, so that a run that was stopp
 
 Every write goes to a file of its own in the same folder, which is then renamed over the target. A killed run
 leaves the previous file; a full disk leaves the previous file and raises `StoreError`; two runs in one folder
-each write whole files.
+each write whole files, and share the parts between them (`Parts.make_all`): that is also how several processes,
+GPUs and nodes with a common file system work on one run.
 """
 
 import ast
@@ -16,7 +17,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +25,7 @@ from urllib.parse import quote
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -31,6 +33,8 @@ from kvutils.errors import StoreError
 
 log = logging.getLogger(__name__)
 Array = torch.Tensor | np.ndarray
+Job = tuple[str, Callable[[], object]]  # the key of a part, and what computes it
+WAIT = 0.5  # seconds between two looks at a part that another process computes
 PACKAGE = Path(__file__).resolve().parent
 VERSIONS = ("torch", "transformers", "numpy", "scikit-learn", "pillow")
 # Modules that show, run or train, but do not measure: a change in them leaves stored parts valid.
@@ -233,6 +237,46 @@ class Parts:
 
         Both ways return what the file holds: a resumed and an uninterrupted run go on from the same values.
         """
-        if not self.finished(key):
-            self.save(key, compute())
-        return self.load(key)
+        return next(self.make_all([(key, compute)]))
+
+    def make_all(self, jobs: Sequence[Job]) -> Iterator[object]:
+        """The parts of all jobs (key, compute), in order.
+
+        Processes that run the same jobs in this folder share them: a part is computed by the one that locks it
+        first, and while one waits for a part of another it computes those that come later. The operating system
+        gives back the lock of a process that dies, so its part is computed by another.
+        """
+        ahead = 0  # everything before it was finished or somebody's when it was last looked at
+        for place, (key, compute) in enumerate(jobs):
+            ahead = max(ahead, place + 1)
+            while not self._advance(key, compute):
+                while ahead < len(jobs) and not self._claims(*jobs[ahead]):
+                    ahead += 1
+                if ahead == len(jobs):
+                    time.sleep(WAIT)
+            yield self.load(key)
+
+    def _advance(self, key: str, compute: Callable[[], object]) -> bool:
+        """Whether the part is finished, now at the latest; False where another process is computing it."""
+        return self.finished(key) or self._claims(key, compute)
+
+    def _claims(self, key: str, compute: Callable[[], object]) -> bool:
+        """Compute and save a part that is neither finished nor another process's; whether that was done."""
+        path = self.folder / ".locks" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(path, timeout=0):
+                if self.finished(key):
+                    return False
+                self.save(key, compute())
+                return True
+        except Timeout:
+            return False
+        except NotImplementedError as error:
+            raise StoreError(f"the file system of {self.folder} has no file locks ({error}), by which runs share work. "
+                             "Set KVUTILS_CACHE to a folder on another one.") from error
+
+
+def make_all(parts: Parts | None, jobs: Sequence[Job]) -> Iterator[object]:
+    """`parts.make_all(jobs)`; without `parts` just what the jobs compute, one after the other."""
+    return (compute() for _, compute in jobs) if parts is None else parts.make_all(jobs)

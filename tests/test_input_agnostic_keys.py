@@ -127,19 +127,15 @@ def test_the_table_is_what_its_parts_measure(mlm):
 
 
 def test_a_stopped_measurement_goes_on(mlm, tmp_path):
-    class Images(list):
-        left = 4
+    def unreadable():
+        raise KeyboardInterrupt
 
-        def __getitem__(self, index):
-            if not self.left:
-                raise KeyboardInterrupt
-            Images.left -= 1
-            return super().__getitem__(index)
-
+    stopped = labelled(6)
+    stopped[4] = LabelledImage(stopped[4].id, unreadable, stopped[4].mask)
     plain = measure_keys(mlm, labelled(6), QUESTIONS[:1], chunk=2, progress=False)
     parts = Parts(tmp_path, seed=0)
     with pytest.raises(KeyboardInterrupt):
-        measure_keys(mlm, Images(labelled(6)), QUESTIONS[:1], parts, chunk=2, progress=False)
+        measure_keys(mlm, stopped, QUESTIONS[:1], parts, chunk=2, progress=False)
     assert len([*parts.folder.rglob("keys/*.safetensors")]) == 2
     resumed = measure_keys(mlm, labelled(6), QUESTIONS[:1], parts, chunk=2, progress=False)
     again = measure_keys(mlm, labelled(6), QUESTIONS[:1], parts, chunk=2, progress=False)  # nothing left to read

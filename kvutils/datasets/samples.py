@@ -129,7 +129,7 @@ class Question:
 
     id: str
     kind: str
-    images: tuple[Image.Image, ...]
+    images: tuple[Image.Image, ...] = Opened()
     text: str
     answer: str
     options: tuple[str, ...] = ()
@@ -196,5 +196,8 @@ class ResizedImages(Sequence):
 
     def __getitem__(self, index: int) -> LabelledImage:
         one = self.images[index]
-        mask = Image.fromarray(np.asarray(one.mask, np.uint8)).resize(self.size, Image.Resampling.NEAREST)
-        return LabelledImage(one.id, one.image.resize(self.size, Image.Resampling.BICUBIC), np.asarray(mask))
+
+        def mask() -> np.ndarray:
+            return np.asarray(Image.fromarray(np.asarray(one.mask, np.uint8)).resize(self.size, Image.Resampling.NEAREST))
+
+        return LabelledImage(one.id, lambda: one.image.resize(self.size, Image.Resampling.BICUBIC), mask)

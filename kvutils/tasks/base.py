@@ -20,7 +20,7 @@ from tqdm import tqdm
 from kvutils.errors import DataError, ParameterError
 from kvutils.features import FeatureExtractor, ImageFeatures, Item
 from kvutils.statistics import Statistic, bootstrap_ci, paired_difference, peak_then_degrade
-from kvutils.store import Parts, to_json
+from kvutils.store import Parts, make_all, to_json
 
 SHUFFLED, UNTRAINED = "shuffled.", "untrained."  # prefixes of control sources
 
@@ -151,7 +151,7 @@ def run_task(
         raise ParameterError(f"chunk must be at least 1, not {chunk}")
     sources = task.sources(extractor)
     depends = [task.name, task.parameters(), sources, list(task.columns), extractor.fingerprint]
-    rows: list[dict] = []
+    jobs = []
     ready = False
     bar = tqdm(total=len(task.samples), desc=task.title, unit="sample", disable=not progress)
     for start in range(0, len(task.samples), chunk):
@@ -173,16 +173,14 @@ def run_task(
                 bar.update()
             return done
 
-        if parts is None:
-            rows.append(compute())
-        else:
-            digest = hashlib.sha256(
-                to_json([depends, [sample.id for sample in samples]]).encode()
-            ).hexdigest()[:16]
-            before = bar.n
-            rows.append(parts.make(f"{task.name}/{start:06d}-{digest}", compute))
-            bar.update(len(samples) - (bar.n - before))
-    bar.close()
+        content = to_json([depends, [sample.id for sample in samples]])
+        digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+        jobs.append((f"{task.name}/{start:06d}-{digest}", compute))
+    rows: list[dict] = []
+    with bar:
+        for done in make_all(parts, jobs):
+            rows.append(done)
+            bar.update(max(0, min(len(rows) * chunk, len(task.samples)) - bar.n))  # what was not computed here
     found = [row for part in rows for row in part["rows"]]
     if not found:
         raise DataError(f"{task.name}: none of {len(task.samples)} samples could be scored")

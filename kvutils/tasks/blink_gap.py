@@ -22,7 +22,7 @@ from kvutils.features import FeatureExtractor, image_tokens
 from kvutils.layout import TokenLayout
 from kvutils.models import MLM, QWEN, Encoder
 from kvutils.question_metrics import LETTERS, blink_extract
-from kvutils.store import Parts, to_json
+from kvutils.store import Parts, make_all, to_json
 from kvutils.value_readouts import POINTS, READOUTS, check_points, mean_similarity, point_similarity, style_similarity
 
 IMAGES = {"Art_Style": 3, "Visual_Similarity": 3}  # of the other subtasks with a readout: 2
@@ -156,21 +156,20 @@ def read_items(
     tables = {}
     with tqdm(total=len(items), desc="multiple choice", unit="item", disable=not progress) as bar:
         for subtask, mine in by_subtask.items():
-            rows: list[dict] = []
+            jobs, rows = [], []
             for start in range(0, len(mine), batch_size):
                 batch = mine[start : start + batch_size]
 
                 def compute(batch: list[MultipleChoice] = batch) -> list[dict]:
                     return _read_batch(models, extractor, batch, max_new_tokens, views)
 
-                if parts is None:
-                    rows += compute()
-                else:
-                    about = [list(models), extractor.fingerprint, max_new_tokens]
-                    about += [(item.id, item.group, item.prompt, item.answer) for item in batch]
-                    digest = hashlib.sha256(to_json(about).encode()).hexdigest()[:16]
-                    rows += parts.make(f"multiple_choice/{subtask}/{start:06d}-{digest}", compute)
-                bar.update(len(batch))
+                about = [list(models), extractor.fingerprint, max_new_tokens]
+                about += [(item.id, item.group, item.prompt, item.answer) for item in batch]
+                digest = hashlib.sha256(to_json(about).encode()).hexdigest()[:16]
+                jobs.append((f"multiple_choice/{subtask}/{start:06d}-{digest}", compute))
+            for done in make_all(parts, jobs):
+                rows += done
+                bar.update(len(done))
             tables[subtask] = _table(subtask, mine, rows)
     return tables
 

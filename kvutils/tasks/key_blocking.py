@@ -25,7 +25,7 @@ from kvutils.keys import (
     selected_mass,
 )
 from kvutils.models import MLM
-from kvutils.store import Parts, to_json
+from kvutils.store import Parts, make_all, to_json
 from kvutils.tasks.base import choosing_half
 from kvutils.tasks.key_statistics import agnostic
 from kvutils.tasks.key_table import KeyTable
@@ -156,7 +156,7 @@ def ask_under_blocks(
     about = [mlm.name, task.name, queries, base_view_only, max_pixels, max_new_tokens,
              {name: _digest(block) for name, block in blocks.items()}]  # fmt: skip
     replies: dict[tuple[str, str, str], str] = {}
-    names = list(asked)
+    names, jobs, asked_in = list(asked), [], []
     for start in range(0, len(names), chunk):
         some = [(name, list(asked[name])) for name in names[start : start + chunk]]
 
@@ -172,7 +172,9 @@ def ask_under_blocks(
             return found
 
         key = hashlib.sha256(to_json([about, some]).encode()).hexdigest()[:16]
-        found = compute() if parts is None else parts.make(f"blocked/{task.name}/{start:06d}-{key}", compute)
+        jobs.append((f"blocked/{task.name}/{start:06d}-{key}", compute))
+        asked_in.append(some)
+    for some, found in zip(asked_in, make_all(parts, jobs), strict=True):
         for condition, rows in found.items():
             for (image, questions), texts in zip(some, rows, strict=True):
                 replies |= {(condition, image, q): text for q, text in zip(questions, texts, strict=True)}

@@ -21,7 +21,7 @@ from kvutils.errors import DataError, ParameterError
 from kvutils.key_variance import KeyVariance, SameGrid
 from kvutils.layout import TokenLayout
 from kvutils.models import MLM
-from kvutils.store import Parts, to_json
+from kvutils.store import Parts, make_all, to_json
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +85,8 @@ def measure_keys(
     asked = [mlm.name, list(questions), base_view_only, max_pixels]
     grid, streams = SameGrid(), (KeyVariance(), KeyVariance())
     mass, foreground, weight = 0.0, 0.0, 0
-    bar = tqdm(total=len(images), desc=f"keys of {mlm.name}", unit="image", disable=not progress)
-    for number, start in enumerate(range(0, len(images), chunk)):
+    jobs, sizes = [], []
+    for start in range(0, len(images), chunk):
         some = [images[i] for i in range(start, min(start + chunk, len(images)))]
         heard = some[: max(0, mass_images - start)]
 
@@ -99,12 +99,15 @@ def measure_keys(
             return found
 
         key = hashlib.sha256(to_json([asked, [s.id for s in some], len(heard)]).encode()).hexdigest()[:16]
-        found = dict(compute() if parts is None else parts.make(f"keys/{start:06d}-{key}", compute))
-        foreground, mass = foreground + found.pop("foreground"), mass + found.pop("mass", 0.0)
-        weight += len(heard)
-        streams[number % 2].merge(KeyVariance.from_state(found))
-        bar.update(len(some))
-    bar.close()
+        jobs.append((f"keys/{start:06d}-{key}", compute))
+        sizes.append((len(some), len(heard)))
+    with tqdm(total=len(images), desc=f"keys of {mlm.name}", unit="image", disable=not progress) as bar:
+        for number, part in enumerate(make_all(parts, jobs)):
+            found, (read, listened) = dict(part), sizes[number]
+            foreground, mass = foreground + found.pop("foreground"), mass + found.pop("mass", 0.0)
+            weight += listened
+            streams[number % 2].merge(KeyVariance.from_state(found))
+            bar.update(read)
     halves = torch.stack([stream.result for stream in streams])
     total = KeyVariance().merge(streams[0]).merge(streams[1])
     layout = grid.layout or _layout(mlm, images[0], base_view_only, max_pixels)

@@ -16,8 +16,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from kvutils.answer import SessionBatch
@@ -27,7 +29,7 @@ from kvutils.keys import select_all
 from kvutils.models import MLM
 from kvutils.prompt_tokens import PromptTokens
 from kvutils.statistics import bootstrap_ci, mean_statistic
-from kvutils.store import Parts, to_json
+from kvutils.store import Parts, make_all, to_json
 from kvutils.tasks.base import choosing_half
 
 FAMILIES = ("one", "from", "until")
@@ -73,10 +75,14 @@ def condition_of(family: str, layer: int, layers: int) -> str:
 
 
 def as_questions(samples: Sequence[YesNoSample]) -> list[Question]:
-    """POPE's and MME's questions as `knock_out` takes them; the subset is the kind. Images are opened."""
+    """POPE's and MME's questions as `knock_out` takes them; the subset is the kind."""
     return [
-        Question(s.id, s.subset, (s.image,), s.question, s.truth, ("yes", "no"), s.image_id) for s in samples
+        Question(s.id, s.subset, partial(_image_of, s), s.question, s.truth, ("yes", "no"), s.image_id) for s in samples
     ]
+
+
+def _image_of(sample: YesNoSample) -> tuple[Image.Image]:
+    return (sample.image,)
 
 
 def knock_out(
@@ -100,21 +106,24 @@ def knock_out(
     for sample in samples:
         scenes.setdefault(sample.group or sample.id, []).append(sample)
     names, blocked = list(scenes), blocked_layers(mlm.num_layers)
-    tokens, rows = PromptTokens(mlm, None), []
+    tokens, jobs, rows = PromptTokens(mlm, None), [], []
     with tqdm(total=len(names), desc="knock-out", unit="image", disable=not progress) as bar:
         for start in range(0, len(names), batch_size):
             batch = [scenes[name] for name in names[start : start + batch_size]]
 
             def compute(batch: list = batch) -> list:
-                with SessionBatch(mlm, [asked[0].images for asked in batch], None, base_view_only, max_pixels,
+                images = [_one_image(asked[0]) for asked in batch]
+                with SessionBatch(mlm, images, None, base_view_only, max_pixels,
                                   tokens) as session:  # fmt: skip
                     return _ask(session, batch, options, blocked)
 
             content = [mlm.name, base_view_only, max_pixels, options,
                        [[s.group, s.id, s.text, s.answer] for asked in batch for s in asked]]  # fmt: skip
             key = hashlib.sha256(to_json(content).encode()).hexdigest()[:16]
-            rows += compute() if parts is None else parts.make(f"knock_out/{start:06d}-{key}", compute)
-            bar.update(len(batch))
+            jobs.append((f"knock_out/{start:06d}-{key}", compute))
+        for done in make_all(parts, jobs):
+            rows += done
+            bar.update(min(batch_size, bar.total - bar.n))
     ordered = [sample for name in names for sample in scenes[name]]
     return KnockOut(mlm.num_layers, list(blocked), [s.kind for s in ordered], [s.group or s.id for s in ordered],
                     np.array(rows, dtype=float))  # fmt: skip
@@ -135,14 +144,19 @@ def _ask(session: SessionBatch, batch: list[list[Question]], options: dict, bloc
     return rows
 
 
+def _one_image(sample: Question) -> tuple[Image.Image]:
+    images = sample.images
+    if len(images) != 1:
+        raise DataError(f"{sample.id}: expected a question about one image, found {len(images)}")
+    return images
+
+
 def _options(samples: Sequence[Question]) -> dict[str, list[str]]:
     """The options of each kind: those that its samples name, and all their answers."""
     if not samples:
         raise DataError("a knock-out curve needs questions, found none")
     options: dict[str, set[str]] = {}
     for sample in samples:
-        if len(sample.images) != 1:
-            raise DataError(f"{sample.id}: expected a question about one image, found {len(sample.images)}")
         options.setdefault(sample.kind, set()).update((sample.answer, *sample.options))
     for kind, found in options.items():
         if len(found) < 2:

@@ -22,7 +22,7 @@ from kvutils.maps import to_grid
 from kvutils.plots import encode_image
 from kvutils.prefixes import CONDITIONS, PrefixWriter
 from kvutils.probes import LinearProbe, fit_linear_probe, otsu
-from kvutils.store import Parts, to_json
+from kvutils.store import Parts, make_all, to_json
 from kvutils.tasks.base import ScoreTable
 from kvutils.tasks.counting import column_mean, sample_seed
 from kvutils.tasks.text_segmentation import COLUMNS, IOU, map_scores
@@ -212,7 +212,7 @@ def run_prefixes(
     With `parts`, finished chunks are kept there and a run that was stopped goes on, with the same bytes."""
     sources = [f"{condition}.{layer}" for condition in CONDITIONS for layer in extractor.layers]
     depends = [readout.name, sources, list(readout.columns), extractor.fingerprint]
-    rows: list = []
+    jobs, rows = [], []
     skipped: list[str] = []
     ready = False
     with tqdm(total=len(readout.samples), desc=readout.title.replace("\n", " "), unit="sample", disable=not progress) as bar:
@@ -231,8 +231,10 @@ def run_prefixes(
 
             content = to_json([depends, [[sample.id, each] for sample, each in kept]])
             digest = hashlib.sha256(content.encode()).hexdigest()[:16]
-            rows += parts.make(f"prefix/{readout.name}/{start:06d}-{digest}", compute) if parts else compute()
-            bar.update(len(samples))
+            jobs.append((f"prefix/{readout.name}/{start:06d}-{digest}", compute))
+        for done in make_all(parts, jobs):
+            rows += done
+            bar.update(min(chunk, bar.total - bar.n))
     if not rows:
         raise DataError(f"{readout.name}: none of {len(readout.samples)} samples has prefixes of equal length in every condition")
     ids, groups, values = ([row[i] for row in rows] for i in range(3))

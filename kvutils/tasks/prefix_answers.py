@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from tqdm import tqdm
@@ -16,7 +17,7 @@ from kvutils.models import MLM
 from kvutils.prefixes import CONDITIONS, PrefixWriter
 from kvutils.question_metrics import pope_parse
 from kvutils.statistics import bootstrap_ci, paired_difference
-from kvutils.store import Parts, to_json
+from kvutils.store import Parts, make_all, to_json
 from kvutils.tasks.base import ScoreTable
 from kvutils.tasks.counting import column_ratio, sample_seed
 
@@ -82,10 +83,9 @@ def ask_behind_prefixes(
         return found
 
     digest = hashlib.sha256(to_json([mlm.revision, plans, {name: list(asked[name]) for name in plans}]).encode()).hexdigest()[:16]
-    texts = {}
-    for condition in tqdm(CONDITIONS, desc="answers behind prefixes", unit="condition", disable=not progress):
-        key = f"prefix/answers/{condition}-{digest}"
-        texts[condition] = parts.make(key, lambda condition=condition: answers(condition)) if parts else answers(condition)
+    jobs = [(f"prefix/answers/{condition}-{digest}", partial(answers, condition)) for condition in CONDITIONS]
+    bar = tqdm(make_all(parts, jobs), desc="answers behind prefixes", unit="condition", total=len(jobs), disable=not progress)
+    texts = dict(zip(CONDITIONS, bar, strict=True))
     rows = [[_counts(asked[name], texts[c][name], texts["none"][name], plans[name], c) for c in CONDITIONS] for name in plans]
     values, ids = np.array(rows, dtype=float), list(plans)
     return ScoreTable("prefix_answers", ids, ids, list(CONDITIONS), list(COLUMNS), values, skipped)

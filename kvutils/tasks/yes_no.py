@@ -19,7 +19,7 @@ from tqdm import tqdm
 from kvutils.datasets.samples import YesNoSample
 from kvutils.errors import DataError, ParameterError
 from kvutils.statistics import Interval, Statistic, bootstrap_ci, detectable, standard_error
-from kvutils.store import Parts, to_json
+from kvutils.store import Parts, make_all, to_json
 
 Answerer = Callable[[str, Image.Image, list[str]], Sequence[str]]
 Measures = dict[tuple[str, str], np.ndarray]  # (subset or summary, metric) -> (n_boot,)
@@ -135,6 +135,7 @@ def run_questions(
     images = list(asked)
     found: dict[tuple[str, str], str] = {}
     description = f"{task.title}, {condition}"
+    jobs, asked_in = [], []
     with tqdm(total=len(images), desc=description, unit="image", disable=not progress) as bar:
         for start in range(0, len(images), chunk):
             names = images[start : start + chunk]
@@ -146,12 +147,11 @@ def run_questions(
                     for name, texts in zip(names, questions, strict=True)
                 ]
 
-            if parts is None:
-                texts = compute()
-            else:
-                content = to_json([task.name, condition, names, questions])
-                digest = hashlib.sha256(content.encode()).hexdigest()[:16]
-                texts = parts.make(f"{task.name}/{condition}/{start:06d}-{digest}", compute)
+            content = to_json([task.name, condition, names, questions])
+            digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+            jobs.append((f"{task.name}/{condition}/{start:06d}-{digest}", compute))
+            asked_in.append((names, questions))
+        for (names, questions), texts in zip(asked_in, make_all(parts, jobs), strict=True):
             for name, wording, replies in zip(names, questions, texts, strict=True):
                 found |= {(name, question): reply for question, reply in zip(wording, replies, strict=True)}
             bar.update(len(names))
