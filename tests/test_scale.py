@@ -1,0 +1,181 @@
+"""Runs that are killed, share a folder or run in several processes end with the bytes of one that was left in peace."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kvutils.datasets.samples import Episode, LabelledImage, YesNoSample
+from kvutils.errors import StoreError
+from kvutils.features import FeatureExtractor
+from kvutils.keys import select_all
+from kvutils.store import Parts, Store, make_all, write_json
+from kvutils.tasks import Pope
+from kvutils.tasks.base import run_task
+from kvutils.tasks.foreground_segmentation import ForegroundSegmentation
+from kvutils.tasks.key_blocking import NONE, ask_under_blocks
+from kvutils.tasks.key_table import measure_keys
+from tests.tiny_models import tiny_pocket
+
+KILLS = 20
+QUESTIONS = ["is the fish on the left", "what colour is the car"]
+FORK = multiprocessing.get_context("fork")  # the model and the imports are there at once
+
+
+@pytest.fixture(scope="module")
+def mlm():
+    return tiny_pocket()
+
+
+def images(count: int) -> list[LabelledImage]:
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+    mask = np.repeat(np.arange(32)[:, None] < 16, 32, axis=1).astype(np.uint8)
+    return [LabelledImage(f"image{i}", Image.fromarray(one), mask) for i, one in enumerate(pixels)]
+
+
+class Logged(Parts):
+    """Writes down what this process computes."""
+
+    def __init__(self, root, log: Path):
+        super().__init__(root, modules=("errors.py",), model="tiny")
+        self.log = log
+
+    def save(self, key, value):
+        with self.log.open("a") as file:
+            file.write(f"{os.getpid()} {key}\n")
+        super().save(key, value)
+
+
+def measure(mlm, folder: Path, out: Path, pause: float = 0) -> None:
+    """Merged variances, per-item scores and answers of a small run; what every notebook does, in `folder`."""
+    parts = Logged(folder / "parts", folder / "log")
+    samples = images(12)
+
+    def slowly(sample: LabelledImage):
+        time.sleep(pause)
+        return sample.image
+
+    keys = [LabelledImage(s.id, lambda s=s: slowly(s), s.mask) for s in samples]
+    table = measure_keys(mlm, keys, QUESTIONS, parts, chunk=2, progress=False)
+    episodes = [Episode(f"e{i}", i % 2, "fish", 0, samples[i], tuple(samples[i - 2 : i])) for i in range(2, 8)]
+    extractor = FeatureExtractor(mlm, batch_size=2, store=Store(folder / "captures"))
+    scores = run_task(ForegroundSegmentation(episodes), extractor, parts, progress=False, chunk=1)
+    asked = [YesNoSample(f"{s.id}-{k}", s.id, s.image, text, "yes" if k else "no", "random")
+             for s in samples[:6] for k, text in enumerate(QUESTIONS)]  # fmt: skip
+    block = select_all(range(2), mlm.num_kv_heads, table.variance.shape[-1])
+    answers = ask_under_blocks(Pope(asked), mlm, {NONE: None, "all": block}, parts, chunk=1, progress=False)
+    numbers = {name: getattr(table, name) for name in ("variance", "norm", "mass", "halves", "foreground")}
+    write_json(out, {"keys": numbers, "scores": scores.as_dict(), "answers": answers})
+
+
+def start(mlm, folder: Path, out: Path, pause: float = 0) -> multiprocessing.Process:
+    folder.mkdir(exist_ok=True)
+    process = FORK.Process(target=measure, args=(mlm, folder, out, pause))
+    process.start()
+    return process
+
+
+@pytest.fixture(scope="module")
+def undisturbed(mlm, tmp_path_factory):
+    """(bytes of the results, keys of the parts, seconds) of a run of its own."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    began = time.monotonic()
+    start(mlm, folder, folder / "results.json").join()
+    log = [line.split(" ", 1)[1] for line in (folder / "log").read_text().splitlines()]
+    return (folder / "results.json").read_bytes(), log, time.monotonic() - began
+
+
+def stored(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("parts/**/*.safetensors")]
+
+
+def test_the_run_is_made_of_parts(undisturbed):
+    _, log, _ = undisturbed
+    assert len(log) == len(set(log)) == 6 + 6 + 6
+
+
+@pytest.mark.slow
+def test_killed_at_random_points(mlm, undisturbed, tmp_path):
+    """SIGKILL at `KILLS` random moments: at most the part in flight is lost, and the results are the same bytes."""
+    expected, keys, seconds = undisturbed
+    delays = random.Random(0)
+    left = []
+    for number in range(KILLS):
+        folder = tmp_path / str(number)
+        process = start(mlm, folder, folder / "results.json")
+        process.join(delays.uniform(0.02, 0.95) * seconds)
+        process.kill()
+        process.join()
+        begun = len((folder / "log").read_text().splitlines()) if (folder / "log").exists() else 0
+        left.append(len(stored(folder)))
+        assert begun - left[-1] in (0, 1)
+        start(mlm, folder, folder / "results.json").join()
+        assert (folder / "results.json").read_bytes() == expected
+        made = len((folder / "log").read_text().splitlines()) - begun
+        assert made == len(keys) - left[-1]  # only what was not stored is computed again
+    assert len(set(left)) > KILLS // 4, f"the kills came at {left} stored parts: too much alike to show anything"
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_the_work(mlm, undisturbed, tmp_path, processes):
+    expected, keys, _ = undisturbed
+    outs = [tmp_path / f"{i}.json" for i in range(processes)]
+    running = [start(mlm, tmp_path / "run", out, pause=0.05) for out in outs]
+    for process in running:
+        process.join()
+    assert [out.read_bytes() for out in outs] == [expected] * processes
+    log = [line.split(" ", 1) for line in (tmp_path / "run" / "log").read_text().splitlines()]
+    assert sorted(key for _, key in log) == sorted(keys), "every part once, by somebody"
+    assert len({pid for pid, _ in log}) == processes, "everybody did some"
+
+
+def test_the_part_of_a_dead_process_is_done_by_another(mlm, undisturbed, tmp_path):
+    expected, _, _ = undisturbed
+    folder = tmp_path / "run"
+    first = start(mlm, folder, tmp_path / "first.json", pause=1.0)  # holds the lock of its first part for seconds
+    time.sleep(0.5)
+    second = start(mlm, folder, tmp_path / "second.json")
+    time.sleep(0.5)
+    os.kill(first.pid, signal.SIGKILL)
+    second.join(60)
+    assert second.exitcode == 0 and (tmp_path / "second.json").read_bytes() == expected
+
+
+@pytest.mark.parametrize("damage", ["truncated", "corrupted"])
+def test_a_damaged_shard_is_computed_again(mlm, undisturbed, tmp_path, damage):
+    expected, _, _ = undisturbed
+    folder = tmp_path / "run"
+    start(mlm, folder, tmp_path / "a.json").join()
+    for shard in [*stored(folder)[::5], *list(folder.rglob("captures/**/*.safetensors"))[:1]]:
+        content = bytearray(shard.read_bytes())
+        content[-2] ^= 1
+        shard.write_bytes(content[:-3] if damage == "truncated" else content)
+    before = len((folder / "log").read_text().splitlines())
+    start(mlm, folder, tmp_path / "b.json").join()
+    assert (tmp_path / "b.json").read_bytes() == expected
+    assert len((folder / "log").read_text().splitlines()) - before == len(stored(folder)[::5])
+
+
+def test_a_part_that_cannot_be_written_stops_the_run_and_keeps_the_others(tmp_path, monkeypatch):
+    parts = Parts(tmp_path, modules=("errors.py",), x=1)
+    jobs = [(f"part/{i}", lambda i=i: {"i": i}) for i in range(3)]
+    put = Store.put
+
+    def full(self, key, tensors, meta=None):
+        if key == "part/1":
+            raise StoreError("part/1 could not be written (No space left on device)")
+        put(self, key, tensors, meta)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "put", full)
+        with pytest.raises(StoreError, match="No space left"):
+            list(make_all(parts, jobs))
+    assert parts.finished("part/0") and not parts.finished("part/1")
+    assert [one["i"] for one in make_all(parts, jobs)] == [0, 1, 2]
+    assert [one["i"] for one in make_all(None, jobs)] == [0, 1, 2]
