@@ -29,6 +29,7 @@ from kvutils.images import ImageLike, open_image
 from kvutils.inputs import encode_images, prepare_images, prepare_text
 from kvutils.keys import KeySelection
 from kvutils.layout import TokenLayout
+from kvutils.memory import in_halves
 from kvutils.models import MLM
 from kvutils.prompt_tokens import Options, PromptTokens, for_all, per_question
 from kvutils.session_cache import Prefix, check_attention, embed, prefill
@@ -275,24 +276,27 @@ def answer_all(
     """(image id, intervention -> its answers), in order, for samples (image id, image or images, questions).
 
     Each image is read once for all its questions and all `blocks` (name -> selection, None for no block; by
-    default only {"none": None}), `batch_size` images together. The other arguments are those of
+    default only {"none": None}), `batch_size` images together, or fewer where memory does not suffice. The other arguments are those of
     `SessionBatch.answer`. `samples` may be a generator.
     """
     blocks = {"none": None} if blocks is None else blocks
     if not blocks or batch_size < 1:
         raise ParameterError(f"expected at least one block, and a batch size from 1: {blocks}, {batch_size}")
     tokens, source = PromptTokens(mlm, prefix), iter(samples)
+
+    def run(batch: Sequence[tuple]) -> list[tuple[str, dict[str, list[Answer]]]]:
+        names, images, questions = zip(*batch, strict=True)
+        with SessionBatch(mlm, images, prefix, base_view_only, max_pixels, tokens) as session:
+            found = {
+                name: session.answer(questions, options, max_new_tokens, block, queries)
+                for name, block in blocks.items()
+            }
+        return [(name, {block: answers[row] for block, answers in found.items()}) for row, name in enumerate(names)]
+
     total = len(samples) if isinstance(samples, Sequence) else None
     with tqdm(total=total, unit="image", disable=not progress) as bar:
         while batch := list(itertools.islice(source, batch_size)):
-            names, images, questions = zip(*batch, strict=True)
-            with SessionBatch(mlm, images, prefix, base_view_only, max_pixels, tokens) as session:
-                found = {
-                    name: session.answer(questions, options, max_new_tokens, block, queries)
-                    for name, block in blocks.items()
-                }
-            for row, image_id in enumerate(names):
-                yield image_id, {name: answers[row] for name, answers in found.items()}
+            yield from in_halves(run, batch)
             bar.update(len(batch))
 
 

@@ -6,12 +6,14 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers import DynamicCache
 
 from kvutils.errors import DataError, ParameterError, PromptError
 from kvutils.images import ImageLike
 from kvutils.inputs import encode_images, open_batches, prepare_images, prepare_text
 from kvutils.key_variance import SameGrid
+from kvutils.memory import in_halves
 from kvutils.models import MLM
 from kvutils.prefill import resolve_layers
 from kvutils.saliency import eager_attention
@@ -45,11 +47,13 @@ def attention_mass(
     layers, grid, seen = resolve_layers(mlm, layers), SameGrid(), 0
     language_model, embed = mlm.model.model.language_model, mlm.model.get_input_embeddings()
     prompts = [mlm.prompt(question, prefix) for question in questions]
-    mass = None
-    for _, batch, names in open_batches(images, batch_size, progress):
+
+    def run(named: Sequence[tuple[Image.Image, str]]) -> list[torch.Tensor]:
+        """The sum over these images and all questions, as the only element."""
+        batch, names = zip(*named, strict=True)
         vision = prepare_images(mlm, batch, base_view_only, max_pixels, names)
-        for index, layout in enumerate(vision.layouts):
-            grid.check(layout, names[index])
+        for layout, name in zip(vision.layouts, names, strict=True):
+            grid.check(layout, name)
         # One grid and one question: all rows are equally long, and nothing is padded.
         texts = [prepare_text(mlm, [prompt] * len(batch), vision, images_only=False) for prompt in prompts]
         slots = vision.layouts[0].slots
@@ -70,8 +74,7 @@ def attention_mass(
             past_key_values=cache,
             use_cache=True,
         )
-        if mass is None:
-            mass = torch.zeros(len(layers), mlm.num_kv_heads, len(slots), dtype=torch.float64)
+        mass = torch.zeros(len(layers), mlm.num_kv_heads, len(slots), dtype=torch.float64)
         with _recorded_mass(language_model, layers, slots, mass):
             for text in texts:
                 language_model(
@@ -80,10 +83,16 @@ def attention_mass(
                     past_key_values=copy.deepcopy(cache),
                     use_cache=True,
                 )
-        seen += len(batch) * len(texts)
-    if mass is None:
+        return [mass]
+
+    sums: list[torch.Tensor] = []
+    for _, batch, names in open_batches(images, batch_size, progress):
+        sums += in_halves(run, list(zip(batch, names, strict=True)))
+        seen += len(batch) * len(questions)
+        sums = [torch.stack(sums).sum(0)]  # of all so far: memory stays constant
+    if not sums:
         raise DataError("a mean over images needs images, found none")
-    return mass / seen
+    return sums[0] / seen
 
 
 @contextlib.contextmanager

@@ -7,11 +7,12 @@ From the command line: `python -m kvutils.capture PHOTO... --out FILE.safetensor
 """
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from PIL import Image
 
 from kvutils.encoders import capture_encoder
 from kvutils.errors import LayerError, ParameterError
@@ -26,6 +27,7 @@ from kvutils.inputs import (
     prepare_text,
 )
 from kvutils.layout import TokenLayout
+from kvutils.memory import in_halves
 from kvutils.models import MLM
 from kvutils.prefill import RowCache, resolve_layers, run_layers
 from kvutils.textvalues import text_values
@@ -116,23 +118,27 @@ def capture(
     runs up to the last requested layer only (not at all without keys and values). features adds encoder and
     projector. base_view_only (LLaVA) and max_pixels (Qwen) as in `prepare_images`. to: where results go
     (None: the model's device). With on_capture(index, capture) nothing is kept and None is returned, and
-    `images` may be a generator: memory stays constant. Raises ImageError, LayerError, PromptError,
-    ParameterError.
+    `images` may be a generator: memory stays constant. A batch that does not fit the device is halved.
+    Raises ImageError, LayerError, PromptError, ParameterError, MemoryLimitError.
     """
     layers = resolve_layers(mlm, layers) if keys or values else ()
     prompt = mlm.prompt(prefix=prefix)
     device = mlm.device if to is None else torch.device(to)
     kept: list[Capture] = []
-    for start, batch, names in open_batches(images, batch_size, progress):
+
+    def run(named: Sequence[tuple[Image.Image, str]]) -> list[Capture]:
+        batch, names = zip(*named, strict=True)
         vision = prepare_images(mlm, batch, base_view_only, max_pixels, names)
         text = prepare_text(mlm, [prompt] * len(batch), vision)
         encoder, projector = encode_images(mlm, vision)
         rows = _image_rows(mlm, vision, text, projector, layers, keys, values, device)
-        for index, (layout, row) in enumerate(zip(vision.layouts, rows, strict=True)):
-            if features:
-                row["encoder"] = compact(encoder[index], device)
-                row["projector"] = compact(projector[index], device)
-            item = Capture(layout, layers, prefix=prefix, **row)
+        if features:
+            for row, seen, entered in zip(rows, encoder, projector, strict=True):
+                row |= {"encoder": compact(seen, device), "projector": compact(entered, device)}
+        return [Capture(layout, layers, prefix=prefix, **row) for layout, row in zip(vision.layouts, rows, strict=True)]
+
+    for start, batch, names in open_batches(images, batch_size, progress):
+        for index, item in enumerate(in_halves(run, list(zip(batch, names, strict=True)))):
             if on_capture is None:
                 kept.append(item)
             else:

@@ -1,14 +1,16 @@
 """Features of another vision tower (SigLIP before MLM fine-tuning) on the crops and the grid of an MLM."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from kvutils.errors import LayerError
 from kvutils.images import ImageLike
 from kvutils.inputs import compact, open_batches, prepare_images
 from kvutils.layout import pack_crops
+from kvutils.memory import in_halves
 from kvutils.models import MLM, QWEN, Encoder
 
 
@@ -39,11 +41,12 @@ def capture_encoder(
     if not -config.num_hidden_layers - 1 <= layer <= config.num_hidden_layers:
         raise LayerError(f"state {layer} does not exist: {encoder.name} has 0..{config.num_hidden_layers}")
     own_side = config.image_size // config.patch_size
-    features: list[torch.Tensor] = []
-    for _, batch, names in open_batches(images, batch_size, progress):
+
+    def run(named: Sequence[tuple[Image.Image, str]]) -> list[torch.Tensor]:
+        batch, names = zip(*named, strict=True)
         vision = prepare_images(mlm, batch, base_view_only, max_pixels, names)
         if mlm.family == QWEN:
-            pixels = encoder.processor(images=batch, return_tensors="pt")["pixel_values"]
+            pixels = encoder.processor(images=list(batch), return_tensors="pt")["pixel_values"]
         else:
             pixels = _renormalise(vision.pixels.float(), mlm.processor.image_processor, encoder.processor)
             if pixels.shape[-1] != config.image_size:
@@ -63,7 +66,11 @@ def capture_encoder(
             crops = _resampled(squares, (g, g)).split(vision.crops)
             sizes = [layout.image_size for layout in vision.layouts]
             packed = pack_crops(mlm, list(crops), sizes, states.new_zeros(states.shape[-1]))
-        features += [compact(item, device) for item in packed]
+        return [compact(item, device) for item in packed]
+
+    features: list[torch.Tensor] = []
+    for _, batch, names in open_batches(images, batch_size, progress):
+        features += in_halves(run, list(zip(batch, names, strict=True)))
     return features
 
 

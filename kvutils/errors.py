@@ -29,5 +29,9 @@ class ParameterError(KVUtilsError):
     """An unknown or impossible parameter of a notebook, task or command."""
 
 
+class MemoryLimitError(KVUtilsError):
+    """A single image that does not fit the memory of the device."""
+
+
 class StoreError(KVUtilsError):
     """A stored file that is missing, truncated or does not match its checksum."""

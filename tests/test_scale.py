@@ -1,4 +1,4 @@
-"""Runs that are killed, share a folder or run in several processes end with the bytes of one that was left in peace."""
+"""Runs that are killed, share a folder or run in several processes end with the bytes of one left in peace; memory."""
 
 import multiprocessing
 import os
@@ -9,12 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from kvutils.answer import answer_all
+from kvutils.attention_mass import attention_mass
+from kvutils.capture import capture
 from kvutils.datasets.samples import Episode, LabelledImage, YesNoSample
-from kvutils.errors import StoreError
+from kvutils.errors import MemoryLimitError, StoreError
 from kvutils.features import FeatureExtractor
 from kvutils.keys import select_all
+from kvutils.memory import in_halves
 from kvutils.store import Parts, Store, make_all, write_json
 from kvutils.tasks import Pope
 from kvutils.tasks.base import run_task
@@ -179,3 +184,56 @@ def test_a_part_that_cannot_be_written_stops_the_run_and_keeps_the_others(tmp_pa
     assert parts.finished("part/0") and not parts.finished("part/1")
     assert [one["i"] for one in make_all(parts, jobs)] == [0, 1, 2]
     assert [one["i"] for one in make_all(None, jobs)] == [0, 1, 2]
+
+
+# --- memory -------------------------------------------------------------------------------------------------
+
+
+class SmallMemory:
+    """A device on which the vision tower can take `most` images at once: it fails as CUDA does."""
+
+    def __init__(self, mlm, most: int):
+        self.mlm, self.most, self.failed = mlm, most, 0
+
+    def __enter__(self):
+        tower = self.mlm.model.model.vision_tower
+        self.hook = tower.register_forward_pre_hook(self.check, with_kwargs=True)
+        return self
+
+    def __exit__(self, *_):
+        self.hook.remove()
+
+    def check(self, module, args, kwargs):
+        pixels = args[0] if args else next(iter(kwargs.values()))
+        if len(pixels) > self.most:
+            self.failed += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_batches_shrink_to_the_memory(mlm, most, caplog):
+    pictures = [s.image for s in images(7)]
+    samples = [(f"{i}", one, QUESTIONS) for i, one in enumerate(pictures)]
+    whole = (capture(mlm, pictures), attention_mass(mlm, pictures, QUESTIONS), list(answer_all(mlm, samples)))
+    with SmallMemory(mlm, most) as memory:
+        small = (capture(mlm, pictures), attention_mass(mlm, pictures, QUESTIONS), list(answer_all(mlm, samples)))
+    assert memory.failed and "taken in halves" in caplog.text
+    for one, other in zip(whole[0], small[0], strict=True):
+        torch.testing.assert_close(one.values, other.values)
+        torch.testing.assert_close(one.encoder, other.encoder)
+    torch.testing.assert_close(whole[1], small[1])
+    assert [(name, [a.text for a in found["none"]]) for name, found in whole[2]] == [
+        (name, [a.text for a in found["none"]]) for name, found in small[2]]  # fmt: skip
+
+
+def test_an_image_that_does_not_fit_says_what_to_do(mlm):
+    with SmallMemory(mlm, 0), pytest.raises(MemoryLimitError, match="one image does not fit.*20.00 GiB.*smaller model"):
+        capture(mlm, [images(1)[0].image])
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    def run(items):
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        in_halves(run, [1, 2])

@@ -20,6 +20,7 @@ from kvutils.datasets.samples import MultipleChoice
 from kvutils.errors import DataError, ParameterError
 from kvutils.features import FeatureExtractor, image_tokens
 from kvutils.layout import TokenLayout
+from kvutils.memory import in_halves
 from kvutils.models import MLM, QWEN, Encoder
 from kvutils.question_metrics import LETTERS, blink_extract
 from kvutils.store import Parts, make_all, to_json
@@ -161,7 +162,7 @@ def read_items(
                 batch = mine[start : start + batch_size]
 
                 def compute(batch: list[MultipleChoice] = batch) -> list[dict]:
-                    return _read_batch(models, extractor, batch, max_new_tokens, views)
+                    return in_halves(lambda some: _read_batch(models, extractor, some, max_new_tokens, views), batch)
 
                 about = [list(models), extractor.fingerprint, max_new_tokens]
                 about += [(item.id, item.group, item.prompt, item.answer) for item in batch]

@@ -14,7 +14,7 @@ minus the log-probability (nats) that the answer begins with the right option.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,6 +26,7 @@ from kvutils.answer import SessionBatch
 from kvutils.datasets.samples import Question, YesNoSample
 from kvutils.errors import DataError, ParameterError
 from kvutils.keys import select_all
+from kvutils.memory import in_halves
 from kvutils.models import MLM
 from kvutils.prompt_tokens import PromptTokens
 from kvutils.statistics import bootstrap_ci, mean_statistic
@@ -111,11 +112,14 @@ def knock_out(
         for start in range(0, len(names), batch_size):
             batch = [scenes[name] for name in names[start : start + batch_size]]
 
-            def compute(batch: list = batch) -> list:
-                images = [_one_image(asked[0]) for asked in batch]
-                with SessionBatch(mlm, images, None, base_view_only, max_pixels,
-                                  tokens) as session:  # fmt: skip
-                    return _ask(session, batch, options, blocked)
+            def run(some: Sequence[list[Question]]) -> list[list]:
+                images = [_one_image(asked[0]) for asked in some]
+                with SessionBatch(mlm, images, None, base_view_only, max_pixels, tokens) as session:
+                    rows = iter(_ask(session, some, options, blocked))
+                return [[next(rows) for _ in asked] for asked in some]
+
+            def compute(batch: list = batch, run: Callable = run) -> list:
+                return [row for rows in in_halves(run, batch) for row in rows]
 
             content = [mlm.name, base_view_only, max_pixels, options,
                        [[s.group, s.id, s.text, s.answer] for asked in batch for s in asked]]  # fmt: skip
@@ -129,7 +133,7 @@ def knock_out(
                     np.array(rows, dtype=float))  # fmt: skip
 
 
-def _ask(session: SessionBatch, batch: list[list[Question]], options: dict, blocked: dict) -> list:
+def _ask(session: SessionBatch, batch: Sequence[list[Question]], options: dict, blocked: dict) -> list:
     """[question][condition] -> [right, loss] of a batch of scenes."""
     questions = [[s.text for s in asked] for asked in batch]
     choices = [[options[s.kind] for s in asked] for asked in batch]
