@@ -2,9 +2,10 @@
 
 import difflib
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, SiglipVisionModel
 from transformers.utils import logging as transformers_logging
 
-from kvutils.errors import ModelError, ParameterError, PromptError
+from kvutils.errors import MemoryLimitError, ModelError, ParameterError, PromptError
+from kvutils.model_checks import check_mlm, fits
 from kvutils.processors import image_backend, load_processor, load_siglip_image_processor
 
 ONEVISION, QWEN, NEXT = FAMILIES = ("llava_onevision", "qwen2_5_vl", "llava_next")  # config.model_type
@@ -23,14 +25,20 @@ _POCKET = Path(__file__).resolve().parents[1] / "data" / "pocket"
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Where a named model comes from: `source` is a hub id or a folder written by `save_pretrained`."""
+    """Where a named model comes from: `source` is a hub id or a folder written by `save_pretrained`; `revision` a commit
+    of the hub ("" for the newest)."""
 
     name: str
     family: str
     source: str
     profile: str
     base_view_only: bool = False
-    note: str = ""
+    revision: str = ""
+
+    @property
+    def where(self) -> dict[str, str]:
+        """The source and its revision, as `from_pretrained` takes them."""
+        return {"pretrained_model_name_or_path": self.source} | ({"revision": self.revision} if self.revision else {})
 
 
 MODELS: dict[str, ModelSpec] = {
@@ -174,11 +182,13 @@ def load_mlm(
     untrained: bool = False,
     seed: int = 0,
 ) -> MLM:
-    """Load a model by its name in `MODELS`, a folder, or a hub id of one of the three families.
+    """Load a model by its name in `MODELS`, a folder, or a hub id of one of the three families ("id@revision" for a commit).
 
-    device: default CUDA if there is one. dtype: default float32 on CPU and for pocket models, else the
-    checkpoint's. device_map: as in accelerate ("auto" for models that do not fit one GPU), not with `device`.
-    untrained: the same configuration with the random initialisation of its class under `seed` (control).
+    device: default CUDA if there is one, of several processes to each its own. dtype: default float32 on CPU and for
+    pocket models, else bfloat16. device_map: as in accelerate; default "auto" where the weights do not fit the GPU that
+    would be used, not with `device`. untrained: the same configuration with the random initialisation of its class under
+    `seed` (control). Only safetensors are read. Raises ModelError also where `check_mlm` finds the model to be another
+    than the code expects.
     """
     spec = _spec(name, MODELS)
     family, config = _family(name, spec)
@@ -186,24 +196,32 @@ def load_mlm(
         raise ParameterError(f"attention must be one of {', '.join(ATTENTIONS)}, not {attention!r}")
     if device_map is not None and (device is not None or untrained):
         raise ParameterError("device_map places a trained checkpoint itself: pass no device and no untrained")
-    device = _device(device)
-    dtype = _dtype(dtype) or (torch.float32 if device.type == "cpu" or spec.profile == "pocket" else "auto")
+    chosen, device = device, _device(device)
+    dtype = _dtype(dtype) or _default_dtype(spec, device)
+    if chosen is None and device_map is None and not untrained and not fits(config, dtype, device):
+        device_map = "auto"
     options = {"dtype": dtype, "attn_implementation": attention}
     try:
-        processor = load_processor(spec.source, family)
+        processor = load_processor(spec.source, family, revision=spec.revision or None)
         if untrained:
             model = _random_model(config, seed, device, **options)
         else:
             if device_map is not None:
                 options["device_map"] = device_map
-            model = _pretrained(AutoModelForImageTextToText, name, spec.source, **options)
+            model = _pretrained(AutoModelForImageTextToText, name, spec, **options)
+        if device_map is None:
+            model.to(device)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"{name} cannot be loaded from {spec.source}: {error}") from error
-    if device_map is None:
-        model.to(device)
+    except torch.OutOfMemoryError as error:
+        raise MemoryLimitError(f"the weights of {name} do not fit {device} beside what is there ({error}). Free it, use a "
+                               "smaller model, or device_map='auto' over several devices.") from error  # fmt: skip
     revision = f"untrained seed {seed}" if untrained else _revision(spec.source, config)
     base_view_only = spec.base_view_only or _nothing_to_tile(config)
-    return MLM(model.eval(), processor, spec.name, family, revision, base_view_only)
+    mlm = MLM(model.eval(), processor, spec.name, family, revision, base_view_only)
+    if spec.profile != "pocket":
+        check_mlm(mlm)
+    return mlm
 
 
 def wrap_mlm(model: PreTrainedModel, processor, name: str = "custom", base_view_only: bool = False) -> MLM:
@@ -232,12 +250,12 @@ def load_encoder(
     """Load a SigLIP vision tower by its name in `ENCODERS`, a folder or a hub id."""
     spec = _spec(name, ENCODERS)
     device = _device(device)
-    dtype = _dtype(dtype) or (torch.float32 if device.type == "cpu" or spec.profile == "pocket" else "auto")
+    dtype = _dtype(dtype) or _default_dtype(spec, device)
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(spec.source)
-            model = _pretrained(SiglipVisionModel, name, spec.source, dtype=dtype)
-            processor = load_siglip_image_processor(spec.source)
+            config = AutoConfig.from_pretrained(**spec.where)
+            model = _pretrained(SiglipVisionModel, name, spec, dtype=dtype)
+            processor = load_siglip_image_processor(spec.source, spec.revision or None)
     except (OSError, ValueError) as error:
         raise ModelError(f"{name} cannot be loaded from {spec.source}: {error}") from error
     return Encoder(model.to(device).eval(), processor, spec.name, _revision(spec.source, config))
@@ -245,6 +263,12 @@ def load_encoder(
 
 def _spec(name: str, known: dict[str, ModelSpec]) -> ModelSpec:
     """The specification of a name, folder or hub id; unknown names raise with the names that exist."""
+    base, at, revision = name.partition("@")
+    if at and not Path(name).is_dir():
+        spec = _spec(base, known)
+        if Path(spec.source).is_dir() or not revision:
+            raise ModelError(f"{name}: a revision is a commit of a model on the hub, given as name@commit or org/name@commit")
+        return replace(spec, name=name if base not in known else spec.name, revision=revision)
     if name in known:
         spec = known[name]
         if Path(spec.source).is_absolute() and not Path(spec.source).is_dir():
@@ -264,26 +288,38 @@ def _spec(name: str, known: dict[str, ModelSpec]) -> ModelSpec:
 
 def _family(name: str, spec: ModelSpec):
     try:
-        config = AutoConfig.from_pretrained(spec.source)
+        config = AutoConfig.from_pretrained(**spec.where)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{name}: no model configuration at {spec.source} ({error})") from error
+        raise ModelError(_not_there(name, spec, error)) from error
     if config.model_type not in FAMILIES:
         raise ModelError(f"{name} is a {config.model_type!r} model, not one of {', '.join(FAMILIES)}")
     return config.model_type, config
 
 
-def _pretrained(model_class, name: str, source: str, **options) -> PreTrainedModel:
+def _not_there(name: str, spec: ModelSpec, error: Exception) -> str:
+    if Path(spec.source).is_dir():
+        return f"{name}: no model configuration at {spec.source} ({error})"
+    return (
+        f"{name}: {spec.source} is neither in the local cache nor can it be fetched from the hub. With network, it comes by "
+        f"itself or with `hf download {spec.source}`; without, copy it to another machine's HF_HOME, or pass the folder that "
+        f"save_pretrained wrote as the model.\n  ({str(error).splitlines()[0]})"
+    )
+
+
+def _pretrained(model_class, name: str, spec: ModelSpec, **options) -> PreTrainedModel:
     options |= {"use_safetensors": True, "output_loading_info": True}
-    model, info = model_class.from_pretrained(source, **options)
+    model, info = model_class.from_pretrained(**spec.where, **options)
     missing = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
     if missing:  # transformers would go on with random weights
-        raise ModelError(f"{name}: {len(missing)} weights missing or misshapen in {source}: {missing[0]}")
+        raise ModelError(f"{name}: {len(missing)} weights missing or misshapen in {spec.source}: {missing[0]}")
     return model
 
 
+def _default_dtype(spec: ModelSpec, device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "cpu" or spec.profile == "pocket" else torch.bfloat16
+
+
 def _random_model(config, seed: int, device: torch.device, **options) -> PreTrainedModel:
-    if options["dtype"] == "auto":
-        options["dtype"] = config.dtype or torch.float32
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(seed)
         return AutoModelForImageTextToText.from_config(config, **options)
@@ -296,8 +332,10 @@ def _nothing_to_tile(config) -> bool:
 
 
 def _device(device: str | torch.device | None) -> torch.device:
+    if device is None and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cpu")
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:

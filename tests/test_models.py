@@ -1,0 +1,133 @@
+"""What is asked of a checkpoint before it is used: configuration, tokens, revision, memory. Tiny models, real geometry."""
+
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kvutils import models
+from kvutils.errors import MemoryLimitError, ModelError
+from kvutils.model_checks import EXPECTED, check_mlm, fits, weight_bytes
+from kvutils.models import FAMILIES, MODELS, load_encoder, load_mlm
+from tests.tiny_models import tiny, tiny_pocket
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_as_expected_pass(family):
+    check_mlm(tiny(family))
+
+
+def test_every_published_model_has_its_numbers():
+    assert set(EXPECTED) == {name for name, spec in MODELS.items() if spec.profile == "paper"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("change", "said"), [
+    (lambda m: setattr(m.model.config, "image_token_id", 7), "image token .* says id 7"),
+    (lambda m: setattr(m.text_config, "num_hidden_layers", 9), "says 9, found 5"),
+    (lambda m: setattr(m.text_config, "num_key_value_heads", 4), "width of keys and values"),
+])  # fmt: skip
+def test_what_differs_is_named(family, change, said):
+    mlm = tiny(family)
+    change(mlm)
+    with pytest.raises(ModelError, match=said):
+        check_mlm(mlm)
+
+
+def test_a_processor_of_another_model_is_found():
+    mlm = tiny("llava_onevision")
+    mlm.processor.num_image_tokens += 5
+    with pytest.raises(ModelError, match="processor makes .* layout has"):
+        check_mlm(mlm)
+
+
+def test_a_published_name_must_have_the_published_numbers():
+    mlm = tiny("llava_next")
+    mlm.name = "llava-next-llama3-8b"
+    with pytest.raises(ModelError) as error:
+        check_mlm(mlm)
+    for said in ("layers: expected 32, found 5", "key-value heads: expected 8", "2340", "another checkpoint"):
+        assert said in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    mlm = tiny("llava_onevision")
+    mlm.model.save_pretrained(path)
+    mlm.processor.save_pretrained(path)
+    return path
+
+
+def test_a_loaded_folder_is_checked(folder, tmp_path):
+    assert load_mlm(str(folder), device="cpu").num_layers == 5
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    settings = (broken / "config.json").read_text()
+    assert '"image_token_index": 3' in settings or '"image_token_id": 3' in settings
+    (broken / "config.json").write_text(settings.replace('"image_token_index": 3', '"image_token_index": 5')
+                                        .replace('"image_token_id": 3', '"image_token_id": 5'))  # fmt: skip
+    with pytest.raises(ModelError, match="image token"):
+        load_mlm(str(broken), device="cpu")
+
+
+def test_without_network_the_error_says_how_to_get_the_checkpoint(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    for name in ("qwen2.5-vl-3b", "qwen2.5-vl-3b@" + "0" * 40, "owner/name"):
+        with pytest.raises(ModelError, match="hf download .*HF_HOME"):
+            load_mlm(name)
+
+
+def test_a_revision_is_passed_on(monkeypatch):
+    asked = []
+
+    def config_of(**where):
+        asked.append(where)
+        raise OSError("no network")
+
+    monkeypatch.setattr(models.AutoConfig, "from_pretrained", config_of)
+    for name in ("llava-onevision-0.5b@abc", "me/mine@abc", "llava-onevision-0.5b"):
+        with pytest.raises(ModelError):
+            load_mlm(name)
+    source = MODELS["llava-onevision-0.5b"].source
+    assert asked == [{"pretrained_model_name_or_path": source, "revision": "abc"},
+                     {"pretrained_model_name_or_path": "me/mine", "revision": "abc"},
+                     {"pretrained_model_name_or_path": source}]  # fmt: skip
+    for name in ("pocket@abc", "siglip-so400m@"):
+        with pytest.raises(ModelError, match="a revision is a commit"):
+            (load_encoder if "siglip" in name else load_mlm)(name)
+
+
+def test_weights_are_counted_without_being_allocated():
+    mlm = tiny_pocket()
+    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
+        assert weight_bytes(mlm.model.config, dtype) == size * sum(p.numel() for p in mlm.model.parameters())
+
+
+def test_a_model_larger_than_the_gpu_is_spread(monkeypatch):
+    config, gpu = tiny_pocket().model.config, SimpleNamespace(type="cuda", index=0)
+    needed = weight_bytes(config, torch.float32)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * needed, 4 * needed))
+    assert fits(config, torch.float32, gpu) and fits(config, torch.float32, torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (needed, 4 * needed))
+    assert not fits(config, torch.float32, gpu)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert fits(config, torch.float32, gpu)
+
+
+def test_every_process_takes_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for rank, index in (("0", 0), ("3", 3), ("5", 1)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert models._device(None) == torch.device("cuda", index)
+
+
+def test_weights_that_do_not_fit_say_so(folder, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(models, "_random_model", full)
+    with pytest.raises(MemoryLimitError, match="device_map='auto'"):
+        load_mlm(str(folder), device="cpu", untrained=True)
