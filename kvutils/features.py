@@ -15,11 +15,13 @@ another composition may differ in its last bits, and a resumed run must not.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 
@@ -89,8 +91,9 @@ class FeatureExtractor:
 
     layers: of values and keys ("all" or numbers). encoder_text: the text tower of encoder_original, for text
     scores of the encoders. base_view_only, max_pixels: as in `kvutils.capture.capture`. Batches are kept in
-    memory up to `memory_bytes` and, with a `Store`, on disk. to: where features live (None: the model's
-    device).
+    memory up to `memory_bytes` (default: a third of what is free, shared by the processes of this machine) and, with
+    a `Store`, on disk if they are at most `stored_bytes`: those of large models would fill terabytes, and reading
+    them back takes as long as a GPU takes to make them. to: where features live (None: the model's device).
     """
 
     def __init__(
@@ -106,14 +109,16 @@ class FeatureExtractor:
         max_pixels: int | None = None,
         batch_size: int = 8,
         store: Store | None = None,
-        memory_bytes: int = 2**31,
+        memory_bytes: int | None = None,
+        stored_bytes: int = 2**26,
         to: str | torch.device | None = "cpu",
     ):
         if batch_size < 1:
             raise ParameterError(f"batch_size must be at least 1, not {batch_size}")
         self.mlm, self.untrained, self.encoder_original = mlm, untrained, encoder_original
         self.layers, self.keys, self.batch_size = resolve_layers(mlm, layers), keys, batch_size
-        self.store, self.memory_bytes, self.to = store, memory_bytes, to
+        self.store, self.stored_bytes, self.to = store, stored_bytes, to
+        self.memory_bytes = _share_of_memory() if memory_bytes is None else memory_bytes
         self._views = {"base_view_only": base_view_only, "max_pixels": max_pixels}
         self.alignment = TextAlignment(mlm, self.layers, untrained, encoder_original, encoder_text)
         self._memory: OrderedDict[str, list[ImageFeatures]] = OrderedDict()
@@ -172,7 +177,7 @@ class FeatureExtractor:
         found = self.store.get(where) if self.store else None
         if found is None:
             batch = self._extract(items, prefix)
-            if self.store:
+            if self.store and _bytes(batch) <= self.stored_bytes:
                 self.store.put(where, *_pack(batch))
         else:
             batch = _unpack(*found, device=self.mlm.device if self.to is None else self.to)
@@ -249,6 +254,10 @@ class FeatureExtractor:
         self._held += _bytes(batch)
         while self._held > self.memory_bytes and len(self._memory) > 1:
             self._held -= _bytes(self._memory.popitem(last=False)[1])
+
+
+def _share_of_memory() -> int:
+    return psutil.virtual_memory().available // (3 * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def _identity(model: MLM | Encoder | None) -> list[str] | None:

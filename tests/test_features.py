@@ -170,6 +170,21 @@ def test_store_and_memory_give_the_same_bytes(tmp_path):
     assert len(list(tmp_path.rglob("*.safetensors"))) == 2 * stored  # other options, other shards
 
 
+def test_large_batches_are_not_kept_on_disk(tmp_path):
+    items = [("a", Image.fromarray(np.zeros((32, 32, 3), np.uint8)))]
+    for limit, files in ((2**26, 1), (100, 0)):
+        store = Store(tmp_path / str(limit))
+        FeatureExtractor(tiny_pocket(), store=store, stored_bytes=limit).images(items)
+        assert len([*store.root.rglob("*.safetensors")]) == files
+
+
+def test_processes_of_one_machine_share_its_memory(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    quarter = FeatureExtractor(tiny_pocket()).memory_bytes
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert 3 < FeatureExtractor(tiny_pocket()).memory_bytes / quarter < 5
+
+
 def test_the_fingerprint_names_what_features_depend_on(pocket):
     mlm = pocket.mlm
     prints = {
@@ -321,3 +336,4 @@ def test_saliency_leaves_the_model_as_it_was_after_an_error(monkeypatch):
     with pytest.raises(RuntimeError, match="stopped"):
         prompt_saliency(mlm, picture())
     assert mlm.attention == "sdpa"
+
