@@ -33,28 +33,39 @@ from kvutils.saliency import QUESTION, prompt_saliency
 from kvutils.store import Store, to_json
 from kvutils.text_alignment import SiglipText, TextAlignment
 
+STACK_BYTES = 2**31  # of features, in float32, that a task computes with at once
 Item = tuple[str, Image.Image]  # image id (for errors) and upright RGB image
 
 
 @dataclass(frozen=True, eq=False)
 class ImageFeatures:
-    """One image: the full grid of its finest view, no newlines, no padding; features: source -> (N, C)."""
+    """One image: the full grid of its finest view, no newlines, no padding; features: source -> (N, C).
+
+    device: where stacks are made, so that a GPU computes with features that the main memory holds."""
 
     layout: TokenLayout
     features: dict[str, torch.Tensor]
+    device: torch.device | None = None
 
     def stack(self, sources: Sequence[str]) -> torch.Tensor:
-        """(S, N, C) float32 of sources with the same number of channels."""
-        return torch.stack([self.features[source] for source in sources]).float()
+        """(S, N, C) float32 of sources with the same number of channels, on `device`."""
+        return torch.stack([self.features[source] for source in sources]).to(self.device).float()
 
-    def by_width(self, sources: Iterable[str]) -> list[list[str]]:
-        """The sources in groups of equal C, each of which can be stacked; order is kept within a group."""
+    def by_width(self, sources: Iterable[str], rows: int = 0) -> list[list[str]]:
+        """The sources in groups of equal C, each of which can be stacked; order is kept within a group.
+
+        rows: tokens, of all images together, that will be stacked per source; a group has at most `STACK_BYTES` then.
+        """
         groups: dict[int, list[str]] = {}
         for source in sources:
             if source not in self.features:
                 raise ParameterError(f"no source {source!r}; there are {', '.join(self.features)}")
             groups.setdefault(self.features[source].shape[-1], []).append(source)
-        return list(groups.values())
+        portions = []
+        for width, names in groups.items():
+            most = max(1, STACK_BYTES // (4 * width * max(rows, 1)))
+            portions += [names[i : i + most] for i in range(0, len(names), most)]
+        return portions
 
 
 def image_tokens(layout: TokenLayout) -> np.ndarray:
@@ -180,7 +191,7 @@ class FeatureExtractor:
             if self.store and _bytes(batch) <= self.stored_bytes:
                 self.store.put(where, *_pack(batch))
         else:
-            batch = _unpack(*found, device=self.mlm.device if self.to is None else self.to)
+            batch = _unpack(*found, self.mlm.device if self.to is None else self.to, self.mlm.device)
         self._remember(key, batch)
         return batch
 
@@ -247,7 +258,7 @@ class FeatureExtractor:
                     f"image {item[0]}: the features of {source} are not finite in half precision (largest "
                     f"{features[source].abs().max():.3g}); leave this source's layer out"
                 )
-        return ImageFeatures(grid.layout, rounded)
+        return ImageFeatures(grid.layout, rounded, self.mlm.device)
 
     def _remember(self, key: str, batch: list[ImageFeatures]) -> None:
         self._memory[key] = batch
@@ -286,13 +297,13 @@ def _pack(batch: list[ImageFeatures]) -> tuple[dict, dict]:
     return tensors, {"image_sizes": sizes, "grids": grids, "sources": list(batch[0].features)}
 
 
-def _unpack(tensors: dict, meta: dict, device: str | torch.device) -> list[ImageFeatures]:
+def _unpack(tensors: dict, meta: dict, to: str | torch.device, device: torch.device) -> list[ImageFeatures]:
     batch = []
     for i, (size, grids) in enumerate(zip(meta["image_sizes"], meta["grids"], strict=True)):
         arrays = {name: tensors[f"{i}/layout/{name}"] for name in _ARRAYS}
         layout = TokenLayout(
             **arrays, image_size=tuple(size), grids={name: tuple(grid) for name, grid in grids.items()}
         )
-        features = {source: tensors[f"{i}/{source}"].to(device) for source in meta["sources"]}
-        batch.append(ImageFeatures(layout, features))
+        features = {source: tensors[f"{i}/{source}"].to(to) for source in meta["sources"]}
+        batch.append(ImageFeatures(layout, features, device))
     return batch

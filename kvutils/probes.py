@@ -89,6 +89,11 @@ class LinearProbe:
         return self
 
 
+def join_probes(probes: list[LinearProbe]) -> LinearProbe:
+    """Probes of several groups of sources as one, in their order."""
+    return LinearProbe(*(torch.cat([getattr(probe, each.name) for probe in probes]) for each in fields(LinearProbe)))
+
+
 @torch.no_grad()
 def fit_linear_probe(X: Tensor, y: Tensor, num_classes: int = 2, strength: float = 1.0,
                      class_balanced: bool = True, sample_weight: Tensor | None = None, tol: float = 1e-3,

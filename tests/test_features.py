@@ -178,6 +178,17 @@ def test_large_batches_are_not_kept_on_disk(tmp_path):
         assert len([*store.root.rglob("*.safetensors")]) == files
 
 
+def test_stacks_are_kept_small(monkeypatch, pocket):
+    extractor = FeatureExtractor(tiny_pocket())
+    image = extractor.images([("a", Image.fromarray(np.zeros((32, 32, 3), np.uint8)))])[0]
+    width, names = image.features["value.0"].shape[1], [f"value.{layer}" for layer in range(5)]
+    assert image.by_width(names) == image.by_width(names, rows=100) == [names]
+    monkeypatch.setattr("kvutils.features.STACK_BYTES", 2 * 4 * width * 100)
+    assert image.by_width(names, rows=100) == [names[:2], names[2:4], names[4:]]
+    assert image.by_width(names, rows=10**9) == [[name] for name in names]
+    assert image.stack(names).device == extractor.mlm.device
+
+
 def test_processes_of_one_machine_share_its_memory(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     quarter = FeatureExtractor(tiny_pocket()).memory_bytes

@@ -8,7 +8,7 @@ from sklearn.preprocessing import StandardScaler
 
 from kvutils import probes
 from kvutils.errors import ParameterError
-from kvutils.probes import ConvergenceError, fit_linear_probe, otsu, shuffled_labels, text_similarity
+from kvutils.probes import ConvergenceError, fit_linear_probe, join_probes, otsu, shuffled_labels, text_similarity
 
 
 def make_episode(S, N, C, K=2, decay=0.5, signal=1.0, share=None, seed=0):
@@ -267,3 +267,11 @@ def test_otsu_is_the_best_split():
     for bad in ([], [1.0, float("nan")]):
         with pytest.raises(ParameterError, match="otsu"):
             otsu(bad)
+
+
+def test_probes_of_groups_of_sources_are_those_of_all_together():
+    generator = torch.Generator().manual_seed(0)
+    X, y = torch.randn(5, 60, 8, generator=generator), torch.randint(0, 3, (60,), generator=generator)
+    whole, joined = fit_linear_probe(X, y, 3), join_probes([fit_linear_probe(X[:2], y, 3), fit_linear_probe(X[2:], y, 3)])
+    torch.testing.assert_close(whole.logits(X), joined.logits(X), rtol=1e-4, atol=1e-5)
+    assert joined.converged.shape == (5,)

@@ -55,7 +55,7 @@ class ForegroundSegmentation(Task):
         known = labels >= 0
         shuffled = shuffled_labels(labels, sample_seed(sample.id), known)
         logits, converged = {}, {}
-        for names in query.by_width(extractor.sources):
+        for names in query.by_width(extractor.sources, rows=2 * len(labels)):  # the control stacks them again
             train = torch.cat([support.stack(names) for support in supports], dim=1)
             test = query.stack(names)
             controlled = [i for i, name in enumerate(names) if name.startswith("value.")]

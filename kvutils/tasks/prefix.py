@@ -21,7 +21,7 @@ from kvutils.features import FeatureExtractor, ImageFeatures, token_means
 from kvutils.maps import to_grid
 from kvutils.plots import encode_image
 from kvutils.prefixes import CONDITIONS, PrefixWriter
-from kvutils.probes import LinearProbe, fit_linear_probe, otsu
+from kvutils.probes import LinearProbe, fit_linear_probe, join_probes, otsu
 from kvutils.store import Parts, make_all, to_json
 from kvutils.tasks.base import ScoreTable
 from kvutils.tasks.counting import column_mean, sample_seed
@@ -149,10 +149,13 @@ class DomainPrefix(PrefixReadout):
                 names = ("background", *self.class_names)
                 raise DataError(f"no training token shows {', '.join(names[i] for i in absent)}; pass more training images")
             y = torch.from_numpy(labels)
-            features = torch.cat([_values(one, extractor.layers) for one in found], dim=1)
-            probe = fit_linear_probe(features, y.to(features.device), len(self.class_names) + 1, self.strength,
-                                     sample_weight=(y >= 0).to(features.device))  # fmt: skip
-            self._probes[condition] = probe.require_converged()
+            probes = []
+            for names in found[0].by_width([f"value.{layer}" for layer in extractor.layers], rows=len(labels)):
+                features = torch.cat([one.stack(names) for one in found], dim=1)
+                probe = fit_linear_probe(features, y.to(features.device), len(self.class_names) + 1, self.strength,
+                                         sample_weight=(y >= 0).to(features.device))  # fmt: skip
+                probes.append(probe.require_converged())
+            self._probes[condition] = join_probes(probes)
 
     def score(self, sample: LabelledImage, values: torch.Tensor, image: ImageFeatures, condition: str) -> list[tuple[float, ...]]:
         if self.readout == "text":

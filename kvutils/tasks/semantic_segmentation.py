@@ -91,7 +91,7 @@ class SemanticSegmentationProbe(SemanticSegmentation):
                 f"no training token shows {', '.join(names[i] for i in absent)}; pass more training images"
             )
         self._probes = []
-        for names in images[0].by_width(extractor.sources):
+        for names in images[0].by_width(extractor.sources, rows=len(labels)):
             values = [name for name in names if name.startswith("value.")]
             for group, y, prefix in (
                 (names, labels, ""),

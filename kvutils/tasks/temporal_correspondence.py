@@ -63,7 +63,7 @@ class TemporalCorrespondence(Task):
         options = {"n_last": self.n_last, "radius": self.radius, "topk": self.topk, "rule": self.rule}
         copied = np.concatenate(davis_sequence(copy_first_mask(first, len(frames)), sample.masks))
         scores = {COPY_FIRST: [copied, copied]}
-        for names in frames[0].by_width(extractor.sources):
+        for names in frames[0].by_width(extractor.sources, rows=rows * columns * len(frames)):
             stacked = torch.stack([frame.stack(names) for frame in frames], dim=1)  # (S, T, N, C)
             carried = propagate_labels(first, stacked, (rows, columns), **options)
             nearest = copy_labels(first, stacked, (rows, columns), self.rule)

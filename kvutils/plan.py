@@ -1,0 +1,223 @@
+"""What a run of the notebooks needs and what of it is there: `python -m kvutils.plan --model llava-onevision-7b`.
+
+Nothing is downloaded and no checkpoint is loaded. Hours come from a rehearsal on this machine if there was one (`make
+rehearse`), else from one decoder layer that is timed now; both count the model's work of `kvutils.workload`, and the
+second leaves out decoding of images, probes and statistics.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
+
+from kvutils.architectures import architecture
+from kvutils.datasets import CHOICE_DATA, FOLDERS, KEY_IMAGES, PREFIX_DATA, QUESTION_DATA, READING_DATA, TASK_DATA, open_dataset
+from kvutils.datasets.catalog import CATALOG
+from kvutils.errors import DataError, KVUtilsError
+from kvutils.models import ENCODERS, MODELS, ModelSpec, family_of, find_model, original_encoder, original_of
+from kvutils.notebook import PROFILES, cache_root
+from kvutils.processors import load_processor
+from kvutils.rehearse import Speed, stored_speed
+from kvutils.store import read_json
+from kvutils.workload import WORK, Costs, costs, decoder_rate
+
+NOTEBOOKS = ("01", "02", "03", "04", "05")
+GIB = 2**30
+_WITHOUT_TWIN = ("04",)  # notebooks that load one model only
+
+
+def data_of(notebook: str, profile: str) -> list[str]:
+    """The data sets that a notebook (by its number) reads in a profile."""
+    sets = {"01": TASK_DATA[profile].values(), "03": [KEY_IMAGES[profile], *QUESTION_DATA[profile].values()],
+            "04": PREFIX_DATA[profile].values(), "05": [CHOICE_DATA[profile]]}  # fmt: skip
+    sets["02"] = sets["01"]
+    more = [READING_DATA[profile]] if notebook == "03" and profile in READING_DATA else []
+    return [*dict.fromkeys([*sets[notebook], *more])]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is missing of a data set or model ("" where nothing is), as a whole message, and the gigabytes to download."""
+
+    name: str
+    problem: str
+    gigabytes: float = 0.0
+
+    @property
+    def reason(self) -> str:
+        return self.problem.splitlines()[0] if self.problem else ""
+
+
+def look_for_data(names: Sequence[str], options: Mapping[str, Mapping] | None = None) -> dict[str, Found]:
+    """Whether each data set opens; its loader looks for every file that it will read."""
+    found = {}
+    for name in names:
+        try:
+            open_dataset(name, **(options or {}).get(name, {}))
+            found[name] = Found(name, "")
+        except DataError as error:
+            found[name] = Found(name, str(error), CATALOG[FOLDERS.get(name, name)].gigabytes)
+    return found
+
+
+def look_for_model(spec: ModelSpec) -> Found:
+    """Whether a checkpoint is on this machine, or can be fetched."""
+    if Path(spec.source).is_dir():
+        return Found(spec.name, "")
+    config = try_to_load_from_cache(spec.source, "config.json", revision=spec.revision or None)
+    if isinstance(config, str) and _weights_beside(Path(config)):
+        return Found(spec.name, "")
+    if constants.HF_HUB_OFFLINE:
+        return Found(spec.name, f"{spec.source} is not in the local cache, and HF_HUB_OFFLINE is set")
+    try:
+        info = HfApi().model_info(spec.source, revision=spec.revision or None, timeout=10, files_metadata=True)
+    except (OSError, HfHubHTTPError, ValueError) as error:
+        return Found(spec.name, f"{spec.source} is not in the local cache, and the hub does not answer ({_first(error)})")
+    size = sum(file.size or 0 for file in info.siblings or () if file.rfilename.endswith(".safetensors"))
+    return Found(spec.name, "", size / 1e9)  # comes by itself when it is loaded
+
+
+def _weights_beside(config: Path) -> bool:
+    index = config.with_name("model.safetensors.index.json")
+    names = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    return all(config.with_name(name).is_file() for name in names)
+
+
+def _first(error: Exception) -> str:
+    return str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+
+
+def check_ready(profile: str, model: str, notebooks: Sequence[str], options: Mapping[str, Mapping] | None = None) -> None:
+    """Raises DataError, one screen of what is missing and how to get it, unless every notebook can run to its end."""
+    wanted = {number: data_of(number, profile) for number in notebooks}
+    data = look_for_data([*dict.fromkeys(name for names in wanted.values() for name in names)], options)
+    models = [look_for_model(find_model(model))]
+    models += [look_for_model(ENCODERS[original_encoder(model)])] if set(notebooks) - {"03", "04"} else []
+    missing = [each for each in (*models, *data.values()) if each.problem]
+    if not missing:
+        return
+    if len(missing) == 1:
+        raise DataError(f"Nothing was started.\n{missing[0].problem}")
+    lines = ["Nothing was started: this is missing.", ""]
+    lines += [f"  model     {each.reason}" for each in models if each.problem]
+    if any(each.problem for each in models):
+        lines += ["            with network it comes by itself; without, `hf download <id>` elsewhere and copy HF_HOME", ""]
+    folders = dict.fromkeys(FOLDERS.get(name, name) for name, each in data.items() if each.problem)
+    if folders and not os.environ.get("KVUTILS_DATA"):
+        lines += ["  data      KVUTILS_DATA is not set: export KVUTILS_DATA=/a/folder/with/space", ""]
+    for name in folders:
+        about = CATALOG[name]
+        lines.append(f"  {name:<12}{about.gigabytes:5.2f} GB  {'free' if not about.steps else 'steps to take':<14} {about.licence}")
+    if folders:
+        lines += ["", f'  make data DATASETS="{" ".join(folders)}"', "    fetches what is free and says what to do for the rest"]
+    ready = [n for n in notebooks if not any(data[name].problem for name in wanted[n]) and not any(m.problem for m in models)]
+    if ready:
+        lines += ["", f'  What can run now:  make replicate PROFILE={profile} MODEL={model} NOTEBOOKS="{" ".join(ready)}"']
+    lines += ["", f"  make plan PROFILE={profile} MODEL={model}    the same with gigabytes, memory and hours per notebook",
+              "  make replicate                        the pocket profile: no data, no network, minutes"]  # fmt: skip
+    raise DataError("\n".join(lines))
+
+
+def speed_here(model: str, price: Costs, config) -> Speed:
+    """Measured by a rehearsal on this device, or from one layer timed now."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if (stored := stored_speed(model, device)) is not None:
+        return stored
+    dtype, tokens = (torch.bfloat16, price.tokens) if device.type == "cuda" else (torch.float32, 128)
+    return Speed.from_rate(decoder_rate(config, device, dtype, tokens), price, "one decoder layer, timed now")
+
+
+def device_name() -> str:
+    if torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
+        memory = torch.cuda.get_device_properties(0).total_memory / GIB
+        return f"{gpus} x {torch.cuda.get_device_name(0)}, {memory:.0f} GiB"
+    return f"CPU ({platform.machine()}, {os.cpu_count()} cores); no CUDA device"
+
+
+def memory_needed(price: Costs, notebook: str, siglip: bool = True) -> float:
+    """GiB of a GPU: weights in bfloat16 (twice, with the control of random weights) and a batch in flight."""
+    weights = 2 * price.weights * (1 if notebook in _WITHOUT_TWIN else 2) + (0.9e9 if siglip and notebook != "03" else 0)
+    batch = 8 * price.tokens * 2 * 3 * 20_000  # three of the widest states of the decoder, and the tower's alike
+    return (weights + batch) / GIB
+
+
+def table(profile: str, model: str, notebooks: Sequence[str] = NOTEBOOKS, options: Mapping[str, Mapping] | None = None) -> str:
+    """The plan as text."""
+    spec = find_model(model)
+    data = look_for_data([*dict.fromkeys(name for n in notebooks for name in data_of(n, profile))], options)
+    found = [look_for_model(spec), look_for_model(ENCODERS[original_encoder(model)])]
+    lines = [f"make replicate PROFILE={profile} MODEL={model}", "", f"device   {device_name()}, "
+             f"{psutil.virtual_memory().total / GIB:.0f} GiB of main memory"]  # fmt: skip
+    for each in found:
+        state = each.reason or ("there" if not each.gigabytes else f"{each.gigabytes:.1f} GB to download, by itself")
+        lines.append(f"model    {each.name}: {state}")
+    price, speed = None, None
+    try:
+        original = original_of(spec)
+        config, processor = architecture(original) if original else (family_of(spec)[1], load_processor(spec.source, family_of(spec)[0]))
+        price = costs(config, processor)
+        speed = speed_here(model, price, config)
+        lines.append(f"speed    {speed.about}; an image of 640 x 480 has {price.tokens:,} tokens and takes {speed.read:.3g} s")
+    except (KVUtilsError, OSError, ValueError) as error:
+        lines.append(f"speed    not known before the configuration of {model} is there ({_first(error)})")
+    lines += ["", f"{'':<10}{'data present':<30}{'missing':<34}{'GB to get':>10}{'GPU GiB':>9}{'PFLOP':>8}{'hours here':>12}  can run now"]
+    for number in notebooks:
+        names = data_of(number, profile)
+        absent = [name for name in names if data[name].problem]
+        folders = {FOLDERS.get(name, name) for name in absent}
+        gigabytes = sum(CATALOG[name].gigabytes for name in folders)
+        works = [work for work in WORK if work.notebook == number]
+        cost = [f"{memory_needed(price, number):.0f}", f"{sum(map(price.of, works)) / 1e15:,.0f}",
+                f"{sum(map(speed.seconds, works)) / 3600:,.1f}"] if price and speed else ["?"] * 3  # fmt: skip
+        can = "no: " + (found[0].reason and "model" or "data") if absent or found[0].problem else "yes"
+        rows = zip(_wrapped([n for n in names if n not in absent]), _wrapped(absent), strict=True)
+        for line, (there, not_there) in enumerate(rows):
+            if line == 0:
+                lines.append(f"{number:<10}{there:<30}{not_there:<34}{gigabytes:>10.1f}{cost[0]:>9}{cost[1]:>8}{cost[2]:>12}  {can}")
+            elif there or not_there:
+                lines.append(f"{'':<10}{there:<30}{not_there:<34}")
+    lines += ["", "Notebook 02 reads what 01 has stored. PFLOP: 10^15 operations of the model; hours: on this device, alone."]
+    lacking = dict.fromkeys(FOLDERS.get(name, name) for name, each in data.items() if each.problem)
+    if lacking:
+        lines += [f'Next:  make data DATASETS="{" ".join(lacking)}"' + ("" if os.environ.get("KVUTILS_DATA") else
+                  "     (after export KVUTILS_DATA=/a/folder/with/space)")]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _wrapped(names: Sequence[str], width: int = 32, lines: int = 8) -> list[str]:
+    """Names in at most `lines` lines, two to a line where they fit."""
+    out = [""]
+    for name in names:
+        if out[-1] and len(out[-1]) + len(name) + 1 > width - 4:
+            out.append("")
+        out[-1] = f"{out[-1]} {name}".strip()
+    return out + [""] * (lines - len(out))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m kvutils.plan", description="What a run needs, and what of it is there.")
+    parser.add_argument("--profile", default="paper", choices=[name for name in PROFILES if name != "pocket"])
+    parser.add_argument("--model", default="llava-onevision-7b", help=f"{', '.join(MODELS)}, a folder or a hub id")
+    parser.add_argument("--notebooks", nargs="+", default=list(NOTEBOOKS), choices=NOTEBOOKS)
+    chosen = parser.parse_args(arguments)
+    try:
+        print(table(chosen.profile, chosen.model, chosen.notebooks))
+        return 0
+    except KVUtilsError as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
