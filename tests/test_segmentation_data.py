@@ -1,4 +1,4 @@
-"""Pascal-5i, MSRC, ImageNet-S and COCO: official layouts, their traps, what is missing, and the tasks that read them."""
+"""Pascal-5i, MSRC, ImageNet-S and COCO: official layouts, their traps, missing files, the tasks that read them."""
 
 import io
 import json
@@ -181,7 +181,7 @@ def test_pascal_says_what_is_missing_or_wrong(pascal):
     with pytest.raises(DataError, match="000001.png: expected 96x72 pixels .*found 96x70"):
         _ = opened()[0].query.mask
     save(masks / "2007_000001.png", labels(3))
-    with pytest.raises(DataError, match=r"000001.png: its list says that it shows class 2 \(bicycle\), found only 0, 3"):
+    with pytest.raises(DataError, match=r"000001.png: its list says .* class 2 \(bicycle\), found only 0, 3"):
         _ = opened()[0].query.mask
     save(masks / "2007_000001.png", labels(21))
     with pytest.raises(DataError, match="000001.png: expected classes 0..20 and 255 .*found 21"):
@@ -211,7 +211,7 @@ def test_pascal_says_what_is_missing_or_wrong(pascal):
     with pytest.raises(DataError, match="no Parquet copy on the hub"):
         open_dataset("pascal-5i", "hub")
     shutil.rmtree(pascal / "VOC2012")
-    with pytest.raises(DataError, match="there is no folder .*JPEGImages(.|\n)*expected\n.*SegmentationClass"):
+    with pytest.raises(DataError, match="(?s)there is no folder .*JPEGImages.*expected.*SegmentationClass"):
         opened(folds=(0,))
 
 
@@ -358,7 +358,8 @@ def test_clusters_of_msrc(msrc_root, extractor):
 
 @needs_samples
 def test_the_sample_msrc_folder():
-    groups = open_dataset("msrc", Path(SAMPLES) / "msrc_synthetic", classes=("cow", "car", "plane", "sheep"), images=1)
+    root = Path(SAMPLES) / "msrc_synthetic"
+    groups = open_dataset("msrc", root, classes=("cow", "car", "plane", "sheep"), images=1)
     assert [one.id for g in groups for one in g.images] == ["5_1_s", "7_1_s", "4_1_s", "9_1_s"]
     assert all(values(one.mask) == {0, 1, VOID} and one.mask.shape == (60, 80) for g in groups for one in g.images)
 
@@ -415,7 +416,9 @@ def test_imagenet_s_takes_the_class_of_the_folder(imagenet):
         open_dataset("imagenet-s", imagenet)
 
 
-@pytest.mark.parametrize(("number", "colour"), [(1, (1, 0, 0)), (255, (255, 0, 0)), (256, (0, 1, 0)), (919, (151, 3, 0))])
+@pytest.mark.parametrize(
+    ("number", "colour"), [(1, (1, 0, 0)), (255, (255, 0, 0)), (256, (0, 1, 0)), (919, (151, 3, 0))]
+)
 def test_class_ids_beyond_a_byte(tmp_path, number, colour):
     save(tmp_path / "a.png", np.full((4, 4, 3), colour), "RGB")
     save(tmp_path / "b.png", np.full((4, 4, 3), (232, 3, 0)), "RGB")  # 1000
@@ -643,12 +646,12 @@ def coco_parquet(folder, numbers=(632, 139, min(POPE_IMAGES), 285), box=(24.2, 1
         rows.append({"image_id": number, "image": {"bytes": stream.getvalue(), "path": None},
                      "width": 96, "height": 72, "objects": found})  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
+    numbers_of = datasets.List(datasets.Value("int64"))
     features = datasets.Features({
         "image_id": datasets.Value("int64"), "image": datasets.Image(), "width": datasets.Value("int64"),
         "height": datasets.Value("int64"),
-        "objects": {"bbox_id": datasets.List(datasets.Value("int64")), "category": datasets.List(datasets.Value("int64")),
-                    "bbox": datasets.List(datasets.List(datasets.Value("float32"))),
-                    "area": datasets.List(datasets.Value("int64"))},
+        "objects": {"bbox_id": numbers_of, "category": numbers_of, "area": numbers_of,
+                    "bbox": datasets.List(datasets.List(datasets.Value("float32")))},
     })  # fmt: skip
     path = folder / "val-00000-of-00001-0123456789abcdef.parquet"
     datasets.disable_progress_bars()
@@ -723,8 +726,8 @@ def test_a_real_coco_image_and_the_images_of_pope(tmp_path):
 
 def test_the_paper_profile_has_these_sets(tmp_path):
     """A folder with nothing in it is refused, with where to get the data, by every loader here."""
-    used = {TASK_DATA["paper"][task] for task in ("foreground_segmentation", "co_segmentation", "semantic_segmentation",
-                                                  "semantic_segmentation_probe")}  # fmt: skip
+    tasks = ("foreground_segmentation", "co_segmentation", "semantic_segmentation", "semantic_segmentation_probe")
+    used = {TASK_DATA["paper"][task] for task in tasks}
     assert used == {"pascal-5i", "msrc", "imagenet-s", "imagenet-s-train"}
     for name in (*used, "coco"):
         with pytest.raises(DataError, match="(?s)get it.*licence.*expected"):

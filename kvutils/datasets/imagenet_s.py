@@ -4,12 +4,12 @@
     ImageNetS50/validation-segmentation/n01443537/ILSVRC2012_val_00004677.png ...
     ImageNetS50/train-semi/n01443537/n01443537_23292.JPEG ...              ten images per class, for a probe
     ImageNetS50/train-semi-segmentation/n01443537/n01443537_23292.png ...
-    data/categories/ImageNetS_categories_im50.txt     folder `data` of github.com/LUSSeg/ImageNet-S: class ids,
+    data/categories/ImageNetS_categories_im50.txt     folder data of github.com/LUSSeg/ImageNet-S: class ids,
     data/names/ImageNetS_im50_validation.txt          which images (or data/mapping/..._mapping_validation.txt),
     data/names/ImageNetSemi_im50_train.txt            which training images,
     data/data.py                                      class names (read as text, never run)
 
-Masks are RGB images: class id = R + 256 G, which is 1 for the first of the sorted categories; 0 is everything else and
+Masks are RGB images: class id = R + 256 G, 1 for the first of the sorted categories; 0 is everything else and
 1000 is ignored. The images themselves may also stay where ImageNet has them (folder `imagenet`, or `imagenet=`): the
 official lists say which they are. ILSVRC/imagenet-1k on the Hugging Face hub is not read: its columns are image and
 label, and the lists go by file name.
@@ -93,7 +93,7 @@ def imagenet_s_training(
     lists = _lists(Path(root), variant)
     wnids = read_categories(lists, variant)
     if len(wnids) >= VOID:
-        raise ParameterError(f"a label map holds fewer than {VOID} classes ({VOID} is void), not {variant}: variant=50")
+        raise ParameterError(f"a label map holds fewer than {VOID} classes ({VOID}: void), not {variant}: variant=50")
     if per_class < 1:
         raise ParameterError(f"per_class must be at least 1, not {per_class}")
     path = lists / "names" / f"ImageNetSemi_im{variant}_train.txt"
