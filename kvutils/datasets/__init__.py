@@ -8,7 +8,19 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-from kvutils.datasets import davis, mme, pocket, pocket_blink, pocket_kinds, pocket_questions, pope
+from kvutils.datasets import (
+    coco,
+    davis,
+    imagenet_s,
+    mme,
+    msrc,
+    pascal5i,
+    pocket,
+    pocket_blink,
+    pocket_kinds,
+    pocket_questions,
+    pope,
+)
 from kvutils.datasets.catalog import CATALOG, data_root, missing_data
 from kvutils.datasets.hub import HUB
 from kvutils.errors import DataError
@@ -31,6 +43,11 @@ _GENERATED: dict[str, Callable[..., Iterable]] = {
     "pocket-questions": pocket_kinds.questions_of_every_kind,
 }
 _ON_DISK: dict[str, Callable[..., Iterable]] = {
+    "pascal-5i": pascal5i.pascal5i_episodes,
+    "msrc": msrc.msrc_groups,
+    "imagenet-s": imagenet_s.imagenet_s_masks,
+    "imagenet-s-train": imagenet_s.imagenet_s_training,
+    "coco": coco.coco_images,
     "davis-2017": davis.davis_clips,
     "pope": pope.pope_questions,
     "mme": mme.mme_questions,
@@ -70,6 +87,7 @@ KEY_IMAGES: dict[str, str] = {"paper": "coco", "pocket": "pocket-coco"}
 # data set -> the names of its classes 1, 2, ...: given, or read from the data set with its loader's options
 _CLASS_NAMES: dict[str, tuple[str, ...] | Callable[..., Sequence[str]]] = {
     "pocket-imagenet-s-train": pocket.CLASS_NAMES,
+    "imagenet-s-train": imagenet_s.class_names,
     "pocket-bdd-10k-train": pocket.CLASS_NAMES,
 }
 

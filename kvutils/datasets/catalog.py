@@ -52,7 +52,7 @@ CATALOG: dict[str, About] = {
             "images from flickr under its terms, for research", "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/",
             """\
 pascal-5i/VOC2012/JPEGImages/2007_000129.jpg ...
-pascal-5i/VOC2012/SegmentationClassAug/2007_000129.png ...   (or SegmentationClass)
+pascal-5i/VOC2012/SegmentationClass/2007_000129.png ...      (of the VOC archive, enough; or SegmentationClassAug)
 pascal-5i/splits/pascal/val/fold0.txt ... fold3.txt          (HSNet's data/splits)""",
         ),
         About(
@@ -68,7 +68,9 @@ msrc/MSRC_ObjCategImageDatabase_v2/GroundTruth/5_1_s_GT.bmp ...""",
 imagenet-s/ImageNetS50/validation/n01443537/ILSVRC2012_val_00000236.JPEG ...
 imagenet-s/ImageNetS50/validation-segmentation/n01443537/ILSVRC2012_val_00000236.png ...
 imagenet-s/ImageNetS50/train-semi/..., train-semi-segmentation/...   (for the supervised probe)
-imagenet-s/categories/ImageNetS_categories_im50.txt, imagenet-s/names/ImageNetS_im50_names.txt""",
+imagenet-s/data/categories/ImageNetS_categories_im50.txt, data/names/ImageNetS_im50_validation.txt,
+imagenet-s/data/names/ImageNetSemi_im50_train.txt, data/data.py   (the repository's folder data)
+imagenet-s/imagenet/val/ILSVRC2012_val_00000236.JPEG ...          (instead of the images above: ImageNet's own)""",
         ),
         About(
             "refcoco", "RefCOCO (UNC)", 0.1, "annotations Apache-2.0 / CC BY 4.0, images under their flickr licences",
@@ -95,7 +97,7 @@ davis-2017/DAVIS/Annotations/480p/bike-packing/00000.png ...
 davis-2017/DAVIS/ImageSets/2017/val.txt""",
         ),
         About(
-            "coco", "COCO images", 1.0, "images under their flickr licences, annotations CC BY 4.0", "https://cocodataset.org",
+            "coco", "COCO images", 1.24, "images under their flickr licences, annotations CC BY 4.0", "https://cocodataset.org",
             """\
 coco/val2017/000000000139.jpg ...
 coco/annotations/instances_val2017.json""",

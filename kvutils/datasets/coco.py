@@ -1,0 +1,186 @@
+"""COCO val2017: images as they come, with what is annotated as foreground, for statistics of the image keys.
+
+    val2017/000000000139.jpg ...
+    annotations/instances_val2017.json
+
+or a Parquet copy of detection-datasets/coco on the Hugging Face hub (split val; columns image_id, image, width,
+height, objects with bbox as x_min, y_min, x_max, y_max). That copy has boxes but no masks, and does not tell crowds
+apart: its foreground is coarse, the inside of the boxes. The images are the same.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from kvutils.datasets.catalog import missing_data
+from kvutils.datasets.coco_masks import segmentation_mask
+from kvutils.datasets.hub import HUB, holds_parquet, open_rows, picture_at, picture_of
+from kvutils.datasets.masks import upright_labels
+from kvutils.datasets.pope_images import POPE_IMAGES
+from kvutils.datasets.samples import VOID, LabelledImage
+from kvutils.errors import DataError, ParameterError
+from kvutils.images import open_image
+
+log = logging.getLogger(__name__)
+
+IMAGES = 5000  # of val2017
+_COLUMNS = ("image_id", "width", "height", "objects")
+
+
+def coco_images(root: str | Path, count: int = 1000, annotated: bool = True) -> list[LabelledImage]:
+    """`count` images with label maps: 1 any annotated object, `VOID` in crowds, 0 background.
+
+    The paper takes 1,000 COCO images and does not say which. Here they are those of val2017 with the lowest numbers,
+    without the images that POPE asks about (`POPE_IMAGES`), in the order of their numbers: a number says nothing of
+    the content, a larger set begins with the smaller one, and disk and hub give the same images. annotated=False
+    needs no annotations; masks are then `VOID` everywhere, and shares of foreground 0. From the hub (root="hub") the
+    rows are streamed, 0.8 GB, and the chosen pictures are kept in memory, encoded. Raises ParameterError, and
+    DataError for missing images or annotations before anything is opened.
+    """
+    if count < 1:
+        raise ParameterError(f"count must be at least 1, not {count}")
+    if str(root) == HUB:
+        return _streamed(count, annotated)
+    root = Path(root)
+    folder = next((place for place in (root / "val2017", root / "images" / "val2017") if place.is_dir()), None)
+    if folder is None:
+        if holds_parquet(root):
+            return _from_parquet(root, count, annotated)
+        raise missing_data("coco", f"there is no folder {root / 'val2017'}")
+    return _from_json(root, folder, count) if annotated else _unannotated(folder, count)
+
+
+def _choose(numbers: Sequence[int], count: int, where: str) -> list[int]:
+    """The lowest `count` numbers that are not POPE's."""
+    chosen = sorted(set(numbers) - POPE_IMAGES)[:count]
+    if len(chosen) < count:
+        raise missing_data("coco", f"{count} images are wanted, and {where} has {len(chosen)} that POPE does not use")
+    return chosen
+
+
+# --- the official files -------------------------------------------------------------------------------------
+
+
+def _from_json(root: Path, folder: Path, count: int) -> list[LabelledImage]:
+    path = root / "annotations" / "instances_val2017.json"
+    if not path.is_file():
+        raise missing_data("coco", f"{path} is missing: it says where the objects are (annotated=False does without)")
+    images, objects = _read_annotations(path)
+    chosen = _choose(list(images), count, str(path))
+    pictures = {number: folder / images[number]["file_name"] for number in chosen}
+    lacking = [path.name for path in pictures.values() if not path.is_file()]
+    if lacking:
+        what = f"{len(lacking)} of the {count} images are missing in {folder}"
+        raise missing_data("coco", f"{what} (first: {lacking[0]})")
+    samples = []
+    for number, picture in pictures.items():
+        size = images[number]["height"], images[number]["width"]
+        mask = partial(_draw, objects[number], *size, picture)
+        samples.append(LabelledImage(f"{number:012d}", partial(open_image, picture), mask))
+    return samples
+
+
+def _read_annotations(path: Path) -> tuple[dict[int, dict], dict[int, list[dict]]]:
+    """The records of the images by number, and the objects of each."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as JSON ({error}); is the file complete?") from error
+    images: dict[int, dict] = {}
+    objects: dict[int, list[dict]] = defaultdict(list)
+    wanted = {"images": ("id", "file_name", "height", "width"), "annotations": ("id", "image_id", "segmentation")}
+    for kind, keys in wanted.items():
+        records = content.get(kind) if isinstance(content, dict) else None
+        if not isinstance(records, list):
+            raise DataError(f"{path}: expected COCO's instances with a list {kind!r}, found {type(records).__name__}")
+        for place, record in enumerate(records):
+            absent = [key for key in keys if not isinstance(record, dict) or key not in record]
+            if absent:
+                raise DataError(f"{path}: {kind}[{place}] lacks {', '.join(absent)}")
+            if kind == "images":
+                images[int(record["id"])] = record
+            else:
+                objects[int(record["image_id"])].append(record)
+    return images, objects
+
+
+def _draw(objects: Sequence[dict], height: int, width: int, picture: Path) -> np.ndarray:
+    """(H, W) uint8: crowds first, so that an object in a crowd stays an object."""
+    mask = np.zeros((height, width), np.uint8)
+    for one in sorted(objects, key=lambda one: not one.get("iscrowd", 0)):
+        try:
+            mask[segmentation_mask(one["segmentation"], height, width)] = VOID if one.get("iscrowd", 0) else 1
+        except (DataError, TypeError, ValueError, KeyError) as error:
+            raise DataError(f"{picture.name}: the segmentation of annotation {one['id']} is bad ({error})") from error
+    return upright_labels(mask, picture, f"the annotation of {picture.name}")
+
+
+def _unannotated(folder: Path, count: int) -> list[LabelledImage]:
+    pictures = {int(path.stem): path for path in folder.iterdir() if path.stem.isdigit()}
+    if len(pictures) != IMAGES:
+        log.warning("%s holds %d images, val2017 has %d: the lowest numbers may be others.",
+                    folder, len(pictures), IMAGES)  # fmt: skip
+    chosen = _choose(list(pictures), count, str(folder))
+    return [
+        LabelledImage(f"{number:012d}", opened := partial(open_image, pictures[number]), partial(_void, opened))
+        for number in chosen
+    ]
+
+
+def _void(picture: Callable[[], Image.Image]) -> np.ndarray:
+    width, height = picture().size
+    return np.full((height, width), VOID, np.uint8)
+
+
+# --- copies of the hub's data set ---------------------------------------------------------------------------
+
+
+def _from_parquet(root: Path, count: int, annotated: bool) -> list[LabelledImage]:
+    rows = open_rows("coco", root, "val", _COLUMNS, pictures=("image",))
+    places = {int(number): place for place, number in enumerate(rows["image_id"])}
+    records = rows.select_columns(list(_COLUMNS))  # without the pictures, which stay on disk
+    samples = []
+    for number in _choose(list(places), count, str(root)):
+        picture = picture_at(rows, places[number], "image", f"{number:012d}")
+        samples.append(_boxed(records[places[number]], picture, annotated))
+    return samples
+
+
+def _streamed(count: int, annotated: bool) -> list[LabelledImage]:
+    """Of rows in any order the lowest `count`; no more than these are kept at a time."""
+    rows = open_rows("coco", HUB, "val", _COLUMNS, pictures=("image",), streaming=True)
+    wanted = (row for row in rows if int(row["image_id"]) not in POPE_IMAGES)
+    kept = heapq.nsmallest(count, wanted, key=lambda row: int(row["image_id"]))
+    _choose([int(row["image_id"]) for row in kept], count, "the hub")
+    return [_boxed(row, picture_of(row["image"], f"{int(row['image_id']):012d}"), annotated) for row in kept]
+
+
+def _boxed(row: dict[str, Any], picture: Callable[[], Image.Image], annotated: bool) -> LabelledImage:
+    name, objects = f"{int(row['image_id']):012d}", row["objects"]
+    boxes = objects["bbox"] if isinstance(objects, dict) else [one["bbox"] for one in objects]
+    drawn = partial(_fill, boxes, row["height"], row["width"], picture, name)
+    return LabelledImage(name, picture, drawn if annotated else partial(_void, picture))
+
+
+def _fill(boxes: Sequence[Sequence[float]], height: int, width: int, picture: Callable, name: str) -> np.ndarray:
+    """(H, W) uint8: 1 inside the boxes."""
+    if picture().size != (width, height):
+        raise DataError(f"{name}: expected a picture of {width}x{height} pixels, found {picture().size}")
+    mask = np.zeros((height, width), np.uint8)
+    for box in boxes:
+        x0, y0, x1, y1 = box
+        if not (-1 <= x0 <= x1 <= width + 1 and -1 <= y0 <= y1 <= height + 1):
+            what = f"expected boxes x_min, y_min, x_max, y_max in {width}x{height} pixels"
+            raise DataError(f"{name}: {what}, found {box}")
+        mask[max(0, int(y0)) : int(np.ceil(y1)), max(0, int(x0)) : int(np.ceil(x1))] = 1
+    return mask
