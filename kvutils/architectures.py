@@ -29,7 +29,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from kvutils.errors import ModelError
-from kvutils.models import MLM, MODELS, ONEVISION, QWEN, Encoder, wrap_mlm
+from kvutils.models import MLM, MODELS, NEXT, ONEVISION, QWEN, Encoder, quiet_transformers, wrap_mlm
 from kvutils.processors import ImageOnlyLlavaOnevisionProcessor, ImageOnlyQwen2_5_VLProcessor, build_word_tokenizer
 
 # layers, query heads, key-value heads, head dimension, width of the MLP, vocabulary, tied word embeddings
@@ -66,14 +66,14 @@ def architecture(name: str, small: bool = False) -> tuple[PretrainedConfig, Any]
     text = {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
             "hidden_size": heads * head_dim, "intermediate_size": mlp, "vocab_size": vocabulary,
             "tie_word_embeddings": tied, "max_position_embeddings": 32768, "pad_token_id": 0}  # fmt: skip
-    build = {ONEVISION: _onevision, QWEN: _qwen}.get(MODELS[name].family, _next)
-    return build(text, head_dim, small)
+    with quiet_transformers():  # they miss the published vocabulary's special tokens
+        return _BUILD[MODELS[name].family](text, head_dim, small)
 
 
 def random_mlm(name: str, device: str | torch.device, dtype: torch.dtype, small: bool = False, seed: int = 0) -> MLM:
     """A model of the published architecture with random weights, ready for everything that takes an MLM."""
     config, processor = architecture(name, small)
-    with torch.random.fork_rng(devices=[]), torch.device(device):
+    with quiet_transformers(), torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed)
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     return wrap_mlm(model, processor, f"{name}, random{' and narrow' if small else ''}")
@@ -152,3 +152,6 @@ def _qwen(text: dict, head_dim: int, small: bool):
 
 def _rope(theta: float) -> dict:
     return {"rope_type": "default", "rope_theta": theta}
+
+
+_BUILD = {ONEVISION: _onevision, QWEN: _qwen, NEXT: _next}

@@ -190,8 +190,8 @@ def load_mlm(
     `seed` (control). Only safetensors are read. Raises ModelError also where `check_mlm` finds the model to be another
     than the code expects.
     """
-    spec = _spec(name, MODELS)
-    family, config = _family(name, spec)
+    spec = find_model(name)
+    family, config = read_family(name, spec)
     if attention not in ATTENTIONS:
         raise ParameterError(f"attention must be one of {', '.join(ATTENTIONS)}, not {attention!r}")
     if device_map is not None and (device is not None or untrained):
@@ -248,7 +248,7 @@ def load_encoder(
     name: str, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
 ) -> Encoder:
     """Load a SigLIP vision tower by its name in `ENCODERS`, a folder or a hub id."""
-    spec = _spec(name, ENCODERS)
+    spec = find_model(name, ENCODERS)
     device = _device(device)
     dtype = _dtype(dtype) or _default_dtype(spec, device)
     try:
@@ -261,11 +261,11 @@ def load_encoder(
     return Encoder(model.to(device).eval(), processor, spec.name, _revision(spec.source, config))
 
 
-def _spec(name: str, known: dict[str, ModelSpec]) -> ModelSpec:
-    """The specification of a name, folder or hub id; unknown names raise with the names that exist."""
+def find_model(name: str, known: dict[str, ModelSpec] = MODELS) -> ModelSpec:
+    """The specification of a name, folder or hub id; ModelError with the names that exist for an unknown one."""
     base, at, revision = name.partition("@")
     if at and not Path(name).is_dir():
-        spec = _spec(base, known)
+        spec = find_model(base, known)
         if Path(spec.source).is_dir() or not revision:
             raise ModelError(f"{name}: a revision is a commit of a model on the hub, given as name@commit or org/name@commit")
         return replace(spec, name=name if base not in known else spec.name, revision=revision)
@@ -286,7 +286,8 @@ def _spec(name: str, known: dict[str, ModelSpec]) -> ModelSpec:
     raise ModelError(f"unknown model {name!r}{hint}; expected one of {names}, a folder, or a hub id org/name")
 
 
-def _family(name: str, spec: ModelSpec):
+def read_family(name: str, spec: ModelSpec):
+    """(family, configuration) of a checkpoint; ModelError if it is not there or of another family."""
     try:
         config = AutoConfig.from_pretrained(**spec.where)
     except (OSError, ValueError) as error:

@@ -24,8 +24,8 @@ from kvutils.architectures import architecture
 from kvutils.datasets import CHOICE_DATA, FOLDERS, KEY_IMAGES, PREFIX_DATA, QUESTION_DATA, READING_DATA, TASK_DATA, open_dataset
 from kvutils.datasets.catalog import CATALOG
 from kvutils.errors import DataError, KVUtilsError
-from kvutils.models import ENCODERS, MODELS, ModelSpec, family_of, find_model, original_encoder, original_of
-from kvutils.notebook import PROFILES, cache_root
+from kvutils.models import ENCODERS, MODELS, ModelSpec, find_model, original_encoder, read_family
+from kvutils.notebook import PROFILES
 from kvutils.processors import load_processor
 from kvutils.rehearse import Speed, stored_speed
 from kvutils.store import read_json
@@ -137,6 +137,15 @@ def speed_here(model: str, price: Costs, config) -> Speed:
     return Speed.from_rate(decoder_rate(config, device, dtype, tokens), price, "one decoder layer, timed now")
 
 
+def _architecture(spec: ModelSpec) -> tuple:
+    """(configuration, processor) of a published model, or those of the checkpoint."""
+    published = [name for name, known in MODELS.items() if known.profile == "paper" and known.source == spec.source]
+    if published:
+        return architecture(published[0])
+    family, config = read_family(spec.name, spec)
+    return config, load_processor(spec.source, family, revision=spec.revision or None)
+
+
 def device_name() -> str:
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
@@ -164,8 +173,7 @@ def table(profile: str, model: str, notebooks: Sequence[str] = NOTEBOOKS, option
         lines.append(f"model    {each.name}: {state}")
     price, speed = None, None
     try:
-        original = original_of(spec)
-        config, processor = architecture(original) if original else (family_of(spec)[1], load_processor(spec.source, family_of(spec)[0]))
+        config, processor = _architecture(spec)
         price = costs(config, processor)
         speed = speed_here(model, price, config)
         lines.append(f"speed    {speed.about}; an image of 640 x 480 has {price.tokens:,} tokens and takes {speed.read:.3g} s")
