@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-from kvutils.datasets import davis, mme, pocket, pocket_blink, pocket_kinds, pocket_questions, pope
+from kvutils.datasets import (
+    bdd10k, blink, davis, mme, pocket, pocket_blink, pocket_kinds, pocket_questions, pope, refcoco, spair,
+)  # fmt: skip
 from kvutils.datasets.catalog import CATALOG, data_root, missing_data
 from kvutils.datasets.hub import HUB
 from kvutils.errors import DataError
@@ -34,6 +36,11 @@ _ON_DISK: dict[str, Callable[..., Iterable]] = {
     "davis-2017": davis.davis_clips,
     "pope": pope.pope_questions,
     "mme": mme.mme_questions,
+    "refcoco": refcoco.refcoco_masks,
+    "spair-71k": spair.spair_pairs,
+    "bdd-10k": bdd10k.bdd10k_images,
+    "bdd-10k-train": bdd10k.bdd10k_training,
+    "blink": blink.blink_items,
 }
 DATASETS = (*_GENERATED, *_ON_DISK)
 FOLDERS = {"imagenet-s-train": "imagenet-s", "bdd-10k-train": "bdd-10k"}  # where it is not the data set's name
@@ -71,6 +78,7 @@ KEY_IMAGES: dict[str, str] = {"paper": "coco", "pocket": "pocket-coco"}
 _CLASS_NAMES: dict[str, tuple[str, ...] | Callable[..., Sequence[str]]] = {
     "pocket-imagenet-s-train": pocket.CLASS_NAMES,
     "pocket-bdd-10k-train": pocket.CLASS_NAMES,
+    "bdd-10k-train": bdd10k.CLASS_NAMES,
 }
 
 
