@@ -4,13 +4,14 @@
     bdd100k/labels/sem_seg/masks/{train,val}/0004a4c0-d4dff0ad.png ...   one channel: 0..18 classes, 255 unknown
     bdd100k/labels/det_20/det_train.json, det_val.json                   or the labels of 2018, see `read_attributes`
 
-Label maps here are the file's number + 1, as 0 is background and BDD has none. The domain of an image is known only from
-the detection labels of the 100K images, which lack about 4,000 of these 10,000 (bdd100k issues 22 and 120); some labels
-are wrong (issue 20). Images of images/10k/test have no masks.
+Label maps here are the file's number + 1, as 0 is background and BDD has none. The domain of an image is known only
+from the detection labels of the 100K images, which lack about 4,000 of these 10,000 (bdd100k issues 22 and 120); some
+labels are wrong (issue 20). Images of images/10k/test have no masks.
 
-What the paper read as "night and highway" is not published further. Ours: every image of train and val that its labels
-call night and highway, and as control, so that there is a wrong domain to name, as many by day on a highway. Images whose
-names begin alike (one recording) go either to those that are scored or to those that a probe is fitted on.
+What the paper read as "night and highway" is not published further. Ours: every image of train and val that its
+labels call night and highway, and as control, so that there is a wrong domain to name, as many by day on a highway.
+Images whose names begin alike (one recording) go either to those that are scored or to those that a probe is fitted
+on.
 """
 
 from __future__ import annotations
@@ -33,12 +34,13 @@ from kvutils.images import open_image
 
 log = logging.getLogger(__name__)
 
-CLASS_NAMES = (  # of 1, 2, ...: the train ids of Cityscapes plus 1; "Semantic Segmentation" in BDD100K's doc/source/format.rst
-    "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain", "sky",
-    "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
+# Of the labels 1, 2, ...: Cityscapes' train ids plus 1; "Semantic Segmentation" in doc/source/format.rst of BDD100K.
+CLASS_NAMES = (
+    "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
+    "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
 )  # fmt: skip
-# The attributes of format.rst, and the word for each time of day: one token in most vocabularies, as prefixes of a wrong
-# domain must have as many tokens as the right one.
+# The attributes of format.rst, and the word for each time of day: one token in most vocabularies, as prefixes of a
+# wrong domain must have as many tokens as the right one.
 TIMES = {"daytime": "day", "night": "night", "dawn/dusk": "dusk"}
 SCENES = ("city street", "highway", "residential", "parking lot", "gas stations", "tunnel")
 DOMAINS = (("night", "highway"), ("daytime", "highway"))
@@ -59,21 +61,23 @@ def bdd10k_images(
 ) -> list[DomainImage]:
     """Images of the domains, by name; `domain` is in words, such as "night highway".
 
-    domains: (time of day, scene) as BDD spells them, "" for any scene. split: train, val or both, as few images of val are
-    at night on a highway. part: "scored", "training" (the other recordings, 40 % of them) or "all". balance: as many of
-    every domain as the first has. images: so many in all, evenly from the domains while they last, chosen by a hash of
-    their names. Raises ParameterError for options that do not exist, DataError for missing and malformed files and for a
-    domain without images.
+    domains: (time of day, scene) as BDD spells them, "" for any scene. split: train, val or both, as few images of
+    val are at night on a highway. part: "scored", "training" (the other recordings, 40 % of them) or "all". balance:
+    as many of every domain as the first has. images: so many in all, evenly from the domains while they last, chosen
+    by a hash of their names. Raises ParameterError for options that do not exist, DataError for missing and malformed
+    files and for a domain without images.
     """
     words = _check_domains(domains)
     splits = (split,) if isinstance(split, str) else tuple(split)
     if not splits or set(splits) - set(_SPLITS):
-        raise ParameterError(f"BDD-10K has masks for {' and '.join(_SPLITS)}, not for {', '.join(map(repr, splits)) or '()'}")
+        asked = ", ".join(map(repr, splits)) or "()"
+        raise ParameterError(f"BDD-10K has masks for {' and '.join(_SPLITS)}, not for {asked}")
     if part not in PARTS:
         raise ParameterError(f"part must be one of {', '.join(PARTS)}, not {part!r}")
     if images is not None and images < 1:
         raise ParameterError(f"images must be at least 1, not {images}")
-    home = next((place for place in (Path(root) / "bdd100k", Path(root)) if (place / "images" / "10k").is_dir()), None)
+    places = (Path(root) / "bdd100k", Path(root))
+    home = next((place for place in places if (place / "images" / "10k").is_dir()), None)
     if home is None:
         raise missing_data("bdd-10k", f"there is no {Path(root) / 'bdd100k' / 'images' / '10k'}")
     pictures = _pictures(home, splits)
@@ -82,12 +86,15 @@ def bdd10k_images(
         log.warning("BDD-10K: %d of %d images have no attributes in the detection labels and are left out",
                     len(pictures) - len(known), len(pictures))  # fmt: skip
     chosen = _choose(known, words, part, balance, images)
-    masks = {name: home / "labels" / "sem_seg" / "masks" / pictures[name].parent.name / f"{name}.png" for name in chosen}
+    folder = home / "labels" / "sem_seg" / "masks"
+    masks = {name: folder / pictures[name].parent.name / f"{name}.png" for name in chosen}
     missing = [path for path in masks.values() if not path.is_file()]
     if missing:
         raise missing_data("bdd-10k", f"{len(missing)} of {len(masks)} masks are missing (first: {missing[0]})")
     return [
-        DomainImage(name, partial(open_image, pictures[name]), partial(read_mask, masks[name], pictures[name]), chosen[name])
+        DomainImage(
+            name, partial(open_image, pictures[name]), partial(read_mask, masks[name], pictures[name]), chosen[name]
+        )
         for name in sorted(chosen)
     ]
 
@@ -109,12 +116,12 @@ def _check_domains(domains: Sequence[Sequence[str]]) -> dict[tuple[str, str], st
     for each in domains:
         pair = (each, "") if isinstance(each, str) else tuple(each)
         if len(pair) != 2 or pair[0] not in TIMES or pair[1] not in ("", *SCENES):
-            raise ParameterError(f"a domain is a time of day ({', '.join(TIMES)}) and a scene ({', '.join(SCENES)}, or '' for "
-                                 f"any), found {each!r}")  # fmt: skip
+            raise ParameterError(f"a domain is a time of day ({', '.join(TIMES)}) and a scene ({', '.join(SCENES)}, or "
+                                 f"'' for any), found {each!r}")  # fmt: skip
         words[pair] = f"{TIMES[pair[0]]} {pair[1]}".strip()
     overlap = [time for time, scene in words if scene and (time, "") in words]
     if not words or overlap:
-        raise ParameterError(f"domains must be at least one and must not overlap, found {[list(pair) for pair in words]}")
+        raise ParameterError(f"domains must be at least one and must not overlap, found {list(words)}")
     return words
 
 
@@ -134,8 +141,8 @@ def read_attributes(home: Path, names: set[str]) -> dict[str, dict]:
     """name -> {weather, scene, timeofday} of those images that the detection labels know, in any of three forms.
 
     labels/det_20/det_{train,val}.json, labels/bdd100k_labels_images_{train,val}.json: a list of {name, attributes};
-    labels/100k/{train,val}/<name>.json: one image per file. The split of an image in the 100K set may be another than in
-    the 10K set, so all are read. Raises DataError where there is none of them, or one is malformed.
+    labels/100k/{train,val}/<name>.json: one image per file. The split of an image in the 100K set may be another than
+    in the 10K set, so all are read. Raises DataError where there is none of them, or one is malformed.
     """
     labels = home / "labels"
     files = [labels / "det_20" / f"det_{split}.json" for split in _SPLITS]
@@ -191,9 +198,9 @@ def _choose(
             members[domain].append(name)
     empty = [domain for domain, mine in members.items() if not mine]
     if empty:
-        there = Counter(f"{each['timeofday']}, {each['scene']}" for each in known.values())
-        raise DataError(f"BDD-10K: no image ({part}) of {', '.join(empty)}; of all images with attributes there are "
-                        f"{'; '.join(f'{count} of {name}' for name, count in sorted(there.items())) or 'none'}")  # fmt: skip
+        counts = Counter(f"{each['timeofday']}, {each['scene']}" for each in known.values())
+        there = "; ".join(f"{count} of {name}" for name, count in sorted(counts.items())) or "none"
+        raise DataError(f"BDD-10K: no image ({part}) of {', '.join(empty)}; of all images with attributes there are {there}")
     if balance:
         size = len(next(iter(members.values())))
         members = {domain: mine[:size] for domain, mine in members.items()}
@@ -220,8 +227,8 @@ def read_mask(path: Path, picture: Path) -> np.ndarray:
         raise DataError(f"{path} is a {mode!r} image, not one of class numbers (one channel): is it a colormap?")
     strange = sorted(set(np.unique(numbers).tolist()) - set(range(len(CLASS_NAMES))) - {VOID})
     if strange:
-        raise DataError(f"{path} holds the numbers {', '.join(map(str, strange))}: expected 0..{len(CLASS_NAMES) - 1}, and "
-                        f"{VOID} for unknown; is it a colormap?")  # fmt: skip
+        raise DataError(f"{path} holds the numbers {', '.join(map(str, strange))}: expected 0..{len(CLASS_NAMES) - 1}, "
+                        f"and {VOID} for unknown; is it a colormap?")  # fmt: skip
     if numbers.shape != (height, width):
         raise DataError(f"{path} is {numbers.shape[1]}x{numbers.shape[0]}, but its picture {width}x{height}")
     return _LABEL[numbers]

@@ -2,11 +2,11 @@
 
     Art_Style/val-00000-of-00001.parquet, Visual_Similarity/val-00000-of-00001.parquet ...
 
-Columns: idx, question, image_1 ... image_4, choices, answer "(A)", prompt. The prompt is asked as BLINK's own evaluation
-asks it (zeyofu/BLINK_Benchmark, eval/test_benchmark.py): the column `prompt`, after a disclaimer in three subtasks.
-(There the disclaimer ends in a stray comma that makes it a tuple; the text is meant.) The answers of the test split are
-hidden. The questions about corresponding points paint their points into the images and give no coordinates, so notebook
-05 reads only the subtasks that compare whole images.
+Columns: idx, question, image_1 ... image_4, choices, answer "(A)", prompt. The prompt is asked as BLINK's own
+evaluation asks it (zeyofu/BLINK_Benchmark, eval/test_benchmark.py): the column `prompt`, after a disclaimer in three
+subtasks. (There the disclaimer ends in a stray comma that makes it a tuple; the text is meant.) The answers of the
+test split are hidden. The questions about corresponding points paint their points into the images and give no
+coordinates, so notebook 05 reads only the subtasks that compare whole images.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from kvutils.datasets.samples import MultipleChoice, Pictures
 from kvutils.errors import DataError, ParameterError
 
 SUBTASKS = (
-    "Art_Style", "Counting", "Forensic_Detection", "Functional_Correspondence", "IQ_Test", "Jigsaw", "Multi-view_Reasoning",
-    "Object_Localization", "Relative_Depth", "Relative_Reflectance", "Semantic_Correspondence", "Spatial_Relation",
-    "Visual_Correspondence", "Visual_Similarity",
+    "Art_Style", "Counting", "Forensic_Detection", "Functional_Correspondence", "IQ_Test", "Jigsaw",
+    "Multi-view_Reasoning", "Object_Localization", "Relative_Depth", "Relative_Reflectance",
+    "Semantic_Correspondence", "Spatial_Relation", "Visual_Correspondence", "Visual_Similarity",
 )  # fmt: skip
 READABLE = ("Art_Style", "Visual_Similarity")  # by `kvutils.value_readouts`, without points
 DISCLAIMER = (
@@ -56,11 +56,12 @@ def blink_items(
     named = (subtasks,) if isinstance(subtasks, str) else tuple(dict.fromkeys(subtasks))
     unknown = [name for name in named if name not in SUBTASKS]
     if unknown or not named:
-        raise ParameterError(f"no BLINK subtask {', '.join(map(repr, unknown)) or '()'}: expected some of {', '.join(SUBTASKS)}")
+        asked = ", ".join(map(repr, unknown)) or "()"
+        raise ParameterError(f"no BLINK subtask {asked}: expected some of {', '.join(SUBTASKS)}")
     if max_items is not None and max_items < 1:
         raise ParameterError(f"max_items must be at least 1, not {max_items}")
     if split == "test":
-        raise DataError("BLINK: the answers of the test split are hidden, so nothing can be scored on it; use split val")
+        raise DataError("BLINK: the answers of the test split are hidden, nothing can be scored on it; use split val")
     if split != "val":
         raise ParameterError(f"BLINK has no split {split!r}: expected val")
     if not holds_parquet(root):
@@ -107,7 +108,8 @@ def _image_counts(rows: Dataset, columns: Sequence[str], subtask: str) -> list[i
     for index, row in enumerate(zip(*there, strict=True)):
         if not row[0] or any(later and not earlier for earlier, later in zip(row, row[1:], strict=False)):
             found = ", ".join(name for name, each in zip(columns, row, strict=True) if each) or "none"
-            raise DataError(f"BLINK {subtask}, row {index}: images must fill image_1, image_2, ... in order, found {found}")
+            where = f"BLINK {subtask}, row {index}"
+            raise DataError(f"{where}: images must fill image_1, image_2, ... in order, found {found}")
         counts.append(sum(row))
     return counts
 

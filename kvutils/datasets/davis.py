@@ -31,15 +31,16 @@ def davis_clips(
     """Clips of a split (or the named `sequences`) in its order; `max_frames` keeps the first frames of each.
 
     root: the folder `DAVIS` or the one that holds it. That every frame has its annotation, and that the first of each
-    sequence is of DAVIS-2017 and marks an object, is checked at once; frames and the other annotations are read when they
-    are asked for. Raises DataError that names the missing or malformed file.
+    sequence is of DAVIS-2017 and marks an object, is checked at once; frames and the other annotations are read when
+    they are asked for. Raises DataError that names the missing or malformed file.
     """
     root = Path(root)
     if max_frames is not None and max_frames < 1:
         raise ParameterError(f"max_frames must be at least 1, not {max_frames}")
     home = next((folder for folder in (root / "DAVIS", root) if (folder / "JPEGImages").is_dir()), None)
     if home is None:
-        raise missing_data("davis-2017", f"no DAVIS data in {root}: expected {root / 'DAVIS' / 'JPEGImages' / resolution}")
+        expected = root / "DAVIS" / "JPEGImages" / resolution
+        raise missing_data("davis-2017", f"no DAVIS data in {root}: expected {expected}")
     names = _read_split(home, split) if sequences is None else list(sequences)
     return [open_clip(home, name, resolution, max_frames) for name in names]
 
@@ -47,7 +48,7 @@ def davis_clips(
 def _read_split(home: Path, split: str) -> list[str]:
     path = home / "ImageSets" / "2017" / f"{split}.txt"
     if not path.is_file():
-        raise missing_data("davis-2017", f"{path} is missing: it lists the sequences of the split {split!r}, one per line")
+        raise missing_data("davis-2017", f"{path} is missing: it lists the sequences of the split {split!r}, one a line")
     return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
@@ -60,12 +61,13 @@ def open_clip(home: Path, name: str, resolution: str = "480p", max_frames: int |
     paths = [home / "Annotations" / resolution / name / f"{picture.stem}.png" for picture in pictures]
     missing = [path for path in paths if not path.is_file()]
     if missing:
-        raise missing_data("davis-2017", f"{missing[0]} is missing, and {len(missing) - 1} more of the {len(paths)} annotations "
-                                         f"of {name}: every frame of a sequence needs its own")  # fmt: skip
+        raise missing_data("davis-2017", f"{missing[0]} is missing, and {len(missing) - 1} more of the {len(paths)} "
+                                         f"annotations of {name}: every frame of a sequence needs its own")  # fmt: skip
     first = _read_mask(paths[0], pictures[0])
     if not first[first != VOID].any():
         raise DataError(f"{name}: the first annotation marks no object to follow")
-    return Clip(name, Pictures([partial(open_image, picture) for picture in pictures]), partial(_read_masks, paths, pictures))
+    frames = Pictures([partial(open_image, picture) for picture in pictures])
+    return Clip(name, frames, partial(_read_masks, paths, pictures))
 
 
 def _read_masks(paths: Sequence[Path], pictures: Sequence[Path]) -> np.ndarray:

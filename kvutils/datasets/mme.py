@@ -6,8 +6,8 @@
 Subtasks come in either form. A text file holds two lines, question, tab, Yes or No. Each question ends with
 "Please answer yes or no.".
 
-The hub copy lmms-lab/MME (Parquet, split test; question_id "code_reasoning/0020.png", question, answer, image, category)
-holds the same questions, two rows per image: samples have the same ids and texts.
+The hub copy lmms-lab/MME (Parquet, split test; question_id "code_reasoning/0020.png", question, answer, image,
+category) holds the same questions, two rows per image: samples have the same ids and texts.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def mme_questions(
 ) -> Iterator[YesNoSample]:
     """The questions of the named subtasks, subtask by subtask, the two of an image next to each other.
 
-    root: the release folder, the one that holds it, a copy of lmms-lab/MME or "hub". split: a subtask, several, or "all", "perception",
-    "cognition", "hallucination" (existence, count, position, color). max_images keeps the first images of
-    each subtask. suffix is added to every question. Raises ParameterError for an unknown split, DataError for
-    a missing subtask or image and, with file and line number, a malformed line.
+    root: the release folder, the one that holds it, a copy of lmms-lab/MME or "hub". split: a subtask, several, or
+    "all", "perception", "cognition", "hallucination" (existence, count, position, color). max_images keeps the first
+    images of each subtask. suffix is added to every question. Raises ParameterError for an unknown split, DataError
+    for a missing subtask or image and, with file and line number, a malformed line.
     """
     subtasks = mme_subtasks(split)
     if max_images is not None and max_images < 1:

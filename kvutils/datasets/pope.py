@@ -5,8 +5,8 @@
 A list holds one JSON object per line: question_id, image, text, label (yes or no). The published ones have
 500 images of COCO val2014 with 6 questions each, half of them yes, and differ only in the negatives.
 
-The hub copy lmms-lab/POPE (Parquet, split test; question_id, question, answer, image_source, image, category) holds the
-same questions with their images: samples have the same ids, order and texts.
+The hub copy lmms-lab/POPE (Parquet, split test; question_id, question, answer, image_source, image, category) holds
+the same questions with their images: samples have the same ids, order and texts.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def pope_questions(
 ) -> Iterator[YesNoSample]:
     """The questions of a split, or of all three, in the order of the lists.
 
-    root: the repository's folder, the one with the lists, a copy of lmms-lab/POPE or "hub". images: the folder of the COCO images (default:
-    val2014 in root, or coco/val2014 in root or beside it); they are opened when they are asked for.
-    max_images keeps the first images of each list. suffix is added to every question, such as `SHORT_ANSWER`.
+    root: the repository's folder, the one with the lists, a copy of lmms-lab/POPE or "hub". images: the folder of the
+    COCO images (default: val2014 in root, or coco/val2014 in root or beside it); they are opened when they are asked
+    for. max_images keeps the first images of each list. suffix is added to every question, such as `SHORT_ANSWER`.
     Raises ParameterError for an unknown split, DataError for a missing list or image and, with file and line
     number, a malformed line.
     """
@@ -113,13 +113,13 @@ def _read_list(path: Path, max_images: int | None) -> list[dict]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
-    numbered = [(number, raw) for number, raw in enumerate(text.split("\n"), start=1) if raw.strip()]
-    return _checked([(f"{path}, line {number}", _read_line(raw, f"{path}, line {number}")) for number, raw in numbered],
-                    str(path), max_images)  # fmt: skip
+    numbered = [(f"{path}, line {i}", raw) for i, raw in enumerate(text.split("\n"), start=1) if raw.strip()]
+    return _checked([(where, _read_line(raw, where)) for where, raw in numbered], str(path), max_images)
 
 
 def _checked(lines: Sequence[tuple[str, dict]], name: str, max_images: int | None) -> list[dict]:
-    """The lines (where, content) about the first images of a list. Raises DataError for none and for an id given twice."""
+    """The lines (where, content) about the first images of a list. Raises DataError for none and for an id given
+    twice."""
     seen: dict[str, str] = {}
     for where, line in lines:
         if line["question_id"] in seen:
@@ -139,7 +139,8 @@ def _checked(lines: Sequence[tuple[str, dict]], name: str, max_images: int | Non
 def _hub_questions(
     root: str | Path, splits: Sequence[str], max_images: int | None, suffix: str
 ) -> Iterator[YesNoSample]:
-    """The same questions from the rows of lmms-lab/POPE; an image is that of its first row, wherever it is asked about."""
+    """The same questions from the rows of lmms-lab/POPE; an image is that of its first row, wherever it is asked
+    about."""
     text = ["question_id", "question", "answer", "image_source", "category"]
     rows = open_rows("pope", root, "test", text, pictures=("image",))
     found: dict[str, list[tuple[str, dict]]] = {name: [] for name in SPLITS}

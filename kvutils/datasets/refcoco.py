@@ -44,9 +44,10 @@ def refcoco_masks(
     """One sample per sentence of a split (or several), in the order of the references.
 
     root: the toolkit's data folder, a local copy of a hub repository, or "hub". split_by: "unc" (val, testA: people,
-    testB: other things) or "google". images: the folder of COCO train2014. max_images keeps the first images. rule: how
-    polygons that overlap are drawn, see `segmentation_mask`. Masks are 1 on the thing, `group` is the image, `class_name`
-    COCO's category. Raises ParameterError for options that do not exist and DataError for missing and malformed files.
+    testB: other things) or "google". images: the folder of COCO train2014. max_images keeps the first images. rule:
+    how polygons that overlap are drawn, see `segmentation_mask`. Masks are 1 on the thing, `group` is the image,
+    `class_name` COCO's category. Raises ParameterError for options that do not exist and DataError for missing and
+    malformed files.
     """
     splits = _splits(split, split_by)
     if max_images is not None and max_images < 1:
@@ -62,7 +63,8 @@ def refcoco_masks(
     folder = _picture_folder(Path(root), images, [one for one in found if one.open is None])
     samples, opened = [], {}
     for one in found:
-        image = opened.setdefault(one.image_id, partial(_picture, one.open or partial(open_image, folder / one.file_name), one))
+        opener = one.open or partial(open_image, folder / one.file_name)
+        image = opened.setdefault(one.image_id, partial(_picture, opener, one))
         for sentence_id, sentence in one.sentences:
             samples.append(
                 NamedMask(
@@ -94,8 +96,8 @@ def _splits(split: str | Sequence[str], split_by: str) -> list[str]:
 def _picture(opener: Callable[[], Image.Image], one: Reference) -> Image.Image:
     image = opener()
     if image.size != (one.width, one.height):
-        raise DataError(f"the image of {one.where} is {image.width}x{image.height}, but its annotation {one.width}x{one.height}: "
-                        "is this COCO train2014, unscaled?")  # fmt: skip
+        raise DataError(f"the image of {one.where} is {image.width}x{image.height}, but its annotation "
+                        f"{one.width}x{one.height}: is this COCO train2014, unscaled?")  # fmt: skip
     return image
 
 
@@ -112,17 +114,17 @@ def _picture_folder(root: Path, images: str | Path | None, wanted: list[Referenc
     """The folder that holds every wanted image; any folder where none is wanted."""
     if not wanted:
         return root
-    places = [root / "images" / "mscoco" / "images" / "train2014", root / "train2014", root.parent / "coco" / "train2014"]
-    places = places if images is None else [Path(images)]
+    official = root / "images" / "mscoco" / "images" / "train2014"
+    places = [official, root / "train2014", root.parent / "coco" / "train2014"] if images is None else [Path(images)]
     folder = next((place for place in places if place.is_dir()), None)
     if folder is None:
-        raise missing_data("refcoco", f"the images are COCO's train2014, and none of {', '.join(map(str, places))} is a folder; "
-                                      "images= names another")  # fmt: skip
+        raise missing_data("refcoco", f"the images are COCO's train2014, and none of {', '.join(map(str, places))} is a "
+                                      "folder; images= names another")  # fmt: skip
     names = list(dict.fromkeys(one.file_name for one in wanted))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise missing_data("refcoco", f"{len(missing)} of {len(names)} images are missing in {folder} (first: {missing[0]}); "
-                                      "split= or max_images= can leave them out")  # fmt: skip
+        raise missing_data("refcoco", f"{len(missing)} of {len(names)} images are missing in {folder} (first: "
+                                      f"{missing[0]}); split= or max_images= can leave them out")  # fmt: skip
     return folder
 
 
@@ -130,7 +132,8 @@ def _picture_folder(root: Path, images: str | Path | None, wanted: list[Referenc
 
 
 def _toolkit_references(root: str | Path, splits: Sequence[str], split_by: str) -> list[Reference]:
-    home = next((place for place in (Path(root) / "refcoco", Path(root)) if (place / "instances.json").is_file()), None)
+    places = (Path(root) / "refcoco", Path(root))
+    home = next((place for place in places if (place / "instances.json").is_file()), None)
     if home is None:
         raise missing_data("refcoco", f"there is no {Path(root) / 'refcoco' / 'instances.json'}")
     path = home / f"refs({split_by}).p"
@@ -192,7 +195,7 @@ class _PlainUnpickler(pickle.Unpickler):
     """Reads lists, dictionaries, text and numbers, which need no class or function; refuses all that does."""
 
     def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, and a list of references needs no class or function")
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}; a list of references needs no class or function")
 
 
 def read_references(path: str | Path) -> list[dict]:

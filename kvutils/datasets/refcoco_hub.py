@@ -1,10 +1,10 @@
 """RefCOCO from the Hugging Face hub, where three repositories hold it in three forms.
 
-    jxu124/refcoco-benchmark   one row per image: image, ref_list of {ref_info, ann_info}, image_info. Everything is there
-                               (val, testA and testB by UNC, val and test by Google): read, and the one that "hub" means
-    jxu124/refcoco             one row per reference, by UNC, train included; annotations only: read, with COCO's images
-    lmms-lab/RefCOCO           refused: its val mixes the 3,811 references of UNC with 5,000 of Google and no column says
-                               which is which; a mask is one flat polygon, though things may have several; no category
+    jxu124/refcoco-benchmark   one row per image: image, ref_list of {ref_info, ann_info}, image_info. All is there
+                               (val, testA, testB by UNC; val, test by Google): read, and the one that "hub" means
+    jxu124/refcoco             one row per reference, by UNC, train too; annotations only: read, with COCO's images
+    lmms-lab/RefCOCO           refused: its val mixes the 3,811 references of UNC with 5,000 of Google and no column
+                               says which is which; a mask is one flat list of points; no category
 
 A local copy is told by its columns. No copy has category names, only COCO's ids: their names are here.
 """
@@ -28,13 +28,13 @@ WHOLE, ANNOTATIONS = "jxu124/refcoco-benchmark", "jxu124/refcoco"
 # Of jxu124/refcoco: its own names of the UNC splits.
 _ANNOTATION_SPLITS = {"train": "train", "val": "validation", "testA": "test", "testB": "testB"}
 _NAMES = (
-    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, -, stop sign, "
-    "parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, -, backpack, umbrella, -, -, "
-    "handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, "
-    "surfboard, tennis racket, bottle, -, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, "
-    "broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, -, dining table, -, -, toilet, -, tv, "
-    "laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, -, book, clock, vase, "
-    "scissors, teddy bear, hair drier, toothbrush"
+    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, -, stop "
+    "sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, -, backpack, "
+    "umbrella, -, -, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball "
+    "glove, skateboard, surfboard, tennis racket, bottle, -, wine glass, cup, fork, knife, spoon, bowl, banana, "
+    "apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, -, "
+    "dining table, -, -, toilet, -, tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, "
+    "sink, refrigerator, -, book, clock, vase, scissors, teddy bear, hair drier, toothbrush"
 ).split(", ")
 CATEGORIES = {number: name for number, name in enumerate(_NAMES, start=1) if name != "-"}  # COCO's 80, of ids 1 to 90
 
@@ -44,17 +44,17 @@ def hub_references(root: str | Path, splits: Sequence[str], split_by: str) -> li
     columns = {"ref_list"} if str(root) == HUB else _columns(Path(root))
     if "ref_list" in columns:
         if "train" in splits:
-            raise ParameterError(f"{WHOLE} has no train split; {ANNOTATIONS} (a local copy) and the official files have it")
+            raise ParameterError(f"{WHOLE} has no train split; a copy of {ANNOTATIONS} and the official files have it")
         return [one for split in splits for one in _whole(root, split, split_by)]
     if "raw_anns" in columns:
         if split_by != "unc":
             raise ParameterError(f"{ANNOTATIONS} is split by UNC only, not {split_by!r}")
         return [one for split in splits for one in _annotations(root, split)]
     if {"segmentation", "answer"} <= columns:
-        raise DataError(f"{root} is a copy of lmms-lab/RefCOCO: its val mixes the splits of UNC and Google, its masks are one "
-                        f"polygon each and it has no class names; use a copy of {WHOLE}, or the official files")  # fmt: skip
-    raise DataError(f"{root} holds Parquet files with the columns {', '.join(sorted(columns))}: expected a copy of {WHOLE} "
-                    f"(ref_list) or {ANNOTATIONS} (raw_anns)")  # fmt: skip
+        raise DataError(f"{root} is a copy of lmms-lab/RefCOCO: its val mixes the splits of UNC and Google, its masks are "
+                        f"one polygon each and it has no class names; use a copy of {WHOLE} or the official files")  # fmt: skip
+    raise DataError(f"{root} holds Parquet files with the columns {', '.join(sorted(columns))}: expected a copy of "
+                    f"{WHOLE} (ref_list) or {ANNOTATIONS} (raw_anns)")  # fmt: skip
 
 
 def _columns(root: Path) -> set[str]:
@@ -98,8 +98,8 @@ def _annotations(root: str | Path, split: str) -> Iterator[Reference]:
 def _reference(record: dict, annotation: Any, image: Any, where: str, opener) -> Reference:
     try:
         if annotation["id"] != record["ann_id"] or image["id"] != record["image_id"]:
-            raise DataError(f"{where}: it names the annotation {record['ann_id']} of image {record['image_id']}, but beside it "
-                            f"are the annotation {annotation['id']} and image {image['id']}")  # fmt: skip
+            raise DataError(f"{where}: it names the annotation {record['ann_id']} of image {record['image_id']}, but beside "
+                            f"it are the annotation {annotation['id']} and image {image['id']}")  # fmt: skip
         size = int(image["width"]), int(image["height"])
         segmentation, file_name = annotation["segmentation"], str(image["file_name"])
     except (KeyError, TypeError, ValueError) as error:
@@ -108,5 +108,6 @@ def _reference(record: dict, annotation: Any, image: Any, where: str, opener) ->
         raise DataError(f"{where}: category_id {record['category_id']} is none of COCO's")
     if Path(file_name).name != file_name:
         raise DataError(f"{where}: file_name must be the name of a file, found {file_name!r}")
-    return Reference(record["ref_id"], record["image_id"], file_name, *size, segmentation, CATEGORIES[record["category_id"]],
-                     record["sentences"], where, opener)  # fmt: skip
+    name = CATEGORIES[record["category_id"]]
+    return Reference(record["ref_id"], record["image_id"], file_name, *size, segmentation, name, record["sentences"],
+                     where, opener)  # fmt: skip

@@ -13,8 +13,8 @@ from kvutils.errors import DataError
 
 @dataclass(frozen=True)
 class Reference:
-    """One thing in one image. segmentation: COCO's, in pixels of (width, height). sentences: (id, text). open: opens the
-    image, None where it is the file `file_name`. where: how errors call it."""
+    """One thing in one image. segmentation: COCO's, in pixels of (width, height). sentences: (id, text). open: opens
+    the image, None where it is the file `file_name`. where: how errors call it."""
 
     id: int
     image_id: int
@@ -29,7 +29,8 @@ class Reference:
 
 
 def check_reference(record: Any, where: str) -> dict:
-    """The fields of a record that are used, with sentences as (id, text). Raises DataError for any that is malformed."""
+    """The fields of a record that are used, with sentences as (id, text). Raises DataError for any that is
+    malformed."""
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected a dictionary, found {type(record).__name__}")
     found: dict[str, Any] = {}

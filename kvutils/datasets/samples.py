@@ -4,8 +4,8 @@ A task sees only these, so that Pascal-5i and the pocket scenes run through the 
 `PIL.Image`; masks are `(height, width)` integer arrays in the pixels of that image, with `VOID` where the
 annotation says nothing; points are `(x, y)` in pixels of that image.
 
-Fields marked `Opened()` are given as a value, or as a function without arguments that is called each time the field is
-read: the pictures of a whole benchmark, decoded, fill the memory.
+Fields marked `Opened()` are given as a value, or as a function without arguments that is called each time the field
+is read: the pictures of a whole benchmark, decoded, fill the memory.
 """
 
 from collections.abc import Callable, Sequence
@@ -157,10 +157,10 @@ class Question:
 class MultipleChoice:
     """A multiple-choice item with BLINK's fields: 2 to 4 images in prompt order, `prompt` as it is asked.
 
-    answer: "(A)", "(B)", ... `options` are the answers as the prompt spells them, one per choice: BLINK's "(A)" or the
-    pocket models' "(a)". reference_point (x, y) in pixels of the first image and candidate_points (K, 2) of the second,
-    one per choice, are None where there are none or where they are only painted in the pictures, as in BLINK itself.
-    `group` is the unit of resampling.
+    answer: "(A)", "(B)", ... `options` are the answers as the prompt spells them, one per choice: BLINK's "(A)" or
+    the pocket models' "(a)". reference_point (x, y) in pixels of the first image and candidate_points (K, 2) of the
+    second, one per choice, are None where there are none or where they are only painted in the pictures, as in BLINK
+    itself. `group` is the unit of resampling.
     """
 
     id: str
@@ -182,8 +182,8 @@ class YesNoSample:
 
     `subset` is the split of POPE or the subtask of MME; `truth` is "yes" or "no". `image_id` is the unit of
     resampling. The questions of one image, in all subsets, share `picture`: an image, the file that holds it or a
-    function that opens it (the images of a whole benchmark, decoded, fill the memory), for `image`. size: (width, height) to
-    which `image` is resized, whatever its proportions; None leaves it as it is.
+    function that opens it (the images of a whole benchmark, decoded, fill the memory), for `image`. size: (width,
+    height) to which `image` is resized, whatever its proportions; None leaves it as it is.
     """
 
     id: str

@@ -24,8 +24,8 @@ from kvutils.errors import DataError, ParameterError
 from kvutils.images import open_image
 
 CATEGORIES = (
-    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dog", "horse", "motorbike",
-    "person", "pottedplant", "sheep", "train", "tvmonitor",
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dog", "horse",
+    "motorbike", "person", "pottedplant", "sheep", "train", "tvmonitor",
 )  # fmt: skip
 SPLITS, LAYOUTS = ("trn", "val", "test"), ("large", "small")
 _COLONS = (":", "_", "%3A")  # the colon of a file name, and what unzippers make of it
@@ -43,9 +43,9 @@ def spair_pairs(
     """The pairs of a split in the order of its list; the default is the benchmark's, all 12,234 of large/test.
 
     root: the folder SPair-71k or the one that holds it. categories: only these. per_category: so many pairs of each,
-    spread evenly over its part of the list, whose neighbours share their source image (SD-DINO scores 20 drawn at random
-    unless told otherwise). max_pairs keeps the first. progress: a bar where reading the annotations takes seconds. Raises
-    ParameterError for options that do not exist and DataError for missing and malformed files.
+    spread evenly over its part of the list, whose neighbours share their source image (SD-DINO scores 20 drawn at
+    random unless told otherwise). max_pairs keeps the first. progress: a bar where reading the annotations takes
+    seconds. Raises ParameterError for options that do not exist and DataError for missing and malformed files.
     """
     wanted = _check(split, layout, categories, per_category, max_pairs)
     home = next((place for place in (Path(root) / "SPair-71k", Path(root)) if (place / "Layout").is_dir()), None)
@@ -94,7 +94,8 @@ def read_layout(path: Path) -> list[tuple[str, str]]:
         name = line.strip().removesuffix(".json")
         images, _, category = name.partition(":")
         if category not in CATEGORIES or len(images.split("-")) != 3 or Path(name).name != name:
-            raise DataError(f"{path}, line {number}: expected '<number>-<source>-<target>:<category>', found {line!r}")
+            form = "<number>-<source>-<target>:<category>"
+            raise DataError(f"{path}, line {number}: expected '{form}', found {line!r}")
         if name in seen:
             raise DataError(f"{path}, line {number}: the pair {name} is listed twice")
         seen.add(name)
@@ -175,6 +176,6 @@ def _numbers(value: object, shape: tuple[int, ...], key: str) -> np.ndarray:
 def _picture(path: Path, size: tuple[int, int]) -> Image.Image:
     image = open_image(path)
     if image.size != size:
-        raise DataError(f"{path} is {image.width}x{image.height}, but its annotation {size[0]}x{size[1]}: are these the "
-                        "images of SPair-71k, unscaled?")  # fmt: skip
+        raise DataError(f"{path} is {image.width}x{image.height}, but its annotation {size[0]}x{size[1]}: are these "
+                        "the images of SPair-71k, unscaled?")  # fmt: skip
     return image
