@@ -77,8 +77,7 @@ imagenet-s/categories/ImageNetS_categories_im50.txt, imagenet-s/names/ImageNetS_
 refcoco/refcoco/instances.json
 refcoco/refcoco/refs(unc).p
 coco/train2014/COCO_train2014_000000581857.jpg ...           (or refcoco/images/mscoco/images/train2014/)
-or, in place of all of them, of the hub copy:
-refcoco/data/refcoco_unc_val-00000-of-00001-350dcb478fc06c10.parquet""",
+refcoco/data/refcoco_unc_val-00000-of-00001-350dcb478fc06c10.parquet   (the hub copy, in place of all these)""",
             needs=("coco",), hub="jxu124/refcoco-benchmark",
         ),
         About(
@@ -124,8 +123,8 @@ mme/MME_Benchmark_release_version/artwork/images/..., artwork/questions_answers_
             """\
 bdd-10k/bdd100k/images/10k/train/0004a4c0-d4dff0ad.jpg ..., val/...
 bdd-10k/bdd100k/labels/sem_seg/masks/train/0004a4c0-d4dff0ad.png ..., val/...
-bdd-10k/bdd100k/labels/det_20/det_train.json, det_val.json     (scene, timeofday, weather; or the labels of 2018:
-                                                              labels/bdd100k_labels_images_{train,val}.json)""",
+bdd-10k/bdd100k/labels/det_20/det_train.json, det_val.json     (scene, timeofday, weather)
+bdd-10k/bdd100k/labels/bdd100k_labels_images_train.json, ...   (those of 2018, in place of det_20)""",
         ),
         About(
             "blink", "BLINK (validation)", 0.6, "Apache-2.0", "https://huggingface.co/datasets/BLINK-Benchmark/BLINK",
