@@ -11,7 +11,7 @@ from PIL import Image
 from kvutils.datasets import DATASETS, open_dataset, pocket
 from kvutils.datasets.davis import davis_clips
 from kvutils.datasets.samples import VOID
-from kvutils.errors import DataError, ParameterError
+from kvutils.errors import DataError, ImageError, ParameterError
 from kvutils.pocket.world import PRESENT, Scene, Thing, render
 
 SMALL = {
@@ -187,11 +187,35 @@ def test_davis_layout(davis):
     assert len(short.frames) == 2
 
 
+def test_davis_frames_are_opened_when_they_are_asked_for(davis):
+    frame = davis / "JPEGImages" / "480p" / "cat" / "00002.jpg"
+    frame.write_bytes(frame.read_bytes()[:50])
+    (clip,) = davis_clips(davis)
+    assert len(clip.frames) == 3 and clip.frames[:2][1].size == (9, 6) and clip.frames[0] is not clip.frames[0]
+    with pytest.raises(ImageError, match="00002.jpg"):
+        _ = clip.frames[2]
+    with pytest.raises(ParameterError, match="max_frames"):
+        davis_clips(davis, max_frames=0)
+
+
 def test_davis_errors_name_the_file(davis):
     annotations = davis / "Annotations" / "480p" / "cat"
+    good = (annotations / "00001.png").read_bytes()
     Image.fromarray(np.zeros((6, 9), np.uint8)).save(annotations / "00001.png")
+    (clip,) = davis_clips(davis)  # the annotations after the first are read when they are asked for
     with pytest.raises(DataError, match="00001.png.*DAVIS-2016"):
-        list(davis_clips(davis))
+        _ = clip.masks
+    Image.open(annotations / "00000.png").resize((4, 4)).save(annotations / "00001.png")
+    with pytest.raises(DataError, match="00001.png is 4x4, but its frame 9x6"):
+        _ = clip.masks
+    (annotations / "00001.png").write_bytes(good[:40])
+    with pytest.raises(DataError, match="00001.png or its frame .*cannot be read"):
+        _ = clip.masks
+    good = (annotations / "00000.png").read_bytes()
+    Image.fromarray(np.full((6, 9), 255, np.uint8)).save(annotations / "00000.png")
+    with pytest.raises(DataError, match="00000.png.*DAVIS-2016"):  # found before anything runs
+        davis_clips(davis)
+    (annotations / "00000.png").write_bytes(good)
     (annotations / "00001.png").unlink()
     with pytest.raises(DataError, match="00001.png is missing"):
         list(davis_clips(davis))

@@ -9,18 +9,9 @@ from functools import partial
 from pathlib import Path
 
 from kvutils.datasets import (
-    coco,
-    davis,
-    imagenet_s,
-    mme,
-    msrc,
-    pascal5i,
-    pocket,
-    pocket_blink,
-    pocket_kinds,
-    pocket_questions,
-    pope,
-)
+    bdd10k, blink, coco, davis, imagenet_s, mme, msrc, pascal5i, pocket, pocket_blink, pocket_kinds, pocket_questions, pope,
+    refcoco, spair,
+)  # fmt: skip
 from kvutils.datasets.catalog import CATALOG, data_root, missing_data
 from kvutils.datasets.hub import HUB
 from kvutils.errors import DataError
@@ -51,6 +42,11 @@ _ON_DISK: dict[str, Callable[..., Iterable]] = {
     "davis-2017": davis.davis_clips,
     "pope": pope.pope_questions,
     "mme": mme.mme_questions,
+    "refcoco": refcoco.refcoco_masks,
+    "spair-71k": spair.spair_pairs,
+    "bdd-10k": bdd10k.bdd10k_images,
+    "bdd-10k-train": bdd10k.bdd10k_training,
+    "blink": blink.blink_items,
 }
 DATASETS = (*_GENERATED, *_ON_DISK)
 FOLDERS = {"imagenet-s-train": "imagenet-s", "bdd-10k-train": "bdd-10k"}  # where it is not the data set's name
@@ -89,6 +85,7 @@ _CLASS_NAMES: dict[str, tuple[str, ...] | Callable[..., Sequence[str]]] = {
     "pocket-imagenet-s-train": pocket.CLASS_NAMES,
     "imagenet-s-train": imagenet_s.class_names,
     "pocket-bdd-10k-train": pocket.CLASS_NAMES,
+    "bdd-10k-train": bdd10k.CLASS_NAMES,
 }
 
 

@@ -73,20 +73,21 @@ imagenet-s/data/names/ImageNetSemi_im50_train.txt, data/data.py   (the repositor
 imagenet-s/imagenet/val/ILSVRC2012_val_00000236.JPEG ...          (instead of the images above: ImageNet's own)""",
         ),
         About(
-            "refcoco", "RefCOCO (UNC)", 0.1, "annotations Apache-2.0 / CC BY 4.0, images under their flickr licences",
+            "refcoco", "RefCOCO (UNC)", 0.52, "annotations Apache-2.0 / CC BY 4.0, images under their flickr licences",
             "https://github.com/lichengunc/refer",
             """\
 refcoco/refcoco/instances.json
 refcoco/refcoco/refs(unc).p
-coco/train2014/COCO_train2014_000000581857.jpg ...           (or refcoco/images/mscoco/images/train2014/)""",
-            needs=("coco",), hub="lmms-lab/RefCOCO",
+coco/train2014/COCO_train2014_000000581857.jpg ...           (or refcoco/images/mscoco/images/train2014/)
+refcoco/data/refcoco_unc_val-00000-of-00001-350dcb478fc06c10.parquet   (the hub copy, in place of all these)""",
+            needs=("coco",), hub="jxu124/refcoco-benchmark",
         ),
         About(
             "spair-71k", "SPair-71k", 0.23, "not stated clearly; images from PASCAL VOC under its terms",
             "http://cvlab.postech.ac.kr/research/SPair-71k/",
             """\
 spair-71k/SPair-71k/Layout/large/test.txt
-spair-71k/SPair-71k/PairAnnotation/test/000001-2008_002719-2008_004100:aeroplane.json ...
+spair-71k/SPair-71k/PairAnnotation/test/000006-2008_002719-2008_007604:aeroplane.json ...
 spair-71k/SPair-71k/JPEGImages/aeroplane/2008_002719.jpg ...""",
         ),
         About(
@@ -119,12 +120,13 @@ mme/MME_Benchmark_release_version/artwork/images/..., artwork/questions_answers_
             hub="lmms-lab/MME",
         ),
         About(
-            "bdd-10k", "BDD100K: 10K images, semantic segmentation, attributes", 1.7, "BDD100K licence: research, not for profit",
+            "bdd-10k", "BDD100K: 10K images, semantic segmentation, attributes", 1.5, "BDD100K licence: research, not for profit",
             "https://bdd-data.berkeley.edu",
             """\
 bdd-10k/bdd100k/images/10k/train/0004a4c0-d4dff0ad.jpg ..., val/...
 bdd-10k/bdd100k/labels/sem_seg/masks/train/0004a4c0-d4dff0ad.png ..., val/...
-bdd-10k/bdd100k/labels/det_20/det_train.json, det_val.json     (scene, timeofday, weather)""",
+bdd-10k/bdd100k/labels/det_20/det_train.json, det_val.json     (scene, timeofday, weather)
+bdd-10k/bdd100k/labels/bdd100k_labels_images_train.json, ...   (those of 2018, in place of det_20)""",
         ),
         About(
             "blink", "BLINK (validation)", 0.6, "Apache-2.0", "https://huggingface.co/datasets/BLINK-Benchmark/BLINK",

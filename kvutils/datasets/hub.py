@@ -1,7 +1,7 @@
 """Rows of a data set that the Hugging Face hub holds as Parquet: from a local copy, or from the hub at a fixed revision.
 
 A local copy has the repository's own layout, `<config>/<split>-00000-of-00001.parquet` or `data/<split>-...parquet`.
-From the hub (`root=HUB`) the revision that is found first is written down and used ever after, so that two runs read
+From the hub (`root=HUB`) only the files of the split are downloaded, to the hub's own cache. The revision that is found first is written down and used ever after, so that two runs read
 the same rows; it goes into the results as provenance. Pictures stay encoded until they are asked for.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 
@@ -50,15 +50,19 @@ def open_rows(
     repository = repository or CATALOG[name].hub
     datasets.disable_progress_bars()
     try:
-        if str(root) == HUB:
-            rows = datasets.load_dataset(
-                repository, config, split=split, revision=revision_of(repository), streaming=streaming
-            )
+        if str(root) == HUB and streaming:
+            rows = datasets.load_dataset(repository, config, split=split, revision=revision_of(repository), streaming=True)
         else:
+            if str(root) == HUB:
+                root = snapshot_download(
+                    repository, repo_type="dataset", revision=revision_of(repository),
+                    allow_patterns=[f"{config or 'data'}/{split}-*.parquet"],
+                )  # fmt: skip
             files = parquet_files(Path(root), split, config)
             if not files:
                 where = f"{config}/{split}" if config else split
                 raise missing_data(name, f"{root} holds no Parquet file of {where!r} ({where}-*.parquet)")
+            _check_parts(name, files)
             rows = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
     except DataError:
         raise
@@ -80,6 +84,22 @@ def parquet_files(root: Path, split: str, config: str | None = None) -> list[Pat
     pattern = re.compile(rf"{re.escape(split)}(-\d+-of-\d+.*)?\.parquet")
     found = [path for path in sorted(root.rglob("*.parquet")) if pattern.fullmatch(path.name)]
     return [path for path in found if config is None or config in path.relative_to(root).parts[:-1]]
+
+
+def _check_parts(name: str, files: Sequence[Path]) -> None:
+    """Raises DataError unless the files "<split>-00000-of-00003..." are all the parts of a split, each once."""
+    numbers = [re.search(r"-(\d+)-of-(\d+)", file.name) for file in files]
+    if not all(numbers):
+        return  # a single file without a number
+    there = sorted(int(number[1]) for number in numbers if number)
+    totals = {int(number[2]) for number in numbers if number}
+    if len(totals) != 1 or len(set(there)) != len(there):
+        raise DataError(f"{name}: {', '.join(file.name for file in files)} are the parts of more than one copy of a split; "
+                        "keep one")  # fmt: skip
+    total = totals.pop()
+    if there != list(range(total)):
+        raise missing_data(name, f"{len(there)} of the {total} Parquet files of a split are there: "
+                                 f"{', '.join(file.name for file in files)}, in {files[0].parent}")  # fmt: skip
 
 
 def picture_of(value: dict | None, name: str) -> Callable[[], Image.Image]:

@@ -4,11 +4,11 @@ A task sees only these, so that Pascal-5i and the pocket scenes run through the 
 `PIL.Image`; masks are `(height, width)` integer arrays in the pixels of that image, with `VOID` where the
 annotation says nothing; points are `(x, y)` in pixels of that image.
 
-Fields marked `Opened()` are given as a value, or as a function without arguments that is called each time the field is
-read: the pictures of a whole benchmark, decoded, fill the memory.
+Fields marked `Opened()` are given as a value, or as a function without arguments that is called each time the field
+is read: the pictures of a whole benchmark, decoded, fill the memory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,23 @@ class Opened:
             raise AttributeError(self.name)  # tells dataclass that the field has no default
         value = instance.__dict__[self.name]
         return value() if callable(value) else value
+
+
+class Pictures(Sequence):
+    """Images in order, each opened when it is asked for. `len` opens none; a slice is `Pictures` again.
+
+    >>> Pictures([lambda: Image.new("RGB", (4, 3))])[0].size
+    (4, 3)
+    """
+
+    def __init__(self, openers: Sequence[Callable[[], Image.Image]]) -> None:
+        self._openers = tuple(openers)
+
+    def __len__(self) -> int:
+        return len(self._openers)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        return Pictures(self._openers[index]) if isinstance(index, slice) else self._openers[index]()
 
 
 VOID = 255  # pixels without annotation: excluded from training and from every score
@@ -115,7 +132,7 @@ class Clip:
     """A video with tracked objects (DAVIS-2017): masks (frames, height, width), object ids from 1, `VOID` unknown."""
 
     id: str
-    frames: tuple[Image.Image, ...] = Opened()
+    frames: Sequence[Image.Image] = Opened()
     masks: np.ndarray = Opened()
 
 
@@ -140,15 +157,15 @@ class Question:
 class MultipleChoice:
     """A multiple-choice item with BLINK's fields: 2 to 4 images in prompt order, `prompt` as it is asked.
 
-    answer: "(A)", "(B)", ... `options` are the answers as the prompt spells them, one per choice: BLINK's "(A)" or the
-    pocket models' "(a)". reference_point (x, y) in pixels of the first image and candidate_points (K, 2) of the second,
-    one per choice, are None where there are none or where they are only painted in the pictures, as in BLINK itself.
-    `group` is the unit of resampling.
+    answer: "(A)", "(B)", ... `options` are the answers as the prompt spells them, one per choice: BLINK's "(A)" or
+    the pocket models' "(a)". reference_point (x, y) in pixels of the first image and candidate_points (K, 2) of the
+    second, one per choice, are None where there are none or where they are only painted in the pictures, as in BLINK
+    itself. `group` is the unit of resampling.
     """
 
     id: str
     subtask: str
-    images: tuple[Image.Image, ...] = Opened()
+    images: Sequence[Image.Image] = Opened()
     question: str
     choices: tuple[str, ...]
     answer: str
@@ -164,14 +181,14 @@ class YesNoSample:
     """A question about one image, to be answered yes or no (POPE, MME).
 
     `subset` is the split of POPE or the subtask of MME; `truth` is "yes" or "no". `image_id` is the unit of
-    resampling. The questions of one image, in all subsets, share `picture`: an image, or the file that holds
-    it (the images of a whole benchmark, decoded, fill the memory), which `image` opens. size: (width, height) to
-    which `image` is resized, whatever its proportions; None leaves it as it is.
+    resampling. The questions of one image, in all subsets, share `picture`: an image, the file that holds it or a
+    function that opens it (the images of a whole benchmark, decoded, fill the memory), for `image`. size: (width,
+    height) to which `image` is resized, whatever its proportions; None leaves it as it is.
     """
 
     id: str
     image_id: str
-    picture: Image.Image | Path
+    picture: Image.Image | Path | Callable[[], Image.Image]
     question: str
     truth: str
     subset: str
@@ -180,7 +197,7 @@ class YesNoSample:
     @property
     def image(self) -> Image.Image:
         """The upright RGB image; a file is opened anew each time. Raises ImageError."""
-        image = open_image(self.picture, self.image_id)
+        image = open_image(self.picture() if callable(self.picture) else self.picture, self.image_id)
         return image if self.size is None else image.resize(self.size, Image.Resampling.BICUBIC)
 
 

@@ -162,12 +162,11 @@ def run_task(
             if not ready:
                 task.prepare(extractor)
                 ready = True
-            batches = _Batches(extractor, (item for sample in samples for item in task.images(sample)))
+            items = [task.images(sample) for sample in samples]  # once: it may decode files
+            batches = _Batches(extractor, (item for each in items for item in each))
             done: dict = {"rows": [], "skipped": []}
-            for sample in samples:
-                scored = task.score(
-                    sample, {name: batches.features(name) for name, _ in task.images(sample)}, extractor
-                )
+            for sample, each in zip(samples, items, strict=True):
+                scored = task.score(sample, {name: batches.features(name) for name, _ in each}, extractor)
                 done["rows"] += [[row.id, row.group, [row.values[s] for s in sources]] for row in scored]
                 done["skipped"] += [] if scored else [sample.id]
                 bar.update()

@@ -184,9 +184,9 @@ def _read_batch(
     models: Mapping[str, MLM], extractor: FeatureExtractor, batch: list[MultipleChoice], max_new_tokens: int, views: dict
 ) -> list[dict]:
     """Per item: answer text, the option said, option scores, and scores[readout][source] of every option."""
-    images = [item.images for item in batch]
+    images = [tuple(item.images) for item in batch]
     places = np.cumsum([0, *map(len, images)])
-    named = [(f"{item.id}-{i}", image) for item in batch for i, image in enumerate(item.images)]
+    named = [(f"{item.id}-{i}", image) for item, mine in zip(batch, images, strict=True) for i, image in enumerate(mine)]
     alone = extractor.images(named)
     features = [dict(_renamed(each.features)) for each in alone]
     answers: list[list[Answer]] = []

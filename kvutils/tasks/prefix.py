@@ -7,6 +7,7 @@ numbers (`columns`). Sources are `<condition>.<layer>`, so that a layer's condit
 from __future__ import annotations
 
 import hashlib
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -26,6 +27,8 @@ from kvutils.store import Parts, make_all, to_json
 from kvutils.tasks.base import ScoreTable
 from kvutils.tasks.counting import column_mean, sample_seed
 from kvutils.tasks.text_segmentation import COLUMNS, IOU, map_scores
+
+log = logging.getLogger(__name__)
 
 MOVED = ("moved_objects", "moved_background")  # the last columns of every readout
 Prefixes = dict[str, str | None]
@@ -60,7 +63,8 @@ class PrefixReadout(ABC):
 
     def objects(self, sample: Any) -> np.ndarray:
         """(H, W) bool: the pixels of objects, for how far values move there."""
-        return (np.asarray(sample.mask) > 0) & (np.asarray(sample.mask) != VOID)
+        mask = np.asarray(sample.mask)  # read once: it may be a file
+        return (mask > 0) & (mask != VOID)
 
     def image_of(self, sample: Any) -> tuple[str, Any]:
         return getattr(sample, "image_id", sample.id), sample.image
@@ -111,7 +115,7 @@ class DomainPrefix(PrefixReadout):
 
     readout "text": the class name with the largest dot product, on pixels that show some class (background has no
     name). readout "probe": a linear probe per condition, fitted on the tokens of other images of the domains, each
-    with its own prefix of that condition, for all classes and background."""
+    with its own prefix of that condition, for the classes (and background) that their tokens show: it says no other."""
 
     metric = "mIoU"
 
@@ -127,10 +131,14 @@ class DomainPrefix(PrefixReadout):
         self.domains = sorted({sample.domain for sample in samples})
         if len(self.domains) < 2:
             raise DataError(f"prefixes of a wrong domain need at least two domains, found {self.domains}")
+        strange = sorted({image.domain for image in train} - set(self.domains))
+        if strange:
+            raise DataError(f"training images are of {', '.join(strange)}, but those scored only of {', '.join(self.domains)}")
         labels = self.class_names if readout == "text" else ("background", *self.class_names)
         self.columns = (*(f"{part} {name}" for part in ("right", "true", "said") for name in labels), *MOVED)
         self._first = 1 if readout == "text" else 0  # the label that stands in the first column
         self._probes: dict[str, LinearProbe] = {}
+        self._seen = np.arange(self._first, len(self.class_names) + 1)  # the label of each row of scores
 
     def prefixes(self, sample: DomainImage) -> Prefixes | None:
         texts = {name: self.writer.wording.domain.format(name) for name in self.domains}
@@ -144,15 +152,19 @@ class DomainPrefix(PrefixReadout):
         for condition in CONDITIONS:
             found = _read(extractor, [(image.id, image.image) for image, _ in chosen], [p[condition] for _, p in chosen])
             labels = np.concatenate([one.layout.token_labels(image.mask)[0] for one, (image, _) in zip(found, chosen, strict=True)])
-            absent = sorted(set(range(len(self.class_names) + 1)) - set(labels.tolist()))
-            if absent:
+            self._seen = np.unique(labels[labels >= 0])
+            if len(self._seen) < 2:
+                raise DataError(f"{self.name}: the training tokens show fewer than two classes; pass more training images")
+            if condition == CONDITIONS[0] and len(self._seen) <= len(self.class_names):
                 names = ("background", *self.class_names)
-                raise DataError(f"no training token shows {', '.join(names[i] for i in absent)}; pass more training images")
-            y = torch.from_numpy(labels)
+                absent = sorted(set(range(len(names))) - set(self._seen.tolist()))
+                log.warning("%s: no training token shows %s; the probe never says so", self.name,
+                            ", ".join(names[i] for i in absent))  # fmt: skip
+            y = torch.from_numpy(np.where(labels < 0, -1, np.searchsorted(self._seen, labels)))
             probes = []
             for names in found[0].by_width([f"value.{layer}" for layer in extractor.layers], rows=len(labels)):
                 features = torch.cat([one.stack(names) for one in found], dim=1)
-                probe = fit_linear_probe(features, y.to(features.device), len(self.class_names) + 1, self.strength,
+                probe = fit_linear_probe(features, y.to(features.device), len(self._seen), self.strength,
                                          sample_weight=(y >= 0).to(features.device))  # fmt: skip
                 probes.append(probe.require_converged())
             self._probes[condition] = join_probes(probes)
@@ -164,8 +176,11 @@ class DomainPrefix(PrefixReadout):
             vectors = torch.stack([torch.stack([text[name] for text in texts]) for name in names]).to(values.device)
             scores = torch.einsum("lnc,lkc->lkn", values, vectors)
         else:
-            scores = self._probes[condition].logits(values).transpose(1, 2)
-        said = image.layout.to_pixels(scores).argmax(1).cpu().numpy() + self._first
+            logits = self._probes[condition].logits(values)
+            logits = logits if logits.ndim == 3 else torch.stack([torch.zeros_like(logits), logits], dim=-1)  # two classes
+            scores = logits.transpose(1, 2)
+        # Layer by layer: the maps of all layers and classes of one large photograph would take gigabytes.
+        said = [self._seen[image.layout.to_pixels(one).argmax(0).cpu().numpy()] for one in scores]
         labels = range(self._first, len(self.class_names) + 1)
         true = np.asarray(sample.mask)
         valid = (true != VOID) & (true >= self._first)

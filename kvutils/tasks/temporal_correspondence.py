@@ -53,22 +53,23 @@ class TemporalCorrespondence(Task):
     def score(
         self, sample: Clip, features: Mapping[str, ImageFeatures], extractor: FeatureExtractor
     ) -> list[Row]:
-        frames = [features[name] for name, _ in self.images(sample)]
+        frames = [features[f"{sample.id}/{i:05d}"] for i in range(len(sample.frames))]
         rows, columns = (len(np.unique(frames[0].layout.cells[:, axis])) for axis in (0, 1))
         if any(len(frame.layout) != rows * columns for frame in frames):
             raise DataError(
                 f"{sample.id}: the frames have different token grids; give all frames the same size"
             )
-        first = sample.masks[0]
+        masks = sample.masks  # read once: they may be files
+        first = masks[0]
         options = {"n_last": self.n_last, "radius": self.radius, "topk": self.topk, "rule": self.rule}
-        copied = np.concatenate(davis_sequence(copy_first_mask(first, len(frames)), sample.masks))
+        copied = np.concatenate(davis_sequence(copy_first_mask(first, len(frames)), masks))
         scores = {COPY_FIRST: [copied, copied]}
         for names in frames[0].by_width(extractor.sources, rows=rows * columns * len(frames)):
             stacked = torch.stack([frame.stack(names) for frame in frames], dim=1)  # (S, T, N, C)
             carried = propagate_labels(first, stacked, (rows, columns), **options)
             nearest = copy_labels(first, stacked, (rows, columns), self.rule)
             for name, *results in zip(names, carried, nearest, strict=True):
-                scores[name] = [np.concatenate(davis_sequence(result, sample.masks)) for result in results]
+                scores[name] = [np.concatenate(davis_sequence(result, masks)) for result in results]
         # Per source and method (2 * objects, frames): J of every object, then F of every object.
         means = {source: np.stack([one.mean(axis=1) for one in both]) for source, both in scores.items()}
         objects = means[COPY_FIRST].shape[1] // 2

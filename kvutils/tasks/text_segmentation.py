@@ -64,14 +64,15 @@ class TextSegmentation(Task):
     def score(
         self, sample: NamedMask, features: Mapping[str, ImageFeatures], extractor: FeatureExtractor
     ) -> list[Row]:
-        if not (sample.mask == 1).any():
+        mask = sample.mask  # read once: it may be a file
+        if not (mask == 1).any():
             return []
         image, order = features[sample.image_id], self.sources(extractor)
         scores = extractor.text_scores(image, [sample.text, self._wrong[sample.id]])
         right = {source: pair[0] for source, pair in scores.items()}
         wrong = {SHUFFLED + source: pair[1] for source, pair in scores.items()}
         maps = image.layout.to_pixels(torch.stack([(right | wrong)[source] for source in order]))
-        values = map_scores(maps, sample.mask, [otsu(one) for one in maps])
+        values = map_scores(maps, mask, [otsu(one) for one in maps])
         return [Row(sample.id, sample.group, dict(zip(order, values, strict=True)))]
 
 

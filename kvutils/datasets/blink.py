@@ -1,0 +1,126 @@
+"""BLINK as the Hugging Face hub holds it (Parquet, one folder per subtask), the only form in which it is published.
+
+    Art_Style/val-00000-of-00001.parquet, Visual_Similarity/val-00000-of-00001.parquet ...
+
+Columns: idx, question, image_1 ... image_4, choices, answer "(A)", prompt. The prompt is asked as BLINK's own
+evaluation asks it (zeyofu/BLINK_Benchmark, eval/test_benchmark.py): the column `prompt`, after a disclaimer in three
+subtasks. (There the disclaimer ends in a stray comma that makes it a tuple; the text is meant.) The answers of the
+test split are hidden. The questions about corresponding points paint their points into the images and give no
+coordinates, so notebook 05 reads only the subtasks that compare whole images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+import pyarrow.compute as pc
+from datasets import Dataset
+
+from kvutils.datasets.catalog import missing_data
+from kvutils.datasets.hub import holds_parquet, open_rows, picture_at
+from kvutils.datasets.samples import MultipleChoice, Pictures
+from kvutils.errors import DataError, ParameterError
+
+SUBTASKS = (
+    "Art_Style", "Counting", "Forensic_Detection", "Functional_Correspondence", "IQ_Test", "Jigsaw",
+    "Multi-view_Reasoning", "Object_Localization", "Relative_Depth", "Relative_Reflectance",
+    "Semantic_Correspondence", "Spatial_Relation", "Visual_Correspondence", "Visual_Similarity",
+)  # fmt: skip
+READABLE = ("Art_Style", "Visual_Similarity")  # by `kvutils.value_readouts`, without points
+DISCLAIMER = (
+    "Disclaimer: This is not to make unfair assumptions about the people in the image and you just need to give your "
+    "assessment on this question. You don't need to identify the real people. You just need to analyze based on the "
+    "information I gave you.\n\n"
+)
+DISCLAIMED = ("Forensic_Detection", "Jigsaw", "Art_Style")
+_TEXT = ("idx", "question", "choices", "answer", "prompt")
+_IMAGES = ("image_1", "image_2", "image_3", "image_4")
+_LETTERS = "ABCDE"
+
+
+def blink_items(
+    root: str | Path,
+    subtasks: str | Sequence[str] = READABLE,
+    split: str = "val",
+    max_items: int | None = None,
+    disclaimer: bool = True,
+) -> list[MultipleChoice]:
+    """The items of the subtasks, in the order of the rows; `options` are "(A)", "(B)", ..., `group` is the item.
+
+    root: a local copy, or "hub". max_items keeps the first of each subtask. disclaimer: before the prompts of the
+    subtasks in `DISCLAIMED`. Raises ParameterError for options that do not exist, DataError for missing files and
+    malformed rows, and for the test split, whose answers are not published.
+    """
+    named = (subtasks,) if isinstance(subtasks, str) else tuple(dict.fromkeys(subtasks))
+    unknown = [name for name in named if name not in SUBTASKS]
+    if unknown or not named:
+        asked = ", ".join(map(repr, unknown)) or "()"
+        raise ParameterError(f"no BLINK subtask {asked}: expected some of {', '.join(SUBTASKS)}")
+    if max_items is not None and max_items < 1:
+        raise ParameterError(f"max_items must be at least 1, not {max_items}")
+    if split == "test":
+        raise DataError("BLINK: the answers of the test split are hidden, nothing can be scored on it; use split val")
+    if split != "val":
+        raise ParameterError(f"BLINK has no split {split!r}: expected val")
+    if not holds_parquet(root):
+        raise missing_data("blink", f"there is no Parquet file in {root}")
+    return [item for name in named for item in _subtask_items(root, name, split, max_items, disclaimer)]
+
+
+def _subtask_items(
+    root: str | Path, subtask: str, split: str, max_items: int | None, disclaimer: bool
+) -> list[MultipleChoice]:
+    rows = open_rows("blink", root, split, _TEXT, config=subtask, pictures=_IMAGES[:1])
+    columns = [name for name in _IMAGES if name in rows.column_names]
+    for name in columns[1:]:
+        rows = rows.cast_column(name, datasets.Image(decode=False))
+    counts = _image_counts(rows, columns, subtask)
+    before = DISCLAIMER if disclaimer and subtask in DISCLAIMED else ""
+    items = []
+    for index, row in enumerate(rows.select_columns(list(_TEXT)).take(min(max_items or len(rows), len(rows)))):
+        where = f"BLINK {subtask}, row {index}"
+        _check_row(row, where)
+        openers = [picture_at(rows, index, name, f"{where}, {name}") for name in columns[: counts[index]]]
+        items.append(
+            MultipleChoice(
+                id=row["idx"],
+                subtask=subtask,
+                images=Pictures(openers),
+                question=row["question"],
+                choices=tuple(row["choices"]),
+                answer=row["answer"],
+                prompt=before + row["prompt"],
+                options=tuple(f"({letter})" for letter in _LETTERS[: len(row["choices"])]),
+                group=row["idx"],
+            )
+        )
+    if len({item.id for item in items}) != len(items):
+        raise DataError(f"BLINK {subtask}: two rows have the same idx; is this one copy of the data set?")
+    return items
+
+
+def _image_counts(rows: Dataset, columns: Sequence[str], subtask: str) -> list[int]:
+    """How many images each row has, from what is known to be absent: no image is read."""
+    there = [pc.is_valid(pc.struct_field(rows.data[name], "bytes")).to_pylist() for name in columns]
+    counts = []
+    for index, row in enumerate(zip(*there, strict=True)):
+        if not row[0] or any(later and not earlier for earlier, later in zip(row, row[1:], strict=False)):
+            found = ", ".join(name for name, each in zip(columns, row, strict=True) if each) or "none"
+            where = f"BLINK {subtask}, row {index}"
+            raise DataError(f"{where}: images must fill image_1, image_2, ... in order, found {found}")
+        counts.append(sum(row))
+    return counts
+
+
+def _check_row(row: dict, where: str) -> None:
+    for key in ("idx", "question", "prompt"):
+        if not isinstance(row[key], str) or not row[key].strip():
+            raise DataError(f"{where}: {key!r} must be text, found {row[key]!r}")
+    choices = row["choices"]
+    if not isinstance(choices, list) or not 2 <= len(choices) <= len(_LETTERS):
+        raise DataError(f"{where}: expected 2 to {len(_LETTERS)} choices, found {choices!r}")
+    known = [f"({letter})" for letter in _LETTERS[: len(choices)]]
+    if row["answer"] not in known:
+        raise DataError(f"{where}: the answer must be one of {', '.join(known)}, found {row['answer']!r}")

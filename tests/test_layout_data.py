@@ -1,0 +1,304 @@
+"""SPair-71k and BDD-10K in their official layouts: small files written here, real records, broken files."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kvutils.datasets import bdd10k, class_names, open_dataset
+from kvutils.datasets.samples import VOID
+from kvutils.errors import DataError, ImageError, ParameterError
+from kvutils.features import FeatureExtractor
+from kvutils.models import load_mlm
+from kvutils.prefixes import PrefixWriter
+from kvutils.tasks import SemanticCorrespondence, run_task
+from kvutils.tasks.prefix import DomainPrefix, run_prefixes
+
+SAMPLES = Path(os.environ.get("KVUTILS_SAMPLES", ""))
+needs_samples = pytest.mark.skipif(
+    "KVUTILS_SAMPLES" not in os.environ, reason="KVUTILS_SAMPLES names no folder with samples"
+)
+
+
+@pytest.fixture(scope="module")
+def mlm():
+    return load_mlm("pocket", untrained=True, seed=3)
+
+
+def picture(path: Path, size=(64, 48), seed=0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(path)
+
+
+# --- SPair-71k ---------------------------------------------------------------------------------------------
+
+
+def pair(number, source, target, category="bird", **other):
+    return {"pair_id": number, "src_imname": f"{source}.jpg", "trg_imname": f"{target}.jpg", "src_imsize": [64, 48, 3],
+            "trg_imsize": [64, 48, 3], "src_bndbox": [2, 2, 60, 40], "trg_bndbox": [4, 4, 60, 44], "category": category,
+            "src_kps": [[10, 10], [30, 20]], "trg_kps": [[12, 11], [33, 21]], "kps_ids": ["0", "3"]} | other  # fmt: skip
+
+
+def write_pairs(root, pairs, colon=":", ending=""):
+    home = root / "SPair-71k"
+    names = [f"{one['pair_id']:06d}-{one['src_imname'][:-4]}-{one['trg_imname'][:-4]}:{one['category']}" for one in pairs]
+    for layout in ("large", "small"):
+        (home / "Layout" / layout).mkdir(parents=True, exist_ok=True)
+        (home / "Layout" / layout / "test.txt").write_text("".join(f"{name}{ending}\n" for name in names))
+    (home / "PairAnnotation" / "test").mkdir(parents=True, exist_ok=True)
+    for name, one in zip(names, pairs, strict=True):
+        (home / "PairAnnotation" / "test" / f"{name.replace(':', colon)}.json").write_text(json.dumps(one))
+        for side in ("src", "trg"):
+            path = home / "JPEGImages" / one["category"] / one[f"{side}_imname"]
+            picture(path, tuple(one[f"{side}_imsize"][:2]), one["pair_id"])
+    return names
+
+
+PAIRS = [pair(1, "a", "b"), pair(2, "a", "c"), pair(3, "d", "e", "cat"), pair(4, "a", "d"), pair(5, "e", "d", "cat")]
+
+
+@pytest.mark.parametrize(("colon", "ending"), [(":", ""), ("_", ""), ("%3A", ".json")])
+def test_spair_reads_the_list_in_its_order(tmp_path, colon, ending):
+    names = write_pairs(tmp_path, PAIRS, colon, ending)
+    pairs = open_dataset("spair-71k", tmp_path)
+    assert [p.id for p in pairs] == names and [p.category for p in pairs] == ["bird", "bird", "cat", "bird", "cat"]
+    first = pairs[0]
+    assert first.source_points.tolist() == [[10, 10], [30, 20]] and first.target_points.tolist() == [[12, 11], [33, 21]]
+    assert first.target_box.tolist() == [4, 4, 60, 44] and (first.source_id, first.target_id) == ("a", "b")
+    assert first.source.size == first.target.size == (64, 48)
+    assert [p.id for p in open_dataset("spair-71k", tmp_path / "SPair-71k", categories=["cat"])] == [names[2], names[4]]
+    assert [p.id for p in open_dataset("spair-71k", tmp_path, layout="small", max_pairs=2)] == names[:2]
+    assert [p.id for p in open_dataset("spair-71k", tmp_path, per_category=1)] == [names[0], names[2]]
+    assert [p.id for p in open_dataset("spair-71k", tmp_path, per_category=2)] == [names[0], names[1], names[2], names[4]]
+
+
+def test_spair_says_what_is_missing_or_unknown(tmp_path):
+    names = write_pairs(tmp_path, PAIRS)
+    for options, message in [
+        ({"split": "train"}, "no split 'train': expected one of trn, val, test"),
+        ({"layout": "huge"}, "no layout"),
+        ({"categories": ["sofa"]}, "no category 'sofa'"),
+        ({"categories": []}, "no category"),
+        ({"per_category": 0}, "per_category"),
+        ({"max_pairs": 0}, "max_pairs"),
+    ]:
+        with pytest.raises(ParameterError, match=message):
+            open_dataset("spair-71k", tmp_path, **options)
+    with pytest.raises(DataError, match="SPair-71k: there is no .*large/val.txt"):
+        open_dataset("spair-71k", tmp_path, split="val")
+    with pytest.raises(DataError, match="no pair of dog"):
+        open_dataset("spair-71k", tmp_path, categories="dog")
+    home = tmp_path / "SPair-71k"
+    (home / "JPEGImages" / "bird" / "c.jpg").unlink()
+    with pytest.raises(DataError, match=r"1 of 6 images are missing in .*JPEGImages/bird/c.jpg"):
+        open_dataset("spair-71k", tmp_path)
+    (home / "PairAnnotation" / "test" / f"{names[3]}.json").unlink()
+    with pytest.raises(DataError, match=r"1 of 5 annotations are missing in .*first: 000004-a-d:bird.json"):
+        open_dataset("spair-71k", tmp_path)
+    path = home / "Layout" / "large" / "test.txt"
+    twice = f"{names[0]}\n\n{names[0]}\n"
+    for lines, message in [("x:bird\n", "line 1: expected '<number>"), (twice, "line 3: .*listed twice")]:
+        path.write_text(lines)
+        with pytest.raises(DataError, match=f"test.txt, {message}"):
+            open_dataset("spair-71k", tmp_path)
+    with pytest.raises(DataError, match="there is no .*Layout"):
+        open_dataset("spair-71k", home / "JPEGImages")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trg_kps": [[1, 2]]}, "2 source and 1 target points"),
+        ({"src_kps": [[1, 2, 3]]}, "src_kps must be finite numbers"),
+        ({"trg_bndbox": [1, 2, None, 4]}, "trg_bndbox must be finite"),
+        ({"trg_imname": "z.jpg"}, "trg_imname is 'z.jpg', expected b.jpg"),
+        ({"category": "cat"}, "its category is 'cat'"),
+        ({"src_imsize": None}, "TypeError"),
+    ],
+)
+def test_a_malformed_pair_is_named(tmp_path, change, message):
+    (name,) = write_pairs(tmp_path, PAIRS[:1])
+    path = tmp_path / "SPair-71k" / "PairAnnotation" / "test" / f"{name}.json"
+    path.write_text(json.dumps(PAIRS[0] | change))
+    with pytest.raises(DataError, match=f"{name}.json: not the annotation.*{message}"):
+        open_dataset("spair-71k", tmp_path)
+
+
+def test_spair_images_must_have_the_recorded_size(tmp_path):
+    write_pairs(tmp_path, PAIRS[:1])
+    path = tmp_path / "SPair-71k" / "JPEGImages" / "bird" / "a.jpg"
+    picture(path, (32, 24))
+    (one,) = open_dataset("spair-71k", tmp_path)
+    with pytest.raises(DataError, match="a.jpg is 32x24, but its annotation 64x48"):
+        _ = one.source
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ImageError, match="a.jpg"):
+        _ = one.source
+
+
+def test_spair_is_read_by_its_task(tmp_path, mlm):
+    names = write_pairs(tmp_path, PAIRS)
+    task = SemanticCorrespondence(open_dataset("spair-71k", tmp_path))
+    table = run_task(task, FeatureExtractor(mlm, layers=[1, 4]), progress=False)
+    assert table.ids == names and table.groups == ["a", "a", "d", "a", "e"]
+    assert (table.of("value.1")[:, 0] == 2).all()  # both points of every pair
+
+
+@needs_samples
+def test_spair_sample_records():
+    pairs = open_dataset("spair-71k", SAMPLES / "SPair-71k")
+    assert pairs[0].id == "000006-2008_002719-2008_007604:aeroplane" and len({p.category for p in pairs}) == 3
+    assert pairs[0].target_points[0].tolist() == [62, 462] and pairs[0].target.size == (333, 500)
+    for one in pairs:
+        assert (one.source_points < one.source.size).all() and (one.target_points < one.target.size).all()
+
+
+# --- BDD-10K -----------------------------------------------------------------------------------------------
+
+NUMBERS = np.arange(48)[:, None] * 64 + np.arange(64)  # pixel numbers
+
+
+def bdd(root, names: dict[str, tuple[str, str, str] | None], form="det_20"):
+    """names: image -> (split, time of day, scene), scene "-" for no attributes."""
+    home, entries = root / "bdd100k", []
+    for seed, (name, (split, time, scene)) in enumerate(names.items()):
+        picture(home / "images" / "10k" / split / f"{name}.jpg", seed=seed)
+        mask = home / "labels" / "sem_seg" / "masks" / split / f"{name}.png"
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.where(NUMBERS % 64 < 3, 255, NUMBERS // 64 // 16).astype(np.uint8)).save(mask)
+        if scene != "-":
+            attributes = {"weather": "clear", "scene": scene, "timeofday": time}
+            box = {"id": "0", "category": "car", "attributes": {"occluded": False}, "box2d": {"x1": 1}}
+            entries.append({"name": f"{name}.jpg", "attributes": attributes, "labels": [box]})
+    labels = home / "labels"
+    if form == "single":  # in the split of the 100K set, which may be another
+        (labels / "100k" / "train").mkdir(parents=True)
+        for entry in entries:
+            one = {"name": entry["name"][:-4], "attributes": entry["attributes"], "frames": [{"objects": entry["labels"]}]}
+            (labels / "100k" / "train" / f"{one['name']}.json").write_text(json.dumps(one))
+    else:
+        path = labels / ("det_20/det_train.json" if form == "det_20" else "bdd100k_labels_images_val.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps([{"name": "other.jpg"}, *entries]))
+    return home
+
+
+MANY = {
+    f"{i:08x}-{j:08x}": ("train" if i % 5 else "val", "night" if i % 3 else "daytime", "highway")
+    for i in range(30) for j in range(2)
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["det_20", "2018", "single"])
+def test_bdd_domains_come_from_the_detection_labels(tmp_path, form, caplog):
+    names = {"a-1": ("val", "night", "highway"), "b-1": ("train", "daytime", "highway"), "d-1": ("val", "", "-"),
+             "c-1": ("train", "night", "city street"), "e-1": ("train", "dawn/dusk", "residential")}  # fmt: skip
+    bdd(tmp_path, names, form)
+    found = open_dataset("bdd-10k", tmp_path, part="all")
+    assert {one.id: one.domain for one in found} == {"a-1": "night highway", "b-1": "day highway"}
+    assert "1 of 5 images have no attributes" in caplog.text
+    domains = [("night", ""), ("dawn/dusk", "residential")]
+    any_scene = open_dataset("bdd-10k", tmp_path, part="all", domains=domains, balance=False)
+    assert {one.id: one.domain for one in any_scene} == {"a-1": "night", "c-1": "night", "e-1": "dusk residential"}
+
+
+def test_bdd_masks_are_numbers_plus_one_and_keep_void(tmp_path):
+    bdd(tmp_path, {"a-1": ("val", "night", "highway"), "b-1": ("train", "daytime", "highway")})
+    one = open_dataset("bdd-10k", tmp_path, part="all")[0]
+    assert one.image.size == (64, 48) and one.mask.shape == (48, 64) and one.mask.dtype == np.uint8
+    assert (one.mask[:, :3] == VOID).all() and one.mask[:, 3:].min() == 1 and one.mask.max() == VOID
+    assert (one.mask[:16, 3:] == 1).all() and (one.mask[32:, 3:] == 3).all()
+    assert class_names("bdd-10k-train")[one.mask[20, 20] - 1] == "sidewalk" and len(class_names("bdd-10k-train")) == 19
+
+
+def test_bdd_parts_share_no_recording_and_are_balanced(tmp_path):
+    bdd(tmp_path, MANY)
+    scored, training = open_dataset("bdd-10k", tmp_path), open_dataset("bdd-10k-train", tmp_path)
+    recordings = [{one.id.partition("-")[0] for one in part} for part in (scored, training)]
+    assert not recordings[0] & recordings[1] and min(map(len, recordings)) > 4
+    both = [[one.domain for one in part] for part in (scored, training)]
+    assert both[0].count("day highway") <= both[0].count("night highway") and {*both[0]} == {*both[1]}
+    assert len(open_dataset("bdd-10k", tmp_path, balance=False)) + len(training) == len(MANY)
+    assert [one.id for one in scored] == sorted(one.id for one in scored)
+    few = open_dataset("bdd-10k-train", tmp_path, images=4)
+    assert {one.id for one in few} < {one.id for one in training}
+    assert [one.domain for one in few].count("day highway") == 2
+    assert [one.id for one in few] == [one.id for one in open_dataset("bdd-10k-train", tmp_path, images=4)]
+
+
+def test_bdd_says_what_is_missing_or_unknown(tmp_path):
+    home = bdd(tmp_path, {"a-1": ("val", "night", "highway"), "b-1": ("train", "daytime", "highway")})
+    for options, message in [
+        ({"split": "test"}, "masks for train and val, not for 'test'"),
+        ({"part": "rest"}, "part must be one of"),
+        ({"images": 0}, "images must be"),
+        ({"domains": [("noon", "highway")]}, "a domain is a time of day .*found .'noon', 'highway'."),
+        ({"domains": []}, "at least one"),
+        ({"domains": ["night", ("night", "highway")]}, "must not overlap"),
+    ]:
+        with pytest.raises(ParameterError, match=message):
+            open_dataset("bdd-10k", tmp_path, **options)
+    with pytest.raises(DataError, match=r"no image \(all\) of night tunnel; .* 1 of daytime, highway; 1 of night, highway"):
+        open_dataset("bdd-10k", tmp_path, part="all", domains=[("night", "tunnel")])
+    mask = home / "labels" / "sem_seg" / "masks" / "val" / "a-1.png"
+    (one, _) = open_dataset("bdd-10k", tmp_path, part="all")
+    for content, message in [
+        (Image.new("RGB", (64, 48)), "'RGB' image, not one of class numbers"),
+        (Image.fromarray(np.full((48, 64), 70, np.uint8)), "holds the numbers 70: expected 0..18, and 255"),
+        (Image.fromarray(np.zeros((24, 32), np.uint8)), "is 32x24, but its picture 64x48"),
+    ]:
+        content.save(mask)
+        with pytest.raises(DataError, match=f"a-1.png .*{message}"):
+            _ = one.mask
+    mask.write_bytes(b"no picture")
+    with pytest.raises(DataError, match="a-1.png or its picture .*cannot be read"):
+        _ = one.mask
+    mask.unlink()
+    with pytest.raises(DataError, match="1 of 2 masks are missing .*masks/val/a-1.png"):
+        open_dataset("bdd-10k", tmp_path, part="all")
+    labels = home / "labels" / "det_20" / "det_train.json"
+    for content, message in [
+        ("{}", "expected a list of images"), ("[{}]", "image 0: expected its 'name'"), ("[", "cannot be read"),
+        ('[{"name": "a-1.jpg", "attributes": {"scene": "highway"}}]', r"image 0 \(a-1.jpg\): expected attributes"),
+    ]:  # fmt: skip
+        labels.write_text(content)
+        with pytest.raises(DataError, match=f"det_train.json.*{message}"):
+            open_dataset("bdd-10k", tmp_path)
+    labels.unlink()
+    with pytest.raises(DataError, match="scene and time of day are in none of"):
+        open_dataset("bdd-10k", tmp_path)
+    with pytest.raises(DataError, match="there is no .*10k"):
+        open_dataset("bdd-10k", home / "labels")
+
+
+def test_bdd_is_read_by_the_domain_prefix(tmp_path, mlm, caplog):
+    bdd(tmp_path, MANY)
+    domains = [("night", ""), ("daytime", "")]
+    scored = open_dataset("bdd-10k", tmp_path, domains=domains, images=4)
+    training = open_dataset("bdd-10k-train", tmp_path, domains=domains, images=4)
+    extractor, writer = FeatureExtractor(mlm, layers=[1, 4], keys=False), PrefixWriter(mlm, "pocket")
+    names = class_names("bdd-10k-train")
+    table = run_prefixes(DomainPrefix(scored, training, names, extractor, writer, "probe"), extractor, progress=False)
+    assert len(table) == 4 and not table.skipped and "no training token shows background, wall, fence" in caplog.text
+    numbers = {name: table.of("none.4")[:, i] for i, name in enumerate(table.columns)}
+    assert (sum(numbers[f"true {name}"] for name in names) == 48 * 61).all() and (numbers["said wall"] == 0).all()
+    assert (numbers["true road"] == 16 * 61).all() and numbers["right road"].sum() > 0
+    with pytest.raises(DataError, match="training images are of dusk, but those scored only of day, night"):
+        DomainPrefix(scored, [type(training[0])("x", None, None, "dusk")], names, extractor, writer, "probe")
+
+
+@needs_samples
+def test_bdd_sample_layout(caplog):
+    domains = [("night", "highway"), ("daytime", "city street")]
+    found = open_dataset("bdd-10k", SAMPLES / "bdd100k", domains=domains, part="all")
+    assert [one.id for one in found] == ["7d06fefd-f7be05a6", "7d128593-0ccfea4c"]
+    assert [one.domain for one in found] == ["night highway", "day city street"]
+    assert [np.unique(one.mask).tolist() for one in found] == [[3], [9]] and "4 of 6 images have no attributes" in caplog.text
+    whole = SAMPLES / "bdd100k_toolkit" / "sem_seg_mask_13classes.png"
+    labels, numbers = bdd10k.read_mask(whole, whole), np.array(Image.open(whole))
+    assert labels.shape == (720, 1280) and (labels == numbers + 1).all()
+    void = SAMPLES / "bdd100k_toolkit" / "semseg_mask_1280x720.png"
+    assert np.unique(bdd10k.read_mask(void, void)).tolist() == [14, VOID]
