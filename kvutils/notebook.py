@@ -21,13 +21,18 @@ from kvutils.errors import ParameterError
 from kvutils.store import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-PROFILES = ("pocket", "paper", "rehearsal")
+PROFILES = ("pocket", "paper")
 DEFAULT = ("pocket", "pocket")  # the profile and model whose results, figures and notebooks are committed
 
 
 def output_root() -> Path:
     """Where results and figures go: `KVUTILS_OUT` if set (tests write elsewhere), else the repository."""
     return Path(os.environ.get("KVUTILS_OUT") or ROOT).resolve()
+
+
+def rank() -> int:
+    """Number of this process among those that `accelerate launch` or torchrun started for one run; 0 alone."""
+    return int(os.environ.get("RANK", 0))
 
 
 def cache_root() -> Path:

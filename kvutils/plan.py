@@ -18,11 +18,11 @@ from pathlib import Path
 import psutil
 import torch
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError
 
 from kvutils.architectures import architecture
 from kvutils.datasets import CHOICE_DATA, FOLDERS, KEY_IMAGES, PREFIX_DATA, QUESTION_DATA, READING_DATA, TASK_DATA, open_dataset
 from kvutils.datasets.catalog import CATALOG
+from kvutils.datasets.hub import ask_hub
 from kvutils.errors import DataError, KVUtilsError
 from kvutils.models import ENCODERS, MODELS, ModelSpec, find_model, original_encoder, read_family
 from kvutils.notebook import PROFILES
@@ -79,10 +79,11 @@ def look_for_model(spec: ModelSpec) -> Found:
         return Found(spec.name, "")
     if constants.HF_HUB_OFFLINE:
         return Found(spec.name, f"{spec.source} is not in the local cache, and HF_HUB_OFFLINE is set")
+    revision = spec.revision or None
     try:
-        info = HfApi().model_info(spec.source, revision=spec.revision or None, timeout=10, files_metadata=True)
-    except (OSError, HfHubHTTPError, ValueError) as error:
-        return Found(spec.name, f"{spec.source} is not in the local cache, and the hub does not answer ({_first(error)})")
+        info = ask_hub(spec.source, lambda: HfApi().model_info(spec.source, revision=revision, timeout=10, files_metadata=True))
+    except DataError as error:
+        return Found(spec.name, f"not in the local cache; {error}")
     size = sum(file.size or 0 for file in info.siblings or () if file.rfilename.endswith(".safetensors"))
     return Found(spec.name, "", size / 1e9)  # comes by itself when it is loaded
 
@@ -188,7 +189,8 @@ def table(profile: str, model: str, notebooks: Sequence[str] = NOTEBOOKS, option
         works = [work for work in WORK if work.notebook == number]
         cost = [f"{memory_needed(price, number):.0f}", f"{sum(map(price.of, works)) / 1e15:,.0f}",
                 f"{sum(map(speed.seconds, works)) / 3600:,.1f}"] if price and speed else ["?"] * 3  # fmt: skip
-        can = "no: " + (found[0].reason and "model" or "data") if absent or found[0].problem else "yes"
+        lacks = ["model"] * bool(found[0].problem) + ["data"] * bool(absent)
+        can = f"no: {' and '.join(lacks)}" if lacks else "yes"
         rows = zip(_wrapped([n for n in names if n not in absent]), _wrapped(absent), strict=True)
         for line, (there, not_there) in enumerate(rows):
             if line == 0:

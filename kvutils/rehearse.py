@@ -34,7 +34,7 @@ from kvutils.notebook import cache_root, provenance
 from kvutils.store import read_json, write_json
 from kvutils.tasks.foreground_segmentation import ForegroundSegmentation
 from kvutils.tasks.key_blocking import last_layers
-from kvutils.workload import IMAGE, WORK, Costs, Work, costs, timed
+from kvutils.workload import IMAGE, SIGLIP_WEIGHTS, WORK, Costs, Work, costs, timed
 
 GIB = 2**30
 QUESTIONS = [f"is there a {thing} in the image ?" for thing in ("person", "dog", "car", "person or a dog")]
@@ -109,7 +109,9 @@ class Rehearsal:
             if mlm.family != QWEN:
                 small = self.step("capture, base view only", len(pictures), "image", price.small_read,
                                   lambda: capture(mlm, pictures, base_view_only=True))  # fmt: skip
-            siglip = self.step("SigLIP", len(pictures), "image", price.siglip, lambda: capture_encoder(encoder, mlm, pictures))
+            weights = sum(each.numel() for each in encoder.model.parameters())
+            siglip = self.step("SigLIP", len(pictures), "image", price.siglip * weights / SIGLIP_WEIGHTS,
+                               lambda: capture_encoder(encoder, mlm, pictures))  # fmt: skip
             self.block = self._block(mlm, pictures)
             blocks, asked = {"none": None, "blocked": self.block}, [(str(i), one, QUESTIONS) for i, one in enumerate(pictures)]
             tokens = 2 * len(pictures) * sum(len(mlm.tokenizer(q)["input_ids"]) + 4 for q in QUESTIONS)

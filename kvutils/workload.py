@@ -17,6 +17,7 @@ from kvutils.layout import build_layout, tiling
 from kvutils.models import MLM, QWEN, quiet_transformers
 
 IMAGE = (640, 480)  # the usual image of COCO, by which all images are counted
+SIGLIP_WEIGHTS = 428_000_000  # of so400m/14 at 384, the tower
 _DRAWS, _READING_DRAWS = 20, 5  # of the random controls of notebook 03
 _BLOCKS = 2 * _DRAWS + _READING_DRAWS + 6  # conditions of the blocking experiment
 _CELLS = 25  # of the sweep
@@ -99,7 +100,7 @@ def costs(config, processor) -> Costs:
     (tokens, patches), (small_tokens, _) = sizes
     asked = per_token + 4 * text.num_hidden_layers * tokens * width + 2 * text.hidden_size * text.vocab_size
     channels = 5 + 2 * 1152 + text.hidden_size + 3 * text.num_hidden_layers * mlm.num_kv_heads * mlm.head_dim
-    siglip = 2 * 428e6 * (729 if mlm.family == QWEN else patches)
+    siglip = 2 * SIGLIP_WEIGHTS * (729 if mlm.family == QWEN else patches)
     return Costs(tokens, small_tokens, sum(p.numel() for p in model.parameters()), *reads, asked, siglip, 2 * tokens * channels)
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from kvutils import notebook, replicate
-from kvutils.errors import ParameterError
+from kvutils import execute, notebook, plan, replicate
+from kvutils.errors import DataError, ParameterError
 from kvutils.notebook import PROFILES, check_parameters
+from kvutils.store import Store
 
 WRITE = '''
 import json, os
@@ -41,7 +42,6 @@ def book(body: str = "print(seed)", write: str = WRITE.replace("LOW", "0.05")) -
 def root(tmp_path, monkeypatch):
     """A repository with a notebook 01, elsewhere."""
     (tmp_path / "notebooks").mkdir()
-    monkeypatch.setattr(replicate, "ROOT", tmp_path)
     monkeypatch.setattr(notebook, "ROOT", tmp_path)
     monkeypatch.setattr(replicate.notebook, "repository", lambda: "")
     monkeypatch.setattr(replicate.report, "load_claims", lambda: [
@@ -123,11 +123,74 @@ def test_parameters_write_elsewhere(root, capsys):
     assert done.cells[2].metadata.tags == ["injected-parameters"]
 
 
-def test_another_profile_writes_beside_its_results(root):
+def test_another_profile_writes_beside_its_results(root, monkeypatch):
+    asked = []
+    monkeypatch.setattr(plan, "check_ready", lambda *what: asked.append(what))
     before = (root / "notebooks" / "01_stub.ipynb").read_bytes()
     assert replicate.main(["--profile", "paper", "--model", "big"]) == 0
     assert (root / "notebooks" / "01_stub.ipynb").read_bytes() == before
     assert (root / "data" / "results" / "paper" / "big" / "01_stub.ipynb").exists()
+    assert asked == [("paper", "big", ["01"], None)]
+
+
+def test_nothing_starts_when_something_is_missing(root, monkeypatch, capsys):
+    def missing(*_):
+        raise DataError("Nothing was started: this is missing.")
+
+    monkeypatch.setattr(plan, "check_ready", missing)
+    assert replicate.main(["--profile", "paper", "--model", "big"]) == 1
+    said = capsys.readouterr()
+    assert said.err == "Nothing was started: this is missing.\n" and not said.out
+    assert not (root / "data").exists()
+
+
+SHARED = """
+import os, time
+from kvutils.store import Parts, make_all
+def work(i):
+    time.sleep(0.3)
+    return [i, os.environ["RANK"]]
+parts = Parts(os.environ["KVUTILS_CACHE"], modules=("errors.py",), seed=seed)
+done = list(make_all(parts, [(f"part/{i}", lambda i=i: work(i)) for i in range(12)]))
+seed = sum(i for i, _ in done)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+def test_accelerate_launch_shares_the_parts_and_writes_once(root, processes):
+    """A real `accelerate launch` (its processes find no GPU, and do without): each process runs the notebook, and the first writes what one alone writes."""
+    path = root / "notebooks" / "01_stub.ipynb"
+    nbformat.write(book(SHARED), path)
+    script = root / "run.py"
+    script.write_text(
+        f"import sys; from pathlib import Path; from kvutils import replicate; replicate.notebook.ROOT = Path({str(root)!r}); "
+        "replicate.notebook.repository = lambda: ''; replicate.report.load_claims = lambda: []; sys.exit(replicate.main([]))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(notebook.__file__).parents[1]), "OMP_NUM_THREADS": "1",
+                                "KVUTILS_CACHE": str(root / "cache")}  # fmt: skip
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes),
+              "--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no",
+              str(script)]  # fmt: skip
+    run = subprocess.run(launch, cwd=root, env=environment, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.count("01_stub  done in") == 1  # one process speaks
+    by_rank = [Store(folder).get(f"part/{i}")[1]["value"][1] for folder in (root / "cache").glob("*/part/..") for i in range(12)]
+    assert len(by_rank) == 12 and set(by_rank) == {str(i) for i in range(processes)}, by_rank
+    shared = (root / "data/results/pocket/pocket/01_stub.json").read_bytes()
+    assert json.loads(shared)["parameters"]["seed"] == 66
+    alone = subprocess.run([sys.executable, str(script)], cwd=root, env=environment | {"RANK": "0"}, capture_output=True,
+                           text=True, timeout=240)  # fmt: skip
+    assert alone.returncode == 0, alone.stdout + alone.stderr
+    assert (root / "data/results/pocket/pocket/01_stub.json").read_bytes() == shared
+
+
+def test_a_process_beside_the_first_writes_no_results(root, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    before = (root / "notebooks" / "01_stub.ipynb").read_bytes()
+    assert replicate.main([]) == 0
+    assert not (root / "data" / "results").exists() and not capsys.readouterr().out
+    assert (root / "notebooks" / "01_stub.ipynb").read_bytes() == before
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -157,7 +220,7 @@ def test_an_interrupted_run_leaves_the_notebook_and_runs_again(root):
                         "if not p.exists():\n    p.touch(); time.sleep(60)"), path)
     before = path.read_bytes()
     code = (f"import sys; from pathlib import Path; from kvutils import replicate; "
-            f"replicate.ROOT = replicate.notebook.ROOT = Path({str(root)!r}); "
+            f"replicate.notebook.ROOT = Path({str(root)!r}); "
             "replicate.notebook.repository = lambda: ''; sys.exit(replicate.main([]))")
     environment = os.environ | {"PYTHONPATH": str(Path(notebook.__file__).parents[1])}
     run = subprocess.Popen([sys.executable, "-c", code], cwd=root, env=environment, start_new_session=True,
@@ -176,16 +239,16 @@ def test_an_interrupted_run_leaves_the_notebook_and_runs_again(root):
 
 def test_colab_cells_follow_the_address(monkeypatch):
     made = book()
-    replicate.set_colab_cells(made, "01_stub")
+    execute.set_colab_cells(made, "01_stub")
     assert len(made.cells) == 4
     monkeypatch.setattr(notebook, "repository", lambda: "https://github.com/example/name")
     for _ in range(2):
-        replicate.set_colab_cells(made, "01_stub")
+        execute.set_colab_cells(made, "01_stub")
         assert len(made.cells) == 6
         assert "/github/example/name/blob/main/notebooks/01_stub.ipynb" in made.cells[0].source
     compile(made.cells[1].source, "setup", "exec")
     monkeypatch.setattr(notebook, "repository", lambda: "")
-    replicate.set_colab_cells(made, "01_stub")
+    execute.set_colab_cells(made, "01_stub")
     assert len(made.cells) == 4
 
 

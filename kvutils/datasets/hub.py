@@ -1,8 +1,9 @@
 """Rows of a data set that the Hugging Face hub holds as Parquet: from a local copy, or from the hub at a fixed revision.
 
 A local copy has the repository's own layout, `<config>/<split>-00000-of-00001.parquet` or `data/<split>-...parquet`.
-From the hub (`root=HUB`) only the files of the split are downloaded, to the hub's own cache. The revision that is found first is written down and used ever after, so that two runs read
-the same rows; it goes into the results as provenance. Pictures stay encoded until they are asked for.
+From the hub (`root=HUB`) only the files of the split are downloaded, to the hub's own cache. The revision that is found
+first is written down and used ever after, so that two runs read the same rows; it goes into the results as provenance.
+Pictures stay encoded until they are asked for.
 """
 
 from __future__ import annotations
@@ -12,11 +13,10 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 
 from kvutils.datasets.catalog import CATALOG, data_root, missing_data
@@ -24,6 +24,7 @@ from kvutils.errors import DataError
 from kvutils.images import open_image
 from kvutils.store import read_json, write_json
 
+T = TypeVar("T")
 HUB = "hub"  # given as root=: read from the hub instead of a folder
 
 
@@ -128,10 +129,16 @@ def revision_of(repository: str) -> str:
     path = (data_root() or Path.home() / ".cache" / "kvutils") / "hub_revisions.json"
     known: dict[str, Any] = read_json(path) if path.is_file() else {}
     if repository not in known:
-        try:
-            known[repository] = HfApi().dataset_info(repository).sha
-        except (OSError, HfHubHTTPError, ValueError) as error:
-            raise DataError(f"the hub's data set {repository} cannot be looked up ({error}): it needs network, or a local "
-                            "copy of its Parquet files") from error  # fmt: skip
+        known[repository] = ask_hub(repository, lambda: HfApi().dataset_info(repository).sha)
         write_json(path, known)
     return known[repository]
+
+
+def ask_hub(repository: str, ask: Callable[[], T]) -> T:
+    """What the hub answers; DataError where it does not."""
+    try:
+        return ask()
+    except Exception as error:  # of which kind depends on the HTTP library that huggingface_hub brings
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{repository} cannot be looked up on the hub ({said}): that needs network, or a copy on this "
+                        "machine") from error  # fmt: skip

@@ -40,7 +40,7 @@ def binary_counts(predicted: torch.Tensor, mask: np.ndarray, void: int = VOID) -
 
     mask (H, W) of 0, 1 and void: `kvutils.metrics.foreground_counts` of every source at once.
     """
-    mask = torch.from_numpy(np.ascontiguousarray(mask)).to(predicted.device)
+    mask = torch.from_numpy(np.require(mask, requirements=["C", "W"])).to(predicted.device)
     valid = (mask != void).flatten()
     said, true = predicted.flatten(1)[:, valid], (mask == 1).flatten()[valid]
     both = (said & true).sum(1)
@@ -53,7 +53,7 @@ def average_precisions(scores: torch.Tensor, mask: np.ndarray, void: int = VOID)
     """(S,) average precision over pixels of score maps (S, H, W): `kvutils.metrics.pixel_average_precision`
     of each.
     """
-    mask = torch.from_numpy(np.ascontiguousarray(mask)).to(scores.device)
+    mask = torch.from_numpy(np.require(mask, requirements=["C", "W"])).to(scores.device)
     valid = (mask != void).flatten()
     flat, true = scores.flatten(1)[:, valid], (mask == 1).flatten()[valid]
     ranked, order = flat.sort(dim=1, descending=True)
