@@ -36,7 +36,8 @@ VERSIONS = ("torch", "transformers", "numpy", "scikit-learn", "pillow")
 # Modules that show, run or train, but do not measure: a change in them leaves stored parts valid.
 NOT_MEASURING = {
     "plots.py", "plots_baseline.py", "plots_blink.py", "plots_keys.py", "plots_prefix.py", "widgets.py", "report.py",
-    "replicate.py", "notebook.py", "store.py", "capture_cli.py",
+    "replicate.py", "notebook.py", "store.py", "capture_cli.py", "archives.py", "download.py", "transfer.py",
+    "datasets/catalog.py",
     *(f"pocket/{name}.py" for name in ("captions", "card", "evaluate", "export", "model", "muon", "packing",
                                        "pool", "start", "symbolic", "train"))}
 
