@@ -39,6 +39,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         asked = self.headers.get("Range")
         self.server.asked.append((self.path, asked))
+        self.server.if_range.append(self.headers.get("If-Range"))
         name = self.path.lstrip("/")
         plan = self.server.plan.pop(0) if self.server.plan else serve
         if name in self.server.files:
@@ -81,7 +82,7 @@ def cut(after):
 @pytest.fixture
 def server():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        running.files, running.plan, running.asked, running.sent = {}, [], [], []
+        running.files, running.plan, running.asked, running.if_range, running.sent = {}, [], [], [], []
         running.url = f"http://127.0.0.1:{running.server_port}"
         thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -152,6 +153,7 @@ def test_a_cut_connection_is_resumed_where_it_broke(server, toy, after):
     assert len(starts) == 3 and starts[0] == 0 < starts[2] and starts == sorted(starts)
     assert starts[1] > 0 or after < transfer.BLOCK  # less than a block may not have been written
     assert server.sent[-1] == len(BODY) - starts[2]
+    assert server.if_range[2] == f'"{hashlib.md5(BODY).hexdigest()}"', "the rest of another version would be accepted"
 
 
 def test_what_has_arrived_serves_the_next_run(server, toy, capsys):
