@@ -113,7 +113,7 @@ def _is_there(about: About, root: Path) -> bool:
     if copy.is_file() and all((root / about.name / file).is_file() for file in read_json(copy)["files"]):
         return True
     official = [_has(download, root) for download in about.downloads]
-    official += [next(root.glob(pattern), None) is not None for pattern in about.by_hand]
+    official += [any(any(root.glob(pattern)) for pattern in either.split("|")) for either in about.by_hand]
     return bool(official) and all(official)
 
 

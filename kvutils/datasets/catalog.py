@@ -34,8 +34,8 @@ class Download:
 class About:
     """A real data set. gigabytes: to download, everything it needs of its own included. tree: the official layout
     below `KVUTILS_DATA`. downloads: what may be fetched freely; steps: what a person has to do for the rest (none
-    if everything is free), by_hand: what is there after that (patterns below `KVUTILS_DATA`). needs: other data sets
-    whose files it uses. hub: data-set repository on the Hugging Face hub that holds it as Parquet, "" for none;
+    if everything is free), by_hand: what is there after that (patterns below `KVUTILS_DATA`, "|": or). needs: other
+    data sets whose files it uses. hub: data-set repository on the Hugging Face hub that holds it as Parquet, "" for none;
     hub_files: patterns of its files that are needed."""
 
     name: str
@@ -57,7 +57,7 @@ _RAW = "https://raw.githubusercontent.com"
 _HSNET = f"{_RAW}/juhongm999/hsnet/6b1bc12b3ff9f3950f49c55ab6f089e8d9e0d191/data/splits/pascal"
 _POPE = f"{_RAW}/RUCAIBox/POPE/3df3ba1b110ecce25696989577fad583b67d4239/output/coco"
 _IMAGENET_S = "https://github.com/LUSSeg/ImageNet-S/releases/download/ImageNet-S"
-_IMAGENET_S_LISTS = f"{_RAW}/LUSSeg/ImageNet-S/b2312ba7396151f883362bdc86d71469aa81066e/data"
+_LISTS = f"{_RAW}/LUSSeg/ImageNet-S/b2312ba7396151f883362bdc86d71469aa81066e/data"
 _SPAIR = "https://cvlab.postech.ac.kr/research/SPair-71k/data/SPair-71k.tar.gz"
 
 CATALOG: dict[str, About] = {
@@ -114,28 +114,36 @@ imagenet-s/categories/ImageNetS_categories_im50.txt, imagenet-s/names/ImageNetS_
                          "md5:dd8e42e156bac415a35c3c239de297bf", "imagenet-s/ImageNetS300/validation-segmentation"),
                 Download(f"{_IMAGENET_S}/ImageNetS919-5f7f58ae1003d21da9409a8576bf7680.zip", "imagenet-s", None,
                          "md5:5f7f58ae1003d21da9409a8576bf7680", "imagenet-s/ImageNetS919/validation-segmentation"),
-                # computed from the lists of that commit
-                Download(f"{_IMAGENET_S_LISTS}/categories/ImageNetS_categories_im50.txt",
-                         "imagenet-s/categories/ImageNetS_categories_im50.txt", 499,
+                # size, sha256: computed from the files of that commit; the others have no published checksum
+                Download(f"{_LISTS}/categories/ImageNetS_categories_im50.txt",
+                         "imagenet-s/data/categories/ImageNetS_categories_im50.txt", 499,
                          "sha256:cba1701f5d94bf0dfbb40f2d529daab362dff552b9bfcea4bcdddbb5fcf762ad"),
-                Download(f"{_IMAGENET_S_LISTS}/categories/ImageNetS_categories_im300.txt",
-                         "imagenet-s/categories/ImageNetS_categories_im300.txt", 2999,
+                Download(f"{_LISTS}/categories/ImageNetS_categories_im300.txt",
+                         "imagenet-s/data/categories/ImageNetS_categories_im300.txt", 2999,
                          "sha256:9327409a512019ff7be95354f33daf2735852c04fecd0ac261790ce23e4115ca"),
-                Download(f"{_IMAGENET_S_LISTS}/categories/ImageNetS_categories_im919.txt",
-                         "imagenet-s/categories/ImageNetS_categories_im919.txt", 9189,
+                Download(f"{_LISTS}/categories/ImageNetS_categories_im919.txt",
+                         "imagenet-s/data/categories/ImageNetS_categories_im919.txt", 9189,
                          "sha256:b2ee89cf2d5def583dcea806b8cc99def3d9bb7355ae981fc4c986c6d8dec1da"),
+                Download(f"{_LISTS}/mapping/ImageNetS_im50_mapping_validation.txt",
+                         "imagenet-s/data/mapping/ImageNetS_im50_mapping_validation.txt", 58655,
+                         "sha256:d51e06461f83d3742527768a86e7cb2543adad64ba273cd22dfb27d57ea02458"),
+                Download(f"{_LISTS}/mapping/ImageNetS_im300_mapping_validation.txt",
+                         "imagenet-s/data/mapping/ImageNetS_im300_mapping_validation.txt"),
+                Download(f"{_LISTS}/mapping/ImageNetS_im919_mapping_validation.txt",
+                         "imagenet-s/data/mapping/ImageNetS_im919_mapping_validation.txt"),
+                Download(f"{_LISTS}/names/ImageNetSemi_im50_train.txt",
+                         "imagenet-s/data/names/ImageNetSemi_im50_train.txt"),
+                Download(f"{_LISTS}/data.py", "imagenet-s/data/data.py"),
             ),
             # sizes: tensorflow/datasets url_checksums/imagenet2012.txt
             steps=(
                 "Log in at https://image-net.org/download.php, accept the terms of access and download the images of "
-                "ILSVRC2012: the validation images (6.7 GB), and the training images (148 GB) only for the probe.",
-                "Extract them as IMAGENET/val/<wnid>/*.JPEG and IMAGENET/train/<wnid>/*.JPEG.",
-                "git clone https://github.com/LUSSeg/ImageNet-S && cd ImageNet-S/datapreparation",
-                "python datapreparation_val.py --imagenet-dir IMAGENET --save-dir $KVUTILS_DATA/imagenet-s --mode 50 "
-                "(--mode 300 or 919 for the larger variants)",
-                "For the probe also: python datapreparation_train_semi.py with the same options.",
+                "ILSVRC2012: those of validation (6.7 GB), and those of training (148 GB) only for the probe.",
+                "Extract them as $KVUTILS_DATA/imagenet-s/imagenet/val/*.JPEG (flat or in folders by class) and "
+                "imagenet/train/<class, such as n01443537>/*.JPEG.",
             ),
-            by_hand=("imagenet-s/ImageNetS*/validation",),
+            # ImageNet as above, or what datapreparation_val.py of LUSSeg/ImageNet-S has made of it
+            by_hand=("imagenet-s/imagenet/val|imagenet-s/ImageNetS*/validation",),
         ),
         About(
             "refcoco", "RefCOCO (UNC)", 0.1, "annotations Apache-2.0 / CC BY 4.0, images under their flickr licences",
@@ -251,7 +259,8 @@ bdd-10k/bdd100k/labels/det_20/det_train.json, det_val.json     (scene, timeofday
                 "bdd100k/labels/sem_seg/masks/{train,val} and bdd100k/labels/det_20/det_{train,val}.json.",
             ),
             by_hand=("bdd-10k/bdd100k/images/10k/val", "bdd-10k/bdd100k/labels/sem_seg/masks/val",
-                     "bdd-10k/bdd100k/labels/det_20/det_val.json"),
+                     "bdd-10k/bdd100k/labels/det_20/det_val.json|"
+                     "bdd-10k/bdd100k/labels/bdd100k_labels_images_val.json"),
         ),
         About(
             "blink", "BLINK (validation)", 0.6, "Apache-2.0", "https://huggingface.co/datasets/BLINK-Benchmark/BLINK",
