@@ -4,6 +4,7 @@ VENV        ?= .venv
 PROFILE     ?= pocket
 MODEL       ?= pocket
 NOTEBOOKS   ?=
+DATASETS    ?=
 ARGS        ?=
 TORCH_INDEX ?=
 KEEP_TORCH  ?=
@@ -15,11 +16,12 @@ CHOSEN = $(if $(NOTEBOOKS),--notebooks $(NOTEBOOKS))
 FILES  = $(if $(NOTEBOOKS),$(foreach n,$(NOTEBOOKS),$(wildcard notebooks/$(n)*.ipynb)),notebooks)
 
 .DEFAULT_GOAL := help
-.PHONY: help install replicate test test-code test-notebooks lab figures report bench train clean distclean
+.PHONY: help install replicate test test-code test-notebooks lab figures report bench data train clean distclean
 
 help:  ## list every target with a line each
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
+	@echo '  DATASETS="davis-2017 pope"  KVUTILS_DATA=FOLDER   for make data: what to fetch, and where to'
 	@echo '  PROFILE=pocket|paper  MODEL=pocket|llava-onevision-7b|...  NOTEBOOKS="01 03"  ARGS="-p seed 1"'
 	@echo '  PYTHON=python3.12         the interpreter from which $(VENV) is made (3.11 or newer)'
 	@echo '  TORCH_INDEX=URL           an index to take torch from, such as https://download.pytorch.org/whl/cpu'
@@ -71,6 +73,10 @@ report: $(STAMP)  ## write the verdicts into data/results and README.md
 
 bench: $(STAMP)  ## measure speed and memory, write benchmarks/results.json
 	@$(RUN) benchmarks/run.py
+
+# Below KVUTILS_DATA, taken from the environment or given to make.
+data: $(STAMP)  ## fetch real data sets: DATASETS="davis-2017 pope" (without: list them)
+	@$(RUN) -m kvutils.download $(DATASETS) $(ARGS)
 
 train: $(STAMP)  ## train the pocket model anew (about two hours on 2 cores; resumes)
 	@$(RUN) -m kvutils.pocket.train $(ARGS)

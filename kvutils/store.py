@@ -41,7 +41,7 @@ VERSIONS = ("torch", "transformers", "numpy", "scikit-learn", "pillow")
 NOT_MEASURING = {
     "plots.py", "plots_baseline.py", "plots_blink.py", "plots_keys.py", "plots_prefix.py", "widgets.py", "report.py",
     "replicate.py", "execute.py", "notebook.py", "store.py", "capture_cli.py", "plan.py", "rehearse.py", "workload.py",
-    "architectures.py", "model_checks.py", "download.py", "archives.py", "datasets/catalog.py",
+    "architectures.py", "model_checks.py", "download.py", "archives.py", "transfer.py", "datasets/catalog.py",
     *(f"pocket/{name}.py" for name in ("captions", "card", "evaluate", "export", "model", "muon", "packing",
                                        "pool", "start", "symbolic", "train"))}
 
