@@ -2,7 +2,7 @@
 PYTHON      ?= python3
 VENV        ?= .venv
 PROFILE     ?= pocket
-MODEL       ?= pocket
+MODEL       ?= $(if $(filter paper,$(PROFILE)),llava-onevision-7b,pocket)
 NOTEBOOKS   ?=
 DATASETS    ?=
 ARGS        ?=
@@ -12,11 +12,12 @@ KEEP_TORCH  ?=
 RUN   := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 CHECK := $(CURDIR)/data/cache/check
+PAPER_MODEL = $(if $(filter pocket,$(MODEL)),llava-onevision-7b,$(MODEL))
 CHOSEN = $(if $(NOTEBOOKS),--notebooks $(NOTEBOOKS))
 FILES  = $(if $(NOTEBOOKS),$(foreach n,$(NOTEBOOKS),$(wildcard notebooks/$(n)*.ipynb)),notebooks)
 
 .DEFAULT_GOAL := help
-.PHONY: help install replicate test test-code test-notebooks lab figures report bench data train clean distclean
+.PHONY: help install replicate test test-code test-notebooks lab figures report bench data train clean distclean plan rehearse
 
 help:  ## list every target with a line each
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -61,6 +62,12 @@ test-notebooks: $(STAMP)  ## execute the notebooks with papermill, compare verdi
 	@KVUTILS_OUT='$(CHECK)' $(RUN) -m kvutils.replicate --check $(CHOSEN)
 	@KVUTILS_OUT='$(CHECK)' MPLBACKEND=module://matplotlib_inline.backend_inline \
 	  $(RUN) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=1800 $(FILES)
+
+plan: $(STAMP)  ## what the paper profile needs and what of it is there: data, GB, GPU memory, hours
+	@$(RUN) -m kvutils.plan --model $(PAPER_MODEL) $(if $(NOTEBOOKS),--notebooks $(NOTEBOOKS))
+
+rehearse: $(STAMP)  ## run a published architecture with random weights: memory, speed, estimate (no data)
+	@$(RUN) -m kvutils.rehearse --model $(PAPER_MODEL) $(ARGS)
 
 lab: $(STAMP)  ## open the notebooks in JupyterLab
 	@$(RUN) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks

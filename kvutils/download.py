@@ -81,15 +81,9 @@ def _list(root: Path | None) -> int:
     print(f"\n  {'name':11} {'state':8} {'GB':>5}  {'how':14} licence")
     for about in CATALOG.values():
         state = "?" if root is None else "present" if _is_there(about, root) else "missing"
-        hub = about.hub and not about.downloads
-        how = "free (hub)" if hub else " + ".join(["free"] * bool(about.downloads) + ["by hand"] * bool(about.steps))
-        print(f"  {about.name:11} {state:8} {_gigabytes(about):5.2g}  {how:14} {about.licence}")
+        print(f"  {about.name:11} {state:8} {about.to_get:5.2g}  {about.how:14} {about.licence}")
     print('\nget some:  make data DATASETS="davis-2017 pope"   (by hand: shows the steps)')
     return OK
-
-
-def _gigabytes(about: About) -> float:
-    return max(about.gigabytes, sum(download.size or 0 for download in about.downloads) / 1e9)
 
 
 @contextmanager
@@ -142,7 +136,7 @@ def _marker(file: Path) -> Path:
 
 
 def _fetch_set(about: About, root: Path, options: argparse.Namespace) -> int:
-    print(f"{about.name}: {about.title}, {_gigabytes(about):.2g} GB, {about.licence}", flush=True)
+    print(f"{about.name}: {about.title}, {about.to_get:.2g} GB, {about.licence}", flush=True)
     if _is_there(about, root):
         print(f"  all there already in {root / about.name}")
         return OK

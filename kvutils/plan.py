@@ -21,7 +21,7 @@ from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
 from kvutils.architectures import architecture
 from kvutils.datasets import CHOICE_DATA, FOLDERS, KEY_IMAGES, PREFIX_DATA, QUESTION_DATA, READING_DATA, TASK_DATA, open_dataset
-from kvutils.datasets.catalog import CATALOG
+from kvutils.datasets.catalog import CATALOG, data_root
 from kvutils.datasets.hub import ask_hub
 from kvutils.errors import DataError, KVUtilsError
 from kvutils.models import ENCODERS, MODELS, ModelSpec, find_model, original_encoder, read_family
@@ -66,7 +66,7 @@ def look_for_data(names: Sequence[str], options: Mapping[str, Mapping] | None = 
             open_dataset(name, **(options or {}).get(name, {}))
             found[name] = Found(name, "")
         except DataError as error:
-            found[name] = Found(name, str(error), CATALOG[FOLDERS.get(name, name)].gigabytes)
+            found[name] = Found(name, str(error), CATALOG[FOLDERS.get(name, name)].to_get)
     return found
 
 
@@ -113,12 +113,14 @@ def check_ready(profile: str, model: str, notebooks: Sequence[str], options: Map
     lines += [f"  model     {each.reason}" for each in models if each.problem]
     if any(each.problem for each in models):
         lines += ["            with network it comes by itself; without, `hf download <id>` elsewhere and copy HF_HOME", ""]
-    folders = dict.fromkeys(FOLDERS.get(name, name) for name, each in data.items() if each.problem)
+    folders = {FOLDERS.get(name, name): each for name, each in data.items() if each.problem}
     if folders and not os.environ.get("KVUTILS_DATA"):
         lines += ["  data      KVUTILS_DATA is not set: export KVUTILS_DATA=/a/folder/with/space", ""]
-    for name in folders:
+    for name, each in folders.items():
         about = CATALOG[name]
-        lines.append(f"  {name:<12}{about.gigabytes:5.2f} GB  {'free' if not about.steps else 'steps to take':<14} {about.licence}")
+        lines.append(f"  {name:<12}{about.to_get:5.2g} GB  {about.how:<14} {about.licence}")
+        if data_root() and (data_root() / name).is_dir():  # something is there, but not all
+            lines.append(f"      {each.reason}")
     if folders:
         lines += ["", f'  make data DATASETS="{" ".join(folders)}"', "    fetches what is free and says what to do for the rest"]
     ready = [n for n in notebooks if not any(data[name].problem for name in wanted[n]) and not any(m.problem for m in models)]
@@ -185,7 +187,7 @@ def table(profile: str, model: str, notebooks: Sequence[str] = NOTEBOOKS, option
         names = data_of(number, profile)
         absent = [name for name in names if data[name].problem]
         folders = {FOLDERS.get(name, name) for name in absent}
-        gigabytes = sum(CATALOG[name].gigabytes for name in folders)
+        gigabytes = sum(CATALOG[name].to_get for name in folders)
         works = [work for work in WORK if work.notebook == number]
         cost = [f"{memory_needed(price, number):.0f}", f"{sum(map(price.of, works)) / 1e15:,.0f}",
                 f"{sum(map(speed.seconds, works)) / 3600:,.1f}"] if price and speed else ["?"] * 3  # fmt: skip

@@ -126,8 +126,8 @@ def decoder_rate(config, device: torch.device, dtype: torch.dtype, tokens: int) 
     """Operations per second of one decoder layer of full size, measured: random weights, `tokens` tokens, best of three."""
     text = config.get_text_config()
     settings = {name: value for name, value in text.to_dict().items() if name != "layer_types"}
-    text = type(text).from_dict(settings | {"num_hidden_layers": 1, "vocab_size": 8})
     with quiet_transformers(), torch.device(device):
+        text = type(text).from_dict(settings | {"num_hidden_layers": 1, "vocab_size": 8})
         layer = AutoModel.from_config(text, dtype=dtype).eval()
         states = torch.randn(1, tokens, text.hidden_size, dtype=dtype)
     seconds = min(timed(lambda: layer(inputs_embeds=states, use_cache=False), device) for _ in range(3))

@@ -51,6 +51,18 @@ class About:
     hub: str = ""
     hub_files: tuple[str, ...] = ("*.parquet",)
 
+    @property
+    def to_get(self) -> float:
+        """Gigabytes to download, the images of other sets that it brings included."""
+        return max(self.gigabytes, sum(each.size or 0 for each in self.downloads) / 1e9)
+
+    @property
+    def how(self) -> str:
+        """Whether it is fetched by a command, from its own pages or the hub, or takes a person."""
+        if self.hub and not self.downloads:
+            return "free (hub)"
+        return " + ".join(["free"] * bool(self.downloads) + ["by hand"] * bool(self.steps))
+
 
 _COCO = "http://images.cocodataset.org/"  # http: the certificate there is for another name; the checksums decide
 _RAW = "https://raw.githubusercontent.com"
@@ -290,6 +302,6 @@ def missing_data(name: str, what: str) -> DataError:
     get = f'make data DATASETS="{name}"' if about.downloads or about.hub else "by hand, " + " ".join(about.steps)
     hub = f"\n  hub copy    {about.hub}" if about.hub else ""
     return DataError(
-        f"{about.title}: {what}\n  get it      {get}\n  from        {about.source}{hub}\n  size        {about.gigabytes:g} GB to "
+        f"{about.title}: {what}\n  get it      {get}\n  from        {about.source}{hub}\n  size        {about.to_get:.2g} GB to "
         f"download\n  licence     {about.licence}\n  expected\n{tree}"
     )
