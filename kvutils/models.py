@@ -185,7 +185,7 @@ def load_mlm(
     """Load a model by its name in `MODELS`, a folder, or a hub id of one of the three families ("id@revision" for a commit).
 
     device: default CUDA if there is one, of several processes to each its own. dtype: default float32 on CPU and for
-    pocket models, else bfloat16. device_map: as in accelerate; default "auto" where the weights do not fit the GPU that
+    pocket models, else bfloat16 (float16 on GPUs that have none). device_map: as in accelerate; default "auto" where the weights do not fit the GPU that
     would be used, not with `device`. untrained: the same configuration with the random initialisation of its class under
     `seed` (control). Only safetensors are read. Raises ModelError also where `check_mlm` finds the model to be another
     than the code expects.
@@ -317,7 +317,11 @@ def _pretrained(model_class, name: str, spec: ModelSpec, **options) -> PreTraine
 
 
 def _default_dtype(spec: ModelSpec, device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "cpu" or spec.profile == "pocket" else torch.bfloat16
+    if device.type == "cpu" or spec.profile == "pocket":
+        return torch.float32
+    # GPUs before Ampere, such as the T4, only emulate bfloat16, many times slower.
+    emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.float16 if emulated else torch.bfloat16
 
 
 def _random_model(config, seed: int, device: torch.device, **options) -> PreTrainedModel:

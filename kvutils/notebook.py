@@ -160,7 +160,8 @@ def repository() -> str:
 def colab_cells(notebook: str, address: str | None = None) -> list[tuple[str, str]]:
     """The first cells of a notebook as (cell type, source): Colab badge and set-up; none without an address.
 
-    On Colab the set-up clones the repository and installs what is missing; the torch that is there stays.
+    On Colab the set-up clones the repository and installs what is missing; the torch that is there stays, whatever its
+    version: another build may not fit the machine's driver.
     """
     address = repository() if address is None else address
     if not address:
@@ -169,10 +170,21 @@ def colab_cells(notebook: str, address: str | None = None) -> list[tuple[str, st
     link = f"https://colab.research.google.com/github/{path}/blob/main/notebooks/{notebook}.ipynb"
     badge = f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({link})"
     setup = f'''\
-import importlib.util, subprocess, sys
+import importlib.util, os, subprocess, sys, tomllib
+from importlib.metadata import version
 
-if importlib.util.find_spec("kvutils") is None:  # on Colab: fetch the code, install what is missing
-    subprocess.run(["git", "clone", "--quiet", "--depth", "1", "{address}", "repository"], check=True)
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "-e", "repository"], check=True)
+# On Colab: fetch the code and install what is missing; the torch that is there stays. A T4 has room for
+# model = "llava-onevision-0.5b" with profile = "paper" (see "Real models" in the README for the data).
+if importlib.util.find_spec("kvutils") is None:
+    if not os.path.isdir("repository"):
+        subprocess.run(["git", "clone", "--quiet", "--depth", "1", "{address}", "repository"], check=True)
+    with open("repository/pyproject.toml", "rb") as file:
+        wanted = tomllib.load(file)["project"]["dependencies"]
+    with open("keep.txt", "w") as file:
+        file.write("".join(f"{{name}}=={{version(name)}}\\n" for name in ("torch", "torchvision") if importlib.util.find_spec(name)))
+    wanted = [each for each in wanted if not each.startswith("torch>")]
+    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
+    subprocess.run([*pip, "--constraint", "keep.txt", *wanted], check=True)
+    subprocess.run([*pip, "--no-deps", "--no-build-isolation", "--editable", "repository"], check=True)
     sys.path.insert(0, "repository")'''
     return [("markdown", badge), ("code", setup)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from kvutils.datasets import (
     refcoco, spair,
 )  # fmt: skip
 from kvutils.datasets.catalog import CATALOG, data_root, missing_data
-from kvutils.datasets.hub import HUB
+from kvutils.datasets.hub import HUB, holds_parquet, revision_of
 from kvutils.errors import DataError
 
 # Each pocket set is the generated twin of the real one it is named after.
@@ -131,6 +131,27 @@ def find_root(name: str, root: str | Path | None = None) -> str | Path:
     if not Path(root).is_dir():
         raise missing_data(folder, f"there is no folder {root}")
     return root
+
+
+def data_sources(names: Iterable[str], options: Mapping[str, Mapping] | None = None) -> dict[str, dict[str, str]]:
+    """{"data": name -> where it was read from} of the real data sets among `names`, for the provenance of a result: the
+    hub's repository and revision, a copy of it, or files in the official layout; {} where all are generated.
+
+    options: those that each was opened with.
+    """
+    found = {}
+    for name in names:
+        if name not in _ON_DISK:
+            continue
+        folder = FOLDERS.get(name, name)
+        root = find_root(name, (options or {}).get(name, {}).get("root"))
+        if root == HUB:
+            found[name] = f"hub: {CATALOG[folder].hub} at {revision_of(CATALOG[folder].hub)}"
+        elif CATALOG[folder].hub and holds_parquet(root):
+            found[name] = f"copy of the hub's {CATALOG[folder].hub}"
+        else:
+            found[name] = "files in the official layout"
+    return {"data": found} if found else {}
 
 
 def class_names(name: str, root: str | Path | None = None, **options) -> tuple[str, ...]:

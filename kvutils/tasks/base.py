@@ -81,6 +81,7 @@ class Task(ABC):
     metric: ClassVar[str]  # what the headline statistic is called
     columns: ClassVar[tuple[str, ...]]
     control: ClassVar[str]
+    chunk: ClassVar[int] = 25  # samples that are scored, and kept, together
     samples: Sequence[Any]
 
     @abstractmethod
@@ -140,13 +141,14 @@ def run_task(
     extractor: FeatureExtractor,
     parts: Parts | None = None,
     progress: bool = True,
-    chunk: int = 25,
+    chunk: int | None = None,
 ) -> ScoreTable:
     """Score all samples of a task. With `parts`, finished chunks are kept there and a run that was stopped
     goes on.
 
     Bytes do not depend on interruptions. Raises DataError when no sample can be scored.
     """
+    chunk = task.chunk if chunk is None else chunk
     if chunk < 1:
         raise ParameterError(f"chunk must be at least 1, not {chunk}")
     sources = task.sources(extractor)

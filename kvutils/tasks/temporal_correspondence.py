@@ -35,6 +35,7 @@ class TemporalCorrespondence(Task):
     metric = "J&F"
     columns = ("j", "f", "j_nearest", "f_nearest")
     control = UNTRAINED
+    chunk = 1  # a clip has a hundred frames
 
     def __init__(
         self, samples: Sequence[Clip], n_last: int = 7, radius: int = 12, topk: int = 5, rule: str = "area"
