@@ -24,6 +24,7 @@ from kvutils.datasets import CHOICE_DATA, FOLDERS, KEY_IMAGES, PREFIX_DATA, QUES
 from kvutils.datasets.catalog import CATALOG, data_root
 from kvutils.datasets.hub import ask_hub
 from kvutils.errors import DataError, KVUtilsError
+from kvutils.features import STACK_BYTES
 from kvutils.models import ENCODERS, MODELS, ModelSpec, find_model, original_encoder, read_family
 from kvutils.notebook import PROFILES
 from kvutils.processors import load_processor
@@ -157,11 +158,13 @@ def device_name() -> str:
     return f"CPU ({platform.machine()}, {os.cpu_count()} cores); no CUDA device"
 
 
-def memory_needed(price: Costs, notebook: str, siglip: bool = True) -> float:
-    """GiB of a GPU: weights in bfloat16 (twice, with the control of random weights) and a batch in flight."""
-    weights = 2 * price.weights * (1 if notebook in _WITHOUT_TWIN else 2) + (0.9e9 if siglip and notebook != "03" else 0)
+def memory_needed(price: Costs, notebook: str) -> float:
+    """GiB of a GPU: weights in bfloat16 (twice, with the control of random weights), a batch of 8 images in flight, and the
+    features that a probe reads, with their copies. Batches shrink where there is less; weights do not."""
+    weights = 2 * price.weights * (1 if notebook in _WITHOUT_TWIN else 2) + (0.9e9 if notebook not in ("03", "04") else 0)
     batch = 8 * price.tokens * 2 * 3 * 20_000  # three of the widest states of the decoder, and the tower's alike
-    return (weights + batch) / GIB
+    probes = 4 * min(STACK_BYTES, price.stacked) if notebook in ("01", "04") else 0
+    return (weights + batch + probes) / GIB
 
 
 def table(profile: str, model: str, notebooks: Sequence[str] = NOTEBOOKS, options: Mapping[str, Mapping] | None = None) -> str:

@@ -65,7 +65,8 @@ WORK: tuple[Work, ...] = (
 @dataclass(frozen=True)
 class Costs:
     """Operations of one model: of an image of `IMAGE` size, of its base view, of a text token behind it, of SigLIP on it.
-    tokens, small_tokens: image tokens of both; weights: number of weights; held: bytes of its features in memory."""
+    tokens, small_tokens: image tokens of both; weights: number of weights; held: bytes of an image's features in main memory;
+    stacked: bytes of what a few-shot probe and its control would read at once."""
 
     tokens: int
     small_tokens: int
@@ -75,6 +76,7 @@ class Costs:
     asked: float
     siglip: float
     held: int
+    stacked: int
 
     def of(self, work: Work) -> float:
         """Operations of a measurement, without its probes."""
@@ -99,9 +101,10 @@ def costs(config, processor) -> Costs:
         reads.append(per_token * tokens + attention + per_patch * patches)
     (tokens, patches), (small_tokens, _) = sizes
     asked = per_token + 4 * text.num_hidden_layers * tokens * width + 2 * text.hidden_size * text.vocab_size
-    channels = 5 + 2 * 1152 + text.hidden_size + 3 * text.num_hidden_layers * mlm.num_kv_heads * mlm.head_dim
+    cached = 3 * text.num_hidden_layers * mlm.num_kv_heads * mlm.head_dim  # keys, values, values of the control model
+    channels = 5 + 2 * 1152 + text.hidden_size + cached
     siglip = 2 * SIGLIP_WEIGHTS * (729 if mlm.family == QWEN else patches)
-    return Costs(tokens, small_tokens, sum(p.numel() for p in model.parameters()), *reads, asked, siglip, 2 * tokens * channels)
+    return Costs(tokens, small_tokens, _weights(model), *reads, asked, siglip, 2 * tokens * channels, 4 * 12 * tokens * cached)
 
 
 def _sizes(mlm: MLM) -> list[tuple[int, int]]:
