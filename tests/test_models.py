@@ -131,3 +131,13 @@ def test_weights_that_do_not_fit_say_so(folder, monkeypatch):
     monkeypatch.setattr(models, "_random_model", full)
     with pytest.raises(MemoryLimitError, match="device_map='auto'"):
         load_mlm(str(folder), device="cpu", untrained=True)
+
+
+def test_float16_where_bfloat16_is_only_emulated(monkeypatch):
+    """A T4, for example: bfloat16 is many times slower there."""
+    cuda, paper = torch.device("cuda", 0), MODELS["llava-onevision-0.5b"]
+    for real, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, real=real: real)
+        assert models._default_dtype(paper, cuda) == dtype
+    assert models._default_dtype(paper, torch.device("cpu")) == torch.float32
+    assert models._default_dtype(MODELS["pocket"], cuda) == torch.float32

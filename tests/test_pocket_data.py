@@ -4,13 +4,14 @@ import os
 from dataclasses import replace
 from itertools import pairwise
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
 
-from kvutils.datasets import DATASETS, open_dataset, pocket
+from kvutils.datasets import DATASETS, data_sources, open_dataset, pocket
 from kvutils.datasets.davis import davis_clips
-from kvutils.datasets.samples import VOID
+from kvutils.datasets.samples import VOID, LabelledImage
 from kvutils.errors import DataError, ImageError, ParameterError
 from kvutils.pocket.world import PRESENT, Scene, Thing, render
 
@@ -258,3 +259,31 @@ def test_the_data_folder_is_found(monkeypatch, davis):
     davis.parent.joinpath("davis-2017").symlink_to(davis)
     monkeypatch.setenv("KVUTILS_DATA", str(davis.parent))
     assert [clip.id for clip in open_dataset("davis-2017")] == ["cat"]
+
+
+def test_opened_fields_are_values_or_functions():
+    opened = []
+
+    def image():
+        opened.append(1)
+        return "picture"
+
+    lazy, plain = LabelledImage("a", image, np.zeros(2)), LabelledImage("a", "picture", np.zeros(2))
+    assert not opened and lazy.image == plain.image == "picture" and lazy.image == "picture" and len(opened) == 2
+    with pytest.raises(TypeError):
+        LabelledImage("a")
+    with pytest.raises(AttributeError):
+        lazy.image = "other"
+
+
+def test_where_data_were_read_from_is_told(monkeypatch, davis, tmp_path):
+    assert data_sources(["pocket-msrc", "pocket-blink"]) == {}
+    (tmp_path / "copy").mkdir()
+    datasets.Dataset.from_dict({"a": [1]}).to_parquet(tmp_path / "copy" / "test-00000-of-00001.parquet")
+    monkeypatch.setattr("kvutils.datasets.revision_of", lambda repository: "0123abc")
+    options = {"davis-2017": {"root": davis}, "pope": {"root": "hub"}, "mme": {"root": tmp_path / "copy"}}
+    assert data_sources(options, options) == {"data": {
+        "davis-2017": "files in the official layout", "pope": "hub: lmms-lab/POPE at 0123abc",
+        "mme": "copy of the hub's lmms-lab/MME"}}  # fmt: skip
+    with pytest.raises(DataError, match="no Parquet copy on the hub"):
+        data_sources(["msrc"], {"msrc": {"root": "hub"}})
