@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import dispatch_model, infer_auto_device_map
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, SiglipVisionModel
 from transformers.utils import logging as transformers_logging
 
@@ -142,7 +143,7 @@ def load_mlm(
 
     device: default CUDA if there is one, of several processes to each its own. dtype: default float32 on CPU and for
     pocket models, else bfloat16 (float16 on GPUs that have none). device_map: as in accelerate; default "auto" where the weights do not fit the GPU that
-    would be used, not with `device`. untrained: the same configuration with the random initialisation of its class under
+    would be used (a model without training is spread alike), not with `device`. untrained: the same configuration with the random initialisation of its class under
     `seed` (control). Only safetensors are read. Raises ModelError also where `check_mlm` finds the model to be another
     than the code expects.
     """
@@ -154,13 +155,17 @@ def load_mlm(
         raise ParameterError("device_map places a trained checkpoint itself: pass no device and no untrained")
     chosen, device = device, _device(device)
     dtype = _dtype(dtype) or _default_dtype(spec, device)
-    if chosen is None and device_map is None and not untrained and not fits(config, dtype, device):
+    if chosen is None and device_map is None and not fits(config, dtype, device):
         device_map = "auto"
     options = {"dtype": dtype, "attn_implementation": attention}
     try:
         processor = load_processor(spec.source, family, revision=spec.revision or None)
-        if untrained:
+        if untrained and device_map is None:
             model = _random_model(config, seed, device, **options)
+        elif untrained:
+            model = _random_model(config, seed, torch.device("cpu"), **options)
+            places = infer_auto_device_map(model, no_split_module_classes=model._no_split_modules)
+            model = dispatch_model(model, places)
         else:
             if device_map is not None:
                 options["device_map"] = device_map

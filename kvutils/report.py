@@ -189,7 +189,7 @@ def readme(text: str, root: Path) -> str:
     """README.md with its generated parts made from the results under `root`."""
     committed = read_results(root / "data" / "results" / Path(*notebook.DEFAULT))
     tables = [f"Profile `{folder.parent.name}`, model `{folder.name}`:\n\n{table(rows(read_results(folder)))}"
-              for folder in result_folders(root) if folder.parent.name != "rehearsal"]  # random weights
+              for folder in result_folders(root)]
     names = sorted(path.stem for path in (root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
     badges = [f"{name} {source}" for name in names for kind, source in notebook.colab_cells(name)
               if kind == "markdown"]

@@ -3,10 +3,14 @@
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from accelerate import dispatch_model
+from PIL import Image
 
 from kvutils import models
+from kvutils.capture import capture
 from kvutils.errors import MemoryLimitError, ModelError
 from kvutils.model_checks import EXPECTED, check_mlm, fits, weight_bytes
 from kvutils.models import FAMILIES, MODELS, load_encoder, load_mlm
@@ -141,3 +145,17 @@ def test_float16_where_bfloat16_is_only_emulated(monkeypatch):
         assert models._default_dtype(paper, cuda) == dtype
     assert models._default_dtype(paper, torch.device("cpu")) == torch.float32
     assert models._default_dtype(MODELS["pocket"], cuda) == torch.float32
+
+
+def test_what_does_not_fit_is_placed_by_accelerate(folder, monkeypatch):
+    """Where there is only a CPU everything is placed there: the same numbers, trained and untrained."""
+    picture = [Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))]
+    for untrained in (False, True):
+        plain = capture(load_mlm(str(folder), untrained=untrained), picture)[0]
+        monkeypatch.setattr(models, "fits", lambda *_: False)
+        placed = []
+        monkeypatch.setattr(models, "dispatch_model", lambda model, places: placed.append(places) or dispatch_model(model, places))
+        spread = load_mlm(str(folder), untrained=untrained)
+        assert placed == ([{"": "cpu"}] if untrained else [])  # from_pretrained places what it loads
+        assert torch.equal(capture(spread, picture)[0].values, plain.values)
+        monkeypatch.undo()

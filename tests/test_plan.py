@@ -9,10 +9,12 @@ import torch
 from kvutils import plan, rehearse
 from kvutils.architectures import architecture, random_mlm
 from kvutils.datasets import CHOICE_DATA, KEY_IMAGES, PREFIX_DATA, QUESTION_DATA, TASK_DATA
+from kvutils.datasets.catalog import CATALOG
 from kvutils.errors import DataError, ModelError
 from kvutils.model_checks import EXPECTED, check_mlm, weight_bytes
 from kvutils.models import MODELS, ModelSpec, find_model
-from kvutils.plan import NOTEBOOKS, Found, check_ready, data_of, look_for_model, table
+from kvutils.notebook import ROOT
+from kvutils.plan import NOTEBOOKS, Found, check_ready, data_of, look_for_model, memory_needed, table
 from kvutils.rehearse import Rehearsal, Speed, stored, stored_speed, text_of
 from kvutils.store import write_json
 from kvutils.workload import WORK, Work, costs, decoder_rate
@@ -213,3 +215,19 @@ def test_the_command_keeps_no_narrow_report(monkeypatch, capsys):
         "steps": [{"what": "capture", "count": 2, "seconds": 1.0, "operations": 1e11, "rate": 1e11, "peak": 1.0}]})  # fmt: skip
     assert rehearse.main(["--model", "qwen2.5-vl-3b"]) == 0
     assert "10%" in capsys.readouterr().out and not stored("qwen2.5-vl-3b").exists()
+
+
+def test_the_readme_has_the_computed_numbers():
+    """Parameters, gigabytes, tokens, GPU memory of notebooks 01 and 04, operations of all notebooks."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    rows = {line.split("`")[1]: line for line in lines if line.startswith("| `") and "GiB" in line}
+    assert set(rows) == set(PAPER)
+    for name, row in rows.items():
+        price = costs(*architecture(name))
+        memory = " / ".join(f"{memory_needed(price, number):.0f}" for number in ("01", "04"))
+        operations = sum(map(price.of, WORK)) / 1e18
+        expected = [f"{price.weights / 1e9:.2f} B", f"{price.weights * 2 / 1e9:.0f} GB", f"{price.tokens:,}", f"{memory} GiB",
+                    f"{operations:.1f} × 10¹⁸"]  # fmt: skip
+        assert [cell.strip() for cell in row.split("|")[2:-1]] == expected
+    total = sum(about.to_get for about in CATALOG.values())
+    assert f"about {5 * round(total / 5):.0f} GB of" in " ".join(lines)
