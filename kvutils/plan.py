@@ -202,7 +202,7 @@ def table(profile: str, model: str, notebooks: Sequence[str] = NOTEBOOKS, option
                 lines.append(f"{number:<10}{there:<30}{not_there:<34}{gigabytes:>10.1f}{cost[0]:>9}{cost[1]:>8}{cost[2]:>12}  {can}")
             elif there or not_there:
                 lines.append(f"{'':<10}{there:<30}{not_there:<34}")
-    lines += ["", "Notebook 02 reads what 01 has stored. PFLOP: 10^15 operations of the model; hours: on this device, alone."]
+    lines += ["", "Notebook 02 reads what 01 has stored. PFLOP: 10^15 operations of the model; hours: on one such device."]
     lacking = dict.fromkeys(FOLDERS.get(name, name) for name, each in data.items() if each.problem)
     if lacking:
         lines += [f'Next:  make data DATASETS="{" ".join(lacking)}"' + ("" if os.environ.get("KVUTILS_DATA") else

@@ -224,6 +224,8 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images = chosen.images or (2 if device.type == "cpu" else 32)
+    if device.type == "cpu":
+        print("No CUDA device: the architecture is scaled down. This takes some minutes.", file=sys.stderr, flush=True)
     try:
         report = Rehearsal(chosen.model, device, max(images, 2), sys.stderr.isatty()).run()
     except KVUtilsError as error:
