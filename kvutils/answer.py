@@ -276,8 +276,8 @@ def answer_all(
     """(image id, intervention -> its answers), in order, for samples (image id, image or images, questions).
 
     Each image is read once for all its questions and all `blocks` (name -> selection, None for no block; by
-    default only {"none": None}), `batch_size` images together, or fewer where memory does not suffice. The other arguments are those of
-    `SessionBatch.answer`. `samples` may be a generator.
+    default only {"none": None}), `batch_size` images together, or fewer where memory does not suffice. The other
+    arguments are those of `SessionBatch.answer`. `samples` may be a generator.
     """
     blocks = {"none": None} if blocks is None else blocks
     if not blocks or batch_size < 1:

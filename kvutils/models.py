@@ -18,8 +18,8 @@ from kvutils.model_checks import check_mlm, fits
 from kvutils.processors import image_backend, load_processor, load_siglip_image_processor
 from kvutils.registry import ENCODERS, FAMILIES, MODELS, NEXT, ONEVISION, QWEN, ModelSpec, find_model, original_encoder
 
-__all__ = ["ATTENTIONS", "ENCODERS", "FAMILIES", "MLM", "MODELS", "NEXT", "ONEVISION", "QWEN", "Encoder", "ModelSpec", "find_model",
-           "load_encoder", "load_mlm", "original_encoder", "quiet_transformers", "read_family", "wrap_mlm"]  # fmt: skip
+__all__ = ["ATTENTIONS", "ENCODERS", "FAMILIES", "MLM", "MODELS", "NEXT", "ONEVISION", "QWEN", "Encoder", "ModelSpec",
+           "find_model", "load_encoder", "load_mlm", "original_encoder", "quiet_transformers", "read_family", "wrap_mlm"]  # fmt: skip
 _PROBE = "kvutils-prefix"  # stands for a prefix, to see where a chat template puts it
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 
@@ -142,10 +142,10 @@ def load_mlm(
     """Load a model by its name in `MODELS`, a folder, or a hub id of one of the three families ("id@revision" for a commit).
 
     device: default CUDA if there is one, of several processes to each its own. dtype: default float32 on CPU and for
-    pocket models, else bfloat16 (float16 on GPUs that have none). device_map: as in accelerate; default "auto" where the weights do not fit the GPU that
-    would be used (a model without training is spread alike), not with `device`. untrained: the same configuration with the random initialisation of its class under
-    `seed` (control). Only safetensors are read. Raises ModelError also where `check_mlm` finds the model to be another
-    than the code expects.
+    pocket models, else bfloat16 (float16 on GPUs that have none). device_map: as in accelerate; default "auto" where the
+    weights do not fit the GPU that would be used (a model without training is spread alike), not with `device`.
+    untrained: the same configuration with the random initialisation of its class under `seed` (control). Only safetensors
+    are read. Raises ModelError also where `check_mlm` finds the model to be another than the code expects.
     """
     spec = find_model(name)
     family, config = read_family(name, spec)
