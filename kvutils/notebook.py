@@ -132,7 +132,7 @@ def code_commit() -> str:
 
 
 def provenance(mlm: object = None, **more: object) -> dict:
-    """What a result came from: commit, versions, device; of an `MLM` also revision, dtype and attention."""
+    """What a result came from: commit, versions, device; of an `MLM` also revision, dtype, attention and resizer."""
     device = torch.device(getattr(mlm, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu"))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     about = {"commit": code_commit(), "device": f"{device.type} ({name})",
@@ -140,7 +140,8 @@ def provenance(mlm: object = None, **more: object) -> dict:
     about |= {package: version(package) for package in ("torch", "transformers", "numpy", "scikit-learn")}
     if mlm is not None:
         about |= {"model": mlm.name, "family": mlm.family, "revision": mlm.revision,
-                  "dtype": str(mlm.dtype).removeprefix("torch."), "attention": mlm.attention}
+                  "dtype": str(mlm.dtype).removeprefix("torch."), "attention": mlm.attention,
+                  "image_backend": mlm.image_backend}
     return about | more
 
 
