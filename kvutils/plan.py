@@ -183,6 +183,8 @@ def table(profile: str, model: str, notebooks: Sequence[str] = NOTEBOOKS, option
         price = costs(config, processor)
         speed = speed_here(model, price, config)
         lines.append(f"speed    {speed.about}; an image of 640 x 480 has {price.tokens:,} tokens and takes {speed.read:.3g} s")
+        lines.append(f"memory   features of an image take {price.held / 2**20:.0f} MiB of main memory; notebook 01 holds a clip of DAVIS "
+                     f"at once, about a hundred frames ({100 * price.held / GIB:.0f} GiB)")  # fmt: skip
     except (KVUtilsError, OSError, ValueError) as error:
         lines.append(f"speed    not known before the configuration of {model} is there ({_first(error)})")
     lines += ["", f"{'':<10}{'data present':<30}{'missing':<34}{'GB to get':>10}{'GPU GiB':>9}{'PFLOP':>8}{'hours here':>12}  can run now"]
