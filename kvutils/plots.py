@@ -6,7 +6,7 @@ Colours are seaborn's colour-blind palette; every kind of source keeps its colou
 import base64
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -79,6 +79,17 @@ def _picture(axis, image: np.ndarray, size: tuple[int, int], title: str = "", **
     for spine in axis.spines.values():
         spine.set_visible(False)
     return shown
+
+
+def error_bar(found: Mapping, factor: float = 1) -> list[list[float]]:
+    """The interval as `errorbar` takes it. A percentile interval need not hold the value itself; bars then begin there."""
+    low, high = found["mean"] - found["low"], found["high"] - found["mean"]
+    return [[factor * max(low, 0.0)], [factor * max(high, 0.0)]]
+
+
+def layer_ticks(layers: Sequence[int]) -> list[int]:
+    """Every layer of a small model, every fourth or so of a large one."""
+    return list(layers)[:: max(1, -(-len(layers) // 12))]
 
 
 def _gallery(count: int, size: tuple[int, int], columns: int = 5) -> tuple[Figure, list]:
@@ -183,11 +194,10 @@ def layer_curves(tasks: Mapping[str, Mapping]) -> Figure:
         for x, source in enumerate(BEFORE):
             if source in sources:
                 found = sources[source]
-                error = [[found["mean"] - found["low"]], [found["high"] - found["mean"]]]
-                axis.errorbar(x, found["mean"], yerr=error, fmt="D", ms=4, color="black", capsize=2)
+                axis.errorbar(x, found["mean"], yerr=error_bar(found), fmt="D", ms=4, color="black", capsize=2)
         if "projector" in sources:
             axis.axhline(sources["projector"]["mean"], color="black", lw=0.7, ls=(0, (6, 4)), label="projector, continued")
-        layers = sorted({int(m[1]) for s in sources if (m := re.fullmatch(r"value\.(\d+)", s))})
+        layers = layer_ticks(sorted({int(m[1]) for s in sources if (m := re.fullmatch(r"value\.(\d+)", s))}))
         axis.set_xticks([*range(len(BEFORE)), *(layer + offset for layer in layers)],
                         [*BEFORE.values(), *map(str, layers)], fontsize=7.5)  # fmt: skip
         for tick in axis.get_xticklabels()[: len(BEFORE)]:
@@ -210,7 +220,7 @@ def _tasks_in_order(tasks: Mapping[str, Mapping]) -> dict[str, Mapping]:
 @_styled
 def build_then_degrade(tasks: Mapping[str, Mapping]) -> Figure:
     """Best value layer minus first and minus last, on the half of the items that did not choose it."""
-    tasks = _tasks_in_order(tasks)
+    tasks = {name: each for name, each in _tasks_in_order(tasks).items() if "value" in each["build_then_degrade"]}
     figure, axis = plt.subplots(figsize=(8.5, 0.55 * len(tasks) + 1.3))
     for row, summary in enumerate(tasks.values()):
         found = summary["build_then_degrade"]["value"]
@@ -219,8 +229,7 @@ def build_then_degrade(tasks: Mapping[str, Mapping]) -> Figure:
             ("minus_last", -0.13, _COLOURS[1], "s", "best minus last layer (degrades)"),
         ):
             value = found[part]
-            error = [[value["mean"] - value["low"]], [value["high"] - value["mean"]]]
-            axis.errorbar(value["mean"], row + shift, xerr=error, fmt=marker, color=colour, capsize=3, ms=5,
+            axis.errorbar(value["mean"], row + shift, xerr=error_bar(value), fmt=marker, color=colour, capsize=3, ms=5,
                           label=label if row == 0 else None)  # fmt: skip
     axis.axvline(0, color="black", lw=0.8)
     names = [f"{s['title']} (layer {s['build_then_degrade']['value']['best_layer']})" for s in tasks.values()]

@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from kvutils.plots import _COLOURS, BEFORE, _picture, _styled, decode_image, encode_image
+from kvutils.plots import _COLOURS, BEFORE, _picture, _styled, decode_image, encode_image, error_bar, layer_ticks
 from kvutils.question_metrics import LETTERS
 
 ORDER = ("Art_Style", "Visual_Similarity", "Semantic_Correspondence", "Functional_Correspondence", "Visual_Correspondence")
@@ -33,10 +33,6 @@ _LONGER = {"either right": "either right (upper bound)", "option scores alone": 
 def in_order(subtasks: Mapping[str, Mapping]) -> dict[str, Mapping]:
     """As BLINK's subtasks are always listed here (results files sort their keys)."""
     return {name: subtasks[name] for name in ORDER if name in subtasks}
-
-
-def _error(found: Mapping) -> list[list[float]]:
-    return [[found["mean"] - found["low"]], [found["high"] - found["mean"]]]
 
 
 def _source_label(source: str) -> str:
@@ -80,10 +76,10 @@ def _curves(axis, found: Mapping, sources: Mapping[str, Mapping]) -> None:
         if layers:
             axis.plot(x, [e["mean"] for e in each], line, color=colour, marker=marker, ms=3.5, label=label)
             axis.fill_between(x, [e["low"] for e in each], [e["high"] for e in each], color=colour, alpha=0.15, lw=0)
-        ticks |= {layer + offset: str(layer) for layer in layers}
+        ticks |= {layer + offset: str(layer) for layer in layer_ticks(layers)}
     for x, (source, label) in enumerate(BEFORE.items()):
         if source in sources:
-            axis.errorbar(x, sources[source]["mean"], yerr=_error(sources[source]), fmt="D", ms=4, color="black", capsize=2,
+            axis.errorbar(x, sources[source]["mean"], yerr=error_bar(sources[source]), fmt="D", ms=4, color="black", capsize=2,
                           label="before the language model")  # fmt: skip
             ticks[x] = label
     model = found["model"]["accuracy"]
@@ -143,7 +139,7 @@ def shares_by_source(subtasks: Mapping[str, Mapping]) -> Figure:
             family = source.rpartition(".")[0]
             colour, _, marker, _ = FAMILIES.get(family, ("black", "", "D", ""))
             share = each["shares"]["value_only"]
-            axis.errorbar(share["mean"], row, xerr=_error(share), fmt=marker, color=colour, ms=5, capsize=3)
+            axis.errorbar(share["mean"], row, xerr=error_bar(share), fmt=marker, color=colour, ms=5, capsize=3)
             axis.plot(each["at_guess"]["mean"], row, "|", ms=16, mew=2, color=_COLOURS[3],
                       label=None if row else "by guessing, options as often as this readout")  # fmt: skip
         labels = [_source_label(source) for source in tables]
@@ -166,10 +162,10 @@ def intervention_effects(found: Mapping[str, Mapping]) -> Figure:
     for row, (subtask, name) in enumerate(rows):
         each = found[subtask]["changes"][name]
         colour, marker = INTERVENTION_STYLE[name]
-        left.errorbar(each["change"]["mean"], row, xerr=_error(each["change"]), fmt=marker, color=colour, ms=5, capsize=3)
+        left.errorbar(each["change"]["mean"], row, xerr=error_bar(each["change"]), fmt=marker, color=colour, ms=5, capsize=3)
         cost = each["cost"]
         if cost["mean"] is not None and cost["low"] is not None:
-            right.errorbar(cost["mean"], row, xerr=_error(cost), fmt=marker, color=colour, ms=5, capsize=3)
+            right.errorbar(cost["mean"], row, xerr=error_bar(cost), fmt=marker, color=colour, ms=5, capsize=3)
         first = row == 0 or rows[row - 1][0] != subtask
         about = f"{found[subtask]['title']} (n = {found[subtask]['n']}):  " if first else ""
         labels.append(about + _LONGER.get(name, name))

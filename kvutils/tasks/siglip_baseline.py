@@ -6,6 +6,7 @@ SigLIP as published -> (finetuning) -> the model's own encoder -> (projection) -
 from collections.abc import Mapping
 
 from kvutils.errors import ParameterError
+from kvutils.report import undefined
 from kvutils.statistics import bootstrap_ci, paired_difference
 from kvutils.tasks.base import ScoreTable, Task, choosing_half, summarise
 from kvutils.tasks.value_flow import SIX
@@ -48,9 +49,13 @@ def compare_along_chain(table: ScoreTable, task: Task, n_boot: int = 2000, seed:
 
 
 def claim_c4(chains: Mapping[str, Mapping]) -> dict:
-    """C4, per task: SigLIP before any finetuning minus the best value layer, on items that did not choose the layer."""
+    """C4, per task: SigLIP before any finetuning minus the best value layer, on items that did not choose the layer; undefined for a task
+    that `chains` lacks."""
     entries = []
     for name in (task.name for task in SIX):
+        if name not in chains:
+            entries.append(undefined(f"{name}: SigLIP minus best value layer", "too few independent units to choose a layer"))
+            continue
         lost = chains[name]["steps"]["all steps"]
         entries.append({
             "name": f"{name}: SigLIP minus {chains[name]['best']}",
