@@ -145,7 +145,10 @@ def similarity_maps(picture: Mapping) -> Figure:
         axes[0].plot(*picture["point"], "o", ms=9, mfc="none", mec=colour, mew=width)
     for axis, (source, scores) in zip(axes[1:], _in_order(maps), strict=True):
         shown = _picture(axis, np.array(scores), size, _label(source), vmin=-1, vmax=1, cmap="cividis")
-    figure.colorbar(shown, ax=axes, shrink=0.6, label="cosine similarity to the token under the point (centred)")
+    label = "cosine similarity to the token under the point (centred)"
+    if figure.get_figheight() < 5:  # few rows of wide pictures
+        label = label.replace(" under", "\nunder")
+    figure.colorbar(shown, ax=axes, shrink=0.6, label=label)
     return figure
 
 

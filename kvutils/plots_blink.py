@@ -1,12 +1,14 @@
 """Figures of notebook 05, in the style of `kvutils.plots`."""
 
 import re
+import textwrap
 from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
+from kvutils.datasets.blink import DISCLAIMER
 from kvutils.plots import _COLOURS, BEFORE, _picture, _styled, decode_image, encode_image, error_bar, layer_ticks
 from kvutils.question_metrics import LETTERS
 
@@ -212,7 +214,7 @@ def example_item(example: Mapping) -> Figure:
         axis.set_xlabel(label)
         axis.tick_params(axis="x", labelsize=7)
         axis.locator_params(axis="x", nbins=4)
-    prompt = example["prompt"] if len(example["prompt"]) < 130 else example["prompt"][:127] + "..."
+    prompt = textwrap.fill(textwrap.shorten(example["prompt"], 390, placeholder=" ..."), 130)
     figure.suptitle(f"{prompt}\nblue: the option that values and model answer", fontsize=9)
     return figure
 
@@ -226,7 +228,7 @@ def describe_example(item, table, source: str) -> dict:
     scale = [min(1.0, 320 / max(image.size)) for image in item.images]  # as `encode_image` shrinks them
     return {
         "id": item.id,
-        "prompt": item.prompt,
+        "prompt": item.prompt.removeprefix(DISCLAIMER),  # which is the same for all items
         "images": [encode_image(image) for image in item.images],
         "points": [(np.array(each) * factor).tolist() if each else [] for each, factor in zip(points, scale, strict=True)],
         "layer": int(source.rsplit(".", 1)[1]),

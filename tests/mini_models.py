@@ -34,7 +34,8 @@ TEXTS = (
 
 def save_tiny(family: str, folder: Path, **options) -> Path:
     """A tiny random model (see `tiny_models`) as `save_pretrained` writes it."""
-    mlm = tiny(family, words=known_words(), **options)
+    mlm = tiny(family, words=known_words(), seed=3, **options)  # not the seed of the untrained control
+    mlm.model.config.text_config.update({"bos_token_id": None, "eos_token_id": None})  # Qwen's own are no tokens here
     mlm.model.save_pretrained(folder)
     mlm.processor.save_pretrained(folder)
     return folder
