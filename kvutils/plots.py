@@ -6,7 +6,7 @@ Colours are seaborn's colour-blind palette; every kind of source keeps its colou
 import base64
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -92,6 +92,19 @@ def layer_ticks(layers: Sequence[int]) -> list[int]:
     return list(layers)[:: max(1, -(-len(layers) // 12))]
 
 
+def flow_axis(layers: int) -> tuple[list[int], int, int]:
+    """Along the data flow: x of what comes `BEFORE`, of the line between, of layer 0; wider where layers are many."""
+    step = max(1, round(layers / 9))
+    before = [step * place for place in range(len(BEFORE))]
+    line = before[-1] + max(1, step - 1)
+    return before, line, line + max(1, step - 1)
+
+
+def layer_count(sources: Iterable[str]) -> int:
+    """One more than the highest layer of the sources `value.<layer>`."""
+    return 1 + max((int(m[1]) for s in sources if (m := re.fullmatch(r"value\.(\d+)", s))), default=0)
+
+
 def _gallery(count: int, size: tuple[int, int], columns: int = 5) -> tuple[Figure, list]:
     rows = -(-count // columns)
     height = min(max(size[1] / size[0], 0.4), 1.6)
@@ -146,7 +159,7 @@ def similarity_maps(picture: Mapping) -> Figure:
     for axis, (source, scores) in zip(axes[1:], _in_order(maps), strict=True):
         shown = _picture(axis, np.array(scores), size, _label(source), vmin=-1, vmax=1, cmap="cividis")
     label = "cosine similarity to the token under the point (centred)"
-    if figure.get_figheight() < 5:  # few rows of wide pictures
+    if figure.get_figheight() < 4.1:  # few rows of wide pictures
         label = label.replace(" under", "\nunder")
     figure.colorbar(shown, ax=axes, shrink=0.6, label=label)
     return figure
@@ -191,21 +204,21 @@ def layer_curves(tasks: Mapping[str, Mapping]) -> Figure:
     handles: dict[str, object] = {}
     for axis, summary in zip(axes.flat, tasks.values(), strict=False):
         sources = summary["sources"]
-        offset = len(BEFORE) + 1
+        before, line, offset = flow_axis(layer_count(sources))
         for family in SOURCE_STYLE:
             _curve(axis, sources, family, offset)
-        for x, source in enumerate(BEFORE):
+        for x, source in zip(before, BEFORE, strict=True):
             if source in sources:
                 found = sources[source]
                 axis.errorbar(x, found["mean"], yerr=error_bar(found), fmt="D", ms=4, color="black", capsize=2)
         if "projector" in sources:
             axis.axhline(sources["projector"]["mean"], color="black", lw=0.7, ls=(0, (6, 4)), label="projector, continued")
         layers = layer_ticks(sorted({int(m[1]) for s in sources if (m := re.fullmatch(r"value\.(\d+)", s))}))
-        axis.set_xticks([*range(len(BEFORE)), *(layer + offset for layer in layers)],
+        axis.set_xticks([*before, *(layer + offset for layer in layers)],
                         [*BEFORE.values(), *map(str, layers)], fontsize=7.5)  # fmt: skip
         for tick in axis.get_xticklabels()[: len(BEFORE)]:
             tick.set(rotation=40, ha="right")
-        axis.axvline(len(BEFORE), color="grey", lw=0.5)
+        axis.axvline(line, color="grey", lw=0.5)
         axis.set(title=f"{summary['title']}\n{summary['n']} items in {summary['groups']} units", ylabel=summary["metric"])
         axis.set_xlabel("before the language model  |  layer", fontsize=8)
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from kvutils.datasets.blink import DISCLAIMER
-from kvutils.plots import _COLOURS, BEFORE, _picture, _styled, decode_image, encode_image, error_bar, layer_ticks
+from kvutils.plots import _COLOURS, BEFORE, _picture, _styled, decode_image, encode_image, error_bar, flow_axis, layer_count, layer_ticks
 from kvutils.question_metrics import LETTERS
 
 ORDER = ("Art_Style", "Visual_Similarity", "Semantic_Correspondence", "Functional_Correspondence", "Visual_Correspondence")
@@ -58,7 +58,8 @@ def readout_curves(subtasks: Mapping[str, Mapping]) -> Figure:
             axis.set_title(f"{found['title']} ({found['n']} items)\n{also}{READOUT_LABELS[name]}")
         column[-1].set_xlabel("before the language model  |  layer")
         chosen = int(found["chosen"]["source"].rsplit(".", 1)[1])
-        column[0].axvline(chosen + len(BEFORE) + 1, color=_COLOURS[0], lw=6, alpha=0.12)
+        offset = flow_axis(layer_count(found["readouts"][names[0]]))[-1]
+        column[0].axvline(chosen + offset, color=_COLOURS[0], lw=6, alpha=0.12)
     for axis in axes[:, 0]:
         axis.set_ylabel("accuracy (share of items)")
     handles = {}
@@ -70,7 +71,8 @@ def readout_curves(subtasks: Mapping[str, Mapping]) -> Figure:
 
 
 def _curves(axis, found: Mapping, sources: Mapping[str, Mapping]) -> None:
-    offset, ticks = len(BEFORE) + 1, {}
+    before, between, offset = flow_axis(layer_count(sources))
+    ticks = {}
     for family, (colour, line, marker, label) in FAMILIES.items():
         layers = sorted(int(match[1]) for name in sources if (match := re.fullmatch(re.escape(family) + r"\.(\d+)", name)))
         each = [sources[f"{family}.{layer}"] for layer in layers]
@@ -79,7 +81,7 @@ def _curves(axis, found: Mapping, sources: Mapping[str, Mapping]) -> None:
             axis.plot(x, [e["mean"] for e in each], line, color=colour, marker=marker, ms=3.5, label=label)
             axis.fill_between(x, [e["low"] for e in each], [e["high"] for e in each], color=colour, alpha=0.15, lw=0)
         ticks |= {layer + offset: str(layer) for layer in layer_ticks(layers)}
-    for x, (source, label) in enumerate(BEFORE.items()):
+    for x, (source, label) in zip(before, BEFORE.items(), strict=True):
         if source in sources:
             axis.errorbar(x, sources[source]["mean"], yerr=error_bar(sources[source]), fmt="D", ms=4, color="black", capsize=2,
                           label="before the language model")  # fmt: skip
@@ -88,7 +90,7 @@ def _curves(axis, found: Mapping, sources: Mapping[str, Mapping]) -> None:
     axis.axhline(model["mean"], color=_COLOURS[3], lw=1.4, label="the model's answers")
     axis.axhspan(model["low"], model["high"], color=_COLOURS[3], alpha=0.12, lw=0)
     axis.axhline(found["chance"], color="black", lw=0.9, ls=":", label="chance")
-    axis.axvline(len(BEFORE), color="grey", lw=0.5)
+    axis.axvline(between, color="grey", lw=0.5)
     axis.set_xticks(sorted(ticks), [ticks[x] for x in sorted(ticks)])
     for label in axis.get_xticklabels():
         if not label.get_text().isdigit():
