@@ -22,7 +22,7 @@ from kvutils.datasets import (
 from kvutils.features import FeatureExtractor
 from kvutils.models import load_encoder, load_mlm
 from kvutils.plan import NOTEBOOKS, data_of, look_for_data
-from kvutils.plots import DRAW
+from kvutils.plots import DRAW, error_bar, flow_axis, layer_count, layer_ticks
 from kvutils.prefixes import CONDITIONS, PrefixWriter
 from kvutils.report import judge, load_claims
 from kvutils.store import to_json
@@ -197,6 +197,14 @@ def test_a_checkpoint_of_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     encoder = load_encoder("siglip-so400m", device="cpu")
     assert encoder.revision == folder.name and len(encoder.revision) == 40
+
+
+def test_figures_take_any_interval_and_any_depth():
+    assert error_bar({"mean": 0.5, "low": 0.6, "high": 0.9}, 100) == [[0.0], [40.0]]  # percentile intervals do that
+    assert flow_axis(8) == ([0, 1, 2, 3], 4, 5) and layer_ticks(range(8)) == list(range(8))
+    before, line, first = flow_axis(28)
+    assert before == [0, 3, 6, 9] and before[-1] < line < first and len(layer_ticks(range(28))) <= 12
+    assert layer_ticks([]) == [] and layer_count(["pixels", "key.9", "value.3", "value.27"]) == 28
 
 
 @pytest.mark.slow
