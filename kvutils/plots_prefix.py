@@ -1,5 +1,6 @@
 """Figures of notebook 04, in the style of `kvutils.plots`."""
 
+import textwrap
 from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
@@ -111,11 +112,12 @@ def prefix_maps(picture: Mapping) -> Figure:
     conditions = list(picture["order"])
     figure, axes = plt.subplots(1, len(conditions) + 1, figsize=(2.1 * (len(conditions) + 1), 2.9))
     size = picture["size"]
-    _picture(axes[0], decode_image(picture["image"]), size, f'"{picture["text"]}"')
+    _picture(axes[0], decode_image(picture["image"]), size, textwrap.fill(f'"{picture["text"]}"', 28))
     low, high = (edge([np.min(m) if edge is min else np.max(m) for m in picture["maps"].values()]) for edge in (min, max))
     for axis, condition in zip(axes[1:], conditions, strict=True):
         prefix = picture["prefixes"][condition]
-        title = f"{CONDITION_STYLE[condition][3]}\n" + (f'"{prefix}"' if prefix else "") + f"\nIoU {picture['ious'][condition]:.2f}"
+        quoted = textwrap.fill(f'"{prefix}"', 36) if prefix else ""
+        title = f"{CONDITION_STYLE[condition][3]}\n{quoted}\nIoU {picture['ious'][condition]:.2f}"
         shown = _picture(axis, np.array(picture["maps"][condition]), size, title, vmin=low, vmax=high, cmap="cividis")
         axis.title.set_fontsize(8)
     figure.colorbar(shown, ax=axes, shrink=0.7, label=f"dot product, layer {picture['layer']}")

@@ -30,6 +30,7 @@ from kvutils.tasks.base import run_task, summarise
 from kvutils.tasks.blink_gap import check_items, read_items
 from kvutils.tasks.blink_interventions import claim_x5, interventions
 from kvutils.tasks.blink_tables import claim_c8, describe_table, official_scores
+from kvutils.tasks.foreground_segmentation import ForegroundSegmentation
 from kvutils.tasks.input_agnostic_keys import ATTENTION_QUESTIONS, claim_c5, claim_c6, claim_x2, claim_x4, open_data
 from kvutils.tasks.key_blocking import ask_under_blocks, conditions, effects, last_layers
 from kvutils.tasks.key_statistics import compare_trained, describe_keys
@@ -197,6 +198,14 @@ def test_a_checkpoint_of_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     encoder = load_encoder("siglip-so400m", device="cpu")
     assert encoder.revision == folder.name and len(encoder.revision) == 40
+
+
+def test_an_episode_without_background_is_left_out(data):
+    extractor = FeatureExtractor(load_mlm("pocket"), layers=[0, 2], keys=False)
+    one, other = open_dataset("pascal-5i", per_fold=1, folds=(0, 1))
+    full = tuple(replace(each, mask=np.ones_like(each.mask)) for each in one.supports)
+    table = run_task(ForegroundSegmentation([replace(one, supports=full), other]), extractor, progress=False)
+    assert table.skipped == [one.id] and table.ids == [other.id]
 
 
 def test_figures_take_any_interval_and_any_depth():
