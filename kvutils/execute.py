@@ -77,7 +77,7 @@ def clean(book: NotebookNode) -> NotebookNode:
             output.pop("transient", None)
             if output.get("name") == "stderr":  # progress bars go; anything else stays to be seen
                 lines = re.split(r"[\r\n]|\x1b\[A", output.text)
-                output.text = "\n".join(line for line in lines if line.strip() and not BAR.search(line))
+                output.text = "".join(f"{line}\n" for line in lines if line.strip() and not BAR.search(line))
                 if not output.text:
                     continue
             if WIDGET in output.get("data", {}):

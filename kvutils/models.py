@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, SiglipVisionModel
 from transformers.utils import logging as transformers_logging
 
@@ -177,7 +178,7 @@ def load_mlm(
     except torch.OutOfMemoryError as error:
         raise MemoryLimitError(f"the weights of {name} do not fit {device} beside what is there ({error}). Free it, use a "
                                "smaller model, or device_map='auto' over several devices.") from error  # fmt: skip
-    revision = f"untrained seed {seed}" if untrained else _revision(spec.source, config)
+    revision = f"untrained seed {seed}" if untrained else _revision(spec)
     base_view_only = spec.base_view_only or _nothing_to_tile(config)
     mlm = MLM(model.eval(), processor, spec.name, family, revision, base_view_only)
     if spec.profile != "pocket":
@@ -214,12 +215,11 @@ def load_encoder(
     dtype = _dtype(dtype) or _default_dtype(spec, device)
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(**spec.where)
             model = _pretrained(SiglipVisionModel, name, spec, dtype=dtype)
             processor = load_siglip_image_processor(spec.source, spec.revision or None)
     except (OSError, ValueError) as error:
         raise ModelError(f"{name} cannot be loaded from {spec.source}: {error}") from error
-    return Encoder(model.to(device).eval(), processor, spec.name, _revision(spec.source, config))
+    return Encoder(model.to(device).eval(), processor, spec.name, _revision(spec))
 
 
 def read_family(name: str, spec: ModelSpec):
@@ -292,12 +292,13 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return found
 
 
-def _revision(source: str, config) -> str:
-    """Hub commit hash, or the checksum of a folder's weights."""
-    if not Path(source).is_dir():
-        return config._commit_hash or "unknown"
+def _revision(spec: ModelSpec) -> str:
+    """Commit on the hub, or the checksum of a folder's weights."""
+    if not Path(spec.source).is_dir():  # just loaded, so it is in the cache; transformers 5 does not keep the commit
+        config = try_to_load_from_cache(spec.source, "config.json", revision=spec.revision or None)
+        return Path(config).parent.name if isinstance(config, str) else "unknown"
     digest = hashlib.sha256()
-    for path in sorted(Path(source).glob("*.safetensors")):
+    for path in sorted(Path(spec.source).glob("*.safetensors")):
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)

@@ -6,7 +6,7 @@ Colours are seaborn's colour-blind palette; every kind of source keeps its colou
 import base64
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -81,6 +81,30 @@ def _picture(axis, image: np.ndarray, size: tuple[int, int], title: str = "", **
     return shown
 
 
+def error_bar(found: Mapping, factor: float = 1) -> list[list[float]]:
+    """The interval as `errorbar` takes it. A percentile interval need not hold the value itself; bars then begin there."""
+    low, high = found["mean"] - found["low"], found["high"] - found["mean"]
+    return [[factor * max(low, 0.0)], [factor * max(high, 0.0)]]
+
+
+def layer_ticks(layers: Sequence[int]) -> list[int]:
+    """Every layer of a small model, every fourth or so of a large one."""
+    return list(layers)[:: max(1, -(-len(layers) // 12))]
+
+
+def flow_axis(layers: int) -> tuple[list[int], int, int]:
+    """Along the data flow: x of what comes `BEFORE`, of the line between, of layer 0; wider where layers are many."""
+    step = max(1, round(layers / 9))
+    before = [step * place for place in range(len(BEFORE))]
+    line = before[-1] + max(1, step - 1)
+    return before, line, line + max(1, step - 1)
+
+
+def layer_count(sources: Iterable[str]) -> int:
+    """One more than the highest layer of the sources `value.<layer>`."""
+    return 1 + max((int(m[1]) for s in sources if (m := re.fullmatch(r"value\.(\d+)", s))), default=0)
+
+
 def _gallery(count: int, size: tuple[int, int], columns: int = 5) -> tuple[Figure, list]:
     rows = -(-count // columns)
     height = min(max(size[1] / size[0], 0.4), 1.6)
@@ -134,7 +158,10 @@ def similarity_maps(picture: Mapping) -> Figure:
         axes[0].plot(*picture["point"], "o", ms=9, mfc="none", mec=colour, mew=width)
     for axis, (source, scores) in zip(axes[1:], _in_order(maps), strict=True):
         shown = _picture(axis, np.array(scores), size, _label(source), vmin=-1, vmax=1, cmap="cividis")
-    figure.colorbar(shown, ax=axes, shrink=0.6, label="cosine similarity to the token under the point (centred)")
+    label = "cosine similarity to the token under the point (centred)"
+    if figure.get_figheight() < 4.1:  # few rows of wide pictures
+        label = label.replace(" under", "\nunder")
+    figure.colorbar(shown, ax=axes, shrink=0.6, label=label)
     return figure
 
 
@@ -177,22 +204,21 @@ def layer_curves(tasks: Mapping[str, Mapping]) -> Figure:
     handles: dict[str, object] = {}
     for axis, summary in zip(axes.flat, tasks.values(), strict=False):
         sources = summary["sources"]
-        offset = len(BEFORE) + 1
+        before, line, offset = flow_axis(layer_count(sources))
         for family in SOURCE_STYLE:
             _curve(axis, sources, family, offset)
-        for x, source in enumerate(BEFORE):
+        for x, source in zip(before, BEFORE, strict=True):
             if source in sources:
                 found = sources[source]
-                error = [[found["mean"] - found["low"]], [found["high"] - found["mean"]]]
-                axis.errorbar(x, found["mean"], yerr=error, fmt="D", ms=4, color="black", capsize=2)
+                axis.errorbar(x, found["mean"], yerr=error_bar(found), fmt="D", ms=4, color="black", capsize=2)
         if "projector" in sources:
             axis.axhline(sources["projector"]["mean"], color="black", lw=0.7, ls=(0, (6, 4)), label="projector, continued")
-        layers = sorted({int(m[1]) for s in sources if (m := re.fullmatch(r"value\.(\d+)", s))})
-        axis.set_xticks([*range(len(BEFORE)), *(layer + offset for layer in layers)],
+        layers = layer_ticks(sorted({int(m[1]) for s in sources if (m := re.fullmatch(r"value\.(\d+)", s))}))
+        axis.set_xticks([*before, *(layer + offset for layer in layers)],
                         [*BEFORE.values(), *map(str, layers)], fontsize=7.5)  # fmt: skip
         for tick in axis.get_xticklabels()[: len(BEFORE)]:
             tick.set(rotation=40, ha="right")
-        axis.axvline(len(BEFORE), color="grey", lw=0.5)
+        axis.axvline(line, color="grey", lw=0.5)
         axis.set(title=f"{summary['title']}\n{summary['n']} items in {summary['groups']} units", ylabel=summary["metric"])
         axis.set_xlabel("before the language model  |  layer", fontsize=8)
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
@@ -210,7 +236,7 @@ def _tasks_in_order(tasks: Mapping[str, Mapping]) -> dict[str, Mapping]:
 @_styled
 def build_then_degrade(tasks: Mapping[str, Mapping]) -> Figure:
     """Best value layer minus first and minus last, on the half of the items that did not choose it."""
-    tasks = _tasks_in_order(tasks)
+    tasks = {name: each for name, each in _tasks_in_order(tasks).items() if "value" in each["build_then_degrade"]}
     figure, axis = plt.subplots(figsize=(8.5, 0.55 * len(tasks) + 1.3))
     for row, summary in enumerate(tasks.values()):
         found = summary["build_then_degrade"]["value"]
@@ -219,8 +245,7 @@ def build_then_degrade(tasks: Mapping[str, Mapping]) -> Figure:
             ("minus_last", -0.13, _COLOURS[1], "s", "best minus last layer (degrades)"),
         ):
             value = found[part]
-            error = [[value["mean"] - value["low"]], [value["high"] - value["mean"]]]
-            axis.errorbar(value["mean"], row + shift, xerr=error, fmt=marker, color=colour, capsize=3, ms=5,
+            axis.errorbar(value["mean"], row + shift, xerr=error_bar(value), fmt=marker, color=colour, capsize=3, ms=5,
                           label=label if row == 0 else None)  # fmt: skip
     axis.axvline(0, color="black", lw=0.8)
     names = [f"{s['title']} (layer {s['build_then_degrade']['value']['best_layer']})" for s in tasks.values()]

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.figure import Figure
 
-from kvutils.plots import _COLOURS, _styled, _tasks_in_order, similarity_maps
+from kvutils.plots import _COLOURS, _styled, _tasks_in_order, error_bar, similarity_maps
 
 CHAIN_LABELS = {"encoder_original": "SigLIP", "encoder": "encoder", "projector": "projector", "value": "best values"}
 STEP_STYLE = {  # step -> colour, marker, label
@@ -14,10 +15,6 @@ STEP_STYLE = {  # step -> colour, marker, label
     "language model": (_COLOURS[0], "o", "language model (best values minus projector)"),
     "all steps": ("black", "D", "all steps (best values minus SigLIP)"),
 }
-
-
-def _error(found: Mapping) -> list[list[float]]:
-    return [[found["mean"] - found["low"]], [found["high"] - found["mean"]]]
 
 
 @_styled
@@ -30,10 +27,13 @@ def scores_along_chain(chains: Mapping[str, Mapping]) -> Figure:
         axis.set_axis_off()
     for axis, chain in zip(axes.flat, chains.values(), strict=False):
         found = [chain["scores"][name] for name in CHAIN_LABELS]
-        axis.plot(range(len(found)), [f["mean"] for f in found], color="grey", lw=0.8)
+        known = [x for x, each in enumerate(found) if each["mean"] is not None]
+        axis.plot(known, [found[x]["mean"] for x in known], color="grey", lw=0.8)
         for x, (name, each) in enumerate(zip(CHAIN_LABELS, found, strict=True)):
+            if x not in known:
+                continue
             colour = _COLOURS[0] if name == "value" else "black"
-            axis.errorbar(x, each["mean"], yerr=_error(each), fmt="o" if name == "value" else "D", ms=5, color=colour, capsize=3)
+            axis.errorbar(x, each["mean"], yerr=error_bar(each), fmt="o" if name == "value" else "D", ms=5, color=colour, capsize=3)
         axis.axhline(found[0]["mean"], color="black", lw=0.7, ls=(0, (6, 4)))
         layer = chain["best"].split(".")[1]
         axis.set_xticks(range(len(found)), [*list(CHAIN_LABELS.values())[:-1], f"values,\nlayer {layer}"])
@@ -50,7 +50,9 @@ def steps_along_chain(chains: Mapping[str, Mapping]) -> Figure:
     for row, chain in enumerate(chains.values()):
         for shift, (step, (colour, marker, label)) in zip((-0.27, -0.09, 0.09, 0.27), STEP_STYLE.items(), strict=True):
             found = chain["steps"][step]
-            axis.errorbar(found["mean"], row + shift, xerr=_error(found), fmt=marker, color=colour, ms=5, capsize=3,
+            if found["mean"] is None:
+                found = dict.fromkeys(found, np.nan)  # its place stays empty
+            axis.errorbar(found["mean"], row + shift, xerr=error_bar(found), fmt=marker, color=colour, ms=5, capsize=3,
                           label=label if row == 0 else None)  # fmt: skip
         if row:
             axis.axhline(row - 0.5, color="grey", lw=0.3)

@@ -1,13 +1,15 @@
 """Figures of notebook 05, in the style of `kvutils.plots`."""
 
 import re
+import textwrap
 from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from kvutils.plots import _COLOURS, BEFORE, _picture, _styled, decode_image, encode_image
+from kvutils.datasets.blink import DISCLAIMER
+from kvutils.plots import _COLOURS, BEFORE, _picture, _styled, decode_image, encode_image, error_bar, flow_axis, layer_count, layer_ticks
 from kvutils.question_metrics import LETTERS
 
 ORDER = ("Art_Style", "Visual_Similarity", "Semantic_Correspondence", "Functional_Correspondence", "Visual_Correspondence")
@@ -35,10 +37,6 @@ def in_order(subtasks: Mapping[str, Mapping]) -> dict[str, Mapping]:
     return {name: subtasks[name] for name in ORDER if name in subtasks}
 
 
-def _error(found: Mapping) -> list[list[float]]:
-    return [[found["mean"] - found["low"]], [found["high"] - found["mean"]]]
-
-
 def _source_label(source: str) -> str:
     family, _, layer = source.rpartition(".")
     return f"{FAMILIES[family][3]}, layer {layer}" if family in FAMILIES else BEFORE[source]
@@ -60,7 +58,8 @@ def readout_curves(subtasks: Mapping[str, Mapping]) -> Figure:
             axis.set_title(f"{found['title']} ({found['n']} items)\n{also}{READOUT_LABELS[name]}")
         column[-1].set_xlabel("before the language model  |  layer")
         chosen = int(found["chosen"]["source"].rsplit(".", 1)[1])
-        column[0].axvline(chosen + len(BEFORE) + 1, color=_COLOURS[0], lw=6, alpha=0.12)
+        offset = flow_axis(layer_count(found["readouts"][names[0]]))[-1]
+        column[0].axvline(chosen + offset, color=_COLOURS[0], lw=6, alpha=0.12)
     for axis in axes[:, 0]:
         axis.set_ylabel("accuracy (share of items)")
     handles = {}
@@ -72,7 +71,8 @@ def readout_curves(subtasks: Mapping[str, Mapping]) -> Figure:
 
 
 def _curves(axis, found: Mapping, sources: Mapping[str, Mapping]) -> None:
-    offset, ticks = len(BEFORE) + 1, {}
+    before, between, offset = flow_axis(layer_count(sources))
+    ticks = {}
     for family, (colour, line, marker, label) in FAMILIES.items():
         layers = sorted(int(match[1]) for name in sources if (match := re.fullmatch(re.escape(family) + r"\.(\d+)", name)))
         each = [sources[f"{family}.{layer}"] for layer in layers]
@@ -80,17 +80,17 @@ def _curves(axis, found: Mapping, sources: Mapping[str, Mapping]) -> None:
         if layers:
             axis.plot(x, [e["mean"] for e in each], line, color=colour, marker=marker, ms=3.5, label=label)
             axis.fill_between(x, [e["low"] for e in each], [e["high"] for e in each], color=colour, alpha=0.15, lw=0)
-        ticks |= {layer + offset: str(layer) for layer in layers}
-    for x, (source, label) in enumerate(BEFORE.items()):
+        ticks |= {layer + offset: str(layer) for layer in layer_ticks(layers)}
+    for x, (source, label) in zip(before, BEFORE.items(), strict=True):
         if source in sources:
-            axis.errorbar(x, sources[source]["mean"], yerr=_error(sources[source]), fmt="D", ms=4, color="black", capsize=2,
+            axis.errorbar(x, sources[source]["mean"], yerr=error_bar(sources[source]), fmt="D", ms=4, color="black", capsize=2,
                           label="before the language model")  # fmt: skip
             ticks[x] = label
     model = found["model"]["accuracy"]
     axis.axhline(model["mean"], color=_COLOURS[3], lw=1.4, label="the model's answers")
     axis.axhspan(model["low"], model["high"], color=_COLOURS[3], alpha=0.12, lw=0)
     axis.axhline(found["chance"], color="black", lw=0.9, ls=":", label="chance")
-    axis.axvline(len(BEFORE), color="grey", lw=0.5)
+    axis.axvline(between, color="grey", lw=0.5)
     axis.set_xticks(sorted(ticks), [ticks[x] for x in sorted(ticks)])
     for label in axis.get_xticklabels():
         if not label.get_text().isdigit():
@@ -143,7 +143,7 @@ def shares_by_source(subtasks: Mapping[str, Mapping]) -> Figure:
             family = source.rpartition(".")[0]
             colour, _, marker, _ = FAMILIES.get(family, ("black", "", "D", ""))
             share = each["shares"]["value_only"]
-            axis.errorbar(share["mean"], row, xerr=_error(share), fmt=marker, color=colour, ms=5, capsize=3)
+            axis.errorbar(share["mean"], row, xerr=error_bar(share), fmt=marker, color=colour, ms=5, capsize=3)
             axis.plot(each["at_guess"]["mean"], row, "|", ms=16, mew=2, color=_COLOURS[3],
                       label=None if row else "by guessing, options as often as this readout")  # fmt: skip
         labels = [_source_label(source) for source in tables]
@@ -166,10 +166,10 @@ def intervention_effects(found: Mapping[str, Mapping]) -> Figure:
     for row, (subtask, name) in enumerate(rows):
         each = found[subtask]["changes"][name]
         colour, marker = INTERVENTION_STYLE[name]
-        left.errorbar(each["change"]["mean"], row, xerr=_error(each["change"]), fmt=marker, color=colour, ms=5, capsize=3)
+        left.errorbar(each["change"]["mean"], row, xerr=error_bar(each["change"]), fmt=marker, color=colour, ms=5, capsize=3)
         cost = each["cost"]
         if cost["mean"] is not None and cost["low"] is not None:
-            right.errorbar(cost["mean"], row, xerr=_error(cost), fmt=marker, color=colour, ms=5, capsize=3)
+            right.errorbar(cost["mean"], row, xerr=error_bar(cost), fmt=marker, color=colour, ms=5, capsize=3)
         first = row == 0 or rows[row - 1][0] != subtask
         about = f"{found[subtask]['title']} (n = {found[subtask]['n']}):  " if first else ""
         labels.append(about + _LONGER.get(name, name))
@@ -216,7 +216,7 @@ def example_item(example: Mapping) -> Figure:
         axis.set_xlabel(label)
         axis.tick_params(axis="x", labelsize=7)
         axis.locator_params(axis="x", nbins=4)
-    prompt = example["prompt"] if len(example["prompt"]) < 130 else example["prompt"][:127] + "..."
+    prompt = textwrap.fill(textwrap.shorten(example["prompt"], 390, placeholder=" ..."), 130)
     figure.suptitle(f"{prompt}\nblue: the option that values and model answer", fontsize=9)
     return figure
 
@@ -230,7 +230,7 @@ def describe_example(item, table, source: str) -> dict:
     scale = [min(1.0, 320 / max(image.size)) for image in item.images]  # as `encode_image` shrinks them
     return {
         "id": item.id,
-        "prompt": item.prompt,
+        "prompt": item.prompt.removeprefix(DISCLAIMER),  # which is the same for all items
         "images": [encode_image(image) for image in item.images],
         "points": [(np.array(each) * factor).tolist() if each else [] for each, factor in zip(points, scale, strict=True)],
         "layer": int(source.rsplit(".", 1)[1]),

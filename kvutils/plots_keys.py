@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from kvutils.plots import _COLOURS, _picture, _styled, decode_image
+from kvutils.plots import _COLOURS, _picture, _styled, decode_image, error_bar
 
 POINTS = {"pope": 100.0, "mme": 1.0}  # F1 in points
 UNITS = {"pope": "POPE F1 (points)", "mme": "MME score (points)"}
@@ -182,8 +182,7 @@ def block_effects(blocking: Mapping) -> Figure:
             colour, marker = _ROLES.get(name.split()[0], (_COLOURS[7], "s"))
             axis.plot([draw * factor for draw in found.get("draws", [])], [row + 0.28] * len(found.get("draws", [])),
                       "|", color=colour, ms=7, alpha=0.6)  # fmt: skip
-            error = [[(value["mean"] - value["low"]) * factor], [(value["high"] - value["mean"]) * factor]]
-            axis.errorbar(value["mean"] * factor, row, xerr=error, fmt=marker, color=colour, capsize=3, ms=5)
+            axis.errorbar(value["mean"] * factor, row, xerr=error_bar(value, factor), fmt=marker, color=colour, capsize=3, ms=5)
         plain = blocking[task]["plain"]["headline"]["mean"] * POINTS[task]
         axis.axvline(0, color="black", lw=0.8)
         axis.set(xlabel=f"change of {UNITS[task]}", title=f"{UNITS[task].split()[0]}: {plain:.1f} without a block")

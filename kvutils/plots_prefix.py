@@ -1,12 +1,13 @@
 """Figures of notebook 04, in the style of `kvutils.plots`."""
 
+import textwrap
 from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from kvutils.plots import _COLOURS, _picture, _styled, decode_image
+from kvutils.plots import _COLOURS, _picture, _styled, decode_image, error_bar
 
 CONDITION_STYLE = {  # condition -> colour, line, marker, label
     "none": ("black", "-", "D", "no prefix"),
@@ -18,10 +19,6 @@ CONDITION_STYLE = {  # condition -> colour, line, marker, label
     "filler": (_COLOURS[7], ":", "X", "filler (token count only)"),
 }
 READOUT_ORDER = ("referring_by_class_name", "referring_by_expression", "domain_by_text", "domain_by_probe")
-
-
-def _error(found: Mapping, factor: float = 1) -> list[list[float]]:
-    return [[factor * (found["mean"] - found["low"])], [factor * (found["high"] - found["mean"])]]
 
 
 def _in_order(readouts: Mapping[str, Mapping]) -> dict[str, Mapping]:
@@ -38,7 +35,7 @@ def prefix_effects(readouts: Mapping[str, Mapping]) -> Figure:
         for row, condition in enumerate(others):
             colour, _, marker, _ = CONDITION_STYLE[condition]
             value = found["best"]["correct_minus"][condition]
-            axis.errorbar(100 * value["mean"], row, xerr=_error(value, 100), fmt=marker, color=colour, ms=5, capsize=3)
+            axis.errorbar(100 * value["mean"], row, xerr=error_bar(value, 100), fmt=marker, color=colour, ms=5, capsize=3)
         axis.axvline(0, color="black", lw=0.8)
         axis.set(title=f"{found['title']}\nlayer {found['best_layer']}, {found['held_out']} samples", xlabel="mIoU points")
         axis.title.set_fontsize(8.5)
@@ -79,7 +76,7 @@ def movement_by_layer(readouts: Mapping[str, Mapping]) -> Figure:
         for condition in ("correct", "wrong", "random", "filler"):
             colour, _, marker, label = CONDITION_STYLE[condition]
             for part, line in (("objects", "-"), ("background", ":")):
-                means = [100 * each["mean"] for each in found["moved"][part][condition]]
+                means = [np.nan if each["mean"] is None else 100 * each["mean"] for each in found["moved"][part][condition]]
                 axis.plot(found["layers"], means, line, color=colour, marker=marker, ms=3.5, label=f"{label}, {part}")
         axis.set(title=f"{found['title'].replace(' by probe', '')}\n{found['n']} samples", xlabel="layer")
         axis.title.set_fontsize(8.5)
@@ -99,7 +96,7 @@ def answer_effects(answers: Mapping) -> Figure:
         for row, condition in enumerate(conditions):
             colour, _, marker, _ = CONDITION_STYLE[condition]
             value = answers["minus_none"][rate][condition]
-            axis.errorbar(100 * value["mean"], row, xerr=_error(value, 100), fmt=marker, color=colour, ms=5, capsize=3)
+            axis.errorbar(100 * value["mean"], row, xerr=error_bar(value, 100), fmt=marker, color=colour, ms=5, capsize=3)
         axis.axvline(0, color="black", lw=0.8)
         axis.set(title=rate, xlabel="change (percentage points)")
     axes[0][0].set_yticks(range(len(conditions)), [CONDITION_STYLE[c][3] for c in conditions])
@@ -115,11 +112,12 @@ def prefix_maps(picture: Mapping) -> Figure:
     conditions = list(picture["order"])
     figure, axes = plt.subplots(1, len(conditions) + 1, figsize=(2.1 * (len(conditions) + 1), 2.9))
     size = picture["size"]
-    _picture(axes[0], decode_image(picture["image"]), size, f'"{picture["text"]}"')
+    _picture(axes[0], decode_image(picture["image"]), size, textwrap.fill(f'"{picture["text"]}"', 28))
     low, high = (edge([np.min(m) if edge is min else np.max(m) for m in picture["maps"].values()]) for edge in (min, max))
     for axis, condition in zip(axes[1:], conditions, strict=True):
         prefix = picture["prefixes"][condition]
-        title = f"{CONDITION_STYLE[condition][3]}\n" + (f'"{prefix}"' if prefix else "") + f"\nIoU {picture['ious'][condition]:.2f}"
+        quoted = textwrap.fill(f'"{prefix}"', 36) if prefix else ""
+        title = f"{CONDITION_STYLE[condition][3]}\n{quoted}\nIoU {picture['ious'][condition]:.2f}"
         shown = _picture(axis, np.array(picture["maps"][condition]), size, title, vmin=low, vmax=high, cmap="cividis")
         axis.title.set_fontsize(8)
     figure.colorbar(shown, ax=axes, shrink=0.7, label=f"dot product, layer {picture['layer']}")

@@ -37,9 +37,16 @@ def load_claims(path: Path | None = None) -> list[dict]:
     return claims
 
 
+def undefined(name: str, reason: str, n: int = 0) -> dict:
+    """A part of a claim whose measurement is undefined, and why: it neither holds nor is against."""
+    return {"name": name, "value": None, "low": None, "high": None, "n": n, "reason": reason}
+
+
 def _side(part: Mapping, rule: Mapping, where: str) -> int:
-    """+1 if the part's interval satisfies the rule, -1 if it is wholly on the other side, 0 if it is open."""
+    """+1 if the part's interval satisfies the rule, -1 if it is wholly on the other side, 0 if it is open or undefined."""
     low, high = part.get("low"), part.get("high")
+    if low is None and high is None and part.get("reason"):
+        return 0
     numbers = (int, float)
     if not (isinstance(low, numbers) and isinstance(high, numbers) and -math.inf < low <= high < math.inf):
         raise DataError(f"{where}: expected an interval with low <= high, found low={low!r}, high={high!r}.")
@@ -72,7 +79,7 @@ def row(claim: Mapping, measured: Mapping | None) -> dict:
     verdict, holding = judge(claim, measured)
     measured = measured or {}
     ours = measured.get("value")
-    if ours is None and measured:
+    if ours is None and measured and claim["rule"]["kind"] != "above":
         ours = holding
     return {"id": claim["id"], "verdict": verdict, "paper": claim["paper"], "ours": ours,
             "low": measured.get("low"), "high": measured.get("high"), "n": measured.get("n"),
@@ -112,10 +119,18 @@ def number(value: object) -> str:
     return f"{round(value, digits) + 0.0:,.{digits}f}"  # + 0.0: no "-0.000"
 
 
+def signed(part: Mapping, digits: int = 3) -> str:
+    """`+0.123 [+0.100, +0.146]`, or why it is undefined, for the notebooks."""
+    if part["value"] is None:
+        return f"not defined: {part['reason']}"
+    value, low, high = (f"{part[key]:+.{digits}f}" for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
 def interval(part: Mapping, value: str = "value") -> str:
     """`0.123 [0.100, 0.146]`."""
     if part.get("low") is None:
-        return number(part.get(value))
+        return f"not defined: {part['reason']}" if part.get("reason") else number(part.get(value))
     return f"{number(part.get(value))} [{number(part['low'])}, {number(part['high'])}]"
 
 

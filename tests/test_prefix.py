@@ -21,7 +21,7 @@ from kvutils.semantic_metrics import bdd_scores, confusion_matrix
 from kvutils.store import Parts, read_json, to_json, write_json
 from kvutils.tasks import prefix_answers
 from kvutils.tasks.base import ScoreTable, choosing_half
-from kvutils.tasks.prefix import MOVED, DomainPrefix, ReferringPrefix, moved, prefix_picture, run_prefixes
+from kvutils.tasks.prefix import MOVED, NOWHERE, DomainPrefix, ReferringPrefix, moved, prefix_picture, run_prefixes
 from kvutils.tasks.prefix_effects import claim_c7, claim_x3, summarise_prefixes
 
 
@@ -192,6 +192,7 @@ def test_distance_moved_is_relative_and_weighted():
     values[0, 0] *= 2  # moved by its own length
     values[0, 3] *= 1.5
     assert moved(values, plain, np.array([1.0, 1.0, 0.0, 0.0])) == [(pytest.approx(0.5), pytest.approx(0.25))]
+    assert moved(values, plain, np.ones(4)) == [(pytest.approx(0.375), NOWHERE)]  # an image without background
     assert moved(values, plain, np.array([0.5, 0.0, 0.0, 0.0])) == [(pytest.approx(1.0), pytest.approx(1.0 / 3.5))]
 
 

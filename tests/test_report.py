@@ -72,6 +72,17 @@ def test_a_verdict_needs_an_interval(broken):
                      {"entries": [measured(UP)["entries"][0], broken | {"name": "e1"}]})
 
 
+def test_an_undefined_part_neither_holds_nor_is_against():
+    nothing = report.undefined("e1", "no item shows it", 3)
+    for entries, verdict in (([UP], "inconclusive"), ([DOWN], "not reproduced"), ([], "inconclusive")):
+        found = {"value": None, "low": None, "high": None, "n": 2, "entries": [*(measured(*entries)["entries"] if entries else []), nothing]}
+        line = report.row(claim(kind="entries_above", at_least="all"), found)
+        assert line["verdict"] == verdict and line["ours"] == entries.count(UP)
+    line = report.row(claim(kind="above"), nothing)  # as the headline
+    assert (line["verdict"], line["ours"]) == ("inconclusive", None)
+    assert report.interval(nothing) == report.signed(nothing) == "not defined: no item shows it"
+
+
 def test_a_rule_over_entries_needs_entries():
     with pytest.raises(DataError, match="entries"):
         report.judge(claim(kind="entries_above", at_least="all"), {"value": 1.0, "low": 0.5, "high": 2.0})

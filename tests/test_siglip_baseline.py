@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kvutils import plots
+from kvutils import plots, plots_baseline
 from kvutils.errors import ParameterError
 from kvutils.report import judge, load_claims
 from kvutils.store import read_json, write_json
@@ -62,6 +62,17 @@ def test_what_is_missing_is_an_error():
         chain_of(without)
     with pytest.raises(ParameterError, match="at least 4"):
         compare_along_chain(table_of(LEVELS, n=6), SemanticSegmentation([]), n_boot=20)
+
+
+def test_a_tower_that_is_no_siglip_has_no_score_by_text(tmp_path):
+    chain = chain_of({source: level for source, level in LEVELS.items() if source != "encoder"})
+    assert chain["scores"]["encoder"]["mean"] is chain["steps"]["finetuning"]["low"] is chain["steps"]["projection"]["mean"] is None
+    whole = chain_of(LEVELS)
+    assert chain["steps"]["all steps"]["mean"] == pytest.approx(whole["steps"]["all steps"]["mean"], abs=0.02)
+    assert claim_c4({task.name: chain for task in SIX})["entries"][0]["value"] > 0
+    chains = {task.name: chain | {"title": task.title, "metric": task.metric} for task in SIX}
+    drawn = {"a": plots_baseline.scores_along_chain(chains), "b": plots_baseline.steps_along_chain(chains)}
+    assert all(path.stat().st_size > 10_000 for path in plots.save(drawn, tmp_path))
 
 
 @pytest.mark.parametrize("values, verdict", [(0.45, "reproduced"), (0.65, "not reproduced"), (0.5, "inconclusive")])

@@ -63,11 +63,11 @@ TEXT = {
 TOWER = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3}
 
 
-def tiny_onevision(seed: int = 0, attention: str = "sdpa", **text) -> MLM:
+def tiny_onevision(seed: int = 0, attention: str = "sdpa", words: list[str] = WORDS, **text) -> MLM:
     """36-pixel tiles of 4x4 patches (8 px: a rim of 4 px stays unseen), up to 6x6 tiles, shrunk above 9."""
     side, patch = 36, 8
     pinpoints = [[side * rows, side * columns] for rows in range(1, 7) for columns in range(1, 7)]
-    tokenizer = build_word_tokenizer(WORDS)
+    tokenizer = build_word_tokenizer(words)
     image_processor = LlavaOnevisionImageProcessorPil(
         size={"height": side, "width": side},
         image_mean=[0.5] * 3,
@@ -87,11 +87,11 @@ def tiny_onevision(seed: int = 0, attention: str = "sdpa", **text) -> MLM:
     return _wrap(LlavaOnevisionForConditionalGeneration, config, processor, seed, attention)
 
 
-def tiny_next(seed: int = 0, attention: str = "sdpa", **text) -> MLM:
+def tiny_next(seed: int = 0, attention: str = "sdpa", words: list[str] = WORDS, **text) -> MLM:
     """CLIP tower, 32-pixel tiles of 4x4 patches, feature layer -2 without CLS; texts get a first token."""
     side, patch = 32, 8
     pinpoints = [[side * rows, side * columns] for rows, columns in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
-    tokenizer = build_word_tokenizer(WORDS + ["<bos>"])
+    tokenizer = build_word_tokenizer([*words, "<bos>"])
     tokenizer.add_special_tokens({"bos_token": "<bos>"})
     start = [("<bos>", tokenizer.bos_token_id)]
     tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
@@ -119,10 +119,10 @@ def tiny_next(seed: int = 0, attention: str = "sdpa", **text) -> MLM:
     return _wrap(LlavaNextForConditionalGeneration, config, processor, seed, attention)
 
 
-def tiny_qwen(seed: int = 0, attention: str = "sdpa", **text) -> MLM:
+def tiny_qwen(seed: int = 0, attention: str = "sdpa", words: list[str] = WORDS, **text) -> MLM:
     """8-pixel tokens of 2x2 patches, windows of 3x3 tokens, full attention in the second and last block."""
     patch = 4
-    tokenizer = build_word_tokenizer(WORDS)
+    tokenizer = build_word_tokenizer(words)
     marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     tokenizer.add_special_tokens({"additional_special_tokens": marks})
     image_processor = Qwen2VLImageProcessorPil(

@@ -82,7 +82,7 @@ def bdd10k_images(
         raise missing_data("bdd-10k", f"there is no {Path(root) / 'bdd100k' / 'images' / '10k'}")
     pictures = _pictures(home, splits)
     known = read_attributes(home, set(pictures))
-    if len(known) < len(pictures):
+    if len(known) < len(pictures) and part != "training":  # which is read beside the scored part: said once
         log.warning("BDD-10K: %d of %d images have no attributes in the detection labels and are left out",
                     len(pictures) - len(known), len(pictures))  # fmt: skip
     chosen = _choose(known, words, part, balance, images)

@@ -53,6 +53,8 @@ class ForegroundSegmentation(Task):
         query = features[sample.query.id]
         labels = torch.from_numpy(support_labels(supports, [one.mask for one in sample.supports]))
         known = labels >= 0
+        if len(torch.unique(labels[known])) < 2:  # the object fills every support: there is nothing to tell it from
+            return []
         shuffled = shuffled_labels(labels, sample_seed(sample.id), known)
         logits, converged = {}, {}
         for names in query.by_width(extractor.sources, rows=2 * len(labels)):  # the control stacks them again

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from kvutils.datasets import KEY_IMAGES, QUESTION_DATA, READING_DATA, open_dataset
 from kvutils.datasets.samples import ResizedImages, YesNoSample
-from kvutils.errors import DataError, ParameterError
+from kvutils.errors import ParameterError
+from kvutils.report import undefined
 from kvutils.tasks.key_blocking import BLOCK, CONTROLS
 from kvutils.tasks.knock_out import as_questions
 
@@ -96,15 +97,15 @@ def claim_x4(described: Mapping, compared: Mapping) -> dict:
 
     The share is scale-free, as keys of random weights are short: below the valley of variance / mean norm^2 where
     it has two modes, else below a fixed value. The attention is that of the keys below the paper's kind of
-    threshold, in multiples of the average key's. Raises DataError where no head has keys of both kinds.
+    threshold, in multiples of the average key's; undefined where no head has keys of both kinds.
     """
     scale = "scale_free" if described["thresholds"]["scale_free"]["two_modes"] else "near_constant"
     mass = described["sinks"]["raw"]["mass"]["all"]
-    if mass["mean"] is None:
-        raise DataError("no layer and head has keys below and above the threshold: are they sinks? cannot be said")
+    attention = "attention per key (multiples of the average key's), input-agnostic minus others"
     entries = [
         _entry(f"share of keys ({scale}), trained minus untrained", compared[scale]["difference"]["all"]),
-        _entry("attention per key (multiples of the average key's), input-agnostic minus others", mass),
+        _entry(attention, mass) if mass["mean"] is not None else
+        undefined(attention, "no layer and head has keys below and above the threshold"),
     ]
     return {"value": None, "low": None, "high": None, "n": len(entries), "unit": "comparisons of 2", "entries": entries}
 

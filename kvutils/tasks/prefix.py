@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from kvutils.datasets.bdd10k import CLASS_NAMES as BDD_NAMES
 from kvutils.datasets.samples import VOID, DomainImage, LabelledImage, NamedMask
 from kvutils.errors import DataError
 from kvutils.features import FeatureExtractor, ImageFeatures, token_means
@@ -31,6 +32,8 @@ from kvutils.tasks.text_segmentation import COLUMNS, IOU, map_scores
 log = logging.getLogger(__name__)
 
 MOVED = ("moved_objects", "moved_background")  # the last columns of every readout
+NOWHERE = -1.0  # in these columns: the image shows no object, or no background
+STUFF = frozenset(BDD_NAMES[: BDD_NAMES.index("person")])  # road, sky ...: every pixel of BDD has a class, these are no objects
 Prefixes = dict[str, str | None]
 
 
@@ -115,7 +118,8 @@ class DomainPrefix(PrefixReadout):
 
     readout "text": the class name with the largest dot product, on pixels that show some class (background has no
     name). readout "probe": a linear probe per condition, fitted on the tokens of other images of the domains, each
-    with its own prefix of that condition, for the classes (and background) that their tokens show: it says no other."""
+    with its own prefix of that condition, for the classes (and background) that their tokens show: it says no other.
+    Objects, for how far values move, are all classes but `STUFF`."""
 
     metric = "mIoU"
 
@@ -139,6 +143,11 @@ class DomainPrefix(PrefixReadout):
         self._first = 1 if readout == "text" else 0  # the label that stands in the first column
         self._probes: dict[str, LinearProbe] = {}
         self._seen = np.arange(self._first, len(self.class_names) + 1)  # the label of each row of scores
+
+    def objects(self, sample: DomainImage) -> np.ndarray:
+        stuff = [label for label, name in enumerate(self.class_names, start=1) if name in STUFF]
+        mask = np.asarray(sample.mask)
+        return (mask > 0) & (mask != VOID) & ~np.isin(mask, stuff)
 
     def prefixes(self, sample: DomainImage) -> Prefixes | None:
         texts = {name: self.writer.wording.domain.format(name) for name in self.domains}
@@ -216,10 +225,12 @@ def _read(extractor: FeatureExtractor, items: Sequence[tuple], prefixes: Sequenc
 def moved(values: torch.Tensor, plain: torch.Tensor, objects: np.ndarray) -> list[tuple[float, float]]:
     """How far tokens move, per layer: |v - v without prefix| / |v without prefix|, mean over objects and background.
 
-    values, plain (L, N, C); objects (N,): the share of each token's pixels that show an object, its weight."""
+    values, plain (L, N, C); objects (N,): the share of each token's pixels that show an object, its weight. `NOWHERE`
+    where there is none of the two."""
     distance = ((values - plain).norm(dim=-1) / plain.norm(dim=-1).clamp_min(1e-12)).double().cpu().numpy()
     weights = np.stack([objects, 1 - objects], axis=1)
-    return [tuple(row) for row in distance @ weights / np.maximum(weights.sum(0), 1e-12)]
+    found = np.where(weights.sum(0) > 0, distance @ weights / np.maximum(weights.sum(0), 1e-12), NOWHERE)
+    return [tuple(row) for row in found]
 
 
 def run_prefixes(
@@ -275,6 +286,19 @@ def _rows(readout: PrefixReadout, extractor: FeatureExtractor, kept: Sequence[tu
             distances = moved(values, plain[i], shares[i])
             rows[i][2] += [[*score, *distance] for score, distance in zip(scores, distances, strict=True)]
     return rows
+
+
+def with_controls(readout: PrefixReadout, start: int = 0) -> int:
+    """Number of the first sample from `start` on (else before it) that has prefixes of equal length in every condition.
+
+    Raises DataError where none has: nothing can be measured, which is better known before hours of reading."""
+    count = len(readout.samples)
+    order = [*range(min(start, count), count), *range(min(start, count))]
+    found = next((number for number in order if readout.prefixes(readout.samples[number]) is not None), None)
+    if found is None:
+        raise DataError(f"{readout.name}: none of {count} samples has prefixes of equal length in every condition for "
+                        f"{readout.writer.mlm.name}; its tokenizer needs other wordings (kvutils/prefixes.py)")  # fmt: skip
+    return found
 
 
 def prefix_picture(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -20,7 +20,7 @@ def summarise_prefixes(table: ScoreTable, statistic: Statistic, n_boot: int = 20
     The best layer is that of the values *without* prefix, chosen on one half of the groups among all but the first (whose
     values no prefix can reach); `best` is measured on the other half: score per condition, and `correct_minus` every
     other. added: per condition and layer, its score minus that without prefix, over all samples. moved: per condition and
-    layer, over all samples. Raises DataError for fewer than four groups."""
+    layer, over the samples that show objects or background; None where none does. Raises DataError for fewer than four groups."""
     layers = [layer for layer, _ in table.family("none")]
     if len(set(table.groups)) < 4:
         raise DataError(f"{table.task}: {len(set(table.groups))} groups are too few to choose a layer; at least 4 are needed")
@@ -50,11 +50,20 @@ def summarise_prefixes(table: ScoreTable, statistic: Statistic, n_boot: int = 20
                               for c in CONDITIONS if c != "correct"},
         },
         "moved": {
-            part: {c: [bootstrap_ci(every(c, layer), column_mean(first + i), *whole[1:]).as_dict() for layer in layers]
+            part: {c: [_where_shown(every(c, layer)[:, first + i], table.groups, n_boot, seed) for layer in layers]
                    for c in CONDITIONS[1:]}
             for i, part in enumerate(("objects", "background"))
         },
     }  # fmt: skip
+
+
+def _where_shown(moved: np.ndarray, groups: Sequence[str], n_boot: int, seed: int) -> dict:
+    """The mean over the samples that show the part; None where none does."""
+    shown = moved >= 0  # not NOWHERE
+    if not shown.any():
+        return {"mean": None, "low": None, "high": None, "n": 0}
+    kept = [group for group, each in zip(groups, shown, strict=True) if each]
+    return bootstrap_ci(moved[shown, None], column_mean(0), n_boot, seed, kept).as_dict()
 
 
 def claim_c7(summaries: Mapping[str, Mapping], headline: str = "domain_by_probe") -> dict:

@@ -6,6 +6,7 @@ from kvutils.datasets import TASK_DATA, class_names, open_dataset
 from kvutils.errors import ParameterError
 from kvutils.features import FeatureExtractor
 from kvutils.models import original_encoder, load_encoder, load_mlm
+from kvutils.report import undefined
 from kvutils.store import Store
 from kvutils.tasks.base import Task
 from kvutils.tasks.co_segmentation import CoSegmentation
@@ -54,7 +55,10 @@ def claim_c1(summaries: Mapping[str, Mapping]) -> dict:
     """C1, per task: the best value layer (chosen on one half of the items) minus the task's control, on the other half."""
     entries = []
     for name in (task.name for task in SIX):
-        best = summaries[name]["value_best"]
+        best = summaries[name].get("value_best")
+        if best is None:
+            entries.append(undefined(f"{name}: best value layer minus its control", _few(summaries[name])))
+            continue
         entries.append(_entry(f"{name}: {best['source']} minus {best['control']}", best["minus"][best["control"]]))
     return {"value": None, "low": None, "high": None, "n": len(entries), "unit": "tasks of 6", "entries": entries}
 
@@ -63,10 +67,17 @@ def claim_c2(summaries: Mapping[str, Mapping]) -> dict:
     """C2, per task: best value layer minus first and minus last, on the half of the items that did not choose it."""
     entries = []
     for name in (task.name for task in SIX):
-        found = summaries[name]["build_then_degrade"]["value"]
+        found = summaries[name]["build_then_degrade"].get("value")
         for part, against in (("minus_first", "first"), ("minus_last", "last")):
+            if found is None:
+                entries.append(undefined(f"{name}: best value layer minus {against}", _few(summaries[name])))
+                continue
             entries.append(_entry(f"{name}: layer {found['best_layer']} minus {against}", found[part]))
     return {"value": None, "low": None, "high": None, "n": len(entries), "unit": "comparisons of 12", "entries": entries}
+
+
+def _few(summary: Mapping) -> str:
+    return f"{summary['groups']} independent units are too few to choose a layer and test it on others; at least 4 are needed"
 
 
 def _entry(name: str, interval: Mapping) -> dict:

@@ -1,0 +1,233 @@
+"""The paper profile from end to end on small self-written data in the official layouts (`mini_data`)."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import mini_data
+import mini_models
+import nbformat
+import numpy as np
+import pytest
+
+from kvutils.datasets import (
+    CHOICE_DATA, FOLDERS, PREFIX_DATA, TASK_DATA, class_names, data_sources, open_dataset,
+)  # fmt: skip
+from kvutils.features import FeatureExtractor
+from kvutils.models import load_encoder, load_mlm
+from kvutils.plan import NOTEBOOKS, data_of, look_for_data
+from kvutils.plots import DRAW, error_bar, flow_axis, layer_count, layer_ticks
+from kvutils.prefixes import CONDITIONS, PrefixWriter
+from kvutils.report import judge, load_claims
+from kvutils.store import to_json
+from kvutils.tasks.base import run_task, summarise
+from kvutils.tasks.blink_gap import check_items, read_items
+from kvutils.tasks.blink_interventions import claim_x5, interventions
+from kvutils.tasks.blink_tables import claim_c8, describe_table, official_scores
+from kvutils.tasks.foreground_segmentation import ForegroundSegmentation
+from kvutils.tasks.input_agnostic_keys import ATTENTION_QUESTIONS, claim_c5, claim_c6, claim_x2, claim_x4, open_data
+from kvutils.tasks.key_blocking import ask_under_blocks, conditions, effects, last_layers
+from kvutils.tasks.key_statistics import compare_trained, describe_keys
+from kvutils.tasks.key_table import measure_keys
+from kvutils.tasks.knock_out import knock_out, reading_layers, summarise_knock_out
+from kvutils.tasks.mme import Mme
+from kvutils.tasks.pope import Pope
+from kvutils.tasks.prefix import DomainPrefix, ReferringPrefix, run_prefixes, with_controls
+from kvutils.tasks.prefix_answers import ask_behind_prefixes, summarise_prefix_answers
+from kvutils.tasks.prefix_effects import claim_c7, claim_x3, summarise_prefixes
+from kvutils.tasks.siglip_baseline import claim_c4, compare_along_chain
+from kvutils.tasks.value_flow import SIX, claim_c1, claim_c2, open_extractor, value_flow_tasks
+
+BOOT = 50
+CLAIMS = {claim["id"]: claim for claim in load_claims()}
+NAMES = list(dict.fromkeys(name for number in NOTEBOOKS for name in data_of(number, "paper")))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """KVUTILS_DATA with everything; rows of Parquet files are converted beside it, not in the user's cache."""
+    folder = tmp_path_factory.mktemp("paper")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        patch.setenv("KVUTILS_DATA", str(folder / "data"))
+        yield mini_data.write_data(folder / "data")
+
+
+def test_the_data_are_whole_and_the_same_again(data, tmp_path):
+    assert {FOLDERS.get(name, name) for name in NAMES} == set(mini_data.SETS)
+    assert {name: found.problem for name, found in look_for_data(NAMES, mini_data.OPTIONS).items() if found.problem} == {}
+    for name in ("davis-2017", "refcoco"):
+        mini_data.write_data(tmp_path, [name])
+        files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
+        assert len(files) > 10
+        assert all(path.read_bytes() == (data / path.relative_to(tmp_path)).read_bytes() for path in files)
+
+
+LOST = [  # data set, a file of it, what is said of it
+    ("pascal-5i", "VOC2012/JPEGImages/*.jpg", "1 of the .* images of the episodes are missing"),
+    ("pascal-5i", "splits/pascal/val/fold2.txt", "fold2.txt is missing"),
+    ("msrc", "*/GroundTruth/*.bmp", r"1 of the 70 images .* have no ground truth \(first: .*_GT.bmp"),
+    ("imagenet-s", "ImageNetS50/validation/*/*.JPEG", r"1 of the 16 images of .*validation are missing \(first: .*JPEG"),
+    ("imagenet-s-train", "ImageNetS50/train-semi-segmentation/*/*.png", r"1 of the 50 masks .* \(first: .*png"),
+    ("refcoco", "images/mscoco/images/train2014/*.jpg", "1 of 12 images are missing .*COCO_train2014"),
+    ("spair-71k", "SPair-71k/PairAnnotation/test/*.json", "1 of 24 annotations are missing .*:.*json"),
+    ("davis-2017", "DAVIS/Annotations/480p/clip-2/00003.png", "00003.png is missing"),
+    ("coco", "val2017/*.jpg", "1 of the 100 images are missing .*jpg"),
+    ("pope", "val2014/*.jpg", "1 of the 8 images of POPE are missing .*COCO_val2014"),
+    ("mme", "*/existence/*.jpg", "MME existence: 1 of 3 images are missing"),
+    ("bdd-10k", "bdd100k/labels/det_20/*.json", "no image .*night highway"),
+    ("blink", "Art_Style/*.parquet", "no Parquet file of .*Art_Style"),
+]
+
+
+@pytest.mark.parametrize(("name", "pattern", "message"), LOST)
+def test_a_missing_file_is_missed_in_its_data_set_alone(data, name, pattern, message):
+    lost = sorted((data / FOLDERS.get(name, name)).glob(pattern))
+    lost = lost[:1] if name != "bdd-10k" else [path for path in lost if path.name == "det_train.json"]
+    content = [path.read_bytes() for path in lost]
+    assert lost
+    try:
+        for path in lost:
+            path.write_text("[]") if path.suffix == ".json" and name == "bdd-10k" else path.unlink()
+        found = look_for_data(NAMES, mini_data.OPTIONS)
+    finally:
+        for path, each in zip(lost, content, strict=True):
+            path.write_bytes(each)
+    problems = {each: about.problem for each, about in found.items() if about.problem}
+    assert set(problems) == ({name} if name != "bdd-10k" else {"bdd-10k", "bdd-10k-train"})
+    assert re.search(message, problems[name]), problems[name]
+
+
+def verdicts(claims: dict) -> dict:
+    """Claims as they are stored and read again, judged."""
+    stored = json.loads(to_json(claims))
+    return {name: judge(CLAIMS[name], claim)[0] for name, claim in stored.items()}
+
+
+FEW = {
+    "pascal-5i": {"per_fold": 2, "shot": 2}, "msrc": {"classes": ["bird", "car", "cow", "plane"], "images": 2},
+    "imagenet-s": {"max_images": 4}, "refcoco": {"max_images": 4}, "spair-71k": {"max_pairs": 4},
+    "davis-2017": {"sequences": ["clip-0", "clip-1"], "max_frames": 3},
+}  # fmt: skip
+
+
+def test_value_flow_and_its_baseline(data):
+    extractor = open_extractor("pocket", layers=[0, 4, 7])
+    tasks = value_flow_tasks("paper", FEW)
+    summaries, chains = {}, {}
+    for name, task in tasks.items():
+        table = run_task(task, extractor, progress=False)
+        assert not table.skipped and np.isfinite(table.values).all()
+        summaries[name] = summarise(table, task, BOOT)
+        if len(set(table.groups)) >= 4 and name in {each.name for each in SIX}:
+            chains[name] = compare_along_chain(table, task, BOOT)
+    assert "value_best" not in summaries["temporal_correspondence"] and len(chains) == 5  # two clips choose no layer
+    claims = {"C1": claim_c1(summaries), "C2": claim_c2(summaries), "C4": claim_c4(chains)}
+    undefined = [e for claim in claims.values() for e in claim["entries"] if e["value"] is None]
+    assert len(undefined) == 4 and all("temporal" in e["name"] and "too few" in e["reason"] for e in undefined)
+    found = verdicts(claims)
+    assert set(found) == set(claims) and found["C1"] in ("inconclusive", "not reproduced")
+    assert DRAW["01_value_flow"]({"tasks": summaries, "pictures": {}}).keys() == {"01_value_flow", "01_build_then_degrade"}
+    sources = data_sources(TASK_DATA["paper"].values(), FEW)["data"]
+    assert set(sources.values()) == {"files in the official layout"} and len(sources) == 7
+
+
+def test_keys_and_blocks(data):
+    options = {"coco": {"count": 8}, "pope": {"max_images": 3}, "mme": {"split": "hallucination", "max_images": 2}}
+    found = open_data("paper", options, (96, 72))
+    assert {image.image.size for image in found["keys"]} == {sample.image.size for sample in found["pope"]} == {(96, 72)}
+    models = {"trained": load_mlm("pocket"), "untrained": load_mlm("pocket", untrained=True)}
+    tables = {name: measure_keys(mlm, found["keys"], ATTENTION_QUESTIONS["paper"], mass_images=2, chunk=4, progress=False)
+              for name, mlm in models.items()}  # fmt: skip
+    mlm, table = models["trained"], tables["trained"]
+    described = describe_keys(table, "pocket", BOOT, mode_draws=5)
+    limits = described["thresholds"]
+    compared = compare_trained(*tables.values(), limits, BOOT)
+    reading = [replace(question, kind="all of them") for question in found["reading"][::6]]
+    curve = knock_out(mlm, reading, progress=False)
+    assert summarise_knock_out(curve, BOOT)["kinds"]["all"]["n"] == len(reading)
+    block_layers = last_layers(mlm.num_layers)
+    chosen = reading_layers(curve, len(block_layers), 0)["layers"]
+    blocks, _ = conditions(table, limits, chosen, layers=block_layers, draws=2, reading_draws=1)
+    tasks = [Pope(found["pope"]), Mme(found["mme"])]
+    effect = [effects(task, ask_under_blocks(task, mlm, blocks, progress=False), BOOT) for task in tasks]
+    claims = {"C5": claim_c5(described), "C6": claim_c6(*effect), "X2": claim_x2(effect[0]), "X4": claim_x4(described, compared)}
+    assert set(verdicts(claims)) == set(claims)
+
+
+def test_prefixes(data, tmp_path):
+    mlm = load_mlm(str(mini_models.save_pocket_with_words(tmp_path / "pocket-words")), device="cpu")
+    extractor, writer = FeatureExtractor(mlm, layers=[0, 2, 6], keys=False), PrefixWriter(mlm, "paper")
+    options = {"refcoco": {"max_images": 4}, "bdd-10k": {"images": 6}, "bdd-10k-train": {"images": 10}}
+    found = {use: open_dataset(name, **options.get(name, {})) for use, name in PREFIX_DATA["paper"].items()}
+    names = class_names("bdd-10k-train")
+    readouts = [ReferringPrefix(found["referring"], extractor, writer, "class_name"),
+                *(DomainPrefix(found["domains"], found["domains_train"], names, extractor, writer, kind) for kind in ("text", "probe"))]  # fmt: skip
+    summaries = {}
+    for readout in readouts:
+        assert with_controls(readout, 10_000) == with_controls(readout)  # from the first again where too few are left
+        table = run_prefixes(readout, extractor, progress=False)
+        assert not table.skipped and len(table) == len(readout.samples)
+        summaries[readout.name] = summarise_prefixes(table, readout.statistic, BOOT)
+    moved = summaries["domain_by_probe"]["moved"]  # road and sky are the background of a set that has no other
+    assert all(moved[part]["correct"][-1]["mean"] > 0.001 for part in ("objects", "background"))
+    answers = summarise_prefix_answers(ask_behind_prefixes(found["questions"], mlm, writer, images=2, progress=False), BOOT)
+    assert answers["images"] == 2 and set(answers["rates"]["accuracy"]) == set(CONDITIONS)
+    assert set(verdicts({"C7": claim_c7(summaries), "X3": claim_x3(summaries)})) == {"C7", "X3"}
+
+
+def test_multiple_choice(data):
+    items = open_dataset(CHOICE_DATA["paper"], max_items=4)
+    assert set(check_items(items)) == {"Art_Style", "Visual_Similarity"}
+    assert len({image.size for item in items for image in item.images}) > 3
+    tables = read_items(load_mlm("pocket"), items, batch_size=4, progress=False)
+    described = {name: describe_table(table, BOOT) for name, table in tables.items()}
+    surfaced = {name: interventions(table, BOOT) for name, table in tables.items()}
+    assert official_scores(tables)["n"] == {"Art_Style": 4, "Visual_Similarity": 4}
+    assert set(verdicts({"C8": claim_c8(described), "X5": claim_x5(surfaced, BOOT)})) == {"C8", "X5"}
+
+
+def test_a_checkpoint_of_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):
+    folder = mini_models.save_siglip(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    encoder = load_encoder("siglip-so400m", device="cpu")
+    assert encoder.revision == folder.name and len(encoder.revision) == 40
+
+
+def test_an_episode_without_background_is_left_out(data):
+    extractor = FeatureExtractor(load_mlm("pocket"), layers=[0, 2], keys=False)
+    one, other = open_dataset("pascal-5i", per_fold=1, folds=(0, 1))
+    full = tuple(replace(each, mask=np.ones_like(each.mask)) for each in one.supports)
+    table = run_task(ForegroundSegmentation([replace(one, supports=full), other]), extractor, progress=False)
+    assert table.skipped == [one.id] and table.ids == [other.id]
+
+
+def test_figures_take_any_interval_and_any_depth():
+    assert error_bar({"mean": 0.5, "low": 0.6, "high": 0.9}, 100) == [[0.0], [40.0]]  # percentile intervals do that
+    assert flow_axis(8) == ([0, 1, 2, 3], 4, 5) and layer_ticks(range(8)) == list(range(8))
+    before, line, first = flow_axis(28)
+    assert before == [0, 3, 6, 9] and before[-1] < line < first and len(layer_ticks(range(28))) <= 12
+    assert layer_ticks([]) == [] and layer_count(["pixels", "key.9", "value.3", "value.27"]) == 28
+
+
+@pytest.mark.slow
+def test_a_notebook_of_the_paper_profile(data, tmp_path):
+    environment = os.environ | {"KVUTILS_CACHE": str(tmp_path / "cache"), "HF_DATASETS_CACHE": str(tmp_path / "hf"),
+                                "PYTHONPATH": str(Path(__file__).resolve().parents[1])}  # fmt: skip
+    command = [sys.executable, "-m", "kvutils.replicate", "--profile", "paper", "--notebooks", "05", "--out", str(tmp_path / "out")]
+    options = {"bootstrap": "50", "progress": "false", "data_options": json.dumps({"blink": {"max_items": 4}})}
+    command += [each for name, value in options.items() for each in ("-p", name, value)]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = tmp_path / "out" / "data" / "results" / "paper" / "pocket"
+    results = json.loads((folder / "05_blink_gap.json").read_text())
+    assert results["provenance"]["data"] == {"blink": "copy of the hub's BLINK-Benchmark/BLINK"}
+    assert len(list((folder / "figures").glob("05_*.png"))) == 6
+    book = nbformat.read(folder / "05_blink_gap.ipynb", as_version=4)
+    assert not [output for cell in book.cells for output in cell.get("outputs", []) if output.get("name") == "stderr"]
