@@ -20,7 +20,8 @@ from kvutils.processors import image_backend, load_processor, load_siglip_image_
 from kvutils.registry import ENCODERS, FAMILIES, MODELS, NEXT, ONEVISION, QWEN, ModelSpec, find_model, original_encoder
 
 __all__ = ["ATTENTIONS", "ENCODERS", "FAMILIES", "MLM", "MODELS", "NEXT", "ONEVISION", "QWEN", "Encoder", "ModelSpec",
-           "find_model", "load_encoder", "load_mlm", "original_encoder", "quiet_transformers", "read_family", "wrap_mlm"]  # fmt: skip
+           "find_model", "load_encoder", "load_mlm", "original_encoder", "quiet_transformers", "read_family",
+           "wrap_mlm"]  # fmt: skip
 _PROBE = "kvutils-prefix"  # stands for a prefix, to see where a chat template puts it
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 

@@ -124,11 +124,12 @@ class Rehearsal:
             full = costs(*architecture(self.model))
             achieved = price.read / read
             speed = Speed.from_rate(achieved, full, f"from {achieved / 1e9:.0f} GFLOP/s of the narrow model")
+        numbers = sorted({work.notebook for work in WORK})
         return {
             "model": self.model, "device": self.device_name, "full_size": not self.small, "images": len(pictures),
             "tokens": price.tokens, "weights": price.weights, "matmul_rate": self.rate, "speed": asdict(speed),
             "steps": [asdict(step) | {"rate": self._rate(step)} for step in self.steps], "versions": provenance(mlm),
-            "hours": {n: sum(speed.seconds(w) for w in WORK if w.notebook == n) / 3600 for n in sorted({w.notebook for w in WORK})},
+            "hours": {n: sum(speed.seconds(w) for w in WORK if w.notebook == n) / 3600 for n in numbers},
         }  # fmt: skip
 
     @property
@@ -163,7 +164,7 @@ class Rehearsal:
                  zip(images, ResizedImages(list(images.values()), IMAGE), strict=True)}  # fmt: skip
         sample = Episode("probe", 0, episode.class_name, 0, large["f"], tuple(large[name] for name in "abcde"))
         extractor = FeatureExtractor(mlm, None, encoder, batch_size=2)
-        features = {name: found for name, found in zip(large, extractor.images([(n, one.image) for n, one in large.items()]), strict=True)}
+        features = dict(zip(large, extractor.images([(name, one.image) for name, one in large.items()]), strict=True))
         task = ForegroundSegmentation([sample], max_iter=100)  # features of random weights need not be separable
         return self.step("probes of one episode", 2, "probe", 0, lambda: task.score(sample, features, extractor))
 
@@ -200,8 +201,9 @@ def stored_speed(model: str, device: torch.device) -> Speed | None:
 def text_of(report: dict) -> str:
     """The report for a terminal."""
     size = "full size" if report["full_size"] else "SCALED DOWN (no CUDA device): the same layers, heads and image tokens, narrow"
-    lines = [f"{report['model']}, random weights, {size}", f"{report['device']}, {report['versions']['dtype']}, "
-             f"{report['versions']['attention']}, torch {report['versions']['torch']}, transformers {report['versions']['transformers']}",
+    versions = report["versions"]
+    lines = [f"{report['model']}, random weights, {size}", f"{report['device']}, {versions['dtype']}, "
+             f"{versions['attention']}, torch {versions['torch']}, transformers {versions['transformers']}",
              f"{report['weights'] / 1e9:.2f} billion weights, {report['tokens']:,} image tokens of {IMAGE[0]} x {IMAGE[1]}",
              f"matrix multiplication {report['matmul_rate'] / 1e12:.3g} TFLOP/s", "",
              f"{'step':<32}{'count':>8}{'per second':>12}{'of the matmul rate':>20}{'peak GiB':>10}"]  # fmt: skip

@@ -159,7 +159,7 @@ seed = sum(i for i, _ in done)
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
 def test_accelerate_launch_shares_the_parts_and_writes_once(root, processes):
-    """A real `accelerate launch` (its processes find no GPU, and do without): each process runs the notebook, and the first writes what one alone writes."""
+    """A real `accelerate launch` (its processes find no GPU, and do without): each runs the notebook, the first writes."""
     path = root / "notebooks" / "01_stub.ipynb"
     nbformat.write(book(SHARED), path)
     script = root / "run.py"

@@ -66,7 +66,8 @@ def conditions(
     and `method` says so. reading: as many layers where the image is read, from `reading_layers`. Controls: random
     keys, as many in each layer and head; random keys that receive as much attention; the keys that vary most; the
     same positions in the first layers; in the reading layers the keys below the threshold, and as many lowest and
-    random ones (`reading_draws`) as the block has. "all keys" of the layers bounds what any block of them can do. about: JSON-able.
+    random ones (`reading_draws`) as the block has. "all keys" of the layers bounds what any block of them
+    can do. about: JSON-able.
     """
     total = len(table.variance)
     layers = last_layers(total) if layers is None else tuple(layers)

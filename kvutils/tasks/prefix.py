@@ -160,7 +160,8 @@ class DomainPrefix(PrefixReadout):
         chosen = [(image, prefixes) for image in self.train if (prefixes := self.prefixes(image)) is not None]
         for condition in CONDITIONS:
             found = _read(extractor, [(image.id, image.image) for image, _ in chosen], [p[condition] for _, p in chosen])
-            labels = np.concatenate([one.layout.token_labels(image.mask)[0] for one, (image, _) in zip(found, chosen, strict=True)])
+            pairs = zip(found, chosen, strict=True)
+            labels = np.concatenate([one.layout.token_labels(image.mask)[0] for one, (image, _) in pairs])
             self._seen = np.unique(labels[labels >= 0])
             if len(self._seen) < 2:
                 raise DataError(f"{self.name}: the training tokens show fewer than two classes; pass more training images")

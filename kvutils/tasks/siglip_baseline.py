@@ -53,8 +53,8 @@ def compare_along_chain(table: ScoreTable, task: Task, n_boot: int = 2000, seed:
 
 
 def claim_c4(chains: Mapping[str, Mapping]) -> dict:
-    """C4, per task: SigLIP before any finetuning minus the best value layer, on items that did not choose the layer; undefined for a task
-    that `chains` lacks."""
+    """C4, per task: SigLIP before any finetuning minus the best value layer, on items that did not choose the layer; undefined
+    for a task that `chains` lacks."""
     entries = []
     for name in (task.name for task in SIX):
         if name not in chains:
