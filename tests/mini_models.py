@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import torch
-from tiny_models import TOWER, WORDS, tiny
+from tests.tiny_models import TOWER, WORDS, tiny
 from transformers import SiglipConfig, SiglipModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 

@@ -584,10 +584,9 @@ def test_figures_need_only_the_results_file(items, tmp_path):
 
 
 @pytest.mark.parametrize("family", [*tiny_models.FAMILIES])
-def test_every_family_reads_items_in_their_official_form(family, monkeypatch):
+def test_every_family_reads_items_in_their_official_form(family):
     """Photographs of different sizes, options "(A)" or "A", several images as base views or as grids of their own."""
-    monkeypatch.setattr(tiny_models, "WORDS", list(q.WORDS))  # the tokenizer lower-cases
-    mlm, random = tiny_models.tiny(family), np.random.default_rng(0)
+    mlm, random = tiny_models.tiny(family, words=list(q.WORDS)), np.random.default_rng(0)
     pictures = [Image.fromarray(random.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in ((50, 40), (40, 60), (64, 48))]
     about = {"question": "which image ?", "prompt": "which image ? (A) (B)", "options": ("(A)", "(B)"), "choices": ("A", "B")}
     style = MultipleChoice(id="s", subtask="Art_Style", images=tuple(pictures), answer="(B)", group="s", **about)

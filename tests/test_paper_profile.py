@@ -10,8 +10,6 @@ from pathlib import Path
 
 import datasets
 import huggingface_hub
-import mini_data
-import mini_models
 import nbformat
 import numpy as np
 import pytest
@@ -43,6 +41,7 @@ from kvutils.tasks.prefix_answers import ask_behind_prefixes, summarise_prefix_a
 from kvutils.tasks.prefix_effects import claim_c7, claim_x3, summarise_prefixes
 from kvutils.tasks.siglip_baseline import claim_c4, compare_along_chain
 from kvutils.tasks.value_flow import SIX, claim_c1, claim_c2, open_extractor, value_flow_tasks
+from tests import mini_data, mini_models
 
 BOOT = 50
 CLAIMS = {claim["id"]: claim for claim in load_claims()}
