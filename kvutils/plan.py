@@ -78,13 +78,14 @@ def look_for_model(spec: ModelSpec) -> Found:
     config = try_to_load_from_cache(spec.source, "config.json", revision=spec.revision or None)
     if isinstance(config, str) and _weights_beside(Path(config)):
         return Found(spec.name, "")
+    get = f"with network it comes by itself; without, `hf download {spec.source}` elsewhere and copy HF_HOME"
     if constants.HF_HUB_OFFLINE:
-        return Found(spec.name, f"{spec.source} is not in the local cache, and HF_HUB_OFFLINE is set")
+        return Found(spec.name, f"{spec.source} is not in the local cache, and HF_HUB_OFFLINE is set\n  {get}")
     revision = spec.revision or None
     try:
         info = ask_hub(spec.source, lambda: HfApi().model_info(spec.source, revision=revision, timeout=10, files_metadata=True))
     except DataError as error:
-        return Found(spec.name, f"not in the local cache; {error}")
+        return Found(spec.name, f"not in the local cache; {error}\n  {get}")
     size = sum(file.size or 0 for file in info.siblings or () if file.rfilename.endswith(".safetensors"))
     return Found(spec.name, "", size / 1e9)  # comes by itself when it is loaded
 

@@ -265,17 +265,21 @@ class Parts:
         """Compute and save a part that is neither finished nor another process's; whether that was done."""
         path = self.folder / ".locks" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path, timeout=0)
         try:
-            with FileLock(path, timeout=0):
-                if self.finished(key):
-                    return False
-                self.save(key, compute())
-                return True
+            lock.acquire()
         except Timeout:
             return False
         except NotImplementedError as error:
             raise StoreError(f"the file system of {self.folder} has no file locks ({error}), by which runs share work. "
                              "Set KVUTILS_CACHE to a folder on another one.") from error
+        try:  # apart from the above: what `compute` raises says nothing about this lock
+            if self.finished(key):
+                return False
+            self.save(key, compute())
+            return True
+        finally:
+            lock.release()
 
 
 def make_all(parts: Parts | None, jobs: Sequence[Job]) -> Iterator[object]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import Timeout
 from PIL import Image
 
 from kvutils.answer import answer_all
@@ -237,3 +238,16 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
 
     with pytest.raises(RuntimeError, match="shapes"):
         in_halves(run, [1, 2])
+
+
+@pytest.mark.parametrize("raised", [NotImplementedError("no such operator on this device"), Timeout("another lock")])
+def test_what_a_part_raises_is_not_taken_for_a_lock(tmp_path, raised):
+    """torch raises NotImplementedError, and a download within the part may wait for a lock of its own."""
+    def fails():
+        raise raised
+
+    parts = Parts(tmp_path, modules=("errors.py",), x=1)
+    with pytest.raises(type(raised)) as error:
+        list(make_all(parts, [("part", fails), ("next", lambda: {"i": 1})]))
+    assert error.value is raised
+    assert parts.make("part", lambda: {"i": 0}) == {"i": 0}  # the lock was given back
