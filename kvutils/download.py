@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--accept-changed", action="store_true",
                         help="take a file that is not the published one (other size or checksum)")  # fmt: skip
     options = parser.parse_args(arguments)
-    names, root = list(dict.fromkeys(options.names)), data_root()
+    names, root = list(dict.fromkeys(map(_full_name, options.names))), data_root()
     if unknown := [name for name in names if name not in CATALOG]:
         near = difflib.get_close_matches(unknown[0], CATALOG, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
@@ -74,6 +74,12 @@ def main(arguments: list[str] | None = None) -> int:
     groups = {text: [name for name in names if results[name] == code] for code, text in said}
     print("; ".join(f"{text}: {', '.join(found)}" for text, found in groups.items() if found))
     return FAILED if FAILED in results.values() else max(results.values())
+
+
+def _full_name(name: str) -> str:
+    """"davis" is davis-2017: a beginning that only one data set has stands for it."""
+    found = [each for each in CATALOG if each.startswith(name)]
+    return found[0] if len(found) == 1 else name
 
 
 def _list(root: Path | None) -> int:

@@ -235,6 +235,9 @@ def main(arguments: list[str] | None = None) -> int:
     except KVUtilsError as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nInterrupted; nothing was changed.", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

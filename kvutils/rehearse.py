@@ -233,6 +233,9 @@ def main(arguments: list[str] | None = None) -> int:
     except KVUtilsError as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nInterrupted; a rehearsal is short and keeps nothing: start it again.", file=sys.stderr)
+        return 130
     print(text_of(report))
     if report["full_size"]:
         write_json(stored(chosen.model), report)

@@ -650,3 +650,11 @@ def test_the_lists_checksums_are_those_of_the_real_files():
 def test_the_module_says_what_its_exit_codes_mean():
     for code in (OK, FAILED, MISUSED, BY_HAND, STOPPED):
         assert f"{code} " in download.__doc__.partition("Exit codes")[2]
+
+
+def test_the_beginning_of_a_name_will_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("KVUTILS_DATA", str(tmp_path))
+    assert download.main(["bdd"]) == download.BY_HAND
+    assert capsys.readouterr().out.startswith("bdd-10k: ")
+    assert download.main(["p"]) == download.MISUSED  # pascal-5i or pope
+    assert "no data set 'p'" in capsys.readouterr().err
