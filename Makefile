@@ -48,7 +48,7 @@ $(STAMP): requirements.txt pyproject.toml
 	@touch $@
 
 replicate: $(STAMP)  ## run the notebooks, write results, figures and the verdict table
-	@$(RUN) -m kvutils.replicate --profile $(PROFILE) --model $(MODEL) $(CHOSEN) $(ARGS)
+	@$(RUN) -m kvutils.run.replicate --profile $(PROFILE) --model $(MODEL) $(CHOSEN) $(ARGS)
 
 test: test-code test-notebooks  ## all tests: the code, then every notebook
 
@@ -59,34 +59,34 @@ test-code: $(STAMP)  ## the tests of the code alone
 # marked outputs, reading the captures and parts that the first execution has stored. Both write results and
 # figures into data/cache/check, not over the committed ones.
 test-notebooks: $(STAMP)  ## execute the notebooks with papermill, compare verdicts and outputs (nbval)
-	@KVUTILS_OUT='$(CHECK)' $(RUN) -m kvutils.replicate --check $(CHOSEN)
+	@KVUTILS_OUT='$(CHECK)' $(RUN) -m kvutils.run.replicate --check $(CHOSEN)
 	@KVUTILS_OUT='$(CHECK)' MPLBACKEND=module://matplotlib_inline.backend_inline \
 	  $(RUN) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=1800 $(FILES)
 
 plan: $(STAMP)  ## what the paper profile needs and what of it is there: data, GB, GPU memory, hours
-	@$(RUN) -m kvutils.plan --model $(PAPER_MODEL) $(if $(NOTEBOOKS),--notebooks $(NOTEBOOKS))
+	@$(RUN) -m kvutils.run.plan --model $(PAPER_MODEL) $(if $(NOTEBOOKS),--notebooks $(NOTEBOOKS))
 
 rehearse: $(STAMP)  ## run a published architecture with random weights: memory, speed, estimate (no data)
-	@$(RUN) -m kvutils.rehearse --model $(PAPER_MODEL) $(ARGS)
+	@$(RUN) benchmarks/rehearse.py --model $(PAPER_MODEL) $(ARGS)
 
 lab: $(STAMP)  ## open the notebooks in JupyterLab
 	@$(RUN) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks
 
 figures: $(STAMP)  ## redraw every figure from the stored results (seconds, no model)
-	@$(RUN) -m kvutils.replicate --figures-only --profile $(PROFILE) --model $(MODEL)
+	@$(RUN) -m kvutils.run.replicate --figures-only --profile $(PROFILE) --model $(MODEL)
 
 report: $(STAMP)  ## write the verdicts into data/results and README.md
-	@$(RUN) -m kvutils.report
+	@$(RUN) -m kvutils.run.report
 
 bench: $(STAMP)  ## measure speed and memory, write benchmarks/results.json
 	@$(RUN) benchmarks/run.py
 
 # Below KVUTILS_DATA, taken from the environment or given to make.
 data: $(STAMP)  ## fetch real data sets: DATASETS="davis-2017 pope" (without: list them)
-	@$(RUN) -m kvutils.download $(DATASETS) $(ARGS)
+	@$(RUN) -m kvutils.run.download $(DATASETS) $(ARGS)
 
 train: $(STAMP)  ## train the pocket model anew (about two hours on 2 cores; resumes)
-	@$(RUN) -m kvutils.pocket.train $(ARGS)
+	@PYTHONPATH=data/pocket $(RUN) -m recipe.train $(ARGS)
 
 clean:  ## remove stored captures, parts and bytecode (results and training checkpoints stay)
 	rm -rf data/cache .pytest_cache

@@ -22,10 +22,11 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bench_capture import onevision_shaped  # noqa: E402
-from kvutils.answer import ImageSession  # noqa: E402
-from kvutils.inputs import prepare_images, prepare_text  # noqa: E402
-from kvutils.keys import KeySelection  # noqa: E402
-from kvutils.models import MLM  # noqa: E402
+from kvutils.answer import ImageSession
+from kvutils.vision import prepare_images
+from kvutils.prompts import prepare_text
+from kvutils.keys import KeySelection
+from kvutils.models import MLM
 
 QUESTIONS = [
     f"is there {'a ' * (number % 3)}photo number {number} in it ? answer using a single word or phrase ."

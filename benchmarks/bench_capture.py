@@ -26,10 +26,11 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from kvutils.capture import capture  # noqa: E402
-from kvutils.inputs import prepare_images, prepare_text  # noqa: E402
-from kvutils.models import MLM, wrap_mlm  # noqa: E402
-from kvutils.processors import build_pocket_processor  # noqa: E402
+from kvutils.kvcache import capture
+from kvutils.vision import prepare_images
+from kvutils.prompts import prepare_text
+from kvutils.models import MLM, wrap_mlm
+from kvutils.processors import build_pocket_processor
 
 
 def onevision_shaped(layers: int = 8, hidden: int = 1024) -> MLM:

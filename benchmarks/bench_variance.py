@@ -64,7 +64,7 @@ def _stream(images: int) -> None:
         SiglipVisionConfig,
     )
 
-    from kvutils.key_variance import key_variance
+    from kvutils.keys import key_variance
     from kvutils.models import wrap_mlm
     from kvutils.processors import build_pocket_processor
 

@@ -13,4 +13,12 @@ One vocabulary of shapes is used everywhere:
     K  classes or key points
 """
 
+from pathlib import Path
+
 __version__ = "0.1.0"
+
+
+def data_folder() -> Path:
+    """Where the shipped data lie (claims, pocket weights): inside an installed package, or beside it in a clone."""
+    inside = Path(__file__).resolve().parent / "data"
+    return inside if inside.is_dir() else inside.parents[1] / "data"

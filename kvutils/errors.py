@@ -1,5 +1,9 @@
 """Errors that a user can act on: each message says what was expected, what was found, and what to do next."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+from numbers import Integral
+
 
 class KVUtilsError(Exception):
     """Base class of every error that kvutils raises on purpose."""
@@ -35,3 +39,18 @@ class MemoryLimitError(KVUtilsError):
 
 class StoreError(KVUtilsError):
     """A stored file that is missing, truncated or does not match its checksum."""
+
+
+def at_least(name: str, value: object, least: int = 1) -> None:
+    """ParameterError unless `value` is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ParameterError(f"{name} must be a whole number of at least {least}, not {value!r}")
+
+
+def one_of(what: str, value: object, choices: Iterable, kind: type[KVUtilsError] | None = None) -> None:
+    """An error of `kind` (default ParameterError) that names the choices, and the nearest, unless `value` is one of them."""
+    choices = list(choices)
+    if value not in choices:
+        near = get_close_matches(str(value), map(str, choices), 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise (kind or ParameterError)(f"unknown {what} {value!r}{hint}; expected one of {', '.join(map(str, choices))}")

@@ -1,5 +1,7 @@
 """One way in for pictures: whatever a user has becomes an upright RGB image, or one clear `ImageError`."""
 
+import base64
+import io
 from os import PathLike, fspath
 
 import numpy as np
@@ -9,7 +11,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from kvutils.errors import ImageError
 
 ImageLike = Image.Image | str | PathLike | np.ndarray | torch.Tensor
-
 MAX_PIXELS = 100_000_000  # larger files are refused before they are decoded (decompression bombs)
 
 
@@ -110,3 +111,12 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def encode_image(image: Image.Image, largest: int = 320) -> str:
+    """A small picture as base64 text, for a results file: PNG up to `largest` pixels as it is, larger ones shrunk."""
+    small = image.copy()
+    small.thumbnail((largest, largest))
+    data = io.BytesIO()
+    small.save(data, "PNG", optimize=True)
+    return base64.b64encode(data.getvalue()).decode()

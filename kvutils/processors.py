@@ -10,17 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
-from transformers import (
-    AutoTokenizer,
-    LlavaNextProcessor,
-    LlavaOnevisionProcessor,
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLProcessor,
-)
+from transformers import AutoTokenizer, LlavaNextProcessor, LlavaOnevisionProcessor, PreTrainedTokenizerFast, Qwen2_5_VLProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
-    LlavaOnevisionImageProcessorPil,
-)
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -28,7 +20,6 @@ from kvutils.errors import ParameterError
 
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<eos>", "<image>")  # ids 0, 1, 2, 3 of a word-level tokenizer
 PUNCTUATION = ("?", ",", ".")
-
 # Content items in order, text as is and images as "<image>", joined by one space; the answer follows a colon.
 # Several images of a message are announced: "first <image> second <image>".
 POCKET_CHAT_TEMPLATE = (

@@ -37,13 +37,7 @@ Job = tuple[str, Callable[[], object]]  # the key of a part, and what computes i
 WAIT = 0.5  # seconds between two looks at a part that another process computes
 PACKAGE = Path(__file__).resolve().parent
 VERSIONS = ("torch", "transformers", "numpy", "scikit-learn", "pillow")
-# Modules that show, run or train, but do not measure: a change in them leaves stored parts valid.
-NOT_MEASURING = {
-    "plots.py", "plots_baseline.py", "plots_blink.py", "plots_keys.py", "plots_prefix.py", "widgets.py", "report.py",
-    "replicate.py", "execute.py", "notebook.py", "store.py", "capture_cli.py", "plan.py", "rehearse.py", "workload.py",
-    "architectures.py", "model_checks.py", "download.py", "archives.py", "transfer.py", "datasets/catalog.py",
-    *(f"pocket/{name}.py" for name in ("captions", "card", "evaluate", "export", "model", "muon", "packing",
-                                       "pool", "start", "symbolic", "train"))}
+NOT_MEASURING = ("plots/", "run/", "__main__")  # rooms that draw and report: a change there leaves stored parts valid
 
 
 @contextmanager
@@ -116,7 +110,7 @@ def code_version(*modules: str) -> str:
     """
     found = [path.relative_to(PACKAGE).as_posix() for path in sorted(PACKAGE.rglob("*.py"))]
     digest = hashlib.sha256()
-    for name in modules or [name for name in found if name not in NOT_MEASURING]:
+    for name in modules or [name for name in found if not name.startswith(NOT_MEASURING)]:
         tree = ast.parse((PACKAGE / name).read_text(encoding="utf-8"), name)
         digest.update(f"{name}\0{ast.dump(tree)}\0".encode())
     return digest.hexdigest()[:16]

@@ -6,10 +6,8 @@ options as in `OPTIONS` say how much of it is there. `write_models` makes tiny m
 """
 
 import json
-import os
 import pickle
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import datasets
@@ -18,14 +16,14 @@ from PIL import Image
 
 from kvutils.datasets import imagenet_s, msrc
 from kvutils.datasets.blink import READABLE
+from kvutils.datasets.coco import POPE_IMAGES
 from kvutils.datasets.coco_masks import mask_box, rle_encode
 from kvutils.datasets.mme import SUBTASKS
-from kvutils.datasets.pocket import PocketScene, pocket_scene
-from kvutils.datasets.pocket_blink import pocket_blink
+from kvutils.datasets.pocket.choices import pocket_blink
+from kvutils.datasets.pocket.sets import PocketScene, pocket_scene
+from kvutils.datasets.pocket.shapes import CLASSES, SILHOUETTES, place
+from kvutils.datasets.pocket.world import COLOURS, PRESENT, SIZE, render, sample_clip
 from kvutils.datasets.pope import SPLITS
-from kvutils.datasets.pope_images import POPE_IMAGES
-from kvutils.pocket.shapes import CLASSES, SILHOUETTES, place
-from kvutils.pocket.world import COLOURS, PRESENT, SIZE, render, sample_clip
 
 SEED = 77_000  # scenes of no pocket set
 VOID = 255

@@ -4,16 +4,16 @@ import re
 from pathlib import Path
 
 import torch
-from tests.tiny_models import TOWER, WORDS, tiny
 from transformers import SiglipConfig, SiglipModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from kvutils.datasets import bdd10k
+from kvutils.datasets.pocket.shapes import CLASSES
+from kvutils.datasets.pocket.world import COLOURS
 from kvutils.models import ENCODERS, load_mlm
-from kvutils.pocket.shapes import CLASSES
-from kvutils.pocket.world import COLOURS
-from kvutils.prefixes import WORDING
 from kvutils.processors import PUNCTUATION, build_word_tokenizer
+from kvutils.tasks.prefixes import WORDING
+from tests.tiny_models import TOWER, WORDS, tiny
 
 
 def known_words() -> list[str]:

@@ -12,10 +12,10 @@ from tiny_models import FAMILIES, WORDS, tiny, tiny_pocket
 from kvutils.answer import YES_NO, Answer, ImageSession, SessionBatch, answer_all
 from kvutils.block import block_keys
 from kvutils.errors import DataError, ImageError, KVUtilsError, ModelError, ParameterError, PromptError
-from kvutils.inputs import encode_images, prepare_images, prepare_text
 from kvutils.keys import KeySelection
 from kvutils.models import wrap_mlm
-from kvutils.prompt_tokens import PromptTokens
+from kvutils.prompts import PromptTokens, prepare_text
+from kvutils.vision import encode_images, prepare_images
 
 ALL = [*FAMILIES, "pocket"]
 QUESTIONS = ["is a red fish on the left ?", "yes", "what colour is the car on the right of this picture ?"]

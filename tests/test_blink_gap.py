@@ -8,29 +8,50 @@ import pytest
 import tiny_models
 import torch
 from PIL import Image
+from recipe.packing import Sampler, encode, pack
+from recipe.pool import make_pool
 
-from kvutils import plots, plots_blink
+from kvutils import plots
 from kvutils.answer import SessionBatch
-from kvutils.datasets import CHOICE_DATA, open_dataset, pocket
-from kvutils.datasets.pocket_blink import SUBTASKS
+from kvutils.datasets import CHOICE_DATA, open_dataset
+from kvutils.datasets.pocket import questions as q
+from kvutils.datasets.pocket import sets as pocket
+from kvutils.datasets.pocket.choices import SUBTASKS
+from kvutils.datasets.pocket.world import draw_mark
 from kvutils.datasets.samples import MultipleChoice
 from kvutils.errors import DataError, ParameterError
-from kvutils.inputs import encode_images, prepare_images, prepare_text
 from kvutils.layout import TokenLayout
-from kvutils.pocket import questions as q
-from kvutils.pocket.packing import Sampler, encode, pack
-from kvutils.pocket.pool import make_pool
-from kvutils.pocket.world import draw_mark
-from kvutils.report import judge, load_claims
+from kvutils.plots import blink as plots_blink
+from kvutils.prompts import prepare_text
+from kvutils.run.report import judge, load_claims
 from kvutils.store import Parts, read_json, write_json
-from kvutils.tasks import blink_gap
+from kvutils.tasks import choices as blink_gap
 from kvutils.tasks.base import choosing_half
-from kvutils.tasks.blink_gap import UNRESOLVED, ChoiceTable, check_items, read_items, said, score_options, some_items
 from kvutils.tasks.blink_interventions import (
-    DECIDES, GATE, HEADLINE, INTERVENTIONS, Evidence, add_values, choose_weight, claim_x5, evidence, fit_gate, interventions,
+    DECIDES,
+    GATE,
+    HEADLINE,
+    INTERVENTIONS,
+    Evidence,
+    add_values,
+    choose_weight,
+    claim_x5,
+    evidence,
+    fit_gate,
+    interventions,
 )
-from kvutils.tasks.blink_tables import CELLS, choose_layer, claim_c8, describe_table, official_scores, table_of_two, telling_item
-from kvutils.value_readouts import mean_similarity, point_similarity, style_similarity
+from kvutils.tasks.blink_tables import (
+    CELLS,
+    choose_layer,
+    claim_c8,
+    describe_table,
+    official_scores,
+    table_of_two,
+    telling_item,
+)
+from kvutils.tasks.choices import UNRESOLVED, ChoiceTable, check_items, read_items, said, score_options, some_items
+from kvutils.tasks.value_readouts import mean_similarity, point_similarity, style_similarity
+from kvutils.vision import encode_images, prepare_images
 
 FEW = 8  # items of each subtask
 KIND_OF = {"Art_Style": "style_match", "Visual_Similarity": "class_match", "Semantic_Correspondence": "correspondence"}

@@ -14,10 +14,11 @@ from transformers import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvutils.block import block_keys
-from kvutils.capture import capture
 from kvutils.errors import DataError, LayerError, ModelError, ParameterError
-from kvutils.inputs import encode_images, prepare_images, prepare_text
 from kvutils.keys import KeySelection
+from kvutils.kvcache import capture
+from kvutils.prompts import prepare_text
+from kvutils.vision import encode_images, prepare_images
 
 ATTENTIONS = ("sdpa", "eager")
 QUESTIONS = ["what is this?", "what is the colour of the red fish on the left"]

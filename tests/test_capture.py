@@ -17,12 +17,14 @@ from safetensors.torch import load_file
 from tiny_models import FAMILIES, IMAGES_FIRST, WORDS, tiny, tiny_pocket, tiny_siglip
 from transformers import DynamicCache, GenerationConfig
 
-from kvutils import capture_cli
-from kvutils.capture import capture, capture_encoder, resolve_layers, text_values
 from kvutils.errors import ImageError, KVUtilsError, LayerError, ModelError, ParameterError, PromptError
-from kvutils.inputs import encode_images, prepare_images, prepare_text
+from kvutils.kvcache import capture, capture_encoder, text_values
+from kvutils.language import resolve_layers
 from kvutils.models import load_encoder, load_mlm, wrap_mlm
 from kvutils.processors import build_pocket_processor, image_backend, load_processor
+from kvutils.prompts import prepare_text
+from kvutils.run import cli as capture_cli
+from kvutils.vision import encode_images, prepare_images
 
 ALL = [*FAMILIES, "pocket"]
 
@@ -349,7 +351,7 @@ def test_model_is_left_unmodified_also_after_an_exception(family, monkeypatch):
         capture(mlm, IMAGES, on_capture=fail)
     with pytest.raises(ImageError):
         capture(mlm, [IMAGES[0], "missing.png"], batch_size=1)
-    monkeypatch.setattr("kvutils.capture.RowCache.update", lambda *args: fail(0, None))
+    monkeypatch.setattr("kvutils.kvcache.RowCache.update", lambda *args: fail(0, None))
     with pytest.raises(RuntimeError):
         capture(mlm, IMAGES)
     same(state, fingerprint(mlm))
@@ -757,7 +759,7 @@ def test_command_reports_errors_in_one_line(folder, photos, tmp_path, capsys):
 
 
 def test_command_from_the_shell(folder, photos, tmp_path):
-    command = [sys.executable, "-m", "kvutils.capture"]
+    command = [sys.executable, "-m", "kvutils.kvcache"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     wrong = subprocess.run(
         [*command, "nothing.png", "--model", str(folder), "--out", str(tmp_path / "x.safetensors")],

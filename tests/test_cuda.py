@@ -5,17 +5,16 @@ import pytest
 import torch
 
 from kvutils.answer import answer_all
-from kvutils.attention_mass import attention_mass
-from kvutils.capture import capture
 from kvutils.datasets import open_dataset
-from kvutils.features import FeatureExtractor
-from kvutils.key_variance import key_variance
-from kvutils.keys import select_all
+from kvutils.keys import key_variance, select_all
+from kvutils.kvcache import capture
 from kvutils.models import load_encoder, load_mlm
+from kvutils.readout.attention import attention_mass
+from kvutils.readout.features import FeatureExtractor
+from kvutils.readout.words import load_siglip_text
 from kvutils.tasks.base import run_task
-from kvutils.tasks.blink_gap import read_items
+from kvutils.tasks.choices import read_items
 from kvutils.tasks.value_flow import SIX, value_flow_tasks
-from kvutils.text_alignment import load_siglip_text
 from tests.tiny_models import FAMILIES, tiny
 
 SMALL = {"pocket-pascal-5i": {"per_fold": 1, "scenes": 30}, "pocket-msrc": {"per_class": 1, "images": 2},

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from kvutils import archives, download, transfer
-from kvutils.archives import extract
 from kvutils.datasets import hub
 from kvutils.datasets.catalog import CATALOG, About, Download
-from kvutils.download import BY_HAND, FAILED, MISUSED, OK, STOPPED, main
 from kvutils.errors import DataError
+from kvutils.run import download
+from kvutils.run import download as archives
+from kvutils.run import download as transfer
+from kvutils.run.download import BY_HAND, FAILED, MISUSED, OK, STOPPED, extract, main
 
 BODY = bytes(range(256)) * 2000  # 512,000 bytes
 

@@ -7,15 +7,15 @@ from PIL import Image
 from torch.nn.functional import normalize
 from transformers import SiglipConfig, SiglipModel, SiglipTextConfig
 
-from kvutils.capture import capture, capture_encoder, text_values
 from kvutils.errors import LayerError, ModelError, ParameterError
-from kvutils.features import FeatureExtractor, image_tokens, pixel_features, token_means
+from kvutils.kvcache import capture, capture_encoder, text_values
 from kvutils.layout import TokenLayout
 from kvutils.models import Encoder
 from kvutils.processors import build_word_tokenizer
-from kvutils.saliency import prompt_saliency
+from kvutils.readout.attention import prompt_saliency
+from kvutils.readout.features import FeatureExtractor, image_tokens, pixel_features, token_means
+from kvutils.readout.words import SiglipText, load_siglip_text
 from kvutils.store import Store
-from kvutils.text_alignment import SiglipText, load_siglip_text
 from tests.tiny_models import WORDS, tiny, tiny_onevision, tiny_pocket, tiny_siglip
 
 RNG = np.random.default_rng(0)
@@ -183,7 +183,7 @@ def test_stacks_are_kept_small(monkeypatch, pocket):
     image = extractor.images([("a", Image.fromarray(np.zeros((32, 32, 3), np.uint8)))])[0]
     width, names = image.features["value.0"].shape[1], [f"value.{layer}" for layer in range(5)]
     assert image.by_width(names) == image.by_width(names, rows=100) == [names]
-    monkeypatch.setattr("kvutils.features.STACK_BYTES", 2 * 4 * width * 100)
+    monkeypatch.setattr("kvutils.readout.features.STACK_BYTES", 2 * 4 * width * 100)
     assert image.by_width(names, rows=100) == [names[:2], names[2:4], names[4:]]
     assert image.by_width(names, rows=10**9) == [[name] for name in names]
     assert image.stack(names).device == extractor.mlm.device

@@ -15,8 +15,8 @@ from PIL import Image
 
 from kvutils.datasets import CHOICE_DATA, blink, hub, open_dataset, pope
 from kvutils.errors import DataError, ParameterError
-from kvutils.tasks import Mme, Pope, run_questions
-from kvutils.tasks.blink_gap import check_items, read_items
+from kvutils.tasks.choices import check_items, read_items
+from kvutils.tasks.yes_no import Mme, Pope, run_questions
 
 SAMPLES = Path(os.environ.get("KVUTILS_SAMPLES", ""))
 needs_samples = pytest.mark.skipif(

@@ -8,18 +8,20 @@ import pytest
 import torch
 from PIL import Image
 
-from kvutils import plots, plots_keys
+from kvutils import plots
 from kvutils.answer import ImageSession
-from kvutils.attention_mass import attention_mass
 from kvutils.datasets import KEY_IMAGES, open_dataset
 from kvutils.datasets.samples import VOID, LabelledImage, Question, YesNoSample
 from kvutils.errors import DataError, ParameterError
-from kvutils.key_variance import key_variance, variance_threshold
-from kvutils.keys import select_all, selected_mass
+from kvutils.images import encode_image
+from kvutils.keys import key_variance, select_all, selected_mass
 from kvutils.layout import build_layout
-from kvutils.report import judge, load_claims, signed
+from kvutils.plots import keys as plots_keys
+from kvutils.readout.attention import attention_mass
+from kvutils.run.report import judge, load_claims, signed
 from kvutils.store import Parts, read_json, to_json, write_json
-from kvutils.tasks import Mme, Pope, key_blocking
+from kvutils.tasks import key_blocking
+from kvutils.tasks.bimodality import separation, variance_threshold
 from kvutils.tasks.input_agnostic_keys import claim_c5, claim_c6, claim_x2, claim_x4, open_data
 from kvutils.tasks.key_blocking import (
     BLOCK,
@@ -34,15 +36,7 @@ from kvutils.tasks.key_blocking import (
     select_lowest,
     sweep,
 )
-from kvutils.tasks.key_statistics import (
-    agnostic,
-    compare_trained,
-    describe_keys,
-    foreground,
-    modes,
-    sinks,
-    thresholds,
-)
+from kvutils.tasks.key_statistics import agnostic, compare_trained, describe_keys, foreground, modes, sinks, thresholds
 from kvutils.tasks.key_table import KeyTable, measure_keys
 from kvutils.tasks.knock_out import (
     KnockOut,
@@ -53,7 +47,7 @@ from kvutils.tasks.knock_out import (
     reading_layers,
     summarise_knock_out,
 )
-from kvutils.two_modes import separation
+from kvutils.tasks.yes_no import Mme, Pope
 from tests.tiny_models import tiny_pocket
 
 QUESTIONS = ["is the fish on the left", "what colour is the car"]
@@ -491,7 +485,7 @@ def test_figures_come_from_stored_results_alone(tmp_path):
         "blocking": {"about": about, "pope": found[0], "mme": found[1]},
         "sweep": {"grid": [[interval, interval]], "shares": [0.1], "depths": [1, 2], "held_out": interval,
                   "best": {"share": 0.1, "depth": 2}},
-        "picture": {"image": plots.encode_image(picture(0))},
+        "picture": {"image": encode_image(picture(0))},
     }  # fmt: skip
     write_json(tmp_path / "03_input_agnostic_keys.json", results)
     figures = plots.DRAW["03_input_agnostic_keys"](read_json(tmp_path / "03_input_agnostic_keys.json"))

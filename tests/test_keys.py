@@ -6,15 +6,11 @@ import torch
 from PIL import Image
 from tiny_models import FAMILIES, tiny
 
-from kvutils.attention_mass import attention_mass
-from kvutils.capture import capture
 from kvutils.errors import DataError, ImageError, LayerError, ParameterError, PromptError
-from kvutils.inputs import encode_images, prepare_images, prepare_text
 from kvutils.keys import (
     KeySelection,
     KeyVariance,
     key_variance,
-    residual_log_variance,
     select_all,
     select_highest_variance,
     select_input_agnostic,
@@ -22,9 +18,13 @@ from kvutils.keys import (
     select_random_matched_mass,
     select_same_positions,
     selected_mass,
-    variance_threshold,
 )
+from kvutils.kvcache import capture
+from kvutils.prompts import prepare_text
+from kvutils.readout.attention import attention_mass
 from kvutils.store import Parts
+from kvutils.tasks.bimodality import residual_log_variance, variance_threshold
+from kvutils.vision import encode_images, prepare_images
 
 
 def keys(images=20, shape=(3, 2, 5, 8), seed=0):
@@ -220,7 +220,7 @@ def test_attention_mass_leaves_the_model_alone_and_refuses_what_cannot_be(monkey
 
     attention_mass(mlm, pictures(1), ["yes"])
     assert untouched()
-    monkeypatch.setattr("kvutils.attention_mass.copy.deepcopy", lambda cache: 1 / 0)
+    monkeypatch.setattr("kvutils.readout.attention.copy.deepcopy", lambda cache: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         attention_mass(mlm, pictures(1), ["yes"])
     assert untouched()

@@ -22,11 +22,11 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from kvutils.capture import capture
 from kvutils.errors import DataError, ParameterError
-from kvutils.inputs import prepare_images
+from kvutils.kvcache import capture
 from kvutils.layout import BASE, TILES, TokenLayout, build_layout, tiling
 from kvutils.models import wrap_mlm
+from kvutils.vision import prepare_images
 
 RNG = np.random.default_rng(0)
 PATCH = 8  # pixels of a token in the resized image, in all four tiny models

@@ -11,11 +11,12 @@ from PIL import Image
 from kvutils.datasets import bdd10k, class_names, open_dataset
 from kvutils.datasets.samples import VOID
 from kvutils.errors import DataError, ImageError, ParameterError
-from kvutils.features import FeatureExtractor
 from kvutils.models import load_mlm
-from kvutils.prefixes import PrefixWriter
-from kvutils.tasks import SemanticCorrespondence, run_task
+from kvutils.readout.features import FeatureExtractor
+from kvutils.tasks.base import run_task
+from kvutils.tasks.correspondence import SemanticCorrespondence
 from kvutils.tasks.prefix import DomainPrefix, run_prefixes
+from kvutils.tasks.prefixes import PrefixWriter
 
 SAMPLES = Path(os.environ.get("KVUTILS_SAMPLES", ""))
 needs_samples = pytest.mark.skipif(

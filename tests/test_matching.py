@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from kvutils import cosegmentation, matching
 from kvutils.errors import DataError, ParameterError
+from kvutils.readout import clusters as cosegmentation
+from kvutils.readout import matching
 
 GRID = (6, 8)
 

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 
-from kvutils import metrics
-from kvutils.datasets import coco_masks, pascal5i_episodes
+from kvutils.datasets import coco_masks
+from kvutils.datasets import pascal5i as pascal5i_episodes
 from kvutils.datasets.samples import VOID
 from kvutils.errors import DataError, ParameterError
+from kvutils.metrics import answers, masks, statistics, video
 
 
 def mask(rows):
@@ -19,26 +20,26 @@ def mask(rows):
 
 def test_void_pixels_count_nowhere():
     prediction, true = mask("1100 1100"), mask("1v00 00v1")
-    assert metrics.intersection_union(prediction, true) == (1, 4)
-    assert metrics.foreground_counts(prediction, true).tolist() == [[2, 1], [5, 4]]
-    assert metrics.pixel_precision(prediction, true) == pytest.approx(3 / 6)
-    assert np.isnan(metrics.pixel_precision(prediction, np.full((2, 4), VOID)))
+    assert masks.intersection_union(prediction, true) == (1, 4)
+    assert masks.foreground_counts(prediction, true).tolist() == [[2, 1], [5, 4]]
+    assert masks.pixel_precision(prediction, true) == pytest.approx(3 / 6)
+    assert np.isnan(masks.pixel_precision(prediction, np.full((2, 4), VOID)))
 
 
 def test_empty_unions_follow_the_named_rule():
     empty = mask("00 00")
-    assert metrics.jaccard(empty, empty) == 1.0
-    assert metrics.jaccard(empty, empty, rule="zero") == 0.0
+    assert masks.jaccard(empty, empty) == 1.0
+    assert masks.jaccard(empty, empty, rule="zero") == 0.0
     counts = [(0, 0), (1, 2)]
-    assert metrics.refseg_scores(counts)["ious"] == [0.0, 0.5]
-    assert metrics.refseg_scores(counts, "lisa")["ious"] == pytest.approx([1.0, 0.5], abs=1e-4)
-    assert metrics.refseg_scores(counts)["precision_at"][0.5] == 0.5  # 0.5 counts
-    assert np.isnan(metrics.refseg_scores([(0, 0)])["oiou"])
+    assert masks.refseg_scores(counts)["ious"] == [0.0, 0.5]
+    assert masks.refseg_scores(counts, "lisa")["ious"] == pytest.approx([1.0, 0.5], abs=1e-4)
+    assert masks.refseg_scores(counts)["precision_at"][0.5] == 0.5  # 0.5 counts
+    assert np.isnan(masks.refseg_scores([(0, 0)])["oiou"])
 
 
 def test_few_shot_classes_without_episodes_count_zero_and_foreign_ones_do_not():
     counts = np.array([[[5, 3], [6, 4]], [[5, 1], [9, 4]], [[0, 9], [9, 9]]])
-    scores = metrics.foreground_iou(counts, [0, 0, 7], class_ids=[0, 1])
+    scores = masks.foreground_iou(counts, [0, 0, 7], class_ids=[0, 1])
     assert scores["class_iou"] == [0.5, 0.0]
     assert scores["fb_iou"] == pytest.approx((10 / 15 + 4 / 8) / 2)
 
@@ -55,33 +56,33 @@ def test_few_shot_classes_without_episodes_count_zero_and_foreign_ones_do_not():
 )
 def test_bad_masks_are_data_errors(prediction, true, message):
     with pytest.raises(DataError, match=message):
-        metrics.jaccard(prediction, true)
+        masks.jaccard(prediction, true)
 
 
 def test_average_precision_is_that_of_the_annotated_pixels():
     random = np.random.default_rng(0)
     scores, true = random.random((8, 9)), random.integers(0, 2, (8, 9))
-    assert metrics.pixel_average_precision(scores, true) == pytest.approx(
+    assert masks.pixel_average_precision(scores, true) == pytest.approx(
         average_precision_score(true.ravel(), scores.ravel())
     )
     true[:4] = VOID
-    assert metrics.pixel_average_precision(scores, true) == pytest.approx(
+    assert masks.pixel_average_precision(scores, true) == pytest.approx(
         average_precision_score(true[4:].ravel(), scores[4:].ravel())
     )
-    assert np.isnan(metrics.pixel_average_precision(scores, np.zeros((8, 9), int)))
+    assert np.isnan(masks.pixel_average_precision(scores, np.zeros((8, 9), int)))
     with pytest.raises(DataError, match="NaN"):
-        metrics.pixel_average_precision(np.full((8, 9), np.nan), true)
+        masks.pixel_average_precision(np.full((8, 9), np.nan), true)
 
 
 def test_box_of_the_largest_region():
     true = mask("1000000 0100110 0000110 0000110")
-    assert metrics.largest_region_box(true) == (4, 1, 6, 4)
+    assert masks.largest_region_box(true) == (4, 1, 6, 4)
     diagonal = mask("100 010 001")  # connected
-    assert metrics.largest_region_box(diagonal) == (0, 0, 3, 3)
-    assert metrics.largest_region_box(mask("000")) is None
-    assert metrics.box_iou((0, 0, 2, 2), (1, 1, 3, 3)) == pytest.approx(1 / 7)
-    assert metrics.box_iou((0, 0, 2, 2), (2, 0, 4, 2)) == 0
-    assert metrics.box_iou(None, (0, 0, 1, 1)) == 0
+    assert masks.largest_region_box(diagonal) == (0, 0, 3, 3)
+    assert masks.largest_region_box(mask("000")) is None
+    assert masks.box_iou((0, 0, 2, 2), (1, 1, 3, 3)) == pytest.approx(1 / 7)
+    assert masks.box_iou((0, 0, 2, 2), (2, 0, 4, 2)) == 0
+    assert masks.box_iou(None, (0, 0, 1, 1)) == 0
 
 
 # --- key points --------------------------------------------------------------------------------------------
@@ -89,15 +90,15 @@ def test_box_of_the_largest_region():
 
 def test_pck_rules_differ_exactly_at_the_threshold():
     target, predicted, box = [[0, 0], [5, 5]], [[10, 0], [5, 5]], [0, 0, 100, 20]
-    assert metrics.correct_points(predicted, target, box).tolist() == [True, True]
-    assert metrics.correct_points(predicted, target, box, rule="lt").tolist() == [False, True]
+    assert masks.correct_points(predicted, target, box).tolist() == [True, True]
+    assert masks.correct_points(predicted, target, box, rule="lt").tolist() == [False, True]
 
 
 def test_pck_conventions_pool_differently():
     targets = [np.zeros((4, 2)), np.zeros((1, 2)), np.zeros((1, 2))]
     predicted = [np.full((4, 2), 99.0), np.zeros((1, 2)), np.zeros((1, 2))]
     columns = predicted, targets, [[0, 0, 10, 10]] * 3, ["cat", "cat", "dog"]
-    hpf, points = (metrics.pck_scores(*columns, convention=c) for c in ("hpf", "sd-dino"))
+    hpf, points = (masks.pck_scores(*columns, convention=c) for c in ("hpf", "sd-dino"))
     assert hpf["pck"] == pytest.approx(2 / 3)
     assert points["pck"] == pytest.approx(2 / 6)
     assert points["by_category"] == {"cat": 0.2, "dog": 1.0}
@@ -113,31 +114,31 @@ def test_bad_key_points():
         ([[0, 0]], [[0, 0]], [9, 9, 9, 9]),
     ):
         with pytest.raises(DataError):
-            metrics.correct_points(predicted, target, box)
+            masks.correct_points(predicted, target, box)
     with pytest.raises(ParameterError, match="hpf, sd-dino"):
-        metrics.pck_scores([[[0, 0]]], [[[0, 0]]], [[0, 0, 1, 1]], convention="pck")
+        masks.pck_scores([[[0, 0]]], [[[0, 0]]], [[0, 0, 1, 1]], convention="pck")
 
 
 # --- many classes ------------------------------------------------------------------------------------------
 
 
 def test_predictions_beyond_the_classes_stay_in_the_denominator():
-    confusion = metrics.confusion_matrix(mask("0 1 9"), mask("0 1 1"), num_classes=2)
+    confusion = masks.confusion_matrix(mask("0 1 9"), mask("0 1 1"), num_classes=2)
     assert confusion.tolist() == [[1, 0, 0], [0, 1, 1], [0, 0, 0]]
-    assert metrics.bdd_scores(confusion)["ious"] == [1.0, 0.5]
-    assert metrics.bdd_scores(metrics.confusion_matrix(None, mask("0 v"), 2))["miou"] == 0
-    assert np.isnan(metrics.bdd_scores(np.zeros((3, 3)))["miou"])
+    assert masks.bdd_scores(confusion)["ious"] == [1.0, 0.5]
+    assert masks.bdd_scores(masks.confusion_matrix(None, mask("0 v"), 2))["miou"] == 0
+    assert np.isnan(masks.bdd_scores(np.zeros((3, 3)))["miou"])
     with pytest.raises(DataError, match="mask labels"):
-        metrics.confusion_matrix(mask("0"), mask("7"), num_classes=2)
+        masks.confusion_matrix(mask("0"), mask("7"), num_classes=2)
 
 
 def test_imagenet_s_refuses_what_it_cannot_read():
     with pytest.raises(DataError, match="uint8"):
-        metrics.decode_imagenet_s(np.zeros((4, 4), np.uint8))
+        masks.decode_imagenet_s(np.zeros((4, 4), np.uint8))
     with pytest.raises(DataError, match="no image"):
-        metrics.imagenet_s_scores([], [], 5)
+        masks.imagenet_s_scores([], [], 5)
     with pytest.raises(DataError, match="labels must be"):
-        metrics.imagenet_s_scores([np.zeros((2, 2), int)], [np.full((2, 2), 6)], 5)
+        masks.imagenet_s_scores([np.zeros((2, 2), int)], [np.full((2, 2), 6)], 5)
 
 
 # --- video -------------------------------------------------------------------------------------------------
@@ -146,9 +147,9 @@ def test_imagenet_s_refuses_what_it_cannot_read():
 def test_davis_boundary_tolerance_is_a_disk():
     true, near, far = np.zeros((3, 200, 200), bool)
     true[50:100, 50:100] = near[53:103, 50:100] = far[56:106, 50:100] = True  # radius ceil(0.008 * 283) = 3
-    assert metrics.boundary_f(near, true) == 1.0
-    assert metrics.boundary_f(far, true) < 0.6
-    assert metrics.boundary_f(far, true, tolerance=6) == 1.0
+    assert video.boundary_f(near, true) == 1.0
+    assert video.boundary_f(far, true) < 0.6
+    assert video.boundary_f(far, true, tolerance=6) == 1.0
 
 
 def test_davis_errors_name_the_sequence():
@@ -157,16 +158,16 @@ def test_davis_errors_name_the_sequence():
     result = masks.copy()
     result[1, 4, 4] = 2
     with pytest.raises(DataError, match="sequence dog: the result has label 2"):
-        metrics.davis_scores({"dog": result}, {"dog": masks})
+        video.davis_scores({"dog": result}, {"dog": masks})
     with pytest.raises(DataError, match=r"missing \['dog'\]"):
-        metrics.davis_scores({}, {"dog": masks})
+        video.davis_scores({}, {"dog": masks})
     with pytest.raises(DataError, match="frames >= 3"):
-        metrics.davis_sequence(masks[:2], masks[:2])
+        video.davis_sequence(masks[:2], masks[:2])
     with pytest.raises(DataError, match="no object"):
-        metrics.davis_sequence(masks * 0, masks * 0)
+        video.davis_sequence(masks * 0, masks * 0)
     result[1, 4, 4] = 0
     result[0] = result[-1] = 7  # the first and the last frame are not read
-    assert metrics.davis_scores({"dog": result}, {"dog": masks})["JF_mean"] == 1.0
+    assert video.davis_scores({"dog": result}, {"dog": masks})["JF_mean"] == 1.0
 
 
 # --- questions ---------------------------------------------------------------------------------------------
@@ -174,55 +175,55 @@ def test_davis_errors_name_the_sequence():
 
 def test_pope_conventions_disagree_where_documented():
     answer = "I cannot tell"
-    assert [metrics.pope_parse(answer, c) for c in ("pope", "lmms_eval", "vlmevalkit")] == [
+    assert [answers.pope_parse(answer, c) for c in ("pope", "lmms_eval", "vlmevalkit")] == [
         "yes",
         "unknown",
         "unknown",
     ]
-    always_no = metrics.pope_scores(["No", "No"], ["yes", "no"])
+    always_no = answers.pope_scores(["No", "No"], ["yes", "no"])
     assert "ZeroDivisionError" in always_no["error"]
     assert np.isnan(always_no["accuracy"])
-    assert metrics.pope_scores(["No", "No"], ["yes", "no"], "vlmevalkit")["accuracy"] == 0.5
+    assert answers.pope_scores(["No", "No"], ["yes", "no"], "vlmevalkit")["accuracy"] == 0.5
     with pytest.raises(DataError, match="label 1"):
-        metrics.pope_scores(["No", "No"], ["yes", "maybe"])
+        answers.pope_scores(["No", "No"], ["yes", "maybe"])
     with pytest.raises(DataError, match="2 answers for 1 labels"):
-        metrics.pope_scores(["No", "No"], ["yes"])
+        answers.pope_scores(["No", "No"], ["yes"])
     with pytest.raises(ParameterError, match="pope, lmms_eval"):
-        metrics.pope_parse("No", "mine")
+        answers.pope_parse("No", "mine")
 
 
 def test_f1_of_resampled_counts_equals_f1():
     answers, labels = ["yes", "yes", "no", "yes", "no"], ["yes", "no", "yes", "yes", "no"]
-    counts = metrics.pope_counts(answers, labels)
-    assert metrics.f1_statistic(np.ones((1, 5)), counts)[0] == pytest.approx(
-        metrics.pope_scores(answers, labels)["f1"]
+    counts = answers.pope_counts(answers, labels)
+    assert answers.f1_statistic(np.ones((1, 5)), counts)[0] == pytest.approx(
+        answers.pope_scores(answers, labels)["f1"]
     )
-    interval = metrics.bootstrap_ci(counts, metrics.f1_statistic)
+    interval = statistics.bootstrap_ci(counts, answers.f1_statistic)
     assert interval.low <= interval.mean <= interval.high
 
 
 def test_mme_malformed_rows_are_named():
     rows = [("a.jpg", "q", "Yes", "yes"), ("a.jpg", "q", "No", "no")]
-    assert metrics.mme_scores({"count": rows})["task_score"] == {"count": 200.0}
-    assert np.isnan(metrics.mme_scores({"count": rows})["perception_total"])  # a total needs all its subtasks
+    assert answers.mme_scores({"count": rows})["task_score"] == {"count": 200.0}
+    assert np.isnan(answers.mme_scores({"count": rows})["perception_total"])  # a total needs all its subtasks
     with pytest.raises(DataError, match="count: two questions"):
-        metrics.mme_scores({"count": rows[:1]})
+        answers.mme_scores({"count": rows[:1]})
     with pytest.raises(DataError, match="count, row 2: image 'b.jpg'"):
-        metrics.mme_scores({"count": [rows[0], ("b.jpg", "q", "No", "no")]})
+        answers.mme_scores({"count": [rows[0], ("b.jpg", "q", "No", "no")]})
     with pytest.raises(DataError, match="count, row 1: truth"):
-        metrics.mme_scores({"count": [("a.jpg", "q", "maybe", "yes"), rows[1]]})
+        answers.mme_scores({"count": [("a.jpg", "q", "maybe", "yes"), rows[1]]})
     with pytest.raises(DataError, match="unknown MME subtask 'colour'"):
-        metrics.mme_scores({"colour": rows})
+        answers.mme_scores({"colour": rows})
 
 
 def test_blink_unresolved_answers_are_wrong_and_counted():
-    style = [("(A)", "(A)"), ("(B)", None), ("(A)", metrics.NEEDS_JUDGE)]
-    scores = metrics.blink_scores({"Art Style": style, "IQ": [("(A)", "(A)")]})
+    style = [("(A)", "(A)"), ("(B)", None), ("(A)", answers.NEEDS_JUDGE)]
+    scores = answers.blink_scores({"Art Style": style, "IQ": [("(A)", "(A)")]})
     assert scores["accuracy"] == {"Art Style": pytest.approx(1 / 3), "IQ": 1.0, "Total": pytest.approx(2 / 3)}
     assert scores["unresolved"]["Art Style"] == pytest.approx(2 / 3)
     with pytest.raises(DataError, match="IQ, item 0: gold"):
-        metrics.blink_scores({"IQ": [("A", "(A)")]})
-    assert metrics.blink_extract(None, ["a", "b"]) is None
+        answers.blink_scores({"IQ": [("A", "(A)")]})
+    assert answers.blink_extract(None, ["a", "b"]) is None
 
 
 # --- bootstrap ---------------------------------------------------------------------------------------------
@@ -232,27 +233,27 @@ def test_interval_covers_the_mean_at_its_level():
     random = np.random.default_rng(0)
     inside = 0
     for trial in range(200):
-        interval = metrics.bootstrap_ci(random.normal(1.0, 2.0, 60), n_boot=400, seed=trial)
+        interval = statistics.bootstrap_ci(random.normal(1.0, 2.0, 60), n_boot=400, seed=trial)
         inside += interval.low <= 1.0 <= interval.high
     assert 0.89 <= inside / 200 <= 0.99
 
 
 def test_width_is_that_of_the_standard_error_and_seeded():
     scores = np.random.default_rng(1).normal(size=400)
-    interval = metrics.bootstrap_ci(scores, n_boot=4000)
+    interval = statistics.bootstrap_ci(scores, n_boot=4000)
     assert interval.mean == pytest.approx(scores.mean())
     assert interval.high - interval.low == pytest.approx(2 * 1.96 * scores.std() / 20, rel=0.08)
     assert interval.n == 400
-    assert interval == metrics.bootstrap_ci(scores, n_boot=4000)
-    assert interval != metrics.bootstrap_ci(scores, n_boot=4000, seed=1)
+    assert interval == statistics.bootstrap_ci(scores, n_boot=4000)
+    assert interval != statistics.bootstrap_ci(scores, n_boot=4000, seed=1)
     assert set(interval.as_dict()) == {"mean", "low", "high", "n"}
 
 
 def test_groups_are_resampled_as_units():
     scene = np.random.default_rng(2).normal(size=30)
     scores, groups = np.repeat(scene, 10), np.repeat([f"scene{i}" for i in range(30)], 10).tolist()
-    alone, together = metrics.bootstrap_ci(scores), metrics.bootstrap_ci(scores, groups=groups)
-    per_scene = metrics.bootstrap_ci(scene)
+    alone, together = statistics.bootstrap_ci(scores), statistics.bootstrap_ci(scores, groups=groups)
+    per_scene = statistics.bootstrap_ci(scene)
     assert (together.high - together.low) > 2.5 * (alone.high - alone.low)
     assert (together.low, together.high) == pytest.approx((per_scene.low, per_scene.high))  # the same draws
 
@@ -260,21 +261,21 @@ def test_groups_are_resampled_as_units():
 def test_ratio_statistics_equal_explicit_resampling():
     counts = np.random.default_rng(3).integers(1, 50, (20, 2)).cumsum(axis=1)
     weights = np.random.default_rng(4).multinomial(20, np.full(20, 1 / 20), size=5).astype(float)
-    for w, value in zip(weights, metrics.overall_iou_statistic(weights, counts), strict=True):
+    for w, value in zip(weights, statistics.overall_iou_statistic(weights, counts), strict=True):
         drawn = np.repeat(counts, w.astype(int), axis=0)
         assert value == pytest.approx(drawn[:, 0].sum() / drawn[:, 1].sum())
     classes = np.arange(20) % 3
-    statistic = metrics.class_iou_statistic(classes, [0, 1, 2])
+    statistic = statistics.class_iou_statistic(classes, [0, 1, 2])
     full = np.stack([np.zeros_like(counts), counts], axis=2)  # (n, I/U, bg/fg)
-    expected = metrics.foreground_iou(full, classes, [0, 1, 2])["miou"]
-    assert metrics.bootstrap_ci(counts, statistic).mean == pytest.approx(expected)
+    expected = masks.foreground_iou(full, classes, [0, 1, 2])["miou"]
+    assert statistics.bootstrap_ci(counts, statistic).mean == pytest.approx(expected)
 
 
 def test_chunks_of_resamples_do_not_change_the_numbers(monkeypatch):
     scores = np.random.default_rng(5).random((40, 3))
-    whole = metrics.bootstrap_ci(scores, n_boot=300)
+    whole = statistics.bootstrap_ci(scores, n_boot=300)
     monkeypatch.setattr("kvutils.statistics._CHUNK", 1000)
-    chunked = metrics.bootstrap_ci(scores, n_boot=300)
+    chunked = statistics.bootstrap_ci(scores, n_boot=300)
     assert len(whole) == 3
     for a, b in zip(whole, chunked, strict=True):
         assert (a.low, a.high) == pytest.approx((b.low, b.high))
@@ -284,10 +285,10 @@ def test_paired_difference_uses_the_pairing():
     random = np.random.default_rng(6)
     a = random.normal(size=100)
     b = a - 0.1 + 0.01 * random.normal(size=100)
-    difference = metrics.paired_difference(a, b)
+    difference = statistics.paired_difference(a, b)
     assert difference.low > 0.09
     assert difference.high < 0.11
-    assert metrics.paired_difference(a, a).as_dict() == {"mean": 0, "low": 0, "high": 0, "n": 100}
+    assert statistics.paired_difference(a, a).as_dict() == {"mean": 0, "low": 0, "high": 0, "n": 100}
 
 
 @pytest.mark.parametrize("shape", ["rise and fall", "flat", "rise"])
@@ -297,7 +298,7 @@ def test_peak_then_degrade(shape):
         shape
     ]
     scores = np.array(curve) + 0.3 * random.normal(size=(120, 1)) + 0.1 * random.normal(size=(120, 5))
-    result = metrics.peak_then_degrade(scores, groups=[f"image{i // 2}" for i in range(120)], n_boot=500)
+    result = statistics.peak_then_degrade(scores, groups=[f"image{i // 2}" for i in range(120)], n_boot=500)
     assert result.builds == (shape != "flat")
     assert result.degrades == (shape == "rise and fall")
     assert sum(result.peak_shares) == pytest.approx(1)
@@ -312,7 +313,7 @@ def test_peak_then_degrade_of_a_ratio():
     random = np.random.default_rng(8)
     union = random.integers(50, 100, (40, 4))
     counts = np.stack([union * [0.2, 0.5, 0.7, 0.4] * random.uniform(0.8, 1, (40, 4)), union], axis=2)
-    result = metrics.peak_then_degrade(counts, statistic=metrics.overall_iou_statistic, n_boot=200)
+    result = statistics.peak_then_degrade(counts, statistic=statistics.overall_iou_statistic, n_boot=200)
     assert (result.best, result.builds, result.degrades) == (2, True, True)
 
 
@@ -321,26 +322,26 @@ def test_selection_and_test_halves_do_not_share_a_group():
     found = 0
     for seed in range(60):
         scores = np.random.default_rng(seed).normal(size=(40, 12))
-        result = metrics.peak_then_degrade(scores, seed=seed, n_boot=200)
+        result = statistics.peak_then_degrade(scores, seed=seed, n_boot=200)
         found += result.builds and result.degrades
     assert found <= 4
 
 
 def test_bootstrap_bad_input():
     with pytest.raises(DataError, match="1 items have NaN"):
-        metrics.bootstrap_ci([0.0, np.nan])
+        statistics.bootstrap_ci([0.0, np.nan])
     with pytest.raises(DataError, match="items >= 1"):
-        metrics.bootstrap_ci([])
+        statistics.bootstrap_ci([])
     with pytest.raises(DataError, match="1 groups for 2 items"):
-        metrics.bootstrap_ci([0.0, 1.0], groups=["a"])
+        statistics.bootstrap_ci([0.0, 1.0], groups=["a"])
     with pytest.raises(ParameterError, match="'median'"):
-        metrics.bootstrap_ci([0.0, 1.0], statistic="median")
+        statistics.bootstrap_ci([0.0, 1.0], statistic="median")
     with pytest.raises(DataError, match="same items"):
-        metrics.paired_difference([0.0, 1.0], [0.0])
+        statistics.paired_difference([0.0, 1.0], [0.0])
     with pytest.raises(ParameterError, match="at least 4"):
-        metrics.peak_then_degrade(np.zeros((9, 3)), groups=[0, 1, 2] * 3)
+        statistics.peak_then_degrade(np.zeros((9, 3)), groups=[0, 1, 2] * 3)
     with pytest.raises(ParameterError, match="layers >= 2"):
-        metrics.peak_then_degrade(np.zeros(9))
+        statistics.peak_then_degrade(np.zeros(9))
 
 
 # --- annotation formats ------------------------------------------------------------------------------------
@@ -358,7 +359,7 @@ def test_run_lengths_round_trip_any_mask():
 
 def test_polygons_cover_the_pixels_inside():
     square = coco_masks.polygon_mask([2, 1, 6, 1, 6, 4, 2, 4], 6, 8)
-    assert metrics.largest_region_box(square) == (2, 1, 6, 4)
+    assert masks.largest_region_box(square) == (2, 1, 6, 4)
     assert square.sum() == 12
     twice = coco_masks.polygon_mask([2, 1, 2, 1, 6, 1, 6, 4, 6, 4, 2, 4], 6, 8)
     # repeated corners change nothing

@@ -10,10 +10,9 @@ from accelerate import dispatch_model
 from PIL import Image
 
 from kvutils import models
-from kvutils.capture import capture
 from kvutils.errors import MemoryLimitError, ModelError
-from kvutils.model_checks import EXPECTED, check_mlm, fits, weight_bytes
-from kvutils.models import FAMILIES, MODELS, load_encoder, load_mlm
+from kvutils.kvcache import capture
+from kvutils.models import EXPECTED, FAMILIES, MODELS, check_mlm, fits, load_encoder, load_mlm, weight_bytes
 from tests.tiny_models import tiny, tiny_pocket
 
 

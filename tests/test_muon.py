@@ -1,8 +1,7 @@
 """Muon in float32 against torch's own."""
 
 import torch
-
-from kvutils.pocket.muon import Muon
+from recipe.muon import Muon
 
 
 def test_muon_is_torchs_up_to_the_rounding_of_bfloat16():

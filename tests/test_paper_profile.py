@@ -14,33 +14,30 @@ import nbformat
 import numpy as np
 import pytest
 
-from kvutils.datasets import (
-    CHOICE_DATA, FOLDERS, PREFIX_DATA, TASK_DATA, class_names, data_sources, open_dataset,
-)  # fmt: skip
-from kvutils.features import FeatureExtractor
+from kvutils.datasets import CHOICE_DATA, FOLDERS, PREFIX_DATA, TASK_DATA, class_names, data_sources, open_dataset
 from kvutils.models import load_encoder, load_mlm
-from kvutils.plan import NOTEBOOKS, data_of, look_for_data
-from kvutils.plots import DRAW, error_bar, flow_axis, layer_count, layer_ticks
-from kvutils.prefixes import CONDITIONS, PrefixWriter
-from kvutils.report import judge, load_claims
+from kvutils.plots import DRAW
+from kvutils.plots.style import error_bar, flow_axis, layer_count, layer_ticks
+from kvutils.readout.features import FeatureExtractor
+from kvutils.run.plan import NOTEBOOKS, data_of, look_for_data
+from kvutils.run.report import judge, load_claims
 from kvutils.store import to_json
 from kvutils.tasks.base import run_task, summarise
-from kvutils.tasks.blink_gap import check_items, read_items
 from kvutils.tasks.blink_interventions import claim_x5, interventions
 from kvutils.tasks.blink_tables import claim_c8, describe_table, official_scores
+from kvutils.tasks.choices import check_items, read_items
 from kvutils.tasks.foreground_segmentation import ForegroundSegmentation
 from kvutils.tasks.input_agnostic_keys import ATTENTION_QUESTIONS, claim_c5, claim_c6, claim_x2, claim_x4, open_data
 from kvutils.tasks.key_blocking import ask_under_blocks, conditions, effects, last_layers
 from kvutils.tasks.key_statistics import compare_trained, describe_keys
 from kvutils.tasks.key_table import measure_keys
 from kvutils.tasks.knock_out import knock_out, reading_layers, summarise_knock_out
-from kvutils.tasks.mme import Mme
-from kvutils.tasks.pope import Pope
 from kvutils.tasks.prefix import DomainPrefix, ReferringPrefix, run_prefixes, with_controls
 from kvutils.tasks.prefix_answers import ask_behind_prefixes, summarise_prefix_answers
 from kvutils.tasks.prefix_effects import claim_c7, claim_x3, summarise_prefixes
-from kvutils.tasks.siglip_baseline import claim_c4, compare_along_chain
-from kvutils.tasks.value_flow import SIX, claim_c1, claim_c2, open_extractor, value_flow_tasks
+from kvutils.tasks.prefixes import CONDITIONS, PrefixWriter
+from kvutils.tasks.value_flow import SIX, claim_c1, claim_c2, claim_c4, compare_along_chain, open_extractor, value_flow_tasks
+from kvutils.tasks.yes_no import Mme, Pope
 from tests import mini_data, mini_models
 
 BOOT = 50
@@ -219,7 +216,7 @@ def test_figures_take_any_interval_and_any_depth():
 def test_a_notebook_of_the_paper_profile(data, tmp_path):
     environment = os.environ | {"KVUTILS_CACHE": str(tmp_path / "cache"), "HF_DATASETS_CACHE": str(tmp_path / "hf"),
                                 "PYTHONPATH": str(Path(__file__).resolve().parents[1])}  # fmt: skip
-    command = [sys.executable, "-m", "kvutils.replicate", "--profile", "paper", "--notebooks", "05", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "kvutils.run.replicate", "--profile", "paper", "--notebooks", "05", "--out", str(tmp_path / "out")]
     options = {"bootstrap": "50", "progress": "false", "data_options": json.dumps({"blink": {"max_items": 4}})}
     command += [each for name, value in options.items() for each in ("-p", name, value)]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)

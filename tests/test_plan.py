@@ -4,20 +4,19 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import rehearse
 import torch
+from architectures import architecture, random_mlm
+from rehearse import Rehearsal, Speed, stored, stored_speed, text_of
 
-from kvutils import plan, rehearse
-from kvutils.architectures import architecture, random_mlm
 from kvutils.datasets import CHOICE_DATA, KEY_IMAGES, PREFIX_DATA, QUESTION_DATA, TASK_DATA
 from kvutils.datasets.catalog import CATALOG
 from kvutils.errors import DataError, ModelError
-from kvutils.model_checks import EXPECTED, check_mlm, weight_bytes
-from kvutils.models import MODELS, ModelSpec, find_model
-from kvutils.notebook import ROOT
-from kvutils.plan import NOTEBOOKS, Found, check_ready, data_of, look_for_model, memory_needed, table
-from kvutils.rehearse import Rehearsal, Speed, stored, stored_speed, text_of
+from kvutils.models import EXPECTED, MODELS, ModelSpec, check_mlm, find_model, weight_bytes
+from kvutils.run import plan
+from kvutils.run.notebook import ROOT
+from kvutils.run.plan import NOTEBOOKS, WORK, Found, Work, check_ready, costs, data_of, decoder_rate, look_for_model, memory_needed, table
 from kvutils.store import write_json
-from kvutils.workload import WORK, Work, costs, decoder_rate
 from tests.tiny_models import tiny
 
 PAPER = [name for name, spec in MODELS.items() if spec.profile == "paper"]

@@ -5,21 +5,27 @@ import json
 import numpy as np
 import pytest
 import torch
+from recipe import train
+from recipe.evaluate import answer_blocks, balanced_samples, missed_gates
+from recipe.model import (
+    IMAGE_SLOTS,
+    answer_logits,
+    build_mlm,
+    build_siglip,
+    encode_windows,
+    image_embeddings,
+    patch_windows,
+)
+from recipe.packing import IGNORE, TOKEN, Sample, Sampler, encode, pack, pixel_batch
+from recipe.pool import make_pool
+from recipe.start import SHIPPED, add_places, load_places, match_words
+from recipe.symbolic import SymbolicImage, mark_loss, place_loss
 
+from kvutils.datasets.pocket import questions as q
+from kvutils.datasets.pocket.shapes import CLASSES, KEYPOINTS, PARTS, SILHOUETTES
+from kvutils.datasets.pocket.world import COLOURS, Scene, Thing, render, sample_clip, sample_scene
 from kvutils.errors import ParameterError
 from kvutils.models import wrap_mlm
-from kvutils.pocket import questions as q
-from kvutils.pocket import train
-from kvutils.pocket.evaluate import answer_blocks, balanced_samples, missed_gates
-from kvutils.pocket.model import (
-    IMAGE_SLOTS, answer_logits, build_mlm, build_siglip, encode_windows, image_embeddings, patch_windows,
-)  # fmt: skip
-from kvutils.pocket.packing import IGNORE, TOKEN, Sample, Sampler, encode, pack, pixel_batch
-from kvutils.pocket.pool import make_pool
-from kvutils.pocket.shapes import CLASSES, KEYPOINTS, PARTS, SILHOUETTES
-from kvutils.pocket.start import SHIPPED, add_places, load_places, match_words
-from kvutils.pocket.symbolic import SymbolicImage, mark_loss, place_loss
-from kvutils.pocket.world import COLOURS, Scene, Thing, render, sample_clip, sample_scene
 from kvutils.processors import build_pocket_processor
 
 
@@ -371,7 +377,7 @@ def test_gates_say_what_is_missed():
 
 def _train(stage, steps, monkeypatch, folder, scenes=500):
     monkeypatch.setattr(train, "WORK", folder)
-    monkeypatch.setattr("kvutils.pocket.start.SHIPPED", {})
+    monkeypatch.setattr("recipe.start.SHIPPED", {})
     monkeypatch.setattr(train, "_fast", lambda model, device: model)  # nothing to compile for a few steps
     threads = torch.get_num_threads()
     try:

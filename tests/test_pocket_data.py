@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kvutils.datasets import DATASETS, data_sources, open_dataset, pocket
+from kvutils.datasets import DATASETS, data_sources, open_dataset
 from kvutils.datasets.davis import davis_clips
+from kvutils.datasets.pocket import sets as pocket
+from kvutils.datasets.pocket.world import PRESENT, Scene, Thing, render
 from kvutils.datasets.samples import VOID, LabelledImage
 from kvutils.errors import DataError, ImageError, ParameterError
-from kvutils.pocket.world import PRESENT, Scene, Thing, render
 
 SMALL = {
     "pocket-pascal-5i": {"per_fold": 2, "scenes": 30},
@@ -66,7 +67,7 @@ def test_a_larger_set_begins_with_the_smaller_one():
 
 
 def test_scenes_are_not_those_of_training():
-    from kvutils.pocket.pool import make_pool
+    from recipe.pool import make_pool
 
     pool = make_pool(4, 1, processes=1, quiet=True)
     seen = {image.tobytes() for image in pool.images}

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kvutils.datasets import QUESTION_DATA, mme, open_dataset, pocket, pocket_questions, pope
+from kvutils.datasets import QUESTION_DATA, mme, open_dataset, pope
+from kvutils.datasets.pocket import sets as pocket
+from kvutils.datasets.pocket import yes_no as pocket_questions
+from kvutils.datasets.pocket.questions import WORDS, ask, facts_of
+from kvutils.datasets.pocket.shapes import CLASSES
+from kvutils.datasets.pocket.world import PRESENT, Scene, Thing, render
 from kvutils.errors import DataError, ImageError, ParameterError
-from kvutils.pocket.questions import WORDS, ask, facts_of
-from kvutils.pocket.shapes import CLASSES
-from kvutils.pocket.world import PRESENT, Scene, Thing, render
 
 SAMPLES = os.environ.get("KVUTILS_SAMPLES")
 needs_samples = pytest.mark.skipif(not SAMPLES, reason="KVUTILS_SAMPLES names no folder with POPE and MME samples")

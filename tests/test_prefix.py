@@ -9,20 +9,21 @@ from PIL import Image
 from tiny_models import tiny
 
 from kvutils import plots
-from kvutils.capture import capture
 from kvutils.datasets import PREFIX_DATA, class_names, open_dataset
 from kvutils.datasets.samples import YesNoSample
 from kvutils.errors import DataError, ParameterError
-from kvutils.features import FeatureExtractor
+from kvutils.images import encode_image
+from kvutils.kvcache import capture
+from kvutils.metrics.masks import bdd_scores, confusion_matrix
 from kvutils.models import load_mlm
-from kvutils.prefixes import CONDITIONS, WORDING, PrefixWriter
-from kvutils.report import judge, load_claims
-from kvutils.semantic_metrics import bdd_scores, confusion_matrix
+from kvutils.readout.features import FeatureExtractor
+from kvutils.run.report import judge, load_claims
 from kvutils.store import Parts, read_json, to_json, write_json
 from kvutils.tasks import prefix_answers
 from kvutils.tasks.base import ScoreTable, choosing_half
 from kvutils.tasks.prefix import MOVED, NOWHERE, DomainPrefix, ReferringPrefix, moved, prefix_picture, run_prefixes
 from kvutils.tasks.prefix_effects import claim_c7, claim_x3, summarise_prefixes
+from kvutils.tasks.prefixes import CONDITIONS, WORDING, PrefixWriter
 
 
 @pytest.fixture(scope="module")
@@ -307,7 +308,7 @@ def test_figures_need_only_the_results_file(tmp_path):
     write_json(tmp_path / "04_prefix.json", {
         "readouts": {name: summary for name in ("referring_by_class_name", "domain_by_text", "domain_by_probe")},
         "answers": prefix_answers.summarise_prefix_answers(answers, 30),
-        "picture": {"image": plots.encode_image(Image.new("RGB", (32, 32), "teal")), "size": [32, 32], "text": "the fish", "layer": 2,
+        "picture": {"image": encode_image(Image.new("RGB", (32, 32), "teal")), "size": [32, 32], "text": "the fish", "layer": 2,
                     "order": order, "maps": dict.fromkeys(order, grid), "ious": dict.fromkeys(order, 0.5),
                     "prefixes": {"none": None, "correct": "look for the fish", "wrong": "look for the car", "random": "in there of nothing"}},
     })  # fmt: skip

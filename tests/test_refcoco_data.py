@@ -11,14 +11,14 @@ import pytest
 from PIL import Image
 
 from kvutils.datasets import PREFIX_DATA, TASK_DATA, open_dataset
-from kvutils.datasets.refcoco import read_references
-from kvutils.datasets.refcoco_hub import CATEGORIES
+from kvutils.datasets.refcoco import CATEGORIES, read_references
 from kvutils.errors import DataError, ParameterError
-from kvutils.features import FeatureExtractor
 from kvutils.models import load_mlm
-from kvutils.prefixes import PrefixWriter
-from kvutils.tasks import ReferringSegmentation, run_task
+from kvutils.readout.features import FeatureExtractor
+from kvutils.tasks.base import run_task
 from kvutils.tasks.prefix import ReferringPrefix, run_prefixes
+from kvutils.tasks.prefixes import PrefixWriter
+from kvutils.tasks.text_segmentation import ReferringSegmentation
 
 SAMPLES = Path(os.environ.get("KVUTILS_SAMPLES", ""))
 needs_samples = pytest.mark.skipif(

@@ -16,11 +16,14 @@ import pytest
 import torch
 from PIL import Image
 
-from kvutils import cosegmentation, matching, metrics
-from kvutils.datasets import coco_masks, pascal5i_episodes
+from kvutils.datasets import coco_masks
+from kvutils.datasets import pascal5i as pascal5i_episodes
 from kvutils.datasets.samples import VOID
 from kvutils.errors import DataError
 from kvutils.keys import KeyVariance
+from kvutils.metrics import answers, masks, video
+from kvutils.readout import clusters as cosegmentation
+from kvutils.readout import matching
 
 ROOT = os.environ.get("KVUTILS_FIXTURES")
 SAMPLES = os.environ.get("KVUTILS_SAMPLES")
@@ -63,13 +66,13 @@ def fss_fgbg_iou(case, arrays):
     )
     counts = np.stack(
         [
-            metrics.foreground_counts(p, np.where(i, VOID, t))
+            masks.foreground_counts(p, np.where(i, VOID, t))
             for p, t, i in zip(prediction, true, ignore, strict=True)
         ]
     )
     close(counts[:, 0].tolist(), case["inter_bg_fg"], what="I")
     close(counts[:, 1].tolist(), case["union_bg_fg"], what="U")
-    scores = metrics.foreground_iou(counts, classes, pascal5i_episodes.fold_classes(case["fold"]))
+    scores = masks.foreground_iou(counts, classes, pascal5i_episodes.fold_classes(case["fold"]))
     close(percent(scores["miou"]), case["miou_percent"], what="mIoU")
     close(percent(scores["fb_iou"]), case["fb_iou_percent"], what="FB-IoU")
 
@@ -93,8 +96,8 @@ def fss_episodes(case, arrays):
 def coseg_jaccard(case, arrays):
     predictions, masks = numbered(arrays, case["case"], len(case["pixel_precision"]), "pred", "gt")
     pairs = list(zip(predictions, masks, strict=True))
-    one, zero = ([metrics.jaccard(*pair, rule=rule) for pair in pairs] for rule in ("one", "zero"))
-    precision = [metrics.pixel_precision(*pair) for pair in pairs]
+    one, zero = ([masks.jaccard(*pair, rule=rule) for pair in pairs] for rule in ("one", "zero"))
+    precision = [masks.pixel_precision(*pair) for pair in pairs]
     close(zero, case["jaccard_zero_division0"])
     close(one, case["jaccard_zero_division1"])
     close(one, case["davis_db_eval_iou"])
@@ -132,13 +135,13 @@ def pck(case, arrays):
     pairs, expected = case["pairs"], case["expected"]
     columns = [[pair[key] for pair in pairs] for key in ("pred_kps", "trg_kps", "trg_bndbox", "category")]
     for name in pairs[0]["expected_hpf_le"]:
-        scores = metrics.pck_scores(*columns, alpha=float(name.split("@")[1]), convention="hpf")
+        scores = masks.pck_scores(*columns, alpha=float(name.split("@")[1]), convention="hpf")
         close(scores["per_pair"], [pair["expected_hpf_le"][name] for pair in pairs], what=name)
-    scores = metrics.pck_scores(*columns, alpha=0.1, convention="hpf")
+    scores = masks.pck_scores(*columns, alpha=0.1, convention="hpf")
     close(scores["pck"], expected["hpf_per_image_mean"])
     close(scores["by_category"], expected["hpf_per_class_of_per_image"])
     for i, alpha in enumerate((0.1, 0.05, 0.01)):
-        scores = metrics.pck_scores(*columns, alpha=alpha, convention="sd-dino")
+        scores = masks.pck_scores(*columns, alpha=alpha, convention="sd-dino")
         close(scores["pck"], expected["sddino_per_point_lt_all"][i], what=f"all points @{alpha}")
         close(
             scores["by_category"],
@@ -155,8 +158,8 @@ def davis_frame(case, arrays):
         return np.unpackbits(arrays[key])[: math.prod(shape)].reshape(shape) if key in arrays else None
 
     prediction, true, void = unpack("pred"), unpack("gt"), unpack("void")
-    close(metrics.region_similarity(prediction, true, void), case["J"], what="J")
-    close(metrics.boundary_f(prediction, true, void), case["F"], what="F")
+    close(video.region_similarity(prediction, true, void), case["J"], what="J")
+    close(video.boundary_f(prediction, true, void), case["F"], what="F")
 
 
 def davis_jf(case, arrays):
@@ -165,13 +168,13 @@ def davis_jf(case, arrays):
     results, masks = ({name: arrays[f"{start}{name}_{kind}"] for name in names} for kind in ("res", "gt"))
     if case["error"]:
         with pytest.raises(DataError):
-            metrics.davis_scores(results, masks)
+            video.davis_scores(results, masks)
         return
     for name, expected in case["per_frame"].items():
-        j, f = metrics.davis_sequence(results[name], masks[name])
+        j, f = video.davis_sequence(results[name], masks[name])
         close(j.tolist(), expected["J_per_object_frame"], what=f"{name} J")
         close(f.tolist(), expected["F_per_object_frame"], what=f"{name} F")
-    scores = metrics.davis_scores(results, masks)
+    scores = video.davis_scores(results, masks)
     close(scores, {key: case[key] for key in scores})
 
 
@@ -193,10 +196,10 @@ def label_propagation(case, arrays):
 def refseg_iou(case, arrays):
     n = len(case["lavt"]["ious"])
     counts = [
-        metrics.intersection_union(p, t)
+        masks.intersection_union(p, t)
         for p, t in zip(*numbered(arrays, case["case"], n, "pred", "gt"), strict=True)
     ]
-    lavt, lisa = (metrics.refseg_scores(counts, convention) for convention in ("lavt", "lisa"))
+    lavt, lisa = (masks.refseg_scores(counts, convention) for convention in ("lavt", "lisa"))
     close(lavt["ious"], case["lavt"]["ious"])
     close(percent(lavt["miou"]), case["lavt"]["mIoU_percent"])
     close(percent(lavt["oiou"]), case["lavt"]["oIoU_percent"])
@@ -207,10 +210,10 @@ def refseg_iou(case, arrays):
 
 def imagenets_miou(case, arrays):
     predictions, masks = (
-        [metrics.decode_imagenet_s(rgb) for rgb in images]
+        [masks.decode_imagenet_s(rgb) for rgb in images]
         for images in numbered(arrays, case["case"], case["n"], "pred_rgb", "gt_rgb")
     )
-    scores = metrics.imagenet_s_scores(predictions, masks, case["num_classes"])
+    scores = masks.imagenet_s_scores(predictions, masks, case["num_classes"])
     names = {
         "mIoU": "miou",
         "Acc": "accuracy",
@@ -224,9 +227,9 @@ def imagenets_miou(case, arrays):
 
 def bdd_miou(case, arrays):
     predictions, masks = numbered(arrays, case["case"], case["n"], "pred", "gt")
-    matrices = np.stack([metrics.confusion_matrix(p, t) for p, t in zip(predictions, masks, strict=True)])
+    matrices = np.stack([masks.confusion_matrix(p, t) for p, t in zip(predictions, masks, strict=True)])
     confusion = matrices.sum(axis=0)
-    scores = metrics.bdd_scores(confusion)
+    scores = masks.bdd_scores(confusion)
     assert np.flatnonzero(confusion.sum(axis=1)).tolist() == case["gt_ids"]
     names = {
         "miou": "mIoU_percent",
@@ -236,7 +239,7 @@ def bdd_miou(case, arrays):
     }
     for ours, theirs in names.items():
         close(percent(scores[ours]), case[theirs], what=theirs)
-    close(percent(metrics.mean_iou_statistic(np.ones((1, case["n"])), matrices)[0]), case["mIoU_percent"])
+    close(percent(masks.mean_iou_statistic(np.ones((1, case["n"])), matrices)[0]), case["mIoU_percent"])
 
 
 def coco_masks_folder(case, arrays):
@@ -260,14 +263,14 @@ def coco_masks_folder(case, arrays):
 
 def pope(case, arrays):
     answers, labels, expected = case["answers"], case["labels"], dict(case["expected_pope"])
-    assert [int(metrics.pope_parse(answer) == "yes") for answer in answers] == expected.pop("pred")
-    scores = metrics.pope_scores(answers, labels)
+    assert [int(answers.pope_parse(answer) == "yes") for answer in answers] == expected.pop("pred")
+    scores = answers.pope_scores(answers, labels)
     assert bool(scores["error"]) == bool(expected.pop("error"))
     close({key: scores[key] for key in expected}, expected, what="pope")
-    lmms, expected = metrics.pope_scores(answers, labels, "lmms_eval"), dict(case["expected_lmms_eval"])
+    lmms, expected = answers.pope_scores(answers, labels, "lmms_eval"), dict(case["expected_lmms_eval"])
     close(lmms["yes_ratio_of_labels"], expected.pop("yes_ratio_of_GT"))
     close({key: lmms[key] for key in expected}, expected, what="lmms_eval")
-    extracted = [metrics.pope_parse(answer, "vlmevalkit").capitalize() for answer in answers]
+    extracted = [answers.pope_parse(answer, "vlmevalkit").capitalize() for answer in answers]
     assert extracted == case["expected_vlmevalkit_extraction"]
 
 
@@ -276,7 +279,7 @@ def mme(case, arrays):
         ("official", case["expected_official"]),
         ("lmms_eval", case["expected_lmms_eval"]),
     ):
-        scores = metrics.mme_scores(case["rows"], convention)
+        scores = answers.mme_scores(case["rows"], convention)
         assert scores["parsed"] == expected["parsed"], convention
         close(scores["task_score"], expected["task_score"], what=convention)
         for name in ("perception_total", "cognition_total", "acc"):
@@ -291,11 +294,11 @@ def blink_extract(case, arrays):
         ("lmms_eval", "lmms_eval"),
         ("vlmevalkit", "vlmevalkit"),
     ):
-        assert metrics.blink_extract(case["text"], case["choices"], convention) == case[name], convention
+        assert answers.blink_extract(case["text"], case["choices"], convention) == case[name], convention
 
 
 def blink_accuracy(case, arrays):
-    scores = metrics.blink_scores(
+    scores = answers.blink_scores(
         {k: [(row[1], row[3]) for row in rows] for k, rows in case["items"].items()}
     )
     close({k.replace(" ", "_"): v for k, v in scores["accuracy"].items()}, case["accuracy"])
@@ -305,7 +308,7 @@ def blink_accuracy(case, arrays):
             if (
                 text is not None
             ):  # the fixture does not say how many choices an item had: any that BLINK has will do
-                possible = {metrics.blink_extract(text, ["?"] * n) for n in (2, 3, 4, 5)}
+                possible = {answers.blink_extract(text, ["?"] * n) for n in (2, 3, 4, 5)}
                 assert extracted in possible, f"{subtask} {index}: {text!r}"
 
 
@@ -392,7 +395,7 @@ def test_osvos_on_real_davis_clips():
 
     masks = {name: read(root / "DAVIS/Annotations/480p" / name) for name in names}
     results = {name: read(root / "results_osvos" / name)[: len(masks[name])] for name in names}
-    scores = metrics.davis_scores(results, masks)
+    scores = video.davis_scores(results, masks)
     close(scores["J_per_object"], expected.pop("J"))
     close(scores["F_per_object"], expected.pop("F"))
     close({key: scores[key] for key in expected}, expected)

@@ -11,9 +11,10 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from kvutils import execute, notebook, plan, replicate
 from kvutils.errors import DataError, ParameterError
-from kvutils.notebook import PROFILES, check_parameters
+from kvutils.run import notebook, plan, replicate
+from kvutils.run import replicate as execute
+from kvutils.run.notebook import PROFILES, check_parameters
 from kvutils.store import Store
 
 WRITE = '''

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from kvutils import notebook, report
 from kvutils.errors import DataError
+from kvutils.run import notebook, report
 from kvutils.store import write_json
 
 UP, DOWN, OPEN = (0.1, 0.3), (-0.3, -0.1), (-0.1, 0.1)

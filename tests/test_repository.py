@@ -9,8 +9,8 @@ import nbformat
 import pytest
 import yaml
 
-from kvutils import notebook
-from kvutils.notebook import ROOT
+from kvutils.run import notebook
+from kvutils.run.notebook import ROOT
 
 TOP = {"notebooks", "kvutils", "data", "figures", "tests", "benchmarks", "environment.yml", "README.md",
        "requirements.txt", "Makefile", "LICENSE", "CITATION.cff", "pyproject.toml"}

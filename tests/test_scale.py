@@ -14,19 +14,19 @@ from filelock import Timeout
 from PIL import Image
 
 from kvutils.answer import answer_all
-from kvutils.attention_mass import attention_mass
-from kvutils.capture import capture
 from kvutils.datasets.samples import Episode, LabelledImage, YesNoSample
 from kvutils.errors import MemoryLimitError, StoreError
-from kvutils.features import FeatureExtractor
 from kvutils.keys import select_all
-from kvutils.memory import in_halves
+from kvutils.kvcache import capture
+from kvutils.language import in_halves
+from kvutils.readout.attention import attention_mass
+from kvutils.readout.features import FeatureExtractor
 from kvutils.store import Parts, Store, make_all, write_json
-from kvutils.tasks import Pope
 from kvutils.tasks.base import run_task
 from kvutils.tasks.foreground_segmentation import ForegroundSegmentation
 from kvutils.tasks.key_blocking import NONE, ask_under_blocks
 from kvutils.tasks.key_table import measure_keys
+from kvutils.tasks.yes_no import Pope
 from tests.tiny_models import tiny_pocket
 
 KILLS = 20

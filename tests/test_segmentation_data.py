@@ -12,21 +12,18 @@ import pytest
 from PIL import ExifTags, Image, ImageOps
 
 from kvutils.datasets import TASK_DATA, class_names, coco, imagenet_s, msrc, open_dataset, pascal5i
+from kvutils.datasets.coco import POPE_IMAGES
 from kvutils.datasets.coco_masks import segmentation_mask
-from kvutils.datasets.masks import read_labels
-from kvutils.datasets.pope_images import POPE_IMAGES
+from kvutils.datasets.files import read_labels
 from kvutils.datasets.samples import VOID, ResizedImages
 from kvutils.errors import DataError, ImageError, ParameterError
-from kvutils.features import FeatureExtractor
 from kvutils.models import load_mlm
-from kvutils.tasks import (
-    CoSegmentation,
-    ForegroundSegmentation,
-    SemanticSegmentation,
-    SemanticSegmentationProbe,
-    run_task,
-)
+from kvutils.readout.features import FeatureExtractor
+from kvutils.tasks.base import run_task
+from kvutils.tasks.co_segmentation import CoSegmentation
+from kvutils.tasks.foreground_segmentation import ForegroundSegmentation
 from kvutils.tasks.key_table import measure_keys
+from kvutils.tasks.text_segmentation import SemanticSegmentation, SemanticSegmentationProbe
 
 SAMPLES = os.environ.get("KVUTILS_SAMPLES")
 needs_samples = pytest.mark.skipif(not SAMPLES, reason="KVUTILS_SAMPLES names no folder with samples of these sets")

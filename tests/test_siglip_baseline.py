@@ -4,14 +4,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kvutils import plots, plots_baseline
+from kvutils import plots
 from kvutils.errors import ParameterError
-from kvutils.report import judge, load_claims
+from kvutils.images import encode_image
+from kvutils.plots import baseline as plots_baseline
+from kvutils.run.report import judge, load_claims
 from kvutils.store import read_json, write_json
 from kvutils.tasks.base import ScoreTable, choosing_half
-from kvutils.tasks.semantic_segmentation import SemanticSegmentation
-from kvutils.tasks.siglip_baseline import CHAIN, STEPS, claim_c4, compare_along_chain
-from kvutils.tasks.value_flow import SIX
+from kvutils.tasks.text_segmentation import SemanticSegmentation
+from kvutils.tasks.value_flow import CHAIN, SIX, STEPS, claim_c4, compare_along_chain
 
 LEVELS = {"pixels": 0.1, "encoder_original": 0.5, "encoder": 0.7, "projector": 0.6, "value.0": 0.3, "value.1": 0.45}
 
@@ -88,7 +89,7 @@ def test_the_claim_is_that_siglip_is_ahead(values, verdict):
 
 def test_figures_need_only_the_results_file(tmp_path):
     grid = np.random.default_rng(0).random((4, 4)).tolist()
-    scene = {"image": plots.encode_image(Image.new("RGB", (32, 32), "teal")), "size": [32, 32], "point": [8, 8],
+    scene = {"image": encode_image(Image.new("RGB", (32, 32), "teal")), "size": [32, 32], "point": [8, 8],
              "similarity": {source: grid for source in ("encoder_original", "encoder", "projector", "value.0")}}  # fmt: skip
     chains = {task.name: chain_of(LEVELS) | {"title": task.title, "metric": task.metric} for task in SIX}
     write_json(tmp_path / "02_siglip_baseline.json", {"chains": chains, "picture": scene})

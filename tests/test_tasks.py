@@ -10,8 +10,9 @@ from PIL import Image
 
 from kvutils.datasets.samples import VOID, Clip, Episode, ImageGroup, KeypointPair, LabelledImage, NamedMask
 from kvutils.errors import DataError, ParameterError
-from kvutils.features import FeatureExtractor, ImageFeatures, token_means
-from kvutils.metrics import (
+from kvutils.metrics.masks import (
+    average_precisions,
+    binary_counts,
     foreground_counts,
     foreground_iou,
     pck_scores,
@@ -19,23 +20,13 @@ from kvutils.metrics import (
     refseg_scores,
 )
 from kvutils.probes import ConvergenceError
+from kvutils.readout.features import FeatureExtractor, ImageFeatures, token_means
 from kvutils.store import Parts, to_json
-from kvutils.tasks import (
-    CoSegmentation,
-    ForegroundSegmentation,
-    ReferringSegmentation,
-    ScoreTable,
-    SemanticCorrespondence,
-    SemanticSegmentation,
-    SemanticSegmentationProbe,
-    TemporalCorrespondence,
-    run_task,
-    summarise,
-)
-from kvutils.tasks.base import choosing_half
-from kvutils.tasks.counting import average_precisions, binary_counts
-from kvutils.tasks.foreground_segmentation import support_labels
-from kvutils.tasks.temporal_correspondence import COPY_FIRST
+from kvutils.tasks.base import ScoreTable, choosing_half, run_task, summarise
+from kvutils.tasks.co_segmentation import CoSegmentation
+from kvutils.tasks.correspondence import COPY_FIRST, SemanticCorrespondence, TemporalCorrespondence
+from kvutils.tasks.foreground_segmentation import ForegroundSegmentation, support_labels
+from kvutils.tasks.text_segmentation import ReferringSegmentation, SemanticSegmentation, SemanticSegmentationProbe
 from tests.test_features import grid_layout
 from tests.tiny_models import tiny_pocket
 
@@ -561,7 +552,7 @@ def test_summary_tests_the_best_layer_on_the_other_half():
 
 
 def test_halves_are_those_of_peak_then_degrade():
-    from kvutils.statistics import peak_then_degrade
+    from kvutils.metrics.statistics import peak_then_degrade
 
     table = fake_table()
     curve = np.stack([table.of(f"value.{i}")[:, 0] for i in range(4)], axis=1)

@@ -14,8 +14,8 @@ from PIL import Image
 from kvutils.datasets.mme import SUBTASKS
 from kvutils.datasets.samples import YesNoSample
 from kvutils.errors import DataError, ParameterError
-from kvutils.question_metrics import POPE_CONVENTIONS, f1_statistic, mme_scores, pope_counts, pope_scores
-from kvutils.statistics import (
+from kvutils.metrics.answers import POPE_CONVENTIONS, f1_statistic, mme_scores, pope_counts, pope_scores
+from kvutils.metrics.statistics import (
     bootstrap_ci,
     detectable,
     minimum_detectable_difference,
@@ -23,7 +23,7 @@ from kvutils.statistics import (
     standard_error,
 )
 from kvutils.store import Parts, to_json
-from kvutils.tasks import Mme, Pope, compare_answers, run_questions, summarise_answers
+from kvutils.tasks.yes_no import Mme, Pope, compare_answers, run_questions, summarise_answers
 
 FIXTURES = os.environ.get("KVUTILS_FIXTURES")
 needs_fixtures = pytest.mark.skipif(not FIXTURES, reason="KVUTILS_FIXTURES names no folder of reference values")

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from kvutils.datasets import (
-    bdd10k, blink, coco, davis, imagenet_s, mme, msrc, pascal5i, pocket, pocket_blink, pocket_kinds, pocket_questions, pope,
-    refcoco, spair,
-)  # fmt: skip
+from kvutils.datasets import bdd10k, blink, coco, davis, imagenet_s, mme, msrc, pascal5i, pope, refcoco, spair
 from kvutils.datasets.catalog import CATALOG, data_root, missing_data
 from kvutils.datasets.hub import HUB, holds_parquet, revision_of
+from kvutils.datasets.pocket import choices as pocket_blink
+from kvutils.datasets.pocket import sets as pocket
+from kvutils.datasets.pocket import yes_no as pocket_kinds
+from kvutils.datasets.pocket import yes_no as pocket_questions
 from kvutils.errors import DataError
 
 # Each pocket set is the generated twin of the real one it is named after.
@@ -50,7 +51,6 @@ _ON_DISK: dict[str, Callable[..., Iterable]] = {
 }
 DATASETS = (*_GENERATED, *_ON_DISK)
 FOLDERS = {"imagenet-s-train": "imagenet-s", "bdd-10k-train": "bdd-10k"}  # where it is not the data set's name
-
 # profile -> task -> the data set that it reads there
 TASK_DATA: dict[str, dict[str, str]] = {
     "paper": {

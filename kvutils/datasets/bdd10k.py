@@ -33,7 +33,6 @@ from kvutils.errors import DataError, ParameterError
 from kvutils.images import open_image
 
 log = logging.getLogger(__name__)
-
 # Of the labels 1, 2, ...: Cityscapes' train ids plus 1; "Semantic Segmentation" in doc/source/format.rst of BDD100K.
 CLASS_NAMES = (
     "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",

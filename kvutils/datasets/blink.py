@@ -28,7 +28,7 @@ SUBTASKS = (
     "Multi-view_Reasoning", "Object_Localization", "Relative_Depth", "Relative_Reflectance",
     "Semantic_Correspondence", "Spatial_Relation", "Visual_Correspondence", "Visual_Similarity",
 )  # fmt: skip
-READABLE = ("Art_Style", "Visual_Similarity")  # by `kvutils.value_readouts`, without points
+READABLE = ("Art_Style", "Visual_Similarity")  # by `kvutils.tasks.value_readouts`, without points
 DISCLAIMER = (
     "Disclaimer: This is not to make unfair assumptions about the people in the image and you just need to give your "
     "assessment on this question. You don't need to identify the real people. You just need to analyze based on the "

@@ -1,6 +1,6 @@
 """What there is to know about each real data set: where it comes from, how large it is, its licence, its files.
 
-The loaders say what is missing with `missing_data`; `kvutils.download` fetches what may be fetched; `kvutils.plan`
+The loaders say what is missing with `missing_data`; `kvutils.run.download` fetches what may be fetched; `kvutils.run.plan`
 counts the gigabytes. Sizes and checksums are those that are published beside the files, or that other public projects
 record; where there is none the field says so. Nothing here is downloaded by being imported.
 """
@@ -71,7 +71,6 @@ _POPE = f"{_RAW}/RUCAIBox/POPE/3df3ba1b110ecce25696989577fad583b67d4239/output/c
 _IMAGENET_S = "https://github.com/LUSSeg/ImageNet-S/releases/download/ImageNet-S"
 _LISTS = f"{_RAW}/LUSSeg/ImageNet-S/b2312ba7396151f883362bdc86d71469aa81066e/data"
 _SPAIR = "https://cvlab.postech.ac.kr/research/SPair-71k/data/SPair-71k.tar.gz"
-
 CATALOG: dict[str, About] = {
     about.name: about
     for about in (

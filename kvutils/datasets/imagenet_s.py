@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from kvutils.datasets.catalog import missing_data
-from kvutils.datasets.masks import class_mask, read_labels
+from kvutils.datasets.files import class_mask, read_labels
 from kvutils.datasets.samples import VOID, LabelledImage, NamedMask
 from kvutils.errors import DataError, ParameterError
 from kvutils.images import open_image

@@ -19,7 +19,7 @@ from kvutils.datasets.catalog import missing_data
 from kvutils.datasets.hub import holds_parquet, open_rows, picture_at
 from kvutils.datasets.samples import YesNoSample
 from kvutils.errors import DataError, ParameterError
-from kvutils.question_metrics import MME_COGNITION, MME_PERCEPTION
+from kvutils.metrics.answers import MME_COGNITION, MME_PERCEPTION
 
 SUBTASKS = (*MME_PERCEPTION, *MME_COGNITION)
 HALLUCINATION = ("existence", "count", "position", "color")  # the subset of the papers on hallucination

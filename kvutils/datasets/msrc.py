@@ -20,13 +20,12 @@ from pathlib import Path
 import numpy as np
 
 from kvutils.datasets.catalog import missing_data
-from kvutils.datasets.masks import read_labels
+from kvutils.datasets.files import read_labels
 from kvutils.datasets.samples import VOID, ImageGroup, LabelledImage
 from kvutils.errors import DataError, ParameterError
 from kvutils.images import open_image
 
 log = logging.getLogger(__name__)
-
 COLOURS = {  # the database's own colours; every channel is 0, 64, 128 or 192
     "building": (128, 0, 0), "grass": (0, 128, 0), "tree": (128, 128, 0), "cow": (0, 0, 128),
     "horse": (128, 0, 128), "sheep": (0, 128, 128), "sky": (128, 128, 128), "mountain": (64, 0, 0),

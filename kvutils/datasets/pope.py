@@ -22,7 +22,6 @@ from kvutils.datasets.samples import YesNoSample
 from kvutils.errors import DataError, ParameterError
 
 log = logging.getLogger(__name__)
-
 SPLITS = ("random", "popular", "adversarial")
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."  # what LLaVA and lmms-eval add
 _IMAGES = "http://images.cocodataset.org/zips/val2014.zip"

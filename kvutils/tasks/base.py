@@ -2,7 +2,7 @@
 
 A task turns one sample (an episode, a pair, a clip, ...) into rows; a row holds, for every feature source, a
 few numbers (`columns`) from which the metrics follow. Metrics such as mIoU are ratios of sums over items,
-hence a metric is a statistic `(weights (n_boot, n), values (n, k)) -> (n_boot,)`, see `kvutils.statistics`.
+hence a metric is a statistic `(weights (n_boot, n), values (n, k)) -> (n_boot,)`, see `kvutils.metrics.statistics`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from kvutils.errors import DataError, ParameterError
-from kvutils.features import FeatureExtractor, ImageFeatures, Item
-from kvutils.statistics import Statistic, bootstrap_ci, paired_difference, peak_then_degrade
+from kvutils.metrics.statistics import Statistic, bootstrap_ci, paired_difference, peak_then_degrade
+from kvutils.readout.features import FeatureExtractor, ImageFeatures, Item
 from kvutils.store import Parts, make_all, to_json
 
 SHUFFLED, UNTRAINED = "shuffled.", "untrained."  # prefixes of control sources

@@ -17,9 +17,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from kvutils.statistics import bootstrap_ci, paired_difference
-from kvutils.tasks.blink_gap import ChoiceTable, some_items
+from kvutils.metrics.statistics import bootstrap_ci, paired_difference
 from kvutils.tasks.blink_tables import FAMILIES, SINGLE, TITLES, choose_layer, halves
+from kvutils.tasks.choices import ChoiceTable, some_items
 from kvutils.tasks.yes_no import ratio
 
 WEIGHTS = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # nats per standard deviation of the readout

@@ -14,10 +14,10 @@ from dataclasses import replace
 import numpy as np
 
 from kvutils.errors import ParameterError
-from kvutils.question_metrics import LETTERS, NEEDS_JUDGE, blink_scores
-from kvutils.statistics import Interval, bootstrap_ci, paired_difference
+from kvutils.metrics.answers import LETTERS, NEEDS_JUDGE, blink_scores
+from kvutils.metrics.statistics import Interval, bootstrap_ci, paired_difference
 from kvutils.tasks.base import choosing_half
-from kvutils.tasks.blink_gap import UNRESOLVED, ChoiceTable, some_items
+from kvutils.tasks.choices import UNRESOLVED, ChoiceTable, some_items
 from kvutils.tasks.yes_no import ratio
 
 CELLS = ("both", "value_only", "model_only", "neither")  # who is right

@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from kvutils.cosegmentation import MAX_CLUSTERS, cluster_tokens, oracle_clusters, salient_clusters
 from kvutils.datasets.samples import VOID, ImageGroup
-from kvutils.features import FeatureExtractor, ImageFeatures, Item, token_means
-from kvutils.saliency import QUESTION
-from kvutils.statistics import Statistic
+from kvutils.metrics.masks import binary_counts, column_mean
+from kvutils.metrics.statistics import Statistic
+from kvutils.readout.attention import QUESTION
+from kvutils.readout.clusters import MAX_CLUSTERS, cluster_tokens, oracle_clusters, salient_clusters
+from kvutils.readout.features import FeatureExtractor, ImageFeatures, Item, token_means
 from kvutils.tasks.base import UNTRAINED, Row, Task
-from kvutils.tasks.counting import binary_counts, column_mean
 
 _J, _J_ORACLE, _J_RELATIVE, _PRECISION, _CLUSTERS = range(5)
 

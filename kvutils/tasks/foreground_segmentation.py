@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from kvutils.datasets.samples import Episode
-from kvutils.features import FeatureExtractor, ImageFeatures, Item, token_means
+from kvutils.metrics.masks import binary_counts, sample_seed
+from kvutils.metrics.statistics import Statistic
 from kvutils.probes import fit_linear_probe, shuffled_labels
-from kvutils.statistics import Statistic
+from kvutils.readout.features import FeatureExtractor, ImageFeatures, Item, token_means
 from kvutils.tasks.base import SHUFFLED, Row, Task
-from kvutils.tasks.counting import binary_counts, sample_seed
 
 _FOLD, _CLASS, _I_BG, _I_FG, _U_BG, _U_FG, _CONVERGED = range(7)
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from kvutils.datasets import KEY_IMAGES, QUESTION_DATA, READING_DATA, open_dataset
 from kvutils.datasets.samples import ResizedImages, YesNoSample
 from kvutils.errors import ParameterError
-from kvutils.report import undefined
+from kvutils.run.report import undefined
 from kvutils.tasks.key_blocking import BLOCK, CONTROLS
 from kvutils.tasks.knock_out import as_questions
 
@@ -19,7 +19,6 @@ ATTENTION_QUESTIONS = {  # the text whose attention to the image keys is measure
 }  # fmt: skip
 IMAGE_SIZE = {"pocket": None, "paper": (640, 480)}  # pocket scenes are of one size; most COCO images are of this one
 READING_IMAGES = 100  # of each subset of POPE and MME, for the knock-out curve of a profile without questions by kind
-
 POINTS = {"pope": 100.0, "mme": 1.0}  # F1 in points; the score of MME is in points already
 
 

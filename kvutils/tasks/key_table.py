@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from kvutils.attention_mass import attention_mass
-from kvutils.capture import Capture, capture
 from kvutils.datasets.samples import VOID, LabelledImage
 from kvutils.errors import DataError, ParameterError
-from kvutils.key_variance import KeyVariance, SameGrid
+from kvutils.keys import KeyVariance, SameGrid
+from kvutils.kvcache import Capture, capture
 from kvutils.layout import TokenLayout
 from kvutils.models import MLM
+from kvutils.readout.attention import attention_mass
 from kvutils.store import Parts, make_all, to_json
 
 

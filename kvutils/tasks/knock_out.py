@@ -26,10 +26,10 @@ from kvutils.answer import SessionBatch
 from kvutils.datasets.samples import Question, YesNoSample
 from kvutils.errors import DataError, ParameterError
 from kvutils.keys import select_all
-from kvutils.memory import in_halves
+from kvutils.language import in_halves
+from kvutils.metrics.statistics import bootstrap_ci, mean_statistic
 from kvutils.models import MLM
-from kvutils.prompt_tokens import PromptTokens
-from kvutils.statistics import bootstrap_ci, mean_statistic
+from kvutils.prompts import PromptTokens
 from kvutils.store import Parts, make_all, to_json
 from kvutils.tasks.base import choosing_half
 

@@ -1,6 +1,6 @@
 """Do words before the image make its values better? Section 4.1: one measurement, three readouts.
 
-Every sample is read under every condition of `kvutils.prefixes`; a readout turns the values of each layer into a few
+Every sample is read under every condition of `kvutils.tasks.prefixes`; a readout turns the values of each layer into a few
 numbers (`columns`). Sources are `<condition>.<layer>`, so that a layer's conditions are compared on the same samples.
 """
 
@@ -19,18 +19,17 @@ from tqdm import tqdm
 from kvutils.datasets.bdd10k import CLASS_NAMES as BDD_NAMES
 from kvutils.datasets.samples import VOID, DomainImage, LabelledImage, NamedMask
 from kvutils.errors import DataError
-from kvutils.features import FeatureExtractor, ImageFeatures, token_means
-from kvutils.maps import to_grid
-from kvutils.plots import encode_image
-from kvutils.prefixes import CONDITIONS, PrefixWriter
+from kvutils.images import encode_image
+from kvutils.metrics.masks import column_mean, sample_seed
 from kvutils.probes import LinearProbe, fit_linear_probe, join_probes, otsu
+from kvutils.readout.features import FeatureExtractor, ImageFeatures, token_means
+from kvutils.readout.maps import to_grid
 from kvutils.store import Parts, make_all, to_json
 from kvutils.tasks.base import ScoreTable
-from kvutils.tasks.counting import column_mean, sample_seed
+from kvutils.tasks.prefixes import CONDITIONS, PrefixWriter
 from kvutils.tasks.text_segmentation import COLUMNS, IOU, map_scores
 
 log = logging.getLogger(__name__)
-
 MOVED = ("moved_objects", "moved_background")  # the last columns of every readout
 NOWHERE = -1.0  # in these columns: the image shows no object, or no background
 STUFF = frozenset(BDD_NAMES[: BDD_NAMES.index("person")])  # road, sky ...: every pixel of BDD has a class, these are no objects

@@ -13,13 +13,13 @@ from tqdm import tqdm
 from kvutils.answer import answer_all
 from kvutils.datasets.samples import YesNoSample
 from kvutils.errors import DataError
+from kvutils.metrics.answers import pope_parse
+from kvutils.metrics.masks import column_ratio, sample_seed
+from kvutils.metrics.statistics import bootstrap_ci, paired_difference
 from kvutils.models import MLM
-from kvutils.prefixes import CONDITIONS, PrefixWriter
-from kvutils.question_metrics import pope_parse
-from kvutils.statistics import bootstrap_ci, paired_difference
 from kvutils.store import Parts, make_all, to_json
 from kvutils.tasks.base import ScoreTable
-from kvutils.tasks.counting import column_ratio, sample_seed
+from kvutils.tasks.prefixes import CONDITIONS, PrefixWriter
 
 COLUMNS = ("right", "yes", "changed", "named_right", "asked", "named")
 RATES = {  # name -> (column above, column below)

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from kvutils.errors import DataError
-from kvutils.prefixes import CONDITIONS
-from kvutils.statistics import Statistic, bootstrap_ci, paired_difference, peak_then_degrade
+from kvutils.metrics.masks import column_mean
+from kvutils.metrics.statistics import Statistic, bootstrap_ci, paired_difference, peak_then_degrade
 from kvutils.tasks.base import ScoreTable, choosing_half
-from kvutils.tasks.counting import column_mean
 from kvutils.tasks.prefix import MOVED
+from kvutils.tasks.prefixes import CONDITIONS
 
 
 def summarise_prefixes(table: ScoreTable, statistic: Statistic, n_boot: int = 2000, seed: int = 0) -> dict:

@@ -2,12 +2,17 @@
 
 An answer set is a list of texts, one per sample of the task, in that order. Whatever gives it (a plain model,
 one with keys blocked) is a callable, so nothing here knows about models.
+
+POPE: is an object in the image? F1 of "yes", by split and as the mean over splits.
+
+MME: two questions per image, one true and one false; acc, acc+ and their sum, the score, by subtask.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
@@ -16,9 +21,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from kvutils.datasets.mme import GROUPS, SUBTASKS
 from kvutils.datasets.samples import YesNoSample
 from kvutils.errors import DataError, ParameterError
-from kvutils.statistics import Interval, Statistic, bootstrap_ci, detectable, standard_error
+from kvutils.metrics.answers import MME_CONVENTIONS, POPE_CONVENTIONS, f1_statistic, mme_parse, mme_scores, pope_counts, pope_parse, pope_scores
+from kvutils.metrics.statistics import Interval, Statistic, bootstrap_ci, detectable, standard_error
 from kvutils.store import Parts, make_all, to_json
 
 Answerer = Callable[[str, Image.Image, list[str]], Sequence[str]]
@@ -297,3 +304,143 @@ def _finite(value):
 def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     """above / below; NaN where the latter is 0."""
     return np.divide(above, below, out=np.full(np.shape(above), np.nan), where=below > 0)
+
+
+MEAN, POOLED = "mean", "pooled"
+
+
+class Pope(YesNoTask):
+    """POPE with the published parsing and scores (see `kvutils.metrics.answers`); positive class: yes.
+
+    Scores per split, as `mean` the plain mean over splits (the headline is its F1), and as `pooled` over all
+    questions at once. f1 is 0 without a true positive; precision is undefined without a yes.
+
+    An answer counts as unknown where the convention reads neither yes nor no, and, for the convention "pope",
+    which takes everything but a no for yes, where it is taken for yes without the word.
+    """
+
+    name = "pope"
+    title = "POPE"
+    metric = (MEAN, "f1")
+    conventions = POPE_CONVENTIONS
+
+    def read(self, answer: str) -> tuple[str, bool]:
+        said = pope_parse(answer, self.convention)
+        by_default = self.convention == "pope" and said == "yes" and not re.search(r"\byes\b", answer.lower())
+        return said, said == "unknown" or by_default
+
+    def values(self, answers: Sequence[str]) -> np.ndarray:
+        """(n, 8) TP, FP, TN, FN, right, said yes (`pope_counts`), unknown, 1."""
+        counts = pope_counts(answers, [sample.truth for sample in self.samples], self.convention)
+        unknown = [self.read(answer)[1] for answer in answers]
+        return np.column_stack([counts, unknown, np.ones(len(counts))]).astype(float)
+
+    def measures(self, sums: np.ndarray) -> Measures:
+        groups = {name: sums[:, i] for i, name in enumerate(self.subsets)}
+        found = {(name, key): value for name, each in groups.items() for key, value in _pope_scores(each).items()}
+        for key in _pope_scores(sums[:, 0]):
+            found[MEAN, key] = np.mean([found[name, key] for name in self.subsets], axis=0)
+        pooled = _pope_scores(sums.sum(axis=1))
+        return found | {(POOLED, key): value for key, value in pooled.items()}
+
+    def official(self, answers: Sequence[str]) -> dict:
+        """`pope_scores` by split."""
+        self.check(answers)
+        pairs = list(zip(answers, self.samples, strict=True))
+        return {
+            name: pope_scores(
+                [answer for answer, sample in pairs if sample.subset == name],
+                [sample.truth for _, sample in pairs if sample.subset == name],
+                self.convention,
+            )
+            for name in self.subsets
+        }
+
+
+def _pope_scores(sums: np.ndarray) -> dict[str, np.ndarray]:
+    tp, fp, _, fn, right, yes, unknown, n = sums.T
+    return {
+        "f1": f1_statistic(sums, np.eye(sums.shape[1])),  # the sums are those of the counts already
+        "accuracy": ratio(right, n),
+        "precision": ratio(tp, tp + fp),
+        "recall": ratio(tp, tp + fn),
+        "yes_ratio": ratio(yes, n),
+        "unknown": ratio(unknown, n),
+    }
+
+
+TOTAL = "total"
+
+
+class Mme(YesNoTask):
+    """MME with the published parsing and scores (see `kvutils.metrics.answers`).
+
+    Per subtask: acc, share of questions that are right; acc_plus, share of images with both right; score, 100
+    times their sum (0 to 200). Summaries add scores up: `total` over all subtasks of the samples (the headline),
+    and perception, cognition and hallucination where all of their subtasks are there. An answer that is neither
+    yes nor no is wrong, and counts as unknown. Raises DataError unless every image of a subtask has two
+    questions.
+    """
+
+    name = "mme"
+    title = "MME"
+    metric = (TOTAL, "score")
+    conventions = MME_CONVENTIONS
+
+    def __init__(self, samples: Sequence[YesNoSample], convention: str | None = None):
+        super().__init__(samples, convention)
+        self.pairs: dict[tuple[str, str], list[int]] = {}
+        for number, sample in enumerate(self.samples):
+            self.pairs.setdefault((sample.subset, sample.image_id), []).append(number)
+        for (subtask, image), pair in self.pairs.items():
+            if len(pair) != 2:
+                raise DataError(f"MME {subtask}: image {image!r} has {len(pair)} questions, not two")
+        self.totals = {TOTAL: list(range(len(self.subsets)))}
+        for name, members in GROUPS.items():
+            if name != "all" and set(members) <= set(self.subsets):
+                self.totals[name] = [self.subsets.index(member) for member in members]
+
+    def read(self, answer: str) -> tuple[str, bool]:
+        said = mme_parse(answer, self.convention)
+        return said, said == "other"
+
+    def values(self, answers: Sequence[str]) -> np.ndarray:
+        """(n, 5) right, both of the pair right, said yes, unknown, 1."""
+        said = [self.read(answer) for answer in answers]
+        right = np.array([word == s.truth for (word, _), s in zip(said, self.samples, strict=True)])
+        both = np.zeros(len(right))
+        for pair in self.pairs.values():
+            both[pair] = right[pair].all()
+        yes, unknown = [word == "yes" for word, _ in said], [missing for _, missing in said]
+        return np.column_stack([right, both, yes, unknown, np.ones(len(right))]).astype(float)
+
+    def measures(self, sums: np.ndarray) -> Measures:
+        right, both, yes, unknown, n = np.moveaxis(sums, -1, 0)  # each (n_boot, subsets)
+        acc, acc_plus = ratio(right, n), ratio(both, n)
+        each = {"score": 100 * (acc + acc_plus), "acc": acc, "acc_plus": acc_plus}
+        each |= {"yes_ratio": ratio(yes, n), "unknown": ratio(unknown, n)}
+        found = {
+            (name, key): value[:, i] for i, name in enumerate(self.subsets) for key, value in each.items()
+        }
+        for name, members in self.totals.items():
+            found[name, "score"] = each["score"][:, members].sum(axis=1)
+            found[name, "yes_ratio"] = ratio(yes[:, members].sum(axis=1), n[:, members].sum(axis=1))
+            found[name, "unknown"] = ratio(unknown[:, members].sum(axis=1), n[:, members].sum(axis=1))
+        return found
+
+    def members(self, summary: str) -> list[str]:
+        return [self.subsets[i] for i in self.totals[summary]]
+
+    def official(self, answers: Sequence[str]) -> dict:
+        """`mme_scores` of the subtasks that MME has; `not_in_mme` names the others."""
+        self.check(answers)
+        rows: dict[str, list[tuple[str, str, str, str]]] = {}
+        for (subtask, image), pair in self.pairs.items():
+            if subtask in SUBTASKS:
+                for number in pair:
+                    sample = self.samples[number]
+                    row = (image, sample.question, sample.truth, answers[number])
+                    rows.setdefault(subtask, []).append(row)
+        scores = mme_scores(rows, self.convention)
+        others = [name for name in self.subsets if name not in SUBTASKS]
+        return {key: value for key, value in scores.items() if key != "parsed"} | {"not_in_mme": others}

@@ -1,0 +1,193 @@
+"""How well the pocket model answers on held-out scenes, beside the blind baseline: `python -m recipe.evaluate`.
+
+Blind: the same questions to the same model with every image replaced by that of another sample.
+"""
+
+import argparse
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from kvutils.datasets.pocket import questions as q
+from kvutils.metrics.statistics import bootstrap_ci
+from recipe.model import IMAGE_SLOTS, answer_logits, image_embeddings
+from recipe.packing import Packed, Sample, Sampler, pack, pixel_batch
+from recipe.pool import Pool, make_pool
+
+SINGLE = tuple(kind for kind in q.KINDS if kind not in q.DESCRIPTIONS)
+SEVERAL = ("letter", "part", "correspondence", "style_match", "class_match")
+GATES = {"existence": 0.85, "class": 0.80, "colour": 0.90}  # the others: clearly above blind and majority
+
+
+def block_right(packed: Packed, logits: torch.Tensor) -> list[tuple[int, int, bool]]:
+    """(sequence, block index, right): right when every answer token is the most likely one, greedily, given the true
+    tokens before it (for the one-word answers this is what generation gives)."""
+    where = packed.labels >= 0
+    right = (logits.argmax(-1) == packed.labels[where]).cpu()
+    row, block = where.nonzero()[:, 0].cpu(), packed.block[where].cpu()
+    verdict: dict[tuple[int, int], bool] = {}
+    for r, b, ok in zip(row.tolist(), block.tolist(), right.tolist(), strict=True):
+        verdict[r, b - 1] = verdict.get((r, b - 1), True) and ok
+    return [(r, b, ok) for (r, b), ok in verdict.items()]
+
+
+@torch.no_grad()
+def answer_blocks(mlm, samples: list[Sample], embed: Callable, slots: int, batch: int = 50) -> list[list[bool]]:
+    """Right or wrong, per sample and block. `embed(images)` gives the image embeddings (n, slots, hidden)."""
+    device = next(mlm.parameters()).device
+    out = [[False] * len(sample.blocks) for sample in samples]
+    for first in range(0, len(samples), batch):
+        packed = pack(samples[first : first + batch], slots).to(device)
+        logits = answer_logits(mlm, packed, embed(packed.images))
+        for row, block, ok in block_right(packed, logits):
+            out[first + row][block] = ok
+    return out
+
+
+def quick_accuracy(mlm, sampler: Sampler, embed: Callable, slots: int, scenes: int = 150, seed: int = 5) -> dict[str, float]:
+    """Accuracy per question kind on a few held-out scenes, to watch training (in training precision)."""
+    right = defaultdict(list)
+    for kind in ("single", "marked", "correspondence", "style_match", "class_match"):
+        samples = sampler.draw(kind, scenes, np.random.default_rng(seed))
+        for sample, found in zip(samples, answer_blocks(mlm, samples, embed, slots), strict=True):
+            for (name, _, _), ok in zip(sample.blocks, found, strict=True):
+                right[name].append(ok)
+    return {name: float(np.mean(found)) for name, found in sorted(right.items())}
+
+
+def _evenly(by_answer: dict[str, list[Sample]], count: int) -> list[Sample]:
+    """`count` questions (or all), every answer equally often as far as there are enough of it."""
+    cap = 1
+    while sum(min(len(found), cap) for found in by_answer.values()) < count and cap < max(map(len, by_answer.values())):
+        cap += 1
+    return [sample for answer in sorted(by_answer) for sample in by_answer[answer][:cap]]
+
+
+def balanced_samples(pool: Pool, kind: str, count: int, seed: int) -> list[Sample]:
+    """At least `count` questions of a kind if the scenes allow so many, answers balanced; one question per sample."""
+    rng = np.random.default_rng((seed, len(kind), sum(map(ord, kind))))
+    by_answer: dict[str, list[Sample]] = defaultdict(list)
+    if kind in SINGLE:
+        for row in range(len(pool)):
+            facts = pool.facts(row)
+            for found in sorted({q.ask(facts, kind, rng) for _ in range(3)} - {None}):
+                by_answer[found[1]].append(Sample([row], [(kind, *found)], [[]]))
+    else:
+        sampler, step = Sampler(pool), "marked" if kind in ("letter", "part") else kind
+        for sample in sampler.draw(step, (5 if kind == "part" else 2) * count, rng, hints=False):
+            block = sample.blocks[int(rng.integers(len(sample.blocks)))]
+            if block[0] == kind:
+                by_answer[block[2]].append(replace(sample, blocks=[block]))
+    return _evenly(by_answer, count)
+
+
+def _packed_by_scene(samples: list[Sample]) -> tuple[list[Sample], list[tuple[int, int]]]:
+    """Questions about one scene behind one image; where each question went (sample, block)."""
+    merged: dict[str, Sample] = {}
+    number: dict[str, int] = {}
+    where = []
+    for sample in samples:
+        key = str((sample.images, sample.marks))
+        if key not in merged:
+            number[key] = len(merged)
+            merged[key] = replace(sample, blocks=[])
+        merged[key].blocks.extend(sample.blocks)
+        where.append((number[key], len(merged[key].blocks) - 1))
+    return list(merged.values()), where
+
+
+def _right(mlm, samples: list[Sample], embed: Callable, progress: bool, name: str) -> np.ndarray:
+    """(n,) right or wrong of samples with one question each, through one image pass per scene."""
+    packed, where = _packed_by_scene(samples)
+    found: list[list[bool]] = []
+    bar = tqdm(total=len(packed), desc=name, unit="image", disable=not progress)
+    for first in range(0, len(packed), 40):
+        found += answer_blocks(mlm, packed[first : first + 40], embed, IMAGE_SLOTS)
+        bar.update(len(packed[first : first + 40]))
+    bar.close()
+    return np.array([found[sample][block] for sample, block in where], dtype=float)
+
+
+def evaluate(mlm, pool: Pool, count: int = 1000, seed: int = 11, progress: bool = True) -> dict[str, dict]:
+    """Per question kind: n, scenes, accuracy and blind accuracy with 95 % intervals over scenes, share of the most
+    frequent answer."""
+    device = next(mlm.parameters()).device
+    mlm.eval()
+
+    def embed(images):
+        return image_embeddings(mlm, pixel_batch(pool, images).to(device))
+
+    samples = {kind: balanced_samples(pool, kind, count, seed) for kind in (*SINGLE, *SEVERAL)}
+    report = {}
+    for name, kinds in {"one image": SINGLE, **{kind: (kind,) for kind in SEVERAL}}.items():
+        asked = [sample for kind in kinds for sample in samples[kind]]
+        seen = _right(mlm, asked, embed, progress, name)
+        blind = _right(mlm, _other_images(asked, seed), embed, progress, f"{name}, blind")
+        first = 0
+        for kind in kinds:
+            here = slice(first, first + len(samples[kind]))
+            first = here.stop
+            scenes = [str(sample.images) for sample in samples[kind]]
+            answers = Counter(sample.blocks[0][2] for sample in samples[kind])
+            report[kind] = {
+                "n": len(scenes),
+                "scenes": len(set(scenes)),
+                "answers": len(answers),
+                "majority": max(answers.values()) / len(scenes),
+                "accuracy": bootstrap_ci(seen[here], groups=scenes, seed=seed).as_dict(),
+                "blind": bootstrap_ci(blind[here], groups=scenes, seed=seed).as_dict(),
+            }
+    return report
+
+
+def _other_images(samples: list[Sample], seed: int) -> list[Sample]:
+    """Every scene's images replaced by another scene's (a random cycle), the questions kept."""
+    pictures = {str(s.images): (s.images, s.marks) for s in samples}
+    names = sorted(pictures)
+    order = np.random.default_rng(seed).permutation(len(names))
+    swapped = {names[a]: pictures[names[b]] for a, b in zip(order, np.roll(order, 1), strict=True)}
+    return [replace(s, images=swapped[str(s.images)][0], marks=swapped[str(s.images)][1]) for s in samples]
+
+
+def missed_gates(report: dict[str, dict]) -> list[str]:
+    """Sentences about every gate that is not met; empty when the model may be used."""
+    missed = []
+    for kind, found in report.items():
+        value, low = found["accuracy"]["mean"], found["accuracy"]["low"]
+        if value < GATES.get(kind, 0.0):
+            missed.append(f"{kind}: accuracy {value:.3f} is under its gate {GATES[kind]}")
+        if low <= max(found["blind"]["high"], found["majority"]):
+            missed.append(
+                f"{kind}: accuracy {value:.3f} (from {low:.3f}) is not clearly above blind "
+                f"{found['blind']['mean']:.3f} and the most frequent answer {found['majority']:.3f}"
+            )
+    return missed
+
+
+def print_report(report: dict[str, dict]) -> None:
+    print(f"{'kind':18s}{'n':>6s}  {'accuracy [95 % interval]':28s}{'blind [95 % interval]':28s}{'majority':>8s}")
+    for kind, found in report.items():
+        cells = ["{mean:.3f} [{low:.3f}, {high:.3f}]".format(**found[name]) for name in ("accuracy", "blind")]
+        print(f"{kind:18s}{found['n']:6d}  {cells[0]:28s}{cells[1]:28s}{found['majority']:8.3f}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    from kvutils.models import load_mlm
+
+    parser = argparse.ArgumentParser(prog="python -m recipe.evaluate", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="pocket", help="a pocket model: a name or folder (default: pocket)")
+    parser.add_argument("--scenes", type=int, default=6000, help="held-out scenes to draw (default 6000)")
+    parser.add_argument("--questions", type=int, default=1000, help="questions per kind (default 1000)")
+    options = parser.parse_args(arguments)
+    report = evaluate(load_mlm(options.model).model, make_pool(options.scenes, seed=3), options.questions)
+    print_report(report)
+    for line in missed_gates(report):
+        print("missed:", line)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,371 @@
+"""Questions, captions and prefixes about pocket scenes, in a language of about 150 words.
+
+Every question kind is balanced where it is drawn: yes and no equally often, negative classes in proportion to how
+frequent the class is (so that frequency does not give the answer away), and nothing is asked whose answer depends on
+a thing that is hardly visible.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from kvutils.datasets.pocket.shapes import CLASSES, PARTS, PLURALS
+from kvutils.datasets.pocket.world import CLASS_PRIOR, COLOURS, DOMAINS, LETTERS, PRESENT, STYLES, Rendered, Scene
+
+NUMBERS = ("none", "one", "two", "three", "four")
+SIDES = ("left", "right", "above", "below")
+MARGIN = 8.0  # pixels by which one thing must be further left (or higher) before it is asked about
+OPTIONS = ("(a)", "(b)", "(c)", "(d)")
+_TEMPLATE_WORDS = (
+    "is there a an the thing things what colour how many are style image on of or left right at top bottom above "
+    "below same as and more than has which letter marks part marked describe light first second third shows point "
+    "corresponds to reference yes no : ? . , it in this picture photo look for please find nothing else carefully "
+    "good morning here another scene with some weather was nice today small large near far every"
+)
+WORDS = tuple(
+    dict.fromkeys(
+        [*_TEMPLATE_WORDS.split(), *CLASSES, *PLURALS, *COLOURS, *STYLES, *DOMAINS, *NUMBERS, *PARTS, *LETTERS, *OPTIONS]
+    )
+)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the questions are asked about: things as (class, colour, x, y, visible share), style and domain index."""
+
+    things: tuple[tuple[int, int, float, float, float], ...]
+    style: int
+    domain: int
+
+    @property
+    def present(self) -> list[tuple[int, int, float, float, float]]:
+        return [t for t in self.things if t[4] >= PRESENT]
+
+    @property
+    def partial(self) -> list[tuple[int, int, float, float, float]]:
+        return [t for t in self.things if 0.02 < t[4] < PRESENT]
+
+
+def facts_of(scene: Scene, rendered: Rendered) -> Facts:
+    things = tuple(
+        (t.cls, t.colour, t.x, t.y, float(v)) for t, v in zip(scene.things, rendered.visible, strict=True)
+    )
+    return Facts(things, scene.style, scene.domain)
+
+
+def _unique(facts: Facts, field: int) -> list[tuple]:
+    """Present things whose class (field 0) or colour (field 1) no other visible thing shares."""
+    counts = Counter(t[field] for t in facts.things if t[4] > 0.02)
+    return [t for t in facts.present if counts[t[field]] == 1]
+
+
+def _pick(rng: np.random.Generator, items):
+    return items[int(rng.integers(len(items)))]
+
+
+def _existence(facts, rng):
+    if rng.random() < 0.5:
+        if not facts.present:
+            return None
+        return f"is there a {CLASSES[_pick(rng, facts.present)[0]]} ?", "yes"
+    weight = CLASS_PRIOR.copy()
+    weight[[t[0] for t in facts.things]] = 0
+    return f"is there a {CLASSES[rng.choice(len(CLASSES), p=weight / weight.sum())]} ?", "no"
+
+
+def _existence_colour(facts, rng):
+    if not facts.present:
+        return None
+    cls, colour = _pick(rng, facts.present)[:2]
+    if rng.random() < 0.5:
+        return f"is there a {COLOURS[colour]} {CLASSES[cls]} ?", "yes"
+    seen = {(t[0], t[1]) for t in facts.things}
+    change_colour = rng.random() < 0.5
+    wrong = [(cls, i) if change_colour else (i, colour) for i in range(8)]
+    wrong = _pick(rng, [pair for pair in wrong if pair not in seen])
+    return f"is there a {COLOURS[wrong[1]]} {CLASSES[wrong[0]]} ?", "no"
+
+
+def _classes(facts, rng):
+    return [(f"what is the {COLOURS[t[1]]} thing ?", CLASSES[t[0]]) for t in _unique(facts, 1)]
+
+
+def _colours(facts, rng):
+    return [(f"what colour is the {CLASSES[t[0]]} ?", COLOURS[t[1]]) for t in _unique(facts, 0)]
+
+
+def _count(facts, rng):
+    if facts.partial or not facts.present:
+        return None
+    return "how many things are there ?", NUMBERS[len(facts.present)]
+
+
+def _count_class(facts, rng):
+    if facts.partial:
+        return None
+    counts = Counter(t[0] for t in facts.present)
+    several = [c for c, n in counts.items() if n > 1]
+    draw = rng.random()
+    if draw < 0.4 and several:
+        cls = _pick(rng, several)
+    elif draw < 0.75 and counts:
+        cls = _pick(rng, list(counts))
+    else:
+        cls = int(rng.integers(len(CLASSES)))
+    return f"how many {PLURALS[cls]} are there ?", NUMBERS[counts[cls]]
+
+
+def _style(facts, rng):
+    return "what style is the image ?", STYLES[facts.style]
+
+
+def _domain(facts, rng):
+    return "what is the light ?", DOMAINS[facts.domain]
+
+
+def _positions(facts, rng):
+    """One axis for all: "left" for one thing and "right" for another makes the class in the question matter."""
+    axis, near, far = (2, "left", "right") if rng.random() < 0.5 else (3, "top", "bottom")
+    return [
+        (f"is the {CLASSES[t[0]]} {near} or {far} ?", near if t[axis] < 48 else far)
+        for t in _unique(facts, 0)
+        if abs(t[axis] - 48) >= MARGIN
+    ]
+
+
+def _offset(one, two, side) -> float:
+    """By how many pixels thing `one` lies to the given side of thing `two` (negative: on the other side)."""
+    return {"left": two[2] - one[2], "right": one[2] - two[2], "above": two[3] - one[3], "below": one[3] - two[3]}[side]
+
+
+def _relations(facts, rng):
+    """Each pair of things, on one random side, in both orders: one "yes" and one "no"."""
+    found = []
+    for one, two in combinations(_unique(facts, 0), 2):
+        side = _pick(rng, SIDES)
+        gap = _offset(one, two, side)
+        if abs(gap) >= MARGIN:
+            of = f"{side} of" if side in ("left", "right") else side
+            a, b = (CLASSES[t[0]] for t in ((one, two) if gap > 0 else (two, one)))
+            found += [(f"is the {a} {of} the {b} ?", "yes"), (f"is the {b} {of} the {a} ?", "no")]
+    return found
+
+
+def _neighbour(facts, rng):
+    """A thing of unique class, a side, and the only other thing that lies on that side; None if there is no such."""
+    anchors = _unique(facts, 0)
+    if not anchors or facts.partial or len(facts.present) < 2:
+        return None
+    anchor, side = _pick(rng, anchors), _pick(rng, SIDES)
+    gaps = [(_offset(t, anchor, side), t) for t in facts.present if t is not anchor]
+    if any(abs(gap) < MARGIN for gap, _ in gaps):
+        return None
+    there = [t for gap, t in gaps if gap > 0]
+    if len(there) != 1:
+        return None
+    return anchor, (f"{side} of" if side in ("left", "right") else side), there[0]
+
+
+def _hop_colour(facts, rng):
+    found = _neighbour(facts, rng)
+    if found is None:
+        return None
+    anchor, of, other = found
+    return f"what colour is the thing {of} the {CLASSES[anchor[0]]} ?", COLOURS[other[1]]
+
+
+def _hop_class(facts, rng):
+    found = _neighbour(facts, rng)
+    if found is None:
+        return None
+    anchor, of, other = found
+    return f"what is the thing {of} the {CLASSES[anchor[0]]} ?", CLASSES[other[0]]
+
+
+def _hop_same(facts, rng):
+    things = _unique(facts, 0)
+    pairs = [(a, b) for a in things for b in things if a is not b]
+    wanted = rng.random() < 0.7  # equal colours are rarer than unequal ones: this comes out near half and half
+    pairs = [(a, b) for a, b in pairs if (a[1] == b[1]) == wanted]
+    if not pairs:
+        return None
+    one, two = _pick(rng, pairs)
+    return f"are the {CLASSES[one[0]]} and the {CLASSES[two[0]]} the same colour ?", "yes" if wanted else "no"
+
+
+def _hop_more(facts, rng):
+    if facts.partial:
+        return None
+    counts = Counter(t[0] for t in facts.present)
+    pairs = [(a, b) for a in counts for b in counts if counts[a] > counts[b]]
+    if not pairs:
+        return None
+    more, less = _pick(rng, pairs)
+    if rng.random() < 0.5:
+        return f"are there more {PLURALS[more]} than {PLURALS[less]} ?", "yes"
+    return f"are there more {PLURALS[less]} than {PLURALS[more]} ?", "no"
+
+
+def _hop_match(facts, rng):
+    if facts.partial:
+        return None
+    pairs = [
+        (a, b)
+        for a in _unique(facts, 0)
+        for b in facts.present
+        if a is not b and a[1] == b[1] and sum(t[1] == a[1] for t in facts.present) == 2
+    ]
+    if not pairs:
+        return None
+    one, other = _pick(rng, pairs)
+    return f"what has the same colour as the {CLASSES[one[0]]} ?", CLASSES[other[0]]
+
+
+def caption(facts: Facts) -> str:
+    """The present things from left to right."""
+    things = sorted(facts.present, key=lambda t: t[2])
+    return " and ".join(f"a {COLOURS[t[1]]} {CLASSES[t[0]]}" for t in things) or "nothing"
+
+
+def _caption(facts, rng):
+    return None if facts.partial else ("describe the image .", caption(facts))
+
+
+def _list_things(facts, rng, values):
+    """"fish red , car blue" from left to right. The word behind a class is its colour (or side): one look from the
+    class word, at the class word. A question has the look and the answer at different tokens; without these lists
+    neither step was ever learned, and the model was content with a colour that is somewhere in view."""
+    things = sorted(_unique(facts, 0), key=lambda t: t[2])
+    return " , ".join(f"{CLASSES[t[0]]} {values(t)}" for t in things)
+
+
+def _list_colours(facts, rng):
+    found = _list_things(facts, rng, lambda t: COLOURS[t[1]])
+    return ("what colour are the things ?", found) if found else None
+
+
+def _list_sides(facts, rng):
+    if rng.random() < 0.5:
+        found = _list_things(facts, rng, lambda t: "left" if t[2] < 48 else "right")
+        return ("are the things left or right ?", found) if found else None
+    found = _list_things(facts, rng, lambda t: "top" if t[3] < 48 else "bottom")
+    return ("are the things top or bottom ?", found) if found else None
+
+
+# Kinds that look one thing up: every question of the kind that a scene allows.
+LOOKUPS = {"class": _classes, "colour": _colours, "position": _positions, "relation": _relations}
+KINDS = {
+    "existence": _existence,
+    "existence_colour": _existence_colour,
+    "class": _classes,
+    "colour": _colours,
+    "count": _count,
+    "count_class": _count_class,
+    "style": _style,
+    "domain": _domain,
+    "position": _positions,
+    "relation": _relations,
+    "hop_colour": _hop_colour,
+    "hop_class": _hop_class,
+    "hop_same": _hop_same,
+    "hop_more": _hop_more,
+    "hop_match": _hop_match,
+    "caption": _caption,
+    "list_colours": _list_colours,
+    "list_sides": _list_sides,
+}
+DESCRIPTIONS = ("caption", "list_colours", "list_sides")  # several words: trained on, not scored
+HOPS = ("hop_colour", "hop_class", "hop_same", "hop_more", "hop_match")
+
+
+def ask(facts: Facts, kind: str, rng: np.random.Generator, tries: int = 4) -> tuple[str, str] | None:
+    """One (question, answer) of a kind, or None when the scene does not allow it."""
+    for _ in range(tries):
+        found = KINDS[kind](facts, rng)
+        if kind in LOOKUPS:
+            found = _pick(rng, found) if found else None
+        if found is not None:
+            return found
+    return None
+
+
+def ask_about_all(facts: Facts, kind: str, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """The questions of a kind that look up each thing in turn, in random order; one question for the other kinds.
+
+    Where the answers differ from thing to thing, the class (or colour) in the question must be found in the image:
+    asked about one thing per scene, the model was content with a frequent answer for any thing in view."""
+    if kind not in LOOKUPS:
+        found = ask(facts, kind, rng)
+        return [found] if found else []
+    found = LOOKUPS[kind](facts, rng)
+    return [found[i] for i in rng.permutation(len(found))]
+
+
+def referring_expression(facts: Facts, index: int) -> str | None:
+    """The shortest expression that names exactly one thing: class, else colour and class, else with left/right."""
+    cls, colour, x, _, _ = facts.things[index]
+    visible = [t for t in facts.things if t[4] > 0.02]
+    if sum(t[0] == cls for t in visible) == 1:
+        return f"the {CLASSES[cls]}"
+    alike = [t for t in visible if t[:2] == (cls, colour)]
+    if len(alike) == 1:
+        return f"the {COLOURS[colour]} {CLASSES[cls]}"
+    same = sorted(t[2] for t in visible if t[0] == cls)
+    if len(same) == 2 and same[1] - same[0] >= MARGIN:
+        return f"the {'left' if x == same[0] else 'right'} {CLASSES[cls]}"
+    return None
+
+
+_NEUTRAL = (
+    "please look at this picture",
+    "good morning",
+    "here is another scene",
+    "the weather was nice today",
+    "look carefully",
+    "a picture with some things",
+)
+
+
+def prefix(facts: Facts, rng: np.random.Generator) -> str:
+    """Words before the image, as a chat brings them: a name or description (mostly true), the light, or small talk."""
+    draw = rng.random()
+    if draw < 0.4 and facts.present:
+        cls, colour = _pick(rng, facts.present)[:2]
+        form = _pick(rng, ("{1}", "the {1}", "look for the {1}", "a photo of a {1}", "the {0} {1}", "find the {0} {1}"))
+        return form.format(COLOURS[colour], CLASSES[cls])
+    if draw < 0.55:
+        return _pick(rng, ("the {}", "look for the {}", "{}")).format(_pick(rng, CLASSES))
+    if draw < 0.75:
+        return _pick(rng, (f"a {DOMAINS[facts.domain]} photo", f"a {STYLES[facts.style]} image", DOMAINS[facts.domain]))
+    return _pick(rng, _NEUTRAL)
+
+
+# --- several images, and marked points -------------------------------------------------------------------------------
+
+NTH = ("first", "second", "third")
+STYLE_MATCH = "which image has the same style as the first image ? (a) the second image (b) the third image"
+CLASS_MATCH = "which image shows the same thing as the first image ? (a) the second image (b) the third image"
+CORRESPONDENCE = "which point on the second image corresponds to the reference point ? (a) (b) (c) (d)"
+PART_THEN_LETTER = CORRESPONDENCE.replace("which point", "which part")  # "front (b)": the two steps of the same question
+
+
+def counterpart_question(option: str) -> str:
+    """About a pair with lettered points on both images."""
+    return f"which point on the second image corresponds to {option} ?"
+
+
+def same_point_question(option: str) -> str:
+    """About a pair in BLINK's form: a single comparison of the four."""
+    return f"is {option} the reference point ?"
+
+
+def letter_question(part: int) -> str:
+    """About one portrait with lettered points."""
+    return f"which letter marks the {PARTS[part]} ?"
+
+
+PARTS_QUESTION = "which letter has which part ?"  # "(b) front , (a) top": at the letter, its part
+LETTERS_QUESTION = "which part has which letter ?"  # "front (b) , top (a)": as the lists of things
+PART_QUESTION = "which part is marked ?"  # about one portrait with one point, and about the first image of a pair

@@ -1,0 +1,295 @@
+"""The pocket world as data sets: each function is the generated twin of one real data set, with the same
+sample types.
+
+Everything follows from a seed. Scene `i` of a stream depends on (seed, stream, i) alone, so a larger set
+begins with the smaller one; streams keep the sets disjoint, and the default seed keeps them apart from the
+scenes the pocket models were trained on (`recipe.pool` draws those from seeds 1 and 2). `group` in
+every sample is its scene.
+
+A thing counts as present from a visible share of `PRESENT` on. Below that it is ambiguous and its pixels are
+`VOID`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+from PIL import Image
+
+from kvutils.datasets.pascal5i import sample_episodes
+from kvutils.datasets.pocket.questions import facts_of, referring_expression
+from kvutils.datasets.pocket.shapes import CLASSES
+from kvutils.datasets.pocket.world import DOMAINS, PRESENT, Rendered, Scene, render, sample_clip, sample_scene
+from kvutils.datasets.samples import VOID, Clip, DomainImage, Episode, ImageGroup, KeypointPair, LabelledImage, NamedMask
+from kvutils.errors import ParameterError
+
+SEED = 20_000  # held out from the training seeds
+FOLDS = 4
+CLASSES_PER_FOLD = len(CLASSES) // FOLDS
+CLASS_NAMES = CLASSES
+_STREAMS = {"episodes": 1, "groups": 2, "named": 3, "training": 4, "referring": 5, "pairs": 6, "clips": 7,
+            "pope": 8, "mme": 9, "keys": 10, "domains": 11, "domain-training": 12, "art_style": 13, "visual_similarity": 14,
+            "correspondence": 15}  # fmt: skip
+_MAX_TRIES = 100  # scenes looked at per sample wanted, before a set is declared impossible
+
+
+@dataclass(frozen=True)
+class PocketScene:
+    """A drawn scene. `id` names it in every sample made from it."""
+
+    id: str
+    scene: Scene
+    drawn: Rendered
+
+    @cached_property
+    def image(self) -> Image.Image:
+        return Image.fromarray(self.drawn.image)
+
+    @property
+    def present(self) -> list[int]:
+        """Indices of the things that are clearly visible."""
+        return [i for i, share in enumerate(self.drawn.visible) if share >= PRESENT]
+
+    @property
+    def present_classes(self) -> list[int]:
+        return sorted({self.scene.things[i].cls for i in self.present})
+
+    def class_mask(self, cls: int, ambiguous: int = VOID) -> np.ndarray:
+        """(96, 96) uint8: 1 on the present things of a class, `ambiguous` on hardly visible ones, else 0."""
+        values = np.zeros(len(self.scene.things) + 1, np.uint8)
+        for i, thing in enumerate(self.scene.things):
+            if thing.cls == cls:
+                values[i + 1] = 1 if self.drawn.visible[i] >= PRESENT else ambiguous
+        return values[self.drawn.mask]
+
+    def class_map(self) -> np.ndarray:
+        """(96, 96) uint8: class index + 1 of the present things, `VOID` on ambiguous ones, 0 background."""
+        values = np.zeros(len(self.scene.things) + 1, np.uint8)
+        for i, thing in enumerate(self.scene.things):
+            values[i + 1] = thing.cls + 1 if self.drawn.visible[i] >= PRESENT else VOID
+        return values[self.drawn.mask]
+
+    def thing_box(self, index: int) -> np.ndarray:
+        """(4,) x0, y0, x1, y1 around the visible pixels of a thing."""
+        rows, columns = np.nonzero(self.drawn.mask == index + 1)
+        return np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], dtype=float)
+
+
+def describe_scene(stream: str, index: int, seed: int = SEED, kind: str = "mixed") -> Scene:
+    """What is in scene `index` of a stream, always the same; drawing it takes far longer."""
+    return sample_scene(np.random.default_rng((seed, _STREAMS[stream], index)), kind)
+
+
+@lru_cache(maxsize=4096)
+def pocket_scene(stream: str, index: int, seed: int = SEED, kind: str = "mixed") -> PocketScene:
+    """Scene `index` of a stream, drawn."""
+    scene = describe_scene(stream, index, seed, kind)
+    return PocketScene(f"{stream}-{seed}-{index:05d}", scene, render(scene))
+
+
+def _scenes(stream: str, wanted: int, seed: int, kind: str = "mixed") -> Iterator[PocketScene]:
+    """Scenes of a stream in order; ends in an error instead of searching for ever."""
+    for index in range(_MAX_TRIES * max(wanted, 1)):
+        yield pocket_scene(stream, index, seed, kind)
+    raise ParameterError(f"{wanted} samples of {stream!r} were not found among {_MAX_TRIES * wanted} scenes")
+
+
+def few_shot_episodes(
+    per_fold: int = 50, scenes: int = 240, shot: int = 5, seed: int = SEED
+) -> list[Episode]:
+    """Twin of Pascal-5i: 4 folds of 2 classes, episodes drawn from `scenes` scenes exactly as HSNet draws
+    them.
+
+    The list of a fold holds every (scene, class of the fold) with a present thing; masks are 1 on all visible
+    pixels of the class, however little of a thing shows (Pascal's masks know no minimum).
+    """
+    _at_least_one(per_fold=per_fold, scenes=scenes, shot=shot)
+    pool = {s.id: s for s in (pocket_scene("episodes", i, seed) for i in range(scenes))}
+    episodes = []
+    for fold in range(FOLDS):
+        members = range(fold * CLASSES_PER_FOLD, (fold + 1) * CLASSES_PER_FOLD)
+        entries = [(s.id, c) for s in pool.values() for c in s.present_classes if c in members]
+        for i, (query, supports, cls) in enumerate(sample_episodes(entries, shot, per_fold, seed)):
+
+            def labelled(name: str, cls: int = cls) -> LabelledImage:
+                return LabelledImage(name, pool[name].image, pool[name].class_mask(cls, ambiguous=1))
+
+            episodes.append(
+                Episode(
+                    id=f"fold{fold}-{i:04d}",
+                    class_index=cls,
+                    class_name=CLASSES[cls],
+                    fold=fold,
+                    query=labelled(query),
+                    supports=tuple(labelled(name) for name in supports),
+                )
+            )
+    return episodes
+
+
+def image_groups(per_class: int = 2, images: int = 8, seed: int = SEED) -> list[ImageGroup]:
+    """Twin of MSRC: sets of `images` scenes that share a class. No scene is in two sets."""
+    _at_least_one(per_class=per_class, images=images)
+    sets: dict[int, list[list[PocketScene]]] = {
+        c: [[] for _ in range(per_class)] for c in range(len(CLASSES))
+    }
+    open_places = len(CLASSES) * per_class * images
+    for scene in _scenes("groups", open_places, seed):
+        # The class that lacks most takes the scene, so that rare classes fill up.
+        takers = [(sum(len(g) for g in sets[c]), c) for c in scene.present_classes]
+        takers = [(filled, c) for filled, c in takers if filled < per_class * images]
+        if takers:
+            filled, cls = min(takers)
+            sets[cls][filled // images].append(scene)
+            open_places -= 1
+        if not open_places:
+            break
+    return [
+        ImageGroup(
+            id=f"{CLASSES[c]}-{number}",
+            class_name=CLASSES[c],
+            images=tuple(LabelledImage(s.id, s.image, s.class_mask(c)) for s in members),
+        )
+        for c, groups in sets.items()
+        for number, members in enumerate(groups)
+    ]
+
+
+def named_masks(scenes: int = 100, seed: int = SEED) -> list[NamedMask]:
+    """Twin of ImageNet-S: every class that is present in a scene, with its name and pixels."""
+    _at_least_one(scenes=scenes)
+    samples = []
+    for scene in (pocket_scene("named", i, seed) for i in range(scenes)):
+        for cls in scene.present_classes:
+            name, mask = CLASSES[cls], scene.class_mask(cls)
+            samples.append(NamedMask(f"{scene.id}-{name}", scene.id, scene.image, name, mask, scene.id, name))
+    return samples
+
+
+def training_maps(scenes: int = 60, seed: int = SEED) -> list[LabelledImage]:
+    """Labelled scenes to fit a class probe on: class index + 1; disjoint from `named_masks`."""
+    _at_least_one(scenes=scenes)
+    drawn = (pocket_scene("training", i, seed) for i in range(scenes))
+    return [LabelledImage(s.id, s.image, s.class_map()) for s in drawn]
+
+
+def referring_masks(scenes: int = 60, seed: int = SEED) -> list[NamedMask]:
+    """Twin of RefCOCO: scenes that show some class at least twice, and the shortest expression for each of
+    its things.
+
+    An expression names exactly one thing: by class, else colour and class, else left or right; things for
+    which none of these is enough have no sample.
+    """
+    _at_least_one(scenes=scenes)
+    samples, used = [], 0
+    for scene in _scenes("referring", scenes, seed):
+        if len(scene.present_classes) == len(scene.present):
+            continue
+        facts = facts_of(scene.scene, scene.drawn)
+        for index in scene.present:
+            text = referring_expression(facts, index)
+            if text:
+                mask = (scene.drawn.mask == index + 1).astype(np.uint8)
+                name = CLASSES[scene.scene.things[index].cls]
+                sample_id = f"{scene.id}-{index}"
+                samples.append(NamedMask(sample_id, scene.id, scene.image, text, mask, scene.id, name))
+        used += 1
+        if used == scenes:
+            break
+    return samples
+
+
+def keypoint_pairs(pairs: int = 160, seed: int = SEED, min_points: int = 2) -> list[KeypointPair]:
+    """Twin of SPair-71k: two scenes with one large thing of the same class each. No scene is in two pairs."""
+    _at_least_one(pairs=pairs, min_points=min_points)
+    waiting: dict[int, PocketScene] = {}
+    samples: list[KeypointPair] = []
+    for scene in _scenes("pairs", pairs, seed, kind="portrait"):
+        cls = scene.scene.things[0].cls
+        first = waiting.pop(cls, None)
+        if first is None:
+            waiting[cls] = scene
+            continue
+        both = first.drawn.keypoint_seen[0] & scene.drawn.keypoint_seen[0]
+        if both.sum() < min_points:
+            waiting[cls] = scene
+            continue
+        samples.append(
+            KeypointPair(
+                id=f"{first.id}-{scene.id}",
+                category=CLASSES[cls],
+                source_id=first.id,
+                source=first.image,
+                source_points=first.drawn.keypoints[0][both],
+                target_id=scene.id,
+                target=scene.image,
+                target_points=scene.drawn.keypoints[0][both],
+                target_box=scene.thing_box(0),
+            )
+        )
+        if len(samples) == pairs:
+            break
+    return samples
+
+
+def clips(count: int = 24, frames: int = 12, seed: int = SEED) -> list[Clip]:
+    """Twin of DAVIS-2017: short videos of two or three moving things, all clearly visible at first."""
+    _at_least_one(count=count)
+    if frames < 3:
+        raise ParameterError(
+            f"a clip needs at least 3 frames (the first is given, the last not scored), not {frames}"
+        )
+    samples: list[Clip] = []
+    for index in range(_MAX_TRIES * count):
+        scenes = sample_clip(np.random.default_rng((seed, _STREAMS["clips"], index)), frames)
+        first = render(scenes[0])
+        if first.visible.min() < PRESENT:
+            continue
+        drawn = [first, *(render(scene) for scene in scenes[1:])]
+        images = tuple(Image.fromarray(d.image) for d in drawn)
+        samples.append(Clip(f"clips-{seed}-{index:05d}", images, np.stack([d.mask for d in drawn])))
+        if len(samples) == count:
+            return samples
+    raise ParameterError(f"{count} clips with visible things were not found among {_MAX_TRIES * count}")
+
+
+def key_images(count: int = 1000, seed: int = SEED) -> list[LabelledImage]:
+    """Twin of the COCO images over which the variance of image keys is taken: scenes as they come.
+
+    Label maps as in `training_maps`: 0 is background. The real set may open its images when they are asked for.
+    """
+    _at_least_one(count=count)
+    drawn = (pocket_scene("keys", i, seed) for i in range(count))
+    return [LabelledImage(s.id, s.image, s.class_map()) for s in drawn]
+
+
+def domain_scenes(
+    scenes: int = 160, stream: str = "domains", domains: Sequence[str] = ("night", "fog"), seed: int = SEED
+) -> list[DomainImage]:
+    """Twin of BDD-10K split by domain: labelled scenes of these lights only, label maps as in `training_maps`.
+
+    stream "domain-training" gives scenes of the same kind to fit a probe on.
+    """
+    _at_least_one(scenes=scenes)
+    unknown = sorted(set(domains) - set(DOMAINS))
+    if unknown or not domains or stream not in ("domains", "domain-training"):
+        raise ParameterError(f"domains must be some of {', '.join(DOMAINS)}, the stream domains or domain-training, "
+                             f"found {list(domains)}, {stream!r}")  # fmt: skip
+    samples: list[DomainImage] = []
+    for index in range(_MAX_TRIES * scenes):
+        name = DOMAINS[describe_scene(stream, index, seed).domain]
+        if name in domains:
+            scene = pocket_scene(stream, index, seed)
+            samples.append(DomainImage(scene.id, scene.image, scene.class_map(), name))
+        if len(samples) == scenes:
+            return samples
+    raise ParameterError(f"{scenes} scenes with {' or '.join(domains)} were not found among {_MAX_TRIES * scenes}")
+
+
+def _at_least_one(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ParameterError(f"{name} must be at least 1, not {size}")

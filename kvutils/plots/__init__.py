@@ -1,0 +1,51 @@
+"""All figures, drawn from stored results alone: `draw_all(results folder, figures folder)`; one file per notebook."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from IPython.display import Image as PngFile
+from IPython.display import display
+from matplotlib.figure import Figure
+
+from kvutils.errors import DataError
+from kvutils.plots import baseline, blink, keys, prefix
+from kvutils.plots.value_flow import draw_value_flow
+from kvutils.store import read_json
+
+DRAW: dict[str, Callable[[Mapping], dict[str, Figure]]] = {
+    "01_value_flow": draw_value_flow,
+    "02_siglip_baseline": baseline.draw,
+    "03_input_agnostic_keys": keys.draw,
+    "04_prefix": prefix.draw,
+    "05_blink_gap": blink.draw,
+}
+
+
+def save(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
+    """Write figures as PNG, without dates, so that the same results give the same bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, figure in figures.items():
+        paths.append(folder / f"{name}.png")
+        figure.savefig(paths[-1], metadata={"Software": None})
+        plt.close(figure)
+    return paths
+
+
+def show(name: str, figure: Figure, folder: Path) -> None:
+    """Write a figure and show it in a notebook: exactly the file, whatever the notebook's backend."""
+    (path,) = save({name: figure}, folder)
+    display(PngFile(path))
+
+
+def draw_all(results: Path, figures: Path) -> list[Path]:
+    """Redraw every figure of the results files in a folder; no model is needed."""
+    written = []
+    for file in sorted(Path(results).glob("[0-9]*.json")):
+        if file.stem not in DRAW:
+            raise DataError(f"{file}: no figures are defined for it; expected one of {', '.join(DRAW)}")
+        written += save(DRAW[file.stem](read_json(file)), Path(figures))
+    if not written:
+        raise DataError(f"no results in {results}; run `make replicate` first")
+    return written

@@ -1,0 +1,179 @@
+"""Token ids of `prefix + images + question`, split behind the last image: what is cached, what is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kvutils.errors import ParameterError, PromptError
+from kvutils.models import MLM, ONEVISION, QWEN
+from kvutils.vision import VisionInputs
+
+
+@dataclass
+class TextInputs:
+    """Token ids (B, T), mask (B, T) and positions (B, T) or for Qwen (3, B, T); padded on the right."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+
+
+def prepare_text(
+    mlm: MLM, prompts: Sequence[str], vision: VisionInputs, images_only: bool = True
+) -> TextInputs:
+    """Tokenise prompts and place the layouts' slots; images belong to the prompts' image tokens in order.
+
+    images_only ends every sequence after its last image token: attention is causal, so what follows cannot
+    change the image tokens.
+    """
+    token, rows, first = mlm.processor.image_token, [], 0
+    counts = [prompt.count(token) for prompt in prompts]
+    if 0 in counts:
+        raise PromptError(f"prompts[{counts.index(0)}] must hold the image token {token!r}")
+    if sum(counts) != len(vision.layouts):
+        raise PromptError(f"the prompts hold {sum(counts)} image tokens for {len(vision.layouts)} images")
+    if max(counts) > 1 and mlm.family == ONEVISION and not vision.base_view_only:
+        raise ParameterError("LLaVA-OneVision sees several images as base views: use base_view_only=True")
+    for index, prompt in enumerate(prompts):
+        head, *tails = prompt.split(token)
+        layouts = vision.layouts[first : first + len(tails)]
+        text = head + "".join(token * len(one) + tail for one, tail in zip(layouts, tails, strict=True))
+        ids = torch.tensor(tokenize(mlm, text))
+        slots = (ids == mlm.image_token_id).nonzero().flatten()
+        if len(slots) != sum(map(len, layouts)):
+            raise PromptError(f"prompts[{index}]: {sum(map(len, layouts))} image tokens became {len(slots)}")
+        for part in slots.split([len(one) for one in layouts]):
+            vision.layouts[first] = vision.layouts[first].at(part.numpy())
+            first += 1
+        rows.append(ids[: slots[-1] + 1] if images_only else ids)
+    ids, mask = pad(mlm, rows)
+    if mlm.family == QWEN:
+        kinds = (ids == mlm.image_token_id).int()
+        positions, _ = mlm.model.model.get_rope_index(
+            ids, mm_token_type_ids=kinds, image_grid_thw=vision.grids, attention_mask=mask
+        )
+    else:
+        positions = text_positions(mask)
+    return TextInputs(ids, mask, positions)
+
+
+def tokenize(mlm: MLM, text: str) -> list[int]:
+    """Token ids as the processor makes them; a template that wrote the first token gets no second one."""
+    start = mlm.tokenizer.bos_token
+    return mlm.tokenizer(text, add_special_tokens=not (start and text.startswith(start)))["input_ids"]
+
+
+def pad(mlm: MLM, rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (B, T) and mask (B, T), padded on the right: left padding would rotate the keys."""
+    filler = mlm.tokenizer.pad_token_id or 0
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=filler)
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    return ids.to(mlm.device), mask.to(mlm.device)
+
+
+def text_positions(mask: torch.Tensor) -> torch.Tensor:
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+Options = Sequence[str] | Mapping[str, Sequence[str]]
+_QUESTION = "kvutils-question"  # stands for a question, to see where a chat template puts it
+
+
+class PromptTokens:
+    """Prompts of one model and prefix. Every question is tokenised within its whole prompt, and only once."""
+
+    def __init__(self, mlm: MLM, prefix: str | None = None):
+        self.mlm, self.prefix = mlm, prefix
+        self._prompts: dict[tuple[str, int], list[int]] = {}
+        self._heads: dict[int, list[int]] = {}
+        self._options: dict[str, list[int]] = {}
+
+    def up_to_images(self, images: int) -> str:
+        """A prompt that is meant up to its last image only; a stand-in for the question follows."""
+        prompt = self.mlm.prompt(question=_QUESTION, prefix=self.prefix, images=images)
+        if prompt.rfind(self.mlm.processor.image_token) > prompt.find(_QUESTION):
+            raise PromptError(
+                f"the chat template of {self.mlm.name} does not put the question behind the image, so no "
+                f"cached image can serve several questions: {prompt[:200]!r}"
+            )
+        return prompt
+
+    def head(self, images: int) -> list[int]:
+        """Token ids up to the last image, one token per image (tokenised as if each image were one token)."""
+        if images not in self._heads:
+            ids = tokenize(self.mlm, self.up_to_images(images))
+            self._heads[images] = ids[: self._behind_images(ids)]
+        return self._heads[images]
+
+    def check(self, images: int, tokens: Sequence[int], ids: list[int]) -> None:
+        """PromptError unless `ids` are `head` with `tokens[i]` tokens in place of image i."""
+        counts, expected = iter(tokens), []
+        for token in self.head(images):
+            expected += [token] * (next(counts) if token == self.mlm.image_token_id else 1)
+        if expected != ids:
+            raise PromptError(f"the tokenizer of {self.mlm.name} joins image tokens with text around them")
+
+    def tail(self, question: str, images: int) -> list[int]:
+        """Token ids behind the last image of the whole prompt with this question.
+
+        PromptError where the prompt up to there is not what every other question shares.
+        """
+        if not isinstance(question, str) or not question.strip():
+            raise PromptError(f"a question must be a text of at least one word, not {question!r}")
+        if (question, images) not in self._prompts:
+            ids = tokenize(self.mlm, self.mlm.prompt(question=question, prefix=self.prefix, images=images))
+            end = self._behind_images(ids)
+            if ids[:end] != self.head(images) or end == len(ids):
+                raise PromptError(
+                    f"the prompt of {question!r} does not begin with the tokens that are cached: the chat "
+                    f"template or the tokenizer of {self.mlm.name} mixes it with what is before it"
+                )
+            self._prompts[question, images] = ids[end:]
+        return self._prompts[question, images]
+
+    def options(self, options: Options) -> dict[str, list[list[int]]]:
+        """Label -> token ids of each spelling, as the model would begin its turn with them.
+
+        options: texts, or label -> spellings. Spellings with equal tokens count once, those with tokens
+        unknown to the model not at all; ParameterError where an option has no other.
+        """
+        if isinstance(options, str) or not options or not all(isinstance(one, str) for one in options):
+            raise ParameterError(f"options must be a list of at least one text, not {options!r}")
+        spelled = options if isinstance(options, Mapping) else {option: (option,) for option in options}
+        if len(spelled) < len(options):
+            raise ParameterError(f"every option can be given only once, found {list(options)}")
+        return {label: self._spellings(label, spellings) for label, spellings in spelled.items()}
+
+    def _spellings(self, label: str, spellings: Sequence[str]) -> list[list[int]]:
+        found, unknown = [], self.mlm.tokenizer.unk_token_id
+        for text in spellings:
+            if text not in self._options:
+                self._options[text] = self.mlm.tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = self._options[text]
+            if ids and ids not in found and (unknown is None or unknown not in ids):
+                found.append(ids)
+        if not found:
+            raise ParameterError(f"the option {label!r} has no tokens that {self.mlm.name} knows")
+        return found
+
+    def _behind_images(self, ids: list[int]) -> int:
+        return len(ids) - ids[::-1].index(self.mlm.image_token_id)
+
+
+def for_all(options) -> bool:
+    """Whether these are one question's options, meant for every question, and not options of each."""
+    return options is None or isinstance(options, str | Mapping) or not options or isinstance(options[0], str)
+
+
+def per_question(options, questions: Sequence[Sequence[str]]) -> Sequence[Sequence[Options | None]]:
+    """options[row][i] of questions[row][i]; ParameterError where their numbers differ."""
+    if for_all(options):
+        return [[options] * len(texts) for texts in questions]
+    counts, found = [len(texts) for texts in questions], [len(choices) for choices in options]
+    if counts != found:
+        raise ParameterError(f"expected options for {counts} questions (of each prompt), found {found}")
+    return options

@@ -1,0 +1,310 @@
+"""Every feature source of an image on one token grid: what the six tasks read.
+
+    pixels             mean colour and position of a token's rectangle: the floor
+    encoder_original   another vision tower, before it was finetuned in the MLM
+    encoder            the MLM's vision tower
+    projector          what enters the language model
+    value.l, key.l     image values and keys of layer l, heads concatenated (keys after rotary embedding)
+    untrained.value.l  the same of a model of the same architecture with random weights (control)
+
+Features are rounded to half precision when they are made, so that they are the same numbers whether they come
+from memory, from disk or from the model. Images are run in fixed batches and stored by batch: a batch of
+another composition may differ in its last bits, and a resumed run must not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+
+from kvutils.errors import ModelError, ParameterError
+from kvutils.kvcache import Capture, capture, capture_encoder
+from kvutils.language import resolve_layers
+from kvutils.layout import TokenLayout
+from kvutils.models import MLM, Encoder
+from kvutils.readout.attention import QUESTION, prompt_saliency
+from kvutils.readout.words import SiglipText, TextAlignment
+from kvutils.store import Store, to_json
+
+STACK_BYTES = 2**31  # of features, in float32, that a task computes with at once
+Item = tuple[str, Image.Image]  # image id (for errors) and upright RGB image
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFeatures:
+    """One image: the full grid of its finest view, no newlines, no padding; features: source -> (N, C).
+
+    device: where stacks are made, so that a GPU computes with features that the main memory holds."""
+
+    layout: TokenLayout
+    features: dict[str, torch.Tensor]
+    device: torch.device | None = None
+
+    def stack(self, sources: Sequence[str]) -> torch.Tensor:
+        """(S, N, C) float32 of sources with the same number of channels, on `device`."""
+        return torch.stack([self.features[source] for source in sources]).to(self.device).float()
+
+    def by_width(self, sources: Iterable[str], rows: int = 0) -> list[list[str]]:
+        """The sources in groups of equal C, each of which can be stacked; order is kept within a group.
+
+        rows: tokens, of all images together, that will be stacked per source; a group has at most `STACK_BYTES` then.
+        """
+        groups: dict[int, list[str]] = {}
+        for source in sources:
+            if source not in self.features:
+                raise ParameterError(f"no source {source!r}; there are {', '.join(self.features)}")
+            groups.setdefault(self.features[source].shape[-1], []).append(source)
+        portions = []
+        for width, names in groups.items():
+            most = max(1, STACK_BYTES // (4 * width * max(rows, 1)))
+            portions += [names[i : i + most] for i in range(0, len(names), most)]
+        return portions
+
+
+def image_tokens(layout: TokenLayout) -> np.ndarray:
+    """Indices of the tokens that tasks read: the finest view's grid without newlines and padding."""
+    tokens = layout.spatial()
+    sides = layout.rects[tokens, 2:] - layout.rects[tokens, :2]
+    return tokens[(sides > 0).all(axis=1)]
+
+
+def token_means(layout: TokenLayout, planes: np.ndarray) -> np.ndarray:
+    """(N, K) mean of pixel planes (H, W, K) over the pixels whose centre is in each token's rectangle.
+
+    A rectangle without a pixel centre (an enlarged image) takes the pixel under its middle.
+    """
+    sums = np.pad(np.asarray(planes, dtype=np.float64).cumsum(0).cumsum(1), ((1, 0), (1, 0), (0, 0)))
+    low = np.ceil(layout.rects[:, :2] - 0.5).astype(int)
+    high = np.ceil(layout.rects[:, 2:] - 0.5).astype(int)
+    under = np.minimum(np.floor(layout.centers).astype(int), np.array(layout.image_size) - 1)
+    thin = high <= low
+    (x0, y0), (x1, y1) = np.where(thin, under, low).T, np.where(thin, under + 1, high).T
+    total = sums[y1, x1] - sums[y0, x1] - sums[y1, x0] + sums[y0, x0]
+    return total / ((x1 - x0) * (y1 - y0))[:, None]
+
+
+def pixel_features(layout: TokenLayout, image: Image.Image) -> torch.Tensor:
+    """(N, 5) mean red, green, blue and the centre's x, y, all in -1..1."""
+    colour = token_means(layout, np.asarray(image)) / 127.5 - 1
+    position = 2 * layout.centers / np.array(layout.image_size) - 1
+    return torch.from_numpy(np.concatenate([colour, position], axis=1))
+
+
+class FeatureExtractor:
+    """Features of images and texts from one MLM and its baselines; see the module for the sources.
+
+    layers: of values and keys ("all" or numbers). encoder_text: the text tower of encoder_original, for text
+    scores of the encoders. base_view_only, max_pixels: as in `kvutils.kvcache.capture`. Batches are kept in
+    memory up to `memory_bytes` (default: a third of what is free, shared by the processes of this machine) and, with
+    a `Store`, on disk if they are at most `stored_bytes`: those of large models would fill terabytes, and reading
+    them back takes as long as a GPU takes to make them. to: where features live (None: the model's device).
+    """
+
+    def __init__(
+        self,
+        mlm: MLM,
+        untrained: MLM | None = None,
+        encoder_original: Encoder | None = None,
+        *,
+        encoder_text: SiglipText | None = None,
+        layers: str | int | Iterable[int] = "all",
+        keys: bool = True,
+        base_view_only: bool | None = None,
+        max_pixels: int | None = None,
+        batch_size: int = 8,
+        store: Store | None = None,
+        memory_bytes: int | None = None,
+        stored_bytes: int = 2**26,
+        to: str | torch.device | None = "cpu",
+    ):
+        if batch_size < 1:
+            raise ParameterError(f"batch_size must be at least 1, not {batch_size}")
+        self.mlm, self.untrained, self.encoder_original = mlm, untrained, encoder_original
+        self.layers, self.keys, self.batch_size = resolve_layers(mlm, layers), keys, batch_size
+        self.store, self.stored_bytes, self.to = store, stored_bytes, to
+        self.memory_bytes = _share_of_memory() if memory_bytes is None else memory_bytes
+        self._views = {"base_view_only": base_view_only, "max_pixels": max_pixels}
+        self.alignment = TextAlignment(mlm, self.layers, untrained, encoder_original, encoder_text)
+        self._memory: OrderedDict[str, list[ImageFeatures]] = OrderedDict()
+        self._held = 0
+        self._saliency: dict[str, torch.Tensor] = {}
+
+    @property
+    def sources(self) -> list[str]:
+        """The ids of all sources with a feature per token."""
+        names = ["pixels", *(["encoder_original"] if self.encoder_original else []), "encoder", "projector"]
+        families = [
+            "value",
+            *(["key"] if self.keys else []),
+            *(["untrained.value"] if self.untrained else []),
+        ]
+        return names + [f"{family}.{layer}" for family in families for layer in self.layers]
+
+    @property
+    def text_sources(self) -> list[str]:
+        """The ids of the sources that also score texts."""
+        return self.alignment.sources
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of everything that the features depend on besides the code and the libraries."""
+        text = self.alignment.encoder_text
+        about = {
+            "models": [_identity(m) for m in (self.mlm, self.untrained, self.encoder_original)],
+            "text": None if text is None else [text.name, text.template],
+            "layers": self.layers,
+            "views": self._views,
+            "batch_size": self.batch_size,
+        }
+        return hashlib.sha256(to_json(about).encode()).hexdigest()[:16]
+
+    def images(self, items: Sequence[Item], prefix: str | None = None) -> list[ImageFeatures]:
+        """Features of images, in consecutive batches of `batch_size`. prefix: text before the image."""
+        batches = (items[i : i + self.batch_size] for i in range(0, len(items), self.batch_size))
+        return [
+            features
+            for batch in batches
+            for features in self.batch(self.batch_key(batch, prefix), batch, prefix)
+        ]
+
+    def batch_key(self, items: Sequence[Item], prefix: str | None = None) -> str:
+        """Name of a batch: it depends on the pixels of all its images and on the prefix."""
+        digests = [hashlib.sha256(_pixels(image)).hexdigest() for _, image in items]
+        return hashlib.sha256("\n".join([str(prefix), *digests]).encode()).hexdigest()[:32]
+
+    def batch(self, key: str, items: Sequence[Item], prefix: str | None = None) -> list[ImageFeatures]:
+        """Features of a batch under its `batch_key`, from memory, the store or the models."""
+        if key in self._memory:
+            self._memory.move_to_end(key)
+            return self._memory[key]
+        where = f"features/{self.fingerprint}{'' if self.keys else '-no-keys'}/{key}" if self.store else ""
+        found = self.store.get(where) if self.store else None
+        if found is None:
+            batch = self._extract(items, prefix)
+            if self.store and _bytes(batch) <= self.stored_bytes:
+                self.store.put(where, *_pack(batch))
+        else:
+            batch = _unpack(*found, self.mlm.device if self.to is None else self.to, self.mlm.device)
+        self._remember(key, batch)
+        return batch
+
+    def texts(self, texts: Sequence[str]) -> list[dict[str, torch.Tensor]]:
+        """Per text its vector (C,) in every text-aligned source; see `kvutils.readout.words`."""
+        return [self.alignment.text(text) for text in texts]
+
+    def text_scores(self, features: ImageFeatures, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Per text-aligned source the scores (len(texts), N) of the texts on the image's tokens."""
+        return self.alignment.scores(features.features, texts)
+
+    def saliency(self, item: Item, question: str = QUESTION) -> torch.Tensor:
+        """(N,) float32 attention of the last prompt token, scaled to 0..1 over the image's tokens (0 if
+        constant).
+        """
+        key = self.batch_key([item], question)
+        if key not in self._saliency:
+            layout, attention = prompt_saliency(self.mlm, item[1], question, **self._views)
+            attention = attention[torch.from_numpy(image_tokens(layout))]
+            low, high = attention.min(), attention.max()
+            self._saliency[key] = (attention - low) / (high - low).clamp_min(torch.finfo(torch.float32).tiny)
+        return self._saliency[key]
+
+    def _extract(self, items: Sequence[Item], prefix: str | None) -> list[ImageFeatures]:
+        images = [image for _, image in items]
+        options = {**self._views, "batch_size": len(images), "to": self.to}
+        captures = capture(self.mlm, images, prefix, self.layers, keys=self.keys, **options)
+        control = (
+            capture(self.untrained, images, prefix, self.layers, keys=False, features=False, **options)
+            if self.untrained
+            else [None] * len(images)
+        )
+        original = (
+            capture_encoder(self.encoder_original, self.mlm, images, **options)
+            if self.encoder_original
+            else [None] * len(images)
+        )
+        return [
+            self._features(item, *captured)
+            for item, *captured in zip(items, captures, control, original, strict=True)
+        ]
+
+    def _features(
+        self, item: Item, captured: Capture, control: Capture | None, original: torch.Tensor | None
+    ) -> ImageFeatures:
+        tokens = image_tokens(captured.layout)
+        grid = captured.select(tokens)
+        features = {"pixels": pixel_features(grid.layout, item[1]).to(grid.encoder.device)}
+        if original is not None:
+            features["encoder_original"] = original[torch.from_numpy(tokens).to(original.device)]
+        features |= {"encoder": grid.encoder, "projector": grid.projector}
+        features |= {f"value.{layer}": grid.value(layer) for layer in self.layers}
+        if self.keys:
+            features |= {f"key.{layer}": grid.key(layer) for layer in self.layers}
+        if control is not None:
+            if len(control.layout) != len(captured.layout):
+                raise ModelError("the untrained model lays out another number of tokens than the trained one")
+            random = control.select(tokens)
+            features |= {f"untrained.value.{layer}": random.value(layer) for layer in self.layers}
+        rounded = {source: tensor.half() for source, tensor in features.items()}
+        for source, tensor in rounded.items():
+            if not torch.isfinite(tensor).all():
+                raise ModelError(
+                    f"image {item[0]}: the features of {source} are not finite in half precision (largest "
+                    f"{features[source].abs().max():.3g}); leave this source's layer out"
+                )
+        return ImageFeatures(grid.layout, rounded, self.mlm.device)
+
+    def _remember(self, key: str, batch: list[ImageFeatures]) -> None:
+        self._memory[key] = batch
+        self._held += _bytes(batch)
+        while self._held > self.memory_bytes and len(self._memory) > 1:
+            self._held -= _bytes(self._memory.popitem(last=False)[1])
+
+
+def _share_of_memory() -> int:
+    return psutil.virtual_memory().available // (3 * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def _identity(model: MLM | Encoder | None) -> list[str] | None:
+    return None if model is None else [model.name, model.revision, str(model.model.dtype)]
+
+
+def _pixels(image: Image.Image) -> bytes:
+    return f"{image.mode}{image.size}".encode() + image.tobytes()
+
+
+def _bytes(batch: list[ImageFeatures]) -> int:
+    return sum(t.numel() * t.element_size() for one in batch for t in one.features.values())
+
+
+_ARRAYS = ("slots", "rects", "cells", "view", "is_newline")
+
+
+def _pack(batch: list[ImageFeatures]) -> tuple[dict, dict]:
+    """(tensors, meta) for `Store.put`."""
+    tensors, sizes, grids = {}, [], []
+    for i, one in enumerate(batch):
+        tensors |= {f"{i}/{source}": tensor for source, tensor in one.features.items()}
+        tensors |= {f"{i}/layout/{name}": getattr(one.layout, name) for name in _ARRAYS}
+        sizes.append(one.layout.image_size)
+        grids.append(one.layout.grids)
+    return tensors, {"image_sizes": sizes, "grids": grids, "sources": list(batch[0].features)}
+
+
+def _unpack(tensors: dict, meta: dict, to: str | torch.device, device: torch.device) -> list[ImageFeatures]:
+    batch = []
+    for i, (size, grids) in enumerate(zip(meta["image_sizes"], meta["grids"], strict=True)):
+        arrays = {name: tensors[f"{i}/layout/{name}"] for name in _ARRAYS}
+        layout = TokenLayout(
+            **arrays, image_size=tuple(size), grids={name: tuple(grid) for name, grid in grids.items()}
+        )
+        features = {source: tensors[f"{i}/{source}"].to(to) for source in meta["sources"]}
+        batch.append(ImageFeatures(layout, features, device))
+    return batch

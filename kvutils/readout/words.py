@@ -1,0 +1,161 @@
+"""Scores of words on image tokens: each source in which an image token and a text have vectors in one space.
+
+    value.l            image values of layer l . mean value of the text's tokens in a text-only forward
+    untrained.value.l  the same in a model with random weights (control)
+    lens.value.l       image values, repeated over their query group, through o_proj of layer l and final norm
+                       . mean row of the language-model head over the text's tokens (a logit lens on values)
+    projector          projector output . mean input embedding of the text's tokens
+    encoder_original   each patch alone through SigLIP's pooling head . SigLIP's text embedding, both of unit
+                       length (MaskCLIP's trick)
+    encoder            the same for the finetuned tower, with the head of encoder_original
+
+All scores are dot products (paper, section 3.1; sources beyond value.l are ours).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import normalize
+from transformers import AutoConfig, AutoTokenizer, SiglipModel, SiglipTextModel
+
+from kvutils.errors import ModelError, ParameterError
+from kvutils.kvcache import text_values
+from kvutils.models import ENCODERS, MLM, Encoder, quiet_transformers
+
+# SigLIP learned captions, not bare names; a leading "the " of an expression gives way to it.
+SIGLIP_TEMPLATE = "a {}"
+
+
+@dataclass
+class SiglipText:
+    """The text tower that belongs to an `Encoder`."""
+
+    model: SiglipTextModel
+    tokenizer: Any
+    name: str = "custom"
+    template: str = SIGLIP_TEMPLATE
+
+    @torch.no_grad()
+    def embed(self, text: str) -> torch.Tensor:
+        """(C,) unit-length embedding of a name or expression, padded to full length as SigLIP was trained."""
+        caption = self.template.format(text.removeprefix("the "))
+        length = self.model.config.max_position_embeddings
+        tokens = self.tokenizer(
+            [caption], padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        )
+        ids = tokens["input_ids"].to(self.model.device)
+        return normalize(self.model(input_ids=ids).pooler_output[0].float(), dim=-1).cpu()
+
+
+def load_siglip_text(name: str, device: str | torch.device = "cpu") -> SiglipText:
+    """The text tower of a SigLIP (name in `ENCODERS`, folder or hub id); ModelError if it has none."""
+    source = ENCODERS[name].source if name in ENCODERS else name
+    try:
+        with quiet_transformers():
+            kind = AutoConfig.from_pretrained(source).model_type
+            if kind != "siglip":
+                raise ModelError(f"{name}: {source} is a {kind!r}, not a SigLIP pair of two towers")
+            # Whole: for the text tower alone, every weight of the other would be reported as unexpected.
+            model = SiglipModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True).text_model
+            tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{name}: no SigLIP text tower and tokenizer at {source}: {error}") from error
+    return SiglipText(model.to(device).eval(), tokenizer, name)
+
+
+class TextAlignment:
+    """Text vectors and text scores of the sources above, for the layers of one extractor."""
+
+    def __init__(
+        self,
+        mlm: MLM,
+        layers: Sequence[int],
+        untrained: MLM | None = None,
+        encoder: Encoder | None = None,
+        encoder_text: SiglipText | None = None,
+    ):
+        if encoder_text is not None and encoder is None:
+            raise ParameterError(
+                "encoder_text needs the encoder it belongs to: pass encoder_original as well"
+            )
+        self.mlm, self.layers, self.untrained = mlm, tuple(layers), untrained
+        self.encoder, self.encoder_text = encoder, encoder_text
+        self.sources = []
+        if encoder_text is not None:
+            self.sources += ["encoder_original"]
+            # The finetuned tower can use the original head only if it is the same kind of tower.
+            own = mlm.model.config.vision_config
+            width = getattr(own, "hidden_size", None)
+            if own.model_type == "siglip_vision_model" and width == encoder.model.config.hidden_size:
+                self.sources += ["encoder"]
+        self.sources += ["projector"]
+        families = ["value", *(["untrained.value"] if untrained else []), "lens.value"]
+        self.sources += [f"{family}.{layer}" for family in families for layer in self.layers]
+        self._texts: dict[str, dict[str, torch.Tensor]] = {}
+
+    def text(self, text: str) -> dict[str, torch.Tensor]:
+        """Vector (C,) float32 of the text in every source; read one at a time, so without batch effects."""
+        if text not in self._texts:
+            vectors = {
+                f"value.{n}": v.flatten()
+                for n, v in zip(self.layers, self._values(self.mlm, text), strict=True)
+            }
+            if self.untrained is not None:
+                values = self._values(self.untrained, text)
+                vectors |= {
+                    f"untrained.value.{n}": v.flatten() for n, v in zip(self.layers, values, strict=True)
+                }
+            # As in a sentence: with a space before it, which byte-pair tokenizers make part of the token.
+            ids = torch.tensor(self.mlm.tokenizer(f" {text}", add_special_tokens=False)["input_ids"])
+            for source, rows in (
+                ("projector", self.mlm.model.get_input_embeddings().weight),
+                ("lens", self.mlm.model.lm_head.weight),
+            ):
+                vectors[source] = rows[ids.to(rows.device)].float().mean(0).cpu().detach()
+            if self.encoder_text is not None:
+                vectors["encoder_original"] = vectors["encoder"] = self.encoder_text.embed(text)
+            lens = vectors.pop("lens")
+            vectors |= {f"lens.value.{layer}": lens for layer in self.layers}
+            self._texts[text] = {source: vectors[source] for source in self.sources}
+        return self._texts[text]
+
+    @torch.no_grad()
+    def scores(self, features: Mapping[str, torch.Tensor], texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Per source the dot products (len(texts), N), float32, with plain features (N, C) of an image."""
+        vectors = [self.text(text) for text in texts]
+        scores = {}
+        for source in self.sources:
+            image = self.image_side(source, features)
+            scores[source] = torch.stack([v[source] for v in vectors]).to(image.device) @ image.T
+        return scores
+
+    @torch.no_grad()
+    def image_side(self, source: str, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """(N, C) float32 image vectors of a text-aligned source, from the plain features of an image."""
+        if source.startswith("lens.value."):
+            return self._lens(features[source.removeprefix("lens.")], int(source.rsplit(".", 1)[1]))
+        image = features[source].float()
+        return self._pooled(image) if source.startswith("encoder") else image
+
+    def _values(self, mlm: MLM, text: str) -> torch.Tensor:
+        return text_values(mlm, [text], layers=self.layers)[0]
+
+    def _lens(self, values: torch.Tensor, layer: int) -> torch.Tensor:
+        """What values (N, G*D) add to the residual stream when attended to with full weight, normalised."""
+        mlm, language_model = self.mlm, self.mlm.model.model.language_model
+        output = language_model.layers[layer].self_attn.o_proj
+        group = mlm.num_heads // mlm.num_kv_heads
+        by_head = values.unflatten(-1, (mlm.num_kv_heads, mlm.head_dim)).repeat_interleave(group, dim=-2)
+        states = output(by_head.flatten(-2).to(mlm.device, mlm.dtype))
+        return language_model.norm(states).float().to(values.device)
+
+    def _pooled(self, states: torch.Tensor) -> torch.Tensor:
+        """Each patch (N, C_v), as the projector reads it, alone through last norm and pooling head."""
+        model = self.encoder.model
+        tower = getattr(model, "vision_model", model)
+        patches = states.unsqueeze(1).to(model.device, model.dtype)
+        return normalize(tower.head(tower.post_layernorm(patches)).float(), dim=-1).to(states.device)

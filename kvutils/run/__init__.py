@@ -1,0 +1,1 @@
+"""What `make` calls: notebooks, reports, downloads, plans, the command line."""

@@ -1,0 +1,268 @@
+"""Claims to verdicts to tables: `python -m kvutils.run.report`, and `--check` to see whether anything is stale.
+
+Reads data/claims.yaml and data/results/<profile>/<model>/<notebook>.json. Writes claims.json and REPORT.md
+beside the results, and the generated parts of README.md. A verdict is computed here or not at all.
+"""
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import yaml
+
+from kvutils import data_folder
+from kvutils.errors import DataError, KVUtilsError
+from kvutils.run import notebook
+from kvutils.store import read_json, to_json, write_text
+
+RULES = ("above", "entries_above", "entries_within")
+VERDICTS = ("reproduced", "not reproduced", "inconclusive", "not run")
+PICTURES = {  # the figure that stands for a notebook in the README, where it is not named after it
+    "02_siglip_baseline": "02_steps", "03_input_agnostic_keys": "03_block_effects", "04_prefix": "04_prefix_effects",
+    "05_blink_gap": "05_readouts",
+}  # fmt: skip
+FIELDS = {"id", "section", "statement", "paper", "unit", "notebook", "results", "rule"}
+
+
+def load_claims(path: Path | None = None) -> list[dict]:
+    """The claims of data/claims.yaml, in their order."""
+    path = path or data_folder() / "claims.yaml"
+    claims = yaml.safe_load(path.read_text(encoding="utf-8"))["claims"]
+    for claim in claims:
+        if claim.keys() != FIELDS or claim["rule"].get("kind") not in RULES:
+            raise DataError(f"{path}: claim {claim.get('id')}: expected {sorted(FIELDS)} and a rule of kind "
+                            f"{', '.join(RULES)}; found {claim}.")
+    return claims
+
+
+def undefined(name: str, reason: str, n: int = 0) -> dict:
+    """A part of a claim whose measurement is undefined, and why: it neither holds nor is against."""
+    return {"name": name, "value": None, "low": None, "high": None, "n": n, "reason": reason}
+
+
+def _side(part: Mapping, rule: Mapping, where: str) -> int:
+    """+1 if the part's interval satisfies the rule, -1 if it is wholly on the other side, 0 if it is open or undefined."""
+    low, high = part.get("low"), part.get("high")
+    if low is None and high is None and part.get("reason"):
+        return 0
+    numbers = (int, float)
+    if not (isinstance(low, numbers) and isinstance(high, numbers) and -math.inf < low <= high < math.inf):
+        raise DataError(f"{where}: expected an interval with low <= high, found low={low!r}, high={high!r}.")
+    if rule["kind"] == "entries_within":
+        bound = rule["tolerance"]
+        return 1 if -bound <= low and high <= bound else -1 if low > bound or high < -bound else 0
+    null = rule.get("null", 0.0)
+    return 1 if low > null else -1 if high < null else 0
+
+
+def judge(claim: Mapping, measured: Mapping | None) -> tuple[str, int]:
+    """(verdict, number of parts that hold) of a claim, by its rule; see data/claims.yaml for the rules."""
+    if measured is None:
+        return "not run", 0
+    rule = claim["rule"]
+    parts = [measured] if rule["kind"] == "above" else measured.get("entries") or []
+    if not parts:
+        raise DataError(f"claim {claim['id']}: its rule needs `entries` and the results have none.")
+    sides = [_side(part, rule, f"claim {claim['id']}, {part.get('name', 'headline')}") for part in parts]
+    needed = rule.get("at_least", "all")
+    needed = len(parts) if needed == "all" else needed
+    if sides.count(1) >= needed:
+        return "reproduced", sides.count(1)
+    possible = max(len(parts), needed) - sides.count(-1)
+    return ("inconclusive" if possible >= needed else "not reproduced"), sides.count(1)
+
+
+def row(claim: Mapping, measured: Mapping | None) -> dict:
+    """One line of claims.json. Where the results give entries but no value, ours is how many of them hold."""
+    verdict, holding = judge(claim, measured)
+    measured = measured or {}
+    ours = measured.get("value")
+    if ours is None and measured and claim["rule"]["kind"] != "above":
+        ours = holding
+    return {"id": claim["id"], "verdict": verdict, "paper": claim["paper"], "ours": ours,
+            "low": measured.get("low"), "high": measured.get("high"), "n": measured.get("n"),
+            "unit": measured.get("unit") or claim["unit"], "notebook": claim["notebook"]}
+
+
+def measurement(claim: Mapping, results: Mapping[str, Mapping]) -> Mapping | None:
+    """What a claim's notebook has stored at its `results` place; None if it was not run or not measured."""
+    found = results.get(claim["notebook"])
+    for step in claim["results"].split("."):
+        found = found.get(step) if isinstance(found, Mapping) else None
+    return found
+
+
+def rows(results: Mapping[str, Mapping], ids: Iterable[str] | None = None) -> list[dict]:
+    """The lines of claims.json from {notebook: its results}, for all claims or for `ids`.
+
+    >>> rows({"01_value_flow": {"claims": {"C2": measured}}}, ["C2"])[0]["verdict"]
+    """
+    wanted = None if ids is None else set(ids)
+    return [row(claim, measurement(claim, results)) for claim in load_claims()
+            if wanted is None or claim["id"] in wanted]
+
+
+def read_results(folder: Path) -> dict[str, dict]:
+    """{notebook: results} of the results files in a folder."""
+    return {path.stem: read_json(path) for path in sorted(folder.glob("[0-9][0-9]_*.json"))}
+
+
+def number(value: object) -> str:
+    """As the tables show it: three decimals below 10, one below 100, else none; text and integers as is."""
+    if value is None:
+        return "–"
+    if isinstance(value, str | int):
+        return str(value)
+    digits = 3 if abs(value) < 10 else 1 if abs(value) < 100 else 0
+    return f"{round(value, digits) + 0.0:,.{digits}f}"  # + 0.0: no "-0.000"
+
+
+def signed(part: Mapping, digits: int = 3) -> str:
+    """`+0.123 [+0.100, +0.146]`, or why it is undefined, for the notebooks."""
+    if part["value"] is None:
+        return f"not defined: {part['reason']}"
+    value, low, high = (f"{part[key]:+.{digits}f}" for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def interval(part: Mapping, value: str = "value") -> str:
+    """`0.123 [0.100, 0.146]`."""
+    if part.get("low") is None:
+        return f"not defined: {part['reason']}" if part.get("reason") else number(part.get(value))
+    return f"{number(part.get(value))} [{number(part['low'])}, {number(part['high'])}]"
+
+
+def table(lines: list[dict]) -> str:
+    """The verdict table as Markdown (also for a notebook: `IPython.display.Markdown(table(rows(...)))`)."""
+    claims = {claim["id"]: claim for claim in load_claims()}
+    out = ["| | claim | paper § | paper | ours [95 % interval] | unit | n | verdict | notebook |",
+           "|---|---|---|---|---|---|---|---|---|"]
+    for line in lines:
+        claim = claims[line["id"]]
+        cells = [line["id"], claim["statement"].strip(), claim["section"], number(line["paper"]),
+                 interval(line, "ours"), line["unit"], number(line["n"]), f"**{line['verdict']}**",
+                 line["notebook"][:2]]
+        out.append(f"| {' | '.join(cells)} |")
+    return "\n".join(out)
+
+
+def details(results: Mapping[str, Mapping]) -> str:
+    """REPORT.md's other parts: the comparisons behind each verdict, the choices made, the provenance."""
+    out = []
+    for claim in load_claims():
+        entries = (measurement(claim, results) or {}).get("entries")
+        if entries:
+            out += [f"\n## {claim['id']}: the comparisons\n", "| | value [95 % interval] | n |"]
+            out += ["|---|---|---|"]
+            out += [f"| {e['name']} | {interval(e)} | {number(e.get('n'))} |" for e in entries]
+    for name, found in results.items():
+        out += [f"\n## {name}: choices where the paper is silent\n"] if found.get("choices") else []
+        out += [f"- {key}: {text}" for key, text in sorted(found.get("choices", {}).items())]
+        out += [f"\n## {name}: provenance\n", "| | |", "|---|---|"]
+        out += [f"| {key} | {value} |" for key, value in sorted(found["provenance"].items())]
+    return "\n".join(out) + "\n"
+
+
+def result_folders(root: Path) -> list[Path]:
+    """data/results/<profile>/<model> folders that hold results, the committed run's first."""
+    folders = {path.parent for path in (root / "data" / "results").glob("*/*/[0-9][0-9]_*.json")}
+    return sorted(folders, key=lambda path: ((path.parent.name, path.name) != notebook.DEFAULT, path))
+
+
+def fill(text: str, block: str, content: str) -> str:
+    """`text` with the lines between `<!-- block:start -->` and `<!-- block:end -->` replaced."""
+    start, end = f"<!-- {block}:start -->", f"<!-- {block}:end -->"
+    if text.count(start) != 1 or text.count(end) != 1:
+        raise DataError(f"README.md needs the markers {start} and {end}, once each.")
+    return text[:text.index(start) + len(start)] + f"\n{content}".rstrip() + "\n" + text[text.index(end):]
+
+
+def fill_numbers(text: str, results: Mapping[str, Mapping]) -> str:
+    """Fill `<!-- results:01_value_flow.a.b|.2f -->...<!-- /results -->` from the committed run's results."""
+    def value(match: re.Match) -> str:
+        place, _, form = match[2].partition("|")
+        found: object = results
+        for step in place.split("."):
+            if isinstance(found, list):
+                found = found[int(step)] if int(step) < len(found) else None
+            else:
+                found = found.get(step) if isinstance(found, Mapping) else None
+        shown = "not run" if found is None else format(found, form) if form else number(found)
+        return f"{match[1]}{shown}<!-- /results -->"
+    return re.sub(r"(<!-- results:(\S+) -->).*?<!-- /results -->", value, text, flags=re.DOTALL)
+
+
+def gallery(results: Mapping[str, Mapping]) -> str:
+    """One figure per notebook with its finding, a sentence that the notebook makes from its numbers."""
+    return "\n\n".join(f"![{name}](figures/{PICTURES.get(name, name)}.png)\n\n**{name[:2]}** {found['finding']}"
+                       for name, found in results.items() if found.get("finding"))
+
+
+def readme(text: str, root: Path) -> str:
+    """README.md with its generated parts made from the results under `root`."""
+    committed = read_results(root / "data" / "results" / Path(*notebook.DEFAULT))
+    tables = [f"Profile `{folder.parent.name}`, model `{folder.name}`:\n\n{table(rows(read_results(folder)))}"
+              for folder in result_folders(root)]
+    names = sorted(path.stem for path in (root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    badges = [f"{name} {source}" for name in names for kind, source in notebook.colab_cells(name)
+              if kind == "markdown"]
+    text = fill(text, "badges", "\n\n".join(badges))
+    text = fill(text, "gallery", gallery(committed))
+    text = fill(text, "verdicts", "\n\n".join(tables) or table(rows({})))
+    return fill_numbers(text, committed)
+
+
+def generated(root: Path) -> dict[Path, str]:
+    """{path: text} of every generated file as the results under `root` make it."""
+    files = {}
+    for folder in result_folders(root):
+        results = read_results(folder)
+        lines = rows(results)
+        files[folder / "claims.json"] = to_json(lines)
+        title = f"# Verdicts: profile {folder.parent.name}, model {folder.name}\n\nMade by `make report`.\n\n"
+        files[folder / "REPORT.md"] = title + table(lines) + "\n" + details(results)
+    path = root / "README.md"
+    if path.exists():  # a folder of results somewhere else has none
+        files[path] = readme(path.read_text(encoding="utf-8"), root)
+    return files
+
+
+def stale(root: Path) -> list[Path]:
+    """The generated files that are missing or differ from what the results make."""
+    return [path for path, text in generated(root).items()
+            if not path.exists() or path.read_text(encoding="utf-8") != text]
+
+
+def write(root: Path) -> list[Path]:
+    """Write the generated files that are stale; returns their paths."""
+    files, old = generated(root), stale(root)
+    for path in old:
+        write_text(path, files[path])
+    return old
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m kvutils.run.report", description=(
+        "Compute the verdicts from the stored results and write claims.json, REPORT.md and README's tables."))
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if something is stale")
+    options = parser.parse_args(arguments)
+    root = notebook.output_root()
+    try:
+        paths = stale(root) if options.check else write(root)
+    except KVUtilsError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for path in paths:
+        print(f"{'stale' if options.check else 'written'}: {path.relative_to(root)}")
+    if options.check and paths:
+        print("`make report` writes them anew.")
+    elif not paths:
+        print(f"{len(generated(root))} generated files, all up to date")
+    return int(options.check and bool(paths))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

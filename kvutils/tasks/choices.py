@@ -1,0 +1,280 @@
+"""What the model answers to multiple-choice items, and what its image values answer without language (section 4.2).
+
+One pass per item: the prompt with all its images is read once; the model answers from that cache, and the values are
+those of the same cache. `read_items` gives a `ChoiceTable`; what follows from it is in `blink_tables` and
+`blink_interventions`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from kvutils.answer import Answer, SessionBatch
+from kvutils.datasets.samples import MultipleChoice
+from kvutils.errors import DataError, ParameterError
+from kvutils.language import in_halves
+from kvutils.layout import TokenLayout
+from kvutils.metrics.answers import LETTERS, blink_extract
+from kvutils.models import MLM, QWEN, Encoder
+from kvutils.readout.features import FeatureExtractor, image_tokens
+from kvutils.store import Parts, make_all, to_json
+from kvutils.tasks.value_readouts import POINTS, READOUTS, check_points, mean_similarity, point_similarity, style_similarity
+
+IMAGES = {"Art_Style": 3, "Visual_Similarity": 3}  # of the other subtasks with a readout: 2
+MAX_NEW_TOKENS = 16
+UNRESOLVED = -1
+
+
+@dataclass(frozen=True, eq=False)
+class ChoiceTable:
+    """n items of one subtask with K options each.
+
+    gold (n,) right option; said (n,) the model's, `UNRESOLVED` where its text names none; option_scores (n, K) natural
+    log-probability that its answer begins with the option; scores (n, R, S, K) of the readouts by source.
+    """
+
+    subtask: str
+    ids: list[str]
+    groups: list[str]
+    texts: list[str]
+    gold: np.ndarray
+    said: np.ndarray
+    option_scores: np.ndarray
+    readouts: list[str]
+    sources: list[str]
+    scores: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def options(self) -> int:
+        return self.option_scores.shape[1]
+
+    @property
+    def model_right(self) -> np.ndarray:
+        """(n,) bool."""
+        return self.said == self.gold
+
+    def of(self, source: str, readout: str | None = None) -> np.ndarray:
+        """(n, K) scores of a source, by the subtask's first readout or the one named."""
+        readout = self.readouts[0] if readout is None else readout
+        for name, known in ((source, self.sources), (readout, self.readouts)):
+            if name not in known:
+                raise ParameterError(f"{self.subtask} has no readout of {name!r}; there are {', '.join(known)}")
+        return self.scores[:, self.readouts.index(readout), self.sources.index(source)]
+
+    def says(self, source: str, readout: str | None = None) -> np.ndarray:
+        """(n,) the option with the readout's highest score."""
+        return self.of(source, readout).argmax(axis=1)
+
+    def right(self, source: str, readout: str | None = None) -> np.ndarray:
+        """(n,) bool: that is the right option."""
+        return self.says(source, readout) == self.gold
+
+    def layers(self, family: str = "value") -> list[str]:
+        """The sources `<family>.<layer>`, by layer."""
+        found = [s for s in self.sources if s.startswith(f"{family}.") and s[len(family) + 1 :].isdigit()]
+        return sorted(found, key=lambda source: int(source.rsplit(".", 1)[1]))
+
+
+def check_items(items: Sequence[MultipleChoice]) -> dict[str, list[MultipleChoice]]:
+    """The items by subtask. DataError for none, ids given twice, and items that cannot be read out."""
+    if not items:
+        raise DataError("no multiple-choice item: expected at least one; ask the data set for more")
+    found: dict[str, list[MultipleChoice]] = {}
+    ids: set[str] = set()
+    for item in items:
+        if item.id in ids:
+            raise DataError(f"two multiple-choice items have the id {item.id!r}; ids must differ")
+        ids.add(item.id)
+        _check_item(item)
+        found.setdefault(item.subtask, []).append(item)
+        expected = len(found[item.subtask][0].options)
+        if len(item.options) != expected:
+            raise DataError(f"item {item.id!r} has {len(item.options)} options and the first of {item.subtask} has {expected}; "
+                            "items of a subtask need as many options each: put others in a subtask of their own")  # fmt: skip
+    return found
+
+
+def _check_item(item: MultipleChoice) -> None:
+    where = f"item {item.id!r}"
+    if item.subtask not in READOUTS:
+        raise DataError(f"{where}: no readout of values is defined for the subtask {item.subtask!r}, only for "
+                        f"{', '.join(READOUTS)}; leave its items out")  # fmt: skip
+    options = len(item.options)
+    if len(item.choices) != options or not 2 <= options <= len(LETTERS):
+        raise DataError(f"{where}: expected 2 to {len(LETTERS)} options, one per choice; found {options} options and "
+                        f"{len(item.choices)} choices")  # fmt: skip
+    letters = [f"({letter})" for letter in LETTERS[:options]]
+    if item.answer not in letters:
+        raise DataError(f"{where}: the answer must be one of {', '.join(letters)}, found {item.answer!r}")
+    images = IMAGES.get(item.subtask, 2)
+    if len(item.images) != images:
+        raise DataError(f"{where}: {item.subtask} compares {images} images, found {len(item.images)}")
+    if item.subtask in IMAGES:
+        if options != images - 1:
+            raise DataError(f"{where}: {images - 1} candidate images need as many options, found {options}")
+        return
+    if item.reference_point is None or item.candidate_points is None:
+        raise DataError(f"{where}: a point readout needs reference_point and candidate_points, and this item has only "
+                        "painted marks (as BLINK itself); annotate its points, or leave the subtask out")  # fmt: skip
+    check_points(item.reference_point, item.images[0].size, f"{where}, reference")
+    if len(check_points(item.candidate_points, item.images[1].size, f"{where}, candidates")) != options:
+        raise DataError(f"{where}: {len(item.candidate_points)} candidate points for {options} options")
+
+
+def read_items(
+    mlm: MLM,
+    items: Sequence[MultipleChoice],
+    parts: Parts | None = None,
+    *,
+    encoder_original: Encoder | None = None,
+    untrained: MLM | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> dict[str, ChoiceTable]:
+    """subtask -> answers and readouts of its items.
+
+    Sources: value.l, from the cache that the model answers from; alone.value.l, of each image in a prompt of its own
+    (it cannot know the other images); projector, encoder and pixels; and, where these models are given,
+    encoder_original and untrained.value.l (in the item's prompt). With `parts`, finished batches are kept there, and a
+    run that was stopped goes on. Raises DataError as `check_items`.
+    """
+    if batch_size < 1:
+        raise ParameterError(f"batch_size must be at least 1, not {batch_size}")
+    by_subtask = check_items(items)
+    views = views_of(mlm)
+    extractor = FeatureExtractor(mlm, None, encoder_original, keys=False, batch_size=batch_size, memory_bytes=0, to=None, **views)
+    models = {"value": mlm} | ({"untrained.value": untrained} if untrained else {})
+    tables = {}
+    with tqdm(total=len(items), desc="multiple choice", unit="item", disable=not progress) as bar:
+        for subtask, mine in by_subtask.items():
+            jobs, rows = [], []
+            for start in range(0, len(mine), batch_size):
+                batch = mine[start : start + batch_size]
+
+                def compute(batch: list[MultipleChoice] = batch) -> list[dict]:
+                    return in_halves(lambda some: _read_batch(models, extractor, some, max_new_tokens, views), batch)
+
+                about = [list(models), extractor.fingerprint, max_new_tokens]
+                about += [(item.id, item.group, item.prompt, item.answer) for item in batch]
+                digest = hashlib.sha256(to_json(about).encode()).hexdigest()[:16]
+                jobs.append((f"multiple_choice/{subtask}/{start:06d}-{digest}", compute))
+            for done in make_all(parts, jobs):
+                rows += done
+                bar.update(len(done))
+            tables[subtask] = _table(subtask, mine, rows)
+    return tables
+
+
+def views_of(mlm: MLM) -> dict[str, bool | None]:
+    """Options of a session over several images: base views for LLaVA models, the form in which they were trained on them."""
+    return {"base_view_only": None if mlm.family == QWEN else True}
+
+
+def _read_batch(
+    models: Mapping[str, MLM], extractor: FeatureExtractor, batch: list[MultipleChoice], max_new_tokens: int, views: dict
+) -> list[dict]:
+    """Per item: answer text, the option said, option scores, and scores[readout][source] of every option."""
+    images = [tuple(item.images) for item in batch]
+    places = np.cumsum([0, *map(len, images)])
+    named = [(f"{item.id}-{i}", image) for item, mine in zip(batch, images, strict=True) for i, image in enumerate(mine)]
+    alone = extractor.images(named)
+    features = [dict(_renamed(each.features)) for each in alone]
+    answers: list[list[Answer]] = []
+    for family, mlm in models.items():
+        with SessionBatch(mlm, images, **views) as session:
+            for row, in_prompt in enumerate(session.image_values()):
+                for place, (values, layout) in enumerate(zip(in_prompt, session.layouts[row], strict=True), places[row]):
+                    features[place] |= _by_layer(family, values, layout)
+            if family == "value":
+                options = [[_spellings(item)] for item in batch]
+                answers = session.answer([[item.prompt] for item in batch], options, max_new_tokens)
+    rows = []
+    for row, (item, (answer,)) in enumerate(zip(batch, answers, strict=True)):
+        here = slice(places[row], places[row + 1])
+        scores = score_options(item, features[here], [each.layout for each in alone[here]])
+        options = [answer.scores[option] for option in item.options]
+        rows.append({"text": answer.text, "said": said(item, answer.text), "options": options, "scores": scores})
+    return rows
+
+
+def _renamed(features: Mapping[str, torch.Tensor]):
+    """Sources of an image in a prompt of its own."""
+    return ((f"alone.{name}" if name.startswith("value.") else name, tokens) for name, tokens in features.items())
+
+
+def _by_layer(family: str, values: torch.Tensor, layout: TokenLayout) -> dict[str, torch.Tensor]:
+    """Sources `<family>.<layer>` -> (N, G*D) of the tokens that tasks read, from (L, G, all tokens, D)."""
+    values = values[:, :, torch.from_numpy(image_tokens(layout)).to(values.device)]
+    return {f"{family}.{layer}": each.transpose(0, 1).flatten(1) for layer, each in enumerate(values)}
+
+
+def score_options(
+    item: MultipleChoice, features: Sequence[Mapping[str, torch.Tensor]], layouts: Sequence[TokenLayout]
+) -> dict[str, dict[str, list[float]]]:
+    """readout -> source -> score of every option, from source -> (N, C) of each image."""
+    widths: dict[int, list[str]] = {}
+    for source, tokens in features[0].items():
+        widths.setdefault(tokens.shape[-1], []).append(source)
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in READOUTS[item.subtask]}
+    for sources in widths.values():
+        stacks = [torch.stack([image[source].float() for source in sources]) for image in features]
+        for name, by_source in found.items():
+            if name in POINTS:
+                points = item.reference_point, item.candidate_points
+                scores = point_similarity(stacks, layouts, *points, around=name == "around")
+            else:
+                scores = (style_similarity if name == "style" else mean_similarity)(stacks)
+            by_source |= dict(zip(sources, scores.tolist(), strict=True))
+    return found
+
+
+def _spellings(item: MultipleChoice) -> dict[str, tuple[str, ...]]:
+    """The options to score. Published models answer "(A)" or "A"; the pocket models only "(a)"."""
+    return {option: (option, option.strip("()")) if option.isupper() else (option,) for option in item.options}
+
+
+def said(item: MultipleChoice, text: str) -> int:
+    """Index of the option that the text names by BLINK's own extraction; `UNRESOLVED` where that would ask a judge.
+
+    An item's own spelling of its options is read as BLINK's, "(a)" as "(A)".
+    """
+    letters = [f"({letter})" for letter in LETTERS[: len(item.options)]]
+    for option, letter in zip(item.options, letters, strict=True):
+        text = text.replace(option, letter)
+    found = blink_extract(text, item.choices)
+    return letters.index(found) if found in letters else UNRESOLVED
+
+
+def _table(subtask: str, items: list[MultipleChoice], rows: list[dict]) -> ChoiceTable:
+    readouts = list(READOUTS[subtask])
+    sources = sorted(rows[0]["scores"][readouts[0]])  # stored parts do not keep the order of keys
+    return ChoiceTable(
+        subtask=subtask,
+        ids=[item.id for item in items],
+        groups=[item.group for item in items],
+        texts=[row["text"] for row in rows],
+        gold=np.array([LETTERS.index(item.answer[1]) for item in items]),
+        said=np.array([row["said"] for row in rows]),
+        option_scores=np.array([row["options"] for row in rows], dtype=float),
+        readouts=readouts,
+        sources=sources,
+        scores=np.array([[[row["scores"][r][s] for s in sources] for r in readouts] for row in rows], dtype=float),
+    )
+
+
+def some_items(table: ChoiceTable, chosen: np.ndarray) -> ChoiceTable:
+    """The table of some of the items, (n,) bool."""
+    index = np.flatnonzero(chosen)
+    arrays = {name: getattr(table, name)[index] for name in ("gold", "said", "option_scores", "scores")}
+    lists = {name: [getattr(table, name)[i] for i in index] for name in ("ids", "groups", "texts")}
+    return replace(table, **arrays, **lists)
