@@ -1,5 +1,7 @@
 """Metrics: definitions checked by hand on small cases, edge cases, bad input, and the bootstrap."""
 
+import math
+
 import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
@@ -193,10 +195,10 @@ def test_pope_conventions_disagree_where_documented():
 
 
 def test_f1_of_resampled_counts_equals_f1():
-    answers, labels = ["yes", "yes", "no", "yes", "no"], ["yes", "no", "yes", "yes", "no"]
-    counts = answers.pope_counts(answers, labels)
+    said, labels = ["yes", "yes", "no", "yes", "no"], ["yes", "no", "yes", "yes", "no"]
+    counts = answers.pope_counts(said, labels)
     assert answers.f1_statistic(np.ones((1, 5)), counts)[0] == pytest.approx(
-        answers.pope_scores(answers, labels)["f1"]
+        answers.pope_scores(said, labels)["f1"]
     )
     interval = statistics.bootstrap_ci(counts, answers.f1_statistic)
     assert interval.low <= interval.mean <= interval.high
@@ -249,6 +251,19 @@ def test_width_is_that_of_the_standard_error_and_seeded():
     assert set(interval.as_dict()) == {"mean", "low", "high", "n"}
 
 
+def test_an_interval_as_result_claim_and_text():
+    found = statistics.Interval(0.25, -0.0001, 0.5, 7)
+    assert statistics.Interval.of(found.as_dict()) == found and found.text() == "0.250 [0.000, 0.500]"
+    assert found.scaled(-100) == statistics.Interval(-25, -50, 0.01, 7)
+    assert found.claim("a", unit="x") == {"name": "a", "value": 0.25, "low": -0.0001, "high": 0.5, "n": 7, "unit": "x"}
+    assert statistics.interval_text(found.claim(), 1, sign=True, factor=100) == "+25.0 [+0.0, +50.0]"
+    nothing = statistics.Interval(math.nan, math.nan, math.nan, 0)
+    assert nothing.as_dict() == {"mean": None, "low": None, "high": None, "n": 0} and nothing.text() == "not defined"
+    assert nothing.scaled(2).claim("a") == {"name": "a", "value": None, "low": None, "high": None, "n": 0}
+    assert math.isnan(statistics.Interval.of(nothing.as_dict()).mean)
+    assert statistics.interval_text(statistics.undefined("a", "no item")) == "not defined: no item"
+
+
 def test_groups_are_resampled_as_units():
     scene = np.random.default_rng(2).normal(size=30)
     scores, groups = np.repeat(scene, 10), np.repeat([f"scene{i}" for i in range(30)], 10).tolist()
@@ -274,7 +289,7 @@ def test_ratio_statistics_equal_explicit_resampling():
 def test_chunks_of_resamples_do_not_change_the_numbers(monkeypatch):
     scores = np.random.default_rng(5).random((40, 3))
     whole = statistics.bootstrap_ci(scores, n_boot=300)
-    monkeypatch.setattr("kvutils.statistics._CHUNK", 1000)
+    monkeypatch.setattr("kvutils.metrics.statistics._CHUNK", 1000)
     chunked = statistics.bootstrap_ci(scores, n_boot=300)
     assert len(whole) == 3
     for a, b in zip(whole, chunked, strict=True):

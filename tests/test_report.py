@@ -5,6 +5,7 @@ import json
 import pytest
 
 from kvutils.errors import DataError
+from kvutils.metrics.statistics import undefined
 from kvutils.run import notebook, report
 from kvutils.store import write_json
 
@@ -73,7 +74,7 @@ def test_a_verdict_needs_an_interval(broken):
 
 
 def test_an_undefined_part_neither_holds_nor_is_against():
-    nothing = report.undefined("e1", "no item shows it", 3)
+    nothing = undefined("e1", "no item shows it", 3)
     for entries, verdict in (([UP], "inconclusive"), ([DOWN], "not reproduced"), ([], "inconclusive")):
         found = {"value": None, "low": None, "high": None, "n": 2, "entries": [*(measured(*entries)["entries"] if entries else []), nothing]}
         line = report.row(claim(kind="entries_above", at_least="all"), found)

@@ -9,8 +9,9 @@ matrix products. Questions about one scene, or sentences about one image, are no
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
@@ -30,8 +31,50 @@ class Interval:
     high: float
     n: int
 
+    @classmethod
+    def of(cls, found: Mapping) -> Interval:
+        """From `as_dict`."""
+        return cls(*(math.nan if found[key] is None else found[key] for key in ("mean", "low", "high")), found["n"])
+
     def as_dict(self) -> dict:
-        return asdict(self)
+        """{mean, low, high, n}, with None where a number is undefined: JSON has no NaN."""
+        return {name: None if math.isnan(value) else value for name, value in vars(self).items()}
+
+    def scaled(self, factor: float) -> Interval:
+        """In another unit; a negative factor turns the interval round."""
+        low, high = sorted((self.low * factor, self.high * factor))
+        return Interval(self.mean * factor, low, high, self.n)
+
+    def claim(self, name: str | None = None, **more) -> dict:
+        """{name, value, low, high, n, ...}: a part of a claim; without a name, its headline."""
+        found = self.as_dict()
+        return ({} if name is None else {"name": name}) | {"value": found.pop("mean")} | found | more
+
+    def text(self, digits: int = 3, sign: bool = False) -> str:
+        return interval_text(self.as_dict(), digits, sign)
+
+
+def interval_text(found: Mapping, digits: int = 3, sign: bool = False, factor: float = 1) -> str:
+    """`0.123 [0.100, 0.146]` of an interval as results hold it ({mean or value, low, high, ...}), or "not defined" and why.
+
+    >>> interval_text({"mean": 0.5, "low": 0.25, "high": 0.75}, digits=1, sign=True, factor=100)
+    '+50.0 [+25.0, +75.0]'
+    """
+    numbers = [found["mean" if "mean" in found else "value"], found["low"], found["high"]]
+    if None in numbers:
+        return f"not defined: {found['reason']}" if found.get("reason") else "not defined"
+    value, low, high = (f"{round(number * factor, digits) + 0.0:{'+' if sign else ''}.{digits}f}" for number in numbers)
+    return f"{value} [{low}, {high}]"
+
+
+def undefined(name: str, reason: str, n: int = 0) -> dict:
+    """A part of a claim whose measurement is undefined, and why: it neither holds nor is against."""
+    return {"name": name, "value": None, "low": None, "high": None, "n": n, "reason": reason}
+
+
+def claim_of_parts(entries: list[dict], unit: str) -> dict:
+    """A claim without a number of its own: how many of its parts hold is for the verdict to say."""
+    return {"value": None, "low": None, "high": None, "n": len(entries), "unit": unit, "entries": entries}
 
 
 def mean_statistic(weights: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -78,7 +121,7 @@ def bootstrap_ci(
     scores = _scores(scores)
     compute = _statistic(statistic)
     value, draws = _resample(lambda weights: compute(weights, scores), len(scores), n_boot, seed, groups)
-    return _intervals(value, draws, len(scores), level)
+    return percentile_interval(value, draws, len(scores), level)
 
 
 def paired_difference(
@@ -96,7 +139,7 @@ def paired_difference(
         raise DataError(f"paired scores must describe the same items, found shapes {a.shape} and {b.shape}")
     compute = _statistic(statistic)
     value, draws = _resample(lambda w: compute(w, a) - compute(w, b), len(a), n_boot, seed, groups)
-    return _intervals(value, draws, len(a), level)
+    return percentile_interval(value, draws, len(a), level)
 
 
 def standard_error(
@@ -188,7 +231,8 @@ class PeakThenDegrade:
         return self.minus_last.low > 0
 
     def as_dict(self) -> dict:
-        return asdict(self) | {"builds": self.builds, "degrades": self.degrades}
+        found = {name: value.as_dict() if isinstance(value, Interval) else value for name, value in vars(self).items()}
+        return found | {"builds": self.builds, "degrades": self.degrades}
 
 
 def peak_then_degrade(
@@ -291,11 +335,12 @@ def _resample(
     return np.asarray(compute(np.ones((1, n))))[0], np.concatenate(draws)
 
 
-def _intervals(value: np.ndarray, draws: np.ndarray, n: int, level: float) -> Interval | list[Interval]:
+def percentile_interval(value, draws: np.ndarray, n: int, level: float = 0.95) -> Interval | list[Interval]:
+    """Of a value and its resamples (n_boot,), undefined ones left out; a list for values (L,) and resamples (n_boot, L)."""
     if not 0 < level < 1:
         raise ParameterError(f"level must be between 0 and 1, found {level}")
     if draws.ndim > 1:
-        return [_intervals(v, d, n, level) for v, d in zip(value, np.moveaxis(draws, 1, 0), strict=True)]
+        return [percentile_interval(v, d, n, level) for v, d in zip(value, np.moveaxis(draws, 1, 0), strict=True)]
     draws = draws[~np.isnan(draws)]
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]) if len(draws) else (np.nan, np.nan)
     return Interval(float(value), float(low), float(high), n)

@@ -38,11 +38,6 @@ def load_claims(path: Path | None = None) -> list[dict]:
     return claims
 
 
-def undefined(name: str, reason: str, n: int = 0) -> dict:
-    """A part of a claim whose measurement is undefined, and why: it neither holds nor is against."""
-    return {"name": name, "value": None, "low": None, "high": None, "n": n, "reason": reason}
-
-
 def _side(part: Mapping, rule: Mapping, where: str) -> int:
     """+1 if the part's interval satisfies the rule, -1 if it is wholly on the other side, 0 if it is open or undefined."""
     low, high = part.get("low"), part.get("high")

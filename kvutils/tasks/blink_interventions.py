@@ -17,7 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from kvutils.metrics.statistics import bootstrap_ci, paired_difference
+from kvutils.metrics.statistics import Interval, bootstrap_ci, paired_difference
 from kvutils.tasks.blink_tables import FAMILIES, SINGLE, TITLES, choose_layer, halves
 from kvutils.tasks.choices import ChoiceTable, some_items
 from kvutils.tasks.yes_no import ratio
@@ -135,13 +135,13 @@ def _change(table: ChoiceTable, right: np.ndarray, n_boot: int, seed: int) -> di
     def cost(weights: np.ndarray, both: np.ndarray) -> np.ndarray:
         return ratio(*(weights @ both).T)
 
-    of_right = bootstrap_ci(np.stack([lost, model], axis=1).astype(float), cost, *options).as_dict()
+    of_right = bootstrap_ci(np.stack([lost, model], axis=1).astype(float), cost, *options)
     return {
         "accuracy": bootstrap_ci(right, "mean", *options).as_dict(),
         "change": paired_difference(right, model, "mean", *options).as_dict(),
         "gained": bootstrap_ci(right & ~model, "mean", *options).as_dict(),
         "lost": bootstrap_ci(lost, "mean", *options).as_dict(),
-        "cost": {key: None if np.isnan(value) else value for key, value in of_right.items()} | {"n": int(model.sum())},
+        "cost": of_right.as_dict() | {"n": int(model.sum())},
     }
 
 
@@ -160,12 +160,8 @@ def claim_x5(found: Mapping[str, Mapping], n_boot: int = 2000, seed: int = 0) ->
 
     total = bootstrap_ci(packed, mean_of_subtasks, n_boot, seed, groups)
     entries = [
-        {"name": f"{each['title']}: {name} ({each['source']}) minus model", **_named(each["changes"][name]["change"])}
+        Interval.of(each["changes"][name]["change"]).claim(f"{each['title']}: {name} ({each['source']}) minus model")
         for each in found.values()
         for name in INTERVENTIONS
     ]
-    return {**_named(total.as_dict()), "unit": "accuracy", "entries": entries}
-
-
-def _named(interval: Mapping) -> dict:
-    return {"value": interval["mean"]} | {key: interval[key] for key in ("low", "high", "n")}
+    return total.claim(unit="accuracy", entries=entries)

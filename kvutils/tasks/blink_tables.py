@@ -7,7 +7,6 @@ cross-validation over all items.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -145,13 +144,8 @@ def table_of_two(table: ChoiceTable, says: np.ndarray, n_boot: int = 2000, seed:
         "counts": dict(zip(CELLS, cells.sum(axis=0).tolist(), strict=True)),
         "shares": {name: found[name].as_dict() for name in CELLS},
         **{name: found[name].as_dict() for name in names[len(CELLS) :] if name != "of_errors"},
-        "of_errors": _defined(found["of_errors"]) | {"n": errors},
+        "of_errors": found["of_errors"].as_dict() | {"n": errors},
     }
-
-
-def _defined(interval: Interval) -> dict:
-    """As a dict, with None for a number that is undefined: JSON has no NaN."""
-    return {key: value if math.isfinite(value) else None for key, value in interval.as_dict().items()}
 
 
 def _other(table: ChoiceTable, source: str, chosen: str, n_boot: int, seed: int) -> dict:
@@ -205,14 +199,9 @@ def claim_c8(described: Mapping[str, Mapping]) -> dict:
     """
     headline = described.get("Art_Style") or next(iter(described.values()))
     entries = [
-        _percent(f"{each['title']}: {each['chosen']['source']} right, model wrong, minus guessing", held_out["above_guess"])
+        Interval.of(each["held_out"]["above_guess"]).scaled(100).claim(
+            f"{each['title']}: {each['chosen']['source']} right, model wrong, minus guessing")
         for each in described.values()
-        for held_out in (each["held_out"],)
-    ]
-    first = _percent("", headline["held_out"]["shares"]["value_only"])
-    return {key: first[key] for key in ("value", "low", "high", "n")} | {"unit": "% of items", "entries": entries}
-
-
-def _percent(name: str, interval: Mapping) -> dict:
-    value, low, high = (100 * interval[key] for key in ("mean", "low", "high"))
-    return {"name": name, "value": value, "low": low, "high": high, "n": interval["n"]}
+    ]  # fmt: skip
+    shares = headline["held_out"]["shares"]
+    return Interval.of(shares["value_only"]).scaled(100).claim(unit="% of items", entries=entries)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from kvutils.datasets import KEY_IMAGES, QUESTION_DATA, READING_DATA, open_dataset
 from kvutils.datasets.samples import ResizedImages, YesNoSample
 from kvutils.errors import ParameterError
-from kvutils.run.report import undefined
+from kvutils.metrics.statistics import Interval, claim_of_parts, undefined
 from kvutils.tasks.key_blocking import BLOCK, CONTROLS
 from kvutils.tasks.knock_out import as_questions
 
@@ -68,27 +69,23 @@ def claim_c5(described: Mapping) -> dict:
     the layers.
     """
     found = described["modes"]
-    entries = [_entry(f"layer {layer}", each) for layer, each in enumerate(found["layers"])]
-    unit = "Ashman's D within layers, median"
-    return {**_headline(found["median"]), "unit": unit, "entries": entries}
+    entries = [Interval.of(each).claim(f"layer {layer}") for layer, each in enumerate(found["layers"])]
+    return Interval.of(found["median"]).claim(unit="Ashman's D within layers, median", entries=entries)
 
 
 def claim_c6(pope: Mapping, mme: Mapping) -> dict:
     """C6: blocked minus unblocked on POPE (F1 points) and MME (score). pope, mme: of `effects`."""
     blocked = [found["families"][BLOCK] for found in (pope, mme)]
-    entries = [
-        _scaled(f"{each['title']}: {each['metric']}", each["headline"], POINTS[each["task"]]) for each in blocked
-    ]
-    first = {key: entries[0][key] for key in ("value", "low", "high", "n")}
-    return {**first, "unit": "POPE F1 points", "entries": entries}
+    changes = [Interval.of(each["headline"]).scaled(POINTS[each["task"]]) for each in blocked]
+    entries = [change.claim(f"{each['title']}: {each['metric']}") for change, each in zip(changes, blocked, strict=True)]
+    return changes[0].claim(unit="POPE F1 points", entries=entries)
 
 
 def claim_x2(pope: Mapping) -> dict:
     """X2: effect of the block on POPE minus that of each control, in F1 points."""
     title = pope["plain"]["title"]
-    entries = [_scaled(f"{title}: block minus {name}", pope["versus"][name], POINTS["pope"]) for name in CONTROLS]
-    return {"value": None, "low": None, "high": None, "n": len(entries), "unit": f"controls of {len(entries)}",
-            "entries": entries}  # fmt: skip
+    entries = [Interval.of(pope["versus"][name]).scaled(POINTS["pope"]).claim(f"{title}: block minus {name}") for name in CONTROLS]
+    return claim_of_parts(entries, f"controls of {len(entries)}")
 
 
 def claim_x4(described: Mapping, compared: Mapping) -> dict:
@@ -99,24 +96,12 @@ def claim_x4(described: Mapping, compared: Mapping) -> dict:
     threshold, in multiples of the average key's; undefined where no head has keys of both kinds.
     """
     scale = "scale_free" if described["thresholds"]["scale_free"]["two_modes"] else "near_constant"
-    mass = described["sinks"]["raw"]["mass"]["all"]
+    share = Interval.of(compared[scale]["difference"]["all"])
+    mass = Interval.of(described["sinks"]["raw"]["mass"]["all"])
     attention = "attention per key (multiples of the average key's), input-agnostic minus others"
     entries = [
-        _entry(f"share of keys ({scale}), trained minus untrained", compared[scale]["difference"]["all"]),
-        _entry(attention, mass) if mass["mean"] is not None else
-        undefined(attention, "no layer and head has keys below and above the threshold"),
+        share.claim(f"share of keys ({scale}), trained minus untrained"),
+        undefined(attention, "no layer and head has keys below and above the threshold") if math.isnan(mass.mean)
+        else mass.claim(attention),
     ]
-    return {"value": None, "low": None, "high": None, "n": len(entries), "unit": "comparisons of 2", "entries": entries}
-
-
-def _headline(interval: Mapping) -> dict:
-    return {"value": interval["mean"], **{key: interval[key] for key in ("low", "high", "n")}}
-
-
-def _entry(name: str, interval: Mapping) -> dict:
-    return {"name": name, **_headline(interval)}
-
-
-def _scaled(name: str, interval: Mapping, factor: float) -> dict:
-    scaled = {key: interval[key] * factor for key in ("mean", "low", "high")}
-    return _entry(name, scaled | {"n": interval["n"]})
+    return claim_of_parts(entries, "comparisons of 2")

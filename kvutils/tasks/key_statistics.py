@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from kvutils.errors import ParameterError
-from kvutils.metrics.statistics import bootstrap_ci
+from kvutils.metrics.statistics import bootstrap_ci, percentile_interval
 from kvutils.tasks.bimodality import residual_log_variance, separation, variance_threshold
 from kvutils.tasks.key_table import KeyTable
 
@@ -60,9 +60,9 @@ def modes(table: KeyTable, n_boot: int = 200, seed: int = 0) -> dict:
         "n": n,
         "unit": "Ashman's D of the log-variance, centred within each head; 0 without a valley",
         "interval": "over token positions",
-        "layers": [_interval(v, d, n) for v, d in zip(value, draws.T, strict=True)],
-        "median": _interval(float(np.median(value)), np.median(draws, axis=1), n),
-        "best": {"layer": best} | _interval(again, again_draws, n),
+        "layers": [each.as_dict() for each in percentile_interval(value, draws, n)],
+        "median": percentile_interval(np.median(value), np.median(draws, axis=1), n).as_dict(),
+        "best": {"layer": best} | percentile_interval(again, again_draws, n).as_dict(),
         "pooled": {
             name: variance_threshold(each, table.is_newline).as_dict()
             for name, each in (("raw", table.variance), ("scale_free", table.scale_free))
@@ -149,7 +149,7 @@ def sinks(table: KeyTable, mask: torch.Tensor, n_boot: int = 2000, seed: int = 0
                 gap = sums[:, 0] / sums[:, 1] - sums[:, 2] / sums[:, 3]  # (n_boot, L, G)
             return np.concatenate([_nanmean(gap.reshape(len(gap), -1))[:, None], _nanmean(gap)], axis=1)
 
-        every, *layers = (_finite(found.as_dict()) for found in bootstrap_ci(packed, difference, n_boot, seed))
+        every, *layers = (found.as_dict() for found in bootstrap_ci(packed, difference, n_boot, seed))
         result[name] = {"all": every, "layers": layers}
     return result
 
@@ -177,7 +177,7 @@ def foreground(table: KeyTable, mask: torch.Tensor, threshold: float, n_boot: in
         r = r.reshape(len(weights), *logs.shape[:2])
         return np.concatenate([_nanmean(r.reshape(len(r), -1))[:, None], _nanmean(r)], axis=1)
 
-    every, *layers = (_finite(found.as_dict()) for found in bootstrap_ci(packed, correlate, n_boot, seed))
+    every, *layers = (found.as_dict() for found in bootstrap_ci(packed, correlate, n_boot, seed))
     after = (residual_log_variance(table.variance, table.foreground, table.is_newline).exp() < threshold) & real
     return {
         "frequency": {"mean": float(often.mean()), "low": float(often.min()), "high": float(often.max())},
@@ -211,11 +211,6 @@ def _separated(logs: np.ndarray, places: np.ndarray) -> tuple[float, np.ndarray]
     return float(value[0]), draws
 
 
-def _interval(value: float, draws: np.ndarray, n: int) -> dict:
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return {"mean": float(value), "low": float(low), "high": float(high), "n": n}
-
-
 def _correlations(one: torch.Tensor, two: torch.Tensor) -> list[float | None]:
     """Per layer, Pearson's r of two log-variances (L, G, P) over heads and positions."""
     found = []
@@ -235,11 +230,6 @@ def _nanmean(values: np.ndarray) -> np.ndarray:
     there = np.isfinite(values)
     total = np.where(there, values, 0).sum(-1)
     return np.divide(total, there.sum(-1), out=np.full(total.shape, np.nan), where=there.any(-1))
-
-
-def _finite(interval: dict) -> dict:
-    return {key: None if isinstance(value, float) and not np.isfinite(value) else value
-            for key, value in interval.items()}  # fmt: skip
 
 
 _BINS = 60  # of a histogram

@@ -8,7 +8,7 @@ import numpy as np
 
 from kvutils.errors import DataError
 from kvutils.metrics.masks import column_mean
-from kvutils.metrics.statistics import Statistic, bootstrap_ci, paired_difference, peak_then_degrade
+from kvutils.metrics.statistics import Interval, Statistic, bootstrap_ci, paired_difference, peak_then_degrade
 from kvutils.tasks.base import ScoreTable, choosing_half
 from kvutils.tasks.prefix import MOVED
 from kvutils.tasks.prefixes import CONDITIONS
@@ -61,7 +61,7 @@ def _where_shown(moved: np.ndarray, groups: Sequence[str], n_boot: int, seed: in
     """The mean over the samples that show the part; None where none does."""
     shown = moved >= 0  # not NOWHERE
     if not shown.any():
-        return {"mean": None, "low": None, "high": None, "n": 0}
+        return Interval(np.nan, np.nan, np.nan, 0).as_dict()
     kept = [group for group, each in zip(groups, shown, strict=True) if each]
     return bootstrap_ci(moved[shown, None], column_mean(0), n_boot, seed, kept).as_dict()
 
@@ -69,28 +69,21 @@ def _where_shown(moved: np.ndarray, groups: Sequence[str], n_boot: int, seed: in
 def claim_c7(summaries: Mapping[str, Mapping], headline: str = "domain_by_probe") -> dict:
     """C7: correct minus none, wrong and random prefix, in points of mIoU, for the class name before referring expressions
     and the domain before domain segmentation by a probe. Headline: the latter, correct minus none."""
-    entries = [
-        _entry(f"{name}: correct minus {other}", summaries[name]["best"]["correct_minus"][other])
-        for name in ("referring_by_class_name", headline)
-        for other in ("none", "wrong", "random")
-    ]
-    return {**_points(summaries[headline]["best"]["correct_minus"]["none"]), "unit": "mIoU points", "entries": entries}
+    return _correct_minus(summaries, headline, ("none", "wrong", "random"), "none")
 
 
 def claim_x3(summaries: Mapping[str, Mapping], headline: str = "domain_by_probe") -> dict:
     """X3: correct minus each control of the same number of tokens, in points of mIoU, for the same two readouts.
     Headline: the domain by a probe, correct minus random words."""
-    entries = [
-        _entry(f"{name}: correct minus {other}", summaries[name]["best"]["correct_minus"][other])
-        for name in ("referring_by_class_name", headline)
-        for other in ("random", "reversed", "unrelated", "filler")
-    ]
-    return {**_points(summaries[headline]["best"]["correct_minus"]["random"]), "unit": "mIoU points", "entries": entries}
+    return _correct_minus(summaries, headline, ("random", "reversed", "unrelated", "filler"), "random")
 
 
-def _points(interval: Mapping) -> dict:
-    return {"value": 100 * interval["mean"], "low": 100 * interval["low"], "high": 100 * interval["high"], "n": interval["n"]}
+def _correct_minus(summaries: Mapping[str, Mapping], headline: str, others: Sequence[str], first: str) -> dict:
+    """The correct prefix minus each of the others, in points, for both readouts; the headline's minus `first` in front."""
 
+    def points(name: str, other: str) -> Interval:
+        return Interval.of(summaries[name]["best"]["correct_minus"][other]).scaled(100)
 
-def _entry(name: str, interval: Mapping) -> dict:
-    return {"name": name, **_points(interval)}
+    entries = [points(name, other).claim(f"{name}: correct minus {other}")
+               for name in ("referring_by_class_name", headline) for other in others]  # fmt: skip
+    return points(headline, first).claim(unit="mIoU points", entries=entries)

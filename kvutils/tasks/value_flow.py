@@ -5,15 +5,15 @@ What each step between SigLIP and the language model adds to, or loses of, what 
 SigLIP as published -> (finetuning) -> the model's own encoder -> (projection) -> projector -> (language model) -> values.
 """
 
+import math
 from collections.abc import Mapping
 
 from kvutils.datasets import TASK_DATA, class_names, open_dataset
 from kvutils.errors import ParameterError
-from kvutils.metrics.statistics import bootstrap_ci, paired_difference
+from kvutils.metrics.statistics import Interval, bootstrap_ci, claim_of_parts, paired_difference, undefined
 from kvutils.models import load_encoder, load_mlm, original_encoder
 from kvutils.readout.features import FeatureExtractor
 from kvutils.readout.words import load_siglip_text
-from kvutils.run.report import undefined
 from kvutils.store import Store
 from kvutils.tasks.base import ScoreTable, Task, choosing_half, summarise
 from kvutils.tasks.co_segmentation import CoSegmentation
@@ -63,8 +63,9 @@ def claim_c1(summaries: Mapping[str, Mapping]) -> dict:
         if best is None:
             entries.append(undefined(f"{name}: best value layer minus its control", _few(summaries[name])))
             continue
-        entries.append(_entry(f"{name}: {best['source']} minus {best['control']}", best["minus"][best["control"]]))
-    return {"value": None, "low": None, "high": None, "n": len(entries), "unit": "tasks of 6", "entries": entries}
+        minus = Interval.of(best["minus"][best["control"]])
+        entries.append(minus.claim(f"{name}: {best['source']} minus {best['control']}"))
+    return claim_of_parts(entries, "tasks of 6")
 
 
 def claim_c2(summaries: Mapping[str, Mapping]) -> dict:
@@ -76,16 +77,12 @@ def claim_c2(summaries: Mapping[str, Mapping]) -> dict:
             if found is None:
                 entries.append(undefined(f"{name}: best value layer minus {against}", _few(summaries[name])))
                 continue
-            entries.append(_entry(f"{name}: layer {found['best_layer']} minus {against}", found[part]))
-    return {"value": None, "low": None, "high": None, "n": len(entries), "unit": "comparisons of 12", "entries": entries}
+            entries.append(Interval.of(found[part]).claim(f"{name}: layer {found['best_layer']} minus {against}"))
+    return claim_of_parts(entries, "comparisons of 12")
 
 
 def _few(summary: Mapping) -> str:
     return f"{summary['groups']} independent units are too few to choose a layer and test it on others; at least 4 are needed"
-
-
-def _entry(name: str, interval: Mapping) -> dict:
-    return {"name": name, "value": interval["mean"], **{k: interval[k] for k in ("low", "high", "n")}}
 
 
 CHAIN = ("encoder_original", "encoder", "projector", "value")  # along the data flow; value: of the best layer
@@ -95,7 +92,7 @@ STEPS = {  # step -> (before, after)
     "language model": ("projector", "value"),
     "all steps": ("encoder_original", "value"),
 }
-_UNDEFINED = {"mean": None, "low": None, "high": None, "n": 0}
+_UNDEFINED = Interval(math.nan, math.nan, math.nan, 0).as_dict()
 
 
 def compare_along_chain(table: ScoreTable, task: Task, n_boot: int = 2000, seed: int = 0) -> dict:
@@ -137,9 +134,6 @@ def claim_c4(chains: Mapping[str, Mapping]) -> dict:
         if name not in chains:
             entries.append(undefined(f"{name}: SigLIP minus best value layer", "too few independent units to choose a layer"))
             continue
-        lost = chains[name]["steps"]["all steps"]
-        entries.append({
-            "name": f"{name}: SigLIP minus {chains[name]['best']}",
-            "value": -lost["mean"], "low": -lost["high"], "high": -lost["low"], "n": lost["n"],
-        })  # fmt: skip
-    return {"value": None, "low": None, "high": None, "n": len(entries), "unit": "tasks of 6", "entries": entries}
+        lost = Interval.of(chains[name]["steps"]["all steps"]).scaled(-1)
+        entries.append(lost.claim(f"{name}: SigLIP minus {chains[name]['best']}"))
+    return claim_of_parts(entries, "tasks of 6")

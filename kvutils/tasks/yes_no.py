@@ -290,7 +290,7 @@ def _scores(task: YesNoTask, keys: Sequence[tuple[str, str]], intervals: Sequenc
     scores: dict[str, dict[str, dict]] = {}
     for (subset, metric), interval in zip(keys, intervals, strict=True):
         n = counts[subset] if subset in counts else sum(counts[name] for name in task.members(subset))
-        scores.setdefault(subset, {})[metric] = _finite(interval.as_dict() | {"n": n})
+        scores.setdefault(subset, {})[metric] = interval.as_dict() | {"n": n}
     return scores
 
 
