@@ -26,7 +26,6 @@ import psutil
 import torch
 from architectures import architecture
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
-from rehearse import Speed, stored_speed
 from transformers import AutoModel, AutoModelForImageTextToText
 
 from kvutils.datasets import CHOICE_DATA, FOLDERS, KEY_IMAGES, PREFIX_DATA, QUESTION_DATA, READING_DATA, TASK_DATA, open_dataset
@@ -275,8 +274,10 @@ def check_ready(profile: str, model: str, notebooks: Sequence[str], options: Map
     raise DataError("\n".join(lines))
 
 
-def speed_here(model: str, price: Costs, config) -> Speed:
-    """Measured by a rehearsal on this device, or from one layer timed now."""
+def speed_here(model: str, price: Costs, config):
+    """`Speed`, measured by a rehearsal on this device, or from one layer timed now."""
+    from rehearse import Speed, stored_speed  # which imports this module
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if (stored := stored_speed(model, device)) is not None:
         return stored
