@@ -16,7 +16,7 @@ from PIL import Image
 from kvutils.datasets import CHOICE_DATA, blink, hub, open_dataset, pope
 from kvutils.errors import DataError, ParameterError
 from kvutils.tasks.choices import check_items, read_items
-from kvutils.tasks.yes_no import Mme, Pope, run_questions
+from kvutils.tasks.yes_no import Mme, Pope
 
 SAMPLES = Path(os.environ.get("KVUTILS_SAMPLES", ""))
 needs_samples = pytest.mark.skipif(
@@ -188,19 +188,12 @@ def test_the_rows_of_mme_are_checked(tmp_path):
             open_dataset("mme", tmp_path / str(number), split="count")
 
 
-def test_questions_of_hub_copies_are_asked_by_their_tasks(pope_copy, tmp_path):
+def test_questions_of_hub_copies_are_scored_by_their_tasks(pope_copy, tmp_path):
     write_rows(tmp_path / "mme" / "data" / "test-00000-of-00001.parquet", mme_rows())
-    samples = open_dataset("pope", pope_copy)
-    seen = {}
-
-    def answer(image_id, image, questions):
-        seen[image_id] = image.size
-        return ["yes"] * len(questions)
-
-    assert run_questions(Pope(samples), answer, progress=False) == ["yes"] * 12
-    task = Mme(open_dataset("mme", tmp_path / "mme", split="count"))
-    assert run_questions(task, answer, progress=False) == ["yes"] * 4
-    assert seen == dict.fromkeys(["COCO_val2014_a", "COCO_val2014_b", "count/a", "count/b"], (8, 6))
+    pope, mme = Pope(open_dataset("pope", pope_copy)), Mme(open_dataset("mme", tmp_path / "mme", split="count"))
+    assert (pope.images, mme.images) == (["COCO_val2014_a", "COCO_val2014_b"], ["count/a", "count/b"])
+    assert {s.image.size for s in (*pope.samples, *mme.samples)} == {(8, 6)}
+    assert pope.right(["yes"] * 12).sum() == 6 and mme.right(["yes"] * 4).sum() == 2
 
 
 # --- BLINK -------------------------------------------------------------------------------------------------

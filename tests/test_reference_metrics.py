@@ -18,15 +18,17 @@ from PIL import Image
 
 from kvutils.datasets import coco_masks
 from kvutils.datasets import pascal5i as pascal5i_episodes
-from kvutils.datasets.samples import VOID
+from kvutils.datasets.samples import VOID, YesNoSample
 from kvutils.errors import DataError
 from kvutils.keys import KeyVariance
 from kvutils.metrics import answers, masks, video
 from kvutils.readout import clusters as cosegmentation
 from kvutils.readout import matching
+from kvutils.tasks.yes_no import Mme, Pope, summarise_answers
 
 ROOT = os.environ.get("KVUTILS_FIXTURES")
 SAMPLES = os.environ.get("KVUTILS_SAMPLES")
+BLANK = Image.new("RGB", (4, 4))
 
 
 def close(found, expected, tolerance=1e-6, what=""):
@@ -262,39 +264,40 @@ def coco_masks_folder(case, arrays):
 
 
 def pope(case, arrays):
-    answers, labels, expected = case["answers"], case["labels"], dict(case["expected_pope"])
-    assert [int(answers.pope_parse(answer) == "yes") for answer in answers] == expected.pop("pred")
-    scores = answers.pope_scores(answers, labels)
-    assert bool(scores["error"]) == bool(expected.pop("error"))
-    close({key: scores[key] for key in expected}, expected, what="pope")
-    lmms, expected = answers.pope_scores(answers, labels, "lmms_eval"), dict(case["expected_lmms_eval"])
-    close(lmms["yes_ratio_of_labels"], expected.pop("yes_ratio_of_GT"))
-    close({key: lmms[key] for key in expected}, expected, what="lmms_eval")
-    extracted = [answers.pope_parse(answer, "vlmevalkit").capitalize() for answer in answers]
-    assert extracted == case["expected_vlmevalkit_extraction"]
+    expected = case["expected_pope"]
+    samples = [YesNoSample(str(i), str(i // 2), BLANK, "?", label, "random") for i, label in enumerate(case["labels"])]
+    task = Pope(samples)
+    assert [int(task.read(answer)[0] == "yes") for answer in case["answers"]] == expected["pred"]
+    scores = summarise_answers(task, case["answers"], n_boot=5)["scores"]["random"]
+    for metric in ("accuracy", "precision", "recall", "f1", "yes_ratio"):
+        if expected[metric] is not None:  # the script divides by zero, or has done so before it gets there
+            close(scores[metric]["mean"], expected[metric], what=metric)
+    counts = task.values(case["answers"]).sum(axis=0)
+    assert counts[:4].tolist() == [expected[name] for name in ("TP", "FP", "TN", "FN")]
 
 
 def mme(case, arrays):
-    for convention, expected in (
-        ("official", case["expected_official"]),
-        ("lmms_eval", case["expected_lmms_eval"]),
-    ):
-        scores = answers.mme_scores(case["rows"], convention)
-        assert scores["parsed"] == expected["parsed"], convention
-        close(scores["task_score"], expected["task_score"], what=convention)
-        for name in ("perception_total", "cognition_total", "acc"):
-            if name in expected:
-                close(scores[name], expected[name], what=f"{convention} {name}")
-        assert bool(scores["error"]) == bool(expected.get("error"))
+    expected = case["expected_official"]
+    samples = [
+        YesNoSample(f"{subtask}-{i}", image, BLANK, question, truth.lower(), subtask)
+        for subtask, rows in case["rows"].items() for i, (image, question, truth, _) in enumerate(rows)
+    ]  # fmt: skip
+    answers = [row[3] for rows in case["rows"].values() for row in rows]
+    task = Mme(samples)
+    for subtask, parsed in expected["parsed"].items():
+        assert [task.read(row[3])[0] for row in case["rows"][subtask]] == parsed, subtask
+    scores = summarise_answers(task, answers, n_boot=5)["scores"]
+    for subtask, acc in expected["acc"].items():
+        close({key: scores[subtask][key]["mean"] for key in acc}, acc, what=subtask)
+    for subtask, score in expected["task_score"].items():
+        close(scores[subtask]["score"]["mean"], score, what=subtask)
+    for name in ("perception", "cognition"):
+        if name in scores and expected[f"{name}_total"] is not None:
+            close(scores[name]["score"]["mean"], expected[f"{name}_total"], what=name)
 
 
 def blink_extract(case, arrays):
-    for convention, name in (
-        ("blink", "blink_official"),
-        ("lmms_eval", "lmms_eval"),
-        ("vlmevalkit", "vlmevalkit"),
-    ):
-        assert answers.blink_extract(case["text"], case["choices"], convention) == case[name], convention
+    assert answers.blink_extract(case["text"], case["choices"]) == case["blink_official"]
 
 
 def blink_accuracy(case, arrays):
@@ -319,8 +322,6 @@ def l2_variance(case, arrays):
     merged = first.update(keys[:half]).merge(second.update(keys[half:]))
     for variance in (whole, merged):
         close(variance.result.tolist(), case["sum_var_ddof0"], 1e-9)
-        if case["sum_var_ddof1"] is not None:
-            close(variance.variance(ddof=1).tolist(), case["sum_var_ddof1"], 1e-9)
     assert np.argsort(whole.result.numpy(), kind="stable").tolist() == case["rank_low_to_high"]
 
 

@@ -19,14 +19,15 @@ from kvutils.datasets.catalog import missing_data
 from kvutils.datasets.hub import holds_parquet, open_rows, picture_at
 from kvutils.datasets.samples import YesNoSample
 from kvutils.errors import DataError, ParameterError
-from kvutils.metrics.answers import MME_COGNITION, MME_PERCEPTION
 
+MME_PERCEPTION = tuple("existence count position color posters celebrity scene landmark artwork OCR".split())
+MME_COGNITION = tuple("commonsense_reasoning numerical_calculation text_translation code_reasoning".split())
 SUBTASKS = (*MME_PERCEPTION, *MME_COGNITION)
 HALLUCINATION = ("existence", "count", "position", "color")  # the subset of the papers on hallucination
 GROUPS = {
     "all": SUBTASKS,
-    "perception": tuple(MME_PERCEPTION),
-    "cognition": tuple(MME_COGNITION),
+    "perception": MME_PERCEPTION,
+    "cognition": MME_COGNITION,
     "hallucination": HALLUCINATION,
 }
 _RELEASE = "MME_Benchmark_release_version"
