@@ -13,7 +13,7 @@ import platform
 import resource
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -107,7 +107,7 @@ class Rehearsal:
             small = read
             if mlm.family != QWEN:
                 small = self.step("capture, base view only", len(pictures), "image", price.small_read,
-                                  lambda: capture(mlm, pictures, base_view_only=True))  # fmt: skip
+                                  lambda: capture(replace(mlm, base_view_only=True), pictures))  # fmt: skip
             weights = sum(each.numel() for each in encoder.model.parameters())
             siglip = self.step("SigLIP", len(pictures), "image", price.siglip * weights / SIGLIP_WEIGHTS,
                                lambda: capture_encoder(encoder, mlm, pictures))  # fmt: skip

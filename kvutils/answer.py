@@ -66,7 +66,7 @@ class Answer:
 class SessionBatch:
     """B prompts, each of one image or a sequence of images, read up to their last image exactly once.
 
-    prefix, base_view_only and max_pixels as in `capture`; `tokens` of an earlier session saves tokenising its
+    prefix as in `capture`; `tokens` of an earlier session saves tokenising its
     questions again. Memory is held until `close()` or the end of the `with` block. Raises ImageError,
     ParameterError, ModelError, and PromptError also where the chat template puts questions before the image.
     """
@@ -77,8 +77,6 @@ class SessionBatch:
         mlm: MLM,
         images: Sequence[ImageLike | Sequence[ImageLike]],
         prefix: str | None = None,
-        base_view_only: bool | None = None,
-        max_pixels: int | None = None,
         tokens: PromptTokens | None = None,
     ):
         check_attention(mlm)
@@ -90,7 +88,7 @@ class SessionBatch:
         self.mlm, self.tokens = mlm, tokens or PromptTokens(mlm, prefix)
         names = [f"images[{i}][{j}]" for i, row in enumerate(rows) for j in range(len(row))]
         opened = [open_image(*pair) for pair in zip(itertools.chain(*rows), names, strict=True)]
-        vision = prepare_images(mlm, opened, base_view_only, max_pixels, names)
+        vision = prepare_images(mlm, opened, names)
         self._text = prepare_text(mlm, [self.tokens.up_to_images(len(row)) for row in rows], vision)
         placed = iter(vision.layouts)
         #: layouts[row][image]: which slots of the row's prompt are which tokens of the image
@@ -99,7 +97,7 @@ class SessionBatch:
             ids = self._text.input_ids[row][self._text.attention_mask[row].bool()].tolist()
             self.tokens.check(len(layouts), [len(layout) for layout in layouts], ids)
         _, projected = encode_images(mlm, vision)
-        self._embeddings = embed(mlm, self._text, projected)
+        self._embeddings = embed(mlm, self._text.input_ids, projected)
         self._prefix: Prefix | None = prefill(mlm, self._embeddings, self._text)
 
     def __enter__(self):
@@ -207,10 +205,8 @@ class ImageSession:
         mlm: MLM,
         images: ImageLike | Sequence[ImageLike],
         prefix: str | None = None,
-        base_view_only: bool | None = None,
-        max_pixels: int | None = None,
     ):
-        self._batch = SessionBatch(mlm, [_as_list(images)], prefix, base_view_only, max_pixels)
+        self._batch = SessionBatch(mlm, [_as_list(images)], prefix)
 
     def __enter__(self):
         return self
@@ -269,8 +265,6 @@ def answer_all(
     max_new_tokens: int = MAX_NEW_TOKENS,
     queries: str = "after",
     prefix: str | None = None,
-    base_view_only: bool | None = None,
-    max_pixels: int | None = None,
     batch_size: int = 16,
     progress: bool = False,
 ) -> Iterator[tuple[str, dict[str, list[Answer]]]]:
@@ -287,7 +281,7 @@ def answer_all(
 
     def run(batch: Sequence[tuple]) -> list[tuple[str, dict[str, list[Answer]]]]:
         names, images, questions = zip(*batch, strict=True)
-        with SessionBatch(mlm, images, prefix, base_view_only, max_pixels, tokens) as session:
+        with SessionBatch(mlm, images, prefix, tokens) as session:
             found = {
                 name: session.answer(questions, options, max_new_tokens, block, queries)
                 for name, block in blocks.items()

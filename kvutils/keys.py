@@ -342,7 +342,7 @@ class SameGrid:
             raise DataError(
                 f"{name} ({layout.image_size[0]}x{layout.image_size[1]}) has the token grids {layout.grids}, "
                 f"the images before it {self.layout.grids}: resize all images to one size, or use "
-                "base_view_only=True"
+                "dataclasses.replace(mlm, base_view_only=True)"
             )
 
 
@@ -352,8 +352,6 @@ def key_variance(
     layers: str | int | Iterable[int] = "all",
     *,
     prefix: str | None = None,
-    base_view_only: bool | None = None,
-    max_pixels: int | None = None,
     batch_size: int = 8,
     progress: bool = False,
 ) -> KeyVariance:
@@ -372,10 +370,8 @@ def key_variance(
         grid.check(one.layout, f"images[{index}]")
         variance.update(one.keys[None])
 
-    capture(
-        mlm, images, prefix, layers, values=False, features=False, base_view_only=base_view_only,
-        max_pixels=max_pixels, batch_size=batch_size, to=None, on_capture=add, progress=progress,
-    )  # fmt: skip
+    capture(mlm, images, prefix, layers, values=False, features=False,
+            batch_size=batch_size, to=None, on_capture=add, progress=progress)  # fmt: skip
     if not variance.count:
         raise DataError("a variance across images needs images, found none")
     return variance

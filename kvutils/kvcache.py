@@ -20,7 +20,7 @@ from PIL import Image
 
 from kvutils.errors import LayerError, ParameterError, PromptError
 from kvutils.images import ImageLike
-from kvutils.language import RowCache, in_halves, resolve_layers, run_layers
+from kvutils.language import RowCache, embed, in_halves, resolve_layers, run_layers
 from kvutils.layout import TokenLayout, pack_crops
 from kvutils.models import MLM, QWEN, Encoder
 from kvutils.prompts import TextInputs, pad, prepare_text, text_positions
@@ -97,8 +97,6 @@ def capture(
     keys: bool = True,
     values: bool = True,
     features: bool = True,
-    base_view_only: bool | None = None,
-    max_pixels: int | None = None,
     batch_size: int = 8,
     to: str | torch.device | None = "cpu",
     on_capture: Callable[[int, Capture], None] | None = None,
@@ -108,7 +106,7 @@ def capture(
 
     The prompt is `prefix + image` under the model's chat template; it ends after the image, and the model
     runs up to the last requested layer only (not at all without keys and values). features adds encoder and
-    projector. base_view_only (LLaVA) and max_pixels (Qwen) as in `prepare_images`. to: where results go
+    projector. How the model looks at pictures is said by `mlm` (base_view_only, max_pixels). to: where results go
     (None: the model's device). With on_capture(index, capture) nothing is kept and None is returned, and
     `images` may be a generator: memory stays constant. A batch that does not fit the device is halved.
     Raises ImageError, LayerError, PromptError, ParameterError, MemoryLimitError.
@@ -120,7 +118,7 @@ def capture(
 
     def run(named: Sequence[tuple[Image.Image, str]]) -> list[Capture]:
         batch, names = zip(*named, strict=True)
-        vision = prepare_images(mlm, batch, base_view_only, max_pixels, names)
+        vision = prepare_images(mlm, batch, names)
         text = prepare_text(mlm, [prompt] * len(batch), vision)
         encoder, projector = encode_images(mlm, vision)
         rows = _image_rows(mlm, vision, text, projector, layers, keys, values, device)
@@ -164,10 +162,7 @@ def _image_rows(
                         row[name] = torch.empty(shape, dtype=states.dtype, device=device)
                     row[name][position].copy_(image_rows)
 
-    embeddings = mlm.model.get_input_embeddings()(text.input_ids)
-    at_image = (text.input_ids == mlm.image_token_id).unsqueeze(-1)
-    tokens = torch.cat(projector).to(embeddings.device, embeddings.dtype)
-    embeddings = embeddings.masked_scatter(at_image.to(embeddings.device), tokens)
+    embeddings = embed(mlm, text.input_ids, projector)
     run_layers(mlm, embeddings, text.attention_mask, text.position_ids, RowCache(layers, store))
     return rows
 
@@ -179,8 +174,6 @@ def capture_encoder(
     images: Iterable[ImageLike],
     *,
     layer: int | None = None,
-    base_view_only: bool | None = None,
-    max_pixels: int | None = None,
     batch_size: int = 8,
     to: str | torch.device | None = "cpu",
     progress: bool = False,
@@ -202,7 +195,7 @@ def capture_encoder(
 
     def run(named: Sequence[tuple[Image.Image, str]]) -> list[torch.Tensor]:
         batch, names = zip(*named, strict=True)
-        vision = prepare_images(mlm, batch, base_view_only, max_pixels, names)
+        vision = prepare_images(mlm, batch, names)
         if mlm.family == QWEN:
             pixels = encoder.processor(images=list(batch), return_tensors="pt")["pixel_values"]
         else:

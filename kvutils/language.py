@@ -128,11 +128,11 @@ def check_attention(mlm: MLM) -> None:
         raise ModelError(f"{mlm.name} has sliding-window layers; only full attention is supported here")
 
 
-def embed(mlm: MLM, text: TextInputs, projected: list[torch.Tensor]) -> torch.Tensor:
-    """Embeddings (B, T, C) of prompts, with the projected tokens of their images in order."""
-    embeddings = mlm.model.get_input_embeddings()(text.input_ids)
-    at_image = (text.input_ids == mlm.image_token_id).unsqueeze(-1).to(embeddings.device)
-    return embeddings.masked_scatter(at_image, torch.cat(projected).to(embeddings.device, embeddings.dtype))
+def embed(mlm: MLM, ids: torch.Tensor, projected: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Embeddings (B, T, C) of token ids (B, T), the projected tokens of their images in place of the image tokens, in order."""
+    embeddings = mlm.model.get_input_embeddings()(ids)
+    at_image = (ids == mlm.image_token_id).unsqueeze(-1).to(embeddings.device)
+    return embeddings.masked_scatter(at_image, torch.cat(list(projected)).to(embeddings.device, embeddings.dtype))
 
 
 def prefill(mlm: MLM, embeddings: torch.Tensor, text: TextInputs) -> Prefix:

@@ -183,9 +183,7 @@ def pack_crops(
     return list(packed)
 
 
-def build_layout(
-    mlm, image_size: tuple[int, int], base_view_only: bool = False, grid: tuple[int, int] | None = None
-) -> TokenLayout:
+def build_layout(mlm, image_size: tuple[int, int], grid: tuple[int, int] | None = None) -> TokenLayout:
     """Layout of one image of `image_size` (W, H), with slots 0..N-1.
 
     `grid` is the (rows, columns) of merged patches of Qwen2.5-VL, as its image processor chose them.
@@ -197,15 +195,15 @@ def build_layout(
         cells = np.stack(np.divmod(np.arange(rows * columns), columns), axis=1)
         edges = [np.linspace(0, image_size[0], columns + 1), np.linspace(0, image_size[1], rows + 1)]
         return _layout(image_size, {"base": grid}, cells, np.zeros(len(cells), int), {BASE: edges})
-    return _llava_layout(mlm, image_size, base_view_only)
+    return _llava_layout(mlm, image_size)
 
 
-def _llava_layout(mlm, image_size: tuple[int, int], base_view_only: bool) -> TokenLayout:
+def _llava_layout(mlm, image_size: tuple[int, int]) -> TokenLayout:
     vision = mlm.model.config.vision_config
     side, patch = vision.image_size, vision.patch_size
     g = side // patch
-    tall, wide = (side, side) if base_view_only else tiling(mlm, image_size)
-    tile_rows, tile_columns = (0, 0) if base_view_only else (tall // side, wide // side)
+    tall, wide = (side, side) if mlm.base_view_only else tiling(mlm, image_size)
+    tile_rows, tile_columns = (0, 0) if mlm.base_view_only else (tall // side, wide // side)
 
     # Coordinates in place of features: view, row, column of every patch of every crop; NaN marks newlines.
     row, column = np.divmod(np.arange(g * g), g)

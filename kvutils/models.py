@@ -193,7 +193,11 @@ ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 
 @dataclass
 class MLM:
-    """A multimodal language model with its processor; all sizes come from the configuration."""
+    """A multimodal language model with its processor; all sizes come from the configuration.
+
+    How it looks at pictures (`dataclasses.replace(mlm, ...)` for another way, the weights are shared): base_view_only
+    (LLaVA), only the picture squashed to a square, no tiles; max_pixels (Qwen2.5-VL), pictures are scaled down to so many.
+    """
 
     model: PreTrainedModel
     processor: Any
@@ -201,6 +205,7 @@ class MLM:
     family: str
     revision: str
     base_view_only: bool = False
+    max_pixels: int | None = None
 
     @property
     def tokenizer(self):

@@ -35,8 +35,8 @@ def prepare_text(
         raise PromptError(f"prompts[{counts.index(0)}] must hold the image token {token!r}")
     if sum(counts) != len(vision.layouts):
         raise PromptError(f"the prompts hold {sum(counts)} image tokens for {len(vision.layouts)} images")
-    if max(counts) > 1 and mlm.family == ONEVISION and not vision.base_view_only:
-        raise ParameterError("LLaVA-OneVision sees several images as base views: use base_view_only=True")
+    if max(counts) > 1 and mlm.family == ONEVISION and not mlm.base_view_only:
+        raise ParameterError("LLaVA-OneVision sees several images as base views: use dataclasses.replace(mlm, base_view_only=True)")
     for index, prompt in enumerate(prompts):
         head, *tails = prompt.split(token)
         layouts = vision.layouts[first : first + len(tails)]

@@ -28,7 +28,6 @@ class VisionInputs:
 
     pixels: torch.Tensor
     layouts: list[TokenLayout]
-    base_view_only: bool
     crops: list[int] | None = None
     grids: torch.Tensor | None = None
 
@@ -54,28 +53,18 @@ def open_batches(
             bar.update(len(batch))
 
 
-def prepare_images(
-    mlm: MLM,
-    images: Sequence[Image.Image],
-    base_view_only: bool | None = None,
-    max_pixels: int | None = None,
-    names: Sequence[str] | None = None,
-) -> VisionInputs:
-    """Preprocess upright RGB images; sizes may differ.
-
-    base_view_only (LLaVA families; None: the model's own setting): only the image squashed to a square, no
-    tiles. max_pixels (Qwen2.5-VL): images are scaled down to at most so many pixels. names: images in errors.
-    """
+def prepare_images(mlm: MLM, images: Sequence[Image.Image], names: Sequence[str] | None = None) -> VisionInputs:
+    """Preprocess upright RGB images as the model looks at them; sizes may differ. names: images in errors."""
     processor = mlm.processor.image_processor
     sizes = [image.size for image in images]
     if mlm.family == QWEN:
-        if base_view_only:
+        if mlm.base_view_only:
             raise ParameterError("base_view_only is for the LLaVA families; Qwen2.5-VL has a single view")
         for index, (width, height) in enumerate(sizes):
             if max(width, height) > 200 * min(width, height):  # the limit of Qwen's own resize
                 name = names[index] if names else f"images[{index}]"
                 raise ImageError(f"{name}: {width}x{height} is too thin for Qwen2.5-VL (at most 200:1)")
-        options = {} if max_pixels is None else {"size": _qwen_size(processor, max_pixels)}
+        options = {} if mlm.max_pixels is None else {"size": _qwen_size(processor, mlm.max_pixels)}
         batch = processor(images=list(images), return_tensors="pt", **options)
         grids, merge = batch["image_grid_thw"], processor.merge_size
         layouts = [
@@ -83,22 +72,21 @@ def prepare_images(
             for size, (_, rows, columns) in zip(sizes, grids.tolist(), strict=True)
         ]
         pixels = batch["pixel_values"].to(mlm.device, mlm.dtype)
-        return VisionInputs(pixels, layouts, False, grids=grids.to(mlm.device))
+        return VisionInputs(pixels, layouts, grids=grids.to(mlm.device))
 
-    if max_pixels is not None:
-        raise ParameterError("max_pixels is for Qwen2.5-VL; for LLaVA models use base_view_only=True")
-    base_view_only = mlm.base_view_only if base_view_only is None else base_view_only
+    if mlm.max_pixels is not None:
+        raise ParameterError("max_pixels is for Qwen2.5-VL; LLaVA models have base_view_only")
     side = mlm.model.config.vision_config.image_size
     # With one square resolution there is one tile to cut, and to drop: the base view is the same either way.
-    options = {"image_grid_pinpoints": [[side, side]]} if base_view_only else {}
+    options = {"image_grid_pinpoints": [[side, side]]} if mlm.base_view_only else {}
     batch = processor(images=list(images), return_tensors="pt", **options)
-    layouts = [build_layout(mlm, size, base_view_only) for size in sizes]
-    if base_view_only:
+    layouts = [build_layout(mlm, size) for size in sizes]
+    if mlm.base_view_only:
         crops = [1] * len(images)
     else:
         crops = [1 + (tall // side) * (wide // side) for tall, wide in (tiling(mlm, size) for size in sizes)]
     pixels = torch.cat([views[:count] for views, count in zip(batch["pixel_values"], crops, strict=True)])
-    return VisionInputs(pixels.to(mlm.device, mlm.dtype), layouts, base_view_only, crops=crops)
+    return VisionInputs(pixels.to(mlm.device, mlm.dtype), layouts, crops=crops)
 
 
 def _qwen_size(processor, max_pixels: int) -> dict[str, int]:
@@ -129,7 +117,7 @@ def encode_images(mlm: MLM, vision: VisionInputs) -> tuple[list[torch.Tensor], l
 def _encode_llava(mlm: MLM, vision: VisionInputs):
     inner, config = mlm.model.model, mlm.model.config
     image_sizes = [layout.image_size for layout in vision.layouts]
-    if mlm.family == NEXT and vision.base_view_only:
+    if mlm.family == NEXT and mlm.base_view_only:
         # The class always tiles; this is its `get_image_features` for images of one crop.
         output = inner.vision_tower(vision.pixels, output_hidden_states=True)
         states = _feature_states(config, output)
@@ -141,7 +129,7 @@ def _encode_llava(mlm: MLM, vision: VisionInputs):
         if mlm.family == ONEVISION:
             # More than one image per prompt is how the class is told not to tile.
             several = [max(2, len(image_sizes))]
-            options["batch_num_images"] = several if vision.base_view_only else [1] * len(image_sizes)
+            options["batch_num_images"] = several if mlm.base_view_only else [1] * len(image_sizes)
         output = inner.get_image_features(vision.pixels, sizes, return_dict=True, **options)
         states, projected = _feature_states(config, output), output.pooler_output
     newline = states.new_zeros(states.shape[-1])

@@ -2,6 +2,7 @@
 
 import math
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -576,7 +577,7 @@ def test_a_block_needs_one_token_grid():
 def test_images_that_the_family_cannot_show():
     with pytest.raises(ParameterError, match="base views"):
         ImageSession(tiny("llava_onevision"), IMAGES[:2])
-    with ImageSession(tiny("llava_onevision"), IMAGES[:2], base_view_only=True) as session:
+    with ImageSession(replace(tiny("llava_onevision"), base_view_only=True), IMAGES[:2]) as session:
         assert len(session.layouts) == 2 and len(session.ask(QUESTIONS, 2)) == 3
 
 

@@ -271,7 +271,7 @@ def test_readouts_are_those_of_a_plain_full_prompt(items, mlm):
     chosen = [items[0], items[1], items[2 * FEW], items[2 * FEW + 1]]
     tables = read_items(mlm, chosen, progress=False, batch_size=2)
     for item in chosen:
-        vision = prepare_images(mlm, item.images, True)
+        vision = prepare_images(mlm, item.images)
         text = prepare_text(mlm, [mlm.prompt(item.prompt, images=len(item.images))], vision, images_only=False)
         embeddings = mlm.model.get_input_embeddings()(text.input_ids)
         embeddings[text.input_ids == mlm.image_token_id] = torch.cat(encode_images(mlm, vision)[1])
@@ -621,7 +621,7 @@ def test_every_family_reads_items_in_their_official_form(family):
         assert np.isfinite(table.scores).all() and (np.abs(table.scores) <= 1 + 1e-6).all()
         assert np.ptp(table.scores, axis=-1).min() > 0  # every source tells the options apart
     prompt = mlm.prompt(style.prompt, images=3)
-    with SessionBatch(mlm, [pictures], **blink_gap.views_of(mlm)) as session:
+    with SessionBatch(blink_gap.base_views(mlm), [pictures]) as session:
         score = session.answer([[style.prompt]], [[["(A)", "A"]]], max_new_tokens=0)[0][0].scores
     assert prompt.count("<image>") + prompt.count("<|image_pad|>") == 3
     # Both spellings of an option count.

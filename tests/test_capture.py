@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import accelerate
@@ -75,6 +76,11 @@ def pocket_cache(mlm, image, prefix=None, whole=False):
 
 def reference(mlm, *args, **options):
     return (pocket_cache if mlm.base_view_only else plain_cache)(mlm, *args, **options)
+
+
+def looks(mlm):
+    """With tiles, and base view only."""
+    return mlm, replace(mlm, base_view_only=True)
 
 
 def image_rows(cache, ids, mlm):
@@ -150,9 +156,8 @@ def test_features_at_image_slots_are_the_scattered_projector_output(family, pref
 
 @pytest.mark.parametrize("family", ["llava_onevision", "llava_next"])
 def test_projecting_the_encoder_features_gives_the_projector_features(family):
-    mlm = tiny(family)
-    for options in ({}, {"base_view_only": True}):
-        one = capture(mlm, [IMAGES[0]], keys=False, values=False, **options)[0]
+    for mlm in looks(tiny(family)):
+        one = capture(mlm, [IMAGES[0]], keys=False, values=False)[0]
         real = ~one.layout.is_newline
         with torch.no_grad():
             projected = mlm.model.model.multi_modal_projector(one.encoder[real])
@@ -273,8 +278,8 @@ def test_prefix_words_of_the_template_itself_do_not_confuse(prefix):
 @pytest.mark.parametrize("family", ALL)
 def test_several_images_in_one_prompt(family):
     mlm = tiny(family)
-    options = {} if family in ("qwen2_5_vl", "llava_next") else {"base_view_only": True}
-    vision = prepare_images(mlm, IMAGES, **options)
+    mlm = mlm if family in ("qwen2_5_vl", "llava_next") else replace(mlm, base_view_only=True)
+    vision = prepare_images(mlm, IMAGES)
     prompts = [mlm.prompt("what is this?", images=2), mlm.prompt("yes", prefix="a fish")]
     text = prepare_text(mlm, prompts, vision, images_only=False)
     for row, images in ((0, vision.layouts[:2]), (1, vision.layouts[2:])):
@@ -477,11 +482,11 @@ def test_other_arguments_out_of_range():
     with pytest.raises(ParameterError, match="list"):
         capture(pocket, "photo.jpg")
     with pytest.raises(ParameterError, match="max_pixels"):
-        capture(pocket, IMAGES, max_pixels=1000)
+        capture(replace(pocket, max_pixels=1000), IMAGES)
     with pytest.raises(ParameterError, match="base_view_only"):
-        capture(qwen, IMAGES, base_view_only=True)
+        capture(replace(qwen, base_view_only=True), IMAGES)
     with pytest.raises(ParameterError, match="max_pixels"):
-        capture(qwen, IMAGES, max_pixels=10)
+        capture(replace(qwen, max_pixels=10), IMAGES)
     assert capture(pocket, []) == []
 
 
@@ -507,7 +512,7 @@ def test_extreme_images(family):
 
 def test_max_pixels_of_qwen():
     mlm = tiny("qwen2_5_vl")
-    large, small = (capture(mlm, [picture(120, 96)], max_pixels=m)[0] for m in (None, 1024))
+    large, small = (capture(replace(mlm, max_pixels=m), [picture(120, 96)])[0] for m in (None, 1024))
     assert len(small.layout) <= 1024 // 64 < len(large.layout)
     assert small.layout.image_size == large.layout.image_size == (120, 96)
 
@@ -520,11 +525,9 @@ def test_the_models_own_tower_as_another_encoder_gives_its_own_features():
     encoder = tiny_siglip()
     encoder.model.load_state_dict(mlm.model.model.vision_tower.state_dict())
     images = [*IMAGES, picture(300, 251)]
-    for options in ({}, {"base_view_only": True}):
-        ours = capture_encoder(encoder, mlm, images, batch_size=2, **options)
-        for features, one in zip(
-            ours, capture(mlm, images, keys=False, values=False, **options), strict=True
-        ):
+    for mlm in looks(mlm):
+        ours = capture_encoder(encoder, mlm, images, batch_size=2)
+        for features, one in zip(ours, capture(mlm, images, keys=False, values=False), strict=True):
             assert torch.allclose(features, one.encoder, atol=1e-4)
 
 

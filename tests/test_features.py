@@ -1,5 +1,7 @@
 """Feature sources, text-aligned scores and saliency, each against a direct computation."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -166,7 +168,7 @@ def test_store_and_memory_give_the_same_bytes(tmp_path):
     same(plain, extractor.images(ITEMS))
     stored = len(list(tmp_path.rglob("*.safetensors")))
     assert stored == 2
-    run(store=Store(tmp_path), base_view_only=True)
+    run(store=Store(tmp_path), keys=False)
     assert len(list(tmp_path.rglob("*.safetensors"))) == 2 * stored  # other options, other shards
 
 
@@ -202,7 +204,7 @@ def test_the_fingerprint_names_what_features_depend_on(pocket):
         FeatureExtractor(mlm).fingerprint,
         FeatureExtractor(mlm, layers=[1]).fingerprint,
         FeatureExtractor(mlm, pocket.untrained).fingerprint,
-        FeatureExtractor(mlm, max_pixels=100).fingerprint,
+        FeatureExtractor(replace(mlm, max_pixels=100)).fingerprint,
         pocket.fingerprint,
     }
     assert len(prints) == 5 and FeatureExtractor(mlm).fingerprint in prints

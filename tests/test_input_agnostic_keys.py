@@ -78,7 +78,7 @@ def table_of(variance, norm=None, mass=None, foreground=None, seed=0):
     """A KeyTable of the 4 x 4 grid and newline of a tiny pocket model, or of a wider one; no model is run."""
     variance = torch.as_tensor(variance, dtype=torch.float64)
     side = round((variance.shape[-1] - 1) ** 0.5)
-    layout = build_layout(tiny_pocket(image_size=8 * side), (8 * side, 8 * side), base_view_only=True)
+    layout = build_layout(tiny_pocket(image_size=8 * side), (8 * side, 8 * side))
     ones = torch.ones_like(variance)
     noise = 1 + 0.01 * torch.randn(2, *variance.shape, dtype=torch.float64)
     random = np.random.default_rng(seed)

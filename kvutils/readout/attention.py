@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from kvutils.errors import DataError, ParameterError, PromptError
 from kvutils.images import ImageLike, open_image
 from kvutils.keys import SameGrid
-from kvutils.language import in_halves, resolve_layers
+from kvutils.language import embed, in_halves, resolve_layers
 from kvutils.layout import TokenLayout
 from kvutils.models import MLM
 from kvutils.prompts import prepare_text
@@ -36,8 +36,6 @@ def attention_mass(
     layers: str | int | Iterable[int] = "all",
     *,
     prefix: str | None = None,
-    base_view_only: bool | None = None,
-    max_pixels: int | None = None,
     batch_size: int = 8,
     progress: bool = False,
 ) -> torch.Tensor:
@@ -54,13 +52,13 @@ def attention_mass(
     if isinstance(questions, str) or not questions:
         raise ParameterError(f"questions must be a list of at least one text, not {questions!r}")
     layers, grid, seen = resolve_layers(mlm, layers), SameGrid(), 0
-    language_model, embed = mlm.model.model.language_model, mlm.model.get_input_embeddings()
+    language_model = mlm.model.model.language_model
     prompts = [mlm.prompt(question, prefix) for question in questions]
 
     def run(named: Sequence[tuple[Image.Image, str]]) -> list[torch.Tensor]:
         """The sum over these images and all questions, as the only element."""
         batch, names = zip(*named, strict=True)
-        vision = prepare_images(mlm, batch, base_view_only, max_pixels, names)
+        vision = prepare_images(mlm, batch, names)
         for layout, name in zip(vision.layouts, names, strict=True):
             grid.check(layout, name)
         # One grid and one question: all rows are equally long, and nothing is padded.
@@ -73,12 +71,9 @@ def attention_mass(
                 raise PromptError(
                     f"the chat template of {mlm.name} does not put the question {question!r} behind the image"
                 )
-        embeddings = embed(ids)
-        at_image = (ids == mlm.image_token_id).unsqueeze(-1).to(embeddings.device)
-        tokens = torch.cat(encode_images(mlm, vision)[1]).to(embeddings.device, embeddings.dtype)
         cache = DynamicCache()
         language_model(
-            inputs_embeds=embeddings.masked_scatter(at_image, tokens),
+            inputs_embeds=embed(mlm, ids, encode_images(mlm, vision)[1]),
             position_ids=texts[0].position_ids[..., :end],
             past_key_values=cache,
             use_cache=True,
@@ -87,7 +82,7 @@ def attention_mass(
         with _recorded_mass(language_model, layers, slots, mass):
             for text in texts:
                 language_model(
-                    inputs_embeds=embed(text.input_ids[:, end:]),
+                    inputs_embeds=mlm.model.get_input_embeddings()(text.input_ids[:, end:]),
                     position_ids=text.position_ids[..., end:],
                     past_key_values=copy.deepcopy(cache),
                     use_cache=True,
@@ -134,8 +129,6 @@ def prompt_saliency(
     mlm: MLM,
     image: ImageLike,
     question: str = QUESTION,
-    base_view_only: bool | None = None,
-    max_pixels: int | None = None,
 ) -> tuple[TokenLayout, torch.Tensor]:
     """(layout, (N,) float32 on the CPU): attention weight of the last prompt token on every image token.
 
@@ -143,12 +136,10 @@ def prompt_saliency(
     attention into the cache; only the last token runs with eager attention, so no T x T map is ever held.
     Raises ImageError.
     """
-    vision = prepare_images(mlm, [open_image(image)], base_view_only, max_pixels)
+    vision = prepare_images(mlm, [open_image(image)])
     text = prepare_text(mlm, [mlm.prompt(question=question)], vision, images_only=False)
     _, projector = encode_images(mlm, vision)
-    embeddings = mlm.model.get_input_embeddings()(text.input_ids)
-    at_image = (text.input_ids == mlm.image_token_id).unsqueeze(-1)
-    embeddings = embeddings.masked_scatter(at_image, projector[0].to(embeddings.device, embeddings.dtype))
+    embeddings = embed(mlm, text.input_ids, projector)
     language_model, cache = mlm.model.model.language_model, DynamicCache()
     positions = text.position_ids
     language_model(

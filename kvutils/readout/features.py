@@ -102,7 +102,7 @@ class FeatureExtractor:
     """Features of images and texts from one MLM and its baselines; see the module for the sources.
 
     layers: of values and keys ("all" or numbers). encoder_text: the text tower of encoder_original, for text
-    scores of the encoders. base_view_only, max_pixels: as in `kvutils.kvcache.capture`. Batches are kept in
+    scores of the encoders. Batches are kept in
     memory up to `memory_bytes` (default: a third of what is free, shared by the processes of this machine) and, with
     a `Store`, on disk if they are at most `stored_bytes`: those of large models would fill terabytes, and reading
     them back takes as long as a GPU takes to make them. to: where features live (None: the model's device).
@@ -117,8 +117,6 @@ class FeatureExtractor:
         encoder_text: SiglipText | None = None,
         layers: str | int | Iterable[int] = "all",
         keys: bool = True,
-        base_view_only: bool | None = None,
-        max_pixels: int | None = None,
         batch_size: int = 8,
         store: Store | None = None,
         memory_bytes: int | None = None,
@@ -131,7 +129,6 @@ class FeatureExtractor:
         self.layers, self.keys, self.batch_size = resolve_layers(mlm, layers), keys, batch_size
         self.store, self.stored_bytes, self.to = store, stored_bytes, to
         self.memory_bytes = _share_of_memory() if memory_bytes is None else memory_bytes
-        self._views = {"base_view_only": base_view_only, "max_pixels": max_pixels}
         self.alignment = TextAlignment(mlm, self.layers, untrained, encoder_original, encoder_text)
         self._memory: OrderedDict[str, list[ImageFeatures]] = OrderedDict()
         self._held = 0
@@ -161,7 +158,7 @@ class FeatureExtractor:
             "models": [_identity(m) for m in (self.mlm, self.untrained, self.encoder_original)],
             "text": None if text is None else [text.name, text.template],
             "layers": self.layers,
-            "views": self._views,
+            "views": [self.mlm.base_view_only, self.mlm.max_pixels],
             "batch_size": self.batch_size,
         }
         return hashlib.sha256(to_json(about).encode()).hexdigest()[:16]
@@ -210,7 +207,7 @@ class FeatureExtractor:
         """
         key = self.batch_key([item], question)
         if key not in self._saliency:
-            layout, attention = prompt_saliency(self.mlm, item[1], question, **self._views)
+            layout, attention = prompt_saliency(self.mlm, item[1], question)
             attention = attention[torch.from_numpy(image_tokens(layout))]
             low, high = attention.min(), attention.max()
             self._saliency[key] = (attention - low) / (high - low).clamp_min(torch.finfo(torch.float32).tiny)
@@ -218,7 +215,7 @@ class FeatureExtractor:
 
     def _extract(self, items: Sequence[Item], prefix: str | None) -> list[ImageFeatures]:
         images = [image for _, image in items]
-        options = {**self._views, "batch_size": len(images), "to": self.to}
+        options = {"batch_size": len(images), "to": self.to}
         captures = capture(self.mlm, images, prefix, self.layers, keys=self.keys, **options)
         control = (
             capture(self.untrained, images, prefix, self.layers, keys=False, features=False, **options)

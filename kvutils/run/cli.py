@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -99,13 +100,13 @@ def _run(options: argparse.Namespace) -> None:
     layers = _layers(options.layers)
     _check_photos(options.photos)
     mlm = load_mlm(options.model, device=options.device, dtype=options.dtype)
+    views = {"base_view_only": options.base_view_only, "max_pixels": options.max_pixels}
+    mlm = replace(mlm, **{name: value for name, value in views.items() if value is not None})
     captures = capture(
         mlm,
         options.photos,
         prefix=options.prefix,
         layers=layers,
-        base_view_only=options.base_view_only,
-        max_pixels=options.max_pixels,
         batch_size=options.batch_size,
         progress=True,
     )

@@ -19,7 +19,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -140,7 +140,7 @@ def _sizes(mlm: MLM) -> list[tuple[int, int]]:
     patches = (config.image_size // config.patch_size) ** 2
     tall, wide = tiling(mlm, IMAGE)
     crops = 1 + (tall // config.image_size) * (wide // config.image_size)
-    return [(len(build_layout(mlm, IMAGE)), crops * patches), (len(build_layout(mlm, IMAGE, True)), patches)]
+    return [(len(build_layout(mlm, IMAGE)), crops * patches), (len(build_layout(replace(mlm, base_view_only=True), IMAGE)), patches)]
 
 
 def _weights(module: torch.nn.Module) -> int:

@@ -151,9 +151,9 @@ def read_items(
     if batch_size < 1:
         raise ParameterError(f"batch_size must be at least 1, not {batch_size}")
     by_subtask = check_items(items)
-    views = views_of(mlm)
-    extractor = FeatureExtractor(mlm, None, encoder_original, keys=False, batch_size=batch_size, memory_bytes=0, to=None, **views)
-    models = {"value": mlm} | ({"untrained.value": untrained} if untrained else {})
+    mlm = base_views(mlm)
+    extractor = FeatureExtractor(mlm, None, encoder_original, keys=False, batch_size=batch_size, memory_bytes=0, to=None)
+    models = {"value": mlm} | ({"untrained.value": base_views(untrained)} if untrained else {})
     tables = {}
     with tqdm(total=len(items), desc="multiple choice", unit="item", disable=not progress) as bar:
         for subtask, mine in by_subtask.items():
@@ -162,7 +162,7 @@ def read_items(
                 batch = mine[start : start + batch_size]
 
                 def compute(batch: list[MultipleChoice] = batch) -> list[dict]:
-                    return in_halves(lambda some: _read_batch(models, extractor, some, max_new_tokens, views), batch)
+                    return in_halves(lambda some: _read_batch(models, extractor, some, max_new_tokens), batch)
 
                 about = [list(models), extractor.fingerprint, max_new_tokens]
                 about += [(item.id, item.group, item.prompt, item.answer) for item in batch]
@@ -175,13 +175,13 @@ def read_items(
     return tables
 
 
-def views_of(mlm: MLM) -> dict[str, bool | None]:
-    """Options of a session over several images: base views for LLaVA models, the form in which they were trained on them."""
-    return {"base_view_only": None if mlm.family == QWEN else True}
+def base_views(mlm: MLM) -> MLM:
+    """The model for several images: a LLaVA model with base views, the form in which they were trained on them."""
+    return mlm if mlm.family == QWEN else replace(mlm, base_view_only=True)
 
 
 def _read_batch(
-    models: Mapping[str, MLM], extractor: FeatureExtractor, batch: list[MultipleChoice], max_new_tokens: int, views: dict
+    models: Mapping[str, MLM], extractor: FeatureExtractor, batch: list[MultipleChoice], max_new_tokens: int
 ) -> list[dict]:
     """Per item: answer text, the option said, option scores, and scores[readout][source] of every option."""
     images = [tuple(item.images) for item in batch]
@@ -191,7 +191,7 @@ def _read_batch(
     features = [dict(_renamed(each.features)) for each in alone]
     answers: list[list[Answer]] = []
     for family, mlm in models.items():
-        with SessionBatch(mlm, images, **views) as session:
+        with SessionBatch(mlm, images) as session:
             for row, in_prompt in enumerate(session.image_values()):
                 for place, (values, layout) in enumerate(zip(in_prompt, session.layouts[row], strict=True), places[row]):
                     features[place] |= _by_layer(family, values, layout)

@@ -135,8 +135,6 @@ def ask_under_blocks(
     parts: Parts | None = None,
     *,
     queries: str = "after",
-    base_view_only: bool | None = None,
-    max_pixels: int | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 16,
     chunk: int = 48,
@@ -154,7 +152,7 @@ def ask_under_blocks(
     for sample in task.samples:
         asked.setdefault(sample.image_id, {})[sample.question] = None
         first.setdefault(sample.image_id, sample)
-    about = [mlm.name, task.name, queries, base_view_only, max_pixels, max_new_tokens,
+    about = [mlm.name, task.name, queries, mlm.base_view_only, mlm.max_pixels, max_new_tokens,
              {name: _digest(block) for name, block in blocks.items()}]  # fmt: skip
     replies: dict[tuple[str, str, str], str] = {}
     names, jobs, asked_in = list(asked), [], []
@@ -165,8 +163,7 @@ def ask_under_blocks(
             samples = [(name, first[name].image, questions) for name, questions in some]
             found: dict[str, list[list[str]]] = {name: [] for name in blocks}
             for _, answers in answer_all(
-                mlm, samples, blocks, max_new_tokens=max_new_tokens, queries=queries,
-                base_view_only=base_view_only, max_pixels=max_pixels, batch_size=batch_size, progress=progress,
+                mlm, samples, blocks, max_new_tokens=max_new_tokens, queries=queries, batch_size=batch_size, progress=progress,
             ):  # fmt: skip
                 for name, each in answers.items():
                     found[name].append([answer.text for answer in each])

@@ -65,8 +65,6 @@ def measure_keys(
     parts: Parts | None = None,
     *,
     mass_images: int | None = None,
-    base_view_only: bool | None = None,
-    max_pixels: int | None = None,
     chunk: int = 50,
     progress: bool = True,
 ) -> KeyTable:
@@ -82,7 +80,7 @@ def measure_keys(
     if len(images) <= chunk:
         raise DataError(f"{len(images)} images make no two chunks of {chunk}: give more, or a smaller chunk")
     mass_images = len(images) if mass_images is None else min(mass_images, len(images))
-    asked = [mlm.name, list(questions), base_view_only, max_pixels]
+    asked = [mlm.name, list(questions), mlm.base_view_only, mlm.max_pixels]
     grid, streams = SameGrid(), (KeyVariance(), KeyVariance())
     mass, foreground, weight = 0.0, 0.0, 0
     jobs, sizes = [], []
@@ -91,10 +89,9 @@ def measure_keys(
         heard = some[: max(0, mass_images - start)]
 
         def compute(some: list = some, heard: list = heard) -> dict:
-            options = {"base_view_only": base_view_only, "max_pixels": max_pixels}
-            found = _read(mlm, some, grid, options)
+            found = _read(mlm, some, grid)
             if heard:
-                received = attention_mass(mlm, [s.image for s in heard], questions, **options)
+                received = attention_mass(mlm, [s.image for s in heard], questions)
                 found["mass"] = received * len(heard)
             return found
 
@@ -110,12 +107,12 @@ def measure_keys(
             bar.update(read)
     halves = torch.stack([stream.result for stream in streams])
     total = KeyVariance().merge(streams[0]).merge(streams[1])
-    layout = grid.layout or _layout(mlm, images[0], base_view_only, max_pixels)
+    layout = grid.layout or _layout(mlm, images[0])
     return KeyTable(mlm.name, total.result, total.mean_norm, mass / weight, halves,
                     np.asarray(foreground) / total.count, layout, total.count, weight)  # fmt: skip
 
 
-def _read(mlm: MLM, samples: Sequence[LabelledImage], grid: SameGrid, options: dict) -> dict[str, torch.Tensor]:
+def _read(mlm: MLM, samples: Sequence[LabelledImage], grid: SameGrid) -> dict[str, torch.Tensor]:
     """The state of a `KeyVariance`, and how often each token is mostly foreground."""
     variance = KeyVariance()
     foreground = torch.zeros(0)
@@ -129,11 +126,10 @@ def _read(mlm: MLM, samples: Sequence[LabelledImage], grid: SameGrid, options: d
         count = torch.from_numpy((labels == 1).astype(float))
         foreground = count if not len(foreground) else foreground + count
 
-    capture(mlm, [s.image for s in samples], values=False, features=False, to=None, on_capture=add, **options)
+    capture(mlm, [s.image for s in samples], values=False, features=False, to=None, on_capture=add)
     return variance.state_dict() | {"foreground": foreground}
 
 
-def _layout(mlm: MLM, sample: LabelledImage, base_view_only, max_pixels) -> TokenLayout:
+def _layout(mlm: MLM, sample: LabelledImage) -> TokenLayout:
     """Of an image whose keys were stored: one image is read again."""
-    return capture(mlm, [sample.image], layers=[0], values=False, features=False,
-                   base_view_only=base_view_only, max_pixels=max_pixels)[0].layout  # fmt: skip
+    return capture(mlm, [sample.image], layers=[0], values=False, features=False)[0].layout

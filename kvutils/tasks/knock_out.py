@@ -91,8 +91,6 @@ def knock_out(
     samples: Sequence[Question],
     parts: Parts | None = None,
     *,
-    base_view_only: bool | None = None,
-    max_pixels: int | None = None,
     batch_size: int = 16,
     progress: bool = True,
 ) -> KnockOut:
@@ -114,14 +112,14 @@ def knock_out(
 
             def run(some: Sequence[list[Question]]) -> list[list]:
                 images = [_one_image(asked[0]) for asked in some]
-                with SessionBatch(mlm, images, None, base_view_only, max_pixels, tokens) as session:
+                with SessionBatch(mlm, images, tokens=tokens) as session:
                     rows = iter(_ask(session, some, options, blocked))
                 return [[next(rows) for _ in asked] for asked in some]
 
             def compute(batch: list = batch, run: Callable = run) -> list:
                 return [row for rows in in_halves(run, batch) for row in rows]
 
-            content = [mlm.name, base_view_only, max_pixels, options,
+            content = [mlm.name, mlm.base_view_only, mlm.max_pixels, options,
                        [[s.group, s.id, s.text, s.answer] for asked in batch for s in asked]]  # fmt: skip
             key = hashlib.sha256(to_json(content).encode()).hexdigest()[:16]
             jobs.append((f"knock_out/{start:06d}-{key}", compute))
