@@ -21,7 +21,6 @@ from kvutils.datasets.pocket.world import draw_mark
 from kvutils.datasets.samples import MultipleChoice
 from kvutils.errors import DataError, ParameterError
 from kvutils.layout import TokenLayout
-from kvutils.plots import blink as plots_blink
 from kvutils.prompts import prepare_text
 from kvutils.run.report import judge, load_claims
 from kvutils.store import Parts, read_json, write_json
@@ -44,6 +43,7 @@ from kvutils.tasks.blink_tables import (
     CELLS,
     choose_layer,
     claim_c8,
+    describe_example,
     describe_table,
     official_scores,
     table_of_two,
@@ -583,7 +583,7 @@ def test_figures_need_only_the_results_file(items, tmp_path):
         described[subtask], surfaced[subtask] = describe_table(table, n_boot=50), interventions(table, n_boot=50)
         item = next(each for each in items if each.subtask == subtask)
         table.ids[0] = item.id
-        examples[subtask] = plots_blink.describe_example(item, table, described[subtask]["chosen"]["source"])
+        examples[subtask] = describe_example(item, table, described[subtask]["chosen"]["source"])
     results = {"subtasks": described, "interventions": surfaced, "examples": examples, "method": examples["Art_Style"]}
     write_json(tmp_path / "05_blink_gap.json", results)
     paths = plots.draw_all(tmp_path, tmp_path / "figures")

@@ -17,7 +17,7 @@ import pytest
 from kvutils.datasets import CHOICE_DATA, FOLDERS, PREFIX_DATA, TASK_DATA, class_names, data_sources, open_dataset
 from kvutils.models import load_encoder, load_mlm
 from kvutils.plots import DRAW
-from kvutils.plots.style import error_bar, flow_axis, layer_count, layer_ticks
+from kvutils.plots.style import error_bar, flow_axis, layer_ticks, layers_of
 from kvutils.readout.features import FeatureExtractor
 from kvutils.run.plan import NOTEBOOKS, data_of, look_for_data
 from kvutils.run.report import judge, load_claims
@@ -209,7 +209,7 @@ def test_figures_take_any_interval_and_any_depth():
     assert flow_axis(8) == ([0, 1, 2, 3], 4, 5) and layer_ticks(range(8)) == list(range(8))
     before, line, first = flow_axis(28)
     assert before == [0, 3, 6, 9] and before[-1] < line < first and len(layer_ticks(range(28))) <= 12
-    assert layer_ticks([]) == [] and layer_count(["pixels", "key.9", "value.3", "value.27"]) == 28
+    assert layer_ticks([]) == [] and layers_of(["pixels", "key.9", "value.27", "value.3"]) == [3, 27]
 
 
 @pytest.mark.slow

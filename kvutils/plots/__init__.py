@@ -4,17 +4,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from IPython.display import Image as PngFile
-from IPython.display import display
+from IPython.display import Image, display
 from matplotlib.figure import Figure
 
 from kvutils.errors import DataError
-from kvutils.plots import baseline, blink, keys, prefix
-from kvutils.plots.value_flow import draw_value_flow
+from kvutils.plots import baseline, blink, keys, prefix, value_flow
 from kvutils.store import read_json
 
 DRAW: dict[str, Callable[[Mapping], dict[str, Figure]]] = {
-    "01_value_flow": draw_value_flow,
+    "01_value_flow": value_flow.draw,
     "02_siglip_baseline": baseline.draw,
     "03_input_agnostic_keys": keys.draw,
     "04_prefix": prefix.draw,
@@ -36,7 +34,7 @@ def save(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
 def show(name: str, figure: Figure, folder: Path) -> None:
     """Write a figure and show it in a notebook: exactly the file, whatever the notebook's backend."""
     (path,) = save({name: figure}, folder)
-    display(PngFile(path))
+    display(Image(path))
 
 
 def draw_all(results: Path, figures: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The figures of notebook 03, drawn from its stored results alone; in the style of `kvutils.plots.style`."""
+"""Figures of notebook 03: how much keys vary, where the image is read, and what blocking chosen keys does."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,19 +6,19 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from kvutils.plots.style import _COLOURS, _picture, _styled, decode_image, error_bar
+from kvutils.plots.style import COLOURS, curve, decode_image, forest, in_order, legend_below, panels, picture, styled
 
 POINTS = {"pope": 100.0, "mme": 1.0}  # F1 in points
 UNITS = {"pope": "POPE F1 (points)", "mme": "MME score (points)"}
-FAMILY_STYLE = {  # of the knock-out curves: colour, line, marker, label
-    "one": (_COLOURS[0], "-", "o", "hidden in this layer alone"),
-    "from": (_COLOURS[1], "--", "s", "hidden in this layer and all after it"),
-    "until": (_COLOURS[2], "-.", "D", "hidden in this layer and all before it"),
+KNOCK_OUT_STYLE = {  # which layers are hidden -> colour, line, marker, label
+    "one": (COLOURS[0], "-", "o", "hidden in this layer alone"),
+    "from": (COLOURS[1], "--", "s", "hidden in this layer and all after it"),
+    "until": (COLOURS[2], "-.", "D", "hidden in this layer and all before it"),
 }
-_ROLES = {"input-agnostic": (_COLOURS[0], "o"), "reading": (_COLOURS[2], "D"), "all": (_COLOURS[3], "v")}
+BLOCK_STYLE = {"input-agnostic": (COLOURS[0], "o"), "reading": (COLOURS[2], "D"), "all": (COLOURS[3], "v")}  # else: a control
 
 
-@_styled
+@styled
 def variance_histograms(keys: Mapping, scale: str = "raw") -> Figure:
     """Log10 of the keys' variance per layer, with the pooled threshold and the layer's own; last panel: pooled.
 
@@ -28,45 +28,38 @@ def variance_histograms(keys: Mapping, scale: str = "raw") -> Figure:
     trained, untrained = keys["trained"], keys.get("untrained")
     layers, found = trained["layers"], trained["thresholds"]
     columns = 4 if layers < 16 else 7
-    rows = -(-(layers + 1) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.1 * columns, 2.2 * rows), sharex=True, squeeze=False)
-    axes = list(axes.flat)
-    pooled = np.log10(found[scale]["value"])
-    for layer in range(layers + 1):
-        axis, whole = axes[layer], layer == layers
-        for about, colour, label in ((untrained, _COLOURS[7], "untrained"), (trained, _COLOURS[0], "trained")):
+    figure, axes = panels(layers + 1, columns, 3.1, 2.2, sharex=True)
+    unit = "variance (squared key units)" if scale == "raw" else "variance / mean norm$^2$"
+    for layer, axis in enumerate(axes):
+        whole = layer == layers
+        for about, colour, label in ((untrained, COLOURS[7], "untrained"), (trained, COLOURS[0], "trained")):
             if about is not None:
-                edges = np.array(about["histograms"][scale]["log10_edges"])
                 counts = np.array(about["histograms"][scale]["layers"])
-                axis.stairs(counts.sum(0) if whole else counts[layer], edges, fill=label == "trained",
-                            color=colour, alpha=0.75, lw=1.2, label=label)  # fmt: skip
-        axis.axvline(pooled, color="black", lw=1.3, label="threshold of all layers together")
-        if scale == "raw" and not whole:
-            axis.axvline(np.log10(found["per_layer"][layer]["value"]), color=_COLOURS[1], ls="--", lw=1.3,
-                         label="threshold of this layer")  # fmt: skip
-        d = trained["modes"]["layers"][layer]["mean"] if not whole else found[scale]["separation"]
-        name = f"layer {layer}: " + (f"two modes, D = {d:.2f}" if d else "one mode")
-        name = f"all layers together: D = {d:.2f}" if whole else name
+                axis.stairs(counts.sum(0) if whole else counts[layer], np.array(about["histograms"][scale]["log10_edges"]),
+                            fill=label == "trained", color=colour, alpha=0.75, lw=1.2, label=label)  # fmt: skip
+        axis.axvline(np.log10(found[scale]["value"]), color="black", lw=1.3, label="threshold of all layers together")
+        if whole:
+            name = f"all layers together: D = {found[scale]['separation']:.2f}"
+        else:
+            d = trained["modes"]["layers"][layer]["mean"]
+            name = f"layer {layer}: " + (f"two modes, D = {d:.2f}" if d else "one mode")
+            if scale == "raw":
+                axis.axvline(np.log10(found["per_layer"][layer]["value"]), color=COLOURS[1], ls="--", lw=1.3, label="threshold of this layer")
         axis.set(title=name, ylabel="keys" if layer % columns == 0 else "")
         if layer + columns > layers:
             axis.tick_params(labelbottom=True)
-            unit = "variance (squared key units)" if scale == "raw" else "variance / mean norm$^2$"
             axis.set_xlabel(f"log$_{{10}}$ {unit}", fontsize=8)
-    for axis in axes[layers + 1 :]:
-        axis.set_visible(False)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    legend_below(figure, axes[:1], ncols=4)
     return figure
 
 
-@_styled
-def position_maps(keys: Mapping, picture: Mapping | None = None) -> Figure:
+@styled
+def position_maps(keys: Mapping, scene: Mapping | None = None) -> Figure:
     """Layer x position of the trained model: variance, heads that hold the key input-agnostic, attention received.
 
-    Drawn over the image if `picture` has one (base64), else over nothing; last column: foreground frequency."""
+    Drawn over the image if `scene` has one (base64), else over nothing; last column: foreground frequency."""
     about = keys["trained"]
-    maps, size = about["maps"], about["maps"]["size"]
-    layers = about["layers"]
+    maps, size, layers = about["maps"], about["maps"]["size"], about["layers"]
     shown = np.unique(np.linspace(0, layers - 1, min(layers, 10)).round().astype(int)).tolist()
     kinds = (
         ("log10_variance", "cividis", "log$_{10}$ variance", None),
@@ -78,27 +71,26 @@ def position_maps(keys: Mapping, picture: Mapping | None = None) -> Figure:
         values = np.array(maps[kind], dtype=float)
         low, high = limits or (np.nanmin(values), np.nanmax(values))
         for column, layer in enumerate(shown):
-            drawn = _picture(axes[row, column], values[layer], size, f"layer {layer}" if row == 0 else "",
-                             vmin=low, vmax=high, cmap=colours)  # fmt: skip
+            title = f"layer {layer}" if row == 0 else ""
+            drawn = picture(axes[row, column], values[layer], size, title, vmin=low, vmax=high, cmap=colours)
         figure.colorbar(drawn, ax=axes[row, : len(shown)], shrink=0.85, pad=0.01, label=label)
-    if picture is not None:
-        _picture(axes[0, -1], decode_image(picture["image"]), size, "an image")
-        grid = np.array(maps["agnostic"], dtype=float).mean(0)
-        _picture(axes[1, -1], decode_image(picture["image"]), size, "mean over layers")
-        axes[1, -1].imshow(grid, extent=(0, size[0], size[1], 0), cmap="magma", alpha=0.6, vmin=0, vmax=1,
-                           interpolation="nearest")  # fmt: skip
-    else:
-        axes[0, -1].set_visible(False)
-        axes[1, -1].set_visible(False)
-    often = _picture(axes[2, -1], np.array(maps["foreground"], dtype=float), size, "foreground", cmap="cividis", vmin=0)
+    for axis in axes[:2, -1]:
+        axis.set_visible(scene is not None)
+    if scene is not None:
+        picture(axes[0, -1], decode_image(scene["image"]), size, "an image")
+        picture(axes[1, -1], decode_image(scene["image"]), size)
+        mean = np.array(maps["agnostic"], dtype=float).mean(0)
+        picture(axes[1, -1], mean, size, "mean over layers", cmap="magma", alpha=0.6, vmin=0, vmax=1)
+    often = picture(axes[2, -1], np.array(maps["foreground"], dtype=float), size, "foreground", cmap="cividis", vmin=0)
     figure.colorbar(often, ax=axes[2, -1], shrink=0.7, label="share of images", location="bottom")
     return figure
 
 
-@_styled
+@styled
 def shares_by_layer(keys: Mapping) -> Figure:
     """Share of input-agnostic keys per layer, trained and untrained, raw and scale-free; what foreground explains."""
     trained, compared = keys["trained"], keys["compared"]
+    layers = range(trained["layers"])
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.1), width_ratios=(1, 1, 1, 1.05))
     titles = {
         "raw": "raw: below the threshold\nof all layers together",
@@ -106,105 +98,75 @@ def shares_by_layer(keys: Mapping) -> Figure:
         "near_constant": "near-constant: variance below\n{:.0%} of mean norm$^2$",
     }
     for axis, (scale, title) in zip(axes, titles.items(), strict=False):
-        _line(axis, trained["shares"][scale]["layers"], _COLOURS[0], "-", "o", "trained")
-        _line(axis, compared[scale]["untrained"]["layers"], _COLOURS[7], ":", "^", "untrained")
+        curve(axis, layers, trained["shares"][scale]["layers"], (COLOURS[0], "-", "o", "trained"))
+        curve(axis, layers, compared[scale]["untrained"]["layers"], (COLOURS[7], ":", "^", "untrained"))
         title = title.format(trained["thresholds"][scale]["value"])
         if not trained["thresholds"][scale]["two_modes"] and scale != "near_constant":
             title += f"\n(no two modes: {trained['thresholds'][scale]['method']})"
         axis.set(title=title, xlabel="layer", ylim=(-0.03, 1.03))
     after = trained["foreground"]["share_after"]["layers"]
-    _line(axes[0], after, _COLOURS[1], "--", "s", "trained, without\nforeground frequency")
+    curve(axes[0], layers, after, (COLOURS[1], "--", "s", "trained, without\nforeground frequency"))
     axes[0].set_ylabel("share of keys")
     axes[0].legend(fontsize=7.5)
-    _line(axes[3], trained["foreground"]["correlation"]["layers"], _COLOURS[4], "-", "o", "variance and foreground (r)")
     sinks = trained["sinks"]["raw"]
-    _line(axes[3], sinks["mass"]["layers"], _COLOURS[2], "--", "D", "attention: agnostic minus others")
-    _line(axes[3], sinks["norm"]["layers"], _COLOURS[3], "-.", "v", "norm: agnostic minus others")
+    curve(axes[3], layers, trained["foreground"]["correlation"]["layers"], (COLOURS[4], "-", "o", "variance and foreground (r)"))
+    curve(axes[3], layers, sinks["mass"]["layers"], (COLOURS[2], "--", "D", "attention: agnostic minus others"))
+    curve(axes[3], layers, sinks["norm"]["layers"], (COLOURS[3], "-.", "v", "norm: agnostic minus others"))
     axes[3].axhline(0, color="black", lw=0.7)
     axes[3].set(title="what these keys are", xlabel="layer", ylabel="r, or multiples of the average key's")
     axes[3].legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
-def _line(axis, intervals: Sequence[Mapping], colour, line: str, marker: str, label: str) -> None:
-    """A curve over layers with its 95 % band, undefined layers left out."""
-    values = np.array([[each[key] if each[key] is not None else np.nan for key in ("mean", "low", "high")]
-                       for each in intervals], dtype=float)  # fmt: skip
-    x = np.arange(len(values))
-    axis.plot(x, values[:, 0], line, color=colour, marker=marker, ms=3.5, label=label)
-    axis.fill_between(x, values[:, 1], values[:, 2], color=colour, alpha=0.18, lw=0)
-
-
-@_styled
+@styled
 def knock_out_curves(knock_out: Mapping, measure: str = "accuracy", block: Sequence[int] | None = None) -> Figure:
     """Accuracy (or loss) per kind of question with the image hidden in one layer, from it on, up to it.
 
     block: the layers of the blocking experiment, shaded."""
-    kinds = knock_out["kinds"]
+    kinds, layers = knock_out["kinds"], range(knock_out["layers"])
     order = ["all", *sorted(kind for kind in kinds if kind != "all")]
-    rows = -(-len(order) // 4)
-    figure, axes = plt.subplots(rows, 4, figsize=(13, 2.5 * rows + 0.3), sharex=True, squeeze=False)
-    axes = list(axes.flat)
-    for axis, kind in zip(axes, order, strict=False):
-        found = kinds[kind]
-        for family, (colour, line, marker, label) in FAMILY_STYLE.items():
-            _line(axis, [each[measure] for each in found[family]], colour, line, marker, label)
-        axis.axhline(found["none"][measure]["mean"], color="black", lw=1, label="image seen in every layer")
-        if block:
-            axis.axvspan(min(block) - 0.5, max(block) + 0.5, color=_COLOURS[7], alpha=0.18, lw=0,
-                         label="layers of the blocking experiment")  # fmt: skip
-        axis.set(title=f"{kind.replace('_', ' ')} (n = {found['n']})")
-        axis.set_xticks(range(knock_out["layers"])[:: max(1, knock_out["layers"] // 10)])
-        axis.tick_params(labelbottom=True)
+    figure, axes = panels(len(order), 4, 3.25, 2.6, sharex=True)
     unit = "accuracy" if measure == "accuracy" else "loss of the right answer (nats)"
-    for number, axis in enumerate(axes[: len(order)]):
-        axis.set_ylabel(unit if number % 4 == 0 else "")
+    for number, (axis, kind) in enumerate(zip(axes, order, strict=True)):
+        for hidden, style in KNOCK_OUT_STYLE.items():
+            curve(axis, layers, [each[measure] for each in kinds[kind][hidden]], style)
+        axis.axhline(kinds[kind]["none"][measure]["mean"], color="black", lw=1, label="image seen in every layer")
+        if block:
+            axis.axvspan(min(block) - 0.5, max(block) + 0.5, color=COLOURS[7], alpha=0.18, lw=0, label="layers of the blocking experiment")
+        axis.set(title=f"{kind.replace('_', ' ')} (n = {kinds[kind]['n']})", ylabel=unit if number % 4 == 0 else "")
+        axis.set_xticks(layers[:: max(1, len(layers) // 10)])
+        axis.tick_params(labelbottom=True)
         axis.set_xlabel("layer" if number + 4 >= len(order) else "")
-    for axis in axes[len(order) :]:
-        axis.set_axis_off()
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, title="95 % bands over scenes", fontsize=8)
+    legend_below(figure, axes[:1], ncols=3, title="95 % bands over scenes", fontsize=8)
     return figure
 
 
-@_styled
+@styled
 def block_effects(blocking: Mapping) -> Figure:
     """POPE and MME: score under each block minus without it, with 95 % intervals; single draws of random controls."""
-    about = blocking["about"]["families"]
-    tasks = [name for name in ("pope", "mme") if name in blocking]
-    names = _in_order(about)
-    figure, axes = plt.subplots(1, len(tasks), figsize=(4.6 + 3.6 * len(tasks), 0.42 * len(names) + 1.5), sharey=True,
-                                squeeze=False)  # fmt: skip
-    for axis, task in zip(axes[0], tasks, strict=True):
+    about, tasks = blocking["about"]["families"], in_order(blocking, POINTS)
+    rank = {"input-agnostic": 0, "random": 1, "random,": 1, "highest": 2, "same": 3, "reading": 4, "all": 5}
+    names = sorted(about, key=lambda name: (rank.get(name.split()[0], 9), name))
+    size = (4.6 + 3.6 * len(tasks), 0.42 * len(names) + 1.5)
+    figure, axes = plt.subplots(1, len(tasks), figsize=size, sharey=True, squeeze=False)
+    spans = [np.unique([min(about[name]["layers"]), max(about[name]["layers"])]) for name in names]
+    labels = [f"{name}\n({about[name]['keys']:.0f} keys, layers {'-'.join(map(str, span))})" for name, span in zip(names, spans, strict=True)]
+    for axis, (task, measured) in zip(axes[0], tasks.items(), strict=True):
+        points = []
         for row, name in enumerate(names):
-            found, factor = blocking[task]["families"][name], POINTS[task]
-            value = found["headline"]
-            colour, marker = _ROLES.get(name.split()[0], (_COLOURS[7], "s"))
-            axis.plot([draw * factor for draw in found.get("draws", [])], [row + 0.28] * len(found.get("draws", [])),
-                      "|", color=colour, ms=7, alpha=0.6)  # fmt: skip
-            axis.errorbar(value["mean"] * factor, row, xerr=error_bar(value, factor), fmt=marker, color=colour, capsize=3, ms=5)
-        plain = blocking[task]["plain"]["headline"]["mean"] * POINTS[task]
-        axis.axvline(0, color="black", lw=0.8)
+            colour, marker = BLOCK_STYLE.get(name.split()[0], (COLOURS[7], "s"))
+            draws = np.array(measured["families"][name].get("draws", [])) * POINTS[task]
+            axis.plot(draws, np.full(len(draws), row + 0.28), "|", color=colour, ms=7, alpha=0.6)
+            points.append((row, measured["families"][name]["headline"], colour, marker, None))
+        forest(axis, points, labels, factor=POINTS[task])
+        plain = measured["plain"]["headline"]["mean"] * POINTS[task]
         axis.set(xlabel=f"change of {UNITS[task]}", title=f"{UNITS[task].split()[0]}: {plain:.1f} without a block")
-    labels = [f"{name}\n({about[name]['keys']:.0f} keys, layers {_span(about[name]['layers'])})" for name in names]
-    axes[0, 0].set_yticks(range(len(names)), labels, fontsize=7.5)
-    axes[0, 0].invert_yaxis()
-    note = "points and bars: mean and 95 % interval over images; ticks: single draws of random keys"
-    figure.supxlabel(note, fontsize=8)
+    axes[0, 0].tick_params(axis="y", labelsize=7.5)
+    figure.supxlabel("points and bars: mean and 95 % interval over images; ticks: single draws of random keys", fontsize=8)
     return figure
 
 
-def _in_order(families: Mapping) -> list[str]:
-    """The block, its controls, the reading layers, everything."""
-    rank = {"input-agnostic": 0, "random": 1, "random,": 1, "highest": 2, "same": 3, "reading": 4, "all": 5}
-    return sorted(families, key=lambda name: (rank.get(name.split()[0], 9), name))
-
-
-def _span(layers: Sequence[int]) -> str:
-    return f"{min(layers)}-{max(layers)}" if len(layers) > 1 else str(layers[0])
-
-
-@_styled
+@styled
 def sweep_map(sweep: Mapping) -> Figure:
     """Effect on POPE by share of keys and number of last layers, on the half of the images that chooses the best."""
     values = 100 * np.array([[cell["mean"] for cell in row] for row in sweep["grid"]])
@@ -214,17 +176,16 @@ def sweep_map(sweep: Mapping) -> Figure:
     drawn = axis.imshow(values, cmap="PuOr_r", vmin=-size, vmax=size, aspect="auto", origin="lower")
     axis.grid(False)
     for (row, column), value in np.ndenumerate(values):
-        strong = abs(value) > 0.6 * size
-        axis.text(column, row, f"{value:+.1f}{'*' if clear[row, column] else ''}", ha="center", va="center", fontsize=8,
-                  color="white" if strong else "black")  # fmt: skip
+        colour = "white" if abs(value) > 0.6 * size else "black"
+        axis.text(column, row, f"{value:+.1f}{'*' if clear[row, column] else ''}", ha="center", va="center", fontsize=8, color=colour)
     place = sweep["depths"].index(sweep["best"]["depth"]), sweep["shares"].index(sweep["best"]["share"])
     axis.add_patch(plt.Rectangle((place[0] - 0.48, place[1] - 0.48), 0.96, 0.96, fill=False, lw=2, ec="black"))
     axis.set_xticks(range(len(sweep["depths"])), sweep["depths"])
     axis.set_yticks(range(len(sweep["shares"])), [f"{share:.0%}" for share in sweep["shares"]])
     held = {key: 100 * sweep["held_out"][key] for key in ("mean", "low", "high")}
-    cell = "{mean:+.2f} F1 points [{low:+.2f}, {high:+.2f}]".format(**held)
+    best = "{mean:+.2f} F1 points [{low:+.2f}, {high:+.2f}]".format(**held)
     axis.set(xlabel="number of last layers", ylabel="keys blocked in each layer\n(lowest variance first)",
-             title=f"best cell, on the other half of the images:\n{cell}")  # fmt: skip
+             title=f"best cell, on the other half of the images:\n{best}")  # fmt: skip
     figure.colorbar(drawn, ax=axis, label="change of POPE F1 (points)")
     figure.supxlabel("*: 95 % interval without 0", fontsize=8)
     return figure

@@ -1,9 +1,11 @@
-"""All figures, one style, drawn from stored results alone: `draw_all(results folder, figures folder)`.
+"""One style for all figures, and the few things that they draw: pictures, curves with bands, points with intervals.
 
+Intervals are dictionaries {mean, low, high} of a results file; None is what is not defined, and is left out.
 Colours are seaborn's colour-blind palette; every kind of source keeps its colour in every figure.
 """
 
 import base64
+import functools
 import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,13 +17,13 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from PIL import Image
 
-_COLOURS = sns.color_palette("colorblind")
+COLOURS = sns.color_palette("colorblind")
 SOURCE_STYLE = {  # family of sources -> colour, line, marker, label
-    "value": (_COLOURS[0], "-", "o", "image values"),
-    "key": (_COLOURS[1], "--", "s", "image keys"),
-    "untrained.value": (_COLOURS[7], ":", "^", "values, untrained model"),
-    "shuffled.value": (_COLOURS[3], ":", "v", "control: shuffled labels or text"),
-    "lens.value": (_COLOURS[2], "-.", "D", "values through the output head"),
+    "value": (COLOURS[0], "-", "o", "image values"),
+    "key": (COLOURS[1], "--", "s", "image keys"),
+    "untrained.value": (COLOURS[7], ":", "^", "values, untrained model"),
+    "shuffled.value": (COLOURS[3], ":", "v", "control: shuffled labels or text"),
+    "lens.value": (COLOURS[2], "-.", "D", "values through the output head"),
 }
 BEFORE = {  # what comes before the language model, in order of the data flow
     "pixels": "pixels",
@@ -40,21 +42,48 @@ STYLE = {
 }  # fmt: skip
 
 
-def decode_image(text: str) -> np.ndarray:
-    """(H, W, 3) uint8 of `encode_image`."""
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB"))
+def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Draw in the one style, whatever the notebook has set."""
 
-
-def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    @functools.wraps(draw)
     def wrapped(*arguments, **options) -> Figure:
         with mpl.rc_context(STYLE):
             return draw(*arguments, **options)
 
-    wrapped.__doc__, wrapped.__name__ = draw.__doc__, draw.__name__
     return wrapped
 
 
-def _picture(axis, image: np.ndarray, size: tuple[int, int], title: str = "", **options):
+def decode_image(text: str) -> np.ndarray:
+    """(H, W, 3) uint8 of an image in a results file (base64)."""
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB"))
+
+
+def in_order(found: Mapping[str, object], order: Iterable[str] = TASK_ORDER) -> dict:
+    """As they are always listed (results files sort their keys)."""
+    return {name: found[name] for name in order if name in found}
+
+
+def panels(count: int, columns: int, width: float, height: float, **options) -> tuple[Figure, list]:
+    """`count` axes in rows of `columns`, width and height in inches each; places that are left over stay empty."""
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, **options)
+    for axis in list(axes.flat)[count:]:
+        axis.set_axis_off()
+    return figure, list(axes.flat)[:count]
+
+
+def labelled(axes: Iterable, more: Mapping[str, object] | None = None) -> dict[str, list]:
+    """The handles and labels of all axes for one legend, each label once; more: label -> handle."""
+    found = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)} | (more or {})
+    return {"handles": list(found.values()), "labels": list(found)}
+
+
+def legend_below(figure: Figure, axes: Iterable, more: Mapping[str, object] | None = None, **options) -> None:
+    """One legend for all axes below them."""
+    figure.legend(**labelled(axes, more), loc="outside lower center", **options)
+
+
+def picture(axis, image: np.ndarray, size: tuple[int, int], title: str = "", **options):
     """An image or a map of tokens in the proportions and pixel coordinates of the original image (W, H)."""
     shown = axis.imshow(image, interpolation="nearest", extent=(0, size[0], size[1], 0), **options)
     axis.set_title(title)
@@ -71,6 +100,36 @@ def error_bar(found: Mapping, factor: float = 1) -> list[list[float]]:
     return [[factor * max(low, 0.0)], [factor * max(high, 0.0)]]
 
 
+def forest(axis, points: Iterable[tuple], names: Sequence[str] = (), factor: float = 1, zero: bool = True) -> None:
+    """Values with intervals in rows from the top, and a line at 0.
+
+    points: (row, interval, colour, marker, label or None); names: of the rows."""
+    for row, found, colour, marker, label in points:
+        if None in (found["mean"], found["low"], found["high"]):
+            found = dict.fromkeys(("mean", "low", "high"), np.nan)  # its place stays empty
+        axis.errorbar(factor * found["mean"], row, xerr=error_bar(found, factor), fmt=marker, color=colour, ms=5, capsize=3, label=label)
+    if zero:
+        axis.axvline(0, color="black", lw=0.8)
+    if names:
+        axis.set_yticks(range(len(names)), names)
+    if not axis.yaxis_inverted():
+        axis.invert_yaxis()
+
+
+def curve(axis, x: Sequence[float], found: Iterable[Mapping], style: tuple, factor: float = 1, band: bool = True) -> None:
+    """Means over x with their 95 % band; style: colour, line, marker, label."""
+    colour, line, marker, label = style
+    values = np.array([[np.nan if each[key] is None else factor * each[key] for key in ("mean", "low", "high")] for each in found])
+    axis.plot(x, values[:, 0], line, color=colour, marker=marker, ms=3.5, label=label)
+    if band:
+        axis.fill_between(x, values[:, 1], values[:, 2], color=colour, alpha=0.18, lw=0)
+
+
+def layers_of(sources: Iterable[str], family: str = "value") -> list[int]:
+    """Layers of the sources `<family>.<layer>`, in order."""
+    return sorted(int(m[1]) for source in sources if (m := re.fullmatch(re.escape(family) + r"\.(\d+)", source)))
+
+
 def layer_ticks(layers: Sequence[int]) -> list[int]:
     """Every layer of a small model, every fourth or so of a large one."""
     return list(layers)[:: max(1, -(-len(layers) // 12))]
@@ -84,49 +143,26 @@ def flow_axis(layers: int) -> tuple[list[int], int, int]:
     return before, line, line + max(1, step - 1)
 
 
-def layer_count(sources: Iterable[str]) -> int:
-    """One more than the highest layer of the sources `value.<layer>`."""
-    return 1 + max((int(m[1]) for s in sources if (m := re.fullmatch(r"value\.(\d+)", s))), default=0)
+def along_the_flow(axis, sources: Mapping[str, Mapping], families: Mapping[str, tuple]) -> int:
+    """Scores along the data flow: points for what comes before the language model, a curve over layers for each family
+    (-> its style). Returns x of layer 0.
+    """
+    layers = layers_of(sources)
+    before, line, offset = flow_axis(max(layers, default=-1) + 1)
+    for family, style in families.items():
+        if own := layers_of(sources, family):
+            curve(axis, np.array(own) + offset, [sources[f"{family}.{layer}"] for layer in own], style)
+    for x, source in zip(before, BEFORE, strict=True):
+        if source in sources:
+            axis.errorbar(x, sources[source]["mean"], yerr=error_bar(sources[source]), fmt="D", ms=4, color="black", capsize=2)
+    ticks = layer_ticks(layers)
+    axis.set_xticks([*before, *(layer + offset for layer in ticks)], [*BEFORE.values(), *map(str, ticks)])
+    for tick in axis.get_xticklabels()[: len(BEFORE)]:
+        tick.set(rotation=40, ha="right")
+    axis.axvline(line, color="grey", lw=0.5)
+    return offset
 
 
-def _gallery(count: int, size: tuple[int, int], columns: int = 5) -> tuple[Figure, list]:
-    rows = -(-count // columns)
-    height = min(max(size[1] / size[0], 0.4), 1.6)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.85 * columns, (1.85 * height + 0.25) * rows))
-    for axis in list(axes.flat)[count:]:
-        axis.set_visible(False)
-    return figure, list(axes.flat)[:count]
-
-
-def _in_order(sources: Mapping[str, object]) -> list[tuple[str, object]]:
-    """Along the data flow (results files sort their keys)."""
-
-    def place(item: tuple[str, object]) -> tuple[int, int]:
-        layer = re.search(r"\.(\d+)$", item[0])
-        return (1, int(layer[1])) if layer else (0, list(BEFORE).index(item[0]))
-
-    return sorted(sources.items(), key=place)
-
-
-def _label(source: str) -> str:
-    layer = re.fullmatch(r"(.*)\.(\d+)", source)
-    if layer:
-        family = {"value": "values", "key": "keys"}.get(layer[1], layer[1])
-        return f"{family}, layer {layer[2]}"
-    return BEFORE.get(source, source)
-
-
-def _curve(axis, sources: Mapping[str, Mapping], family: str, offset: int) -> bool:
-    layers = sorted(int(s.rsplit(".", 1)[1]) for s in sources if re.fullmatch(re.escape(family) + r"\.\d+", s))
-    if not layers:
-        return False
-    colour, line, marker, label = SOURCE_STYLE[family]
-    found = [sources[f"{family}.{layer}"] for layer in layers]
-    x = np.array(layers) + offset
-    axis.plot(x, [f["mean"] for f in found], line, color=colour, marker=marker, ms=3.5, label=label)
-    axis.fill_between(x, [f["low"] for f in found], [f["high"] for f in found], color=colour, alpha=0.18, lw=0)
-    return True
-
-
-def _tasks_in_order(tasks: Mapping[str, Mapping]) -> dict[str, Mapping]:
-    return {name: tasks[name] for name in TASK_ORDER if name in tasks}
+def before_handle():
+    """Of the legend: the points of `along_the_flow`."""
+    return plt.Line2D([], [], color="black", marker="D", ms=4, ls="none")

@@ -12,7 +12,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from kvutils.datasets.blink import DISCLAIMER
+from kvutils.datasets.samples import MultipleChoice
 from kvutils.errors import ParameterError
+from kvutils.images import encode_image
 from kvutils.metrics.answers import LETTERS, NEEDS_JUDGE, blink_scores
 from kvutils.metrics.statistics import Interval, bootstrap_ci, paired_difference
 from kvutils.tasks.base import choosing_half
@@ -205,3 +208,23 @@ def claim_c8(described: Mapping[str, Mapping]) -> dict:
     ]  # fmt: skip
     shares = headline["held_out"]["shares"]
     return Interval.of(shares["value_only"]).scaled(100).claim(unit="% of items", entries=entries)
+
+
+def describe_example(item: MultipleChoice, table: ChoiceTable, source: str) -> dict:
+    """One item for the results file, with the scores that the values of `source` and the model give its options."""
+    row = table.ids.index(item.id)
+    points = [[] for _ in item.images]
+    if item.reference_point is not None:
+        points[0], points[1] = [list(map(float, item.reference_point))], np.asarray(item.candidate_points, dtype=float).tolist()
+    scale = [min(1.0, 320 / max(image.size)) for image in item.images]  # as `encode_image` shrinks them
+    return {
+        "id": item.id,
+        "prompt": item.prompt.removeprefix(DISCLAIMER),  # which is the same for all items
+        "images": [encode_image(image) for image in item.images],
+        "points": [(np.array(each) * factor).tolist() if each else [] for each, factor in zip(points, scale, strict=True)],
+        "layer": int(source.rsplit(".", 1)[1]),
+        "value": table.of(source)[row].tolist(),
+        "model": table.option_scores[row].tolist(),
+        "gold": int(table.gold[row]),
+        "said": int(table.said[row]),
+    }
