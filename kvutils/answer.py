@@ -68,7 +68,7 @@ class SessionBatch:
 
     prefix as in `capture`; `tokens` of an earlier session saves tokenising its
     questions again. Memory is held until `close()` or the end of the `with` block. Raises ImageError,
-    ParameterError, ModelError, and PromptError also where the chat template puts questions before the image.
+    ParameterError, ModelError, and ParameterError also where the chat template puts questions before the image.
     """
 
     @torch.no_grad()
@@ -146,7 +146,7 @@ class SessionBatch:
         options: texts to score (or label -> spellings whose probabilities add up) for all questions, or
         options[row][i] for each. max_new_tokens: 0 for scores alone, with options. block: image keys hidden
         from queries="after" (what follows the last image; the cached image is used) or from "all" (image
-        tokens too: the prompt is read anew under the block). Raises ParameterError, PromptError, and what
+        tokens too: the prompt is read anew under the block). Raises ParameterError, and what
         `block_keys` raises.
         """
         if self._prefix is None:

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 import torch
 
-from kvutils.errors import DataError, LayerError, ModelError, ParameterError
+from kvutils.errors import DataError, ModelError, ParameterError
 from kvutils.keys import KeySelection
 from kvutils.layout import TokenLayout
 from kvutils.models import MLM
@@ -38,7 +38,7 @@ def block_keys(mlm: MLM, selection: KeySelection, slots: Slots, queries: str = "
     Exact for prefill, for a continued or static cache, and for decoding, with "sdpa" and "eager" attention. A
     forward pass whose queries all come before is untouched, and so is every layer without a selected key.
     Blocks inside each other act together. At the end, or after an exception, the model is as it was. Raises
-    ModelError (attention that takes no mask), LayerError, DataError, ParameterError; inside, ParameterError
+    ModelError (attention that takes no mask), ParameterError, DataError; inside, ParameterError
     for a slot beyond the sequence or a batch that the rows do not fit.
     """
     if queries not in QUERIES:
@@ -82,11 +82,11 @@ def _check_fit(mlm: MLM, selection: KeySelection, rows: np.ndarray) -> None:
     _, heads, tokens = selection.mask.shape
     missing = [layer for layer in selection.layers if layer >= mlm.num_layers]
     if missing:
-        raise LayerError(
+        raise ParameterError(
             f"{selection.name} chooses keys of layer {missing[0]}; {mlm.name} has 0..{mlm.num_layers - 1}"
         )
     if heads != mlm.num_kv_heads:
-        raise LayerError(
+        raise ParameterError(
             f"{selection.name} is for {heads} key-value heads; {mlm.name} has {mlm.num_kv_heads} "
             f"(they serve its {mlm.num_heads} query heads)"
         )

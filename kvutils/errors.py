@@ -17,20 +17,12 @@ class ImageError(KVUtilsError):
     """A picture that cannot be opened or cannot be used."""
 
 
-class LayerError(KVUtilsError):
-    """A layer or head that the model does not have."""
-
-
-class PromptError(KVUtilsError):
-    """A prompt that does not fit the model, such as one without the image token."""
-
-
 class DataError(KVUtilsError):
     """A data set that is missing, half extracted or malformed."""
 
 
 class ParameterError(KVUtilsError):
-    """An unknown or impossible parameter of a notebook, task or command."""
+    """An unknown or impossible argument: a layer that the model lacks, a prompt without its image, a parameter of a command."""
 
 
 class MemoryLimitError(KVUtilsError):

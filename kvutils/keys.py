@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kvutils.errors import DataError, LayerError, ParameterError
+from kvutils.errors import DataError, ParameterError
 from kvutils.images import ImageLike
 from kvutils.kvcache import Capture, capture
 from kvutils.layout import TokenLayout
@@ -53,7 +53,7 @@ class KeySelection:
         layers = tuple(self.layers)
         bad = [x for x in layers if isinstance(x, bool) or not isinstance(x, int | np.integer) or x < 0]
         if bad or len(set(layers)) != len(layers):
-            raise LayerError(f"{self.name}: layers must be different numbers from 0 on, found {layers}")
+            raise ParameterError(f"{self.name}: layers must be different numbers from 0 on, found {layers}")
         if len(layers) != len(mask):
             raise DataError(f"{self.name}: a mask of {len(mask)} layers for {len(layers)} layers {layers}")
         object.__setattr__(self, "mask", mask)
@@ -67,7 +67,7 @@ class KeySelection:
     def at(self, layer: int) -> torch.Tensor:
         """(G, N) bool mask of one layer."""
         if layer not in self.layers:
-            raise LayerError(f"{self.name} says nothing about layer {layer}, only about {self.layers}")
+            raise ParameterError(f"{self.name} says nothing about layer {layer}, only about {self.layers}")
         return self.mask[self.layers.index(layer)]
 
     def restrict(self, layers: Iterable[int]) -> KeySelection:

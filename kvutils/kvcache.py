@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from kvutils.errors import LayerError, ParameterError, PromptError
+from kvutils.errors import ParameterError
 from kvutils.images import ImageLike
 from kvutils.language import RowCache, embed, in_halves, resolve_layers, run_layers
 from kvutils.layout import TokenLayout, pack_crops
@@ -78,12 +78,12 @@ class Capture:
         if tensor is None:
             raise ParameterError(f"{name} were not captured; pass {name}=True to capture")
         if layer not in self.layers:
-            raise LayerError(f"layer {layer} was not captured; captured: {self.layers}")
+            raise ParameterError(f"layer {layer} was not captured; captured: {self.layers}")
         tensor = tensor[self.layers.index(layer)]  # (G, N, D)
         if head is None:
             return tensor.transpose(0, 1).flatten(1)
         if not 0 <= head < len(tensor):
-            raise LayerError(f"head {head} does not exist: there are key-value heads 0..{len(tensor) - 1}")
+            raise ParameterError(f"head {head} does not exist: there are key-value heads 0..{len(tensor) - 1}")
         return tensor[head]
 
 
@@ -109,7 +109,7 @@ def capture(
     projector. How the model looks at pictures is said by `mlm` (base_view_only, max_pixels). to: where results go
     (None: the model's device). With on_capture(index, capture) nothing is kept and None is returned, and
     `images` may be a generator: memory stays constant. A batch that does not fit the device is halved.
-    Raises ImageError, LayerError, PromptError, ParameterError, MemoryLimitError.
+    Raises ImageError, ParameterError, MemoryLimitError.
     """
     layers = resolve_layers(mlm, layers) if keys or values else ()
     prompt = mlm.prompt(prefix=prefix)
@@ -190,7 +190,7 @@ def capture_encoder(
     device = encoder.model.device if to is None else torch.device(to)
     layer = _tower_depth(mlm, config.num_hidden_layers) if layer is None else layer
     if not -config.num_hidden_layers - 1 <= layer <= config.num_hidden_layers:
-        raise LayerError(f"state {layer} does not exist: {encoder.name} has 0..{config.num_hidden_layers}")
+        raise ParameterError(f"state {layer} does not exist: {encoder.name} has 0..{config.num_hidden_layers}")
     own_side = config.image_size // config.patch_size
 
     def run(named: Sequence[tuple[Image.Image, str]]) -> list[torch.Tensor]:
@@ -266,9 +266,9 @@ def text_values(
     tokenized = []
     for text in texts:
         if not text.strip():
-            raise PromptError("a text must hold at least one word; found an empty one")
+            raise ParameterError("a text must hold at least one word; found an empty one")
         if mlm.processor.image_token in text:
-            raise PromptError(f"the text {text!r} holds the image token; text values need no image")
+            raise ParameterError(f"the text {text!r} holds the image token; text values need no image")
         tokenized.append(mlm.tokenizer(text, return_special_tokens_mask=True))
     result = torch.empty(len(tokenized), len(layers), mlm.num_kv_heads, mlm.head_dim)
     for start in range(0, len(tokenized), batch_size):

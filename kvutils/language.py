@@ -23,7 +23,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from kvutils.errors import LayerError, MemoryLimitError, ModelError
+from kvutils.errors import MemoryLimitError, ModelError, ParameterError
 from kvutils.models import MLM, QWEN
 from kvutils.prompts import TextInputs
 
@@ -32,16 +32,16 @@ def resolve_layers(mlm: MLM, layers: str | int | Iterable[int]) -> tuple[int, ..
     """Increasing layer numbers of "all", a number, or several; negative numbers count from the end."""
     if isinstance(layers, str):
         if layers != "all":
-            raise LayerError(f"layers must be 'all' or integers, not {layers!r}")
+            raise ParameterError(f"layers must be 'all' or integers, not {layers!r}")
         return tuple(range(mlm.num_layers))
     wanted = [layers] if isinstance(layers, int | np.integer) else list(layers)
     found = set()
     for layer in wanted:
         if not isinstance(layer, int | np.integer) or not -mlm.num_layers <= layer < mlm.num_layers:
-            raise LayerError(f"layer {layer!r} does not exist: {mlm.name} has layers 0..{mlm.num_layers - 1}")
+            raise ParameterError(f"layer {layer!r} does not exist: {mlm.name} has layers 0..{mlm.num_layers - 1}")
         found.add(int(layer) % mlm.num_layers)
     if not found:
-        raise LayerError("no layers asked for; pass 'all' or at least one layer number")
+        raise ParameterError("no layers asked for; pass 'all' or at least one layer number")
     return tuple(sorted(found))
 
 

@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 from transformers.utils import logging as transformers_logging
 
 from kvutils import data_folder
-from kvutils.errors import MemoryLimitError, ModelError, ParameterError, PromptError
+from kvutils.errors import MemoryLimitError, ModelError, ParameterError
 from kvutils.layout import build_layout
 from kvutils.processors import image_backend, load_processor, load_siglip_image_processor
 
@@ -269,7 +269,7 @@ class MLM:
         token = self.processor.image_token
         for name, text in (("prefix", prefix), ("question", question)):
             if text and token in text:
-                raise PromptError(f"{name} must not contain the image token {token!r}: kvutils places it")
+                raise ParameterError(f"{name} must not contain the image token {token!r}: kvutils places it")
         rest = [{"type": "image"}] * images + ([{"type": "text", "text": question}] if question else [])
         rendered = self._render([{"type": "text", "text": prefix}] * bool(prefix) + rest)
         probe = self._render([{"type": "text", "text": _PROBE}] + rest) if prefix else ""
@@ -277,17 +277,17 @@ class MLM:
             lines = "\n".join([prefix] + [token] * images + [question or ""])
             rendered = self._render([{"type": "text", "text": lines}])
         if rendered.count(token) != images:
-            raise PromptError(
+            raise ParameterError(
                 f"the chat template of {self.name} wrote {rendered.count(token)} image tokens {token!r} "
                 f"for {images} image(s): {rendered[:200]!r}"
             )
         if prefix and prefix.strip() not in rendered.split(token)[0]:
-            raise PromptError(f"the chat template of {self.name} does not put the prefix before the image")
+            raise ParameterError(f"the chat template of {self.name} does not put the prefix before the image")
         return rendered
 
     def _render(self, content: list[dict]) -> str:
         if not getattr(self.processor, "chat_template", None):
-            raise PromptError(f"the processor of {self.name} has no chat template")
+            raise ParameterError(f"the processor of {self.name} has no chat template")
         message = {"role": "user", "content": content}
         return self.processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
 

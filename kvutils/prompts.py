@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvutils.errors import ParameterError, PromptError
+from kvutils.errors import ParameterError
 from kvutils.models import MLM, ONEVISION, QWEN
 from kvutils.vision import VisionInputs
 
@@ -32,9 +32,9 @@ def prepare_text(
     token, rows, first = mlm.processor.image_token, [], 0
     counts = [prompt.count(token) for prompt in prompts]
     if 0 in counts:
-        raise PromptError(f"prompts[{counts.index(0)}] must hold the image token {token!r}")
+        raise ParameterError(f"prompts[{counts.index(0)}] must hold the image token {token!r}")
     if sum(counts) != len(vision.layouts):
-        raise PromptError(f"the prompts hold {sum(counts)} image tokens for {len(vision.layouts)} images")
+        raise ParameterError(f"the prompts hold {sum(counts)} image tokens for {len(vision.layouts)} images")
     if max(counts) > 1 and mlm.family == ONEVISION and not mlm.base_view_only:
         raise ParameterError("LLaVA-OneVision sees several images as base views: use dataclasses.replace(mlm, base_view_only=True)")
     for index, prompt in enumerate(prompts):
@@ -44,7 +44,7 @@ def prepare_text(
         ids = torch.tensor(tokenize(mlm, text))
         slots = (ids == mlm.image_token_id).nonzero().flatten()
         if len(slots) != sum(map(len, layouts)):
-            raise PromptError(f"prompts[{index}]: {sum(map(len, layouts))} image tokens became {len(slots)}")
+            raise ParameterError(f"prompts[{index}]: {sum(map(len, layouts))} image tokens became {len(slots)}")
         for part in slots.split([len(one) for one in layouts]):
             vision.layouts[first] = vision.layouts[first].at(part.numpy())
             first += 1
@@ -96,7 +96,7 @@ class PromptTokens:
         """A prompt that is meant up to its last image only; a stand-in for the question follows."""
         prompt = self.mlm.prompt(question=_QUESTION, prefix=self.prefix, images=images)
         if prompt.rfind(self.mlm.processor.image_token) > prompt.find(_QUESTION):
-            raise PromptError(
+            raise ParameterError(
                 f"the chat template of {self.mlm.name} does not put the question behind the image, so no "
                 f"cached image can serve several questions: {prompt[:200]!r}"
             )
@@ -110,25 +110,25 @@ class PromptTokens:
         return self._heads[images]
 
     def check(self, images: int, tokens: Sequence[int], ids: list[int]) -> None:
-        """PromptError unless `ids` are `head` with `tokens[i]` tokens in place of image i."""
+        """ParameterError unless `ids` are `head` with `tokens[i]` tokens in place of image i."""
         counts, expected = iter(tokens), []
         for token in self.head(images):
             expected += [token] * (next(counts) if token == self.mlm.image_token_id else 1)
         if expected != ids:
-            raise PromptError(f"the tokenizer of {self.mlm.name} joins image tokens with text around them")
+            raise ParameterError(f"the tokenizer of {self.mlm.name} joins image tokens with text around them")
 
     def tail(self, question: str, images: int) -> list[int]:
         """Token ids behind the last image of the whole prompt with this question.
 
-        PromptError where the prompt up to there is not what every other question shares.
+        ParameterError where the prompt up to there is not what every other question shares.
         """
         if not isinstance(question, str) or not question.strip():
-            raise PromptError(f"a question must be a text of at least one word, not {question!r}")
+            raise ParameterError(f"a question must be a text of at least one word, not {question!r}")
         if (question, images) not in self._prompts:
             ids = tokenize(self.mlm, self.mlm.prompt(question=question, prefix=self.prefix, images=images))
             end = self._behind_images(ids)
             if ids[:end] != self.head(images) or end == len(ids):
-                raise PromptError(
+                raise ParameterError(
                     f"the prompt of {question!r} does not begin with the tokens that are cached: the chat "
                     f"template or the tokenizer of {self.mlm.name} mixes it with what is before it"
                 )

@@ -12,7 +12,7 @@ from tiny_models import FAMILIES, WORDS, tiny, tiny_pocket
 
 from kvutils.answer import YES_NO, Answer, ImageSession, SessionBatch, answer_all
 from kvutils.block import block_keys
-from kvutils.errors import DataError, ImageError, KVUtilsError, ModelError, ParameterError, PromptError
+from kvutils.errors import DataError, ImageError, KVUtilsError, ModelError, ParameterError
 from kvutils.keys import KeySelection
 from kvutils.models import wrap_mlm
 from kvutils.prompts import PromptTokens, prepare_text
@@ -455,7 +455,7 @@ QUESTION_TWICE = (
 def test_a_question_before_the_image_is_an_error():
     mlm = tiny_pocket()
     mlm.processor.chat_template = QUESTION_FIRST
-    with pytest.raises(PromptError, match="behind the image"):
+    with pytest.raises(ParameterError, match="behind the image"):
         ImageSession(mlm, IMAGES[0])
 
 
@@ -463,7 +463,7 @@ def test_a_prompt_that_does_not_begin_with_the_cached_tokens_is_an_error():
     mlm = tiny_pocket()
     mlm.processor.chat_template = QUESTION_TWICE
     session = ImageSession(mlm, IMAGES[0])
-    with pytest.raises(PromptError, match="cached"):
+    with pytest.raises(ParameterError, match="cached"):
         session.ask(["red car ?"])
 
 
@@ -472,7 +472,7 @@ def test_a_tokenizer_that_joins_image_tokens_with_text_is_an_error():
     tokens = PromptTokens(mlm)
     ids = tokens.head(1)
     tokens.check(1, [3], ids * 3)
-    with pytest.raises(PromptError, match="joins"):
+    with pytest.raises(ParameterError, match="joins"):
         tokens.check(1, [3], ids * 2)
 
 
@@ -534,9 +534,9 @@ def test_bad_questions_and_options():
     cases = [
         (lambda: session.ask([]), ParameterError, "at least one"),
         (lambda: session.ask("what is this ?"), ParameterError, "list"),
-        (lambda: session.ask(["  "]), PromptError, "at least one word"),
-        (lambda: session.ask([None]), PromptError, "None"),
-        (lambda: session.ask(["what is <image> ?"]), PromptError, "<image>"),
+        (lambda: session.ask(["  "]), ParameterError, "at least one word"),
+        (lambda: session.ask([None]), ParameterError, "None"),
+        (lambda: session.ask(["what is <image> ?"]), ParameterError, "<image>"),
         (lambda: session.ask(QUESTIONS, max_new_tokens=0), ParameterError, "max_new_tokens"),
         (lambda: session.ask(QUESTIONS, max_new_tokens=-1), ParameterError, "max_new_tokens"),
         (lambda: session.ask(QUESTIONS, queries="before"), ParameterError, "before"),

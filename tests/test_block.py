@@ -14,7 +14,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvutils.block import block_keys
-from kvutils.errors import DataError, LayerError, ModelError, ParameterError
+from kvutils.errors import DataError, ModelError, ParameterError
 from kvutils.keys import KeySelection
 from kvutils.kvcache import capture
 from kvutils.prompts import prepare_text
@@ -541,9 +541,9 @@ def test_impossible_selections_are_one_clear_error():
         assert hooks(mlm) == state
 
     chosen = choose(mlm, slots)
-    refuse(LayerError, r"layer 5; tiny-llava_onevision has 0\.\.4", choose(mlm, slots, (1, 5)))
+    refuse(ParameterError, r"layer 5; tiny-llava_onevision has 0\.\.4", choose(mlm, slots, (1, 5)))
     heads = KeySelection("four", torch.ones(1, 4, tokens, dtype=torch.bool), (1,))
-    refuse(LayerError, r"4 key-value heads; tiny-llava_onevision has 2", heads)
+    refuse(ParameterError, r"4 key-value heads; tiny-llava_onevision has 2", heads)
     refuse(DataError, f"{tokens} image tokens, not {tokens - 1}", chosen, slots[:, 1:])
     refuse(ParameterError, "after, all, not 'before'", chosen, queries="before")
     refuse(DataError, "integers", chosen, slots.astype(float))

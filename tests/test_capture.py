@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tiny_models import FAMILIES, IMAGES_FIRST, WORDS, tiny, tiny_pocket, tiny_siglip
 from transformers import DynamicCache, GenerationConfig
 
-from kvutils.errors import ImageError, KVUtilsError, LayerError, ModelError, ParameterError, PromptError
+from kvutils.errors import ImageError, KVUtilsError, ModelError, ParameterError
 from kvutils.kvcache import capture, capture_encoder, text_values
 from kvutils.language import resolve_layers
 from kvutils.models import load_encoder, load_mlm, wrap_mlm
@@ -293,22 +293,22 @@ def test_several_images_in_one_prompt(family):
 def test_prompt_errors():
     mlm = tiny("llava_onevision")
     for argument in ("prefix", "question"):
-        with pytest.raises(PromptError, match=argument):
+        with pytest.raises(ParameterError, match=argument):
             mlm.prompt(**{argument: "a <image> b"})
-    with pytest.raises(PromptError, match="prompts.1. must hold the image token"):
+    with pytest.raises(ParameterError, match="prompts.1. must hold the image token"):
         prepare_text(mlm, ["<image>", "no picture"], prepare_images(mlm, IMAGES[:2]))
-    with pytest.raises(PromptError, match="2 image tokens for 3 images"):
+    with pytest.raises(ParameterError, match="2 image tokens for 3 images"):
         prepare_text(mlm, ["<image>", "<image>"], prepare_images(mlm, IMAGES))
     with pytest.raises(ParameterError, match="base_view_only"):
         prepare_text(mlm, ["<image><image>"], prepare_images(mlm, IMAGES[:2]))
     mlm.processor.chat_template = "{{ messages[0]['content'][-1]['text'] }}"
-    with pytest.raises(PromptError, match="0 image tokens"):
+    with pytest.raises(ParameterError, match="0 image tokens"):
         mlm.prompt("what is this?")
     mlm.processor.chat_template = IMAGES_FIRST.replace("c['text']", "'hello'")
-    with pytest.raises(PromptError):
+    with pytest.raises(ParameterError):
         capture(mlm, [IMAGES[0]], prefix="a red fish")
     mlm.processor.chat_template = None
-    with pytest.raises(PromptError, match="no chat template"):
+    with pytest.raises(ParameterError, match="no chat template"):
         capture(mlm, [IMAGES[0]])
 
 
@@ -463,7 +463,7 @@ def test_reading_layers_heads_and_tokens():
     assert len(tiles.layout) == 6 * 8 == len(tiles.encoder) and tiles.prefix is None
     assert torch.equal(one.select(~one.layout.is_newline).key(1), one.key(1)[~one.layout.is_newline])
     for layer, head in ((0, None), (2, None), (1, 2), (1, -1)):
-        with pytest.raises(LayerError):
+        with pytest.raises(ParameterError):
             one.value(layer, head)
     with pytest.raises(ParameterError, match="values"):
         capture(mlm, [IMAGES[0]], values=False)[0].value(0)
@@ -471,7 +471,7 @@ def test_reading_layers_heads_and_tokens():
 
 @pytest.mark.parametrize("layers", [5, [0, 9], [-6], [], "first", [1.5], ["2"], [None]])
 def test_layers_out_of_range(layers):
-    with pytest.raises(LayerError):
+    with pytest.raises(ParameterError):
         capture(tiny_pocket(), [IMAGES[0]], layers=layers)
 
 
@@ -539,7 +539,7 @@ def test_another_encoder_lands_on_the_same_grid(family):
     ):
         assert features.shape == (len(one.layout), 24) and torch.isfinite(features).all()
         assert (features[one.layout.is_newline] == 0).all()
-    with pytest.raises(LayerError):
+    with pytest.raises(ParameterError):
         capture_encoder(encoder, mlm, IMAGES, layer=9)
 
 
@@ -566,7 +566,7 @@ def test_text_value_errors():
     with pytest.raises(ParameterError, match="list"):
         text_values(mlm, "fish")
     for bad in (" ", "a <image>"):
-        with pytest.raises(PromptError):
+        with pytest.raises(ParameterError):
             text_values(mlm, ["fish", bad])
     assert text_values(mlm, []).shape[0] == 0
 
@@ -792,5 +792,5 @@ def test_help_explains_the_file(capsys):
 
 def test_every_error_is_a_kvutils_error():
     assert all(
-        issubclass(e, KVUtilsError) for e in (ImageError, LayerError, ModelError, ParameterError, PromptError)
+        issubclass(e, KVUtilsError) for e in (ImageError, ParameterError, ModelError)
     )

@@ -9,7 +9,7 @@ from PIL import Image
 from torch.nn.functional import normalize
 from transformers import SiglipConfig, SiglipModel, SiglipTextConfig
 
-from kvutils.errors import LayerError, ModelError, ParameterError
+from kvutils.errors import ModelError, ParameterError
 from kvutils.kvcache import capture, capture_encoder, text_values
 from kvutils.layout import TokenLayout
 from kvutils.models import Encoder
@@ -225,7 +225,7 @@ def test_features_that_overflow_half_precision_are_refused():
 
 
 def test_arguments_are_checked(pocket):
-    with pytest.raises(LayerError):
+    with pytest.raises(ParameterError):
         FeatureExtractor(pocket.mlm, layers=[99])
     with pytest.raises(ParameterError, match="batch_size"):
         FeatureExtractor(pocket.mlm, batch_size=0)

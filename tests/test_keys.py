@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from tiny_models import FAMILIES, tiny
 
-from kvutils.errors import DataError, ImageError, LayerError, ParameterError, PromptError
+from kvutils.errors import DataError, ImageError, ParameterError
 from kvutils.keys import (
     KeySelection,
     KeyVariance,
@@ -176,7 +176,7 @@ def test_images_must_share_one_token_grid_and_there_must_be_some():
         key_variance(mlm, [])
     with pytest.raises(ImageError, match="missing.png"):
         key_variance(mlm, ["missing.png"])
-    with pytest.raises(LayerError):
+    with pytest.raises(ParameterError):
         key_variance(mlm, images, layers=[9])
 
 
@@ -233,12 +233,12 @@ def test_attention_mass_leaves_the_model_alone_and_refuses_what_cannot_be(monkey
         attention_mass(mlm, [], ["yes"])
     with pytest.raises(DataError, match=r"images\[1\] \(90x40\) has the token grids"):
         attention_mass(mlm, [*pictures(1), *pictures(1, (90, 40))], ["yes"])
-    with pytest.raises(LayerError):
+    with pytest.raises(ParameterError):
         attention_mass(mlm, pictures(1), ["yes"], layers=[7])
     mlm.processor.chat_template = (
         "{% for c in messages[0]['content'] %}{{ c.get('text', '') }}{% endfor %}<image>"
     )
-    with pytest.raises(PromptError, match="behind the image"):
+    with pytest.raises(ParameterError, match="behind the image"):
         attention_mass(mlm, pictures(1), ["yes"])
 
 
@@ -376,9 +376,9 @@ def test_a_selection_that_cannot_be_is_refused():
     with pytest.raises(DataError, match="2 layers for 3"):
         KeySelection("x", mask, (0, 1, 2))
     for layers in ((1, 1), (-1, 0), (0, "1"), (0, 1.0)):
-        with pytest.raises(LayerError, match="different numbers"):
+        with pytest.raises(ParameterError, match="different numbers"):
             KeySelection("x", mask, layers)
-    with pytest.raises(LayerError, match="nothing about layer 4"):
+    with pytest.raises(ParameterError, match="nothing about layer 4"):
         some().restrict([4])
 
 

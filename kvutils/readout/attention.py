@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from transformers import DynamicCache
 
-from kvutils.errors import DataError, ParameterError, PromptError
+from kvutils.errors import DataError, ParameterError
 from kvutils.images import ImageLike, open_image
 from kvutils.keys import SameGrid
 from kvutils.language import embed, in_halves, resolve_layers
@@ -47,7 +47,7 @@ def attention_mass(
 
     The images need one token grid, as in `key_variance`, and may come from a generator; each is read once
     with the model's own attention, and only the text behind it with eager attention, which shows its weights.
-    Raises DataError for different token grids and for no images, ImageError, LayerError, PromptError.
+    Raises DataError for different token grids and for no images, ImageError, ParameterError.
     """
     if isinstance(questions, str) or not questions:
         raise ParameterError(f"questions must be a list of at least one text, not {questions!r}")
@@ -68,7 +68,7 @@ def attention_mass(
         ids = texts[0].input_ids[:, :end]
         for question, text in zip(questions, texts, strict=True):
             if not torch.equal(text.input_ids[:, :end], ids) or text.input_ids.shape[1] == end:
-                raise PromptError(
+                raise ParameterError(
                     f"the chat template of {mlm.name} does not put the question {question!r} behind the image"
                 )
         cache = DynamicCache()

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from kvutils import __version__
-from kvutils.errors import ImageError, KVUtilsError, LayerError, ParameterError
+from kvutils.errors import ImageError, KVUtilsError, ParameterError
 from kvutils.images import open_image
 from kvutils.kvcache import Capture, capture
 from kvutils.models import MODELS, load_mlm
@@ -142,7 +142,7 @@ def _layers(text: str) -> str | list[int]:
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
-            raise LayerError(f"--layers {text}: expected 'all' or numbers and ranges such as 0,3,5-7")
+            raise ParameterError(f"--layers {text}: expected 'all' or numbers and ranges such as 0,3,5-7")
         numbers += range(first, last + 1)
     return numbers
 
