@@ -8,8 +8,9 @@ import pytest
 import tiny_models
 import torch
 from PIL import Image
-from recipe.packing import Sampler, encode, pack
+from recipe.packing import encode, pack
 from recipe.pool import make_pool
+from recipe.samples import Sampler
 
 from kvutils import plots
 from kvutils.answer import SessionBatch
@@ -136,7 +137,7 @@ def test_a_larger_set_begins_with_the_smaller_one(items):
 def test_bad_requests_for_items():
     with pytest.raises(ParameterError, match="at least 1"):
         open_dataset("pocket-blink", items=0)
-    with pytest.raises(ParameterError, match="no BLINK subtask 'Jigsaw': expected Art_Style, "):
+    with pytest.raises(ParameterError, match="unknown BLINK subtask of the pocket world 'Jigsaw'; expected one of Art_Style, "):
         open_dataset("pocket-blink", items=1, subtasks=("Jigsaw",))
 
 

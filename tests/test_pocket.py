@@ -16,8 +16,9 @@ from recipe.model import (
     image_embeddings,
     patch_windows,
 )
-from recipe.packing import IGNORE, TOKEN, Sample, Sampler, encode, pack, pixel_batch
+from recipe.packing import IGNORE, TOKEN, encode, pack, pixel_batch
 from recipe.pool import make_pool
+from recipe.samples import Sample, Sampler, ask_about_all
 from recipe.start import SHIPPED, add_places, load_places, match_words
 from recipe.symbolic import SymbolicImage, mark_loss, place_loss
 
@@ -137,11 +138,11 @@ def test_answers_follow_from_the_facts(kind, expected):
 def test_lookups_ask_about_every_thing():
     facts = _facts(("fish", "red", 20, 20), ("car", "blue", 70, 70), ("cup", "green", 20, 70))
     rng = np.random.default_rng(0)
-    assert dict(q.ask_about_all(facts, "colour", rng)) == {
+    assert dict(ask_about_all(facts, "colour", rng)) == {
         "what colour is the fish ?": "red", "what colour is the car ?": "blue", "what colour is the cup ?": "green"}  # fmt: skip
-    relations = q.ask_about_all(facts, "relation", rng)
+    relations = ask_about_all(facts, "relation", rng)
     assert relations and sum(answer == "yes" for _, answer in relations) * 2 == len(relations)
-    assert len(q.ask_about_all(facts, "existence", rng)) == 1
+    assert len(ask_about_all(facts, "existence", rng)) == 1
 
 
 def test_yes_and_no_are_right_and_balanced(pool):

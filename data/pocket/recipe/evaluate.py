@@ -15,10 +15,10 @@ from tqdm import tqdm
 from kvutils.datasets.pocket import questions as q
 from kvutils.metrics.statistics import bootstrap_ci
 from recipe.model import IMAGE_SLOTS, answer_logits, image_embeddings
-from recipe.packing import Packed, Sample, Sampler, pack, pixel_batch
+from recipe.packing import Packed, pack, pixel_batch
 from recipe.pool import Pool, make_pool
+from recipe.samples import Sample, Sampler
 
-SINGLE = tuple(kind for kind in q.KINDS if kind not in q.DESCRIPTIONS)
 SEVERAL = ("letter", "part", "correspondence", "style_match", "class_match")
 GATES = {"existence": 0.85, "class": 0.80, "colour": 0.90}  # the others: clearly above blind and majority
 
@@ -59,30 +59,19 @@ def quick_accuracy(mlm, sampler: Sampler, embed: Callable, slots: int, scenes: i
     return {name: float(np.mean(found)) for name, found in sorted(right.items())}
 
 
-def _evenly(by_answer: dict[str, list[Sample]], count: int) -> list[Sample]:
-    """`count` questions (or all), every answer equally often as far as there are enough of it."""
-    cap = 1
-    while sum(min(len(found), cap) for found in by_answer.values()) < count and cap < max(map(len, by_answer.values())):
-        cap += 1
-    return [sample for answer in sorted(by_answer) for sample in by_answer[answer][:cap]]
-
-
 def balanced_samples(pool: Pool, kind: str, count: int, seed: int) -> list[Sample]:
     """At least `count` questions of a kind if the scenes allow so many, answers balanced; one question per sample."""
+    if kind in q.SCORED:
+        found = q.balanced_questions([pool.facts(row) for row in range(len(pool))], kind, count, seed)
+        return [Sample([row], [(kind, question, answer)], [[]]) for row, question, answer in found]
     rng = np.random.default_rng((seed, len(kind), sum(map(ord, kind))))
     by_answer: dict[str, list[Sample]] = defaultdict(list)
-    if kind in SINGLE:
-        for row in range(len(pool)):
-            facts = pool.facts(row)
-            for found in sorted({q.ask(facts, kind, rng) for _ in range(3)} - {None}):
-                by_answer[found[1]].append(Sample([row], [(kind, *found)], [[]]))
-    else:
-        sampler, step = Sampler(pool), "marked" if kind in ("letter", "part") else kind
-        for sample in sampler.draw(step, (5 if kind == "part" else 2) * count, rng, hints=False):
-            block = sample.blocks[int(rng.integers(len(sample.blocks)))]
-            if block[0] == kind:
-                by_answer[block[2]].append(replace(sample, blocks=[block]))
-    return _evenly(by_answer, count)
+    step = "marked" if kind in ("letter", "part") else kind
+    for sample in Sampler(pool).draw(step, (5 if kind == "part" else 2) * count, rng, hints=False):
+        block = sample.blocks[int(rng.integers(len(sample.blocks)))]
+        if block[0] == kind:
+            by_answer[block[2]].append(replace(sample, blocks=[block]))
+    return q.evenly(by_answer, count)
 
 
 def _packed_by_scene(samples: list[Sample]) -> tuple[list[Sample], list[tuple[int, int]]]:
@@ -121,9 +110,9 @@ def evaluate(mlm, pool: Pool, count: int = 1000, seed: int = 11, progress: bool 
     def embed(images):
         return image_embeddings(mlm, pixel_batch(pool, images).to(device))
 
-    samples = {kind: balanced_samples(pool, kind, count, seed) for kind in (*SINGLE, *SEVERAL)}
+    samples = {kind: balanced_samples(pool, kind, count, seed) for kind in (*q.SCORED, *SEVERAL)}
     report = {}
-    for name, kinds in {"one image": SINGLE, **{kind: (kind,) for kind in SEVERAL}}.items():
+    for name, kinds in {"one image": q.SCORED, **{kind: (kind,) for kind in SEVERAL}}.items():
         asked = [sample for kind in kinds for sample in samples[kind]]
         seen = _right(mlm, asked, embed, progress, name)
         blind = _right(mlm, _other_images(asked, seed), embed, progress, f"{name}, blind")

@@ -9,11 +9,10 @@ from tqdm import tqdm
 
 from kvutils.datasets.pocket.questions import Facts
 from kvutils.datasets.pocket.shapes import PARTS
-from kvutils.datasets.pocket.world import MAX_OBJECTS, SIZE, render, sample_scene
+from kvutils.datasets.pocket.world import MAX_OBJECTS, SIZE, render, sample_kind, sample_scene
 
 PATCH = 8
 GRID = SIZE // PATCH
-PORTRAITS = 0.2  # share of scenes with one large thing: they carry the part and correspondence questions
 
 
 @dataclass
@@ -51,11 +50,11 @@ def _draw_chunk(task: tuple[int, int, int]) -> dict[str, np.ndarray]:
     }
     for row in range(count):
         rng = np.random.default_rng((seed, first + row))
-        portrait = bool(rng.random() < PORTRAITS)
-        scene = sample_scene(rng, "portrait" if portrait else "mixed")
+        kind = sample_kind(rng)
+        scene = sample_scene(rng, kind)
         drawn = render(scene)
         out["images"][row], out["style"][row], out["domain"][row] = drawn.image, scene.style, scene.domain
-        out["portrait"][row] = portrait
+        out["portrait"][row] = kind == "portrait"
         for i, thing in enumerate(scene.things):
             cells = (drawn.mask == i + 1).reshape(GRID, PATCH, GRID, PATCH).sum((1, 3))
             out["coverage"][row, i] = cells

@@ -30,8 +30,9 @@ from recipe.captions import caption_tokens, encoder_batch
 from recipe.evaluate import quick_accuracy
 from recipe.model import IMAGE_SLOTS, answer_loss, build_mlm, build_siglip, encode_windows, image_embeddings, patch_windows, with_newline
 from recipe.muon import Muon
-from recipe.packing import Sampler, pack, pixel_batch
+from recipe.packing import pack, pixel_batch
 from recipe.pool import Pool, load_or_make_pool
+from recipe.samples import Sampler
 from recipe.start import add_places, load_into, load_places, match_words, start_from
 from recipe.symbolic import COARSE, SymbolicImage, mark_loss, place_loss
 

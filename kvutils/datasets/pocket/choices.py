@@ -21,7 +21,7 @@ from kvutils.datasets.pocket.sets import SEED, PocketScene, describe_scene, pock
 from kvutils.datasets.pocket.shapes import CLASSES
 from kvutils.datasets.pocket.world import STYLES, Scene, draw_mark
 from kvutils.datasets.samples import MultipleChoice
-from kvutils.errors import ParameterError
+from kvutils.errors import at_least, one_of
 
 _PORTRAIT_EVERY = 5  # scenes in which all kinds are mixed: every fifth a portrait, as in the training pool
 _ITEMS, _ANSWERS = 31, 32  # what random numbers are for
@@ -32,12 +32,10 @@ def pocket_blink(items: int = 400, subtasks: Sequence[str] = (), seed: int = SEE
 
     Drawing takes about 10 to 20 ms an item. Raises ParameterError for no items and for an unknown subtask.
     """
-    if items < 1:
-        raise ParameterError(f"items must be at least 1 for each subtask, not {items}")
+    at_least("items", items)
     wanted = (subtasks,) if isinstance(subtasks, str) else tuple(subtasks) or SUBTASKS
-    unknown = [name for name in wanted if name not in _MAKE]
-    if unknown:
-        raise ParameterError(f"the pocket world has no BLINK subtask {unknown[0]!r}: expected {', '.join(SUBTASKS)}")
+    for name in wanted:
+        one_of("BLINK subtask of the pocket world", name, SUBTASKS)
     return [item for name in wanted for item in _MAKE[name](items, seed)]
 
 

@@ -1,13 +1,15 @@
-"""Questions, captions and prefixes about pocket scenes, in a language of about 150 words.
+"""Questions about pocket scenes and their answers, in a language of about 150 words.
 
 Every question kind is balanced where it is drawn: yes and no equally often, negative classes in proportion to how
 frequent the class is (so that frequency does not give the answer away), and nothing is asked whose answer depends on
-a thing that is hardly visible.
+a thing that is hardly visible. What only training needs (prefixes, hints) is in the recipe, data/pocket/recipe.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 
@@ -49,10 +51,9 @@ class Facts:
 
 
 def facts_of(scene: Scene, rendered: Rendered) -> Facts:
-    things = tuple(
-        (t.cls, t.colour, t.x, t.y, float(v)) for t, v in zip(scene.things, rendered.visible, strict=True)
-    )
-    return Facts(things, scene.style, scene.domain)
+    """Places and shares in float32, as the training pool stores them: the same scene allows the same questions."""
+    exact = np.array([(t.x, t.y, v) for t, v in zip(scene.things, rendered.visible, strict=True)], np.float32)
+    return Facts(tuple((t.cls, t.colour, *row) for t, row in zip(scene.things, exact.tolist(), strict=True)), scene.style, scene.domain)
 
 
 def _unique(facts: Facts, field: int) -> list[tuple]:
@@ -61,7 +62,7 @@ def _unique(facts: Facts, field: int) -> list[tuple]:
     return [t for t in facts.present if counts[t[field]] == 1]
 
 
-def _pick(rng: np.random.Generator, items):
+def pick(rng: np.random.Generator, items: Sequence) -> Any:
     return items[int(rng.integers(len(items)))]
 
 
@@ -69,7 +70,7 @@ def _existence(facts, rng):
     if rng.random() < 0.5:
         if not facts.present:
             return None
-        return f"is there a {CLASSES[_pick(rng, facts.present)[0]]} ?", "yes"
+        return f"is there a {CLASSES[pick(rng, facts.present)[0]]} ?", "yes"
     weight = CLASS_PRIOR.copy()
     weight[[t[0] for t in facts.things]] = 0
     return f"is there a {CLASSES[rng.choice(len(CLASSES), p=weight / weight.sum())]} ?", "no"
@@ -78,13 +79,13 @@ def _existence(facts, rng):
 def _existence_colour(facts, rng):
     if not facts.present:
         return None
-    cls, colour = _pick(rng, facts.present)[:2]
+    cls, colour = pick(rng, facts.present)[:2]
     if rng.random() < 0.5:
         return f"is there a {COLOURS[colour]} {CLASSES[cls]} ?", "yes"
     seen = {(t[0], t[1]) for t in facts.things}
     change_colour = rng.random() < 0.5
     wrong = [(cls, i) if change_colour else (i, colour) for i in range(8)]
-    wrong = _pick(rng, [pair for pair in wrong if pair not in seen])
+    wrong = pick(rng, [pair for pair in wrong if pair not in seen])
     return f"is there a {COLOURS[wrong[1]]} {CLASSES[wrong[0]]} ?", "no"
 
 
@@ -109,9 +110,9 @@ def _count_class(facts, rng):
     several = [c for c, n in counts.items() if n > 1]
     draw = rng.random()
     if draw < 0.4 and several:
-        cls = _pick(rng, several)
+        cls = pick(rng, several)
     elif draw < 0.75 and counts:
-        cls = _pick(rng, list(counts))
+        cls = pick(rng, list(counts))
     else:
         cls = int(rng.integers(len(CLASSES)))
     return f"how many {PLURALS[cls]} are there ?", NUMBERS[counts[cls]]
@@ -144,7 +145,7 @@ def _relations(facts, rng):
     """Each pair of things, on one random side, in both orders: one "yes" and one "no"."""
     found = []
     for one, two in combinations(_unique(facts, 0), 2):
-        side = _pick(rng, SIDES)
+        side = pick(rng, SIDES)
         gap = _offset(one, two, side)
         if abs(gap) >= MARGIN:
             of = f"{side} of" if side in ("left", "right") else side
@@ -158,7 +159,7 @@ def _neighbour(facts, rng):
     anchors = _unique(facts, 0)
     if not anchors or facts.partial or len(facts.present) < 2:
         return None
-    anchor, side = _pick(rng, anchors), _pick(rng, SIDES)
+    anchor, side = pick(rng, anchors), pick(rng, SIDES)
     gaps = [(_offset(t, anchor, side), t) for t in facts.present if t is not anchor]
     if any(abs(gap) < MARGIN for gap, _ in gaps):
         return None
@@ -191,7 +192,7 @@ def _hop_same(facts, rng):
     pairs = [(a, b) for a, b in pairs if (a[1] == b[1]) == wanted]
     if not pairs:
         return None
-    one, two = _pick(rng, pairs)
+    one, two = pick(rng, pairs)
     return f"are the {CLASSES[one[0]]} and the {CLASSES[two[0]]} the same colour ?", "yes" if wanted else "no"
 
 
@@ -202,7 +203,7 @@ def _hop_more(facts, rng):
     pairs = [(a, b) for a in counts for b in counts if counts[a] > counts[b]]
     if not pairs:
         return None
-    more, less = _pick(rng, pairs)
+    more, less = pick(rng, pairs)
     if rng.random() < 0.5:
         return f"are there more {PLURALS[more]} than {PLURALS[less]} ?", "yes"
     return f"are there more {PLURALS[less]} than {PLURALS[more]} ?", "no"
@@ -219,7 +220,7 @@ def _hop_match(facts, rng):
     ]
     if not pairs:
         return None
-    one, other = _pick(rng, pairs)
+    one, other = pick(rng, pairs)
     return f"what has the same colour as the {CLASSES[one[0]]} ?", CLASSES[other[0]]
 
 
@@ -277,7 +278,7 @@ KINDS = {
     "list_sides": _list_sides,
 }
 DESCRIPTIONS = ("caption", "list_colours", "list_sides")  # several words: trained on, not scored
-HOPS = ("hop_colour", "hop_class", "hop_same", "hop_more", "hop_match")
+SCORED = tuple(kind for kind in KINDS if kind not in DESCRIPTIONS)
 
 
 def ask(facts: Facts, kind: str, rng: np.random.Generator, tries: int = 4) -> tuple[str, str] | None:
@@ -285,22 +286,10 @@ def ask(facts: Facts, kind: str, rng: np.random.Generator, tries: int = 4) -> tu
     for _ in range(tries):
         found = KINDS[kind](facts, rng)
         if kind in LOOKUPS:
-            found = _pick(rng, found) if found else None
+            found = pick(rng, found) if found else None
         if found is not None:
             return found
     return None
-
-
-def ask_about_all(facts: Facts, kind: str, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """The questions of a kind that look up each thing in turn, in random order; one question for the other kinds.
-
-    Where the answers differ from thing to thing, the class (or colour) in the question must be found in the image:
-    asked about one thing per scene, the model was content with a frequent answer for any thing in view."""
-    if kind not in LOOKUPS:
-        found = ask(facts, kind, rng)
-        return [found] if found else []
-    found = LOOKUPS[kind](facts, rng)
-    return [found[i] for i in rng.permutation(len(found))]
 
 
 def referring_expression(facts: Facts, index: int) -> str | None:
@@ -318,54 +307,26 @@ def referring_expression(facts: Facts, index: int) -> str | None:
     return None
 
 
-_NEUTRAL = (
-    "please look at this picture",
-    "good morning",
-    "here is another scene",
-    "the weather was nice today",
-    "look carefully",
-    "a picture with some things",
-)
+def balanced_questions(facts: Sequence[Facts], kind: str, count: int, seed: int) -> list[tuple[int, str, str]]:
+    """(scene, question, answer) of a kind: at least `count` of them if the scenes allow so many, answers balanced."""
+    rng = np.random.default_rng((seed, len(kind), sum(map(ord, kind))))
+    by_answer: dict[str, list[tuple[int, str, str]]] = defaultdict(list)
+    for scene, one in enumerate(facts):
+        for question, answer in sorted({ask(one, kind, rng) for _ in range(3)} - {None}):
+            by_answer[answer].append((scene, question, answer))
+    return evenly(by_answer, count)
 
 
-def prefix(facts: Facts, rng: np.random.Generator) -> str:
-    """Words before the image, as a chat brings them: a name or description (mostly true), the light, or small talk."""
-    draw = rng.random()
-    if draw < 0.4 and facts.present:
-        cls, colour = _pick(rng, facts.present)[:2]
-        form = _pick(rng, ("{1}", "the {1}", "look for the {1}", "a photo of a {1}", "the {0} {1}", "find the {0} {1}"))
-        return form.format(COLOURS[colour], CLASSES[cls])
-    if draw < 0.55:
-        return _pick(rng, ("the {}", "look for the {}", "{}")).format(_pick(rng, CLASSES))
-    if draw < 0.75:
-        return _pick(rng, (f"a {DOMAINS[facts.domain]} photo", f"a {STYLES[facts.style]} image", DOMAINS[facts.domain]))
-    return _pick(rng, _NEUTRAL)
+def evenly(by_answer: dict[str, list], count: int) -> list:
+    """`count` of what the answers have (or all), every answer equally often as far as there are enough of it."""
+    cap = 1
+    while sum(min(len(found), cap) for found in by_answer.values()) < count and cap < max(map(len, by_answer.values()), default=0):
+        cap += 1
+    return [one for answer in sorted(by_answer) for one in by_answer[answer][:cap]]
 
 
-# --- several images, and marked points -------------------------------------------------------------------------------
+# --- several images, in BLINK's form ----------------------------------------------------------------------------------
 
-NTH = ("first", "second", "third")
 STYLE_MATCH = "which image has the same style as the first image ? (a) the second image (b) the third image"
 CLASS_MATCH = "which image shows the same thing as the first image ? (a) the second image (b) the third image"
 CORRESPONDENCE = "which point on the second image corresponds to the reference point ? (a) (b) (c) (d)"
-PART_THEN_LETTER = CORRESPONDENCE.replace("which point", "which part")  # "front (b)": the two steps of the same question
-
-
-def counterpart_question(option: str) -> str:
-    """About a pair with lettered points on both images."""
-    return f"which point on the second image corresponds to {option} ?"
-
-
-def same_point_question(option: str) -> str:
-    """About a pair in BLINK's form: a single comparison of the four."""
-    return f"is {option} the reference point ?"
-
-
-def letter_question(part: int) -> str:
-    """About one portrait with lettered points."""
-    return f"which letter marks the {PARTS[part]} ?"
-
-
-PARTS_QUESTION = "which letter has which part ?"  # "(b) front , (a) top": at the letter, its part
-LETTERS_QUESTION = "which part has which letter ?"  # "front (b) , top (a)": as the lists of things
-PART_QUESTION = "which part is marked ?"  # about one portrait with one point, and about the first image of a pair

@@ -1,13 +1,10 @@
-"""The pocket world as data sets: each function is the generated twin of one real data set, with the same
-sample types.
+"""The pocket world as data sets: each function is the generated twin of one real data set, with the same sample types.
 
-Everything follows from a seed. Scene `i` of a stream depends on (seed, stream, i) alone, so a larger set
-begins with the smaller one; streams keep the sets disjoint, and the default seed keeps them apart from the
-scenes the pocket models were trained on (`recipe.pool` draws those from seeds 1 and 2). `group` in
-every sample is its scene.
+Everything follows from a seed. Scene `i` of a stream depends on (seed, stream, i) alone, so a larger set begins with the
+smaller one; streams keep the sets disjoint, and the default seed keeps them apart from the scenes the pocket models were
+trained on (the recipe draws those from seeds 1 and 2). `group` in every sample is its scene.
 
-A thing counts as present from a visible share of `PRESENT` on. Below that it is ambiguous and its pixels are
-`VOID`.
+A thing counts as present from a visible share of `PRESENT` on. Below that it is ambiguous and its pixels are `VOID`.
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ from kvutils.datasets.pocket.questions import facts_of, referring_expression
 from kvutils.datasets.pocket.shapes import CLASSES
 from kvutils.datasets.pocket.world import DOMAINS, PRESENT, Rendered, Scene, render, sample_clip, sample_scene
 from kvutils.datasets.samples import VOID, Clip, DomainImage, Episode, ImageGroup, KeypointPair, LabelledImage, NamedMask
-from kvutils.errors import ParameterError
+from kvutils.errors import ParameterError, at_least, one_of
 
 SEED = 20_000  # held out from the training seeds
 FOLDS = 4
@@ -33,7 +30,7 @@ CLASS_NAMES = CLASSES
 _STREAMS = {"episodes": 1, "groups": 2, "named": 3, "training": 4, "referring": 5, "pairs": 6, "clips": 7,
             "pope": 8, "mme": 9, "keys": 10, "domains": 11, "domain-training": 12, "art_style": 13, "visual_similarity": 14,
             "correspondence": 15}  # fmt: skip
-_MAX_TRIES = 100  # scenes looked at per sample wanted, before a set is declared impossible
+MAX_TRIES = 100  # scenes looked at per sample wanted, before a set is declared impossible
 
 
 @dataclass(frozen=True)
@@ -92,21 +89,20 @@ def pocket_scene(stream: str, index: int, seed: int = SEED, kind: str = "mixed")
 
 def _scenes(stream: str, wanted: int, seed: int, kind: str = "mixed") -> Iterator[PocketScene]:
     """Scenes of a stream in order; ends in an error instead of searching for ever."""
-    for index in range(_MAX_TRIES * max(wanted, 1)):
+    for index in range(MAX_TRIES * max(wanted, 1)):
         yield pocket_scene(stream, index, seed, kind)
-    raise ParameterError(f"{wanted} samples of {stream!r} were not found among {_MAX_TRIES * wanted} scenes")
+    raise ParameterError(f"{wanted} samples of {stream!r} were not found among {MAX_TRIES * wanted} scenes")
 
 
-def few_shot_episodes(
-    per_fold: int = 50, scenes: int = 240, shot: int = 5, seed: int = SEED
-) -> list[Episode]:
-    """Twin of Pascal-5i: 4 folds of 2 classes, episodes drawn from `scenes` scenes exactly as HSNet draws
-    them.
+def few_shot_episodes(per_fold: int = 50, scenes: int = 240, shot: int = 5, seed: int = SEED) -> list[Episode]:
+    """Twin of Pascal-5i: 4 folds of 2 classes, episodes drawn from `scenes` scenes exactly as HSNet draws them.
 
-    The list of a fold holds every (scene, class of the fold) with a present thing; masks are 1 on all visible
-    pixels of the class, however little of a thing shows (Pascal's masks know no minimum).
+    The list of a fold holds every (scene, class of the fold) with a present thing; masks are 1 on all visible pixels of
+    the class, however little of a thing shows (Pascal's masks know no minimum).
     """
-    _at_least_one(per_fold=per_fold, scenes=scenes, shot=shot)
+    at_least("per_fold", per_fold)
+    at_least("scenes", scenes)
+    at_least("shot", shot)
     pool = {s.id: s for s in (pocket_scene("episodes", i, seed) for i in range(scenes))}
     episodes = []
     for fold in range(FOLDS):
@@ -117,25 +113,16 @@ def few_shot_episodes(
             def labelled(name: str, cls: int = cls) -> LabelledImage:
                 return LabelledImage(name, pool[name].image, pool[name].class_mask(cls, ambiguous=1))
 
-            episodes.append(
-                Episode(
-                    id=f"fold{fold}-{i:04d}",
-                    class_index=cls,
-                    class_name=CLASSES[cls],
-                    fold=fold,
-                    query=labelled(query),
-                    supports=tuple(labelled(name) for name in supports),
-                )
-            )
+            supported = tuple(labelled(name) for name in supports)
+            episodes.append(Episode(f"fold{fold}-{i:04d}", cls, CLASSES[cls], fold, labelled(query), supported))
     return episodes
 
 
 def image_groups(per_class: int = 2, images: int = 8, seed: int = SEED) -> list[ImageGroup]:
     """Twin of MSRC: sets of `images` scenes that share a class. No scene is in two sets."""
-    _at_least_one(per_class=per_class, images=images)
-    sets: dict[int, list[list[PocketScene]]] = {
-        c: [[] for _ in range(per_class)] for c in range(len(CLASSES))
-    }
+    at_least("per_class", per_class)
+    at_least("images", images)
+    sets: dict[int, list[list[PocketScene]]] = {c: [[] for _ in range(per_class)] for c in range(len(CLASSES))}
     open_places = len(CLASSES) * per_class * images
     for scene in _scenes("groups", open_places, seed):
         # The class that lacks most takes the scene, so that rare classes fill up.
@@ -148,11 +135,7 @@ def image_groups(per_class: int = 2, images: int = 8, seed: int = SEED) -> list[
         if not open_places:
             break
     return [
-        ImageGroup(
-            id=f"{CLASSES[c]}-{number}",
-            class_name=CLASSES[c],
-            images=tuple(LabelledImage(s.id, s.image, s.class_mask(c)) for s in members),
-        )
+        ImageGroup(f"{CLASSES[c]}-{number}", CLASSES[c], tuple(LabelledImage(s.id, s.image, s.class_mask(c)) for s in members))
         for c, groups in sets.items()
         for number, members in enumerate(groups)
     ]
@@ -160,7 +143,7 @@ def image_groups(per_class: int = 2, images: int = 8, seed: int = SEED) -> list[
 
 def named_masks(scenes: int = 100, seed: int = SEED) -> list[NamedMask]:
     """Twin of ImageNet-S: every class that is present in a scene, with its name and pixels."""
-    _at_least_one(scenes=scenes)
+    at_least("scenes", scenes)
     samples = []
     for scene in (pocket_scene("named", i, seed) for i in range(scenes)):
         for cls in scene.present_classes:
@@ -171,19 +154,18 @@ def named_masks(scenes: int = 100, seed: int = SEED) -> list[NamedMask]:
 
 def training_maps(scenes: int = 60, seed: int = SEED) -> list[LabelledImage]:
     """Labelled scenes to fit a class probe on: class index + 1; disjoint from `named_masks`."""
-    _at_least_one(scenes=scenes)
+    at_least("scenes", scenes)
     drawn = (pocket_scene("training", i, seed) for i in range(scenes))
     return [LabelledImage(s.id, s.image, s.class_map()) for s in drawn]
 
 
 def referring_masks(scenes: int = 60, seed: int = SEED) -> list[NamedMask]:
-    """Twin of RefCOCO: scenes that show some class at least twice, and the shortest expression for each of
-    its things.
+    """Twin of RefCOCO: scenes that show some class at least twice, and the shortest expression for each of its things.
 
-    An expression names exactly one thing: by class, else colour and class, else left or right; things for
-    which none of these is enough have no sample.
+    An expression names exactly one thing: by class, else colour and class, else left or right; things for which none of
+    these is enough have no sample.
     """
-    _at_least_one(scenes=scenes)
+    at_least("scenes", scenes)
     samples, used = [], 0
     for scene in _scenes("referring", scenes, seed):
         if len(scene.present_classes) == len(scene.present):
@@ -204,7 +186,8 @@ def referring_masks(scenes: int = 60, seed: int = SEED) -> list[NamedMask]:
 
 def keypoint_pairs(pairs: int = 160, seed: int = SEED, min_points: int = 2) -> list[KeypointPair]:
     """Twin of SPair-71k: two scenes with one large thing of the same class each. No scene is in two pairs."""
-    _at_least_one(pairs=pairs, min_points=min_points)
+    at_least("pairs", pairs)
+    at_least("min_points", min_points)
     waiting: dict[int, PocketScene] = {}
     samples: list[KeypointPair] = []
     for scene in _scenes("pairs", pairs, seed, kind="portrait"):
@@ -237,13 +220,10 @@ def keypoint_pairs(pairs: int = 160, seed: int = SEED, min_points: int = 2) -> l
 
 def clips(count: int = 24, frames: int = 12, seed: int = SEED) -> list[Clip]:
     """Twin of DAVIS-2017: short videos of two or three moving things, all clearly visible at first."""
-    _at_least_one(count=count)
-    if frames < 3:
-        raise ParameterError(
-            f"a clip needs at least 3 frames (the first is given, the last not scored), not {frames}"
-        )
+    at_least("count", count)
+    at_least("frames", frames, 3)  # the first is given, the last not scored
     samples: list[Clip] = []
-    for index in range(_MAX_TRIES * count):
+    for index in range(MAX_TRIES * count):
         scenes = sample_clip(np.random.default_rng((seed, _STREAMS["clips"], index)), frames)
         first = render(scenes[0])
         if first.visible.min() < PRESENT:
@@ -253,7 +233,7 @@ def clips(count: int = 24, frames: int = 12, seed: int = SEED) -> list[Clip]:
         samples.append(Clip(f"clips-{seed}-{index:05d}", images, np.stack([d.mask for d in drawn])))
         if len(samples) == count:
             return samples
-    raise ParameterError(f"{count} clips with visible things were not found among {_MAX_TRIES * count}")
+    raise ParameterError(f"{count} clips with visible things were not found among {MAX_TRIES * count}")
 
 
 def key_images(count: int = 1000, seed: int = SEED) -> list[LabelledImage]:
@@ -261,7 +241,7 @@ def key_images(count: int = 1000, seed: int = SEED) -> list[LabelledImage]:
 
     Label maps as in `training_maps`: 0 is background. The real set may open its images when they are asked for.
     """
-    _at_least_one(count=count)
+    at_least("count", count)
     drawn = (pocket_scene("keys", i, seed) for i in range(count))
     return [LabelledImage(s.id, s.image, s.class_map()) for s in drawn]
 
@@ -273,23 +253,17 @@ def domain_scenes(
 
     stream "domain-training" gives scenes of the same kind to fit a probe on.
     """
-    _at_least_one(scenes=scenes)
-    unknown = sorted(set(domains) - set(DOMAINS))
-    if unknown or not domains or stream not in ("domains", "domain-training"):
-        raise ParameterError(f"domains must be some of {', '.join(DOMAINS)}, the stream domains or domain-training, "
-                             f"found {list(domains)}, {stream!r}")  # fmt: skip
+    at_least("scenes", scenes)
+    at_least("number of domains", len(domains))
+    for name in domains:
+        one_of("domain", name, DOMAINS)
+    one_of("stream", stream, ("domains", "domain-training"))
     samples: list[DomainImage] = []
-    for index in range(_MAX_TRIES * scenes):
+    for index in range(MAX_TRIES * scenes):
         name = DOMAINS[describe_scene(stream, index, seed).domain]
         if name in domains:
             scene = pocket_scene(stream, index, seed)
             samples.append(DomainImage(scene.id, scene.image, scene.class_map(), name))
         if len(samples) == scenes:
             return samples
-    raise ParameterError(f"{scenes} scenes with {' or '.join(domains)} were not found among {_MAX_TRIES * scenes}")
-
-
-def _at_least_one(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ParameterError(f"{name} must be at least 1, not {size}")
+    raise ParameterError(f"{scenes} scenes with {' or '.join(domains)} were not found among {MAX_TRIES * scenes}")

@@ -1,9 +1,9 @@
 """The pocket world: seeded scenes with exact ground truth, drawn at 96 x 96.
 
-A `Scene` is a plain description (objects, style, domain, marks, background seed); `render` draws it and returns the
-image with instance masks, visibility and key points. Class and colour are independent, so colour alone never gives
-the class; classes are not equally frequent and some go together, because POPE's popular and adversarial splits need
-that; centres lie anywhere, so the border crops objects and object frequency is flat over positions.
+A `Scene` is a plain description (objects, style, domain, background seed); `render` draws it and returns the image with
+instance masks, visibility and key points. Class and colour are independent, so colour alone never gives the class; classes
+are not equally frequent and some go together, because POPE's popular and adversarial splits need that; centres lie anywhere,
+so the border crops objects and object frequency is flat over positions.
 """
 
 from dataclasses import dataclass, replace
@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image, ImageDraw
 
-from kvutils.datasets.pocket.shapes import CLASSES, DETAILS, HOLES, KEYPOINTS, PARTS, SILHOUETTES, place
+from kvutils.datasets.pocket.shapes import CLASSES, DETAILS, HOLES, KEYPOINTS, SILHOUETTES, place
 
 SIZE = 96  # pixels per side
 MAX_OBJECTS = 4
+PORTRAITS = 0.2  # share of scenes with one large thing: they carry the part and correspondence questions
 PRESENT = 0.4  # an object counts as present from this visible share on; below it, it is neither present nor absent
 PALETTE = {
     "red": (212, 46, 42),
@@ -58,13 +59,12 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in a picture; `marks` are (letter, x, y); `seed` fixes background, jitter and noise."""
+    """What is in a picture; `seed` fixes background, jitter and noise."""
 
     things: tuple[Thing, ...]
     style: int
     domain: int
     seed: int
-    marks: tuple[tuple[str, float, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,11 @@ class Rendered:
     visible: np.ndarray
     keypoints: np.ndarray
     keypoint_seen: np.ndarray
+
+
+def sample_kind(rng: np.random.Generator) -> str:
+    """What kind of scene comes next where both are mixed, as in the training pool."""
+    return "portrait" if rng.random() < PORTRAITS else "mixed"
 
 
 def sample_scene(rng: np.random.Generator, kind: str = "mixed") -> Scene:
@@ -121,12 +126,8 @@ def render(scene: Scene) -> Rendered:
     image = np.clip(canvas + rng.normal(0, 5, canvas.shape), 0, 255)
     image = _apply_domain(_apply_style(image, scene.style, rng), scene.domain, rng)
     image = np.clip(image, 0, 255).astype(np.uint8)
-    for letter, x, y in scene.marks:
-        draw_mark(image, letter, x, y)
     seen = np.bincount(mask.ravel(), minlength=len(scene.things) + 1)[1 : len(scene.things) + 1]
-    points = np.stack(
-        [place(KEYPOINTS[CLASSES[t.cls]], t.x, t.y, t.radius, t.angle, t.flip) for t in scene.things]
-    ) if scene.things else np.zeros((0, len(PARTS), 2))
+    points = np.stack([place(KEYPOINTS[CLASSES[t.cls]], t.x, t.y, t.radius, t.angle, t.flip) for t in scene.things])
     inside = ((points >= 0) & (points < SIZE)).all(-1)
     at = np.clip(points.astype(int), 0, SIZE - 1)
     owner = mask[at[..., 1], at[..., 0]]
@@ -244,11 +245,6 @@ def draw_mark(image: np.ndarray, letter: str, x: float, y: float) -> None:
             r, c = top + row, left + column
             if cell == "#" and 0 <= r < SIZE and 0 <= c < SIZE:
                 image[r, c] = 0
-
-
-def add_marks(scene: Scene, marks: list[tuple[str, float, float]]) -> Scene:
-    """The same scene with lettered points painted on."""
-    return replace(scene, marks=tuple(marks))
 
 
 def sample_clip(rng: np.random.Generator, frames: int = 12) -> list[Scene]:

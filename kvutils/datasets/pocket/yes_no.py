@@ -1,10 +1,8 @@
-"""POPE and MME about pocket scenes, built as the real ones are, in the questions the pocket models know.
+"""Questions about one pocket scene each: POPE and MME, built as the real ones are, and every kind that the models know.
 
-Everything follows from a seed and from scene streams of its own (see `kvutils.datasets.pocket.sets`), so no scene
-is shared with training or with another set. A class is present in a scene if a share of `PRESENT` or more of one
-of its things is visible, absent if at most 2 % of any is, as in `Facts`; any other class is not asked about.
-
-Questions of every kind that the pocket models are scored on, about one image each.
+Everything follows from a seed and from scene streams of its own (see `kvutils.datasets.pocket.sets`), so no scene is
+shared with training or with another set. A class is present in a scene if a share of `PRESENT` or more of one of its
+things is visible, absent if at most 2 % of any is, as in `Facts`; any other class is not asked about.
 """
 
 from __future__ import annotations
@@ -16,48 +14,45 @@ import numpy as np
 from PIL import Image
 
 from kvutils.datasets.mme import mme_subtasks
-from kvutils.datasets.pocket.questions import DESCRIPTIONS, KINDS, MARGIN, SIDES, Facts, facts_of
-from kvutils.datasets.pocket.sets import SEED, PocketScene, describe_scene, pocket_scene
+from kvutils.datasets.pocket.questions import MARGIN, SCORED, SIDES, Facts, balanced_questions, facts_of, pick
+from kvutils.datasets.pocket.sets import MAX_TRIES, SEED, PocketScene, describe_scene, pocket_scene
 from kvutils.datasets.pocket.shapes import CLASSES, PLURALS
-from kvutils.datasets.pocket.world import CLASS_PRIOR, COLOURS
+from kvutils.datasets.pocket.world import CLASS_PRIOR, COLOURS, render, sample_kind, sample_scene
 from kvutils.datasets.pope import pope_splits
 from kvutils.datasets.samples import Question, YesNoSample
-from kvutils.errors import ParameterError
+from kvutils.errors import ParameterError, at_least, one_of
 
-_MAX_TRIES = 100  # scenes looked at per image wanted, before a set is declared impossible
 _POSITIVES, _NEGATIVES, _PAIRS = 1, 2, 3  # what a seed is for, beside the scene; pairs: and on
 
 
 # --- POPE --------------------------------------------------------------------------------------------------
 
 
-def pocket_pope(
-    scenes: int = 600, split: str = "all", per_scene: int = 3, seed: int = SEED
-) -> list[YesNoSample]:
+def pocket_pope(scenes: int = 600, split: str = "all", per_scene: int = 3, seed: int = SEED) -> list[YesNoSample]:
     """Twin of POPE: is there a thing of a class, with three kinds of negatives.
 
-    Each scene is asked about up to `per_scene` (POPE: 3) of its present classes, and in every split about as
-    many absent ones, so yes and no are equally many in every scene and split; POPE gets there by leaving out
-    images with fewer than three objects, which most pocket scenes are. The positives are the same in all
-    splits. The negatives are drawn as by POPE's own script, from the truth of this very set of scenes: random
-    (any absent class), popular (the absent classes that most scenes show), adversarial (for each positive,
-    the absent class that is seen with it most often). Yes and no alternate.
+    Each scene is asked about up to `per_scene` (POPE: 3) of its present classes, and in every split about as many absent
+    ones, so yes and no are equally many in every scene and split; POPE gets there by leaving out images with fewer than
+    three objects, which most pocket scenes are. The positives are the same in all splits. The negatives are drawn as by
+    POPE's own script, from the truth of this very set of scenes: random (any absent class), popular (the absent classes
+    that most scenes show), adversarial (for each positive, the absent class that is seen with it most often). Yes and no
+    alternate.
 
-    600 scenes show a true difference of 3 F1 points with probability 0.8 as long as at most one answer in six
-    changes (by `minimum_detectable_difference` between the pocket model and a half-trained one); where 6 % of
-    the answers change, as when a third of the image is hidden from it, they show 1.6 points.
+    600 scenes show a true difference of 3 F1 points with probability 0.8 as long as at most one answer in six changes;
+    where 6 % of the answers change, as when a third of the image is hidden from the model, they show 1.6 points.
     """
-    _at_least_one(scenes=scenes, per_scene=per_scene)
+    at_least("scenes", scenes)
+    at_least("per_scene", per_scene)
     splits = pope_splits(split)
     found: list[tuple[int, PocketScene]] = []
-    for index in range(_MAX_TRIES * scenes):
+    for index in range(MAX_TRIES * scenes):
         scene = pocket_scene("pope", index, seed)
         if scene.present:
             found.append((index, scene))
         if len(found) == scenes:
             break
     else:
-        raise ParameterError(f"{scenes} scenes with a visible thing were not found in {_MAX_TRIES * scenes}")
+        raise ParameterError(f"{scenes} scenes with a visible thing were not found in {MAX_TRIES * scenes}")
     presence = np.array([np.isin(np.arange(len(CLASSES)), s.present_classes) for _, s in found], dtype=int)
     together = presence.T @ presence  # (8, 8) scenes that show both classes; on the diagonal, that show it
 
@@ -69,16 +64,8 @@ def pocket_pope(
             order = _draw(absent, (seed, index, _NEGATIVES))
             negatives = _negatives(name, positives, order, together)
             for number, cls in enumerate(c for pair in zip(positives, negatives, strict=True) for c in pair):
-                samples.append(
-                    YesNoSample(
-                        id=f"{name}-{scene.id}-{number}",
-                        image_id=scene.id,
-                        picture=scene.image,
-                        question=f"is there a {CLASSES[cls]} ?",
-                        truth="no" if number % 2 else "yes",
-                        subset=name,
-                    )
-                )
+                question, truth = f"is there a {CLASSES[cls]} ?", "no" if number % 2 else "yes"
+                samples.append(YesNoSample(f"{name}-{scene.id}-{number}", scene.id, scene.image, question, truth, name))
     return samples
 
 
@@ -112,20 +99,17 @@ MME_FORMS = {
 }
 
 
-def pocket_mme(
-    images: int = 300, split: str | Sequence[str] = "all", seed: int = SEED
-) -> list[YesNoSample]:
+def pocket_mme(images: int = 300, split: str | Sequence[str] = "all", seed: int = SEED) -> list[YesNoSample]:
     """Twin of MME: per subtask of `MME_FORMS`, `images` scenes with two questions each, one true, one false.
 
-    The false question is the true one with one thing changed, as in MME: another class (as frequent classes
-    more often, so that frequency does not tell), another colour, the two classes exchanged (position, count),
-    another pair of things (same_color). Each subtask takes the first scenes of one stream that allow its
-    pair, so subtasks share scenes and `image_id`.
+    The false question is the true one with one thing changed, as in MME: another class (as frequent classes more often, so
+    that frequency does not tell), another colour, the two classes exchanged (position, count), another pair of things
+    (same_color). Each subtask takes the first scenes of one stream that allow its pair, so subtasks share scenes and `image_id`.
     """
-    _at_least_one(images=images)
+    at_least("images", images)
     subtasks = mme_subtasks(split, tuple(MME_FORMS))
     samples: dict[str, list[YesNoSample]] = {name: [] for name in subtasks}
-    for index in range(_MAX_TRIES * images):
+    for index in range(MAX_TRIES * images):
         lacking = [name for name in subtasks if len(samples[name]) < 2 * images]
         if not lacking:
             return [sample for name in subtasks for sample in samples[name]]
@@ -140,7 +124,7 @@ def pocket_mme(
             for truth, question in zip(("yes", "no"), pair, strict=False):
                 sample_id = f"{name}-{scene.id}-{truth}"
                 samples[name].append(YesNoSample(sample_id, scene.id, scene.image, question, truth, name))
-    raise ParameterError(f"{images} scenes for each subtask were not found in {_MAX_TRIES * images}")
+    raise ParameterError(f"{images} scenes for each subtask were not found in {MAX_TRIES * images}")
 
 
 def _pair(subtask: str, facts: Facts, seed: int, index: int) -> tuple[str, str] | None:
@@ -154,30 +138,26 @@ def _existence(facts: Facts, random: np.random.Generator) -> tuple[str, str] | N
     absent = _absent(facts)
     weight = CLASS_PRIOR[absent]
     wrong = absent[int(random.choice(len(absent), p=weight / weight.sum()))]
-    right = _pick(random, sorted({thing[0] for thing in facts.present}))
+    right = pick(random, sorted({thing[0] for thing in facts.present}))
     return f"is there a {CLASSES[right]} ?", f"is there a {CLASSES[wrong]} ?"
 
 
 def _colour(facts: Facts, random: np.random.Generator) -> tuple[str, str] | None:
     if not facts.present:
         return None
-    cls, colour = _pick(random, facts.present)[:2]
+    cls, colour = pick(random, facts.present)[:2]
     seen = {thing[1] for thing in (*facts.present, *facts.partial) if thing[0] == cls}
-    wrong = _pick(random, [other for other in range(len(COLOURS)) if other not in seen])
+    wrong = pick(random, [other for other in range(len(COLOURS)) if other not in seen])
     return f"is there a {COLOURS[colour]} {CLASSES[cls]} ?", f"is there a {COLOURS[wrong]} {CLASSES[cls]} ?"
 
 
 def _position(facts: Facts, random: np.random.Generator) -> tuple[str, str] | None:
-    side = _pick(random, SIDES)
+    side = pick(random, SIDES)
     axis, sign = (2 if side in ("left", "right") else 3), (1 if side in ("right", "below") else -1)
-    pairs = [
-        (CLASSES[a[0]], CLASSES[b[0]])
-        for a, b in permutations(_only_ones(facts), 2)
-        if sign * (a[axis] - b[axis]) >= MARGIN
-    ]
+    pairs = [(CLASSES[a[0]], CLASSES[b[0]]) for a, b in permutations(_only_ones(facts), 2) if sign * (a[axis] - b[axis]) >= MARGIN]
     if not pairs:
         return None
-    one, two = _pick(random, pairs)
+    one, two = pick(random, pairs)
     of = f"{side} of" if axis == 2 else side
     return f"is the {one} {of} the {two} ?", f"is the {two} {of} the {one} ?"
 
@@ -189,7 +169,7 @@ def _count(facts: Facts, random: np.random.Generator) -> tuple[str, str] | None:
     pairs = [(a, b) for a, b in permutations(sorted(set(classes)), 2) if classes.count(a) > classes.count(b)]
     if not pairs:
         return None
-    more, less = (PLURALS[cls] for cls in _pick(random, pairs))
+    more, less = (PLURALS[cls] for cls in pick(random, pairs))
     return f"are there more {more} than {less} ?", f"are there more {less} than {more} ?"
 
 
@@ -200,7 +180,7 @@ def _same_colour(facts: Facts, random: np.random.Generator) -> tuple[str, str] |
         fitting = [(a, b) for a, b in pairs if (a[1] == b[1]) == same]
         if not fitting:
             return None
-        one, two = (CLASSES[thing[0]] for thing in _pick(random, fitting))
+        one, two = (CLASSES[thing[0]] for thing in pick(random, fitting))
         chosen.append(f"are the {one} and the {two} the same colour ?")
     return chosen[0], chosen[1]
 
@@ -224,49 +204,38 @@ def _random(*seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def _pick(random: np.random.Generator, items: Sequence):
-    return items[int(random.integers(len(items)))]
-
-
 def _draw(items: Sequence[int], seed: tuple[int, ...]) -> list[int]:
     """The items in random order."""
     return [items[i] for i in _random(*seed).permutation(len(items))]
 
 
-def _at_least_one(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ParameterError(f"{name} must be at least 1, not {size}")
-
-
-SINGLE = tuple(kind for kind in KINDS if kind not in DESCRIPTIONS)
+# --- questions of every kind --------------------------------------------------------------------------------------------
 
 
 def questions_of_every_kind(
-    per_kind: int = 200, scenes: int = 1200, kinds: tuple[str, ...] = SINGLE, seed: int = SEED
+    per_kind: int = 200, scenes: int = 1200, kinds: tuple[str, ...] = SCORED, seed: int = SEED
 ) -> list[Question]:
     """About `per_kind` questions of each kind, every answer equally often as far as `scenes` scenes allow.
 
-    The scenes are those of a pool of this seed, so no model was trained on them and no other set has them. The
+    The scenes are those of a training pool of this seed, so no model was trained on them and no other set has them. The
     options of a kind are its answers. Raises ParameterError for sizes below 1 and unknown kinds.
     """
-    if per_kind < 1 or scenes < 1:
-        raise ParameterError(f"per_kind and scenes must be at least 1, not {per_kind} and {scenes}")
-    unknown = [kind for kind in kinds if kind not in SINGLE]
-    if unknown:
-        raise ParameterError(f"no kind {unknown[0]!r} about one image; expected {', '.join(SINGLE)}")
-    from recipe.evaluate import balanced_samples
-    from recipe.pool import make_pool
-
-    pool = make_pool(scenes, seed, processes=1, quiet=True)
-    pictures: dict[int, Image.Image] = {}
+    at_least("per_kind", per_kind)
+    at_least("scenes", scenes)
+    for kind in kinds:
+        one_of("kind of question about one image", kind, SCORED)
+    pictures, facts = [], []
+    for index in range(scenes):
+        random = _random(seed, index)
+        scene = sample_scene(random, sample_kind(random))
+        drawn = render(scene)
+        pictures.append(Image.fromarray(drawn.image))
+        facts.append(facts_of(scene, drawn))
     questions = []
     for kind in kinds:
-        asked = balanced_samples(pool, kind, per_kind, seed)
-        options = tuple(sorted({sample.blocks[0][2] for sample in asked}))
-        for number, sample in enumerate(asked):
-            (row,), ((_, text, answer),) = sample.images, sample.blocks
-            picture = pictures.setdefault(row, Image.fromarray(pool.images[row]))
-            name = f"questions-{seed}-{row:05d}"
-            questions.append(Question(f"{kind}-{number:04d}", kind, (picture,), text, answer, options, name))
+        asked = balanced_questions(facts, kind, per_kind, seed)
+        options = tuple(sorted({answer for _, _, answer in asked}))
+        for number, (index, text, answer) in enumerate(asked):
+            name = f"questions-{seed}-{index:05d}"
+            questions.append(Question(f"{kind}-{number:04d}", kind, (pictures[index],), text, answer, options, name))
     return questions

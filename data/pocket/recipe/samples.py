@@ -1,0 +1,232 @@
+"""Which questions a training sequence asks: samples of scenes, with marks, prefixes and hints, drawn from a pool."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kvutils.datasets.pocket import questions as q
+from kvutils.datasets.pocket.shapes import CLASSES, PARTS
+from kvutils.datasets.pocket.world import COLOURS, DOMAINS, STYLES
+from recipe.pool import Pool
+
+# How often each kind is drawn for a scene. A lookup kind then asks about every thing, so that "colour", which breaks
+# late, still gets the largest share of the blocks.
+MIX = {
+    "existence": 2.0, "existence_colour": 1.2, "class": 0.8, "colour": 2.0, "count": 0.6, "count_class": 1.0,
+    "style": 0.2, "domain": 0.1, "position": 0.8, "relation": 0.8, "hop_colour": 1.0, "hop_class": 1.0,
+    "hop_same": 0.8, "hop_more": 0.6, "hop_match": 0.5, "caption": 0.2, "list_colours": 3.0, "list_sides": 0.3,
+}  # fmt: skip
+_SHARES = np.array(list(MIX.values())) / sum(MIX.values())
+NTH = ("first", "second", "third")  # several images are announced: "first <image> second <image>"
+PART_THEN_LETTER = q.CORRESPONDENCE.replace("which point", "which part")  # "front (b)": the two steps of the same question
+LETTERS_QUESTION = "which part has which letter ?"  # "front (b) , top (a)": as the lists of things
+PARTS_QUESTION = "which letter has which part ?"  # "(b) front , (a) top": at the letter, its part
+PART_QUESTION = "which part is marked ?"  # about one portrait with one point, and about the first image of a pair
+_NEUTRAL = (
+    "please look at this picture",
+    "good morning",
+    "here is another scene",
+    "the weather was nice today",
+    "look carefully",
+    "a picture with some things",
+)
+
+
+@dataclass
+class Sample:
+    """One sequence: pool rows of its images, marks to paint on each, words before, and (kind, question, answer) blocks.
+
+    `question_first` puts the only block's question before the image."""
+
+    images: list[int]
+    blocks: list[tuple[str, str, str]]
+    marks: list[list[tuple[str, float, float]]] = field(default_factory=list)
+    prefix: str = ""
+    question_first: bool = False
+
+
+def ask_about_all(facts: q.Facts, kind: str, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """The questions of a kind that look up each thing in turn, in random order; one question for the other kinds.
+
+    Where the answers differ from thing to thing, the class (or colour) in the question must be found in the image:
+    asked about one thing per scene, the model was content with a frequent answer for any thing in view."""
+    if kind not in q.LOOKUPS:
+        found = q.ask(facts, kind, rng)
+        return [found] if found else []
+    found = q.LOOKUPS[kind](facts, rng)
+    return [found[i] for i in rng.permutation(len(found))]
+
+
+def prefix(facts: q.Facts, rng: np.random.Generator) -> str:
+    """Words before the image, as a chat brings them: a name or description (mostly true), the light, or small talk."""
+    draw = rng.random()
+    if draw < 0.4 and facts.present:
+        cls, colour = q.pick(rng, facts.present)[:2]
+        form = q.pick(rng, ("{1}", "the {1}", "look for the {1}", "a photo of a {1}", "the {0} {1}", "find the {0} {1}"))
+        return form.format(COLOURS[colour], CLASSES[cls])
+    if draw < 0.55:
+        return q.pick(rng, ("the {}", "look for the {}", "{}")).format(q.pick(rng, CLASSES))
+    if draw < 0.75:
+        return q.pick(rng, (f"a {DOMAINS[facts.domain]} photo", f"a {STYLES[facts.style]} image", DOMAINS[facts.domain]))
+    return q.pick(rng, _NEUTRAL)
+
+
+def single_image_sample(pool: Pool, row: int, rng: np.random.Generator, blocks: int = 12) -> Sample:
+    facts = pool.facts(row)
+    if rng.random() < 0.08:  # the question before the image, as many chats have it
+        kind = str(rng.choice(list(MIX), p=_SHARES))
+        found = q.ask(facts, kind, rng)
+        if found:
+            return Sample([row], [(kind, *found)], [[]], question_first=True)
+    words = prefix(facts, rng) if rng.random() < 0.25 else ""
+    kinds = rng.choice(list(MIX), size=2 * blocks, p=_SHARES)
+    asked: dict[str, tuple[str, str, str]] = {}
+    for kind in map(str, kinds):
+        found = ask_about_all(facts, kind, rng)
+        if kind in q.LOOKUPS and len({answer for _, answer in found}) < 2 and rng.random() < 0.7:
+            continue  # one answer holds for whatever is in view: little to learn
+        for question, answer in found[:4]:
+            if len(asked) < blocks:
+                asked[question] = (kind, question, answer)
+    return Sample([row], _even(list(asked.values()), rng), [[]], words)
+
+
+def _even(blocks: list[tuple[str, str, str]], rng: np.random.Generator) -> list[tuple[str, str, str]]:
+    """As many "yes" as "no" per scene for the existence kinds: repeats of a "yes" were dropped more often."""
+    for kind in ("existence", "existence_colour"):
+        by_answer = {a: [b for b in blocks if b[0] == kind and b[2] == a] for a in ("yes", "no")}
+        keep = min(len(found) for found in by_answer.values())
+        for found in by_answer.values():
+            for i in rng.permutation(len(found))[keep:]:
+                blocks.remove(found[i])
+    return blocks
+
+
+def seen_points(pool: Pool, row: int) -> list[int]:
+    return [k for k in range(len(PARTS)) if pool.keypoints[row, 0, k, 2] > 0]
+
+
+def point(pool: Pool, row: int, part: int) -> tuple[float, float]:
+    return float(pool.keypoints[row, 0, part, 0]), float(pool.keypoints[row, 0, part, 1])
+
+
+def marked_sample(pool: Pool, row: int, rng: np.random.Generator) -> Sample:
+    """A portrait with lettered points: which letter is at a part; or with one point: which part it marks."""
+    parts = [int(p) for p in rng.permutation(seen_points(pool, row))]
+    if rng.random() < 0.35:
+        letter = str(rng.choice(("r", "r", "r", "a", "b", "c", "d")))
+        return Sample([row], [("part", PART_QUESTION, PARTS[parts[0]])], [[(letter, *point(pool, row, parts[0]))]])
+    letters = [str(c) for c in rng.permutation(list("abcd"))]
+    marks = [(letter, *point(pool, row, part)) for letter, part in zip(letters, parts[:4])]
+    blocks = [("letter", f"which letter marks the {PARTS[part]} ?", f"({letter})") for (letter, _, _), part in zip(marks, parts)]
+    blocks += _lists([letter for letter, _, _ in marks], parts, rng)
+    return Sample([row], blocks, [marks])
+
+
+def _lists(
+    letters: list[str], parts: list[int], rng: np.random.Generator, reference: int | None = None
+) -> list[tuple[str, str, str]]:
+    """Which letter each part has, and which part each letter (and the reference point) marks, in random order."""
+    to_letter = [(PARTS[part], f"({letter})") for letter, part in zip(letters, parts)]
+    to_part = [(letter, part) for part, letter in to_letter]
+    if reference is not None:
+        to_part.append(("reference", PARTS[reference]))
+    return [
+        (kind, question, " , ".join(" ".join(pairs[i]) for i in rng.permutation(len(pairs))))
+        for kind, question, pairs in (("list_letters", LETTERS_QUESTION, to_letter), ("list_parts", PARTS_QUESTION, to_part))
+    ]
+
+
+def correspondence_sample(pool: Pool, rows: tuple[int, int], rng: np.random.Generator, hints: bool = True) -> Sample | None:
+    """BLINK's form: a reference point on the first image, lettered points on the second."""
+    first, second = (seen_points(pool, row) for row in rows)
+    common = [p for p in first if p in second]
+    if not common or len(second) < 4:
+        return None
+    part = int(rng.choice(common))
+    shown = [part, *(int(p) for p in rng.permutation([p for p in second if p != part])[:3])]
+    letters = [str(c) for c in rng.permutation(list("abcd"))]
+    marks = [(letter, *point(pool, rows[1], p)) for letter, p in zip(letters, shown)]
+    blocks = [("correspondence", q.CORRESPONDENCE, f"({letters[0]})")]
+    if hints:
+        blocks += [("part", PART_QUESTION, PARTS[part])]
+        blocks += [("part_then_letter", PART_THEN_LETTER, f"{PARTS[part]} ({letters[0]})")]
+        blocks += [("letter", f"which letter marks the {PARTS[p]} ?", f"({letter})") for letter, p in zip(letters, shown)]
+        blocks += _lists(letters, shown, rng, reference=part)
+        for letter, same in ((letters[0], "yes"), (letters[int(rng.integers(1, len(shown)))], "no")):
+            blocks.append(("same_point", f"is ({letter}) the reference point ?", same))
+    return Sample(list(rows), blocks, [[("r", *point(pool, rows[0], part))], marks])
+
+
+def lettered_pair_sample(pool: Pool, rows: tuple[int, int], rng: np.random.Generator) -> Sample | None:
+    """The same parts lettered on both images, in different orders, and asked for each: four answers behind one pair of
+    images, so that neither image alone nor the options give them. BLINK's form has one reference point per pair."""
+    first, second = (seen_points(pool, row) for row in rows)
+    parts = [int(p) for p in rng.permutation([p for p in first if p in second])[:4]]
+    if len(parts) < 3:
+        return None
+    letters = [[str(c) for c in rng.permutation(list("abcd"))[: len(parts)]] for _ in rows]
+    marks = [[(a, *point(pool, row, p)) for a, p in zip(names, parts)] for row, names in zip(rows, letters)]
+    blocks = [("counterpart", f"which point on the second image corresponds to ({a}) ?", f"({b})") for a, b in zip(*letters)]
+    return Sample(list(rows), blocks, marks)
+
+
+def triple_sample(pool: Pool, rows: tuple[int, int, int], kind: str, hints: bool = True) -> Sample:
+    """BLINK's form of style (or class) matching: the first image is the reference, one of the others shares it.
+
+    The caller draws `rows` so that exactly one candidate matches."""
+    of = (lambda row: int(pool.style[row])) if kind == "style_match" else (lambda row: int(pool.things[row, 0, 0]))
+    answer = "(a)" if of(rows[1]) == of(rows[0]) else "(b)"
+    blocks = [(kind, q.STYLE_MATCH if kind == "style_match" else q.CLASS_MATCH, answer)]
+    if hints:  # the two steps of the match: what a given image shows, and which image shows a given thing
+        seen = [of(row) for row in rows]
+        for place, found in zip(NTH, seen):
+            if kind == "style_match":
+                blocks.append(("nth_style", f"what style is the {place} image ?", STYLES[found]))
+                which = f"which image is {STYLES[found]} ?"
+            else:
+                blocks.append(("nth_class", f"what is the thing on the {place} image ?", CLASSES[found]))
+                which = f"which image shows the {CLASSES[found]} ?"
+            if seen.count(found) == 1:
+                blocks.append((kind.replace("match", "which"), which, place))
+            elif place != "first":
+                blocks.append((kind.replace("match", "also"), f"{which[:-2]} as the first ?", place))
+    return Sample(list(rows), blocks, [[], [], []])
+
+
+class Sampler:
+    """Draws samples of each step type from a pool; `draw(kind, n, rng)`."""
+
+    def __init__(self, pool: Pool):
+        self.pool = pool
+        self.portraits = np.flatnonzero(pool.portrait)
+        self.by_style = [np.flatnonzero(pool.style == s) for s in range(len(STYLES))]
+        portrait_class = np.where(pool.portrait, pool.things[:, 0, 0], -1)
+        self.by_class = [np.flatnonzero(portrait_class == c) for c in range(len(CLASSES))]
+
+    def draw(self, kind: str, count: int, rng: np.random.Generator, hints: bool = True) -> list[Sample]:
+        out: list[Sample] = []
+        while len(out) < count:
+            sample = self._one(kind, rng, hints)
+            if sample is not None and sample.blocks:
+                out.append(sample)
+        return out
+
+    def _one(self, kind: str, rng: np.random.Generator, hints: bool) -> Sample | None:
+        if kind == "single":
+            return single_image_sample(self.pool, int(rng.integers(len(self.pool))), rng)
+        if kind == "marked":
+            return marked_sample(self.pool, int(rng.choice(self.portraits)), rng)
+        if kind == "correspondence":
+            rows = rng.choice(self.by_class[int(rng.integers(len(CLASSES)))], 2, replace=False)
+            pair = int(rows[0]), int(rows[1])
+            if hints and rng.random() < 0.25:
+                return lettered_pair_sample(self.pool, pair, rng)
+            return correspondence_sample(self.pool, pair, rng, hints)
+        groups = self.by_style if kind == "style_match" else self.by_class
+        same, other = rng.choice(len(groups), 2, replace=False)
+        reference, match = rng.choice(groups[same], 2, replace=False)
+        rest = [int(match), int(rng.choice(groups[other]))]
+        if rng.random() < 0.5:
+            rest.reverse()
+        return triple_sample(self.pool, (int(reference), *rest), kind, hints)
