@@ -19,6 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from urllib.parse import quote
@@ -28,8 +29,9 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
 
-from kvutils.errors import StoreError
+from kvutils.errors import StoreError, at_least
 
 log = logging.getLogger(__name__)
 Array = torch.Tensor | np.ndarray
@@ -84,6 +86,11 @@ def to_json(value: object, indent: int | None = 1) -> str:
     return json.dumps(plain(value), sort_keys=True, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def digest(value: object) -> str:
+    """16 hex digits of a JSON-able value."""
+    return hashlib.sha256(to_json(value).encode()).hexdigest()[:16]
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file atomically (UTF-8, "\\n")."""
     with atomic(Path(path)) as temporary:
@@ -103,20 +110,22 @@ def read_json(path: str | Path) -> dict:
         raise StoreError(f"{path} cannot be read as JSON ({error}). Remove it and make it again.") from error
 
 
-def code_version(*modules: str) -> str:
-    """16 hex digits of the code of `modules` (paths under kvutils/; default: all that measure).
+@cache
+def code_version() -> str:
+    """16 hex digits of the code that measures.
 
     Comments and layout do not count, so that a corrected comment does not cost a day of measurements.
     """
-    found = [path.relative_to(PACKAGE).as_posix() for path in sorted(PACKAGE.rglob("*.py"))]
-    digest = hashlib.sha256()
-    for name in modules or [name for name in found if not name.startswith(NOT_MEASURING)]:
-        tree = ast.parse((PACKAGE / name).read_text(encoding="utf-8"), name)
-        digest.update(f"{name}\0{ast.dump(tree)}\0".encode())
-    return digest.hexdigest()[:16]
+    found = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE).as_posix()
+        if not name.startswith(NOT_MEASURING):
+            tree = ast.parse(path.read_text(encoding="utf-8"), name)
+            found.update(f"{name}\0{ast.dump(tree)}\0".encode())
+    return found.hexdigest()[:16]
 
 
-def fingerprint(*, modules: tuple[str, ...] = (), **depends: object) -> str:
+def fingerprint(**depends: object) -> str:
     """16 hex digits of all that a result depends on: `depends` (JSON-able), library versions, code."""
     libraries = {}
     for name in VERSIONS:
@@ -124,18 +133,16 @@ def fingerprint(*, modules: tuple[str, ...] = (), **depends: object) -> str:
             libraries[name] = version(name)
         except PackageNotFoundError:
             libraries[name] = ""
-    text = to_json({"depends": depends, "libraries": libraries, "code": code_version(*modules)}, indent=None)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return digest({"depends": depends, "libraries": libraries, "code": code_version()})
 
 
-def _digest(tensors: Mapping[str, torch.Tensor], about: str) -> str:
+def _checksum(tensors: Mapping[str, torch.Tensor], about: str) -> str:
     """sha256 over names, types, shapes and bytes of all tensors and the metadata."""
-    digest = hashlib.sha256(about.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    found = hashlib.sha256(about.encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 class Store:
@@ -170,7 +177,7 @@ class Store:
                          else value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format))
                   for name, value in tensors.items()}
         about = {"meta": plain(meta or {}, "meta"), "arrays": arrays}
-        about["sha256"] = _digest(copies, to_json(about))
+        about["sha256"] = _checksum(copies, to_json(about))
         with atomic(self.path(key)) as temporary:  # one entry: safetensors writes several in no fixed order
             save_file(copies, temporary, {"kvutils": to_json(about, indent=None)})
 
@@ -183,7 +190,7 @@ class Store:
             with safe_open(path, "pt") as file:
                 about = json.loads(file.metadata()["kvutils"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-            if about.pop("sha256") != _digest(tensors, to_json(about)):
+            if about.pop("sha256") != _checksum(tensors, to_json(about)):
                 raise ValueError("its content does not match its checksum")
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             log.warning("%s is damaged (%s): treated as missing, made again", path, error)
@@ -202,8 +209,8 @@ class Parts:
     >>> scores = parts.make("foreground", lambda: run_the_episodes())   # computed once, then read
     """
 
-    def __init__(self, root: str | Path, *, modules: tuple[str, ...] = (), **depends: object):
-        self.folder = Path(root) / fingerprint(modules=modules, **depends)
+    def __init__(self, root: str | Path, **depends: object):
+        self.folder = Path(root) / fingerprint(**depends)
         self.store = Store(self.folder)
         if not (self.folder / "depends.json").exists():
             write_json(self.folder / "depends.json", depends)
@@ -279,3 +286,25 @@ class Parts:
 def make_all(parts: Parts | None, jobs: Sequence[Job]) -> Iterator[object]:
     """`parts.make_all(jobs)`; without `parts` just what the jobs compute, one after the other."""
     return (compute() for _, compute in jobs) if parts is None else parts.make_all(jobs)
+
+
+def in_chunks(
+    parts: Parts | None, name: str, items: Sequence, compute: Callable[[list], object], size: int, depends: object = (), *,
+    of: Callable[[object], object] = lambda item: item.id, unit: str = "sample", progress: bool = True,
+) -> Iterator[object]:  # fmt: skip
+    """`compute(some)` for `size` items at a time, in order: the long work of every task.
+
+    With `parts`, finished chunks are kept under `name` and all that they depend on, `depends` and `of(item)` of their
+    items (both JSON-able): a run that was stopped goes on, and several processes share the chunks. unit: what an item
+    is called beside the progress bar.
+    """
+    at_least("chunk", size)
+    starts = range(0, len(items), size)
+    jobs = []
+    for start in starts:
+        some = [items[i] for i in range(start, min(start + size, len(items)))]
+        jobs.append((f"{name}/{start:06d}-{digest([depends, [of(one) for one in some]])}", partial(compute, some)))
+    with tqdm(total=len(items), desc=name, unit=unit, disable=not progress) as bar:
+        for start, done in zip(starts, make_all(parts, jobs), strict=True):
+            bar.update(min(size, len(items) - start))
+            yield done

@@ -324,7 +324,6 @@ def test_every_source_is_read_and_no_more_depends_on_the_other_images_than_shoul
 
 
 def test_a_stopped_run_goes_on_and_gives_the_same(items, mlm, tmp_path, monkeypatch):
-    modules = ("tasks/blink_gap.py",)
     plain = read_items(mlm, items, progress=False, batch_size=4)
     read, calls = blink_gap._read_batch, []
 
@@ -336,13 +335,13 @@ def test_a_stopped_run_goes_on_and_gives_the_same(items, mlm, tmp_path, monkeypa
 
     monkeypatch.setattr(blink_gap, "_read_batch", stops)
     with pytest.raises(KeyboardInterrupt):
-        read_items(mlm, items, Parts(tmp_path, modules=modules, model="x"), progress=False, batch_size=4)
-    resumed = read_items(mlm, items, Parts(tmp_path, modules=modules, model="x"), progress=False, batch_size=4)
+        read_items(mlm, items, Parts(tmp_path, model="x"), progress=False, batch_size=4)
+    resumed = read_items(mlm, items, Parts(tmp_path, model="x"), progress=False, batch_size=4)
     assert len(calls) == 4 + 3  # six batches, three of them stored before the fourth was stopped
     for subtask, table in plain.items():
         for name, value in vars(table).items():
             assert np.array_equal(value, getattr(resumed[subtask], name)), name
-    read_items(mlm, items, Parts(tmp_path, modules=modules, model="y"), progress=False, batch_size=4)
+    read_items(mlm, items, Parts(tmp_path, model="y"), progress=False, batch_size=4)
     assert len(calls) == 7 + 6  # another model: nothing is reused
     with pytest.raises(ParameterError, match="batch_size"):
         read_items(mlm, items, batch_size=0)

@@ -151,7 +151,7 @@ from kvutils.store import Parts, make_all
 def work(i):
     time.sleep(0.3)
     return [i, os.environ["RANK"]]
-parts = Parts(os.environ["KVUTILS_CACHE"], modules=("errors.py",), seed=seed)
+parts = Parts(os.environ["KVUTILS_CACHE"], seed=seed)
 done = list(make_all(parts, [(f"part/{i}", lambda i=i: work(i)) for i in range(12)]))
 seed = sum(i for i, _ in done)
 """

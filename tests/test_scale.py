@@ -49,7 +49,7 @@ class Logged(Parts):
     """Writes down what this process computes."""
 
     def __init__(self, root, log: Path):
-        super().__init__(root, modules=("errors.py",), model="tiny")
+        super().__init__(root, model="tiny")
         self.log = log
 
     def save(self, key, value):
@@ -169,7 +169,7 @@ def test_a_damaged_shard_is_computed_again(mlm, undisturbed, tmp_path, damage):
 
 
 def test_a_part_that_cannot_be_written_stops_the_run_and_keeps_the_others(tmp_path, monkeypatch):
-    parts = Parts(tmp_path, modules=("errors.py",), x=1)
+    parts = Parts(tmp_path, x=1)
     jobs = [(f"part/{i}", lambda i=i: {"i": i}) for i in range(3)]
     put = Store.put
 
@@ -246,7 +246,7 @@ def test_what_a_part_raises_is_not_taken_for_a_lock(tmp_path, raised):
     def fails():
         raise raised
 
-    parts = Parts(tmp_path, modules=("errors.py",), x=1)
+    parts = Parts(tmp_path, x=1)
     with pytest.raises(type(raised)) as error:
         list(make_all(parts, [("part", fails), ("next", lambda: {"i": 1})]))
     assert error.value is raised

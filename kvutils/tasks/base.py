@@ -15,12 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
-from tqdm import tqdm
 
 from kvutils.errors import DataError, ParameterError
 from kvutils.metrics.statistics import Statistic, bootstrap_ci, paired_difference, peak_then_degrade
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, Item
-from kvutils.store import Parts, make_all, to_json
+from kvutils.store import Parts, in_chunks
 
 SHUFFLED, UNTRAINED = "shuffled.", "untrained."  # prefixes of control sources
 
@@ -148,40 +147,26 @@ def run_task(
 
     Bytes do not depend on interruptions. Raises DataError when no sample can be scored.
     """
-    chunk = task.chunk if chunk is None else chunk
-    if chunk < 1:
-        raise ParameterError(f"chunk must be at least 1, not {chunk}")
     sources = task.sources(extractor)
     depends = [task.name, task.parameters(), sources, list(task.columns), extractor.fingerprint]
-    jobs = []
     ready = False
-    bar = tqdm(total=len(task.samples), desc=task.title, unit="sample", disable=not progress)
-    for start in range(0, len(task.samples), chunk):
-        samples = [task.samples[i] for i in range(start, min(start + chunk, len(task.samples)))]
 
-        def compute(samples: list = samples) -> dict:
-            nonlocal ready
-            if not ready:
-                task.prepare(extractor)
-                ready = True
-            items = [task.images(sample) for sample in samples]  # once: it may decode files
-            batches = _Batches(extractor, (item for each in items for item in each))
-            done: dict = {"rows": [], "skipped": []}
-            for sample, each in zip(samples, items, strict=True):
-                scored = task.score(sample, {name: batches.features(name) for name, _ in each}, extractor)
-                done["rows"] += [[row.id, row.group, [row.values[s] for s in sources]] for row in scored]
-                done["skipped"] += [] if scored else [sample.id]
-                bar.update()
-            return done
+    def compute(samples: list) -> dict:
+        nonlocal ready
+        if not ready:
+            task.prepare(extractor)
+            ready = True
+        items = [task.images(sample) for sample in samples]  # once: it may decode files
+        batches = _Batches(extractor, (item for each in items for item in each))
+        done: dict = {"rows": [], "skipped": []}
+        for sample, each in zip(samples, items, strict=True):
+            scored = task.score(sample, {name: batches.features(name) for name, _ in each}, extractor)
+            done["rows"] += [[row.id, row.group, [row.values[s] for s in sources]] for row in scored]
+            done["skipped"] += [] if scored else [sample.id]
+        return done
 
-        content = to_json([depends, [sample.id for sample in samples]])
-        digest = hashlib.sha256(content.encode()).hexdigest()[:16]
-        jobs.append((f"{task.name}/{start:06d}-{digest}", compute))
-    rows: list[dict] = []
-    with bar:
-        for done in make_all(parts, jobs):
-            rows.append(done)
-            bar.update(max(0, min(len(rows) * chunk, len(task.samples)) - bar.n))  # what was not computed here
+    size = task.chunk if chunk is None else chunk
+    rows = list(in_chunks(parts, task.name, task.samples, compute, size, depends, progress=progress))
     found = [row for part in rows for row in part["rows"]]
     if not found:
         raise DataError(f"{task.name}: none of {len(task.samples)} samples could be scored")

@@ -7,13 +7,11 @@ those of the same cache. `read_items` gives a `ChoiceTable`; what follows from i
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from kvutils.answer import Answer, SessionBatch
 from kvutils.datasets.samples import MultipleChoice
@@ -23,7 +21,7 @@ from kvutils.layout import TokenLayout
 from kvutils.metrics.answers import LETTERS, blink_extract
 from kvutils.models import MLM, QWEN, Encoder
 from kvutils.readout.features import FeatureExtractor, image_tokens
-from kvutils.store import Parts, make_all, to_json
+from kvutils.store import Parts, in_chunks
 from kvutils.tasks.value_readouts import POINTS, READOUTS, check_points, mean_similarity, point_similarity, style_similarity
 
 IMAGES = {"Art_Style": 3, "Visual_Similarity": 3}  # of the other subtasks with a readout: 2
@@ -148,30 +146,20 @@ def read_items(
     encoder_original and untrained.value.l (in the item's prompt). With `parts`, finished batches are kept there, and a
     run that was stopped goes on. Raises DataError as `check_items`.
     """
-    if batch_size < 1:
-        raise ParameterError(f"batch_size must be at least 1, not {batch_size}")
     by_subtask = check_items(items)
     mlm = base_views(mlm)
     extractor = FeatureExtractor(mlm, None, encoder_original, keys=False, batch_size=batch_size, memory_bytes=0, to=None)
     models = {"value": mlm} | ({"untrained.value": base_views(untrained)} if untrained else {})
+    depends = [list(models), extractor.fingerprint, max_new_tokens]
+
+    def compute(some: list[MultipleChoice]) -> list[dict]:
+        return in_halves(lambda few: _read_batch(models, extractor, few, max_new_tokens), some)
+
     tables = {}
-    with tqdm(total=len(items), desc="multiple choice", unit="item", disable=not progress) as bar:
-        for subtask, mine in by_subtask.items():
-            jobs, rows = [], []
-            for start in range(0, len(mine), batch_size):
-                batch = mine[start : start + batch_size]
-
-                def compute(batch: list[MultipleChoice] = batch) -> list[dict]:
-                    return in_halves(lambda some: _read_batch(models, extractor, some, max_new_tokens), batch)
-
-                about = [list(models), extractor.fingerprint, max_new_tokens]
-                about += [(item.id, item.group, item.prompt, item.answer) for item in batch]
-                digest = hashlib.sha256(to_json(about).encode()).hexdigest()[:16]
-                jobs.append((f"multiple_choice/{subtask}/{start:06d}-{digest}", compute))
-            for done in make_all(parts, jobs):
-                rows += done
-                bar.update(len(done))
-            tables[subtask] = _table(subtask, mine, rows)
+    for subtask, mine in by_subtask.items():
+        chunks = in_chunks(parts, f"multiple_choice/{subtask}", mine, compute, batch_size, depends, unit="item",
+                           of=lambda item: [item.id, item.group, item.prompt, item.answer], progress=progress)  # fmt: skip
+        tables[subtask] = _table(subtask, mine, [row for chunk in chunks for row in chunk])
     return tables
 
 

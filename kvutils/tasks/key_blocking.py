@@ -6,7 +6,6 @@ image serves all conditions, and finished chunks of images are kept.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -25,7 +24,7 @@ from kvutils.keys import (
     selected_mass,
 )
 from kvutils.models import MLM
-from kvutils.store import Parts, make_all, to_json
+from kvutils.store import Parts, digest, in_chunks
 from kvutils.tasks.base import choosing_half
 from kvutils.tasks.key_statistics import agnostic
 from kvutils.tasks.key_table import KeyTable
@@ -145,8 +144,6 @@ def ask_under_blocks(
     Questions with the same wording about one image are asked once. With `parts`, finished chunks of images are
     kept under their questions and blocks, and a run that was stopped goes on.
     """
-    if chunk < 1:
-        raise ParameterError(f"chunk must be at least 1, not {chunk}")
     asked: dict[str, dict[str, None]] = {}
     first = {}
     for sample in task.samples:
@@ -155,24 +152,21 @@ def ask_under_blocks(
     about = [mlm.name, task.name, queries, mlm.base_view_only, mlm.max_pixels, max_new_tokens,
              {name: _digest(block) for name, block in blocks.items()}]  # fmt: skip
     replies: dict[tuple[str, str, str], str] = {}
-    names, jobs, asked_in = list(asked), [], []
-    for start in range(0, len(names), chunk):
-        some = [(name, list(asked[name])) for name in names[start : start + chunk]]
+    items = [(name, list(questions)) for name, questions in asked.items()]
 
-        def compute(some: list = some) -> dict[str, list[list[str]]]:
-            samples = [(name, first[name].image, questions) for name, questions in some]
-            found: dict[str, list[list[str]]] = {name: [] for name in blocks}
-            for _, answers in answer_all(
-                mlm, samples, blocks, max_new_tokens=max_new_tokens, queries=queries, batch_size=batch_size, progress=progress,
-            ):  # fmt: skip
-                for name, each in answers.items():
-                    found[name].append([answer.text for answer in each])
-            return found
+    def compute(some: list[tuple[str, list[str]]]) -> dict[str, list[list[str]]]:
+        samples = [(name, first[name].image, questions) for name, questions in some]
+        found: dict[str, list[list[str]]] = {name: [] for name in blocks}
+        for _, answers in answer_all(
+            mlm, samples, blocks, max_new_tokens=max_new_tokens, queries=queries, batch_size=batch_size, progress=progress,
+        ):  # fmt: skip
+            for name, each in answers.items():
+                found[name].append([answer.text for answer in each])
+        return found
 
-        key = hashlib.sha256(to_json([about, some]).encode()).hexdigest()[:16]
-        jobs.append((f"blocked/{task.name}/{start:06d}-{key}", compute))
-        asked_in.append(some)
-    for some, found in zip(asked_in, make_all(parts, jobs), strict=True):
+    chunks = in_chunks(parts, f"blocked/{task.name}", items, compute, chunk, about, of=list, unit="image", progress=progress)
+    for number, found in enumerate(chunks):
+        some = items[number * chunk : (number + 1) * chunk]
         for condition, rows in found.items():
             for (image, questions), texts in zip(some, rows, strict=True):
                 replies |= {(condition, image, q): text for q, text in zip(questions, texts, strict=True)}
@@ -183,7 +177,7 @@ def _digest(block: KeySelection | None) -> str:
     """Of what is blocked, not of its name."""
     if block is None:
         return ""
-    return hashlib.sha256(to_json([list(block.layers), block.mask.int().tolist()]).encode()).hexdigest()[:16]
+    return digest([list(block.layers), block.mask.int().tolist()])
 
 
 def effects(task: YesNoTask, answers: Mapping[str, Sequence[str]], n_boot: int = 2000, seed: int = 0) -> dict:

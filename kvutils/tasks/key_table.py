@@ -6,22 +6,20 @@ the table says.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from kvutils.datasets.samples import VOID, LabelledImage
-from kvutils.errors import DataError, ParameterError
+from kvutils.errors import DataError, at_least
 from kvutils.keys import KeyVariance, SameGrid
 from kvutils.kvcache import Capture, capture
 from kvutils.layout import TokenLayout
 from kvutils.models import MLM
 from kvutils.readout.attention import attention_mass
-from kvutils.store import Parts, make_all, to_json
+from kvutils.store import Parts, in_chunks
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,41 +73,33 @@ def measure_keys(
     measured on (default: all). With `parts` finished chunks are kept, and a stopped run goes on. Raises
     DataError for too few images or different grids, and what `capture` raises.
     """
-    if chunk < 1 or (mass_images is not None and mass_images < 1):
-        raise ParameterError(f"chunk and mass_images must be at least 1, not {chunk} and {mass_images}")
+    at_least("mass_images", len(images) if mass_images is None else mass_images)
     if len(images) <= chunk:
         raise DataError(f"{len(images)} images make no two chunks of {chunk}: give more, or a smaller chunk")
     mass_images = len(images) if mass_images is None else min(mass_images, len(images))
     asked = [mlm.name, list(questions), mlm.base_view_only, mlm.max_pixels]
     grid, streams = SameGrid(), (KeyVariance(), KeyVariance())
-    mass, foreground, weight = 0.0, 0.0, 0
-    jobs, sizes = [], []
-    for start in range(0, len(images), chunk):
-        some = [images[i] for i in range(start, min(start + chunk, len(images)))]
-        heard = some[: max(0, mass_images - start)]
+    mass, foreground = 0.0, 0.0
 
-        def compute(some: list = some, heard: list = heard) -> dict:
-            found = _read(mlm, some, grid)
-            if heard:
-                received = attention_mass(mlm, [s.image for s in heard], questions)
-                found["mass"] = received * len(heard)
-            return found
+    def compute(some: list[int]) -> dict:
+        samples = [images[i] for i in some]
+        found = _read(mlm, samples, grid)
+        heard = [sample.image for i, sample in zip(some, samples, strict=True) if i < mass_images]
+        if heard:
+            found["mass"] = attention_mass(mlm, heard, questions) * len(heard)
+        return found
 
-        key = hashlib.sha256(to_json([asked, [s.id for s in some], len(heard)]).encode()).hexdigest()[:16]
-        jobs.append((f"keys/{start:06d}-{key}", compute))
-        sizes.append((len(some), len(heard)))
-    with tqdm(total=len(images), desc=f"keys of {mlm.name}", unit="image", disable=not progress) as bar:
-        for number, part in enumerate(make_all(parts, jobs)):
-            found, (read, listened) = dict(part), sizes[number]
-            foreground, mass = foreground + found.pop("foreground"), mass + found.pop("mass", 0.0)
-            weight += listened
-            streams[number % 2].merge(KeyVariance.from_state(found))
-            bar.update(read)
+    chunks = in_chunks(parts, "keys", range(len(images)), compute, chunk, asked, unit="image", progress=progress,
+                       of=lambda i: [images[i].id, i < mass_images])  # fmt: skip
+    for number, part in enumerate(chunks):
+        found = dict(part)
+        foreground, mass = foreground + found.pop("foreground"), mass + found.pop("mass", 0.0)
+        streams[number % 2].merge(KeyVariance.from_state(found))
     halves = torch.stack([stream.result for stream in streams])
     total = KeyVariance().merge(streams[0]).merge(streams[1])
     layout = grid.layout or _layout(mlm, images[0])
-    return KeyTable(mlm.name, total.result, total.mean_norm, mass / weight, halves,
-                    np.asarray(foreground) / total.count, layout, total.count, weight)  # fmt: skip
+    return KeyTable(mlm.name, total.result, total.mean_norm, mass / mass_images, halves,
+                    np.asarray(foreground) / total.count, layout, total.count, mass_images)  # fmt: skip
 
 
 def _read(mlm: MLM, samples: Sequence[LabelledImage], grid: SameGrid) -> dict[str, torch.Tensor]:

@@ -13,14 +13,12 @@ minus the log-probability (nats) that the answer begins with the right option.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from kvutils.answer import SessionBatch
 from kvutils.datasets.samples import Question, YesNoSample
@@ -30,7 +28,7 @@ from kvutils.language import in_halves
 from kvutils.metrics.statistics import bootstrap_ci, mean_statistic
 from kvutils.models import MLM
 from kvutils.prompts import PromptTokens
-from kvutils.store import Parts, make_all, to_json
+from kvutils.store import Parts, in_chunks
 from kvutils.tasks.base import choosing_half
 
 FAMILIES = ("one", "from", "until")
@@ -104,29 +102,22 @@ def knock_out(
     scenes: dict[str, list[Question]] = {}
     for sample in samples:
         scenes.setdefault(sample.group or sample.id, []).append(sample)
-    names, blocked = list(scenes), blocked_layers(mlm.num_layers)
-    tokens, jobs, rows = PromptTokens(mlm, None), [], []
-    with tqdm(total=len(names), desc="knock-out", unit="image", disable=not progress) as bar:
-        for start in range(0, len(names), batch_size):
-            batch = [scenes[name] for name in names[start : start + batch_size]]
+    blocked, tokens = blocked_layers(mlm.num_layers), PromptTokens(mlm, None)
 
-            def run(some: Sequence[list[Question]]) -> list[list]:
-                images = [_one_image(asked[0]) for asked in some]
-                with SessionBatch(mlm, images, tokens=tokens) as session:
-                    rows = iter(_ask(session, some, options, blocked))
-                return [[next(rows) for _ in asked] for asked in some]
+    def run(some: Sequence[list[Question]]) -> list[list]:
+        images = [_one_image(asked[0]) for asked in some]
+        with SessionBatch(mlm, images, tokens=tokens) as session:
+            rows = iter(_ask(session, some, options, blocked))
+        return [[next(rows) for _ in asked] for asked in some]
 
-            def compute(batch: list = batch, run: Callable = run) -> list:
-                return [row for rows in in_halves(run, batch) for row in rows]
+    def compute(some: list[list[Question]]) -> list:
+        return [row for rows in in_halves(run, some) for row in rows]
 
-            content = [mlm.name, mlm.base_view_only, mlm.max_pixels, options,
-                       [[s.group, s.id, s.text, s.answer] for asked in batch for s in asked]]  # fmt: skip
-            key = hashlib.sha256(to_json(content).encode()).hexdigest()[:16]
-            jobs.append((f"knock_out/{start:06d}-{key}", compute))
-        for done in make_all(parts, jobs):
-            rows += done
-            bar.update(min(batch_size, bar.total - bar.n))
-    ordered = [sample for name in names for sample in scenes[name]]
+    chunks = in_chunks(parts, "knock_out", list(scenes.values()), compute, batch_size,
+                       [mlm.name, mlm.base_view_only, mlm.max_pixels, options], unit="image", progress=progress,
+                       of=lambda asked: [[s.group, s.id, s.text, s.answer] for s in asked])  # fmt: skip
+    rows = [row for chunk in chunks for row in chunk]
+    ordered = [sample for asked in scenes.values() for sample in asked]
     return KnockOut(mlm.num_layers, list(blocked), [s.kind for s in ordered], [s.group or s.id for s in ordered],
                     np.array(rows, dtype=float))  # fmt: skip
 

@@ -6,7 +6,6 @@ numbers (`columns`). Sources are `<condition>.<layer>`, so that a layer's condit
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -14,7 +13,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from kvutils.datasets.bdd10k import CLASS_NAMES as BDD_NAMES
 from kvutils.datasets.samples import VOID, DomainImage, LabelledImage, NamedMask
@@ -24,7 +22,7 @@ from kvutils.metrics.masks import column_mean, sample_seed
 from kvutils.probes import LinearProbe, fit_linear_probe, join_probes, otsu
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, token_means
 from kvutils.readout.maps import to_grid
-from kvutils.store import Parts, make_all, to_json
+from kvutils.store import Parts, in_chunks
 from kvutils.tasks.base import ScoreTable
 from kvutils.tasks.prefixes import CONDITIONS, PrefixWriter
 from kvutils.tasks.text_segmentation import COLUMNS, IOU, map_scores
@@ -241,29 +239,20 @@ def run_prefixes(
     With `parts`, finished chunks are kept there and a run that was stopped goes on, with the same bytes."""
     sources = [f"{condition}.{layer}" for condition in CONDITIONS for layer in extractor.layers]
     depends = [readout.name, sources, list(readout.columns), extractor.fingerprint]
-    jobs, rows = [], []
-    skipped: list[str] = []
+    items = [(sample, readout.prefixes(sample)) for sample in readout.samples]
+    skipped = [sample.id for sample, prefixes in items if prefixes is None]
     ready = False
-    with tqdm(total=len(readout.samples), desc=readout.title.replace("\n", " "), unit="sample", disable=not progress) as bar:
-        for start in range(0, len(readout.samples), chunk):
-            samples = [readout.samples[i] for i in range(start, min(start + chunk, len(readout.samples)))]
-            prefixes = [readout.prefixes(sample) for sample in samples]
-            skipped += [sample.id for sample, each in zip(samples, prefixes, strict=True) if each is None]
-            kept = [(sample, each) for sample, each in zip(samples, prefixes, strict=True) if each is not None]
 
-            def compute(kept: list = kept) -> list:
-                nonlocal ready
-                if not ready:
-                    readout.fit(extractor)
-                    ready = True
-                return _rows(readout, extractor, kept)
+    def compute(some: list) -> list:
+        nonlocal ready
+        if not ready:
+            readout.fit(extractor)
+            ready = True
+        return _rows(readout, extractor, [(sample, prefixes) for sample, prefixes in some if prefixes is not None])
 
-            content = to_json([depends, [[sample.id, each] for sample, each in kept]])
-            digest = hashlib.sha256(content.encode()).hexdigest()[:16]
-            jobs.append((f"prefix/{readout.name}/{start:06d}-{digest}", compute))
-        for done in make_all(parts, jobs):
-            rows += done
-            bar.update(min(chunk, bar.total - bar.n))
+    chunks = in_chunks(parts, f"prefix/{readout.name}", items, compute, chunk, depends, progress=progress,
+                       of=lambda item: [item[0].id, item[1]])  # fmt: skip
+    rows = [row for each in chunks for row in each]
     if not rows:
         raise DataError(f"{readout.name}: none of {len(readout.samples)} samples has prefixes of equal length in every condition")
     ids, groups, values = ([row[i] for row in rows] for i in range(3))

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
-from tqdm import tqdm
 
 from kvutils.answer import answer_all
 from kvutils.datasets.samples import YesNoSample
@@ -17,7 +14,7 @@ from kvutils.metrics.answers import pope_parse
 from kvutils.metrics.masks import column_ratio, sample_seed
 from kvutils.metrics.statistics import bootstrap_ci, paired_difference
 from kvutils.models import MLM
-from kvutils.store import Parts, make_all, to_json
+from kvutils.store import Parts, in_chunks
 from kvutils.tasks.base import ScoreTable
 from kvutils.tasks.prefixes import CONDITIONS, PrefixWriter
 
@@ -71,7 +68,8 @@ def ask_behind_prefixes(
         raise DataError(f"none of {len(names)} images has questions about a present and an absent object, and prefixes of "
                         "equal length; pass more images")  # fmt: skip
 
-    def answers(condition: str) -> dict[str, list[str]]:
+    def answers(some: list[str]) -> dict[str, list[str]]:
+        (condition,) = some
         by_prefix: dict[str | None, list[str]] = {}
         for name, prefixes in plans.items():
             by_prefix.setdefault(prefixes[condition], []).append(name)
@@ -82,10 +80,9 @@ def ask_behind_prefixes(
                 found[name] = [answer.text for answer in blocks["none"]]
         return found
 
-    digest = hashlib.sha256(to_json([mlm.revision, plans, {name: list(asked[name]) for name in plans}]).encode()).hexdigest()[:16]
-    jobs = [(f"prefix/answers/{condition}-{digest}", partial(answers, condition)) for condition in CONDITIONS]
-    bar = tqdm(make_all(parts, jobs), desc="answers behind prefixes", unit="condition", total=len(jobs), disable=not progress)
-    texts = dict(zip(CONDITIONS, bar, strict=True))
+    depends = [mlm.revision, plans, {name: list(asked[name]) for name in plans}]
+    chunks = in_chunks(parts, "prefix/answers", CONDITIONS, answers, 1, depends, of=str, unit="condition", progress=progress)
+    texts = dict(zip(CONDITIONS, chunks, strict=True))
     rows = [[_counts(asked[name], texts[c][name], texts["none"][name], plans[name], c) for c in CONDITIONS] for name in plans]
     values, ids = np.array(rows, dtype=float), list(plans)
     return ScoreTable("prefix_answers", ids, ids, list(CONDITIONS), list(COLUMNS), values, skipped)
