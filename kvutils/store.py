@@ -60,15 +60,16 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def plain(value: object, where: str = "") -> object:
-    """`value` in JSON's own types (NumPy and torch scalars and arrays become numbers and lists).
+    """`value` in JSON's own types: NumPy and torch scalars and arrays become numbers and lists, NaN (undefined) None.
 
-    Raises `StoreError` that names the entry for NaN, infinities and types that JSON does not have.
+    Raises `StoreError` that names the entry for infinities and types that JSON does not have.
     """
     if isinstance(value, Array | np.generic):
         value = value.tolist()
-    if isinstance(value, float) and not math.isfinite(value):
-        raise StoreError(f"{where or 'the value'} is {value}: only finite numbers can be stored. Store None "
-                         "where there is nothing to report, and say why beside it.")
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, float) and math.isinf(value):
+        raise StoreError(f"{where or 'the value'} is {value}: only finite numbers can be stored.")
     if value is None or isinstance(value, str | bool | int | float):
         return value
     if isinstance(value, Mapping):
@@ -79,6 +80,16 @@ def plain(value: object, where: str = "") -> object:
     if isinstance(value, list | tuple):
         return [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
     raise StoreError(f"{where or 'the value'} is a {type(value).__name__}, which JSON cannot hold: {value!r}")
+
+
+def rounded(value: object, digits: int = 9) -> object:
+    """`plain(value)` with every float to `digits` significant digits: what another machine's last bits do not reach."""
+    value = plain(value)
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}")
+    if isinstance(value, dict):
+        return {key: rounded(item, digits) for key, item in value.items()}
+    return [rounded(item, digits) for item in value] if isinstance(value, list) else value
 
 
 def to_json(value: object, indent: int | None = 1) -> str:

@@ -12,7 +12,7 @@ import torch
 
 from kvutils import store
 from kvutils.errors import StoreError
-from kvutils.store import Parts, Store, code_version, fingerprint, write_json
+from kvutils.store import Parts, Store, code_version, fingerprint, rounded, write_json
 
 
 def tensors() -> dict:
@@ -24,13 +24,19 @@ def tensors() -> dict:
 
 def test_json_is_canonical_and_atomic(tmp_path):
     path = tmp_path / "new" / "a.json"
-    write_json(path, {"b": np.float64(0.5), "a": (np.int64(1), torch.tensor([1.5])), 3: None})
+    write_json(path, {"b": np.float64(0.5), "a": (np.int64(1), torch.tensor([1.5])), 3: float("nan")})
     assert path.read_bytes() == b'{\n "3": null,\n "a": [\n  1,\n  [\n   1.5\n  ]\n ],\n "b": 0.5\n}\n'
     assert [p.name for p in path.parent.iterdir()] == ["a.json"]
 
 
+def test_results_are_rounded_to_nine_significant_digits():
+    found = rounded({"a": [1 / 3, np.float64(2e9 / 3)], "n": 10**12 + 1, "none": float("nan"), "text": "1/3", "yes": True})
+    assert found == {"a": [0.333333333, 666666667.0], "n": 10**12 + 1, "none": None, "text": "1/3", "yes": True}
+    assert rounded(found) == found
+
+
 @pytest.mark.parametrize(("value", "names"), [
-    ({"curves": {"f": [1.0, float("nan")]}}, "curves.f[1] is nan"),
+    ({"curves": {"f": [1.0, -np.inf]}}, "curves.f[1] is -inf"),
     ({"a": np.array([np.inf])}, "a[0] is inf"),
     ({"a": object()}, "a is a object"),
     ({("a", 1): 2}, "keys other than strings and integers"),

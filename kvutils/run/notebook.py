@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from kvutils.errors import ParameterError
-from kvutils.store import write_json
+from kvutils.store import rounded, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 PROFILES = ("pocket", "paper")
@@ -75,9 +75,9 @@ class Run:
 
     def write(self, *, parameters: Mapping, provenance: Mapping, claims: Mapping, **sections: object) -> Path:
         """Write the results file: `claims` {id: {value, low, high, n, unit, entries}}, and `sections`."""
-        write_json(self.results, {
+        write_json(self.results, rounded({
             "notebook": self.notebook, "profile": self.profile, "model": self.model, "parameters": parameters,
-            "provenance": provenance, "claims": claims, **sections})
+            "provenance": provenance, "claims": claims, **sections}))
         return self.results
 
 
