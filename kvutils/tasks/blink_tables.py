@@ -48,8 +48,6 @@ def halves(table: ChoiceTable, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 def choose_layer(table: ChoiceTable, items: np.ndarray, family: str = "value", readout: str | None = None) -> str:
     """The source of the family that is right most often on `items` (n,) bool; the earliest layer on a tie."""
     sources = table.layers(family)
-    if not sources:
-        raise ParameterError(f"{table.subtask}: no source {family}.<layer> among {', '.join(table.sources)}")
     return sources[int(np.argmax([table.right(source, readout)[items].mean() for source in sources]))]
 
 

@@ -15,7 +15,7 @@ import torch
 
 from kvutils.answer import Answer, SessionBatch
 from kvutils.datasets.samples import MultipleChoice
-from kvutils.errors import DataError, ParameterError
+from kvutils.errors import DataError, one_of
 from kvutils.language import in_halves
 from kvutils.layout import TokenLayout
 from kvutils.metrics.answers import LETTERS, blink_extract
@@ -24,7 +24,6 @@ from kvutils.readout.features import FeatureExtractor, image_tokens
 from kvutils.store import Parts, in_chunks
 from kvutils.tasks.value_readouts import POINTS, READOUTS, check_points, mean_similarity, point_similarity, style_similarity
 
-IMAGES = {"Art_Style": 3, "Visual_Similarity": 3}  # of the other subtasks with a readout: 2
 MAX_NEW_TOKENS = 16
 UNRESOLVED = -1
 
@@ -62,11 +61,7 @@ class ChoiceTable:
 
     def of(self, source: str, readout: str | None = None) -> np.ndarray:
         """(n, K) scores of a source, by the subtask's first readout or the one named."""
-        readout = self.readouts[0] if readout is None else readout
-        for name, known in ((source, self.sources), (readout, self.readouts)):
-            if name not in known:
-                raise ParameterError(f"{self.subtask} has no readout of {name!r}; there are {', '.join(known)}")
-        return self.scores[:, self.readouts.index(readout), self.sources.index(source)]
+        return self.scores[:, self.readouts.index(readout or self.readouts[0]), self.sources.index(source)]
 
     def says(self, source: str, readout: str | None = None) -> np.ndarray:
         """(n,) the option with the readout's highest score."""
@@ -83,49 +78,26 @@ class ChoiceTable:
 
 
 def check_items(items: Sequence[MultipleChoice]) -> dict[str, list[MultipleChoice]]:
-    """The items by subtask. DataError for none, ids given twice, and items that cannot be read out."""
+    """The items by subtask. DataError for none, and for items that no readout of values can answer."""
     if not items:
         raise DataError("no multiple-choice item: expected at least one; ask the data set for more")
     found: dict[str, list[MultipleChoice]] = {}
-    ids: set[str] = set()
     for item in items:
-        if item.id in ids:
-            raise DataError(f"two multiple-choice items have the id {item.id!r}; ids must differ")
-        ids.add(item.id)
-        _check_item(item)
-        found.setdefault(item.subtask, []).append(item)
-        expected = len(found[item.subtask][0].options)
-        if len(item.options) != expected:
-            raise DataError(f"item {item.id!r} has {len(item.options)} options and the first of {item.subtask} has {expected}; "
-                            "items of a subtask need as many options each: put others in a subtask of their own")  # fmt: skip
+        one_of("subtask with a readout of values", item.subtask, READOUTS, DataError)
+        mine = found.setdefault(item.subtask, [])
+        mine.append(item)
+        where, options = f"item {item.id!r}", len(item.options)
+        if options != len(mine[0].options):
+            raise DataError(f"{where} has {options} options and the first of {item.subtask} has {len(mine[0].options)}; items of "
+                            "a subtask need as many options each: put others in a subtask of their own")  # fmt: skip
+        if READOUTS[item.subtask][0] not in POINTS:
+            continue
+        if item.reference_point is None or item.candidate_points is None:
+            raise DataError(f"{where}: a point readout needs reference_point and candidate_points, and this item has only "
+                            "painted marks (as BLINK itself); annotate its points, or leave the subtask out")  # fmt: skip
+        check_points(item.reference_point, item.images[0].size, f"{where}, reference")
+        check_points(item.candidate_points, item.images[1].size, f"{where}, candidates")
     return found
-
-
-def _check_item(item: MultipleChoice) -> None:
-    where = f"item {item.id!r}"
-    if item.subtask not in READOUTS:
-        raise DataError(f"{where}: no readout of values is defined for the subtask {item.subtask!r}, only for "
-                        f"{', '.join(READOUTS)}; leave its items out")  # fmt: skip
-    options = len(item.options)
-    if len(item.choices) != options or not 2 <= options <= len(LETTERS):
-        raise DataError(f"{where}: expected 2 to {len(LETTERS)} options, one per choice; found {options} options and "
-                        f"{len(item.choices)} choices")  # fmt: skip
-    letters = [f"({letter})" for letter in LETTERS[:options]]
-    if item.answer not in letters:
-        raise DataError(f"{where}: the answer must be one of {', '.join(letters)}, found {item.answer!r}")
-    images = IMAGES.get(item.subtask, 2)
-    if len(item.images) != images:
-        raise DataError(f"{where}: {item.subtask} compares {images} images, found {len(item.images)}")
-    if item.subtask in IMAGES:
-        if options != images - 1:
-            raise DataError(f"{where}: {images - 1} candidate images need as many options, found {options}")
-        return
-    if item.reference_point is None or item.candidate_points is None:
-        raise DataError(f"{where}: a point readout needs reference_point and candidate_points, and this item has only "
-                        "painted marks (as BLINK itself); annotate its points, or leave the subtask out")  # fmt: skip
-    check_points(item.reference_point, item.images[0].size, f"{where}, reference")
-    if len(check_points(item.candidate_points, item.images[1].size, f"{where}, candidates")) != options:
-        raise DataError(f"{where}: {len(item.candidate_points)} candidate points for {options} options")
 
 
 def read_items(
@@ -176,7 +148,8 @@ def _read_batch(
     places = np.cumsum([0, *map(len, images)])
     named = [(f"{item.id}-{i}", image) for item, mine in zip(batch, images, strict=True) for i, image in enumerate(mine)]
     alone = extractor.images(named)
-    features = [dict(_renamed(each.features)) for each in alone]
+    features = [{f"alone.{name}" if name.startswith("value.") else name: tokens for name, tokens in each.features.items()}
+                for each in alone]  # fmt: skip
     answers: list[list[Answer]] = []
     for family, mlm in models.items():
         with SessionBatch(mlm, images) as session:
@@ -193,11 +166,6 @@ def _read_batch(
         options = [answer.scores[option] for option in item.options]
         rows.append({"text": answer.text, "said": said(item, answer.text), "options": options, "scores": scores})
     return rows
-
-
-def _renamed(features: Mapping[str, torch.Tensor]):
-    """Sources of an image in a prompt of its own."""
-    return ((f"alone.{name}" if name.startswith("value.") else name, tokens) for name, tokens in features.items())
 
 
 def _by_layer(family: str, values: torch.Tensor, layout: TokenLayout) -> dict[str, torch.Tensor]:

@@ -132,9 +132,6 @@ class DomainPrefix(PrefixReadout):
         self.domains = sorted({sample.domain for sample in samples})
         if len(self.domains) < 2:
             raise DataError(f"prefixes of a wrong domain need at least two domains, found {self.domains}")
-        strange = sorted({image.domain for image in train} - set(self.domains))
-        if strange:
-            raise DataError(f"training images are of {', '.join(strange)}, but those scored only of {', '.join(self.domains)}")
         labels = self.class_names if readout == "text" else ("background", *self.class_names)
         self.columns = (*(f"{part} {name}" for part in ("right", "true", "said") for name in labels), *MOVED)
         self._first = 1 if readout == "text" else 0  # the label that stands in the first column
@@ -162,11 +159,9 @@ class DomainPrefix(PrefixReadout):
             self._seen = np.unique(labels[labels >= 0])
             if len(self._seen) < 2:
                 raise DataError(f"{self.name}: the training tokens show fewer than two classes; pass more training images")
-            if condition == CONDITIONS[0] and len(self._seen) <= len(self.class_names):
-                names = ("background", *self.class_names)
-                absent = sorted(set(range(len(names))) - set(self._seen.tolist()))
-                log.warning("%s: no training token shows %s; the probe never says so", self.name,
-                            ", ".join(names[i] for i in absent))  # fmt: skip
+            absent = [name for label, name in enumerate(("background", *self.class_names)) if label not in self._seen]
+            if condition == CONDITIONS[0] and absent:
+                log.warning("%s: no training token shows %s; the probe never says so", self.name, ", ".join(absent))
             y = torch.from_numpy(np.where(labels < 0, -1, np.searchsorted(self._seen, labels)))
             probes = []
             for names in found[0].by_width([f"value.{layer}" for layer in extractor.layers], rows=len(labels)):
@@ -286,7 +281,7 @@ def with_controls(readout: PrefixReadout, start: int = 0) -> int:
     found = next((number for number in order if readout.prefixes(readout.samples[number]) is not None), None)
     if found is None:
         raise DataError(f"{readout.name}: none of {count} samples has prefixes of equal length in every condition for "
-                        f"{readout.writer.mlm.name}; its tokenizer needs other wordings (kvutils/prefixes.py)")  # fmt: skip
+                        f"{readout.writer.mlm.name}; its tokenizer needs other wordings (kvutils/tasks/prefixes.py)")  # fmt: skip
     return found
 
 
