@@ -36,7 +36,16 @@ from kvutils.tasks.key_blocking import (
     select_lowest,
     sweep,
 )
-from kvutils.tasks.key_statistics import agnostic, compare_trained, describe_keys, foreground, modes, sinks, thresholds
+from kvutils.tasks.key_statistics import (
+    agnostic,
+    compare_trained,
+    describe_keys,
+    foreground,
+    modes,
+    residual_log_variance,
+    sinks,
+    thresholds,
+)
 from kvutils.tasks.key_table import KeyTable, measure_keys
 from kvutils.tasks.knock_out import (
     KnockOut,
@@ -186,7 +195,7 @@ def test_scale_of_layers_and_heads_cannot_fake_two_modes():
     factor = torch.ones(6, 2, 1, dtype=torch.float64)
     factor[3:], factor[:, 1] = 10, factor[:, 1] * 10
     table = table_of(log_normal(6, 2, 145) * factor.square(), norm=factor.expand(6, 2, 145).clone())
-    assert variance_threshold(table.variance, table.is_newline).two_modes, "the artefact itself"
+    assert variance_threshold(table.variance[..., table.real]).two_modes, "the artefact itself"
     assert not thresholds(table)["scale_free"]["two_modes"]
     seen = modes(table, n_boot=20)
     assert seen["median"]["low"] == 0 and seen["pooled"]["raw"]["two_modes"]
@@ -238,8 +247,73 @@ def test_what_counts_as_two_modes():
     one_group = [random.uniform(size=1000), random.normal(size=1000), random.exponential(size=1000)]
     assert separation(np.stack(one_group))[0].tolist() == [0, 0, 0], "Ashman's D alone is above 2 for two of them"
     assert separation(np.zeros(50))[0] == 0
-    with pytest.raises(DataError, match="finite"):
-        separation(np.full(50, np.nan))
+
+
+def two_modes(low=0.0, high=4.0, spread=0.5, share=0.3, shape=(6, 2, 100), seed=0):
+    """Variances whose logarithm has two normal modes."""
+    rng = np.random.default_rng(seed)
+    centre = np.where(rng.random(shape) < share, low, high)
+    return torch.from_numpy(np.exp(centre + spread * rng.standard_normal(shape)))
+
+
+def test_the_threshold_is_the_valley_between_two_two_modes():
+    variance = two_modes()
+    found = variance_threshold(variance)
+    assert found.two_modes and found.method == "valley"
+    assert found.separation == pytest.approx(4 / 0.5, rel=0.05)
+    assert np.log(found.modes) == pytest.approx([0, 4], abs=0.1)
+    assert found.shares == pytest.approx((0.3, 0.7), abs=0.03)
+    # Equal spreads: the density is lowest somewhat on the side of the smaller mode.
+    assert 1.5 < np.log(found.value) < 2.1
+    assert ((variance < found.value).double().mean() - 0.3).abs() < 0.03
+    assert variance_threshold(variance * 1000).value == pytest.approx(1000 * found.value, rel=1e-3)
+    assert found == variance_threshold(variance)
+    assert found.as_dict()["value"] == found.value
+
+
+def test_without_two_modes_the_threshold_is_a_stated_quantile():
+    one = two_modes(high=0.0)
+    close = two_modes(high=0.8)  # Ashman's D is 1.6
+    outliers = two_modes(low=-9.0, share=0.004)
+    for variance in (one, close, outliers):
+        found = variance_threshold(variance)
+        assert not found.two_modes and found.method == "quantile 0.1"
+        assert found.value == pytest.approx(variance.quantile(0.1).item())
+    assert variance_threshold(close).separation < 2 < variance_threshold(outliers).separation
+
+
+def test_the_paper_has_a_threshold_for_its_own_model():
+    found = variance_threshold(two_modes(), model="llava-onevision-7b")
+    assert (found.value, found.method, found.two_modes) == (450.0, "paper", True)
+    assert variance_threshold(two_modes(), model="pocket").method == "valley"
+
+
+def test_many_keys_and_zeros_and_keys_all_alike():
+    variance = two_modes()
+    few, many = variance_threshold(variance), variance_threshold(two_modes(shape=(60, 2, 100)))
+    assert many.two_modes and np.log(many.value) == pytest.approx(np.log(few.value), abs=0.2)
+    spoiled = torch.cat([variance.flatten(), torch.zeros(5)])
+    assert variance_threshold(spoiled).value == pytest.approx(few.value)
+    with pytest.raises(DataError, match="10 different variances"):
+        variance_threshold(torch.ones(3, 2, 50, dtype=torch.float64))
+
+
+def test_what_the_foreground_explains_is_taken_out():
+    rng = np.random.default_rng(0)
+    frequency, noise = rng.random(60), torch.from_numpy(rng.standard_normal((3, 2, 60)))
+    slope = torch.tensor([[1.0, 2.0], [0.0, -3.0], [5.0, 1.0]]).double()[..., None]
+    noise = noise - noise.mean(-1, keepdim=True)
+    centred = torch.from_numpy(frequency - frequency.mean())
+    noise -= (noise @ centred)[..., None] / (centred @ centred) * centred  # what no line explains
+    level = torch.arange(6.0).double().reshape(3, 2, 1)
+    variance = (level + slope * centred + noise).exp()
+    torch.testing.assert_close(residual_log_variance(variance, frequency), level + noise)
+
+    variance[0, 0, 5] = 0
+    found = residual_log_variance(variance, frequency)
+    assert found[0, 0, 5] == -torch.inf and found[0, 0].isfinite().sum() == 59
+    torch.testing.assert_close(found[1:], (level + noise)[1:])
+    assert torch.equal(residual_log_variance(variance, np.full(60, 0.5)), variance.log())  # nothing to explain
 
 
 # --- knock-out ---------------------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ from kvutils.kvcache import capture
 from kvutils.prompts import prepare_text
 from kvutils.readout.attention import attention_mass
 from kvutils.store import Parts
-from kvutils.tasks.bimodality import residual_log_variance, variance_threshold
 from kvutils.vision import encode_images, prepare_images
 
 
@@ -240,104 +239,6 @@ def test_attention_mass_leaves_the_model_alone_and_refuses_what_cannot_be(monkey
     )
     with pytest.raises(ParameterError, match="behind the image"):
         attention_mass(mlm, pictures(1), ["yes"])
-
-
-# ---- threshold -----------------------------------------------------------------------------------
-
-
-def modes(low=0.0, high=4.0, spread=0.5, share=0.3, shape=(6, 2, 100), seed=0):
-    """Variances whose logarithm has two normal modes."""
-    rng = np.random.default_rng(seed)
-    centre = np.where(rng.random(shape) < share, low, high)
-    return torch.from_numpy(np.exp(centre + spread * rng.standard_normal(shape)))
-
-
-def test_the_threshold_is_the_valley_between_two_modes():
-    variance = modes()
-    found = variance_threshold(variance)
-    assert found.two_modes and found.method == "valley"
-    assert found.separation == pytest.approx(4 / 0.5, rel=0.05)
-    assert np.log(found.modes) == pytest.approx([0, 4], abs=0.1)
-    assert found.shares == pytest.approx((0.3, 0.7), abs=0.03)
-    # Equal spreads: the density is lowest somewhat on the side of the smaller mode.
-    assert 1.5 < np.log(found.value) < 2.1
-    assert ((variance < found.value).double().mean() - 0.3).abs() < 0.03
-    assert variance_threshold(variance * 1000).value == pytest.approx(1000 * found.value, rel=1e-3)
-    assert found == variance_threshold(variance)
-    assert found.as_dict()["value"] == found.value
-
-
-def test_without_two_modes_the_threshold_is_a_stated_quantile():
-    one = modes(high=0.0)
-    close = modes(high=0.8)  # Ashman's D is 1.6
-    outliers = modes(low=-9.0, share=0.004)
-    for variance in (one, close, outliers):
-        found = variance_threshold(variance, quantile=0.2)
-        assert not found.two_modes and found.method == "quantile 0.2"
-        assert found.value == pytest.approx(variance.quantile(0.2).item())
-    assert variance_threshold(close).separation < 2 < variance_threshold(outliers).separation
-
-
-def test_the_paper_has_a_threshold_for_its_own_model():
-    found = variance_threshold(modes(), model="llava-onevision-7b")
-    assert (found.value, found.method, found.two_modes) == (450.0, "paper", True)
-    assert variance_threshold(modes(), model="pocket").method == "valley"
-
-
-def test_newlines_and_many_keys_and_zeros():
-    variance, newline = modes(shape=(6, 2, 100)), np.arange(100) % 10 == 9
-    spoiled = variance.clone()
-    spoiled[..., newline] = 1e-20
-    assert variance_threshold(spoiled, newline) == variance_threshold(variance, newline)
-    few, many = variance_threshold(variance), variance_threshold(modes(shape=(60, 2, 100)))
-    assert many.two_modes and np.log(many.value) == pytest.approx(np.log(few.value), abs=0.2)
-    spoiled = torch.cat([variance.flatten(), torch.zeros(5)])
-    assert variance_threshold(spoiled).value == pytest.approx(few.value)
-
-
-def test_variances_that_give_no_threshold():
-    for bad in (torch.tensor([-1.0, 1.0]), torch.tensor([torch.nan, 1.0])):
-        with pytest.raises(DataError, match="finite and not negative"):
-            variance_threshold(bad)
-    with pytest.raises(DataError, match="10 different variances"):
-        variance_threshold(torch.ones(3, 2, 50))
-    with pytest.raises(ParameterError, match="quantile"):
-        variance_threshold(modes(), quantile=1)
-
-
-def test_what_the_foreground_explains_is_taken_out():
-    rng = np.random.default_rng(0)
-    frequency, noise = rng.random(60), torch.from_numpy(rng.standard_normal((3, 2, 60)))
-    slope = torch.tensor([[1.0, 2.0], [0.0, -3.0], [5.0, 1.0]]).double()[..., None]
-    noise = noise - noise.mean(-1, keepdim=True)
-    centred = torch.from_numpy(frequency - frequency.mean())
-    noise -= (noise @ centred)[..., None] / (centred @ centred) * centred  # what no line explains
-    level = torch.arange(6.0).double().reshape(3, 2, 1)
-    variance = (level + slope * centred + noise).exp()
-    torch.testing.assert_close(residual_log_variance(variance, frequency), level + noise)
-
-    newline = np.arange(70) >= 60
-    padded = torch.cat([variance, torch.full((3, 2, 10), 7.0)], dim=-1)
-    with_newlines = np.concatenate([frequency, np.full(10, np.nan)])
-    found = residual_log_variance(padded, with_newlines, newline)
-    torch.testing.assert_close(found[..., :60], level + noise)
-    assert found[..., 60:].isnan().all()
-    variance[0, 0, 5] = 0
-    found = residual_log_variance(variance, frequency)
-    assert found[0, 0, 5] == -torch.inf and found[0, 0].isfinite().sum() == 59
-    torch.testing.assert_close(found[1:], (level + noise)[1:])
-    assert torch.equal(
-        residual_log_variance(variance, np.full(60, 0.5)), variance.log()
-    )  # nothing to explain
-
-
-def test_regression_with_bad_input():
-    with pytest.raises(DataError, match="foreground_frequency must be"):
-        residual_log_variance(torch.ones(2, 2, 5), np.ones(4))
-    with pytest.raises(DataError, match="finite"):
-        residual_log_variance(torch.ones(2, 2, 3), np.array([0, np.nan, 1]))
-    with pytest.raises(DataError, match="not negative"):
-        residual_log_variance(-torch.ones(2, 2, 3), np.ones(3))
 
 
 # ---- selections ----------------------------------------------------------------------------------

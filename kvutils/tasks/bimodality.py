@@ -1,8 +1,11 @@
-"""Two groups or one? Two normal distributions fitted to numbers, many resamples at once (ours).
+"""Two groups of keys or one? Two normal distributions fitted to the log-variance, and the threshold between them.
 
-Ashman's D = |m1 - m2| / sqrt((s1^2 + s2^2) / 2) alone calls a flat or a skewed distribution bimodal: two normals
-describe it better than one. So D counts only where the numbers themselves are rarer between the two means.
+Ashman's D = |m1 - m2| / sqrt((s1^2 + s2^2) / 2) alone calls a flat or a skewed distribution bimodal: two normals describe
+it better than one. So D counts only where the numbers themselves are rarer between the two means, and each group has 1 %
+of them. `variance_threshold` asks this of all keys of a model, once; `separation` of many resamples at once (both ours).
 """
+
+from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
@@ -10,21 +13,23 @@ import numpy as np
 import torch
 from sklearn.mixture import GaussianMixture
 
-from kvutils.errors import DataError, ParameterError
+from kvutils.errors import DataError
 
 PAPER_THRESHOLDS = {"llava-onevision-7b": 450.0}  # squared key units, section 3.2
-_MOST_POINTS = 5_000  # that the mixture is fitted to
-_SMALLEST_MODE = 0.01  # share of the keys; fewer are outliers
+QUANTILE = 0.1  # of the variances: the threshold where there are no two modes (ours)
+VALLEY = 0.8  # of the lower mode's density: above that there is no valley
+_SMALLEST = 0.01  # share of the numbers; fewer are outliers
+_MOST = 5_000  # numbers that are fitted; evenly spaced ranks stand for more
+Fit = tuple[np.ndarray, np.ndarray, np.ndarray]  # means, standard deviations, shares: (R, 2) each, lower first
 
 
 @dataclass(frozen=True)
 class Threshold:
     """Below which variance a key is input-agnostic, and whether the keys fall into two groups at all.
 
-    value: squared key units; method: "paper", "valley" (between two modes) or "quantile ...". two_modes: two
-    normal distributions describe the log-variance better than one (BIC), Ashman's D is above 2, the density
-    has a valley between them, and each has 1 % of the keys. separation: Ashman's D,
-    |m1 - m2| / sqrt((s1^2 + s2^2) / 2); modes and shares: exp(m) and weight of the two, the lower first.
+    value: squared key units; method: "paper", "valley" (between two modes) or "quantile ...". two_modes: two normal
+    distributions describe the log-variance better than one (BIC), Ashman's D is above 2, the density has a valley between
+    them, and each has 1 % of the keys. separation: Ashman's D; modes and shares: exp(m) and weight of the two, lower first.
     """
 
     value: float
@@ -38,110 +43,74 @@ class Threshold:
         return asdict(self)
 
 
-def variance_threshold(
-    variance: torch.Tensor,
-    is_newline: np.ndarray | None = None,
-    model: str | None = None,
-    quantile: float = 0.1,
-    seed: int = 0,
-) -> Threshold:
+def variance_threshold(variance: torch.Tensor, model: str | None = None) -> Threshold:
     """The paper's threshold for its own model; else the valley of the log-variance; else a quantile (ours).
 
-    variance (..., N), pooled; is_newline (N,) leaves positions out; model: a name in `MODELS`. The valley is
-    the lowest density between the means of a mixture of two normal distributions. Without two modes the value
-    is the stated quantile of the variances. A variance of exactly zero counts for the quantile only. Raises
-    DataError for variances that are negative, not finite, or all alike.
+    variance: of any keys, pooled; model: a name in `MODELS`. The valley is the lowest density between the means of a
+    mixture of two normal distributions. Without two modes the value is the `QUANTILE` of the variances. A variance of
+    exactly zero counts for the quantile only. Raises DataError for variances all alike.
     """
-    if not 0 < quantile < 1:
-        raise ParameterError(f"quantile must be between 0 and 1, not {quantile}")
-    values = torch.as_tensor(variance).double().cpu().numpy()
-    if is_newline is not None:
-        values = values[..., ~np.asarray(is_newline, dtype=bool)]
-    values = values.reshape(-1)
-    if not np.isfinite(values).all() or (values < 0).any():
-        raise DataError("variances must be finite and not negative")
+    values = variance.flatten().numpy()
     logs = np.log(values[values > 0])
-    if len(logs) < 10 or logs.max() - logs.min() < 1e-9:
+    if len(logs) < 10 or np.ptp(logs) < 1e-9:
         raise DataError(f"a threshold needs at least 10 different variances, found {len(np.unique(logs))}")
-    if len(logs) > _MOST_POINTS:  # evenly spaced ranks stand for all
-        logs = np.quantile(logs, (np.arange(_MOST_POINTS) + 0.5) / _MOST_POINTS)
-    points = logs[:, None]
-    one, two = (GaussianMixture(k, n_init=3, random_state=seed).fit(points) for k in (1, 2))
+    points = _ranks(logs)[:, None]
+    one, two = (GaussianMixture(k, n_init=3, random_state=0).fit(points) for k in (1, 2))
     order = two.means_[:, 0].argsort()
-    means, spread = two.means_[order, 0], two.covariances_[order, 0, 0]
-    shares = two.weights_[order]
-    separation = float((means[1] - means[0]) / np.sqrt(spread.mean()))
+    means, spread, shares = two.means_[order, 0], two.covariances_[order, 0, 0], two.weights_[order]
+    distance = float((means[1] - means[0]) / np.sqrt(spread.mean()))
     grid = np.linspace(*means, 1001)
     valley = int(two.score_samples(grid[:, None]).argmin())
-    two_modes = bool(
-        two.bic(points) < one.bic(points)
-        and separation > 2
-        and 0 < valley < len(grid) - 1
-        and shares.min() >= _SMALLEST_MODE
-    )
+    better, inside = two.bic(points) < one.bic(points), 0 < valley < len(grid) - 1
+    two_modes = bool(better and distance > 2 and inside and shares.min() >= _SMALLEST)
     if model in PAPER_THRESHOLDS:
         value, method = PAPER_THRESHOLDS[model], "paper"
     elif two_modes:
         value, method = float(np.exp(grid[valley])), "valley"
     else:
-        value, method = float(np.quantile(values, quantile)), f"quantile {quantile:g}"
-    modes = tuple(np.exp(means).tolist())
-    return Threshold(value, two_modes, separation, method, modes, tuple(shares.tolist()))
+        value, method = float(np.quantile(values, QUANTILE)), f"quantile {QUANTILE:g}"
+    return Threshold(value, two_modes, distance, method, tuple(np.exp(means).tolist()), tuple(shares.tolist()))
 
 
-def residual_log_variance(
-    variance: torch.Tensor, foreground_frequency: np.ndarray, is_newline: np.ndarray | None = None
-) -> torch.Tensor:
-    """(..., N) float64 on the CPU: log-variance without what is linear in how often a position is foreground.
+def separation(values: np.ndarray, start: Fit | None = None) -> tuple[np.ndarray, Fit]:
+    """(R,) Ashman's D of each row of values (R, n), 0 where there is no valley between the means; and the fit.
 
-    A position that always shows background varies little for that reason alone. foreground_frequency (N,):
-    share of images, 0..1, in which the token at a position is foreground. One line per layer and head is
-    fitted by least squares over the positions, newlines (NaN in the result) and variances of zero (minus
-    infinity) left out; the mean of the log-variance stays, so that exp() of the result is a variance again.
+    A valley: between the means a kernel density (Gaussian, Silverman's width for the spread within the groups) falls below
+    `VALLEY` of the lower mode's, and each group has 1 % of the numbers; never among equal ones. start: an earlier fit of
+    one row, for resamples of it.
     """
-    logs = torch.as_tensor(variance).double().cpu().log()
-    frequency = np.asarray(foreground_frequency, dtype=np.float64)
-    if frequency.shape != logs.shape[-1:]:
-        raise DataError(
-            f"foreground_frequency must be (N,) = {tuple(logs.shape[-1:])}, not {frequency.shape}"
-        )
-    newline = np.zeros(len(frequency), bool) if is_newline is None else np.asarray(is_newline, dtype=bool)
-    if not np.isfinite(frequency[~newline]).all() or logs[..., ~newline].isnan().any():
-        raise DataError("frequencies must be finite and variances not negative wherever there is no newline")
-    level = torch.from_numpy(np.where(newline, 0, frequency))
-    used = (logs.isfinite() & torch.from_numpy(~newline)).double()
-    count = used.sum(-1, keepdim=True).clamp(min=1)
-    x = level - (used * level).sum(-1, keepdim=True) / count
-    y = torch.where(used > 0, logs, 0.0)
-    slope = (used * x * y).sum(-1, keepdim=True) / (used * x * x).sum(-1, keepdim=True).clamp(min=1e-12)
-    return torch.where(torch.from_numpy(newline), torch.nan, logs - slope * x)
+    values = _ranks(np.atleast_2d(values))
+    if start is not None:
+        start = tuple(np.repeat(each, len(values), axis=0) for each in start)
+    means, sds, shares = fit = _fit_two_normals(values, start)
+    d = (means[:, 1] - means[:, 0]) / np.sqrt((sds**2).mean(axis=1))
+    there = [_has_valley(*each) for each in zip(values, means, sds, strict=True)]
+    return np.where(np.array(there) & (shares.min(axis=1) >= _SMALLEST), d, 0.0), fit
 
 
-VALLEY = 0.8  # of the lower mode's density: above that there is no valley
-_SMALLEST = 0.01  # share of the numbers; fewer are outliers
-_MOST = 5_000  # numbers that are fitted; evenly spaced ranks stand for more
-Fit = tuple[np.ndarray, np.ndarray, np.ndarray]  # means, standard deviations, shares: (R, 2) each, lower first
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """(..., n) numbers, or evenly spaced ranks of them where they are more than can be fitted."""
+    if values.shape[-1] <= _MOST:
+        return values
+    return np.moveaxis(np.quantile(values, (np.arange(_MOST) + 0.5) / _MOST, axis=-1), 0, -1)
 
 
-def fit_two_normals(values: np.ndarray, start: Fit | None = None, steps: int = 150) -> Fit:
+def _fit_two_normals(values: np.ndarray, start: Fit | None) -> Fit:
     """Expectation maximisation for each row of values (R, n). Without a start, the likeliest of five splits.
 
-    Standard deviations stay above 1 % of a row's. Raises DataError unless rows have at least 10 finite numbers.
+    Standard deviations stay above 1 % of a row's.
     """
-    values = np.asarray(values, dtype=float)
-    if values.ndim != 2 or values.shape[1] < 10 or not np.isfinite(values).all():
-        raise DataError(f"two modes need rows of at least 10 finite numbers, found shape {values.shape}")
     if start is None:
         fits = []
         for cut in (0.1, 0.25, 0.5, 0.75, 0.9):
             limit = np.quantile(values, cut, axis=1, keepdims=True)
-            fits.append(_climb(values, [values <= limit, values > limit], steps))
+            fits.append(_climb(values, [values <= limit, values > limit], 150))
         best = np.argmax([likelihood for _, likelihood in fits], axis=0)
-        start = tuple(np.stack([fits[b][0][k][row] for row, b in enumerate(best)]) for k in range(3))
+        fit = tuple(np.stack([fits[b][0][k][row] for row, b in enumerate(best)]) for k in range(3))
     else:
-        start, _ = _climb(values, _responsible(values, start)[0], steps)
-    order = np.argsort(start[0], axis=1)
-    return tuple(np.take_along_axis(each, order, axis=1) for each in start)
+        fit, _ = _climb(values, _responsible(values, start)[0], 50)
+    order = np.argsort(fit[0], axis=1)
+    return tuple(np.take_along_axis(each, order, axis=1) for each in fit)
 
 
 def _climb(values: np.ndarray, parts, steps: int) -> tuple[Fit, np.ndarray]:
@@ -166,25 +135,6 @@ def _responsible(values: np.ndarray, fit: Fit) -> tuple[list[np.ndarray], np.nda
     ]
     total = np.logaddexp(*logs)
     return [np.exp(each - total) for each in logs], total.mean(axis=1)
-
-
-def separation(values: np.ndarray, start: Fit | None = None) -> tuple[np.ndarray, Fit]:
-    """(R,) Ashman's D of each row of values (R, n), 0 where there is no valley between the means; and the fit.
-
-    A valley: between the means a kernel density (Gaussian, Silverman's width for the spread within the groups)
-    falls below `VALLEY` of the lower mode's, and each group has 1 % of the numbers; never among equal ones.
-    start: an earlier fit of one row, for resamples of it.
-    """
-    values = np.atleast_2d(np.asarray(values, dtype=float))
-    if values.shape[1] > _MOST:
-        values = np.quantile(values, (np.arange(_MOST) + 0.5) / _MOST, axis=1).T
-    if start is not None:
-        start = tuple(np.repeat(each, len(values), axis=0) for each in start)
-    fit = fit_two_normals(values, start, 150 if start is None else 50)
-    means, sds, shares = fit
-    d = (means[:, 1] - means[:, 0]) / np.sqrt((sds**2).mean(axis=1))
-    there = [_has_valley(*each) for each in zip(values, means, sds, strict=True)]
-    return np.where(np.array(there) & (shares.min(axis=1) >= _SMALLEST), d, 0.0), fit
 
 
 def _has_valley(values: np.ndarray, means: np.ndarray, sds: np.ndarray) -> bool:

@@ -241,8 +241,7 @@ def sweep(
     if not all(1 <= depth <= total for depth in depths):
         raise ParameterError(f"depths must be between 1 and {total} layers, found {depths}")
     chosen = choosing_half([s.image_id for s in task.samples], seed)
-    halves = [type(task)([s for s, c in zip(task.samples, chosen, strict=True) if c == side], task.convention)
-              for side in (True, False)]  # fmt: skip
+    halves = [type(task)([s for s, c in zip(task.samples, chosen, strict=True) if c == side]) for side in (True, False)]
     cells = {
         f"{share:g} {depth}": select_lowest(table, share, range(total - depth, total))
         for share in shares for depth in depths

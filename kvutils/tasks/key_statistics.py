@@ -8,52 +8,44 @@ Three scales of the same variance are told apart throughout:
   scale_free  variance / mean norm^2: what is left when a model multiplies all its keys by a number.
   near_constant  the same below a fixed `NEAR_CONSTANT`, which needs no modes and so compares models that have none.
 
-Intervals are over token positions (the same resample in all layers and heads): images are so many that the
-noise of a variance is small (`reliability` says how small), and positions are what another crop would change.
-
-Key statistics as numbers to draw: histograms of the variance, and maps over layers and positions.
+Intervals are over token positions (the same resample in all layers and heads): images are so many that the noise of a
+variance is small (`reliability` says how small), and positions are what another crop would change.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 
-from kvutils.errors import ParameterError
-from kvutils.metrics.statistics import bootstrap_ci, percentile_interval
-from kvutils.tasks.bimodality import residual_log_variance, separation, variance_threshold
+from kvutils.errors import one_of
+from kvutils.metrics.statistics import Statistic, bootstrap_ci, percentile_interval
+from kvutils.tasks.bimodality import separation, variance_threshold
 from kvutils.tasks.key_table import KeyTable
 
 SCALES = ("raw", "per_layer", "scale_free", "near_constant")
 NEAR_CONSTANT = 0.1  # of the squared norm varies, the rest is the same in every image (ours)
+_BINS = 60  # of a histogram
 
 
-def centred_logs(table: KeyTable) -> np.ndarray:
-    """(L, G, positions) log-variance minus the median of its head, newlines left out.
-
-    Heads and layers of different scale cannot make two modes of this.
-    """
-    values = table.variance[..., table.real].clamp(min=1e-30).log().numpy()
-    return values - np.median(values, axis=-1, keepdims=True)
+def _logs(variance: torch.Tensor, real: torch.Tensor) -> np.ndarray:
+    """(L, G, P) log of variances (L, G, N), newlines left out."""
+    return variance[..., real].clamp(min=1e-30).log().numpy()
 
 
 def modes(table: KeyTable, n_boot: int = 200, seed: int = 0) -> dict:
     """Is the variance bimodal within layers? Per layer, and as the median over layers; JSON-able.
 
-    D is that of `separation` of the log-variance centred within each head, so that neither layers nor heads of
-    different scale can make two modes. layers: per layer D with its 95 % interval over positions. median: of
-    the layers' D (the claim). best: the layer with the highest D on the even chunks of images, and its D on the
-    odd ones. pooled: all layers together, raw and scale-free, which that artefact can fake.
+    D is that of `separation` of the log-variance minus the median of its head, so that neither layers nor heads of
+    different scale can make two modes. layers: per layer D with its 95 % interval over positions. median: of the layers' D
+    (the claim). best: the layer with the highest D on the even chunks of images, and its D on the odd ones. pooled: all
+    layers together, raw and scale-free, which that artefact can fake.
     """
-    logs = centred_logs(table)
-    n, layers = logs.shape[-1], len(logs)
-    value, draws = np.zeros(layers), np.zeros((n_boot, layers))
+    every, even, odd = (_logs(each, table.real) for each in (table.variance, *table.halves))
+    logs, even, odd = (each - np.median(each, axis=-1, keepdims=True) for each in (every, even, odd))
+    n = logs.shape[-1]
     places = np.random.default_rng(seed).integers(0, n, size=(n_boot, n))
-    for layer, each in enumerate(logs):
-        value[layer], draws[:, layer] = _separated(each, places)
-    even, odd = (centred_logs(replace(table, variance=half)) for half in table.halves)
+    value, draws = zip(*(_separated(each, places) for each in logs), strict=True)
+    value, draws = np.array(value), np.stack(draws, axis=1)
     best = int(np.argmax([separation(each.reshape(1, -1))[0] for each in even]))
     again, again_draws = _separated(odd[best], places)
     return {
@@ -64,7 +56,7 @@ def modes(table: KeyTable, n_boot: int = 200, seed: int = 0) -> dict:
         "median": percentile_interval(np.median(value), np.median(draws, axis=1), n).as_dict(),
         "best": {"layer": best} | percentile_interval(again, again_draws, n).as_dict(),
         "pooled": {
-            name: variance_threshold(each, table.is_newline).as_dict()
+            name: variance_threshold(each[..., table.real]).as_dict()
             for name, each in (("raw", table.variance), ("scale_free", table.scale_free))
         },
     }
@@ -75,26 +67,27 @@ def thresholds(table: KeyTable, model: str | None = None) -> dict:
 
     model: a name in `MODELS`; the paper's threshold holds for the raw variance of its own model.
     """
+    variance, scale_free = table.variance[..., table.real], table.scale_free[..., table.real]
     return {
-        "raw": variance_threshold(table.variance, table.is_newline, model).as_dict(),
-        "per_layer": [variance_threshold(each, table.is_newline).as_dict() for each in table.variance],
-        "scale_free": variance_threshold(table.scale_free, table.is_newline).as_dict(),
+        "raw": variance_threshold(variance, model).as_dict(),
+        "per_layer": [variance_threshold(each).as_dict() for each in variance],
+        "scale_free": variance_threshold(scale_free).as_dict(),
         "near_constant": {"value": NEAR_CONSTANT, "two_modes": None, "method": "fixed"},
     }
 
 
 def agnostic(table: KeyTable, found: dict, scale: str = "raw") -> torch.Tensor:
     """(L, G, N) bool: the keys below the threshold of a scale, never a newline. found: from `thresholds`."""
-    if scale not in SCALES:
-        raise ParameterError(f"scale must be one of {', '.join(SCALES)}, not {scale!r}")
+    one_of("scale", scale, SCALES)
     values = table.scale_free if scale in ("scale_free", "near_constant") else table.variance
     limit = found[scale]
     limits = [each["value"] for each in limit] if isinstance(limit, list) else [limit["value"]] * len(values)
     return (values < torch.tensor(limits, dtype=torch.float64)[:, None, None]) & table.real
 
 
-def describe_keys(table: KeyTable, model: str | None = None, n_boot: int = 2000, mode_draws: int = 200,
-                  seed: int = 0) -> dict:  # fmt: skip
+def describe_keys(
+    table: KeyTable, model: str | None = None, n_boot: int = 2000, mode_draws: int = 200, seed: int = 0
+) -> dict:
     """All that the figures and the tables of a model's keys need; JSON-able. model: as in `thresholds`."""
     found = thresholds(table, model)
     chosen = {scale: agnostic(table, found, scale) for scale in SCALES}
@@ -110,8 +103,8 @@ def describe_keys(table: KeyTable, model: str | None = None, n_boot: int = 2000,
         "modes": modes(table, mode_draws, seed),
         "reliability": _correlations(table.halves[0][..., real].log(), table.halves[1][..., real].log()),
         "shares": {scale: shares(table, mask, n_boot, seed) for scale, mask in chosen.items()},
-        "mean_norm": _mean(table.norm, real),
-        "mean_variance": _mean(table.variance, real),
+        "mean_norm": table.norm[..., real].mean(-1).tolist(),
+        "mean_variance": table.variance[..., real].mean(-1).tolist(),
         "image_mass": table.mass[..., real].sum(-1).tolist(),
         "sinks": {scale: sinks(table, mask, n_boot, seed) for scale, mask in chosen.items()},
         "foreground": foreground(table, chosen["raw"], found["raw"]["value"], n_boot, seed),
@@ -122,18 +115,16 @@ def describe_keys(table: KeyTable, model: str | None = None, n_boot: int = 2000,
 
 def shares(table: KeyTable, mask: torch.Tensor, n_boot: int = 2000, seed: int = 0) -> dict:
     """Share of the keys that a mask (L, G, N) holds: of all, by layer, by layer and head; intervals over positions."""
-    by_head = mask[..., table.real].double().numpy()  # (L, G, P)
-    values = np.concatenate([by_head.mean((0, 1))[None], by_head.mean(1)]).T  # (P, 1 + L)
-    every, *layers = (each.as_dict() for each in bootstrap_ci(values, "mean", n_boot, seed))
-    return {"all": every, "layers": layers, "heads": by_head.mean(-1).tolist()}
+    held = mask[..., table.real].double()  # (L, G, P)
+    found = _all_and_layers(_over_heads(held.movedim(-1, 0).numpy()), "mean", n_boot, seed)
+    return found | {"heads": held.mean(-1).tolist()}
 
 
 def sinks(table: KeyTable, mask: torch.Tensor, n_boot: int = 2000, seed: int = 0) -> dict:
-    """Chosen keys against the others of their own layer and head; intervals over positions, None where no head
-    has both.
+    """Chosen keys minus the others of their own layer and head; intervals over positions, None where no head has both.
 
-    mass: attention per key, as a multiple of that of the average image key of the head, chosen minus others;
-    norm: mean norm over that of the head, chosen minus others. layers: the same per layer.
+    mass: attention per key, as a multiple of that of the average image key of the head; norm: mean norm over that of the
+    head. layers: the same per layer.
     """
     keep = table.real
     on = mask[..., keep].double().numpy()
@@ -147,10 +138,9 @@ def sinks(table: KeyTable, mask: torch.Tensor, n_boot: int = 2000, seed: int = 0
             sums = (weights @ packed.reshape(len(packed), -1)).reshape(len(weights), *packed.shape[1:])
             with np.errstate(invalid="ignore", divide="ignore"):
                 gap = sums[:, 0] / sums[:, 1] - sums[:, 2] / sums[:, 3]  # (n_boot, L, G)
-            return np.concatenate([_nanmean(gap.reshape(len(gap), -1))[:, None], _nanmean(gap)], axis=1)
+            return _over_heads(gap)
 
-        every, *layers = (found.as_dict() for found in bootstrap_ci(packed, difference, n_boot, seed))
-        result[name] = {"all": every, "layers": layers}
+        result[name] = _all_and_layers(packed, difference, n_boot, seed)
     return result
 
 
@@ -162,7 +152,7 @@ def foreground(table: KeyTable, mask: torch.Tensor, threshold: float, n_boot: in
     the log-variance and the same threshold is used; kept: share of the keys of `mask` still below it.
     """
     real = table.real
-    logs = table.variance[..., real].clamp(min=1e-30).log().numpy()
+    logs = _logs(table.variance, real)
     often = table.foreground[real.numpy()]
     packed = np.concatenate([np.moveaxis(logs, -1, 0).reshape(len(often), -1), often[:, None]], axis=1)
 
@@ -174,14 +164,13 @@ def foreground(table: KeyTable, mask: torch.Tensor, threshold: float, n_boot: in
         spread = (weights @ y**2 - mean_y**2) * (weights @ x**2 - mean_x**2)
         with np.errstate(invalid="ignore", divide="ignore"):
             r = np.where(spread > 1e-24, cov / np.sqrt(np.maximum(spread, 1e-300)), np.nan)
-        r = r.reshape(len(weights), *logs.shape[:2])
-        return np.concatenate([_nanmean(r.reshape(len(r), -1))[:, None], _nanmean(r)], axis=1)
+        return _over_heads(r.reshape(len(weights), *logs.shape[:2]))
 
-    every, *layers = (found.as_dict() for found in bootstrap_ci(packed, correlate, n_boot, seed))
-    after = (residual_log_variance(table.variance, table.foreground, table.is_newline).exp() < threshold) & real
+    after = torch.zeros_like(mask)
+    after[..., real] = residual_log_variance(table.variance[..., real], often).exp() < threshold
     return {
         "frequency": {"mean": float(often.mean()), "low": float(often.min()), "high": float(often.max())},
-        "correlation": {"all": every, "layers": layers},
+        "correlation": _all_and_layers(packed, correlate, n_boot, seed),
         "share_after": shares(table, after, n_boot, seed),
         "kept": float((after & mask).sum() / mask.sum()) if mask.any() else None,
     }
@@ -195,13 +184,28 @@ def compare_trained(trained: KeyTable, untrained: KeyTable, found: dict, n_boot:
     """
     result = {}
     for scale in ("raw", "scale_free", "near_constant"):
-        masks = [agnostic(each, found, scale)[..., trained.real].double().numpy() for each in (trained, untrained)]
-        gap = masks[0] - masks[1]
-        values = np.concatenate([gap.mean((0, 1))[None], gap.mean(1)]).T
-        every, *layers = (each.as_dict() for each in bootstrap_ci(values, "mean", n_boot, seed))
-        result[scale] = {"difference": {"all": every, "layers": layers},
-                         "untrained": shares(untrained, agnostic(untrained, found, scale), n_boot, seed)}  # fmt: skip
+        masks = [agnostic(each, found, scale) for each in (trained, untrained)]
+        gap = (masks[0].double() - masks[1].double())[..., trained.real].movedim(-1, 0).numpy()
+        result[scale] = {
+            "difference": _all_and_layers(_over_heads(gap), "mean", n_boot, seed),
+            "untrained": shares(untrained, masks[1], n_boot, seed),
+        }
     return result
+
+
+def residual_log_variance(variance: torch.Tensor, foreground: np.ndarray) -> torch.Tensor:
+    """(..., P) log-variance without what is linear in how often, 0..1, a position (P,) is foreground.
+
+    A position that always shows background varies little for that reason alone. One line per layer and head is fitted by
+    least squares over the positions, variances of zero (minus infinity) left out; the mean of the log-variance stays, so
+    that exp() of the result is a variance again.
+    """
+    logs, level = variance.log(), torch.from_numpy(foreground)
+    used = logs.isfinite().double()
+    x = level - (used * level).sum(-1, keepdim=True) / used.sum(-1, keepdim=True).clamp(min=1)
+    y = torch.where(used > 0, logs, 0.0)
+    slope = (used * x * y).sum(-1, keepdim=True) / (used * x * x).sum(-1, keepdim=True).clamp(min=1e-12)
+    return logs - slope * x
 
 
 def _separated(logs: np.ndarray, places: np.ndarray) -> tuple[float, np.ndarray]:
@@ -221,18 +225,20 @@ def _correlations(one: torch.Tensor, two: torch.Tensor) -> list[float | None]:
     return found
 
 
-def _mean(values: torch.Tensor, real: torch.Tensor) -> list:
-    return values[..., real].mean(-1).tolist()
+def _over_heads(values: np.ndarray) -> np.ndarray:
+    """(n, 1 + L) from (n, L, G): the mean over all heads, then over those of each layer; NaN is left out."""
+    columns = []
+    for each in (values.reshape(len(values), 1, -1), values):
+        there = np.isfinite(each)
+        total = np.where(there, each, 0).sum(-1)
+        columns.append(np.divide(total, there.sum(-1), out=np.full(total.shape, np.nan), where=there.any(-1)))
+    return np.concatenate(columns, axis=1)
 
 
-def _nanmean(values: np.ndarray) -> np.ndarray:
-    """Mean over the last axis of what is defined; NaN where nothing is."""
-    there = np.isfinite(values)
-    total = np.where(there, values, 0).sum(-1)
-    return np.divide(total, there.sum(-1), out=np.full(total.shape, np.nan), where=there.any(-1))
-
-
-_BINS = 60  # of a histogram
+def _all_and_layers(values: np.ndarray, statistic: str | Statistic, n_boot: int, seed: int) -> dict:
+    """Intervals over positions of a statistic of values (P, ...) that gives the model's number, then each layer's."""
+    every, *layers = (each.as_dict() for each in bootstrap_ci(values, statistic, n_boot, seed))
+    return {"all": every, "layers": layers}
 
 
 def histograms(table: KeyTable) -> dict:
@@ -246,11 +252,11 @@ def histograms(table: KeyTable) -> dict:
     return found
 
 
-def maps(table: KeyTable, mask: torch.Tensor, view: str | None = "base") -> dict:
-    """Layer x rows x columns of one view: mean over heads of log10 variance, of attention (multiples of the
+def maps(table: KeyTable, mask: torch.Tensor) -> dict:
+    """Layer x rows x columns of the base view: mean over heads of log10 variance, of attention (multiples of the
     average key's), share of heads that hold the key; foreground frequency (rows, columns)."""
     layout = table.layout
-    places = layout.spatial(view)
+    places = layout.spatial("base")
     cells = layout.cells[places]
     rows, columns = cells.max(axis=0) + 1
 
