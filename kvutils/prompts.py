@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -46,7 +46,7 @@ def prepare_text(
         if len(slots) != sum(map(len, layouts)):
             raise ParameterError(f"prompts[{index}]: {sum(map(len, layouts))} image tokens became {len(slots)}")
         for part in slots.split([len(one) for one in layouts]):
-            vision.layouts[first] = vision.layouts[first].at(part.numpy())
+            vision.layouts[first] = replace(vision.layouts[first], slots=part.numpy())
             first += 1
         rows.append(ids[: slots[-1] + 1] if images_only else ids)
     ids, mask = pad(mlm, rows)

@@ -81,14 +81,8 @@ def token_means(layout: TokenLayout, planes: np.ndarray) -> np.ndarray:
 
     A rectangle without a pixel centre (an enlarged image) takes the pixel under its middle.
     """
-    sums = np.pad(np.asarray(planes, dtype=np.float64).cumsum(0).cumsum(1), ((1, 0), (1, 0), (0, 0)))
-    low = np.ceil(layout.rects[:, :2] - 0.5).astype(int)
-    high = np.ceil(layout.rects[:, 2:] - 0.5).astype(int)
-    under = np.minimum(np.floor(layout.centers).astype(int), np.array(layout.image_size) - 1)
-    thin = high <= low
-    (x0, y0), (x1, y1) = np.where(thin, under, low).T, np.where(thin, under + 1, high).T
-    total = sums[y1, x1] - sums[y0, x1] - sums[y1, x0] + sums[y0, x0]
-    return total / ((x1 - x0) * (y1 - y0))[:, None]
+    sums, pixels = layout.pixel_sums(np.asarray(planes, dtype=np.float64), np.arange(len(layout)))
+    return sums / pixels[:, None]
 
 
 def pixel_features(layout: TokenLayout, image: Image.Image) -> torch.Tensor:
