@@ -1,1 +1,4 @@
-"""What `make` calls: notebooks, reports, downloads, plans, the command line."""
+"""What `make` calls: the command line, the notebooks and their results, reports, downloads, the plan."""
+
+PROFILES = ("pocket", "paper")
+DEFAULT = ("pocket", "pocket")  # the profile and model whose results, figures and notebooks are committed

@@ -1,26 +1,22 @@
-"""Command line of `python -m kvutils.kvcache`."""
+"""The command line: `kvutils VERB`, `python -m kvutils VERB`. One parser, one place for errors and for Ctrl-C.
+
+Exit codes: 0 done; 1 something failed, or is stale (`report --check`); 2 the command cannot be done as it stands, and the
+message says why; 3 nothing failed, but something is left to do by hand (`data`); 130 stopped by Ctrl-C.
+"""
 
 import argparse
 import json
-import os
 import re
 import sys
-import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import torch
-import transformers
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from kvutils import __version__, errors
+from kvutils.run import DEFAULT, PROFILES
 
-from kvutils import __version__
-from kvutils.errors import ImageError, KVUtilsError, ParameterError
-from kvutils.images import open_image
-from kvutils.kvcache import Capture, capture
-from kvutils.models import MODELS, load_mlm
-
+FAILED, MISUSED, BY_HAND, STOPPED = 1, 2, 3, 130
+MODEL = "a name such as pocket or llava-onevision-7b, a folder or a hub id"
 CONTENTS = """\
 what the file holds, for photo number i (0, 1, ... in the order given):
   i.keys, i.values   (L, G, N, D)  image rows of the key-value cache: layers, key-value heads, image tokens,
@@ -36,102 +32,125 @@ metadata (strings, lists as JSON): model, revision, family, layers, prefix, file
 height), grids, dtype, attention, image_backend, kvutils, torch, transformers
 
 example:
-  python -m kvutils.kvcache cat.jpg dog.png --model pocket --layers 0,3,5-7 --out animals.safetensors
+  kvutils capture cat.jpg dog.png --model pocket --layers 0,3,5-7 --out animals.safetensors
 """
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0, or 2 with one line on the error stream."""
-    options = _parser().parse_args(arguments)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        _run(options)
-    except (KVUtilsError, OSError, SafetensorError) as error:
-        print("error:", *str(error).split(), file=sys.stderr)  # some library messages have many lines
-        return 2
-    return 0
+        if arguments and not arguments[0].startswith("-"):
+            errors.one_of("verb", arguments[0], VERBS)
+        chosen = parser().parse_args(arguments or ["--help"])
+        return VERBS[chosen.verb](chosen)
+    except (errors.KVUtilsError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return MISUSED
+    except KeyboardInterrupt:
+        print("\nStopped. What is finished is kept, and the same command goes on.", file=sys.stderr)
+        return STOPPED
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kvutils.kvcache",
-        description="Write image keys, values and features of photos, with the token layout, to one file.",
-        epilog=CONTENTS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("photos", nargs="+", metavar="PHOTO", help="picture files; sizes may differ")
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE.safetensors", help="file to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists (else an error)")
-    models = ", ".join(MODELS)
-    parser.add_argument("--model", default="pocket", help=f"{models}, a folder or a hub id (default: pocket)")
-    parser.add_argument(
-        "--layers", default="all", help='"all", or numbers and ranges such as 0,3,5-7 (default: all)'
-    )
-    parser.add_argument("--prefix", help="text before the image, seen by the image tokens")
-    views = parser.add_mutually_exclusive_group()
-    views.add_argument(
-        "--base-view-only",
-        action="store_true",
-        default=None,
-        help="LLaVA models: the photo squashed to one square, no tiles",
-    )
-    views.add_argument(
-        "--tiles",
-        action="store_false",
-        default=None,
-        dest="base_view_only",
-        help="LLaVA models: base view and tiles (default: the model's own setting)",
-    )
-    parser.add_argument("--max-pixels", type=int, help="Qwen2.5-VL: scale photos down to this many pixels")
-    parser.add_argument("--batch-size", type=int, default=4, help="photos per forward pass (default: 4)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    parser.add_argument(
-        "--dtype", help="float32, bfloat16 or float16 (default: float32 on CPU, else the model's)"
-    )
-    return parser
+def parser() -> argparse.ArgumentParser:
+    """Every verb with its options; it imports nothing heavy."""
+    whole = argparse.ArgumentParser(prog="kvutils", description="Image keys and values of multimodal language models: capture, measure, report.")
+    whole.add_argument("--version", action="version", version=f"kvutils {__version__}")
+    verbs = whole.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    def verb(name: str, about: str, epilog: str | None = None) -> argparse.ArgumentParser:
+        return verbs.add_parser(name, help=about, description=about, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    add = verb("capture", "write image keys, values and features of photos, with the token layout, to one file", CONTENTS).add_argument
+    add("photos", nargs="+", metavar="PHOTO", help="picture files; sizes may differ")
+    add("--out", required=True, type=Path, metavar="FILE.safetensors", help="file to write")
+    add("--overwrite", action="store_true", help="replace FILE if it exists (else an error)")
+    add("--model", default="pocket", help=f"{MODEL} (default: pocket)")
+    add("--layers", default="all", help='"all", or numbers and ranges such as 0,3,5-7 (default: all)')
+    add("--prefix", help="text before the image, seen by the image tokens")
+    views = verbs.choices["capture"].add_mutually_exclusive_group()
+    views.add_argument("--base-view-only", action="store_true", default=None, help="LLaVA models: the photo squashed to one square, no tiles")
+    views.add_argument("--tiles", action="store_false", default=None, dest="base_view_only",
+                       help="LLaVA models: base view and tiles (default: the model's own setting)")
+    add("--max-pixels", type=int, help="Qwen2.5-VL: scale photos down to this many pixels")
+    add("--batch-size", type=int, default=4, help="photos per forward pass (default: 4)")
+    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    add("--dtype", help="float32, bfloat16 or float16 (default: float32 on CPU, else the model's)")
+
+    for name, about in (("replicate", "run the notebooks; write them executed, their results, figures and the verdicts (interrupted, "
+                                      "the same command goes on)"), ("figures", "redraw every figure from the stored results")):
+        add = verb(name, about).add_argument
+        add("--profile", default=DEFAULT[0], choices=PROFILES)
+        add("--model", default=DEFAULT[1], help=MODEL)
+    add = verbs.choices["replicate"].add_argument
+    add("--notebooks", nargs="+", default=[], metavar="NN", help="01 03; all without")
+    add("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="parameters",
+        help="a notebook parameter; writes below data/cache/runs")
+    add("--out", type=Path, help="write everything below this folder, not the repository")
+    add("--check", action="store_true", help="write below data/cache/check and compare the verdicts with the committed ones")
+
+    add = verb("report", "compute the verdicts from the stored results; write claims.json, REPORT.md and README's tables").add_argument
+    add("--check", action="store_true", help="write nothing; exit 1 if something is stale")
+
+    add = verb("data", "fetch real data sets below KVUTILS_DATA; without a name: list them", "exit codes: 0 everything is there; "
+               "1 something failed; 2 the command cannot be understood;\n3 something is left to do by hand; 130 stopped").add_argument
+    add("names", nargs="*", metavar="NAME", help="data sets, such as davis-2017; the beginning of a name will do")
+    add("--hub", action="store_true", help="the hub's Parquet copy, even if official files are free")
+    add("--keep-archives", action="store_true", help="keep archives after they are extracted")
+    add("--accept-changed", action="store_true", help="take a file that is not the published one (other size or checksum)")
+
+    add = verb("plan", "what a run needs, and what of it is there: data, gigabytes, memory; nothing is downloaded").add_argument
+    add("--profile", default="paper", choices=[name for name in PROFILES if name != "pocket"])
+    add("--model", default="llava-onevision-7b", help=MODEL)
+    add("--notebooks", nargs="+", metavar="NN", help="01 03; all without")
+    return whole
 
 
-def _run(options: argparse.Namespace) -> None:
-    if options.out.exists() and not options.overwrite:
-        raise ParameterError(f"{options.out} exists; choose another --out or pass --overwrite")
-    if not options.out.parent.is_dir():
-        raise ParameterError(
-            f"{options.out.parent} is not a folder; make it before writing {options.out.name}"
-        )
-    layers = _layers(options.layers)
-    _check_photos(options.photos)
-    mlm = load_mlm(options.model, device=options.device, dtype=options.dtype)
-    views = {"base_view_only": options.base_view_only, "max_pixels": options.max_pixels}
+def capture(chosen: argparse.Namespace) -> int:
+    """Photos to a safetensors file. Everything that can be wrong is looked at before the model is loaded."""
+    if chosen.out.exists() and not chosen.overwrite:
+        raise errors.ParameterError(f"{chosen.out} exists; choose another --out or pass --overwrite")
+    if not chosen.out.parent.is_dir():
+        raise errors.ParameterError(f"{chosen.out.parent} is not a folder; make it before writing {chosen.out.name}")
+    layers = _layers(chosen.layers)
+
+    import numpy as np
+    import torch
+    import transformers
+    from safetensors.torch import save_file
+
+    from kvutils import images, kvcache
+    from kvutils.models import load_mlm
+    from kvutils.store import atomic
+
+    problems = []
+    for photo in chosen.photos:
+        try:
+            images.open_image(photo)
+        except errors.ImageError as error:
+            problems.append(str(error))
+    if problems:
+        raise errors.ImageError("; ".join(problems))
+    mlm = load_mlm(chosen.model, device=chosen.device, dtype=chosen.dtype)
+    views = {"base_view_only": chosen.base_view_only, "max_pixels": chosen.max_pixels}
     mlm = replace(mlm, **{name: value for name, value in views.items() if value is not None})
-    captures = capture(
-        mlm,
-        options.photos,
-        prefix=options.prefix,
-        layers=layers,
-        batch_size=options.batch_size,
-        progress=True,
-    )
+    found = kvcache.capture(mlm, chosen.photos, prefix=chosen.prefix, layers=layers, batch_size=chosen.batch_size, progress=True)
+    tensors = {}
+    for i, one in enumerate(found):
+        tensors |= {f"{i}.{name}": getattr(one, name).contiguous() for name in ("keys", "values", "encoder", "projector")}
+        tensors |= {f"{i}.{name}": torch.from_numpy(np.ascontiguousarray(getattr(one.layout, name)))
+                    for name in ("slots", "rects", "cells", "view", "is_newline")}  # fmt: skip
     metadata = {
-        "model": options.model,
-        "revision": mlm.revision,
-        "family": mlm.family,
-        "layers": json.dumps(captures[0].layers),
-        "prefix": options.prefix or "",
-        "files": json.dumps(options.photos),
-        "image_sizes": json.dumps([one.image_size for one in captures]),
-        "grids": json.dumps([one.layout.grids for one in captures]),
-        "dtype": str(mlm.dtype).removeprefix("torch."),
-        "attention": mlm.attention,
-        "image_backend": mlm.image_backend,
-        "kvutils": __version__,
-        "torch": torch.__version__,
+        "model": chosen.model, "revision": mlm.revision, "family": mlm.family, "layers": json.dumps(found[0].layers),
+        "prefix": chosen.prefix or "", "files": json.dumps(chosen.photos), "image_sizes": json.dumps([one.image_size for one in found]),
+        "grids": json.dumps([one.layout.grids for one in found]), "dtype": str(mlm.dtype).removeprefix("torch."),
+        "attention": mlm.attention, "image_backend": mlm.image_backend, "kvutils": __version__, "torch": torch.__version__,
         "transformers": transformers.__version__,
-    }
-    tensors = {
-        f"{number}.{name}": t for number, one in enumerate(captures) for name, t in _tensors(one).items()
-    }
-    _write(options.out, tensors, metadata)
-    size = options.out.stat().st_size / 2**20
-    print(f"{options.out}: {len(captures)} photo(s), layers {options.layers}, {size:.1f} MiB")
+    }  # fmt: skip
+    with atomic(chosen.out) as temporary:  # no reader ever sees half a file
+        save_file(tensors, temporary, metadata=metadata)
+    print(f"{chosen.out}: {len(found)} photo(s), layers {chosen.layers}, {chosen.out.stat().st_size / 2**20:.1f} MiB")
+    return 0
 
 
 def _layers(text: str) -> str | list[int]:
@@ -142,36 +161,42 @@ def _layers(text: str) -> str | list[int]:
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
-            raise ParameterError(f"--layers {text}: expected 'all' or numbers and ranges such as 0,3,5-7")
+            raise errors.ParameterError(f"--layers {text}: expected 'all' or numbers and ranges such as 0,3,5-7")
         numbers += range(first, last + 1)
     return numbers
 
 
-def _check_photos(photos: list[str]) -> None:
-    """Open every photo before the model is loaded, and report all bad ones by name at once."""
-    problems = []
-    for photo in photos:
-        try:
-            open_image(photo)
-        except ImageError as error:
-            problems.append(str(error))
-    if problems:
-        raise ImageError("; ".join(problems))
+def replicate(chosen: argparse.Namespace) -> int:
+    from kvutils.run.replicate import replicate
+
+    return replicate(chosen)
 
 
-def _tensors(one: Capture) -> dict[str, torch.Tensor]:
-    found = {name: getattr(one, name).contiguous() for name in ("keys", "values", "encoder", "projector")}
-    for name in ("slots", "rects", "cells", "view", "is_newline"):
-        found[name] = torch.from_numpy(np.ascontiguousarray(getattr(one.layout, name)))
-    return found
+def figures(chosen: argparse.Namespace) -> int:
+    from kvutils.run.replicate import figures
+
+    return figures(chosen)
 
 
-def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write beside the target and move into place, so that no reader ever sees half a file."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    try:
-        save_file(tensors, name, metadata=metadata)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+def report(chosen: argparse.Namespace) -> int:
+    from kvutils.run.replicate import make_report
+
+    return make_report(chosen)
+
+
+def data(chosen: argparse.Namespace) -> int:
+    from kvutils.run.download import fetch
+
+    return fetch(chosen)
+
+
+def plan(chosen: argparse.Namespace) -> int:
+    from kvutils.run.plan import NOTEBOOKS, table
+
+    for number in chosen.notebooks or ():
+        errors.one_of("notebook", number, NOTEBOOKS)
+    print(table(chosen.profile, chosen.model, chosen.notebooks or NOTEBOOKS))
+    return 0
+
+
+VERBS = {"capture": capture, "replicate": replicate, "report": report, "figures": figures, "data": data, "plan": plan}

@@ -1,4 +1,4 @@
-"""What every notebook's first and last cells need: parameters, paths, environment, results file, Colab cells.
+"""What every notebook's first and last cells need: parameters, places, environment, verdicts, tables, results file.
 
 Nothing here depends on the working directory: papermill runs a notebook from one folder, nbval from another.
 """
@@ -6,32 +6,26 @@ Nothing here depends on the working directory: papermill runs a notebook from on
 import os
 import platform
 import subprocess
-import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from IPython.display import Markdown
 
-from kvutils.errors import ParameterError
+from kvutils.errors import ParameterError, one_of
+from kvutils.run import DEFAULT, report
+from kvutils.run import PROFILES as PROFILES
 from kvutils.store import rounded, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
-PROFILES = ("pocket", "paper")
-DEFAULT = ("pocket", "pocket")  # the profile and model whose results, figures and notebooks are committed
 
 
 def output_root() -> Path:
     """Where results and figures go: `KVUTILS_OUT` if set (tests write elsewhere), else the repository."""
     return Path(os.environ.get("KVUTILS_OUT") or ROOT).resolve()
-
-
-def rank() -> int:
-    """Number of this process among those that `accelerate launch` or torchrun started for one run; 0 alone."""
-    return int(os.environ.get("RANK", 0))
 
 
 def cache_root() -> Path:
@@ -41,7 +35,7 @@ def cache_root() -> Path:
 
 @dataclass(frozen=True)
 class Run:
-    """The places of one notebook's run.
+    """The places of one notebook's run, and what its last cells show and write.
 
     >>> run = Run("01_value_flow", profile, model)
     >>> run.results, run.figures, run.cache
@@ -74,11 +68,53 @@ class Run:
         return cache_root() / self.profile / self.folder.name
 
     def write(self, *, parameters: Mapping, provenance: Mapping, claims: Mapping, **sections: object) -> Path:
-        """Write the results file: `claims` {id: {value, low, high, n, unit, entries}}, and `sections`."""
-        write_json(self.results, rounded({
-            "notebook": self.notebook, "profile": self.profile, "model": self.model, "parameters": parameters,
-            "provenance": provenance, "claims": claims, **sections}))
+        """Write the results file: `claims` {id: {value, low, high, n, unit, entries}}, and `sections`.
+
+        What a result came from, which differs from machine to machine, is apart from it in provenance/<notebook>.json.
+        """
+        write_json(self.folder / "provenance" / self.results.name, provenance)
+        write_json(self.results, rounded({"notebook": self.notebook, "profile": self.profile, "model": self.model,
+                                          "parameters": parameters, "claims": claims, **sections}))
         return self.results
+
+    def verdicts(self, claims: Mapping[str, Mapping]) -> None:
+        """Print the verdict of each claim of this notebook: `C1: reproduced (6 of 6 comparisons hold)`."""
+        for claim in report.load_claims():
+            if (name := claim["id"]) in claims:
+                verdict, holding = report.judge(claim, claims[name])
+                parts = len(claims[name].get("entries") or [])
+                print(f"{name}: {verdict}" + (f" ({holding} of {parts} comparisons hold)" if claim["rule"]["kind"] != "above" else ""))
+
+    def claims_table(self, claims: Mapping[str, Mapping]) -> Markdown:
+        """What stands behind the verdicts: of each claim its value, if it has one, and every comparison."""
+        lines = []
+        for name, claim in claims.items():
+            if claim.get("value") is not None:
+                lines.append((f"**{name}**", claim["unit"], f"**{report.signed(claim)}**", claim["n"]))
+            lines += [(name, each["name"], report.signed(each), each["n"]) for each in claim.get("entries") or []]
+        return table(("claim", "comparison", "value [95 % interval]", "n"), lines)
+
+    def choices(self, choices: Mapping[str, str]) -> Markdown:
+        """The choices made where the paper is silent, as a table."""
+        return table(("what", "our choice"), choices.items())
+
+    def finish(self, mlm: object, finding: str, *, parameters: Mapping, claims: Mapping, sources: Mapping | None = None,
+               **sections: object) -> None:
+        """Write the results and their provenance, draw every figure from them, print the finding.
+
+        sources: what else the result came from, such as `data_sources(...)`, for the provenance; sections: `choices` and
+        whatever else the figures and the report read.
+        """
+        from kvutils import plots
+
+        self.write(parameters=parameters, provenance=provenance(mlm, **sources or {}), claims=claims, finding=finding, **sections)
+        plots.draw_all(self.folder, self.figures)
+        print(finding)
+
+
+def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> Markdown:
+    """A table to display; texts as they are, numbers with three decimals below 10, one below 100."""
+    return Markdown(report.markdown_table(header, rows))
 
 
 def check_parameters(namespace: dict, **known: type | tuple) -> dict:
@@ -96,30 +132,22 @@ def check_parameters(namespace: dict, **known: type | tuple) -> dict:
             if name in known or name.startswith("_") or name.upper() == name or not isinstance(value, plain):
                 continue
             if name not in ("In", "Out"):
-                near = get_close_matches(name, known, 1)
-                hint = f"; did you mean {near[0]!r}?" if near else "."
-                raise ParameterError(f"unknown parameter {name!r}{hint} There are: {', '.join(known)}.")
+                one_of("parameter", name, known)
     for name, expected in known.items():
         if name not in namespace:
             raise ParameterError(f"parameter {name!r} is not set: the cell tagged `parameters` must set it.")
         value = namespace[name]
         if isinstance(expected, tuple):
-            if value not in expected:
-                choices = ", ".join(map(repr, expected))
-                raise ParameterError(f"parameter {name} = {value!r}: expected one of {choices}.")
+            one_of(f"value of the parameter {name}:", value, expected)
         elif type(value) is not expected and not (expected is float and type(value) is int):
-            raise ParameterError(f"parameter {name} = {value!r}: expected {expected.__name__}, found "
-                                 f"{type(value).__name__}.")
+            raise ParameterError(f"parameter {name} = {value!r}: expected {expected.__name__}, found {type(value).__name__}.")
     namespace["_parameters"] = {name: namespace[name] for name in known}
     return namespace["_parameters"]
 
 
 @cache
 def code_commit() -> str:
-    """The commit that last changed the code, with " (modified)" if the files differ; "unknown" without git.
-
-    Of the code only, so that committing results does not change the next run's results.
-    """
+    """The commit that last changed the code, with " (modified)" if the files differ; "unknown" without git."""
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *arguments, "--", "kvutils", "requirements.txt"],
                               capture_output=True, text=True, check=True).stdout.strip()
@@ -131,60 +159,22 @@ def code_commit() -> str:
 
 
 def provenance(mlm: object = None, **more: object) -> dict:
-    """What a result came from: commit, versions, device; of an `MLM` also revision, dtype, attention and resizer."""
+    """What a result came from: of an `MLM` revision, dtype, attention and resizer; under "machine" what another one has
+    otherwise: commit, device and versions."""
     device = torch.device(getattr(mlm, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu"))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    about = {"commit": code_commit(), "device": f"{device.type} ({name})",
-             "python": platform.python_version()}
-    about |= {package: version(package) for package in ("torch", "transformers", "numpy", "scikit-learn")}
+    versions = {package: version(package) for package in ("torch", "transformers", "numpy", "scikit-learn")}
+    about = {"machine": {"commit": code_commit(), "device": f"{device.type} ({name})", "python": platform.python_version(), **versions}}
     if mlm is not None:
         about |= {"model": mlm.name, "family": mlm.family, "revision": mlm.revision,
-                  "dtype": str(mlm.dtype).removeprefix("torch."), "attention": mlm.attention,
-                  "image_backend": mlm.image_backend}
+                  "dtype": str(mlm.dtype).removeprefix("torch."), "attention": mlm.attention, "image_backend": mlm.image_backend}
     return about | more
 
 
 def environment_table(mlm: object = None, **more: object) -> None:
-    """Print `provenance` as a table."""
+    """Print `provenance`, without what differs between two machines of a kind."""
     about = provenance(mlm, **more)
+    machine = about.pop("machine")
+    about = {name: value.split()[0].split("+")[0] for name, value in machine.items() if name != "commit"} | about
     width = max(map(len, about))
     print("\n".join(f"{name:<{width}}  {value}" for name, value in about.items()))
-
-
-def repository() -> str:
-    """The public address of this repository from pyproject.toml, "" while there is none."""
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    return settings["tool"]["kvutils"]["repository"].rstrip("/").removesuffix(".git")
-
-
-def colab_cells(notebook: str, address: str | None = None) -> list[tuple[str, str]]:
-    """The first cells of a notebook as (cell type, source): Colab badge and set-up; none without an address.
-
-    On Colab the set-up clones the repository and installs what is missing; the torch that is there stays, whatever its
-    version: another build may not fit the machine's driver.
-    """
-    address = repository() if address is None else address
-    if not address:
-        return []
-    path = address.removeprefix("https://").removeprefix("github.com/")
-    link = f"https://colab.research.google.com/github/{path}/blob/main/notebooks/{notebook}.ipynb"
-    badge = f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({link})"
-    setup = f'''\
-import importlib.util, os, subprocess, sys, tomllib
-from importlib.metadata import version
-
-# On Colab: fetch the code and install what is missing; the torch that is there stays. A T4 has room for
-# model = "llava-onevision-0.5b" with profile = "paper" (see "Real models" in the README for the data).
-if importlib.util.find_spec("kvutils") is None:
-    if not os.path.isdir("repository"):
-        subprocess.run(["git", "clone", "--quiet", "--depth", "1", "{address}", "repository"], check=True)
-    with open("repository/pyproject.toml", "rb") as file:
-        wanted = tomllib.load(file)["project"]["dependencies"]
-    with open("keep.txt", "w") as file:
-        file.write("".join(f"{{name}}=={{version(name)}}\\n" for name in ("torch", "torchvision") if importlib.util.find_spec(name)))
-    wanted = [each for each in wanted if not each.startswith("torch>")]
-    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
-    subprocess.run([*pip, "--constraint", "keep.txt", *wanted], check=True)
-    subprocess.run([*pip, "--no-deps", "--no-build-isolation", "--editable", "repository"], check=True)
-    sys.path.insert(0, "repository")'''
-    return [("markdown", badge), ("code", setup)]

@@ -1,13 +1,9 @@
-"""Execute one notebook with papermill: its parameters, progress, a cleaned copy, and what is said where it stops.
+"""Run the notebooks: `kvutils replicate`; with several processes, GPUs or nodes `accelerate launch -m kvutils replicate`.
 
-Run the notebooks: `python -m kvutils.run.replicate --profile pocket --model pocket`.
-
-Each notebook is executed by papermill with this interpreter, cleaned of what changes from run to run, and
-written back when it is finished: one that fails or is interrupted leaves the previous version as it was.
-The notebooks store their captures and finished parts, so the same command goes on where a run was stopped.
-
-`accelerate launch -m kvutils.run.replicate ...` does the same with several processes, GPUs or nodes with a common file
-system: every process runs the notebooks and they share the parts (`store.Parts.make_all`); the first writes the results.
+Each notebook is executed by papermill with this interpreter, cleaned of what changes from run to run, and written back
+when it is finished: one that fails or is interrupted leaves the previous version as it was. The notebooks store their
+captures and finished parts, so the same command goes on where a run was stopped. Of several processes with a common file
+system every one runs the notebooks and they share the parts (`store.Parts.make_all`); the first writes the results.
 """
 
 import argparse
@@ -16,10 +12,9 @@ import re
 import shutil
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from collections.abc import Mapping
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 import nbformat
@@ -29,15 +24,45 @@ from ipykernel.kernelspec import write_kernel_spec
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
-from kvutils import errors
-from kvutils.errors import KVUtilsError, ParameterError
-from kvutils.run import notebook, plan, report
+from kvutils import errors, plots
+from kvutils.errors import DataError, KVUtilsError, ParameterError
+from kvutils.run import DEFAULT, compare, notebook, report
 from kvutils.run.notebook import Run
-from kvutils.store import read_json, write_json, write_text
+from kvutils.store import read_json, write_text
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 BAR = re.compile(r"\d%\||\d\w* \[\d+:\d\d")  # what every line of a tqdm bar contains
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
+SETUP = """\
+import importlib.util, os, subprocess, sys, tomllib
+from importlib.metadata import version
+
+# On Colab: fetch the code and install what is missing; the torch that is there stays, as another build may not fit the
+# driver. A T4 has room for model = "llava-onevision-0.5b" with profile = "paper" (see "The real models" in the README).
+if importlib.util.find_spec("kvutils") is None:
+    if not os.path.isdir("repository"):
+        subprocess.run(["git", "clone", "--quiet", "--depth", "1", "{address}", "repository"], check=True)
+    with open("repository/pyproject.toml", "rb") as file:
+        wanted = tomllib.load(file)["project"]["dependencies"]
+    with open("keep.txt", "w") as file:
+        file.write("".join(f"{{name}}=={{version(name)}}\\n" for name in ("torch", "torchvision") if importlib.util.find_spec(name)))
+    wanted = [each for each in wanted if not each.startswith("torch>")]
+    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
+    subprocess.run([*pip, "--constraint", "keep.txt", *wanted], check=True)
+    subprocess.run([*pip, "--no-deps", "--no-build-isolation", "--editable", "repository"], check=True)
+    sys.path.insert(0, "repository")"""
+
+
+def rank() -> int:
+    """Number of this process among those that `accelerate launch` or torchrun started for one run; 0 alone."""
+    return int(os.environ.get("RANK", 0))
+
+
+def need_clone() -> None:
+    """DataError where there are no notebooks, as in an installed package."""
+    if not (notebook.ROOT / "notebooks").is_dir():
+        raise DataError(f"this needs a clone of the repository, with its notebooks and results; {notebook.ROOT} has no notebooks/. "
+                        "Clone it and run `make replicate` there. `kvutils capture` and `import kvutils` work from anywhere.")
 
 
 def find_notebooks(wanted: list[str], folder: Path) -> list[Path]:
@@ -70,12 +95,12 @@ def changed_parameters(book: NotebookNode, given: dict) -> dict:
     return {name: value for name, value in given.items() if value != known[name]}
 
 
-def set_colab_cells(book: NotebookNode, name: str) -> None:
-    """Make the cells tagged `colab` those for the repository's public address (none without one)."""
-    cells = []
-    for i, (kind, source) in enumerate(notebook.colab_cells(name)):
-        make = nbformat.v4.new_markdown_cell if kind == "markdown" else nbformat.v4.new_code_cell
-        cells.append(make(source, id=f"colab-{i}", metadata={"tags": ["colab"]}))
+def set_colab_cells(book: NotebookNode, name: str, address: str) -> None:
+    """Make the cells tagged `colab` a badge and a set-up for the repository's public address (none without one)."""
+    new = nbformat.v4
+    cells = [new.new_markdown_cell(report.badge(name, address)), new.new_code_cell(SETUP.format(address=address))] if address else []
+    for i, cell in enumerate(cells):
+        cell.id, cell.metadata = f"colab-{i}", NotebookNode(tags=["colab"])
     book.cells = cells + [cell for cell in book.cells if "colab" not in cell.metadata.get("tags", [])]
 
 
@@ -123,73 +148,34 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-class Progress:
-    """One line per notebook: the cell, the time gone and the time of the last run; redrawn on a terminal."""
-
-    def __init__(self, name: str, cells: int, last: float | None):
-        self.name, self.cells, self.cell, self.start = name, cells, 0, time.monotonic()
-        self.last = f", {duration(last)} the last time" if last else ""
-        self.stop, self.live = threading.Event(), sys.stdout.isatty()
-
-    def __enter__(self) -> "Progress":
-        print(f"{self.name}  running{self.last}", end="" if self.live else "\n", flush=True)
-        self.thread = threading.Thread(target=self._tick, daemon=True)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop.set()
-        self.thread.join()
-        if self.live:
-            print("\r\x1b[K", end="")
-
-    def _tick(self) -> None:
-        while not self.stop.wait(1 if self.live else 60):
-            line = f"{self.name}  cell {self.cell} of {self.cells}, {duration(self.elapsed)}{self.last}"
-            print(f"\r\x1b[K{line}" if self.live else line, end="" if self.live else "\n", flush=True)
-
-    @property
-    def elapsed(self) -> float:
-        return time.monotonic() - self.start
-
-
 def failed_copy(path: Path) -> Path:
     """Where a failed notebook is kept as far as it was executed."""
     return notebook.cache_root() / "failed" / path.name
 
 
-def execute(path: Path, parameters: dict, last: float | None) -> tuple[NotebookNode, float]:
-    """Execute a notebook with papermill; (the cleaned notebook, seconds). The file itself is not touched.
+def execute(path: Path, parameters: dict) -> NotebookNode:
+    """Execute a notebook with papermill and return it cleaned. The file itself is not touched.
 
     Raises `PapermillExecutionError` for a failing cell (what was executed is kept in data/cache/failed/) and
     `KeyboardInterrupt` when interrupted.
     """
     book = nbformat.read(path, as_version=4)
     parameters = changed_parameters(book, parameters)
-    set_colab_cells(book, path.stem)
-    with tempfile.TemporaryDirectory() as folder, Progress(path.stem, len(book.cells), last) as progress:
+    set_colab_cells(book, path.stem, report.repository(notebook.ROOT))
+    with tempfile.TemporaryDirectory() as folder:
         # A kernel named python3 that is this interpreter, wherever Jupyter would have looked first.
-        write_kernel_spec(os.path.join(folder, "share", "kernels", "python3"),
-                          extra_arguments=["--log-level=CRITICAL"])
-        environment = {"JUPYTER_PATH": os.path.join(folder, "share"),
-                       "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-        before = {name: os.environ.get(name) for name in environment}
-        os.environ.update(environment)
+        write_kernel_spec(os.path.join(folder, "share", "kernels", "python3"), extra_arguments=["--log-level=CRITICAL"],
+                          overrides={"env": {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}})
+        os.environ["JUPYTER_PATH"] = os.path.join(folder, "share")
         source, target = Path(folder, path.name), Path(folder, "executed.ipynb")
         nbformat.write(book, source)
+        bar = {"desc": path.stem, "leave": False, "disable": True if rank() else None}  # None: unless it is a terminal
         try:
-            done = papermill.execute_notebook(
-                source, target, parameters, kernel_name="python3", progress_bar=False, cwd=path.parent,
-                # papermill adds a cell with the parameters
-                on_cell_start=lambda cell, cell_index: setattr(progress, "cell", min(cell_index + 1, progress.cells)))
+            return clean(papermill.execute_notebook(source, target, parameters, kernel_name="python3", progress_bar=bar, cwd=path.parent))
         except PapermillExecutionError:
             failed_copy(path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(target, failed_copy(path))
             raise
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
-        return clean(done), progress.elapsed
 
 
 def explain(path: Path, error: Exception) -> str:
@@ -218,81 +204,57 @@ def verdict_lines(lines: list[dict]) -> str:
     return "\n".join([*out, "not run: " + " ".join(x["id"] for x in lines if x not in run)])
 
 
-def compare(old: Path, new: Path, names: list[str]) -> list[str]:
-    """Where the verdicts of two folders of results differ, for the claims of the notebooks `names`."""
-    def read(folder: Path) -> dict[str, str]:
-        lines = report.rows(report.read_results(folder))
-        return {line["id"]: line["verdict"] for line in lines if line["notebook"] in names}
-    before, after = read(old), read(new)
-    return [f"{claim}: {before[claim]} in {show(old)}, {after[claim]} now" for claim in before
-            if before[claim] != after[claim]]
-
-
-def run_all(paths: list[Path], parameters: dict, out: Path, executed: Path) -> list[str]:
+def run_all(paths: list[Path], parameters: dict, executed: Path) -> list[str]:
     """Execute the notebooks one after the other, write them to `executed`; returns those that failed."""
-    stored = notebook.cache_root() / "timings.json"
     failures = []
     for path in paths:
-        timings = read_json(stored) if stored.exists() else {}
-        key = "/".join([str(parameters["profile"]), str(parameters["model"]), path.stem])
+        print(f"{path.stem}  running", flush=True)
+        start = time.monotonic()
         try:
-            book, seconds = execute(path, parameters, timings.get(key))
+            book = execute(path, parameters)
         except (KVUtilsError, PapermillExecutionError, RuntimeError) as error:  # the last: the kernel died
-            print(explain(path, error), file=sys.stderr if notebook.rank() else sys.stdout, flush=True)
+            print(explain(path, error), file=sys.stderr if rank() else sys.stdout, flush=True)
             failures.append(path.stem)
             continue
         write_text(executed / path.name, nbformat.writes(book) + "\n")
-        if not notebook.rank():
-            write_json(stored, timings | {key: round(seconds, 1)})
-        print(f"{path.stem}  done in {duration(seconds)}: {show(executed / path.name)}", flush=True)
+        print(f"{path.stem}  done in {duration(time.monotonic() - start)}: {show(executed / path.name)}", flush=True)
     return failures
 
 
-def options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m kvutils.run.replicate", description=(
-        "Run the notebooks; write them executed, their results, figures and the verdict table. "
-        "Interrupted, the same command goes on."))
-    parser.add_argument("--profile", default=notebook.DEFAULT[0], choices=notebook.PROFILES)
-    parser.add_argument("--model", default=notebook.DEFAULT[1], help="a name, a folder or a hub id")
-    parser.add_argument("--notebooks", nargs="+", default=[], metavar="NN", help="01 03; all without")
-    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
-                        dest="parameters", help="a notebook parameter; writes below data/cache/runs")
-    parser.add_argument("--out", type=Path, help="write everything below this folder, not the repository")
-    parser.add_argument("--check", action="store_true",
-                        help="write below data/cache/check and compare the verdicts with the committed ones")
-    parser.add_argument("--figures-only", action="store_true", help="draw the stored results, run nothing")
-    return parser.parse_args(arguments)
+def output_folder(chosen: argparse.Namespace, more: Mapping[str, object]) -> Path | None:
+    """Where to write, if not into the repository (or `KVUTILS_OUT`)."""
+    if rank():  # another process writes the results; what this one writes beside the parts is thrown away
+        return notebook.cache_root() / "processes" / str(rank())
+    if chosen.out is None and chosen.check:
+        return notebook.cache_root() / "check"
+    if chosen.out is None and more:
+        return notebook.cache_root() / "runs" / "-".join(re.sub(r"[^\w.]+", "_", f"{key}_{value}") for key, value in sorted(more.items()))
+    return chosen.out
 
 
 def replicate(chosen: argparse.Namespace) -> int:
-    """Run what `options` describes; 0, or 1 if something failed."""
-    parameters = {"profile": chosen.profile, "model": chosen.model}
-    if Path(chosen.model).is_dir():  # the notebooks run in their own folder
-        parameters["model"] = str(Path(chosen.model).resolve())
+    """Run what the command line says; 0, or 1 if something failed. Of several processes only the first speaks."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if rank() else nullcontext():
+        return _replicate(chosen)
+
+
+def _replicate(chosen: argparse.Namespace) -> int:
+    need_clone()
+    model = str(Path(chosen.model).resolve()) if Path(chosen.model).is_dir() else chosen.model  # the notebooks run in their own folder
+    parameters = {"profile": chosen.profile, "model": model}
     more = {name: yaml.safe_load(value) for name, value in chosen.parameters}
-    out = chosen.out
-    if out is None and chosen.check:
-        out = notebook.cache_root() / "check"
-    elif out is None and more:
-        name = "-".join(re.sub(r"[^\w.]+", "_", f"{key}_{value}") for key, value in sorted(more.items()))
-        out = notebook.cache_root() / "runs" / name
-    if out is not None:
+    if (out := output_folder(chosen, more)) is not None:
         os.environ["KVUTILS_OUT"] = str(out.resolve())
-    if notebook.rank():  # another process writes the results; what this one writes beside the parts is thrown away
-        os.environ["KVUTILS_OUT"] = str(notebook.cache_root() / "processes" / str(notebook.rank()))
-    out = notebook.output_root()
-    run = Run("", **parameters)
-    if chosen.figures_only:
-        from kvutils import plots
-        plots.draw_all(run.folder, run.figures)
-        print(f"figures: {show(run.figures)}")
-        return 0
+    out, run = notebook.output_root(), Run("", **parameters)
     paths = find_notebooks(chosen.notebooks, notebook.ROOT / "notebooks")
     if chosen.profile != "pocket":
-        plan.check_ready(chosen.profile, parameters["model"], [path.stem[:2] for path in paths], more.get("data_options"))
-    default = (chosen.profile, chosen.model) == notebook.DEFAULT
-    failures = run_all(paths, parameters | more, out, out / "notebooks" if default else run.folder)
-    if notebook.rank():
+        from kvutils.run import plan
+
+        plan.check_ready(chosen.profile, model, [path.stem[:2] for path in paths], more.get("data_options"))
+    kept = notebook.ROOT / "data" / "results" / run.profile / run.folder.name
+    before = {path.stem: compare.committed(kept / f"{path.stem}.json") for path in paths}
+    failures = run_all(paths, parameters | more, out / "notebooks" if (chosen.profile, chosen.model) == DEFAULT else run.folder)
+    if rank():
         return int(bool(failures))
     if not run.folder.exists():
         return 1
@@ -303,31 +265,32 @@ def replicate(chosen: argparse.Namespace) -> int:
     if failures:
         print(f"FAILED: {', '.join(failures)}; verdicts of these, if any, are an earlier run's.")
     if chosen.check:
-        committed = notebook.ROOT / "data" / "results" / run.profile / run.folder.name
-        failures += (differences := compare(committed, run.folder, [path.stem for path in paths]))
-        print("\n".join(differences) or f"the verdicts are those in {show(committed)}")
+        failures += (differences := compare.compare_verdicts(kept, run.folder, [path.stem for path in paths]))
+        print("\n".join(differences) or f"the verdicts are those in {show(kept)}")
+    if not more:
+        done = [name for name in before if name not in failures and (run.folder / f"{name}.json").exists()]
+        print(compare.compare_numbers({name: before[name] for name in done}, {name: read_json(run.folder / f"{name}.json") for name in done}))
     return int(bool(failures))
 
 
-@contextmanager
-def silent() -> Iterator[None]:
-    """No output of a process beside the first; its errors still appear."""
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        yield
+def figures(chosen: argparse.Namespace) -> int:
+    """Draw the stored results of a profile and model; nothing is run."""
+    need_clone()
+    run = Run("", chosen.profile, chosen.model)
+    plots.draw_all(run.folder, run.figures)
+    print(f"figures: {show(run.figures)}")
+    return 0
 
 
-def main(arguments: list[str] | None = None) -> int:
-    chosen = options(arguments)
-    try:
-        with silent() if notebook.rank() else nullcontext():
-            return replicate(chosen)
-    except KVUtilsError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nInterrupted. Finished parts are stored: the same command goes on.", file=sys.stderr)
-        return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def make_report(chosen: argparse.Namespace) -> int:
+    """Write the generated files that are stale, or with --check only name them; 1 if there are some then."""
+    need_clone()
+    root = notebook.output_root()
+    paths = report.stale(root) if chosen.check else report.write(root)
+    for path in paths:
+        print(f"{'stale' if chosen.check else 'written'}: {path.relative_to(root)}")
+    if chosen.check and paths:
+        print("`make report` writes them anew.")
+    elif not paths:
+        print(f"{len(report.generated(root))} generated files, all up to date")
+    return int(chosen.check and bool(paths))

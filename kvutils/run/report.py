@@ -1,21 +1,19 @@
-"""Claims to verdicts to tables: `python -m kvutils.run.report`, and `--check` to see whether anything is stale.
+"""Claims to verdicts to tables, from stored results alone: `kvutils report`, and `--check` to see whether anything is stale.
 
 Reads data/claims.yaml and data/results/<profile>/<model>/<notebook>.json. Writes claims.json and REPORT.md
 beside the results, and the generated parts of README.md. A verdict is computed here or not at all.
 """
 
-import argparse
 import math
-import re
-import sys
-from collections.abc import Iterable, Mapping
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import yaml
 
 from kvutils import data_folder
-from kvutils.errors import DataError, KVUtilsError
-from kvutils.run import notebook
+from kvutils.errors import DataError
+from kvutils.run import DEFAULT
 from kvutils.store import read_json, to_json, write_text
 
 RULES = ("above", "entries_above", "entries_within")
@@ -106,11 +104,9 @@ def read_results(folder: Path) -> dict[str, dict]:
 
 
 def number(value: object) -> str:
-    """As the tables show it: three decimals below 10, one below 100, else none; text and integers as is."""
-    if value is None:
-        return "–"
-    if isinstance(value, str | int):
-        return str(value)
+    """As the tables show it: three decimals below 10, one below 100, else none; what is no fraction as it is."""
+    if not isinstance(value, float):
+        return "–" if value is None else str(value)
     digits = 3 if abs(value) < 10 else 1 if abs(value) < 100 else 0
     return f"{round(value, digits) + 0.0:,.{digits}f}"  # + 0.0: no "-0.000"
 
@@ -130,41 +126,46 @@ def interval(part: Mapping, value: str = "value") -> str:
     return f"{number(part.get(value))} [{number(part['low'])}, {number(part['high'])}]"
 
 
+def markdown_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """A table as Markdown; numbers as `number` shows them."""
+    lines = [f"| {' | '.join(map(number, line))} |" for line in (header, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
+
+
 def table(lines: list[dict]) -> str:
-    """The verdict table as Markdown (also for a notebook: `IPython.display.Markdown(table(rows(...)))`)."""
+    """The verdict table of claims.json's lines as Markdown."""
     claims = {claim["id"]: claim for claim in load_claims()}
-    out = ["| | claim | paper § | paper | ours [95 % interval] | unit | n | verdict | notebook |",
-           "|---|---|---|---|---|---|---|---|---|"]
-    for line in lines:
-        claim = claims[line["id"]]
-        cells = [line["id"], claim["statement"].strip(), claim["section"], number(line["paper"]),
-                 interval(line, "ours"), line["unit"], number(line["n"]), f"**{line['verdict']}**",
-                 line["notebook"][:2]]
-        out.append(f"| {' | '.join(cells)} |")
-    return "\n".join(out)
+    return markdown_table(
+        ["", "claim", "paper §", "paper", "ours [95 % interval]", "unit", "n", "verdict", "notebook"],
+        [[line["id"], claims[line["id"]]["statement"].strip(), claims[line["id"]]["section"], line["paper"], interval(line, "ours"),
+          line["unit"], line["n"], f"**{line['verdict']}**", line["notebook"][:2]] for line in lines])
 
 
-def details(results: Mapping[str, Mapping]) -> str:
-    """REPORT.md's other parts: the comparisons behind each verdict, the choices made, the provenance."""
+def details(results: Mapping[str, Mapping], provenance: Mapping[str, Mapping]) -> str:
+    """REPORT.md's other parts: the comparisons behind each verdict, the choices made, what was measured on which data.
+
+    Commit, versions and processor are not in it: they differ from machine to machine, and stand in provenance/.
+    """
     out = []
     for claim in load_claims():
         entries = (measurement(claim, results) or {}).get("entries")
         if entries:
-            out += [f"\n## {claim['id']}: the comparisons\n", "| | value [95 % interval] | n |"]
-            out += ["|---|---|---|"]
-            out += [f"| {e['name']} | {interval(e)} | {number(e.get('n'))} |" for e in entries]
+            out.append(f"\n## {claim['id']}: the comparisons\n")
+            out.append(markdown_table(["", "value [95 % interval]", "n"], [[e["name"], interval(e), e.get("n")] for e in entries]))
     for name, found in results.items():
-        out += [f"\n## {name}: choices where the paper is silent\n"] if found.get("choices") else []
-        out += [f"- {key}: {text}" for key, text in sorted(found.get("choices", {}).items())]
-        out += [f"\n## {name}: provenance\n", "| | |", "|---|---|"]
-        out += [f"| {key} | {value} |" for key, value in sorted(found["provenance"].items())]
+        if found.get("choices"):
+            out.append(f"\n## {name}: choices where the paper is silent\n")
+            out += [f"- {key}: {text}" for key, text in sorted(found["choices"].items())]
+        about = {key: value for key, value in provenance.get(name, {}).items() if key != "machine"}
+        if about:
+            out += [f"\n## {name}: provenance\n", markdown_table(["", ""], sorted(about.items()))]
     return "\n".join(out) + "\n"
 
 
 def result_folders(root: Path) -> list[Path]:
     """data/results/<profile>/<model> folders that hold results, the committed run's first."""
     folders = {path.parent for path in (root / "data" / "results").glob("*/*/[0-9][0-9]_*.json")}
-    return sorted(folders, key=lambda path: ((path.parent.name, path.name) != notebook.DEFAULT, path))
+    return sorted(folders, key=lambda path: ((path.parent.name, path.name) != DEFAULT, path))
 
 
 def fill(text: str, block: str, content: str) -> str:
@@ -175,19 +176,19 @@ def fill(text: str, block: str, content: str) -> str:
     return text[:text.index(start) + len(start)] + f"\n{content}".rstrip() + "\n" + text[text.index(end):]
 
 
-def fill_numbers(text: str, results: Mapping[str, Mapping]) -> str:
-    """Fill `<!-- results:01_value_flow.a.b|.2f -->...<!-- /results -->` from the committed run's results."""
-    def value(match: re.Match) -> str:
-        place, _, form = match[2].partition("|")
-        found: object = results
-        for step in place.split("."):
-            if isinstance(found, list):
-                found = found[int(step)] if int(step) < len(found) else None
-            else:
-                found = found.get(step) if isinstance(found, Mapping) else None
-        shown = "not run" if found is None else format(found, form) if form else number(found)
-        return f"{match[1]}{shown}<!-- /results -->"
-    return re.sub(r"(<!-- results:(\S+) -->).*?<!-- /results -->", value, text, flags=re.DOTALL)
+def repository(root: Path) -> str:
+    """The public address of the repository at `root` from its pyproject.toml, "" while there is none."""
+    settings = root / "pyproject.toml"
+    if not settings.exists():
+        return ""
+    return tomllib.loads(settings.read_text(encoding="utf-8"))["tool"]["kvutils"]["repository"].rstrip("/").removesuffix(".git")
+
+
+def badge(notebook: str, address: str) -> str:
+    """"Open in Colab" for a notebook of the repository at `address`, as Markdown."""
+    path = address.removeprefix("https://").removeprefix("github.com/")
+    link = f"https://colab.research.google.com/github/{path}/blob/main/notebooks/{notebook}.ipynb"
+    return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({link})"
 
 
 def gallery(results: Mapping[str, Mapping]) -> str:
@@ -198,27 +199,24 @@ def gallery(results: Mapping[str, Mapping]) -> str:
 
 def readme(text: str, root: Path) -> str:
     """README.md with its generated parts made from the results under `root`."""
-    committed = read_results(root / "data" / "results" / Path(*notebook.DEFAULT))
     tables = [f"Profile `{folder.parent.name}`, model `{folder.name}`:\n\n{table(rows(read_results(folder)))}"
               for folder in result_folders(root)]
     names = sorted(path.stem for path in (root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-    badges = [f"{name} {source}" for name in names for kind, source in notebook.colab_cells(name)
-              if kind == "markdown"]
-    text = fill(text, "badges", "\n\n".join(badges))
-    text = fill(text, "gallery", gallery(committed))
-    text = fill(text, "verdicts", "\n\n".join(tables) or table(rows({})))
-    return fill_numbers(text, committed)
+    address = repository(root)
+    text = fill(text, "badges", "\n\n".join(f"{name} {badge(name, address)}" for name in names if address))
+    text = fill(text, "gallery", gallery(read_results(root / "data" / "results" / Path(*DEFAULT))))
+    return fill(text, "verdicts", "\n\n".join(tables) or table(rows({})))
 
 
 def generated(root: Path) -> dict[Path, str]:
     """{path: text} of every generated file as the results under `root` make it."""
     files = {}
     for folder in result_folders(root):
-        results = read_results(folder)
+        results, provenance = read_results(folder), read_results(folder / "provenance")
         lines = rows(results)
         files[folder / "claims.json"] = to_json(lines)
         title = f"# Verdicts: profile {folder.parent.name}, model {folder.name}\n\nMade by `make report`.\n\n"
-        files[folder / "REPORT.md"] = title + table(lines) + "\n" + details(results)
+        files[folder / "REPORT.md"] = title + table(lines) + "\n" + details(results, provenance)
     path = root / "README.md"
     if path.exists():  # a folder of results somewhere else has none
         files[path] = readme(path.read_text(encoding="utf-8"), root)
@@ -237,27 +235,3 @@ def write(root: Path) -> list[Path]:
     for path in old:
         write_text(path, files[path])
     return old
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m kvutils.run.report", description=(
-        "Compute the verdicts from the stored results and write claims.json, REPORT.md and README's tables."))
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if something is stale")
-    options = parser.parse_args(arguments)
-    root = notebook.output_root()
-    try:
-        paths = stale(root) if options.check else write(root)
-    except KVUtilsError as error:
-        print(error, file=sys.stderr)
-        return 2
-    for path in paths:
-        print(f"{'stale' if options.check else 'written'}: {path.relative_to(root)}")
-    if options.check and paths:
-        print("`make report` writes them anew.")
-    elif not paths:
-        print(f"{len(generated(root))} generated files, all up to date")
-    return int(options.check and bool(paths))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
