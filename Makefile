@@ -24,7 +24,7 @@ help:  ## list every target with a line each
 	@echo
 	@echo '  DATASETS="davis-2017 pope"  KVUTILS_DATA=FOLDER   for make data: what to fetch, and where to'
 	@echo '  PROFILE=pocket|paper  MODEL=pocket|llava-onevision-7b|...  NOTEBOOKS="01 03"  ARGS="-p seed 1"'
-	@echo '  PYTHON=python3.12         the interpreter from which $(VENV) is made (3.11 or newer)'
+	@echo '  PYTHON=python3.12         the interpreter from which $(VENV) is made (3.11.4 or newer)'
 	@echo '  TORCH_INDEX=URL           an index to take torch from, such as https://download.pytorch.org/whl/cpu'
 	@echo '  KEEP_TORCH=1              use the torch that is installed already (a GPU machine'"'"'s own)'
 
@@ -32,8 +32,8 @@ install: $(STAMP)  ## make .venv and install into it (the other targets do it wh
 
 # Made again only when what is to be installed has changed. A half-made environment is completed.
 $(STAMP): requirements.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo; \
-	  echo 'kvutils needs Python 3.11 or newer, but "$(PYTHON)" is missing or older.'; \
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11, 4))' || { echo; \
+	  echo 'kvutils needs Python 3.11.4 or newer, but "$(PYTHON)" is missing or older.'; \
 	  echo 'Name another one:  make PYTHON=python3.12 $(MAKECMDGOALS)'; exit 1; } >&2
 	@echo 'Installing into $(VENV) (once; a few minutes, most of it the download of torch) ...'
 	@$(PYTHON) -m venv $(if $(KEEP_TORCH),--system-site-packages) $(VENV) || { echo; \
@@ -48,7 +48,7 @@ $(STAMP): requirements.txt pyproject.toml
 	@touch $@
 
 replicate: $(STAMP)  ## run the notebooks, write results, figures and the verdict table
-	@$(RUN) -m kvutils.run.replicate --profile $(PROFILE) --model $(MODEL) $(CHOSEN) $(ARGS)
+	@$(RUN) -m kvutils replicate --profile $(PROFILE) --model $(MODEL) $(CHOSEN) $(ARGS)
 
 test: test-code test-notebooks  ## all tests: the code, then every notebook
 
@@ -59,12 +59,12 @@ test-code: $(STAMP)  ## the tests of the code alone
 # marked outputs, reading the captures and parts that the first execution has stored. Both write results and
 # figures into data/cache/check, not over the committed ones.
 test-notebooks: $(STAMP)  ## execute the notebooks with papermill, compare verdicts and outputs (nbval)
-	@KVUTILS_OUT='$(CHECK)' $(RUN) -m kvutils.run.replicate --check $(CHOSEN)
+	@KVUTILS_OUT='$(CHECK)' $(RUN) -m kvutils replicate --check $(CHOSEN)
 	@KVUTILS_OUT='$(CHECK)' MPLBACKEND=module://matplotlib_inline.backend_inline \
 	  $(RUN) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=1800 $(FILES)
 
 plan: $(STAMP)  ## what the paper profile needs and what of it is there: data, GB, GPU memory, hours
-	@$(RUN) -m kvutils.run.plan --model $(PAPER_MODEL) $(if $(NOTEBOOKS),--notebooks $(NOTEBOOKS))
+	@$(RUN) -m kvutils plan --model $(PAPER_MODEL) $(if $(NOTEBOOKS),--notebooks $(NOTEBOOKS))
 
 rehearse: $(STAMP)  ## run a published architecture with random weights: memory, speed, estimate (no data)
 	@$(RUN) benchmarks/rehearse.py --model $(PAPER_MODEL) $(ARGS)
@@ -73,17 +73,17 @@ lab: $(STAMP)  ## open the notebooks in JupyterLab
 	@$(RUN) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks
 
 figures: $(STAMP)  ## redraw every figure from the stored results (seconds, no model)
-	@$(RUN) -m kvutils.run.replicate --figures-only --profile $(PROFILE) --model $(MODEL)
+	@$(RUN) -m kvutils figures --profile $(PROFILE) --model $(MODEL)
 
 report: $(STAMP)  ## write the verdicts into data/results and README.md
-	@$(RUN) -m kvutils.run.report
+	@$(RUN) -m kvutils report
 
 bench: $(STAMP)  ## measure speed and memory, write benchmarks/results.json
 	@$(RUN) benchmarks/run.py
 
 # Below KVUTILS_DATA, taken from the environment or given to make.
 data: $(STAMP)  ## fetch real data sets: DATASETS="davis-2017 pope" (without: list them)
-	@$(RUN) -m kvutils.run.download $(DATASETS) $(ARGS)
+	@$(RUN) -m kvutils data $(DATASETS) $(ARGS)
 
 train: $(STAMP)  ## train the pocket model anew (about two hours on 2 cores; resumes)
 	@PYTHONPATH=data/pocket $(RUN) -m recipe.train $(ARGS)

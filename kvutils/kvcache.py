@@ -3,7 +3,7 @@
     captures = capture(load_mlm("pocket"), ["photo.jpg"], layers=[3, 7])
     captures[0].value(7)  # (N, G*D) image value tokens of layer 7, one row per `captures[0].layout` token
 
-From the command line: `python -m kvutils.kvcache PHOTO... --out FILE.safetensors` (see --help).
+From the command line: `kvutils capture PHOTO... --out FILE.safetensors` (see --help).
 
 Features of another vision tower (SigLIP before MLM fine-tuning) on the crops and the grid of an MLM.
 

@@ -1,20 +1,14 @@
 """Capture against the plain model: same bits, nothing left behind, one clear error for what cannot be."""
 
 import json
-import os
-import subprocess
-import sys
 import weakref
 from dataclasses import replace
-from pathlib import Path
 
 import accelerate
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file
 from tiny_models import FAMILIES, IMAGES_FIRST, WORDS, tiny, tiny_pocket, tiny_siglip
 from transformers import DynamicCache, GenerationConfig
 
@@ -24,7 +18,6 @@ from kvutils.language import resolve_layers
 from kvutils.models import load_encoder, load_mlm, wrap_mlm
 from kvutils.processors import build_pocket_processor, image_backend, load_processor
 from kvutils.prompts import prepare_text
-from kvutils.run import cli as capture_cli
 from kvutils.vision import encode_images, prepare_images
 
 ALL = [*FAMILIES, "pocket"]
@@ -684,110 +677,6 @@ def test_pocket_processor_round_trip(tmp_path):
             build_pocket_processor(bad)
     with pytest.raises(ParameterError, match="multiple"):
         build_pocket_processor(WORDS, image_size=90)
-
-
-# ---- command line --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def photos(tmp_path):
-    paths = [tmp_path / "one.png", tmp_path / "two.jpg"]
-    for path, image in zip(paths, IMAGES, strict=False):
-        image.save(path)
-    return [str(path) for path in paths]
-
-
-def test_command_writes_everything_that_is_needed(folder, photos, tmp_path, capsys):
-    out = tmp_path / "result.safetensors"
-    arguments = [
-        *photos,
-        "--model",
-        str(folder),
-        "--layers",
-        "0,2-3",
-        "--prefix",
-        "a red fish",
-        "--out",
-        str(out),
-    ]
-    assert capture_cli.main([*arguments, "--device", "cpu"]) == 0
-    tensors = load_file(out)
-    mlm = load_mlm(str(folder), device="cpu")
-    for number, one in enumerate(capture(mlm, photos, prefix="a red fish", layers=[0, 2, 3])):
-        for name in ("keys", "values", "encoder", "projector"):
-            assert torch.equal(tensors[f"{number}.{name}"], getattr(one, name))
-        for name in ("slots", "rects", "cells", "view", "is_newline"):
-            assert np.array_equal(
-                tensors[f"{number}.{name}"].numpy(), getattr(one.layout, name), equal_nan=True
-            )
-    with safe_open(out, "pt") as file:
-        metadata = file.metadata()
-    assert json.loads(metadata["layers"]) == [0, 2, 3] and metadata["prefix"] == "a red fish"
-    assert json.loads(metadata["files"]) == photos and json.loads(metadata["image_sizes"]) == [
-        [50, 40],
-        [40, 90],
-    ]
-    assert metadata["revision"] == mlm.revision and metadata["model"] == str(folder)
-    assert [path.name for path in tmp_path.glob("*result*")] == ["result.safetensors"]
-
-
-def test_command_never_loses_an_existing_file(folder, photos, tmp_path, capsys):
-    out = tmp_path / "result.safetensors"
-    out.write_text("precious")
-    arguments = [photos[0], "--model", str(folder), "--out", str(out), "--device", "cpu"]
-    assert capture_cli.main(arguments) == 2 and out.read_text() == "precious"
-    assert "--overwrite" in capsys.readouterr().err
-    assert capture_cli.main([*arguments, "--overwrite"]) == 0 and "0.keys" in load_file(out)
-
-
-def test_command_reports_errors_in_one_line(folder, photos, tmp_path, capsys):
-    bad = tmp_path / "letter.jpg"
-    bad.write_bytes(b"Dear reader")
-    out = str(tmp_path / "x.safetensors")
-    base = ["--model", str(folder), "--out", out, "--device", "cpu"]
-    cases = [
-        ([*photos, str(bad), str(tmp_path / "gone.png"), *base], ["letter.jpg", "gone.png"]),
-        ([*photos, *base, "--layers", "0,99"], ["99"]),
-        ([*photos, *base, "--layers", "3-1"], ["3-1"]),
-        ([*photos, *base, "--layers", "two"], ["two"]),
-        ([*photos, *base, "--max-pixels", "5000"], ["max_pixels"]),
-        ([*photos, "--model", "pokcet", "--out", out], ["pokcet", "pocket"]),
-        ([*photos, *base[:2], "--out", str(tmp_path / "no" / "x.safetensors")], ["no"]),
-    ]
-    for arguments, words in cases:
-        assert capture_cli.main(arguments) == 2
-        error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert error.startswith("error: ") and all(word in error for word in words), error
-    assert not list(tmp_path.glob("*.safetensors*"))
-
-
-def test_command_from_the_shell(folder, photos, tmp_path):
-    command = [sys.executable, "-m", "kvutils.kvcache"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    wrong = subprocess.run(
-        [*command, "nothing.png", "--model", str(folder), "--out", str(tmp_path / "x.safetensors")],
-        capture_output=True, text=True, cwd=tmp_path, env=environment,
-    )  # fmt: skip
-    assert wrong.returncode == 2 and "nothing.png" in wrong.stderr and "Traceback" not in wrong.stderr
-
-
-def test_help_explains_the_file(capsys):
-    with pytest.raises(SystemExit) as stop:
-        capture_cli.main(["--help"])
-    text = capsys.readouterr().out
-    assert stop.value.code == 0
-    for word in (
-        "keys",
-        "values",
-        "encoder",
-        "projector",
-        "slots",
-        "rects",
-        "is_newline",
-        "--layers",
-        "0,3,5-7",
-    ):
-        assert word in text
 
 
 def test_every_error_is_a_kvutils_error():

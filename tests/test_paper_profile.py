@@ -216,14 +216,14 @@ def test_figures_take_any_interval_and_any_depth():
 def test_a_notebook_of_the_paper_profile(data, tmp_path):
     environment = os.environ | {"KVUTILS_CACHE": str(tmp_path / "cache"), "HF_DATASETS_CACHE": str(tmp_path / "hf"),
                                 "PYTHONPATH": str(Path(__file__).resolve().parents[1])}  # fmt: skip
-    command = [sys.executable, "-m", "kvutils.run.replicate", "--profile", "paper", "--notebooks", "05", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "kvutils", "replicate", "--profile", "paper", "--notebooks", "05", "--out", str(tmp_path / "out")]
     options = {"bootstrap": "50", "progress": "false", "data_options": json.dumps({"blink": {"max_items": 4}})}
     command += [each for name, value in options.items() for each in ("-p", name, value)]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     folder = tmp_path / "out" / "data" / "results" / "paper" / "pocket"
-    results = json.loads((folder / "05_blink_gap.json").read_text())
-    assert results["provenance"]["data"] == {"blink": "copy of the hub's BLINK-Benchmark/BLINK"}
+    provenance = json.loads((folder / "provenance" / "05_blink_gap.json").read_text())
+    assert provenance["data"] == {"blink": "copy of the hub's BLINK-Benchmark/BLINK"}
     assert len(list((folder / "figures").glob("05_*.png"))) == 6
     book = nbformat.read(folder / "05_blink_gap.ipynb", as_version=4)
     assert not [output for cell in book.cells for output in cell.get("outputs", []) if output.get("name") == "stderr"]

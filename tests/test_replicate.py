@@ -2,19 +2,19 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import nbformat
 import pytest
 
 from kvutils.errors import DataError, ParameterError
-from kvutils.run import notebook, plan, replicate
-from kvutils.run import replicate as execute
-from kvutils.run.notebook import PROFILES, check_parameters
+from kvutils.run import compare, notebook, plan, replicate, report
+from kvutils.run.cli import main
+from kvutils.run.notebook import PROFILES, Run, check_parameters
 from kvutils.store import Store
 
 WRITE = '''
@@ -23,7 +23,7 @@ from pathlib import Path
 folder = Path(os.environ["KVUTILS_OUT"], "data", "results", profile, model)
 folder.mkdir(parents=True, exist_ok=True)
 entries = [{"name": str(i), "value": 0.1, "low": LOW, "high": 0.2, "n": 5} for i in range(6)]
-found = {"claims": {"C1": {"entries": entries}}, "parameters": {"seed": seed}, "provenance": {}}
+found = {"claims": {"C1": {"entries": entries}}, "parameters": {"seed": seed}}
 (folder / "01_stub.json").write_text(json.dumps(found))
 '''
 
@@ -44,8 +44,7 @@ def root(tmp_path, monkeypatch):
     """A repository with a notebook 01, elsewhere."""
     (tmp_path / "notebooks").mkdir()
     monkeypatch.setattr(notebook, "ROOT", tmp_path)
-    monkeypatch.setattr(replicate.notebook, "repository", lambda: "")
-    monkeypatch.setattr(replicate.report, "load_claims", lambda: [
+    monkeypatch.setattr(report, "load_claims", lambda: [
         {"id": "C1", "section": "3", "statement": "It is so.", "paper": 6, "unit": "tasks",
          "notebook": "01_stub", "results": "claims.C1", "rule": {"kind": "entries_above", "at_least": 6}}])
     monkeypatch.setenv("KVUTILS_OUT", str(tmp_path))
@@ -63,7 +62,7 @@ def test_a_run_is_clean_and_the_same_again(root, capsys):
         "bar = tqdm(unit='image'); bar.update(); bar.close()\n"
         "from ipywidgets import IntSlider\nfrom IPython.display import display\ndisplay(IntSlider())\n"
         "import matplotlib.pyplot as plt\nplt.plot([1, 2]); plt.show()"), path)
-    assert replicate.main([]) == 0
+    assert main(["replicate"]) == 0
     first = path.read_bytes()
     done = nbformat.reads(first.decode(), as_version=4)
     nbformat.validate(done)
@@ -76,9 +75,9 @@ def test_a_run_is_clean_and_the_same_again(root, capsys):
     assert "image/png" in picture.data
     printed = capsys.readouterr().out
     assert "01_stub  done in" in printed and "C1  reproduced      6 tasks" in printed
-    assert replicate.main([]) == 0
+    assert main(["replicate"]) == 0
     assert path.read_bytes() == first
-    assert "the last time" in capsys.readouterr().out
+    assert "25 numbers as committed, 0 differ" in capsys.readouterr().out
     claims = json.loads((root / "data" / "results" / "pocket" / "pocket" / "claims.json").read_text())
     assert claims[0]["verdict"] == "reproduced"
 
@@ -88,7 +87,7 @@ def test_a_failing_cell_leaves_the_notebook_as_it_was(root, capsys):
     nbformat.write(book("def f():\n    return 1 / 0\nf()"), path)
     nbformat.write(book(), root / "notebooks" / "02_stub.ipynb")
     before = path.read_bytes()
-    assert replicate.main([]) == 1
+    assert main(["replicate"]) == 1
     assert path.read_bytes() == before
     printed = capsys.readouterr().out
     assert "01_stub  stopped in cell 3: ZeroDivisionError: division by zero" in printed
@@ -101,21 +100,21 @@ def test_a_failing_cell_leaves_the_notebook_as_it_was(root, capsys):
 def test_an_error_of_the_library_is_shown_without_its_traceback(root, capsys):
     nbformat.write(book("class DataError(Exception): pass\nraise DataError('DAVIS is missing')"),
                    root / "notebooks" / "01_stub.ipynb")
-    assert replicate.main([]) == 1
+    assert main(["replicate"]) == 1
     printed = capsys.readouterr().out
     assert "cell 3: DataError: DAVIS is missing\nAs far" in printed
 
 
 def test_a_dead_kernel_is_reported(root, capsys):
     nbformat.write(book("import os; os._exit(9)"), root / "notebooks" / "01_stub.ipynb")
-    assert replicate.main([]) == 1
+    assert main(["replicate"]) == 1
     assert "01_stub  stopped: DeadKernelError" in capsys.readouterr().out
 
 
 def test_parameters_write_elsewhere(root, capsys):
     path = root / "notebooks" / "01_stub.ipynb"
     before = path.read_bytes()
-    assert replicate.main(["-p", "seed", "3"]) == 0
+    assert main(["replicate", "-p", "seed", "3"]) == 0
     assert path.read_bytes() == before and not (root / "data" / "results").exists()
     out = root / "data" / "cache" / "runs" / "seed_3"
     results = json.loads((out / "data/results/pocket/pocket/01_stub.json").read_text())
@@ -128,7 +127,7 @@ def test_another_profile_writes_beside_its_results(root, monkeypatch):
     asked = []
     monkeypatch.setattr(plan, "check_ready", lambda *what: asked.append(what))
     before = (root / "notebooks" / "01_stub.ipynb").read_bytes()
-    assert replicate.main(["--profile", "paper", "--model", "big"]) == 0
+    assert main(["replicate", "--profile", "paper", "--model", "big"]) == 0
     assert (root / "notebooks" / "01_stub.ipynb").read_bytes() == before
     assert (root / "data" / "results" / "paper" / "big" / "01_stub.ipynb").exists()
     assert asked == [("paper", "big", ["01"], None)]
@@ -139,12 +138,19 @@ def test_nothing_starts_when_something_is_missing(root, monkeypatch, capsys):
         raise DataError("Nothing was started: this is missing.")
 
     monkeypatch.setattr(plan, "check_ready", missing)
-    assert replicate.main(["--profile", "paper", "--model", "big"]) == 1
+    assert main(["replicate", "--profile", "paper", "--model", "big"]) == 2
     said = capsys.readouterr()
-    assert said.err == "Nothing was started: this is missing.\n" and not said.out
+    assert said.err == "error: Nothing was started: this is missing.\n" and not said.out
     assert not (root / "data").exists()
 
 
+REPOSITORY = str(notebook.ROOT)
+ELSEWHERE = """\
+import sys
+from pathlib import Path
+from kvutils.run import cli, notebook, report
+notebook.ROOT = Path({root!r})
+"""
 SHARED = """
 import os, time
 from kvutils.store import Parts, make_all
@@ -164,11 +170,8 @@ def test_accelerate_launch_shares_the_parts_and_writes_once(root, processes):
     path = root / "notebooks" / "01_stub.ipynb"
     nbformat.write(book(SHARED), path)
     script = root / "run.py"
-    script.write_text(
-        f"import sys; from pathlib import Path; from kvutils import replicate; replicate.notebook.ROOT = Path({str(root)!r}); "
-        "replicate.notebook.repository = lambda: ''; replicate.report.load_claims = lambda: []; sys.exit(replicate.main([]))"
-    )
-    environment = os.environ | {"PYTHONPATH": str(Path(notebook.__file__).parents[1]), "OMP_NUM_THREADS": "1",
+    script.write_text(f"{ELSEWHERE.format(root=str(root))}report.load_claims = lambda: []\nsys.exit(cli.main(['replicate']))\n")
+    environment = os.environ | {"PYTHONPATH": REPOSITORY, "OMP_NUM_THREADS": "1",
                                 "KVUTILS_CACHE": str(root / "cache")}  # fmt: skip
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes),
               "--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no",
@@ -189,17 +192,17 @@ def test_accelerate_launch_shares_the_parts_and_writes_once(root, processes):
 def test_a_process_beside_the_first_writes_no_results(root, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     before = (root / "notebooks" / "01_stub.ipynb").read_bytes()
-    assert replicate.main([]) == 0
+    assert main(["replicate"]) == 0
     assert not (root / "data" / "results").exists() and not capsys.readouterr().out
     assert (root / "notebooks" / "01_stub.ipynb").read_bytes() == before
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["-p", "sead", "3"], "unknown parameter sead; the notebook has: profile, model, seed"),
-    (["--notebooks", "07"], "no notebook 07"),
+@pytest.mark.parametrize(("arguments", "code", "message"), [
+    (["-p", "sead", "3"], 1, "unknown parameter sead; the notebook has: profile, model, seed"),
+    (["--notebooks", "07"], 2, "no notebook 07"),
 ])
-def test_mistakes_are_said(root, capsys, arguments, message):
-    assert replicate.main(arguments) == 1
+def test_mistakes_are_said(root, capsys, arguments, code, message):
+    assert main(["replicate", *arguments]) == code
     captured = capsys.readouterr()
     assert message in captured.out + captured.err
 
@@ -207,10 +210,10 @@ def test_mistakes_are_said(root, capsys, arguments, message):
 def test_check_compares_with_the_committed_verdicts(root, capsys):
     exec(WRITE.replace("LOW", "0.05"), {"profile": "pocket", "model": "pocket", "seed": 0})
     committed = (root / "data" / "results" / "pocket" / "pocket" / "01_stub.json").read_bytes()
-    assert replicate.main(["--check"]) == 0
+    assert main(["replicate", "--check"]) == 0
     assert "the verdicts are those in" in capsys.readouterr().out
     nbformat.write(book(write=WRITE.replace("LOW", "-0.05")), root / "notebooks" / "01_stub.ipynb")
-    assert replicate.main(["--check"]) == 1
+    assert main(["replicate", "--check"]) == 1
     assert "C1: reproduced in" in capsys.readouterr().out
     assert (root / "data" / "results" / "pocket" / "pocket" / "01_stub.json").read_bytes() == committed
 
@@ -220,11 +223,8 @@ def test_an_interrupted_run_leaves_the_notebook_and_runs_again(root):
     nbformat.write(book(f"import time, pathlib\np = pathlib.Path({str(mark)!r})\n"
                         "if not p.exists():\n    p.touch(); time.sleep(60)"), path)
     before = path.read_bytes()
-    code = (f"import sys; from pathlib import Path; from kvutils import replicate; "
-            f"replicate.notebook.ROOT = Path({str(root)!r}); "
-            "replicate.notebook.repository = lambda: ''; sys.exit(replicate.main([]))")
-    environment = os.environ | {"PYTHONPATH": str(Path(notebook.__file__).parents[1])}
-    run = subprocess.Popen([sys.executable, "-c", code], cwd=root, env=environment, start_new_session=True,
+    environment = os.environ | {"PYTHONPATH": REPOSITORY}
+    run = subprocess.Popen([sys.executable, "-c", f"{ELSEWHERE.format(root=str(root))}sys.exit(cli.main(['replicate']))"], cwd=root, env=environment, start_new_session=True,
                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for _ in range(1200):  # two minutes, on a busy machine
         if mark.exists() or run.poll() is not None:
@@ -235,22 +235,17 @@ def test_an_interrupted_run_leaves_the_notebook_and_runs_again(root):
     said = run.communicate(timeout=60)[0]
     assert run.returncode == 130 and "the same command goes on" in said, said
     assert path.read_bytes() == before
-    assert replicate.main([]) == 0
+    assert main(["replicate"]) == 0
 
 
-def test_colab_cells_follow_the_address(monkeypatch):
+def test_colab_cells_follow_the_address():
     made = book()
-    execute.set_colab_cells(made, "01_stub")
-    assert len(made.cells) == 4
-    monkeypatch.setattr(notebook, "repository", lambda: "https://github.com/example/name")
-    for _ in range(2):
-        execute.set_colab_cells(made, "01_stub")
-        assert len(made.cells) == 6
-        assert "/github/example/name/blob/main/notebooks/01_stub.ipynb" in made.cells[0].source
-    compile(made.cells[1].source, "setup", "exec")
-    monkeypatch.setattr(notebook, "repository", lambda: "")
-    execute.set_colab_cells(made, "01_stub")
-    assert len(made.cells) == 4
+    for address, count in (("", 4), ("https://github.com/example/name", 6), ("https://github.com/example/name", 6), ("", 4)):
+        replicate.set_colab_cells(made, "01_stub", address)
+        assert len(made.cells) == count
+        if address:
+            assert "/github/example/name/blob/main/notebooks/01_stub.ipynb" in made.cells[0].source
+            compile(made.cells[1].source, "setup", "exec")
 
 
 def check(**values) -> dict:
@@ -266,10 +261,10 @@ def test_good_parameters_pass():
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"sed": 2}, "unknown parameter 'sed'; did you mean 'seed'?"),
+    ({"sed": 2}, "unknown parameter 'sed' (did you mean 'seed'?)"),
     ({"seed": "2"}, "expected int, found str"),
     ({"seed": True}, "expected int, found bool"),
-    ({"profile": "papr"}, "expected one of 'pocket', 'paper'"),
+    ({"profile": "papr"}, "(did you mean 'paper'?); expected one of pocket, paper"),
     ({"items": [1]}, "unknown parameter 'items'"),
 ])
 def test_bad_parameters_do_not(change, message):
@@ -298,7 +293,63 @@ def test_places_do_not_depend_on_the_working_directory(tmp_path, monkeypatch):
     assert run.figures == tmp_path / "figures"
 
 
-def test_the_environment_names_versions_and_commit(capsys):
-    notebook.environment_table()
+def test_the_environment_is_said_without_what_differs_between_two_machines(capsys, monkeypatch):
+    monkeypatch.setattr(notebook, "code_commit", lambda: "c0ffee")
+    notebook.environment_table(seed=3)
     lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
-    assert {"commit", "python", "torch", "transformers", "device"} <= lines.keys()
+    assert {"python", "torch", "transformers", "seed"} <= lines.keys() and lines["device"] in ("cpu", "cuda")
+    assert "c0ffee" not in lines.values() and "+" not in lines["torch"]
+    assert notebook.provenance()["machine"]["commit"] == "c0ffee"
+
+
+CLAIM = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9, "unit": "F1", "entries": [
+    {"name": "a minus b", "value": 0.1, "low": 0.05, "high": 0.2, "n": 5}, {"name": "c", "value": None, "n": 1, "reason": "no item"}]}
+
+
+def test_the_last_cells(root, monkeypatch, capsys):
+    """Verdicts, tables and `finish`: the results are apart from what differs between machines."""
+    run = Run("01_stub")
+    run.verdicts({"C1": CLAIM})
+    assert capsys.readouterr().out == "C1: inconclusive (1 of 2 comparisons hold)\n"
+    assert run.claims_table({"C1": CLAIM}).data.splitlines()[2:] == [
+        "| **C1** | F1 | **+0.500 [+0.400, +0.600]** | 9 |", "| C1 | a minus b | +0.100 [+0.050, +0.200] | 5 |",
+        "| C1 | c | not defined: no item | 1 |"]
+    assert "| heads | together |" in run.choices({"heads": "together"}).data
+    drawn = []
+    monkeypatch.setattr("kvutils.plots.draw_all", lambda *folders: drawn.append(folders))
+    run.finish(None, "It works.", parameters={"seed": 1}, claims={"C1": CLAIM}, sources={"data": "toy"}, choices={"a": "b"})
+    assert capsys.readouterr().out == "It works.\n" and drawn == [(run.folder, run.figures)]
+    stored = json.loads(run.results.read_text())
+    assert stored.keys() == {"notebook", "profile", "model", "parameters", "claims", "finding", "choices"}
+    about = json.loads((run.folder / "provenance" / "01_stub.json").read_text())
+    assert about["data"] == "toy" and {"commit", "device", "torch"} <= about["machine"].keys()
+
+
+@pytest.mark.parametrize(("after", "said"), [
+    ({"x": {"a": [1.0, 2], "b": None}}, "2 numbers as committed, 0 differ"),
+    ({"x": {"a": [1.0 + 1e-8, 2]}}, "2 numbers as committed, 0 differ"),
+    ({"x": {"a": [1.1, 2.4]}}, "0 numbers as committed, 2 differ (largest relative difference 0.17, at x.a.1: 2 before, 2.4 now)"),
+    ({"x": {"a": [1.0], "c": 3}}, "1 numbers as committed, 0 differ; 1 new (x.c); 1 gone (x.a.1)"),
+])
+def test_numbers_are_compared_with_the_committed_ones(after, said):
+    assert compare.compare_numbers({"x": {"a": [1.0, 2], "b": True, "text": "3"}}, after) == said
+    assert "no earlier results" in compare.compare_numbers({"x": {}}, after)
+
+
+def test_what_is_committed_counts_not_what_an_interrupted_run_left(root):
+    path = root / "data" / "results" / "pocket" / "pocket" / "01_stub.json"
+    assert compare.committed(path) == {}
+    path.parent.mkdir(parents=True)
+    path.write_text('{"a": 1}')
+    assert compare.committed(path) == {"a": 1}
+    git = ["git", "-C", str(root), "-c", "user.name=x", "-c", "user.email=x"]
+    for command in (["init", "-q"], ["add", "data"], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *command], check=True)
+    path.write_text('{"a": 2}')
+    assert compare.committed(path) == {"a": 1}
+
+
+def test_an_installed_package_says_what_it_lacks(root, capsys):
+    shutil.rmtree(root / "notebooks")
+    for verb in ("replicate", "figures", "report"):
+        assert main([verb]) == 2 and "needs a clone of the repository" in capsys.readouterr().err

@@ -58,15 +58,15 @@ def fetch(options: argparse.Namespace) -> int:
     root.mkdir(parents=True, exist_ok=True)
     lock = FileLock(root / ".download.lock")  # it goes with the process, however that ends
     try:
-        lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
     except Timeout:
         print(f"another command fetches into {root}: waiting until it is done", flush=True)
-        lock.acquire()
-    with lock:
+        held = lock.acquire()
+    with held:
         results = {name: _fetch_set(CATALOG[name], root, options) for name in names}
-    for code, text in ((0, "there"), (BY_HAND, "left to do by hand"), (FAILED, "failed")):
-        if found := [name for name in names if results[name] == code]:
-            print(f"{text}: {', '.join(found)}")
+    said = {"there": 0, "left to do by hand": BY_HAND, "failed": FAILED}
+    groups = {text: [name for name in names if results[name] == code] for text, code in said.items()}
+    print("; ".join(f"{text}: {', '.join(found)}" for text, found in groups.items() if found))
     return FAILED if FAILED in results.values() else max(results.values())
 
 

@@ -4,7 +4,7 @@ Counts follow the protocol of every data set (data/claims.yaml, the loaders' def
 draw (a support image that was read for the episode before) the larger one is taken. Costs are the model's alone unless
 they were measured by a rehearsal: multiply-adds count as two operations, attention over the image included.
 
-What a run of the notebooks needs and what of it is there: `python -m kvutils.run.plan --model llava-onevision-7b`.
+What a run of the notebooks needs and what of it is there: `kvutils plan --model llava-onevision-7b`.
 
 Nothing is downloaded and no checkpoint is loaded. Hours come from a rehearsal on this machine if there was one (`make
 rehearse`), else from one decoder layer that is timed now; both count the model's work of `kvutils.run.plan`, and the
@@ -13,10 +13,8 @@ second leaves out decoding of images, probes and statistics.
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,7 +34,6 @@ from kvutils.layout import build_layout, tiling
 from kvutils.models import ENCODERS, MLM, MODELS, QWEN, ModelSpec, find_model, original_encoder, quiet_transformers, read_family
 from kvutils.processors import load_processor
 from kvutils.readout.features import STACK_BYTES
-from kvutils.run.notebook import PROFILES
 from kvutils.store import read_json
 
 IMAGE = (640, 480)  # the usual image of COCO, by which all images are counted
@@ -364,24 +361,3 @@ def _wrapped(names: Sequence[str], width: int = 32, lines: int = 8) -> list[str]
             out.append("")
         out[-1] = f"{out[-1]} {name}".strip()
     return out + [""] * (lines - len(out))
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m kvutils.run.plan", description="What a run needs, and what of it is there.")
-    parser.add_argument("--profile", default="paper", choices=[name for name in PROFILES if name != "pocket"])
-    parser.add_argument("--model", default="llava-onevision-7b", help=f"{', '.join(MODELS)}, a folder or a hub id")
-    parser.add_argument("--notebooks", nargs="+", default=list(NOTEBOOKS), choices=NOTEBOOKS)
-    chosen = parser.parse_args(arguments)
-    try:
-        print(table(chosen.profile, chosen.model, chosen.notebooks))
-        return 0
-    except KVUtilsError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nInterrupted; nothing was changed.", file=sys.stderr)
-        return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())

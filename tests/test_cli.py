@@ -1,0 +1,124 @@
+"""One command with verbs: what each writes, and what is said of mistakes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny_models import tiny_pocket
+
+from kvutils.kvcache import capture
+from kvutils.models import load_mlm
+from kvutils.run.cli import VERBS, main
+from kvutils.run.notebook import ROOT
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "pocket"
+    mlm = tiny_pocket()
+    mlm.model.save_pretrained(path)
+    mlm.processor.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    paths = [tmp_path / "one.png", tmp_path / "two.jpg"]
+    for path, size in zip(paths, [(50, 40), (40, 90)], strict=True):
+        Image.effect_noise(size, 90).convert("RGB").save(path)
+    return [str(path) for path in paths]
+
+
+def shell(*arguments: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=240, **options,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def test_help_names_every_verb_and_is_light():
+    shown = shell("-X", "importtime", "-m", "kvutils", "--help")
+    assert shown.returncode == 0 and all(f"\n    {verb}" in shown.stdout for verb in VERBS)
+    assert not {"torch", "transformers", "numpy"} & {line.split("|")[-1].strip() for line in shown.stderr.splitlines()}
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["replicat"], "unknown verb 'replicat' (did you mean 'replicate'?); expected one of capture, "),
+    (["plan", "--notebooks", "07"], "unknown notebook '07'"),
+    (["data", "davis-2016"], "did you mean 'davis-2017'?"),
+])
+def test_a_misspelt_word_is_answered(arguments, said, capsys):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and said in captured.err and not captured.out
+
+
+def test_ctrl_c_is_answered_in_words(monkeypatch, capsys):
+    def stop(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(VERBS, "report", stop)
+    assert main(["report"]) == 130 and "the same command goes on" in capsys.readouterr().err
+
+
+def test_capture_writes_everything_that_is_needed(folder, photos, tmp_path):
+    out = tmp_path / "result.safetensors"
+    arguments = ["capture", *photos, "--model", folder, "--layers", "0,2-3", "--prefix", "a red fish", "--out", str(out)]
+    assert main([*arguments, "--device", "cpu"]) == 0
+    tensors = load_file(out)
+    mlm = load_mlm(folder, device="cpu")
+    for number, one in enumerate(capture(mlm, photos, prefix="a red fish", layers=[0, 2, 3])):
+        for name in ("keys", "values", "encoder", "projector"):
+            assert torch.equal(tensors[f"{number}.{name}"], getattr(one, name))
+        for name in ("slots", "rects", "cells", "view", "is_newline"):
+            assert np.array_equal(tensors[f"{number}.{name}"].numpy(), getattr(one.layout, name), equal_nan=True)
+    with safe_open(out, "pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["layers"]) == [0, 2, 3] and metadata["prefix"] == "a red fish"
+    assert json.loads(metadata["files"]) == photos and json.loads(metadata["image_sizes"]) == [[50, 40], [40, 90]]
+    assert metadata["revision"] == mlm.revision and metadata["model"] == folder
+    assert [path.name for path in tmp_path.glob("*result*")] == ["result.safetensors"]
+
+
+def test_capture_never_loses_an_existing_file(folder, photos, tmp_path, capsys):
+    out = tmp_path / "result.safetensors"
+    out.write_text("precious")
+    arguments = ["capture", photos[0], "--model", folder, "--out", str(out), "--device", "cpu"]
+    assert main(arguments) == 2 and out.read_text() == "precious"
+    assert "--overwrite" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite"]) == 0 and "0.keys" in load_file(out)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (["PHOTOS/letter.jpg", "PHOTOS/gone.png"], ["letter.jpg", "gone.png"]),
+    (["--layers", "0,99"], ["99"]), (["--layers", "3-1"], ["3-1"]), (["--layers", "two"], ["two"]),
+    (["--max-pixels", "5000"], ["max_pixels"]), (["--model", "pokcet"], ["pokcet", "pocket"]),
+    (["--out", "no/x.safetensors"], ["no"]),
+])
+def test_capture_reports_errors(folder, photos, tmp_path, capsys, change, words):
+    (tmp_path / "letter.jpg").write_bytes(b"Dear reader")
+    change = [word.replace("PHOTOS", str(tmp_path)) for word in change]
+    arguments = ["--model", folder, "--out", str(tmp_path / "x.safetensors"), "--device", "cpu", *change]
+    assert main(["capture", *photos, *arguments] if change[0].startswith("--") else ["capture", *change, *arguments[:6]]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and all(word in error for word in words), error
+    assert not list(tmp_path.glob("*.safetensors*"))
+
+
+def test_capture_from_the_shell(tmp_path):
+    wrong = shell("-m", "kvutils", "capture", "nothing.png", "--out", "x.safetensors", cwd=tmp_path)
+    assert wrong.returncode == 2 and "nothing.png" in wrong.stderr and "Traceback" not in wrong.stderr
+    explained = shell("-m", "kvutils", "capture", "--help").stdout
+    for word in ("keys", "values", "encoder", "projector", "slots", "rects", "is_newline", "--layers", "0,3,5-7"):
+        assert word in explained
+
+
+def test_there_is_one_command():
+    found = [path for path in Path(ROOT, "kvutils").rglob("*.py") if "def main(" in path.read_text(encoding="utf-8")]
+    assert [path.name for path in found] == ["cli.py"]
