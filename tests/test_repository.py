@@ -9,13 +9,13 @@ import nbformat
 import pytest
 import yaml
 
-from kvutils.run import notebook
+from kvutils.run import report
+from kvutils.run.cli import VERBS
 from kvutils.run.notebook import ROOT
 
 TOP = {"notebooks", "kvutils", "data", "figures", "tests", "benchmarks", "environment.yml", "README.md",
        "requirements.txt", "Makefile", "LICENSE", "CITATION.cff", "pyproject.toml"}
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-MODULES = sorted((ROOT / "kvutils").rglob("*.py"))
 ABSOLUTE = re.compile(r"""(?<![\w.:/])/(?:home|root|tmp|work|content|Users|mnt|opt)/[\w.]""")
 
 
@@ -86,9 +86,8 @@ def test_the_readme_names_only_what_exists():
     assert {"replicate", "test"} <= named <= targets
     for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)\)", readme):
         assert (ROOT / link).exists(), link
-    for module in re.findall(r"python -m (kvutils[\w.]*)", readme):
-        path = ROOT.joinpath(*module.split("."))
-        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+    verbs = re.findall(r"(?:bin/|-m )kvutils(\S*) (\S+)", code + (ROOT / "Makefile").read_text())
+    assert len(verbs) >= 8 and all(not module and verb in VERBS for module, verb in verbs), verbs
 
 
 def test_every_target_is_explained():
@@ -103,9 +102,9 @@ def test_every_target_is_explained():
 
 def test_the_public_address_has_one_home():
     """Links to this repository are derived from pyproject's setting; nothing else holds (or invents) one."""
-    address = notebook.repository()
+    address = report.repository(ROOT)
     pattern = re.compile(r"github\.com/[\w.-]+/kvutils|colab\.research\.google\.com/github/[\w.-]+/[\w.-]+")
-    allowed = {"pyproject.toml", "tests/test_repository.py", "kvutils/notebook.py"}
+    allowed = {"pyproject.toml", "tests/test_repository.py", "kvutils/run/report.py"}
     if address:  # then also where `make replicate` and `make report` put it
         allowed |= {"README.md"} | {path.relative_to(ROOT).as_posix() for path in NOTEBOOKS}
     assert [name for name, text in texts().items() if name not in allowed and pattern.search(text)] == []
@@ -124,20 +123,18 @@ def test_pinned_versions_are_within_the_ranges():
     assert pinned.keys() == {requirement.name for requirement in ranges} - {"ipykernel"}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT / "kvutils").as_posix())
-def test_a_module_is_one_idea(path):
-    text = path.read_text(encoding="utf-8")
-    tree = ast.parse(text)
-    assert len(text.splitlines()) <= 500, "two ideas?"
-    assert not text.strip() or ast.get_docstring(tree), "no docstring"
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ExceptHandler):
-            assert node.type is not None, f"bare except in line {node.lineno}"
-            assert not all(isinstance(statement, ast.Pass) for statement in node.body), f"line {node.lineno}"
-        if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
-            raise AssertionError(f"trust_remote_code in line {node.value.lineno}")
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "cuda":
-            raise AssertionError(f".cuda() in line {node.lineno}: the device comes from the model")
+def test_modules_say_what_they_are_and_trust_nothing():
+    for path in sorted((ROOT / "kvutils").rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert not tree.body or ast.get_docstring(tree), f"{path}: no docstring"
+        for node in ast.walk(tree):
+            where = f"{path}, line {getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.ExceptHandler):
+                assert node.type is not None and not all(isinstance(each, ast.Pass) for each in node.body), f"{where}: errors are swallowed"
+            if isinstance(node, ast.keyword):
+                assert node.arg != "trust_remote_code", where
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                assert node.func.attr != "cuda", f"{where}: the device comes from the model"
 
 
 def test_the_licence_is_apache_2():
