@@ -22,11 +22,11 @@ from kvutils.datasets.pocket.world import draw_mark
 from kvutils.datasets.samples import MultipleChoice
 from kvutils.errors import DataError, ParameterError
 from kvutils.layout import TokenLayout
+from kvutils.metrics.statistics import choosing_half
 from kvutils.prompts import prepare_text
 from kvutils.run.report import judge, load_claims
 from kvutils.store import Parts, read_json, write_json
 from kvutils.tasks import choices as blink_gap
-from kvutils.tasks.base import choosing_half
 from kvutils.tasks.blink_interventions import (
     DECIDES,
     GATE,

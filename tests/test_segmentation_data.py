@@ -348,7 +348,7 @@ def test_msrc_says_what_is_missing(msrc_root):
 
 def test_clusters_of_msrc(msrc_root, extractor):
     groups = open_dataset("msrc", msrc_root, classes=("cow",), images=3)
-    table = run_task(CoSegmentation(groups, max_clusters=3), extractor, progress=False)
+    table = run_task(CoSegmentation(groups), extractor, progress=False)
     assert table.ids == ["cow/5_1_s", "cow/5_2_s", "cow/5_10_s"] and np.isfinite(table.values).all()
     assert table.of("pixels")[:, 1].min() > 0.6  # the best union of clusters of plain pixels finds the box
 

@@ -7,10 +7,11 @@ from PIL import Image
 from kvutils import plots
 from kvutils.errors import ParameterError
 from kvutils.images import encode_image
+from kvutils.metrics.statistics import choosing_half
 from kvutils.plots import baseline as plots_baseline
 from kvutils.run.report import judge, load_claims
 from kvutils.store import read_json, write_json
-from kvutils.tasks.base import ScoreTable, choosing_half
+from kvutils.tasks.base import ScoreTable
 from kvutils.tasks.text_segmentation import SemanticSegmentation
 from kvutils.tasks.value_flow import CHAIN, SIX, STEPS, claim_c4, compare_along_chain
 

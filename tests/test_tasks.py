@@ -7,22 +7,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import average_precision_score
 
 from kvutils.datasets.samples import VOID, Clip, Episode, ImageGroup, KeypointPair, LabelledImage, NamedMask
 from kvutils.errors import DataError, ParameterError
-from kvutils.metrics.masks import (
-    average_precisions,
-    binary_counts,
-    foreground_counts,
-    foreground_iou,
-    pck_scores,
-    pixel_average_precision,
-    refseg_scores,
-)
+from kvutils.metrics.masks import average_precisions, binary_counts
+from kvutils.metrics.statistics import choosing_half, peak_then_degrade
 from kvutils.probes import ConvergenceError
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, token_means
 from kvutils.store import Parts, to_json
-from kvutils.tasks.base import ScoreTable, choosing_half, run_task, summarise
+from kvutils.tasks.base import ScoreTable, run_task, summarise
 from kvutils.tasks.co_segmentation import CoSegmentation
 from kvutils.tasks.correspondence import COPY_FIRST, SemanticCorrespondence, TemporalCorrespondence
 from kvutils.tasks.foreground_segmentation import ForegroundSegmentation, support_labels
@@ -91,7 +85,7 @@ class Extractor:
         index = [self.words.index(text) for text in texts]
         return {source: features.features[source].float().T[index] for source in self.text_sources}
 
-    def saliency(self, item, question):
+    def saliency(self, item):
         features = self.one(*item).features["value.0"].float()
         return (features[:, 1] > 0.5).float()
 
@@ -151,21 +145,6 @@ def test_foreground_ceiling_chance_and_control():
     assert max(score["value.1"], score["shuffled.value.0"], score["shuffled.value.1"]) < 0.3
     assert means(table, task, task.statistics["FB-IoU"])["value.0"] > 0.85
     assert set(means(table, task, task.statistics["converged"]).values()) == {1.0}
-
-
-def test_foreground_score_is_hsnets():
-    task = ForegroundSegmentation(episodes())
-    table = run_task(task, Extractor(one_hot(episode_masks(task.samples), 2)), progress=False)
-    values = table.of("wide.0")
-    folds = []
-    for fold in (0, 1):
-        mine = values[:, 0] == fold
-        counts = values[mine][:, 2:6].reshape(-1, 2, 2)
-        folds.append(foreground_iou(counts, values[mine, 1], [2 * fold, 2 * fold + 1]))
-    assert means(table, task)["wide.0"] == pytest.approx(np.mean([f["miou"] for f in folds]))
-    assert means(table, task, task.statistics["FB-IoU"])["wide.0"] == pytest.approx(
-        np.mean([f["fb_iou"] for f in folds])
-    )
 
 
 def test_probes_that_do_not_converge_are_counted():
@@ -234,14 +213,11 @@ def test_segmentation_by_text():
     assert max(ap["value.1"], ap["shuffled.value.0"], ap["shuffled.value.1"]) < 0.3
 
 
-def test_referring_scores_are_lavts():
+def test_referring_by_text():
     samples, maps = named(per_image=2)
     task = ReferringSegmentation(samples)
     table = run_task(task, Extractor(one_hot(maps, 4), WORDS), progress=False)
-    for source in ("value.0", "value.1"):
-        expected = refseg_scores(table.of(source)[:, 1:3])
-        assert means(table, task)[source] == pytest.approx(expected["miou"])
-        assert means(table, task, task.statistics["oIoU"])[source] == pytest.approx(expected["oiou"])
+    assert means(table, task)["value.0"] > 0.8 > 0.5 > means(table, task)["value.1"]
     hits = means(table, task, task.statistics["Acc@0.5"])
     assert hits["value.0"] == 1 and hits["value.1"] < 0.5
     assert len(set(table.groups)) == 6 and len(table) == 12
@@ -318,30 +294,13 @@ def place_code(name, layout):
     return codes[row + 5, column + 5]
 
 
-def test_correspondence_ceiling_chance_and_references():
+def test_correspondence_ceiling_and_chance():
     task = SemanticCorrespondence(pairs())
     table = run_task(task, Extractor(place_code), progress=False)
     score = means(table, task)
     assert score["value.0"] == 1 and score["value.1"] < 0.4
     for name in task.statistics:
         assert means(table, task, task.statistics[name])["value.0"] > 0.9
-    # The reference computation for one source, from the same matches.
-    extractor = Extractor(place_code)
-    predicted = []
-    for pair in task.samples:
-        source, target = (
-            extractor.one(pair.source_id, pair.source),
-            extractor.one(pair.target_id, pair.target),
-        )
-        a, b = (torch.nn.functional.normalize(f.features["value.1"].float(), dim=1) for f in (source, target))
-        best = (a[source.layout.token_at(pair.source_points)] @ b.T).argmax(1)
-        predicted.append(target.layout.centers[best])
-    targets, boxes = [p.target_points for p in task.samples], [p.target_box for p in task.samples]
-    assert score["value.1"] == pytest.approx(pck_scores(predicted, targets, boxes)["pck"])
-    per_point = means(table, task, task.statistics["PCK@0.1 per point"])["value.1"]
-    assert per_point == pytest.approx(pck_scores(predicted, targets, boxes, convention="sd-dino")["pck"])
-
-
 def test_missing_key_points():
     made = pairs(3)
     made[0].target_points[1] = np.nan
@@ -349,21 +308,9 @@ def test_missing_key_points():
     table = run_task(SemanticCorrespondence(made), Extractor(place_code), progress=False)
     assert table.skipped == ["pair 1"] and table.of("value.0")[:, 0].tolist() == [3, 4]
     assert means(table, SemanticCorrespondence(made))["value.0"] == 1
-    none = KeypointPair(
-        "none",
-        "thing",
-        "s9",
-        blank((48, 48)),
-        np.zeros((0, 2)),
-        "t9",
-        blank((48, 48)),
-        np.zeros((0, 2)),
-        np.ones(4),
-    )
+    nothing = np.zeros((0, 2))
+    none = KeypointPair("none", "thing", "s9", blank((48, 48)), nothing, "t9", blank((48, 48)), nothing, np.ones(4))
     assert SemanticCorrespondence([none]).score(none, {}, None) == []
-    made[2].target_box[:] = 0
-    with pytest.raises(DataError, match="pair 2.*box"):
-        run_task(SemanticCorrespondence(made), Extractor(place_code), progress=False)
 
 
 # --- task 6 -------------------------------------------------------------------------------------------------
@@ -411,16 +358,18 @@ def test_frames_of_one_clip_must_have_one_grid():
 # --- counting -----------------------------------------------------------------------------------------------
 
 
-def test_counts_and_precisions_equal_the_metrics():
+def test_counts_and_precisions_are_of_annotated_pixels():
     scores = torch.from_numpy(rng(1).normal(size=(5, 12, 15))).float()
     scores[1] = scores[1].round()  # many ties
     scores[2] = 0.25  # all tied
     mask = rng(2).choice([0, 1, VOID], size=(12, 15), p=(0.6, 0.25, 0.15)).astype(np.uint8)
     counts = binary_counts(scores > 0, mask)
     precisions = average_precisions(scores, mask)
-    for score, row, precision in zip(scores, counts, precisions, strict=True):
-        assert row.tolist() == foreground_counts(score.numpy() > 0, mask).ravel().tolist()
-        assert precision == pytest.approx(pixel_average_precision(score.numpy(), mask))
+    true = mask[mask != VOID] == 1
+    for score, row, precision in zip(scores.numpy(), counts, precisions, strict=True):
+        said = score[mask != VOID] > 0
+        assert row.tolist() == [(~said & ~true).sum(), (said & true).sum(), (~said | ~true).sum(), (said | true).sum()]
+        assert precision == pytest.approx(average_precision_score(true, score[mask != VOID]))
 
 
 # --- runs ---------------------------------------------------------------------------------------------------
@@ -467,11 +416,9 @@ def test_an_interrupted_run_ends_with_the_same_bytes(real, tmp_path):
     task.left = 9
     resumed = run_task(task, extractor(), Parts(tmp_path / "b", x=1), progress=False, chunk=2)
     no_parts = run_task(ForegroundSegmentation(samples), extractor(), progress=False, chunk=2)
-    assert to_json(whole.as_dict()) == to_json(resumed.as_dict()) == to_json(no_parts.as_dict())
+    assert to_json(vars(whole)) == to_json(vars(resumed)) == to_json(vars(no_parts))
     task.left = 1  # everything is stored: nothing is scored
-    assert to_json(
-        run_task(task, extractor(), Parts(tmp_path / "b", x=1), progress=False, chunk=2).as_dict()
-    ) == to_json(whole.as_dict())
+    assert to_json(vars(run_task(task, extractor(), Parts(tmp_path / "b", x=1), progress=False, chunk=2))) == to_json(vars(whole))
 
 
 def test_stored_parts_of_other_settings_are_not_used(real, tmp_path):
@@ -479,7 +426,7 @@ def test_stored_parts_of_other_settings_are_not_used(real, tmp_path):
     parts = Parts(tmp_path, x=1)
     first = run_task(ForegroundSegmentation(samples[:2]), extractor(), parts, progress=False)
     other = run_task(ForegroundSegmentation(samples[:2], strength=1e-4), extractor(), parts, progress=False)
-    assert to_json(first.as_dict()) != to_json(other.as_dict())
+    assert to_json(vars(first)) != to_json(vars(other))
 
 
 def test_scores_do_not_depend_on_chunk_or_batch(real):
@@ -493,21 +440,12 @@ def test_scores_do_not_depend_on_chunk_or_batch(real):
     assert np.abs(one.values - all_at_once.values).max() <= 0.01 * 60 * 36
     stand_in = Extractor(one_hot(episode_masks(samples), 2))
     a, b = (run_task(ForegroundSegmentation(samples), stand_in, progress=False, chunk=c) for c in (1, 5))
-    assert to_json(a.as_dict()) == to_json(b.as_dict())
+    assert to_json(vars(a)) == to_json(vars(b))
 
 
-def test_chunk_is_checked(real):
-    with pytest.raises(ParameterError, match="chunk"):
-        run_task(ForegroundSegmentation(real[1]), real[0](), chunk=0)
-
-
-def test_a_table_survives_json():
-    table = ScoreTable(
-        "t", ["a"], ["g"], ["value.10", "value.2", "pixels"], ["x", "y"], np.arange(6.0).reshape(1, 3, 2)
-    )
-    again = ScoreTable.from_dict(table.as_dict())
-    assert to_json(again.as_dict()) == to_json(table.as_dict()) and again.of("pixels").tolist() == [[4, 5]]
-    assert table.family("value") == [(2, "value.2"), (10, "value.10")]
+def test_tables_say_what_they_hold():
+    table = ScoreTable("t", ["a"], ["g"], ["value.10", "value.2", "pixels"], ["x", "y"], np.arange(6.0).reshape(1, 3, 2))
+    assert table.family("value") == [(2, "value.2"), (10, "value.10")] and table.of("pixels").tolist() == [[4, 5]]
     with pytest.raises(ParameterError, match="pixels"):
         table.of("encoder")
 
@@ -552,8 +490,6 @@ def test_summary_tests_the_best_layer_on_the_other_half():
 
 
 def test_halves_are_those_of_peak_then_degrade():
-    from kvutils.metrics.statistics import peak_then_degrade
-
     table = fake_table()
     curve = np.stack([table.of(f"value.{i}")[:, 0] for i in range(4)], axis=1)
     found = peak_then_degrade(curve, table.groups, n_boot=50)

@@ -1,8 +1,8 @@
 """What the six tasks share: rows of scores, a resumable run over samples, and the summary with its intervals.
 
-A task turns one sample (an episode, a pair, a clip, ...) into rows; a row holds, for every feature source, a
-few numbers (`columns`) from which the metrics follow. Metrics such as mIoU are ratios of sums over items,
-hence a metric is a statistic `(weights (n_boot, n), values (n, k)) -> (n_boot,)`, see `kvutils.metrics.statistics`.
+A task turns one sample (an episode, a pair, a clip, ...) into rows; a row holds, for every feature source, a few numbers
+(`columns`) from which the metrics follow. Metrics such as mIoU are ratios of sums over items, hence a metric is a
+statistic `(weights (n_boot, n), values (n, k)) -> (n_boot,)`, see `kvutils.metrics.statistics`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,17 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from kvutils.errors import DataError, ParameterError
-from kvutils.metrics.statistics import Statistic, bootstrap_ci, paired_difference, peak_then_degrade
+from kvutils.errors import DataError, one_of
+from kvutils.metrics.statistics import Statistic, bootstrap_ci, choosing_half, paired_difference, peak_then_degrade
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, Item
 from kvutils.store import Parts, in_chunks
 
 SHUFFLED, UNTRAINED = "shuffled.", "untrained."  # prefixes of control sources
+
+
+def sample_seed(*names: str) -> int:
+    """A seed from names: the same on every machine, another for every sample."""
+    return int.from_bytes(hashlib.sha256("\0".join(names).encode()).digest()[:4], "big")
 
 
 @dataclass(frozen=True)
@@ -35,9 +40,7 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class ScoreTable:
-    """All rows of a task: values (n, S, k) float64 for n ids, S sources, k columns. skipped: samples without
-    a score.
-    """
+    """All rows of a task: values (n, S, k) float64 for n ids, S sources, k columns. skipped: samples without a score."""
 
     task: str
     ids: list[str]
@@ -52,8 +55,7 @@ class ScoreTable:
 
     def of(self, source: str) -> np.ndarray:
         """(n, k) values of a source."""
-        if source not in self.sources:
-            raise ParameterError(f"{self.task} has no source {source!r}; there are {', '.join(self.sources)}")
+        one_of(f"source of {self.task}", source, self.sources)
         return self.values[:, self.sources.index(source)]
 
     def family(self, name: str) -> list[tuple[int, str]]:
@@ -61,26 +63,19 @@ class ScoreTable:
         found = (re.fullmatch(re.escape(name) + r"\.(\d+)", source) for source in self.sources)
         return sorted((int(match[1]), match[0]) for match in found if match)
 
-    def as_dict(self) -> dict:
-        return {**vars(self), "values": self.values.tolist()}
-
-    @classmethod
-    def from_dict(cls, data: Mapping) -> ScoreTable:
-        shape = (len(data["ids"]), len(data["sources"]), len(data["columns"]))
-        return cls(**{**data, "values": np.array(data["values"], dtype=float).reshape(shape)})
-
 
 class Task(ABC):
-    """One task over its samples. `columns` are the numbers per row and source; `control` prefixes the control
-    sources.
-    """
+    """One task over its samples. `columns` are the numbers per row and source; `control` prefixes the control sources;
+    `statistic` is the headline metric of values (n, k) for each row of weights (n_boot, n), called `metric`."""
 
     name: ClassVar[str]
     title: ClassVar[str]
-    metric: ClassVar[str]  # what the headline statistic is called
+    metric: ClassVar[str]
     columns: ClassVar[tuple[str, ...]]
     control: ClassVar[str]
     chunk: ClassVar[int] = 25  # samples that are scored, and kept, together
+    statistic: ClassVar[Statistic]
+    statistics: ClassVar[Mapping[str, Statistic]] = {}  # the other metrics, by name
     samples: Sequence[Any]
 
     @abstractmethod
@@ -92,22 +87,8 @@ class Task(ABC):
         """(id, image) of every image of a sample; equal ids are equal images."""
 
     @abstractmethod
-    def score(
-        self, sample: Any, features: Mapping[str, ImageFeatures], extractor: FeatureExtractor
-    ) -> list[Row]:
-        """Rows of a sample from the features of its images; none if it cannot be scored. Depends on nothing
-        else.
-        """
-
-    @staticmethod
-    @abstractmethod
-    def statistic(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """The headline metric of values (n, k), for each row of weights (n_boot, n)."""
-
-    @property
-    def statistics(self) -> dict[str, Statistic]:
-        """The other metrics, by name."""
-        return {}
+    def score(self, sample: Any, features: Mapping[str, ImageFeatures], extractor: FeatureExtractor) -> list[Row]:
+        """Rows of a sample from the features of its images; none if it cannot be scored. Depends on nothing else."""
 
     def parameters(self) -> dict:
         """Everything but the samples that changes the scores; JSON-able."""
@@ -118,9 +99,7 @@ class Task(ABC):
 
 
 class _Batches:
-    """The images of a chunk in fixed batches, whatever is already in memory: a resumed run repeats them
-    exactly.
-    """
+    """The images of a chunk in fixed batches, whatever is already in memory: a resumed run repeats them exactly."""
 
     def __init__(self, extractor: FeatureExtractor, images: Iterable[Item]):
         self.extractor = extractor
@@ -128,7 +107,7 @@ class _Batches:
         size = extractor.batch_size
         self.batches = [unique[i : i + size] for i in range(0, len(unique), size)]
         self.keys = [extractor.batch_key(batch) for batch in self.batches]
-        self.where = {name: (i // size, i % size) for i, (name, _) in enumerate(unique)}
+        self.where = {name: divmod(i, size) for i, (name, _) in enumerate(unique)}
 
     def features(self, name: str) -> ImageFeatures:
         batch, place = self.where[name]
@@ -136,14 +115,9 @@ class _Batches:
 
 
 def run_task(
-    task: Task,
-    extractor: FeatureExtractor,
-    parts: Parts | None = None,
-    progress: bool = True,
-    chunk: int | None = None,
+    task: Task, extractor: FeatureExtractor, parts: Parts | None = None, progress: bool = True, chunk: int | None = None
 ) -> ScoreTable:
-    """Score all samples of a task. With `parts`, finished chunks are kept there and a run that was stopped
-    goes on.
+    """Score all samples of a task. With `parts`, finished chunks are kept there and a run that was stopped goes on.
 
     Bytes do not depend on interruptions. Raises DataError when no sample can be scored.
     """
@@ -170,49 +144,41 @@ def run_task(
     found = [row for part in rows for row in part["rows"]]
     if not found:
         raise DataError(f"{task.name}: none of {len(task.samples)} samples could be scored")
-    return ScoreTable(
-        task=task.name,
-        ids=[row[0] for row in found],
-        groups=[row[1] for row in found],
-        sources=sources,
-        columns=list(task.columns),
-        values=np.array([row[2] for row in found], dtype=float),
-        skipped=[name for part in rows for name in part["skipped"]],
-    )
+    ids, groups, values = ([row[i] for row in found] for i in range(3))
+    skipped = [name for part in rows for name in part["skipped"]]
+    return ScoreTable(task.name, ids, groups, sources, list(task.columns), np.array(values, dtype=float), skipped)
 
 
 def summarise(table: ScoreTable, task: Task, n_boot: int = 2000, seed: int = 0) -> dict:
     """Every metric of every source with its interval, and the tests on layers; JSON-able.
 
-    sources: headline metric per source. secondary: the other metrics. build_then_degrade: per family of
-    layers (value, key, ...) what `peak_then_degrade` finds. value_best: the best value layer, chosen on one
-    half of the groups; its score and its paired differences to every other source, and to its own control, on
-    the other half. Families are tested only with at least 4 groups.
+    sources: headline metric per source. secondary: the other metrics. build_then_degrade: per family of layers (value,
+    key, ...) what `peak_then_degrade` finds. value_best: the best value layer, chosen on one half of the groups; its score
+    and its paired differences to every other source, and to its own control, on the other half. Families are tested only
+    with at least 4 groups.
     """
-    units = len(set(table.groups))
     summary: dict = {
         "task": table.task,
         "title": task.title,
         "metric": task.metric,
         "n": len(table),
-        "groups": units,
+        "groups": len(set(table.groups)),
         "skipped": len(table.skipped),
         "parameters": task.parameters(),
         "sources": _intervals(table, task.statistic, n_boot, seed),
         "secondary": {name: _intervals(table, s, n_boot, seed) for name, s in task.statistics.items()},
         "build_then_degrade": {},
     }
-    if units < 4:
+    if summary["groups"] < 4:
         return summary
     for family in sorted({re.sub(r"\.\d+$", "", s) for s in table.sources if re.search(r"\.\d+$", s)}):
-        layers = table.family(family)
-        if len(layers) > 1:
-            curve = np.stack([table.of(source) for _, source in layers], axis=1)
+        numbers, sources = zip(*table.family(family), strict=True)
+        if len(numbers) > 1:
+            curve = np.stack([table.of(source) for source in sources], axis=1)
             found = peak_then_degrade(curve, table.groups, seed, task.statistic, n_boot)
-            numbers = [layer for layer, _ in layers]
             summary["build_then_degrade"][family] = {
                 **found.as_dict(),
-                "layers": numbers,
+                "layers": list(numbers),
                 "best_layer": numbers[found.best],
                 "peak_layer": numbers[int(found.peak.mean)],
                 "peak_layer_low": numbers[int(found.peak.low)],
@@ -220,30 +186,13 @@ def summarise(table: ScoreTable, task: Task, n_boot: int = 2000, seed: int = 0) 
             }
     if "value" in summary["build_then_degrade"]:
         best = f"value.{summary['build_then_degrade']['value']['best_layer']}"
-        summary["value_best"] = _best_against_others(table, task, best, n_boot, seed)
+        held_out = ~choosing_half(table.groups, seed)
+        options = (task.statistic, n_boot, seed, [group for group, kept in zip(table.groups, held_out, strict=True) if kept])
+        mine, others = table.of(best)[held_out], {s: table.of(s)[held_out] for s in table.sources if s != best}
+        minus = {source: paired_difference(mine, other, *options).as_dict() for source, other in others.items()}
+        score = bootstrap_ci(mine, *options).as_dict()
+        summary["value_best"] = {"source": best, "score": score, "minus": minus, "control": task.control + best}
     return summary
-
-
-def _best_against_others(table: ScoreTable, task: Task, best: str, n_boot: int, seed: int) -> dict:
-    held_out = ~choosing_half(table.groups, seed)
-    groups = [group for group, kept in zip(table.groups, held_out, strict=True) if kept]
-    mine = table.of(best)[held_out]
-    others = [s for s in table.sources if s != best]
-    minus = {
-        source: paired_difference(
-            mine, table.of(source)[held_out], task.statistic, n_boot, seed, groups
-        ).as_dict()
-        for source in others
-    }
-    score = bootstrap_ci(mine, task.statistic, n_boot, seed, groups)
-    return {"source": best, "score": score.as_dict(), "minus": minus, "control": task.control + best}
-
-
-def choosing_half(groups: Sequence[str], seed: int = 0) -> np.ndarray:
-    """(n,) bool: the items of the half of the groups on which `peak_then_degrade` chooses the best layer."""
-    names = [str(group) for group in groups]
-    units = sorted(set(names), key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).hexdigest())
-    return np.isin(names, units[: len(units) // 2])
 
 
 def _intervals(table: ScoreTable, statistic: Statistic, n_boot: int, seed: int) -> dict[str, dict]:

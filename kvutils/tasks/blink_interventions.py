@@ -17,10 +17,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from kvutils.metrics.statistics import Interval, bootstrap_ci, paired_difference
+from kvutils.metrics.statistics import Interval, bootstrap_ci, mean_statistic, paired_difference, ratio
 from kvutils.tasks.blink_tables import FAMILIES, SINGLE, TITLES, choose_layer, halves
 from kvutils.tasks.choices import ChoiceTable, some_items
-from kvutils.tasks.yes_no import ratio
 
 WEIGHTS = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # nats per standard deviation of the readout
 DECIDES, ADDED, GATE = "value decides", "value added", "learned gate"
@@ -116,7 +115,7 @@ def interventions(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dict
         "source": source,
         "weight": weight,
         "n": len(rest),
-        "model": bootstrap_ci(rest.model_right, "mean", n_boot, seed, rest.groups).as_dict(),
+        "model": bootstrap_ci(rest.model_right, mean_statistic, n_boot, seed, rest.groups).as_dict(),
         "changes": {name: _change(rest, each[report] == rest.gold, n_boot, seed) for name, each in answers.items()},
         "others": others,
         "differences": {
@@ -137,10 +136,10 @@ def _change(table: ChoiceTable, right: np.ndarray, n_boot: int, seed: int) -> di
 
     of_right = bootstrap_ci(np.stack([lost, model], axis=1).astype(float), cost, *options)
     return {
-        "accuracy": bootstrap_ci(right, "mean", *options).as_dict(),
-        "change": paired_difference(right, model, "mean", *options).as_dict(),
-        "gained": bootstrap_ci(right & ~model, "mean", *options).as_dict(),
-        "lost": bootstrap_ci(lost, "mean", *options).as_dict(),
+        "accuracy": bootstrap_ci(right, mean_statistic, *options).as_dict(),
+        "change": paired_difference(right, model, mean_statistic, *options).as_dict(),
+        "gained": bootstrap_ci(right & ~model, mean_statistic, *options).as_dict(),
+        "lost": bootstrap_ci(lost, mean_statistic, *options).as_dict(),
         "cost": of_right.as_dict() | {"n": int(model.sum())},
     }
 

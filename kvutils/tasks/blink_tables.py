@@ -17,10 +17,8 @@ from kvutils.datasets.samples import MultipleChoice
 from kvutils.errors import ParameterError
 from kvutils.images import encode_image
 from kvutils.metrics.answers import LETTERS, NEEDS_JUDGE, blink_scores
-from kvutils.metrics.statistics import Interval, bootstrap_ci, paired_difference
-from kvutils.tasks.base import choosing_half
+from kvutils.metrics.statistics import Interval, bootstrap_ci, choosing_half, mean_statistic, paired_difference, ratio
 from kvutils.tasks.choices import UNRESOLVED, ChoiceTable, some_items
-from kvutils.tasks.yes_no import ratio
 
 CELLS = ("both", "value_only", "model_only", "neither")  # who is right
 TITLES = {
@@ -64,7 +62,7 @@ def describe_table(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dic
     choosing, held_out = halves(table, seed)
 
     def accuracy(right: np.ndarray) -> dict:
-        return bootstrap_ci(right, "mean", n_boot, seed, table.groups).as_dict()
+        return bootstrap_ci(right, mean_statistic, n_boot, seed, table.groups).as_dict()
 
     chosen = choose_layer(table, choosing)
     rest = some_items(table, held_out)
@@ -152,7 +150,7 @@ def table_of_two(table: ChoiceTable, says: np.ndarray, n_boot: int = 2000, seed:
 def _other(table: ChoiceTable, source: str, chosen: str, n_boot: int, seed: int) -> dict:
     """The 2 x 2 table of another source, and by how much the chosen values' share of "value right, model wrong" exceeds its."""
     mine, this, wrong = table.right(chosen), table.right(source), ~table.model_right
-    options = ("mean", n_boot, seed, table.groups)
+    options = (mean_statistic, n_boot, seed, table.groups)
     return {
         **table_of_two(table, table.says(source), n_boot, seed),
         "values_minus_this": paired_difference(mine & wrong, this & wrong, *options).as_dict(),

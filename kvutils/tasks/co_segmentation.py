@@ -1,6 +1,4 @@
-"""Task 2: co-segmentation (MSRC) by clustering the tokens of a group of images (paper, section 3.1; Amir et
-al.).
-"""
+"""Task 2: co-segmentation (MSRC) by clustering the tokens of a group of images (paper, section 3.1; Amir et al.)."""
 
 from __future__ import annotations
 
@@ -10,26 +8,26 @@ import numpy as np
 import torch
 
 from kvutils.datasets.samples import VOID, ImageGroup
-from kvutils.metrics.masks import binary_counts, column_mean
-from kvutils.metrics.statistics import Statistic
+from kvutils.metrics.masks import binary_counts, jaccard_and_precision
+from kvutils.metrics.statistics import column_mean
 from kvutils.readout.attention import QUESTION
 from kvutils.readout.clusters import MAX_CLUSTERS, cluster_tokens, oracle_clusters, salient_clusters
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, Item, token_means
 from kvutils.tasks.base import UNTRAINED, Row, Task
 
+N_INIT, SEED = 1, 0  # k-means starts per k
 _J, _J_ORACLE, _J_RELATIVE, _PRECISION, _CLUSTERS = range(5)
 
 
 class CoSegmentation(Task):
     """k-means over the tokens of all images of a group; foreground is what is salient in most of them.
 
-    Paper and Amir et al.: k grows until the inertia stops falling; clusters whose mean saliency is above
-    0.065 in 75 % of the images are the common object. Ours: saliency is the model's attention from the last
-    prompt token, scaled to 0..1 per image (the same for every source); no GrabCut afterwards; clusters are
-    brought to pixels bilinearly. A single attention sink would make a fixed threshold meaningless, hence `J,
-    relative threshold` beside it: above the image's mean saliency. `J, oracle` is the best union of the same
-    clusters (chosen on tokens): what any choice of clusters could reach. Rows are images, resampled by group.
-    n_init: k-means starts per k.
+    Paper and Amir et al.: k grows until the inertia stops falling; clusters whose mean saliency is above 0.065 in 75 % of
+    the images are the common object. Ours: saliency is the model's attention from the last prompt token, scaled to 0..1
+    per image (the same for every source); no GrabCut afterwards; clusters are brought to pixels bilinearly. A single
+    attention sink would make a fixed threshold meaningless, hence `J, relative threshold` beside it: above the image's
+    mean saliency. `J, oracle` is the best union of the same clusters (chosen on tokens): what any choice of clusters could
+    reach. Rows are images, resampled by group.
     """
 
     name = "co_segmentation"
@@ -37,20 +35,15 @@ class CoSegmentation(Task):
     metric = "Jaccard"
     columns = ("j", "j_oracle", "j_relative", "precision", "clusters")
     control = UNTRAINED
+    statistic = staticmethod(column_mean(_J))
+    statistics = {"J, oracle": column_mean(_J_ORACLE), "J, relative threshold": column_mean(_J_RELATIVE),
+                  "P": column_mean(_PRECISION), "clusters": column_mean(_CLUSTERS)}  # fmt: skip
 
-    def __init__(
-        self,
-        samples: Sequence[ImageGroup],
-        n_init: int = 1,
-        max_clusters: int = MAX_CLUSTERS,
-        question: str = QUESTION,
-        seed: int = 0,
-    ):
-        self.samples, self.n_init, self.max_clusters = samples, n_init, max_clusters
-        self.question, self.seed = question, seed
+    def __init__(self, samples: Sequence[ImageGroup]):
+        self.samples = samples
 
     def parameters(self) -> dict:
-        return {name: getattr(self, name) for name in ("n_init", "max_clusters", "question", "seed")}
+        return {"n_init": N_INIT, "max_clusters": MAX_CLUSTERS, "question": QUESTION, "seed": SEED}
 
     def sources(self, extractor: FeatureExtractor) -> list[str]:
         return extractor.sources
@@ -58,27 +51,23 @@ class CoSegmentation(Task):
     def images(self, sample: ImageGroup) -> list[Item]:
         return [(one.id, one.image) for one in sample.images]
 
-    def score(
-        self, sample: ImageGroup, features: Mapping[str, ImageFeatures], extractor: FeatureExtractor
-    ) -> list[Row]:
+    def score(self, sample: ImageGroup, features: Mapping[str, ImageFeatures], extractor: FeatureExtractor) -> list[Row]:
         order = self.sources(extractor)
         items = self.images(sample)
         per_image = [features[name] for name, _ in items]
-        saliency = [extractor.saliency(item, self.question).numpy() for item in items]
+        saliency = [extractor.saliency(item).numpy() for item in items]
         relative = [s / s.mean() if s.mean() > 0 else s for s in saliency]
-        shares = [
-            token_means(one.layout, np.stack([image.mask == 1, image.mask != VOID], axis=-1))
-            for one, image in zip(per_image, sample.images, strict=True)
-        ]
-        # Per source and rule the foreground tokens of all images.
-        chosen: list[list[np.ndarray]] = []
+        shares = [token_means(one.layout, np.stack([image.mask == 1, image.mask != VOID], axis=-1))
+                  for one, image in zip(per_image, sample.images, strict=True)]  # fmt: skip
+        inside, area = ([share[:, column] for share in shares] for column in (0, 1))
+        chosen: list[list[np.ndarray]] = []  # per source and rule the foreground tokens of all images
         counts = []
         for source in order:
             tokens = [one.features[source].float().cpu().numpy() for one in per_image]
-            found = cluster_tokens(tokens, self.max_clusters, n_init=self.n_init, seed=self.seed)
+            found = cluster_tokens(tokens, MAX_CLUSTERS, n_init=N_INIT, seed=SEED)
             rules = (
                 salient_clusters(found.labels, saliency, found.num_clusters)[1],
-                oracle_clusters(found.labels, *_columns(shares), found.num_clusters)[0],
+                oracle_clusters(found.labels, inside, area, found.num_clusters)[0],
                 salient_clusters(found.labels, relative, found.num_clusters, threshold=1.0)[1],
             )
             chosen += [[np.isin(labels, rule) for labels in found.labels] for rule in rules]
@@ -86,29 +75,9 @@ class CoSegmentation(Task):
         rows = []
         for i, (image, one) in enumerate(zip(sample.images, per_image, strict=True)):
             foreground = torch.from_numpy(np.stack([masks[i] for masks in chosen])).float()
-            pixels = binary_counts(one.layout.to_pixels(foreground) > 0.5, image.mask)
-            i_bg, i_fg, _, u_fg = pixels.reshape(len(order), 3, 4).transpose(2, 0, 1)
-            jaccard = np.where(u_fg > 0, i_fg / np.maximum(u_fg, 1), 1.0)  # (S, rules)
-            right = (i_bg + i_fg)[:, 0] / max((image.mask != VOID).sum(), 1)
-            values = np.column_stack([jaccard, right, counts])
+            pixels = binary_counts(one.layout.to_pixels(foreground) > 0.5, image.mask).reshape(len(order), 3, 4)
+            jaccard, precision = jaccard_and_precision(pixels)  # (S, rules)
+            values = np.column_stack([jaccard, precision[:, 0], counts])
             named = {source: tuple(row.tolist()) for source, row in zip(order, values, strict=True)}
             rows.append(Row(f"{sample.id}/{image.id}", sample.id, named))
         return rows
-
-    @staticmethod
-    def statistic(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """Mean over images of the Jaccard index under the saliency vote."""
-        return column_mean(_J)(weights, values)
-
-    @property
-    def statistics(self) -> dict[str, Statistic]:
-        return {
-            "J, oracle": column_mean(_J_ORACLE),
-            "J, relative threshold": column_mean(_J_RELATIVE),
-            "P": column_mean(_PRECISION),
-            "clusters": column_mean(_CLUSTERS),
-        }
-
-
-def _columns(shares: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    return [s[:, 0] for s in shares], [s[:, 1] for s in shares]

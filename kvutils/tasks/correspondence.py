@@ -12,25 +12,35 @@ import torch
 
 from kvutils.datasets.samples import Clip, KeypointPair
 from kvutils.errors import DataError
-from kvutils.metrics.masks import column_mean, column_ratio
-from kvutils.metrics.statistics import Statistic
+from kvutils.metrics.statistics import Statistic, column_mean, column_ratio
 from kvutils.metrics.video import davis_sequence
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, Item
 from kvutils.readout.matching import copy_first_mask, copy_labels, cosine_similarity, propagate_labels, soft_argmax
 from kvutils.tasks.base import UNTRAINED, Row, Task
 
-ALPHA = 0.1
+ALPHA, TEMPERATURE, RADIUS = 0.1, 0.04, 1.5  # of PCK; of the soft-argmax, its radius in token sizes
 _POINTS, _HITS, _HITS_STRICT, _HITS_IMAGE, _SOFT, _SOFT_IMAGE = range(6)
+
+
+def mean_over_pairs(column: int) -> Statistic:
+    """HPF's rule: the share of a pair's points, then the mean over pairs."""
+    return lambda weights, values: weights @ (values[:, column] / values[:, _POINTS]) / weights.sum(axis=1)
+
+
+def point_hits(predicted: np.ndarray, truth: np.ndarray, size: float, alpha: float = ALPHA) -> tuple[float, float]:
+    """How many of the predicted points (K, 2) are within alpha * size of the true ones: distance <= (HPF), < (SD-DINO)."""
+    distance = np.linalg.norm(predicted - truth, axis=1)
+    return float((distance <= alpha * size).sum()), float((distance < alpha * size).sum())
 
 
 class SemanticCorrespondence(Task):
     """The centre of the target token most similar (cosine) to the token under each source key point.
 
-    Headline: PCK@0.1 of the target's box, per pair, then the mean over pairs (HPF's rule, distance <=).
-    Beside it PCK per point (SD-DINO's rule, distance <), PCK@0.1 of the image's longer side, because 0.1 of a
-    box can be less than a token, and a soft-argmax over the tokens within `radius` token sizes of the best
-    match (ours), which predicts between token centres. Points that are not finite (not visible in both
-    images) are left out; a pair without points is skipped. Rows are resampled by source image.
+    Headline: PCK@0.1 of the target's box, per pair, then the mean over pairs (HPF's rule, distance <=). Beside it PCK per
+    point (SD-DINO's rule, distance <), PCK@0.1 of the image's longer side, because 0.1 of a box can be less than a token,
+    and a soft-argmax over the tokens within `RADIUS` token sizes of the best match (ours), which predicts between token
+    centres. Points that are not finite (not visible in both images) are left out; a pair without points is skipped. Rows
+    are resampled by source image.
     """
 
     name = "semantic_correspondence"
@@ -38,12 +48,19 @@ class SemanticCorrespondence(Task):
     metric = "PCK@0.1 per image"
     columns = ("points", "hits", "hits_strict", "hits_image", "soft_hits", "soft_hits_image")
     control = UNTRAINED
+    statistic = staticmethod(mean_over_pairs(_HITS))
+    statistics = {
+        "PCK@0.1 per point": column_ratio(_HITS_STRICT, _POINTS),
+        "PCK@0.1 of the image": mean_over_pairs(_HITS_IMAGE),
+        "soft PCK@0.1 per image": mean_over_pairs(_SOFT),
+        "soft PCK@0.1 of the image": mean_over_pairs(_SOFT_IMAGE),
+    }
 
-    def __init__(self, samples: Sequence[KeypointPair], temperature: float = 0.04, radius: float = 1.5):
-        self.samples, self.temperature, self.radius = samples, temperature, radius
+    def __init__(self, samples: Sequence[KeypointPair]):
+        self.samples = samples
 
     def parameters(self) -> dict:
-        return {"alpha": ALPHA, "temperature": self.temperature, "radius": self.radius}
+        return {"alpha": ALPHA, "temperature": TEMPERATURE, "radius": RADIUS}
 
     def sources(self, extractor: FeatureExtractor) -> list[str]:
         return extractor.sources
@@ -51,74 +68,47 @@ class SemanticCorrespondence(Task):
     def images(self, sample: KeypointPair) -> list[Item]:
         return [(sample.source_id, sample.source), (sample.target_id, sample.target)]
 
-    def score(
-        self, sample: KeypointPair, features: Mapping[str, ImageFeatures], extractor: FeatureExtractor
-    ) -> list[Row]:
-        points = np.asarray(sample.source_points, float).reshape(-1, 2)
-        truth = np.asarray(sample.target_points, float).reshape(-1, 2)
-        if len(points) != len(truth):
-            raise DataError(
-                f"{sample.id}: {len(points)} source and {len(truth)} target points do not correspond"
-            )
+    def score(self, sample: KeypointPair, features: Mapping[str, ImageFeatures], extractor: FeatureExtractor) -> list[Row]:
+        points, truth = (np.asarray(each, float).reshape(-1, 2) for each in (sample.source_points, sample.target_points))
         seen = np.isfinite(points).all(axis=1) & np.isfinite(truth).all(axis=1)
         if not seen.any():
             return []
-        x0, y0, x1, y1 = sample.target_box
-        if not max(x1 - x0, y1 - y0) > 0:
-            raise DataError(f"{sample.id}: the target's box x0, y0, x1, y1 is empty: {sample.target_box}")
+        truth = truth[seen]
         source, target = features[sample.source_id], features[sample.target_id]
         at = torch.from_numpy(source.layout.token_at(points[seen]))
-        width, height = target.layout.image_size
-        limits = np.array([max(x1 - x0, y1 - y0), max(width, height)]) * ALPHA
+        x0, y0, x1, y1 = sample.target_box
+        box, image = max(x1 - x0, y1 - y0), max(target.layout.image_size)
         centers = torch.from_numpy(target.layout.centers)
         sides = target.layout.rects[:, 2:] - target.layout.rects[:, :2]
-        radius = self.radius * float(sides.max())
+        radius = RADIUS * float(sides.max())
         values: dict[str, tuple[float, ...]] = {}
         for names in source.by_width(self.sources(extractor)):
             similarity = cosine_similarity(source.stack(names)[:, at], target.stack(names)).cpu().double()
-            hard = centers[similarity.argmax(-1)]  # (S, K, 2)
-            soft = soft_argmax(similarity, centers, self.temperature, radius)
+            hard = centers[similarity.argmax(-1)].numpy()  # (S, K, 2)
+            soft = soft_argmax(similarity, centers, TEMPERATURE, radius).numpy()
             for name, one, other in zip(names, hard, soft, strict=True):
-                near, between = (np.linalg.norm(p.numpy() - truth[seen], axis=1) for p in (one, other))
-                box, image = limits
-                hits = (near <= box, near < box, near <= image, between <= box, between <= image)
-                values[name] = (float(seen.sum()), *(float(h.sum()) for h in hits))
+                values[name] = (float(len(truth)), *point_hits(one, truth, box), point_hits(one, truth, image)[0],
+                                point_hits(other, truth, box)[0], point_hits(other, truth, image)[0])  # fmt: skip
         return [Row(sample.id, sample.source_id, values)]
-
-    @staticmethod
-    def statistic(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """PCK@0.1 of the box per pair, mean over pairs."""
-        return _per_pair(_HITS)(weights, values)
-
-    @property
-    def statistics(self) -> dict[str, Statistic]:
-        return {
-            "PCK@0.1 per point": column_ratio(_HITS_STRICT, _POINTS),
-            "PCK@0.1 of the image": _per_pair(_HITS_IMAGE),
-            "soft PCK@0.1 per image": _per_pair(_SOFT),
-            "soft PCK@0.1 of the image": _per_pair(_SOFT_IMAGE),
-        }
-
-
-def _per_pair(column: int) -> Statistic:
-    def statistic(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-        return weights @ (values[:, column] / values[:, _POINTS]) / weights.sum(axis=1)
-
-    return statistic
 
 
 COPY_FIRST = "copy_first_mask"  # the baseline without features
+N_LAST, NEAR, TOPK = 7, 12, 5  # context frames before this one, neighbourhood in tokens, most similar tokens (DINO's)
 _J, _F, _J_NEAREST, _F_NEAREST = range(4)
+
+
+def j_and_f(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """J&F of label propagation, mean over objects."""
+    return weights @ values[:, [_J, _F]].mean(axis=1) / weights.sum(axis=1)
 
 
 class TemporalCorrespondence(Task):
     """Labels travel along token similarities from frame to frame; rows are objects, resampled by clip.
 
-    Headline: J&F of DINO's label propagation (context: the first frame and the `n_last` before; `radius` in
-    tokens; the `topk` most similar tokens, temperature 0.1). Beside it plain nearest neighbours in the first
-    frame, which is how the paper matches key points. Ours: a token's first label is the share of its pixels
-    (DINO takes the centre pixel), which does not lose objects smaller than a token. The first frame is given,
-    the last not scored, void is background.
+    Headline: J&F of DINO's label propagation (context: the first frame and the `N_LAST` before; temperature 0.1). Beside it
+    plain nearest neighbours in the first frame, which is how the paper matches key points. Ours: a token's first label is
+    the share of its pixels (DINO takes the centre pixel), which does not lose objects smaller than a token. The first frame
+    is given, the last not scored, void is background.
     """
 
     name = "temporal_correspondence"
@@ -127,14 +117,15 @@ class TemporalCorrespondence(Task):
     columns = ("j", "f", "j_nearest", "f_nearest")
     control = UNTRAINED
     chunk = 1  # a clip has a hundred frames
+    statistic = staticmethod(j_and_f)
+    statistics = {"J": column_mean(_J), "F": column_mean(_F), "J, nearest neighbour": column_mean(_J_NEAREST),
+                  "F, nearest neighbour": column_mean(_F_NEAREST)}  # fmt: skip
 
-    def __init__(
-        self, samples: Sequence[Clip], n_last: int = 7, radius: int = 12, topk: int = 5, rule: str = "area"
-    ):
-        self.samples, self.n_last, self.radius, self.topk, self.rule = samples, n_last, radius, topk, rule
+    def __init__(self, samples: Sequence[Clip]):
+        self.samples = samples
 
     def parameters(self) -> dict:
-        return {name: getattr(self, name) for name in ("n_last", "radius", "topk", "rule")}
+        return {"n_last": N_LAST, "radius": NEAR, "topk": TOPK, "rule": "area"}
 
     def sources(self, extractor: FeatureExtractor) -> list[str]:
         return [COPY_FIRST, *extractor.sources]
@@ -142,51 +133,23 @@ class TemporalCorrespondence(Task):
     def images(self, sample: Clip) -> list[Item]:
         return [(f"{sample.id}/{i:05d}", frame) for i, frame in enumerate(sample.frames)]
 
-    def score(
-        self, sample: Clip, features: Mapping[str, ImageFeatures], extractor: FeatureExtractor
-    ) -> list[Row]:
-        frames = [features[f"{sample.id}/{i:05d}"] for i in range(len(sample.frames))]
-        rows, columns = (len(np.unique(frames[0].layout.cells[:, axis])) for axis in (0, 1))
-        if any(len(frame.layout) != rows * columns for frame in frames):
-            raise DataError(
-                f"{sample.id}: the frames have different token grids; give all frames the same size"
-            )
+    def score(self, sample: Clip, features: Mapping[str, ImageFeatures], extractor: FeatureExtractor) -> list[Row]:
+        frames = list(features.values())
+        grid = tuple(len(np.unique(frames[0].layout.cells[:, axis])) for axis in (0, 1))
+        if any(len(frame.layout) != grid[0] * grid[1] for frame in frames):
+            raise DataError(f"{sample.id}: the frames have different token grids; give all frames the same size")
         masks = sample.masks  # read once: they may be files
         first = masks[0]
-        options = {"n_last": self.n_last, "radius": self.radius, "topk": self.topk, "rule": self.rule}
         copied = np.concatenate(davis_sequence(copy_first_mask(first, len(frames)), masks))
-        scores = {COPY_FIRST: [copied, copied]}
-        for names in frames[0].by_width(extractor.sources, rows=rows * columns * len(frames)):
+        scores = {COPY_FIRST: [copied, copied]}  # per source and method (2 * objects, frames): J of every object, then F
+        for names in frames[0].by_width(extractor.sources, rows=len(frames[0].layout) * len(frames)):
             stacked = torch.stack([frame.stack(names) for frame in frames], dim=1)  # (S, T, N, C)
-            carried = propagate_labels(first, stacked, (rows, columns), **options)
-            nearest = copy_labels(first, stacked, (rows, columns), self.rule)
+            carried, nearest = propagate_labels(first, stacked, grid, N_LAST, NEAR, TOPK), copy_labels(first, stacked, grid)
             for name, *results in zip(names, carried, nearest, strict=True):
                 scores[name] = [np.concatenate(davis_sequence(result, masks)) for result in results]
-        # Per source and method (2 * objects, frames): J of every object, then F of every object.
         means = {source: np.stack([one.mean(axis=1) for one in both]) for source, both in scores.items()}
-        objects = means[COPY_FIRST].shape[1] // 2
+        objects = len(copied) // 2
         return [
-            Row(
-                f"{sample.id}_{i + 1}",
-                sample.id,
-                {
-                    source: tuple(float(m) for m in mean[:, [i, objects + i]].ravel())
-                    for source, mean in means.items()
-                },
-            )
+            Row(f"{sample.id}_{i + 1}", sample.id, {s: tuple(mean[:, [i, objects + i]].ravel().tolist()) for s, mean in means.items()})
             for i in range(objects)
         ]
-
-    @staticmethod
-    def statistic(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """J&F of label propagation, mean over objects."""
-        return weights @ values[:, [_J, _F]].mean(axis=1) / weights.sum(axis=1)
-
-    @property
-    def statistics(self) -> dict[str, Statistic]:
-        return {
-            "J": column_mean(_J),
-            "F": column_mean(_F),
-            "J, nearest neighbour": column_mean(_J_NEAREST),
-            "F, nearest neighbour": column_mean(_F_NEAREST),
-        }

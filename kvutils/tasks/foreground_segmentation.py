@@ -8,24 +8,46 @@ import numpy as np
 import torch
 
 from kvutils.datasets.samples import Episode
-from kvutils.metrics.masks import binary_counts, sample_seed
-from kvutils.metrics.statistics import Statistic
+from kvutils.metrics.masks import binary_counts
+from kvutils.metrics.statistics import column_mean
 from kvutils.probes import fit_linear_probe, shuffled_labels
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, Item, token_means
-from kvutils.tasks.base import SHUFFLED, Row, Task
+from kvutils.tasks.base import SHUFFLED, Row, Task, sample_seed
 
 _FOLD, _CLASS, _I_BG, _I_FG, _U_BG, _U_FG, _CONVERGED = range(7)
+
+
+def foreground_miou(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """HSNet's foreground mIoU: IoU of summed I and U per class, mean within folds (over classes with episodes; HSNet counts
+    the others as 0), then over folds."""
+    folds = []
+    for fold in np.unique(values[:, _FOLD]):
+        in_fold = values[:, _FOLD] == fold
+        classes = [in_fold & (values[:, _CLASS] == c) for c in np.unique(values[in_fold, _CLASS])]
+        folds.append(np.mean([_iou(weights, values, mine, _I_FG, _U_FG) for mine in classes], axis=0))
+    return np.mean(folds, axis=0)
+
+
+def foreground_background_iou(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """FB-IoU: mean of foreground and background IoU, I and U summed over a fold's episodes; mean over folds."""
+    folds = [values[:, _FOLD] == fold for fold in np.unique(values[:, _FOLD])]
+    pairs = ((_I_BG, _U_BG), (_I_FG, _U_FG))
+    return np.mean([np.mean([_iou(weights, values, mine, *pair) for pair in pairs], axis=0) for mine in folds], axis=0)
+
+
+def _iou(weights: np.ndarray, values: np.ndarray, mine: np.ndarray, intersection: int, union: int) -> np.ndarray:
+    return weights[:, mine] @ values[mine, intersection] / np.maximum(weights[:, mine] @ values[mine, union], 1)
 
 
 class ForegroundSegmentation(Task):
     """A probe fitted on the tokens of the support images labels every token of the query.
 
-    Paper: a linear classifier on value tokens, 5 support images. Ours: L2-regularised logistic regression,
-    class-balanced, features standardised on the support; `strength` is scikit-learn's C, one value for all
-    sources (0.01 was best or close to it for every source on pocket scenes that are not scored); a token's
-    label is the majority of its pixels, void excluded; logits are interpolated bilinearly to the query's mask
-    and cut at 0. If no support token has a foreground (or background) majority, the token with the largest
-    such share in each support image takes that label. Control: the same probe fitted on shuffled labels.
+    Paper: a linear classifier on value tokens, 5 support images. Ours: L2-regularised logistic regression, class-balanced,
+    features standardised on the support; `strength` is scikit-learn's C, one value for all sources (0.01 was best or close
+    to it for every source on pocket scenes that are not scored); a token's label is the majority of its pixels, void
+    excluded; logits are interpolated bilinearly to the query's mask and cut at 0. If no support token has a foreground (or
+    background) majority, the token with the largest such share in each support image takes that label. Control: the same
+    probe fitted on shuffled labels.
     """
 
     name = "foreground_segmentation"
@@ -33,6 +55,8 @@ class ForegroundSegmentation(Task):
     metric = "fg mIoU"
     columns = ("fold", "class", "i_bg", "i_fg", "u_bg", "u_fg", "converged")
     control = SHUFFLED
+    statistic = staticmethod(foreground_miou)
+    statistics = {"FB-IoU": foreground_background_iou, "converged": column_mean(_CONVERGED)}
 
     def __init__(self, samples: Sequence[Episode], strength: float = 0.01, max_iter: int = 1000):
         self.samples, self.strength, self.max_iter = samples, strength, max_iter
@@ -46,11 +70,8 @@ class ForegroundSegmentation(Task):
     def images(self, sample: Episode) -> list[Item]:
         return [(one.id, one.image) for one in (*sample.supports, sample.query)]
 
-    def score(
-        self, sample: Episode, features: Mapping[str, ImageFeatures], extractor: FeatureExtractor
-    ) -> list[Row]:
-        supports = [features[one.id] for one in sample.supports]
-        query = features[sample.query.id]
+    def score(self, sample: Episode, features: Mapping[str, ImageFeatures], extractor: FeatureExtractor) -> list[Row]:
+        supports, query = [features[one.id] for one in sample.supports], features[sample.query.id]
         labels = torch.from_numpy(support_labels(supports, [one.mask for one in sample.supports]))
         known = labels >= 0
         if len(torch.unique(labels[known])) < 2:  # the object fills every support: there is nothing to tell it from
@@ -59,60 +80,24 @@ class ForegroundSegmentation(Task):
         logits, converged = {}, {}
         for names in query.by_width(extractor.sources, rows=2 * len(labels)):  # the control stacks them again
             train = torch.cat([support.stack(names) for support in supports], dim=1)
-            test = query.stack(names)
             controlled = [i for i, name in enumerate(names) if name.startswith("value.")]
             rows = [*range(len(names)), *controlled]  # the control reads the same features under other labels
-            y = torch.stack([labels] * len(names) + [shuffled] * len(controlled))
-            probe = fit_linear_probe(
-                train[rows],
-                y.to(train.device),
-                strength=self.strength,
-                sample_weight=known.to(train.device),
-                max_iter=self.max_iter,
-            )
+            y = torch.stack([labels] * len(names) + [shuffled] * len(controlled)).to(train.device)
+            probe = fit_linear_probe(train[rows], y, strength=self.strength, sample_weight=known.to(train.device),
+                                     max_iter=self.max_iter)  # fmt: skip
             fitted = [*names, *(SHUFFLED + names[i] for i in controlled)]
-            logits |= dict(zip(fitted, probe.logits(test[rows]), strict=True))
+            logits |= dict(zip(fitted, probe.logits(query.stack(names)[rows]), strict=True))
             converged |= dict(zip(fitted, probe.converged.tolist(), strict=True))
         order = self.sources(extractor)
         maps = query.layout.to_pixels(torch.stack([logits[source] for source in order]))
         counts = binary_counts(maps > 0, sample.query.mask)
-        values = {
-            source: (float(sample.fold), float(sample.class_index), *row.tolist(), float(converged[source]))
-            for source, row in zip(order, counts, strict=True)
-        }
+        about = (float(sample.fold), float(sample.class_index))
+        values = {s: (*about, *row.tolist(), float(converged[s])) for s, row in zip(order, counts, strict=True)}
         return [Row(sample.id, sample.query.id, values)]
-
-    @staticmethod
-    def statistic(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """HSNet's foreground mIoU: IoU of summed I and U per class, mean within folds, then over folds."""
-        folds = []
-        for fold in np.unique(values[:, _FOLD]):
-            classes = np.unique(values[values[:, _FOLD] == fold, _CLASS])
-            ious = []
-            for c in classes:
-                mine = (values[:, _FOLD] == fold) & (values[:, _CLASS] == c)
-                intersection, union = (weights[:, mine] @ values[mine, k] for k in (_I_FG, _U_FG))
-                ious.append(intersection / np.maximum(union, 1))
-            folds.append(np.mean(ious, axis=0))
-        return np.mean(folds, axis=0)
-
-    @property
-    def statistics(self) -> dict[str, Statistic]:
-        return {"FB-IoU": _fb_iou, "converged": lambda w, v: w @ v[:, _CONVERGED] / w.sum(axis=1)}
-
-
-def _fb_iou(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Mean of foreground and background IoU, I and U summed over a fold's episodes; mean over folds."""
-    folds = []
-    for fold in np.unique(values[:, _FOLD]):
-        mine = values[:, _FOLD] == fold
-        i_bg, i_fg, u_bg, u_fg = (weights[:, mine] @ values[mine, k] for k in (_I_BG, _I_FG, _U_BG, _U_FG))
-        folds.append((i_bg / np.maximum(u_bg, 1) + i_fg / np.maximum(u_fg, 1)) / 2)
-    return np.mean(folds, axis=0)
 
 
 def support_labels(supports: Sequence[ImageFeatures], masks: Sequence[np.ndarray]) -> np.ndarray:
-    """(all support tokens,) int64: 0, 1, or -1 where all pixels are void; see the class for rare cases."""
+    """(all support tokens,) int64: 0, 1, or -1 where all pixels are void; see the task for rare cases."""
     labels = [one.layout.token_labels(mask)[0] for one, mask in zip(supports, masks, strict=True)]
     for wanted in (0, 1):
         if any((found == wanted).any() for found in labels):

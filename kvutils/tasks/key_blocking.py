@@ -23,9 +23,9 @@ from kvutils.keys import (
     select_same_positions,
     selected_mass,
 )
+from kvutils.metrics.statistics import choosing_half
 from kvutils.models import MLM
 from kvutils.store import Parts, digest, in_chunks
-from kvutils.tasks.base import choosing_half
 from kvutils.tasks.key_statistics import agnostic
 from kvutils.tasks.key_table import KeyTable
 from kvutils.tasks.yes_no import YesNoTask, compare_answers, summarise_answers

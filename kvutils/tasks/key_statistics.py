@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from kvutils.errors import one_of
-from kvutils.metrics.statistics import Statistic, bootstrap_ci, percentile_interval
+from kvutils.metrics.statistics import Statistic, bootstrap_ci, mean_statistic, percentile_interval
 from kvutils.tasks.bimodality import separation, variance_threshold
 from kvutils.tasks.key_table import KeyTable
 
@@ -116,7 +116,7 @@ def describe_keys(
 def shares(table: KeyTable, mask: torch.Tensor, n_boot: int = 2000, seed: int = 0) -> dict:
     """Share of the keys that a mask (L, G, N) holds: of all, by layer, by layer and head; intervals over positions."""
     held = mask[..., table.real].double()  # (L, G, P)
-    found = _all_and_layers(_over_heads(held.movedim(-1, 0).numpy()), "mean", n_boot, seed)
+    found = _all_and_layers(_over_heads(held.movedim(-1, 0).numpy()), mean_statistic, n_boot, seed)
     return found | {"heads": held.mean(-1).tolist()}
 
 
@@ -187,7 +187,7 @@ def compare_trained(trained: KeyTable, untrained: KeyTable, found: dict, n_boot:
         masks = [agnostic(each, found, scale) for each in (trained, untrained)]
         gap = (masks[0].double() - masks[1].double())[..., trained.real].movedim(-1, 0).numpy()
         result[scale] = {
-            "difference": _all_and_layers(_over_heads(gap), "mean", n_boot, seed),
+            "difference": _all_and_layers(_over_heads(gap), mean_statistic, n_boot, seed),
             "untrained": shares(untrained, masks[1], n_boot, seed),
         }
     return result

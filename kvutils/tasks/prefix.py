@@ -18,12 +18,13 @@ from kvutils.datasets.bdd10k import CLASS_NAMES as BDD_NAMES
 from kvutils.datasets.samples import VOID, DomainImage, LabelledImage, NamedMask
 from kvutils.errors import DataError
 from kvutils.images import encode_image
-from kvutils.metrics.masks import column_mean, sample_seed
+from kvutils.metrics.masks import class_counts, class_mean_iou
+from kvutils.metrics.statistics import column_mean
 from kvutils.probes import LinearProbe, fit_linear_probe, join_probes, otsu
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, token_means
 from kvutils.readout.maps import to_grid
 from kvutils.store import Parts, in_chunks
-from kvutils.tasks.base import ScoreTable
+from kvutils.tasks.base import ScoreTable, sample_seed
 from kvutils.tasks.prefixes import CONDITIONS, PrefixWriter
 from kvutils.tasks.text_segmentation import COLUMNS, IOU, map_scores
 
@@ -183,21 +184,11 @@ class DomainPrefix(PrefixReadout):
             scores = logits.transpose(1, 2)
         # Layer by layer: the maps of all layers and classes of one large photograph would take gigabytes.
         said = [self._seen[image.layout.to_pixels(one).argmax(0).cpu().numpy()] for one in scores]
-        labels = range(self._first, len(self.class_names) + 1)
-        true = np.asarray(sample.mask)
-        valid = (true != VOID) & (true >= self._first)
-        return [
-            tuple(float(count) for count in (
-                *((one[valid] == label)[true[valid] == label].sum() for label in labels),
-                *((true[valid] == label).sum() for label in labels), *((one[valid] == label).sum() for label in labels)))
-            for one in said
-        ]  # fmt: skip
+        labels, true = range(self._first, len(self.class_names) + 1), np.asarray(sample.mask)
+        return [tuple(class_counts(one, true, labels).astype(float).tolist()) for one in said]
 
     def statistic(self, weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """Mean IoU over the classes that occur in a resample, as BDD100K's seg.py has it."""
-        right, true, said = np.split(weights @ values[:, : -len(MOVED)], 3, axis=1)
-        ious = right / np.maximum(true + said - right, 1)
-        return ious.sum(axis=1) / np.maximum((true > 0).sum(axis=1), 1)
+        return class_mean_iou(weights, values[:, : -len(MOVED)])
 
 
 def _values(image: ImageFeatures, layers: Sequence[int]) -> torch.Tensor:

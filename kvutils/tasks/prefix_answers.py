@@ -11,11 +11,10 @@ from kvutils.answer import answer_all
 from kvutils.datasets.samples import YesNoSample
 from kvutils.errors import DataError
 from kvutils.metrics.answers import pope_parse
-from kvutils.metrics.masks import column_ratio, sample_seed
-from kvutils.metrics.statistics import bootstrap_ci, paired_difference
+from kvutils.metrics.statistics import bootstrap_ci, column_ratio, paired_difference
 from kvutils.models import MLM
 from kvutils.store import Parts, in_chunks
-from kvutils.tasks.base import ScoreTable
+from kvutils.tasks.base import ScoreTable, sample_seed
 from kvutils.tasks.prefixes import CONDITIONS, PrefixWriter
 
 COLUMNS = ("right", "yes", "changed", "named_right", "asked", "named")

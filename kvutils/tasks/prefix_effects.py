@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from kvutils.errors import DataError
-from kvutils.metrics.masks import column_mean
-from kvutils.metrics.statistics import Interval, Statistic, bootstrap_ci, paired_difference, peak_then_degrade
-from kvutils.tasks.base import ScoreTable, choosing_half
+from kvutils.metrics.statistics import UNDEFINED, Interval, Statistic, bootstrap_ci, choosing_half, column_mean, paired_difference, peak_then_degrade
+from kvutils.tasks.base import ScoreTable
 from kvutils.tasks.prefix import MOVED
 from kvutils.tasks.prefixes import CONDITIONS
 
@@ -61,7 +60,7 @@ def _where_shown(moved: np.ndarray, groups: Sequence[str], n_boot: int, seed: in
     """The mean over the samples that show the part; None where none does."""
     shown = moved >= 0  # not NOWHERE
     if not shown.any():
-        return Interval(np.nan, np.nan, np.nan, 0).as_dict()
+        return UNDEFINED.as_dict()
     kept = [group for group, each in zip(groups, shown, strict=True) if each]
     return bootstrap_ci(moved[shown, None], column_mean(0), n_boot, seed, kept).as_dict()
 

@@ -1,8 +1,7 @@
-"""What tasks 3 and 4 share: score maps of an image, and the numbers that say how well they show one mask.
+"""Tasks 3 and 4: what a text names, found among the image tokens (paper, section 3.1).
 
-Task 3: semantic segmentation (ImageNet-S), read with words or with a probe (paper, section 3.1).
-
-Task 4: referring-expression segmentation and detection (RefCOCO), read with words (paper, section 3.1).
+Task 3 is semantic segmentation (ImageNet-S), read with words or with a probe; task 4 is referring-expression segmentation
+and detection (RefCOCO), read with words. Both make score maps of an image and ask how well they show one mask.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ import numpy as np
 import torch
 
 from kvutils.datasets.samples import LabelledImage, NamedMask
-from kvutils.errors import DataError, ParameterError
-from kvutils.metrics.masks import average_precisions, binary_counts, box_iou, column_mean, column_ratio, largest_region_box, sample_seed
-from kvutils.metrics.statistics import Statistic
+from kvutils.errors import DataError, one_of
+from kvutils.metrics.masks import average_precisions, binary_counts, box_iou, largest_region_box
+from kvutils.metrics.statistics import column_mean, column_ratio
 from kvutils.probes import LinearProbe, fit_linear_probe, otsu, shuffled_labels
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, Item
-from kvutils.tasks.base import SHUFFLED, Row, Task
+from kvutils.tasks.base import SHUFFLED, Row, Task, sample_seed
 
 AP, INTERSECTION, UNION, IOU, BOX = range(5)
 COLUMNS = ("ap", "intersection", "union", "iou", "box")
@@ -49,8 +48,8 @@ def _bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
 class TextSegmentation(Task):
     """Score of a text on every image token, interpolated to pixels; Otsu's threshold per image (ours).
 
-    Control: the same scores for the text of another sample that does not hold for this image. Samples without
-    a foreground pixel are skipped.
+    Control: the same scores for the text of another sample that does not hold for this image. Samples without a foreground
+    pixel are skipped.
     """
 
     columns = COLUMNS
@@ -67,9 +66,7 @@ class TextSegmentation(Task):
     def images(self, sample: NamedMask) -> list[Item]:
         return [(sample.image_id, sample.image)]
 
-    def score(
-        self, sample: NamedMask, features: Mapping[str, ImageFeatures], extractor: FeatureExtractor
-    ) -> list[Row]:
+    def score(self, sample: NamedMask, features: Mapping[str, ImageFeatures], extractor: FeatureExtractor) -> list[Row]:
         mask = sample.mask  # read once: it may be a file
         if not (mask == 1).any():
             return []
@@ -101,43 +98,30 @@ def _wrong_texts(samples: Sequence[NamedMask]) -> dict[str, str]:
 class SemanticSegmentation(TextSegmentation):
     """Zero-shot: the class name's vector . every image token, in each text-aligned source.
 
-    Headline: average precision over pixels, which needs no threshold. Second: IoU after Otsu's threshold
-    (ours; the paper states no rule). Control: a class name that is not in the image.
+    Headline: average precision over pixels, which needs no threshold. Second: IoU after Otsu's threshold (ours; the paper
+    states no rule). Control: a class name that is not in the image.
     """
 
     name = "semantic_segmentation"
     title = "Semantic segmentation, by text"
     metric = "AP"
-
-    @staticmethod
-    def statistic(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """Mean over samples of the average precision."""
-        return column_mean(AP)(weights, values)
-
-    @property
-    def statistics(self) -> dict[str, Statistic]:
-        return {"IoU": column_mean(IOU)}
+    statistic = staticmethod(column_mean(AP))
+    statistics = {"IoU": column_mean(IOU)}
 
 
 class SemanticSegmentationProbe(SemanticSegmentation):
     """Supervised counterpart of the same samples and metrics, for every source (ours).
 
-    One multinomial probe per source, fitted on the tokens of other labelled images (`train`: class index + 1
-    of `class_names`, 0 background, void excluded), class-balanced. A class's score is its log-odds against
-    all others, foreground is above 0. Control: the probe fitted on shuffled labels.
+    One multinomial probe per source, fitted on the tokens of other labelled images (`train`: class index + 1 of
+    `class_names`, 0 background, void excluded), class-balanced. A class's score is its log-odds against all others,
+    foreground is above 0. Control: the probe fitted on shuffled labels.
     """
 
     name = "semantic_segmentation_probe"
     title = "Semantic segmentation, by probe"
 
-    def __init__(
-        self,
-        samples: Sequence[NamedMask],
-        train: Sequence[LabelledImage],
-        class_names: Sequence[str],
-        strength: float = 0.01,
-        max_iter: int = 1000,
-    ):
+    def __init__(self, samples: Sequence[NamedMask], train: Sequence[LabelledImage], class_names: Sequence[str],
+                 strength: float = 0.01, max_iter: int = 1000):  # fmt: skip
         super().__init__(samples)
         if {image.id for image in train} & {sample.image_id for sample in samples}:
             raise DataError("training and scored images overlap; pass labelled images that are not scored")
@@ -146,57 +130,37 @@ class SemanticSegmentationProbe(SemanticSegmentation):
         self._probes: list[tuple[list[str], LinearProbe]] = []
 
     def parameters(self) -> dict:
-        names = [image.id for image in self.train]
-        return {
-            "strength": self.strength,
-            "max_iter": self.max_iter,
-            "train": names,
-            "classes": self.class_names,
-        }
+        about = {"train": [image.id for image in self.train], "classes": self.class_names}
+        return {"strength": self.strength, "max_iter": self.max_iter, **about}
 
     def sources(self, extractor: FeatureExtractor) -> list[str]:
         return extractor.sources + [f"{SHUFFLED}value.{layer}" for layer in extractor.layers]
 
     def prepare(self, extractor: FeatureExtractor) -> None:
-        """Fit the probes. ConvergenceError if one does not converge."""
+        """Fit the probes. DataError if no token shows some class, ConvergenceError if a fit does not converge."""
         images = extractor.images([(image.id, image.image) for image in self.train])
-        found = [
-            one.layout.token_labels(image.mask)[0] for one, image in zip(images, self.train, strict=True)
-        ]
+        found = [one.layout.token_labels(image.mask)[0] for one, image in zip(images, self.train, strict=True)]
         labels = torch.from_numpy(np.concatenate(found))
-        known, classes = labels >= 0, len(self.class_names) + 1
-        absent = sorted(set(range(classes)) - set(labels[known].tolist()))
+        known, names = labels >= 0, ["background", *self.class_names]
+        absent = sorted(set(range(len(names))) - set(labels[known].tolist()))
         if absent:
-            names = ["background", *self.class_names]
-            raise DataError(
-                f"no training token shows {', '.join(names[i] for i in absent)}; pass more training images"
-            )
+            raise DataError(f"no training token shows {', '.join(names[i] for i in absent)}; pass more training images")
+        shuffled = shuffled_labels(labels, 0, known)
         self._probes = []
-        for names in images[0].by_width(extractor.sources, rows=len(labels)):
-            values = [name for name in names if name.startswith("value.")]
-            for group, y, prefix in (
-                (names, labels, ""),
-                (values, shuffled_labels(labels, 0, known), SHUFFLED),
-            ):
+        for sources in images[0].by_width(extractor.sources, rows=len(labels)):
+            values = [source for source in sources if source.startswith("value.")]
+            for group, y, prefix in ((sources, labels, ""), (values, shuffled, SHUFFLED)):
                 if group:
                     X = torch.cat([one.stack(group) for one in images], dim=1)
-                    probe = fit_linear_probe(
-                        X,
-                        y.to(X.device),
-                        classes,
-                        self.strength,
-                        sample_weight=known.to(X.device),
-                        max_iter=self.max_iter,
-                    )
-                    self._probes.append(([prefix + name for name in group], probe.require_converged()))
+                    probe = fit_linear_probe(X, y.to(X.device), len(names), self.strength, sample_weight=known.to(X.device),
+                                             max_iter=self.max_iter)  # fmt: skip
+                    self._probes.append(([prefix + source for source in group], probe.require_converged()))
 
-    def score(
-        self, sample: NamedMask, features: Mapping[str, ImageFeatures], extractor: FeatureExtractor
-    ) -> list[Row]:
-        if not (sample.mask == 1).any():
+    def score(self, sample: NamedMask, features: Mapping[str, ImageFeatures], extractor: FeatureExtractor) -> list[Row]:
+        mask = sample.mask
+        if not (mask == 1).any():
             return []
-        if sample.class_name not in self.class_names:
-            raise ParameterError(f"{sample.id}: the probe was not fitted for class {sample.class_name!r}")
+        one_of(f"class of {sample.id}", sample.class_name, self.class_names)
         image, number = features[sample.image_id], self.class_names.index(sample.class_name) + 1
         odds = {}
         for names, probe in self._probes:
@@ -206,28 +170,20 @@ class SemanticSegmentationProbe(SemanticSegmentation):
             odds |= dict(zip(names, scores, strict=True))
         order = self.sources(extractor)
         maps = image.layout.to_pixels(torch.stack([odds[source] for source in order]))
-        values = map_scores(maps, sample.mask, [0.0] * len(order))
+        values = map_scores(maps, mask, [0.0] * len(order))
         return [Row(sample.id, sample.group, dict(zip(order, values, strict=True)))]
 
 
 class ReferringSegmentation(TextSegmentation):
     """Zero-shot: the expression's vector . every image token, in each text-aligned source.
 
-    Rows are sentences. Headline: mIoU after Otsu's threshold (ours; an empty union counts 0, as LAVT). Beside
-    it oIoU (sum I / sum U), the average precision over pixels, and Acc@0.5, the share of sentences whose box
-    around the largest region has an IoU of at least 0.5 with the true box. Control: an expression for another
-    image.
+    Rows are sentences. Headline: mIoU after Otsu's threshold (ours; an empty union counts 0, as LAVT). Beside it oIoU
+    (sum I / sum U), the average precision over pixels, and Acc@0.5, the share of sentences whose box around the largest
+    region has an IoU of at least 0.5 with the true box. Control: an expression for another image.
     """
 
     name = "referring_segmentation"
     title = "Referring-expression segmentation"
     metric = "mIoU"
-
-    @staticmethod
-    def statistic(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """Mean over sentences of the IoU."""
-        return column_mean(IOU)(weights, values)
-
-    @property
-    def statistics(self) -> dict[str, Statistic]:
-        return {"oIoU": column_ratio(INTERSECTION, UNION), "AP": column_mean(AP), "Acc@0.5": column_mean(BOX)}
+    statistic = staticmethod(column_mean(IOU))
+    statistics = {"oIoU": column_ratio(INTERSECTION, UNION), "AP": column_mean(AP), "Acc@0.5": column_mean(BOX)}

@@ -1,21 +1,18 @@
-"""The paper's section 3.1 as one measurement: the six tasks of a profile, and the models they are run on.
+"""The paper's section 3.1 as one measurement: the six tasks of a profile, the models they are run on, claims C1, C2, C4.
 
-What each step between SigLIP and the language model adds to, or loses of, what the six tasks read (section 3.1, Table 1).
-
-SigLIP as published -> (finetuning) -> the model's own encoder -> (projection) -> projector -> (language model) -> values.
+Along the data flow: SigLIP as published -> (finetuning) -> the model's own encoder -> (projection) -> projector ->
+(language model) -> values. What each step adds to, or loses of, what the six tasks read is the paper's Table 1.
 """
 
-import math
 from collections.abc import Mapping
 
 from kvutils.datasets import TASK_DATA, class_names, open_dataset
-from kvutils.errors import ParameterError
-from kvutils.metrics.statistics import Interval, bootstrap_ci, claim_of_parts, paired_difference, undefined
+from kvutils.errors import ParameterError, one_of
+from kvutils.metrics.statistics import UNDEFINED, Interval, bootstrap_ci, choosing_half, claim_of_parts, paired_difference, undefined
 from kvutils.models import load_encoder, load_mlm, original_encoder
 from kvutils.readout.features import FeatureExtractor
 from kvutils.readout.words import load_siglip_text
-from kvutils.store import Store
-from kvutils.tasks.base import ScoreTable, Task, choosing_half, summarise
+from kvutils.tasks.base import ScoreTable, Task, summarise
 from kvutils.tasks.co_segmentation import CoSegmentation
 from kvutils.tasks.correspondence import SemanticCorrespondence, TemporalCorrespondence
 from kvutils.tasks.foreground_segmentation import ForegroundSegmentation
@@ -23,20 +20,22 @@ from kvutils.tasks.text_segmentation import ReferringSegmentation, SemanticSegme
 
 SIX = (ForegroundSegmentation, CoSegmentation, SemanticSegmentation, ReferringSegmentation, SemanticCorrespondence,
        TemporalCorrespondence)  # fmt: skip
+CHAIN = ("encoder_original", "encoder", "projector", "value")  # along the data flow; value: of the best layer
+STEPS = {  # step -> (before, after)
+    "finetuning": ("encoder_original", "encoder"),
+    "projection": ("encoder", "projector"),
+    "language model": ("projector", "value"),
+    "all steps": ("encoder_original", "value"),
+}
+_FEW = "independent units are too few to choose a layer and test it on others; at least 4 are needed"
 
 
-def open_extractor(model: str, store: Store | None = None, seed: int = 0, **options) -> FeatureExtractor:
+def open_extractor(model: str, seed: int = 0, **options) -> FeatureExtractor:
     """Everything the tasks compare, loaded by the model's name: the MLM, the same architecture with random weights
     (of the given seed), and the encoder before it was finetuned. options: those of `FeatureExtractor`."""
     encoder = original_encoder(model)
-    return FeatureExtractor(
-        load_mlm(model),
-        untrained=load_mlm(model, untrained=True, seed=seed),
-        encoder_original=load_encoder(encoder),
-        encoder_text=load_siglip_text(encoder),
-        store=store,
-        **options,
-    )
+    return FeatureExtractor(load_mlm(model), load_mlm(model, untrained=True, seed=seed), load_encoder(encoder),
+                            encoder_text=load_siglip_text(encoder), **options)  # fmt: skip
 
 
 def value_flow_tasks(profile: str, options: Mapping[str, Mapping] | None = None) -> dict[str, Task]:
@@ -44,9 +43,8 @@ def value_flow_tasks(profile: str, options: Mapping[str, Mapping] | None = None)
     data set name, such as {"pocket-davis-2017": {"count": 4}}."""
     options = dict(options or {})
     names = TASK_DATA[profile]
-    unknown = set(options) - set(names.values())
-    if unknown:
-        raise ParameterError(f"options for {', '.join(sorted(unknown))}: profile {profile} uses {', '.join(names.values())}")
+    for name in options:
+        one_of(f"data set in the options for profile {profile}", name, names.values())
     data = {use: open_dataset(name, **options.get(name, {})) for use, name in names.items()}
     tasks = {task.name: task(data[task.name]) for task in SIX}
     probe = SemanticSegmentationProbe.name
@@ -61,10 +59,10 @@ def claim_c1(summaries: Mapping[str, Mapping]) -> dict:
     for name in (task.name for task in SIX):
         best = summaries[name].get("value_best")
         if best is None:
-            entries.append(undefined(f"{name}: best value layer minus its control", _few(summaries[name])))
-            continue
-        minus = Interval.of(best["minus"][best["control"]])
-        entries.append(minus.claim(f"{name}: {best['source']} minus {best['control']}"))
+            entries.append(undefined(f"{name}: best value layer minus its control", f"{summaries[name]['groups']} {_FEW}"))
+        else:
+            minus = Interval.of(best["minus"][best["control"]])
+            entries.append(minus.claim(f"{name}: {best['source']} minus {best['control']}"))
     return claim_of_parts(entries, "tasks of 6")
 
 
@@ -75,33 +73,19 @@ def claim_c2(summaries: Mapping[str, Mapping]) -> dict:
         found = summaries[name]["build_then_degrade"].get("value")
         for part, against in (("minus_first", "first"), ("minus_last", "last")):
             if found is None:
-                entries.append(undefined(f"{name}: best value layer minus {against}", _few(summaries[name])))
-                continue
-            entries.append(Interval.of(found[part]).claim(f"{name}: layer {found['best_layer']} minus {against}"))
+                entries.append(undefined(f"{name}: best value layer minus {against}", f"{summaries[name]['groups']} {_FEW}"))
+            else:
+                entries.append(Interval.of(found[part]).claim(f"{name}: layer {found['best_layer']} minus {against}"))
     return claim_of_parts(entries, "comparisons of 12")
-
-
-def _few(summary: Mapping) -> str:
-    return f"{summary['groups']} independent units are too few to choose a layer and test it on others; at least 4 are needed"
-
-
-CHAIN = ("encoder_original", "encoder", "projector", "value")  # along the data flow; value: of the best layer
-STEPS = {  # step -> (before, after)
-    "finetuning": ("encoder_original", "encoder"),
-    "projection": ("encoder", "projector"),
-    "language model": ("projector", "value"),
-    "all steps": ("encoder_original", "value"),
-}
-_UNDEFINED = Interval(math.nan, math.nan, math.nan, 0).as_dict()
 
 
 def compare_along_chain(table: ScoreTable, task: Task, n_boot: int = 2000, seed: int = 0) -> dict:
     """Scores of the chain's sources and the paired differences between them; JSON-able.
 
-    The best value layer is chosen on one half of the groups; everything is measured on the other half, on the same
-    items. scores, steps: {name: interval}, of None where the task has no score of the model's own encoder: the tower of
-    Qwen2.5-VL and LLaVA-NeXT is no SigLIP, so it has no text to compare its patches with. Raises ParameterError where
-    another source is missing, and where there are too few groups to choose a layer."""
+    The best value layer is chosen on one half of the groups; everything is measured on the other half, on the same items.
+    scores, steps: {name: interval}, of None where the task has no score of the model's own encoder: the tower of Qwen2.5-VL
+    and LLaVA-NeXT is no SigLIP, so it has no text to compare its patches with. Raises ParameterError where another source
+    is missing, and where there are too few groups to choose a layer."""
     summary = summarise(table, task, n_boot, seed)
     if "value_best" not in summary:
         raise ParameterError(f"{table.task}: {summary['groups']} units are too few to choose a layer; at least 4 are needed")
@@ -111,19 +95,15 @@ def compare_along_chain(table: ScoreTable, task: Task, n_boot: int = 2000, seed:
     there = [name for name in CHAIN if name != "encoder" or name in table.sources]
     values = {name: table.of(best if name == "value" else name)[held_out] for name in there}
     options = (task.statistic, n_boot, seed, groups)
+    scores, steps = dict.fromkeys(CHAIN, UNDEFINED), dict.fromkeys(STEPS, UNDEFINED)
+    scores |= {name: bootstrap_ci(value, *options) for name, value in values.items()}
+    steps |= {name: paired_difference(values[after], values[before], *options)
+              for name, (before, after) in STEPS.items() if {before, after} <= values.keys()}  # fmt: skip
     return {
-        "title": task.title,
-        "metric": task.metric,
-        "n": int(held_out.sum()),
-        "groups": len(set(groups)),
-        "best": best,
-        "scores": {name: bootstrap_ci(values[name], *options).as_dict() if name in values else _UNDEFINED for name in CHAIN},
-        "steps": {
-            name: paired_difference(values[after], values[before], *options).as_dict()
-            if {before, after} <= values.keys() else _UNDEFINED
-            for name, (before, after) in STEPS.items()
-        },
-    }
+        "title": task.title, "metric": task.metric, "n": int(held_out.sum()), "groups": len(set(groups)), "best": best,
+        "scores": {name: found.as_dict() for name, found in scores.items()},
+        "steps": {name: found.as_dict() for name, found in steps.items()},
+    }  # fmt: skip
 
 
 def claim_c4(chains: Mapping[str, Mapping]) -> dict:
@@ -132,8 +112,8 @@ def claim_c4(chains: Mapping[str, Mapping]) -> dict:
     entries = []
     for name in (task.name for task in SIX):
         if name not in chains:
-            entries.append(undefined(f"{name}: SigLIP minus best value layer", "too few independent units to choose a layer"))
-            continue
-        lost = Interval.of(chains[name]["steps"]["all steps"]).scaled(-1)
-        entries.append(lost.claim(f"{name}: SigLIP minus {chains[name]['best']}"))
+            entries.append(undefined(f"{name}: SigLIP minus best value layer", _FEW))
+        else:
+            lost = Interval.of(chains[name]["steps"]["all steps"]).scaled(-1)
+            entries.append(lost.claim(f"{name}: SigLIP minus {chains[name]['best']}"))
     return claim_of_parts(entries, "tasks of 6")

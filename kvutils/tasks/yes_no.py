@@ -18,7 +18,7 @@ from kvutils.datasets.mme import GROUPS
 from kvutils.datasets.samples import YesNoSample
 from kvutils.errors import DataError
 from kvutils.metrics.answers import mme_parse, pope_counts, pope_parse
-from kvutils.metrics.statistics import Interval, Statistic, bootstrap_ci, detectable, standard_error
+from kvutils.metrics.statistics import Interval, Statistic, bootstrap_ci, detectable, ratio, standard_error
 
 Measures = dict[tuple[str, str], np.ndarray]  # (subset or summary, metric) -> (n_boot,)
 MEAN, POOLED, TOTAL = "mean", "pooled", "total"
@@ -272,8 +272,3 @@ def _scores(task: YesNoTask, keys: Sequence[tuple[str, str]], intervals: Sequenc
         n = counts[subset] if subset in counts else sum(counts[name] for name in task.members(subset))
         scores.setdefault(subset, {})[metric] = interval.as_dict() | {"n": n}
     return scores
-
-
-def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """above / below; NaN where the latter is 0."""
-    return np.divide(above, below, out=np.full(np.shape(above), np.nan), where=below > 0)
