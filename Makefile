@@ -89,7 +89,7 @@ train: $(STAMP)  ## train the pocket model anew (about two hours on 2 cores; res
 	@PYTHONPATH=data/pocket $(RUN) -m recipe.train $(ARGS)
 
 clean:  ## remove stored captures, parts and bytecode (results and training checkpoints stay)
-	rm -rf data/cache .pytest_cache
+	rm -rf data/cache .pytest_cache build
 	find kvutils tests benchmarks notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
 
 distclean: clean  ## clean, and remove .venv
