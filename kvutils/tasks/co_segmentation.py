@@ -64,7 +64,7 @@ class CoSegmentation(Task):
         counts = []
         for source in order:
             tokens = [one.features[source].float().cpu().numpy() for one in per_image]
-            found = cluster_tokens(tokens, MAX_CLUSTERS, n_init=N_INIT, seed=SEED)
+            found = cluster_tokens(tokens, N_INIT, SEED)
             rules = (
                 salient_clusters(found.labels, saliency, found.num_clusters)[1],
                 oracle_clusters(found.labels, inside, area, found.num_clusters)[0],

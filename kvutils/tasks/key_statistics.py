@@ -235,7 +235,7 @@ def _over_heads(values: np.ndarray) -> np.ndarray:
     return np.concatenate(columns, axis=1)
 
 
-def _all_and_layers(values: np.ndarray, statistic: str | Statistic, n_boot: int, seed: int) -> dict:
+def _all_and_layers(values: np.ndarray, statistic: Statistic, n_boot: int, seed: int) -> dict:
     """Intervals over positions of a statistic of values (P, ...) that gives the model's number, then each layer's."""
     every, *layers = (each.as_dict() for each in bootstrap_ci(values, statistic, n_boot, seed))
     return {"all": every, "layers": layers}
