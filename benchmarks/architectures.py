@@ -28,9 +28,10 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from kvutils.datasets.pocket.tokenizer import build_word_tokenizer
 from kvutils.errors import ModelError
-from kvutils.models import MLM, MODELS, NEXT, ONEVISION, QWEN, Encoder, quiet_transformers, wrap_mlm
-from kvutils.processors import ImageOnlyLlavaOnevisionProcessor, ImageOnlyQwen2_5_VLProcessor, build_word_tokenizer
+from kvutils.models import MLM, MODELS, NEXT, ONEVISION, QWEN, Encoder, wrap_mlm
+from kvutils.processors import ImageOnlyLlavaOnevisionProcessor, ImageOnlyQwen2_5_VLProcessor, quiet_transformers
 
 # layers, query heads, key-value heads, head dimension, width of the MLP, vocabulary, tied word embeddings
 _TEXT: dict[str, tuple[int, int, int, int, int, int, bool]] = {

@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bench_capture import onevision_shaped  # noqa: E402
 from kvutils.answer import ImageSession
-from kvutils.vision import prepare_images
-from kvutils.prompts import prepare_text
 from kvutils.keys import KeySelection
 from kvutils.models import MLM
+from kvutils.prompts import prepare_text
+from kvutils.vision import prepare_images
 
 QUESTIONS = [
     f"is there {'a ' * (number % 3)}photo number {number} in it ? answer using a single word or phrase ."

@@ -26,11 +26,11 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from kvutils.datasets.pocket.tokenizer import build_pocket_processor
 from kvutils.kvcache import capture
-from kvutils.vision import prepare_images
-from kvutils.prompts import prepare_text
 from kvutils.models import MLM, wrap_mlm
-from kvutils.processors import build_pocket_processor
+from kvutils.prompts import prepare_text
+from kvutils.vision import prepare_images
 
 
 def onevision_shaped(layers: int = 8, hidden: int = 1024) -> MLM:

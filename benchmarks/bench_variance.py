@@ -64,9 +64,9 @@ def _stream(images: int) -> None:
         SiglipVisionConfig,
     )
 
+    from kvutils.datasets.pocket.tokenizer import build_pocket_processor
     from kvutils.keys import key_variance
     from kvutils.models import wrap_mlm
-    from kvutils.processors import build_pocket_processor
 
     processor = build_pocket_processor(["a", "photo"], image_size=96, patch=8)
     config = LlavaOnevisionConfig(

@@ -1,16 +1,10 @@
-"""Name -> where a model comes from: the published checkpoints by hub id, the pocket ones by folder, and any other.
+"""Names to loaded models: three families of multimodal language models (MLMs) behind one small interface, and SigLIP.
 
-Is a checkpoint what the code expects? Asked whenever one is loaded, before hours are spent on it.
-
-Everything that can be derived is derived (the processor's own token count against the layout's, the layers that are
-there against the configuration's); for the published models the numbers of the paper's protocol are compared as well.
-
-Name -> loaded model. Three families of multimodal language models (MLMs) behind one small interface.
+A checkpoint is checked when it is loaded, before hours are spent on it: see `check_mlm`.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
 from collections.abc import Iterator
@@ -19,65 +13,56 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
+from accelerate.utils import get_max_memory
 from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, SiglipVisionModel
-from transformers.utils import logging as transformers_logging
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from kvutils import data_folder
-from kvutils.errors import MemoryLimitError, ModelError, ParameterError
+from kvutils.errors import MemoryLimitError, ModelError, ParameterError, one_of
 from kvutils.layout import build_layout
-from kvutils.processors import image_backend, load_processor, load_siglip_image_processor
+from kvutils.processors import image_backend, load_processor, quiet_transformers
 
 ONEVISION, QWEN, NEXT = FAMILIES = ("llava_onevision", "qwen2_5_vl", "llava_next")  # config.model_type
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 _POCKET = data_folder() / "pocket"
+_PROBE = "kvutils-prefix"  # stands for a prefix, to see where a chat template puts it
+_SHARE = 0.8  # of the free memory of a GPU may be weights; the rest is for activations and features
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Where a named model comes from: `source` is a hub id or a folder written by `save_pretrained`; `revision` a commit
-    of the hub ("" for the newest)."""
+    """Where a named model comes from. source: a hub id or a folder written by `save_pretrained`; sizes: what `check_mlm`
+    expects of a published model; revision: a commit of the hub."""
 
     name: str
     family: str
     source: str
     profile: str
-    base_view_only: bool = False
-    revision: str = ""
-
-    @property
-    def where(self) -> dict[str, str]:
-        """The source and its revision, as `from_pretrained` takes them."""
-        return {"pretrained_model_name_or_path": self.source} | ({"revision": self.revision} if self.revision else {})
+    sizes: tuple[int, ...] = ()
+    revision: str = "main"
 
 
-MODELS: dict[str, ModelSpec] = {
-    spec.name: spec
-    for spec in (
-        ModelSpec("pocket", ONEVISION, str(_POCKET / "llava-onevision"), "pocket", base_view_only=True),
-        ModelSpec("llava-onevision-7b", ONEVISION, "llava-hf/llava-onevision-qwen2-7b-ov-hf", "paper"),
-        ModelSpec("llava-onevision-0.5b", ONEVISION, "llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "paper"),
-        ModelSpec("qwen2.5-vl-7b", QWEN, "Qwen/Qwen2.5-VL-7B-Instruct", "paper"),
-        ModelSpec("qwen2.5-vl-3b", QWEN, "Qwen/Qwen2.5-VL-3B-Instruct", "paper"),
-        ModelSpec("llava-next-llama3-8b", NEXT, "llava-hf/llama3-llava-next-8b-hf", "paper"),
-    )
-}
-ENCODERS: dict[str, ModelSpec] = {
-    spec.name: spec
-    for spec in (
-        ModelSpec("pocket-siglip", "siglip", str(_POCKET / "siglip"), "pocket"),
-        ModelSpec("siglip-so400m", "siglip", "google/siglip-so400m-patch14-384", "paper"),
-    )
+MODELS = {spec.name: spec for spec in (
+    ModelSpec("pocket", ONEVISION, str(_POCKET / "llava-onevision"), "pocket"),
+    ModelSpec("llava-onevision-7b", ONEVISION, "llava-hf/llava-onevision-qwen2-7b-ov-hf", "paper", (28, 28, 4, 128, 2929)),
+    ModelSpec("llava-onevision-0.5b", ONEVISION, "llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "paper", (24, 14, 2, 64, 2929)),
+    ModelSpec("qwen2.5-vl-7b", QWEN, "Qwen/Qwen2.5-VL-7B-Instruct", "paper", (28, 28, 4, 128, 391)),
+    ModelSpec("qwen2.5-vl-3b", QWEN, "Qwen/Qwen2.5-VL-3B-Instruct", "paper", (36, 16, 2, 128, 391)),
+    ModelSpec("llava-next-llama3-8b", NEXT, "llava-hf/llama3-llava-next-8b-hf", "paper", (32, 32, 8, 128, 2340)),
+)}  # fmt: skip
+ENCODERS = {
+    "pocket-siglip": ModelSpec("pocket-siglip", "siglip", str(_POCKET / "siglip"), "pocket"),
+    "siglip-so400m": ModelSpec("siglip-so400m", "siglip", "google/siglip-so400m-patch14-384", "paper"),
 }
 
 
 def original_encoder(model: str) -> str:
     """Name in `ENCODERS` of the SigLIP that an MLM is compared with: its own origin if it has one."""
-    spec = MODELS.get(model)
-    return "pocket-siglip" if spec and spec.profile == "pocket" else "siglip-so400m"
+    return "pocket-siglip" if model in MODELS and MODELS[model].profile == "pocket" else "siglip-so400m"
 
 
 def find_model(name: str, known: dict[str, ModelSpec] = MODELS) -> ModelSpec:
@@ -87,111 +72,17 @@ def find_model(name: str, known: dict[str, ModelSpec] = MODELS) -> ModelSpec:
         spec = find_model(base, known)
         if Path(spec.source).is_dir() or not revision:
             raise ModelError(f"{name}: a revision is a commit of a model on the hub, given as name@commit or org/name@commit")
-        return replace(spec, name=name if base not in known else spec.name, revision=revision)
+        return replace(spec, name=spec.name if base in known else name, revision=revision)
     if name in known:
-        spec = known[name]
-        if Path(spec.source).is_absolute() and not Path(spec.source).is_dir():
-            raise ModelError(f"{name} is not at {spec.source}; make it with `python -m recipe.train`")
-        return spec
+        return known[name]
     if Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
-            raise ModelError(f"{name}: a model folder must hold config.json, as save_pretrained writes it")
         return ModelSpec(Path(name).name, "", str(name), "custom")
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return ModelSpec(name, "", name, "custom")
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    names = ", ".join(known)
-    raise ModelError(f"unknown model {name!r}{hint}; expected one of {names}, a folder, or a hub id org/name")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        one_of("model", name, [*known, "a folder", "a hub id org/name"], ModelError)
+    return ModelSpec(name, "", name, "custom")
 
 
-# layers, query heads, key-value heads, head dimension, image tokens of a 640 x 480 image (newlines included)
-EXPECTED: dict[str, tuple[int, int, int, int, int]] = {
-    "llava-onevision-7b": (28, 28, 4, 128, 2929),
-    "llava-onevision-0.5b": (24, 14, 2, 64, 2929),
-    "qwen2.5-vl-7b": (28, 28, 4, 128, 391),
-    "qwen2.5-vl-3b": (36, 16, 2, 128, 391),
-    "llava-next-llama3-8b": (32, 32, 8, 128, 2340),
-}
-_ABOUT = ("layers", "query heads", "key-value heads", "head dimension", "image tokens of a 640x480 image")
-SIZES = ((640, 480), (300, 500), (96, 96))  # of the pictures that are laid out
-_SHARE = 0.8  # of the free memory of a GPU may be weights; the rest is for activations and features
-
-
-def check_mlm(mlm: MLM) -> None:
-    """Raises ModelError, with all that differs, unless the model is one that the code was written for."""
-    wrong = [*_weights(mlm), *_tokens(mlm)]
-    if mlm.name in EXPECTED:
-        found = (mlm.num_layers, mlm.num_heads, mlm.num_kv_heads, mlm.head_dim, _laid_out(mlm, SIZES[0]))
-        wrong += [f"{about}: expected {one}, found {other}"
-                  for about, one, other in zip(_ABOUT, EXPECTED[mlm.name], found, strict=True) if one != other]  # fmt: skip
-    if wrong:
-        raise ModelError(
-            f"{mlm.name} is not what kvutils expects:\n  " + "\n  ".join(wrong) + "\nThis is another checkpoint, or another "
-            "version of transformers reads it differently (requirements.txt names the one that was tested)."
-        )
-
-
-def _weights(mlm: MLM) -> list[str]:
-    """What the decoder's modules say against the configuration."""
-    layers = getattr(mlm.model.model.language_model, "layers", ())
-    if len(layers) != mlm.num_layers:
-        return [f"decoder layers: the configuration says {mlm.num_layers}, found {len(layers)}"]
-    width = mlm.num_kv_heads * mlm.head_dim
-    found = {getattr(layer.self_attn, name).weight.shape[0] for layer in layers for name in ("k_proj", "v_proj")}
-    return [] if found == {width} else [f"width of keys and values: the configuration says {width}, found {sorted(found)}"]
-
-
-def _tokens(mlm: MLM) -> list[str]:
-    """The image token's id, and the processor's number of image tokens against the layout's."""
-    token = mlm.processor.image_token
-    ids = mlm.tokenizer(token, add_special_tokens=False)["input_ids"]
-    if ids != [mlm.image_token_id]:
-        return [f"image token {token!r}: the configuration says id {mlm.image_token_id}, the tokenizer makes {ids}"]
-    if mlm.base_view_only:  # the processor would count the tile that is left out
-        return []
-    wrong = []
-    for size in SIZES:
-        expanded = mlm.processor(images=[_picture(size)], text=[token], return_tensors="pt")["input_ids"]
-        theirs, ours = int((expanded == mlm.image_token_id).sum()), _laid_out(mlm, size)
-        if theirs != ours:
-            wrong.append(f"image tokens of a {size[0]}x{size[1]} image: the processor makes {theirs}, the layout has {ours}")
-    return wrong
-
-
-def _picture(size: tuple[int, int]) -> Image.Image:
-    return Image.fromarray(np.zeros((size[1], size[0], 3), np.uint8))
-
-
-def _laid_out(mlm: MLM, size: tuple[int, int]) -> int:
-    """Image tokens of the layout; Qwen2.5-VL's grid comes from its processor."""
-    processor, options = mlm.processor.image_processor, {}
-    if merge := getattr(processor, "merge_size", 0):
-        _, rows, columns = processor(images=[_picture(size)], return_tensors="pt")["image_grid_thw"][0].tolist()
-        options["grid"] = (rows // merge, columns // merge)
-    return len(build_layout(mlm, size, **options))
-
-
-def weight_bytes(config, dtype: torch.dtype) -> int:
-    """Bytes of the weights of a configuration's model; nothing is allocated."""
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
-    return sum(each.numel() * each.element_size() for each in model.parameters())
-
-
-def fits(config, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the weights go on this GPU; True on a CPU, and where every process has a GPU of its own."""
-    if device.type != "cuda" or int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        return True
-    free, _ = torch.cuda.mem_get_info(device)
-    return weight_bytes(config, dtype) <= _SHARE * free
-
-
-_PROBE = "kvutils-prefix"  # stands for a prefix, to see where a chat template puts it
-ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
-
-
-@dataclass
+@dataclass(repr=False)
 class MLM:
     """A multimodal language model with its processor; all sizes come from the configuration.
 
@@ -207,27 +98,21 @@ class MLM:
     base_view_only: bool = False
     max_pixels: int | None = None
 
-    @property
-    def tokenizer(self):
-        return self.processor.tokenizer
+    def __repr__(self) -> str:
+        heads = f"{self.num_heads} query and {self.num_kv_heads} key-value heads of {self.head_dim}"
+        return (f"MLM {self.name} ({self.family}, {self.revision})\n  {self.num_layers} layers, {heads}, {self.dtype} on {self.device}, "
+                f"{self.attention}{', base view only' if self.base_view_only else ''}")  # fmt: skip
 
-    @property
-    def text_config(self):
-        return self.model.config.get_text_config()
-
-    @property
-    def num_layers(self) -> int:
-        return self.text_config.num_hidden_layers
-
-    @property
-    def num_heads(self) -> int:
-        """H, query heads."""
-        return self.text_config.num_attention_heads
-
-    @property
-    def num_kv_heads(self) -> int:
-        """G, key-value heads."""
-        return self.text_config.num_key_value_heads
+    # Sizes come from the configuration: layers, query heads, key-value heads (L, H, G of the vocabulary).
+    tokenizer = property(lambda self: self.processor.tokenizer)
+    text_config = property(lambda self: self.model.config.get_text_config())
+    num_layers = property(lambda self: self.text_config.num_hidden_layers)
+    num_heads = property(lambda self: self.text_config.num_attention_heads)
+    num_kv_heads = property(lambda self: self.text_config.num_key_value_heads)
+    image_token_id = property(lambda self: self.model.config.image_token_id)
+    dtype = property(lambda self: self.model.dtype)
+    image_backend = property(lambda self: image_backend(self.processor))  # which code resizes: "pil" or "torchvision"
+    attention = property(lambda self: self.text_config._attn_implementation)  # "sdpa", "eager" or a flash variant
 
     @property
     def head_dim(self) -> int:
@@ -241,24 +126,6 @@ class MLM:
         embedding = self.model.get_input_embeddings()
         device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
         return embedding.weight.device if device is None else torch.empty(0, device=device).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.dtype
-
-    @property
-    def image_token_id(self) -> int:
-        return self.model.config.image_token_id
-
-    @property
-    def attention(self) -> str:
-        """The attention backend: "sdpa", "eager" or a flash variant."""
-        return self.text_config._attn_implementation
-
-    @property
-    def image_backend(self) -> str:
-        """Which code resizes the images: "pil" or "torchvision" (they differ slightly)."""
-        return image_backend(self.processor)
 
     def prompt(self, question: str | None = None, prefix: str | None = None, images: int = 1) -> str:
         """The text `prefix + images + question` as the model's chat template writes it.
@@ -274,15 +141,11 @@ class MLM:
         rendered = self._render([{"type": "text", "text": prefix}] * bool(prefix) + rest)
         probe = self._render([{"type": "text", "text": _PROBE}] + rest) if prefix else ""
         if 0 <= probe.find(token) < probe.find(_PROBE):
-            lines = "\n".join([prefix] + [token] * images + [question or ""])
-            rendered = self._render([{"type": "text", "text": lines}])
-        if rendered.count(token) != images:
-            raise ParameterError(
-                f"the chat template of {self.name} wrote {rendered.count(token)} image tokens {token!r} "
-                f"for {images} image(s): {rendered[:200]!r}"
-            )
-        if prefix and prefix.strip() not in rendered.split(token)[0]:
-            raise ParameterError(f"the chat template of {self.name} does not put the prefix before the image")
+            rendered = self._render([{"type": "text", "text": "\n".join([prefix] + [token] * images + [question or ""])}])
+        before, *others = rendered.split(token)
+        if len(others) != images or (prefix and prefix.strip() not in before):
+            raise ParameterError(f"the chat template of {self.name} wrote {len(others)} image tokens {token!r} for {images} "
+                                 f"image(s), or does not put the prefix before them: {rendered[:200]!r}")  # fmt: skip
         return rendered
 
     def _render(self, content: list[dict]) -> str:
@@ -292,7 +155,7 @@ class MLM:
         return self.processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
 
 
-@dataclass
+@dataclass(repr=False)
 class Encoder:
     """A SigLIP vision tower of its own, such as the one an MLM was built from."""
 
@@ -301,16 +164,16 @@ class Encoder:
     name: str
     revision: str
 
+    def __repr__(self) -> str:
+        size = self.model.config
+        return (f"Encoder {self.name} ({self.revision})\n  {size.num_hidden_layers} layers of {size.hidden_size} channels, "
+                f"{(size.image_size // size.patch_size) ** 2} image tokens, {self.model.dtype} on {self.model.device}")  # fmt: skip
+
 
 def load_mlm(
-    name: str,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = None,
-    attention: str = "sdpa",
-    device_map: str | dict | None = None,
-    untrained: bool = False,
-    seed: int = 0,
-) -> MLM:
+    name: str, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None, attention: str = "sdpa",
+    device_map: str | dict | None = None, untrained: bool = False, seed: int = 0,
+) -> MLM:  # fmt: skip
     """Load a model by its name in `MODELS`, a folder, or a hub id of one of the three families ("id@revision" for a commit).
 
     device: default CUDA if there is one, of several processes to each its own. dtype: default float32 on CPU and for
@@ -320,38 +183,28 @@ def load_mlm(
     are read. Raises ModelError also where `check_mlm` finds the model to be another than the code expects.
     """
     spec = find_model(name)
-    family, config = read_family(name, spec)
-    if attention not in ATTENTIONS:
-        raise ParameterError(f"attention must be one of {', '.join(ATTENTIONS)}, not {attention!r}")
+    config = read_config(spec)
+    one_of("attention", attention, ATTENTIONS)
     if device_map is not None and (device is not None or untrained):
         raise ParameterError("device_map places a trained checkpoint itself: pass no device and no untrained")
     chosen, device = device, _device(device)
-    dtype = _dtype(dtype) or _default_dtype(spec, device)
-    if chosen is None and device_map is None and not fits(config, dtype, device):
-        device_map = "auto"
-    options = {"dtype": dtype, "attn_implementation": attention}
-    try:
-        processor = load_processor(spec.source, family, revision=spec.revision or None)
-        if untrained and device_map is None:
-            model = _random_model(config, seed, device, **options)
-        elif untrained:
-            model = _random_model(config, seed, torch.device("cpu"), **options)
-            places = infer_auto_device_map(model, no_split_module_classes=model._no_split_modules)
-            model = dispatch_model(model, places)
+    options = {"dtype": _dtype(dtype, spec, device), "attn_implementation": attention}
+    with _reading(spec, device):
+        if chosen is None and device_map is None:
+            device_map = placement(config, options["dtype"], device)
+        processor = load_processor(spec.source, config.model_type, spec.revision)
+        if untrained:
+            with torch.random.fork_rng(devices=[]):  # on the CPU: the same weights on every machine
+                torch.default_generator.manual_seed(seed)
+                model = AutoModelForImageTextToText.from_config(config, **options)
         else:
-            if device_map is not None:
-                options["device_map"] = device_map
-            model = _pretrained(AutoModelForImageTextToText, name, spec, **options)
+            model = _pretrained(AutoModelForImageTextToText, spec, **options, device_map=device_map)
         if device_map is None:
             model.to(device)
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"{name} cannot be loaded from {spec.source}: {error}") from error
-    except torch.OutOfMemoryError as error:
-        raise MemoryLimitError(f"the weights of {name} do not fit {device} beside what is there ({error}). Free it, use a "
-                               "smaller model, or device_map='auto' over several devices.") from error  # fmt: skip
-    revision = f"untrained seed {seed}" if untrained else _revision(spec)
-    base_view_only = spec.base_view_only or _nothing_to_tile(config)
-    mlm = MLM(model.eval(), processor, spec.name, family, revision, base_view_only)
+        elif untrained:
+            dispatch_model(model, device_map)
+    mlm = wrap_mlm(model, processor, spec.name)
+    mlm.revision = f"untrained seed {seed}" if untrained else _revision(spec)
     if spec.profile != "pocket":
         check_mlm(mlm)
     return mlm
@@ -359,118 +212,132 @@ def load_mlm(
 
 def wrap_mlm(model: PreTrainedModel, processor, name: str = "custom", base_view_only: bool = False) -> MLM:
     """Use a model that is already in memory; it is put into evaluation mode."""
-    family = model.config.model_type
-    if family not in FAMILIES:
-        raise ModelError(f"expected a model of the families {', '.join(FAMILIES)}, not {family!r}")
-    base_view_only = base_view_only or _nothing_to_tile(model.config)
-    return MLM(model.eval(), processor, name, family, "in memory", base_view_only)
+    one_of("model family", model.config.model_type, FAMILIES, ModelError)
+    side = getattr(model.config.vision_config, "image_size", None)
+    # Where the only resolution is one tile (pocket), it would repeat the base view.
+    nothing_to_tile = [list(size) for size in getattr(model.config, "image_grid_pinpoints", None) or []] == [[side, side]]
+    return MLM(model.eval(), processor, name, model.config.model_type, "in memory", base_view_only or nothing_to_tile)
+
+
+def load_encoder(name: str, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Encoder:
+    """Load a SigLIP vision tower by its name in `ENCODERS`, a folder or a hub id."""
+    spec, device = find_model(name, ENCODERS), _device(device)
+    with _reading(spec, device), quiet_transformers():
+        model = _pretrained(SiglipVisionModel, spec, dtype=_dtype(dtype, spec, device)).to(device)
+        processor = SiglipImageProcessorPil.from_pretrained(spec.source, revision=spec.revision)
+    return Encoder(model.eval(), processor, spec.name, _revision(spec))
+
+
+def read_config(spec: ModelSpec):
+    """The configuration of a checkpoint; ModelError if it is not there or of none of the three families."""
+    try:
+        config = AutoConfig.from_pretrained(spec.source, revision=spec.revision)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{spec.name}: no model at {spec.source}, which is neither a folder as save_pretrained writes it "
+                         "(config.json, weights; the pocket models come with kvutils), nor in the local cache, nor on the hub "
+                         f"as far as that can be reached. With network it comes by itself or with `hf download {spec.source}`; "
+                         "without, copy it to another machine's HF_HOME, or pass the folder of a saved model.\n  "
+                         f"({str(error).splitlines()[0]})") from error  # fmt: skip
+    one_of(f"family of {spec.name}", config.model_type, FAMILIES, ModelError)
+    return config
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No warnings of transformers: 5.23 warns about the token ids of its own default SigLIP configuration."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
+def _reading(spec: ModelSpec, device: torch.device) -> Iterator[None]:
+    """What goes wrong while weights are read, in words."""
     try:
         yield
-    finally:
-        transformers_logging.set_verbosity(level)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"{spec.name} cannot be loaded from {spec.source}: {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise MemoryLimitError(f"the weights of {spec.name} do not fit {device} beside what is there ({error}). Free it, use a "
+                               "smaller model, or device_map='auto' over several devices.") from error  # fmt: skip
 
 
-def load_encoder(
-    name: str, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
-) -> Encoder:
-    """Load a SigLIP vision tower by its name in `ENCODERS`, a folder or a hub id."""
-    spec = find_model(name, ENCODERS)
-    device = _device(device)
-    dtype = _dtype(dtype) or _default_dtype(spec, device)
-    try:
-        with quiet_transformers():
-            model = _pretrained(SiglipVisionModel, name, spec, dtype=dtype)
-            processor = load_siglip_image_processor(spec.source, spec.revision or None)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{name} cannot be loaded from {spec.source}: {error}") from error
-    return Encoder(model.to(device).eval(), processor, spec.name, _revision(spec))
-
-
-def read_family(name: str, spec: ModelSpec):
-    """(family, configuration) of a checkpoint; ModelError if it is not there or of another family."""
-    try:
-        config = AutoConfig.from_pretrained(**spec.where)
-    except (OSError, ValueError) as error:
-        raise ModelError(_not_there(name, spec, error)) from error
-    if config.model_type not in FAMILIES:
-        raise ModelError(f"{name} is a {config.model_type!r} model, not one of {', '.join(FAMILIES)}")
-    return config.model_type, config
-
-
-def _not_there(name: str, spec: ModelSpec, error: Exception) -> str:
-    if Path(spec.source).is_dir():
-        return f"{name}: no model configuration at {spec.source} ({error})"
-    return (
-        f"{name}: {spec.source} is neither in the local cache nor can it be fetched from the hub. With network, it comes by "
-        f"itself or with `hf download {spec.source}`; without, copy it to another machine's HF_HOME, or pass the folder that "
-        f"save_pretrained wrote as the model.\n  ({str(error).splitlines()[0]})"
-    )
-
-
-def _pretrained(model_class, name: str, spec: ModelSpec, **options) -> PreTrainedModel:
-    options |= {"use_safetensors": True, "output_loading_info": True}
-    model, info = model_class.from_pretrained(**spec.where, **options)
+def _pretrained(model_class, spec: ModelSpec, **options) -> PreTrainedModel:
+    options |= {"revision": spec.revision, "use_safetensors": True, "output_loading_info": True}
+    model, info = model_class.from_pretrained(spec.source, **options)
     missing = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
     if missing:  # transformers would go on with random weights
-        raise ModelError(f"{name}: {len(missing)} weights missing or misshapen in {spec.source}: {missing[0]}")
+        raise ModelError(f"{spec.name}: {len(missing)} weights missing or misshapen in {spec.source}: {missing[0]}")
     return model
 
 
-def _default_dtype(spec: ModelSpec, device: torch.device) -> torch.dtype:
-    if device.type == "cpu" or spec.profile == "pocket":
-        return torch.float32
-    # GPUs before Ampere, such as the T4, only emulate bfloat16, many times slower.
-    emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.float16 if emulated else torch.bfloat16
+def placement(config, dtype: torch.dtype, device: torch.device) -> dict[str, int | str] | None:
+    """Module -> device, as accelerate maps it: all on one GPU where that leaves room, else over all GPUs, then the CPU.
 
-
-def _random_model(config, seed: int, device: torch.device, **options) -> PreTrainedModel:
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
-        torch.manual_seed(seed)
-        return AutoModelForImageTextToText.from_config(config, **options)
-
-
-def _nothing_to_tile(config) -> bool:
-    """True for a LLaVA configuration whose only resolution is one tile: it repeats the base view (pocket)."""
-    side = getattr(config.vision_config, "image_size", None)
-    return [list(size) for size in getattr(config, "image_grid_pinpoints", None) or []] == [[side, side]]
+    None where there is no GPU, or each process has one of its own.
+    """
+    if device.type != "cuda" or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return None
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    memory = {place: int(_SHARE * free) for place, free in get_max_memory().items()}
+    return infer_auto_device_map(model, memory, model._no_split_modules)
 
 
 def _device(device: str | torch.device | None) -> torch.device:
     if device is None and torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    if device is None:
-        return torch.device("cpu")
     try:
-        return torch.empty(0, device=device).device
+        return torch.empty(0, device=device or "cpu").device
     except (RuntimeError, AssertionError) as error:
         raise ParameterError(f"device {device!r} is not usable: {error}") from error
 
 
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    found = getattr(torch, str(dtype), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ParameterError(f"dtype must be float32, float16 or bfloat16, not {dtype!r}")
-    return found
+def _dtype(dtype: str | torch.dtype | None, spec: ModelSpec, device: torch.device) -> torch.dtype:
+    if dtype is not None:
+        name = str(dtype).removeprefix("torch.")
+        one_of("dtype", name, ("float32", "bfloat16", "float16", "float64"))
+        return getattr(torch, name)
+    if device.type == "cpu" or spec.profile == "pocket":
+        return torch.float32
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16  # GPUs before Ampere, such as the T4, only emulate bfloat16, many times slower
+    return torch.bfloat16
 
 
 def _revision(spec: ModelSpec) -> str:
     """Commit on the hub, or the checksum of a folder's weights."""
     if not Path(spec.source).is_dir():  # just loaded, so it is in the cache; transformers 5 does not keep the commit
-        config = try_to_load_from_cache(spec.source, "config.json", revision=spec.revision or None)
+        config = try_to_load_from_cache(spec.source, "config.json", revision=spec.revision)
         return Path(config).parent.name if isinstance(config, str) else "unknown"
     digest = hashlib.sha256()
     for path in sorted(Path(spec.source).glob("*.safetensors")):
         with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+            hashlib.file_digest(file, lambda: digest)
     return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def check_mlm(mlm: MLM) -> None:
+    """Raises ModelError, with all that differs, unless the model is one that the code was written for.
+
+    All that can be derived is derived (the processor's token count against the layout's, the weights against the
+    configuration); of the published models the numbers of the paper's protocol are compared as well.
+    """
+    wrong: list[str] = []
+    layers, token = mlm.model.model.language_model.layers, mlm.processor.image_token
+    if len(layers) != mlm.num_layers:
+        wrong.append(f"decoder layers: the configuration says {mlm.num_layers}, found {len(layers)}")
+    width = mlm.num_kv_heads * mlm.head_dim
+    found = {getattr(layer.self_attn, name).weight.shape[0] for layer in layers for name in ("k_proj", "v_proj")}
+    if found != {width}:
+        wrong.append(f"width of keys and values: the configuration says {width}, found {sorted(found)}")
+    ids = mlm.tokenizer(token, add_special_tokens=False)["input_ids"]
+    if ids != [mlm.image_token_id]:
+        wrong.append(f"image token {token!r}: the configuration says id {mlm.image_token_id}, the tokenizer makes {ids}")
+    ours = []
+    for size in ((640, 480), (300, 500), (96, 96)):
+        batch = mlm.processor(images=[Image.new("RGB", size)], text=[token], return_tensors="pt")
+        merge = mlm.processor.image_processor.merge_size if mlm.family == QWEN else 0
+        ours.append(len(build_layout(mlm, size, (batch["image_grid_thw"][0, 1:] // merge).tolist() if merge else None)))
+        theirs = int((batch["input_ids"] == mlm.image_token_id).sum())
+        if theirs != ours[-1] and not mlm.base_view_only:  # of which the processor counts the tile that is left out
+            wrong.append(f"image tokens of a {size[0]}x{size[1]} image: the processor makes {theirs}, the layout has {ours[-1]}")
+    sizes = (mlm.num_layers, mlm.num_heads, mlm.num_kv_heads, mlm.head_dim, ours[0])
+    if mlm.name in MODELS and MODELS[mlm.name].sizes not in ((), sizes):
+        wrong.append("layers, query heads, key-value heads, head dimension, image tokens of a 640x480 image: "
+                     f"expected {MODELS[mlm.name].sizes}, found {sizes}")  # fmt: skip
+    if wrong:
+        raise ModelError(f"{mlm.name} is not what kvutils expects:\n  " + "\n  ".join(wrong) + "\nThis is another checkpoint, or "
+                         "another version of transformers reads it differently (requirements.txt names the one tested).")  # fmt: skip

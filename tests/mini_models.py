@@ -9,9 +9,9 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from kvutils.datasets import bdd10k
 from kvutils.datasets.pocket.shapes import CLASSES
+from kvutils.datasets.pocket.tokenizer import PUNCTUATION, build_word_tokenizer
 from kvutils.datasets.pocket.world import COLOURS
 from kvutils.models import ENCODERS, load_mlm
-from kvutils.processors import PUNCTUATION, build_word_tokenizer
 from kvutils.tasks.prefixes import WORDING
 from tests.tiny_models import TOWER, WORDS, tiny
 

@@ -12,11 +12,12 @@ from PIL import Image
 from tiny_models import FAMILIES, IMAGES_FIRST, WORDS, tiny, tiny_pocket, tiny_siglip
 from transformers import DynamicCache, GenerationConfig
 
+from kvutils.datasets.pocket.tokenizer import build_pocket_processor
 from kvutils.errors import ImageError, KVUtilsError, ModelError, ParameterError
 from kvutils.kvcache import capture, capture_encoder, text_values
 from kvutils.language import resolve_layers
 from kvutils.models import load_encoder, load_mlm, wrap_mlm
-from kvutils.processors import build_pocket_processor, image_backend, load_processor
+from kvutils.processors import image_backend, load_processor
 from kvutils.prompts import prepare_text
 from kvutils.vision import encode_images, prepare_images
 
@@ -641,7 +642,7 @@ def test_loading_errors(folder, tmp_path):
             load_mlm(str(folder), **options)
     with pytest.raises(ModelError, match="siglip-so400m"):
         load_encoder("siglip")
-    with pytest.raises(ModelError, match="families"):
+    with pytest.raises(ModelError, match="model family"):
         wrap_mlm(tiny_siglip().model, None)
 
 

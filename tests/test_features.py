@@ -9,11 +9,11 @@ from PIL import Image
 from torch.nn.functional import normalize
 from transformers import SiglipConfig, SiglipModel, SiglipTextConfig
 
+from kvutils.datasets.pocket.tokenizer import build_word_tokenizer
 from kvutils.errors import ModelError, ParameterError
 from kvutils.kvcache import capture, capture_encoder, text_values
 from kvutils.layout import TokenLayout
 from kvutils.models import Encoder
-from kvutils.processors import build_word_tokenizer
 from kvutils.readout.attention import prompt_saliency
 from kvutils.readout.features import FeatureExtractor, image_tokens, pixel_features, token_means
 from kvutils.readout.words import SiglipText, load_siglip_text

@@ -1,7 +1,6 @@
 """What is asked of a checkpoint before it is used: configuration, tokens, revision, memory. Tiny models, real geometry."""
 
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from PIL import Image
 from kvutils import models
 from kvutils.errors import MemoryLimitError, ModelError
 from kvutils.kvcache import capture
-from kvutils.models import EXPECTED, FAMILIES, MODELS, check_mlm, fits, load_encoder, load_mlm, weight_bytes
+from kvutils.models import FAMILIES, MODELS, check_mlm, load_encoder, load_mlm, placement
 from tests.tiny_models import tiny, tiny_pocket
 
 
@@ -22,7 +21,7 @@ def test_models_as_expected_pass(family):
 
 
 def test_every_published_model_has_its_numbers():
-    assert set(EXPECTED) == {name for name, spec in MODELS.items() if spec.profile == "paper"}
+    assert all(len(spec.sizes) == (5 if spec.profile == "paper" else 0) for spec in MODELS.values())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -50,7 +49,7 @@ def test_a_published_name_must_have_the_published_numbers():
     mlm.name = "llava-next-llama3-8b"
     with pytest.raises(ModelError) as error:
         check_mlm(mlm)
-    for said in ("layers: expected 32, found 5", "key-value heads: expected 8", "2340", "another checkpoint"):
+    for said in ("expected (32, 32, 8, 128, 2340), found (5, ", "another checkpoint"):
         assert said in str(error.value)
 
 
@@ -84,8 +83,8 @@ def test_without_network_the_error_says_how_to_get_the_checkpoint(monkeypatch, t
 def test_a_revision_is_passed_on(monkeypatch):
     asked = []
 
-    def config_of(**where):
-        asked.append(where)
+    def config_of(source, revision):
+        asked.append((source, revision))
         raise OSError("no network")
 
     monkeypatch.setattr(models.AutoConfig, "from_pretrained", config_of)
@@ -93,30 +92,24 @@ def test_a_revision_is_passed_on(monkeypatch):
         with pytest.raises(ModelError):
             load_mlm(name)
     source = MODELS["llava-onevision-0.5b"].source
-    assert asked == [{"pretrained_model_name_or_path": source, "revision": "abc"},
-                     {"pretrained_model_name_or_path": "me/mine", "revision": "abc"},
-                     {"pretrained_model_name_or_path": source}]  # fmt: skip
+    assert asked == [(source, "abc"), ("me/mine", "abc"), (source, "main")]
     for name in ("pocket@abc", "siglip-so400m@"):
         with pytest.raises(ModelError, match="a revision is a commit"):
             (load_encoder if "siglip" in name else load_mlm)(name)
 
 
-def test_weights_are_counted_without_being_allocated():
+@pytest.mark.parametrize(("share", "places"), [(3.0, {0}), (0.6, {0, 1, "cpu"})])
+def test_a_model_larger_than_the_gpu_is_spread(monkeypatch, share, places):
+    """Placed on the first GPU while it leaves room, then over the others; nothing is allocated."""
     mlm = tiny_pocket()
-    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
-        assert weight_bytes(mlm.model.config, dtype) == size * sum(p.numel() for p in mlm.model.parameters())
-
-
-def test_a_model_larger_than_the_gpu_is_spread(monkeypatch):
-    config, gpu = tiny_pocket().model.config, SimpleNamespace(type="cuda", index=0)
-    needed = weight_bytes(config, torch.float32)
+    size = share * mlm.model.get_memory_footprint()
+    monkeypatch.setattr(models, "get_max_memory", lambda: {0: size, 1: size, "cpu": 100 * size})
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * needed, 4 * needed))
-    assert fits(config, torch.float32, gpu) and fits(config, torch.float32, torch.device("cpu"))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (needed, 4 * needed))
-    assert not fits(config, torch.float32, gpu)
+    gpu = torch.device("cuda", 0)
+    assert set(placement(mlm.model.config, torch.float32, gpu).values()) == places
+    assert placement(mlm.model.config, torch.float32, torch.device("cpu")) is None
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert fits(config, torch.float32, gpu)
+    assert placement(mlm.model.config, torch.float32, gpu) is None
 
 
 def test_every_process_takes_its_own_gpu(monkeypatch):
@@ -131,7 +124,7 @@ def test_weights_that_do_not_fit_say_so(folder, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(models, "_random_model", full)
+    monkeypatch.setattr(models.AutoModelForImageTextToText, "from_config", full)
     with pytest.raises(MemoryLimitError, match="device_map='auto'"):
         load_mlm(str(folder), device="cpu", untrained=True)
 
@@ -141,9 +134,9 @@ def test_float16_where_bfloat16_is_only_emulated(monkeypatch):
     cuda, paper = torch.device("cuda", 0), MODELS["llava-onevision-0.5b"]
     for real, dtype in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, real=real: real)
-        assert models._default_dtype(paper, cuda) == dtype
-    assert models._default_dtype(paper, torch.device("cpu")) == torch.float32
-    assert models._default_dtype(MODELS["pocket"], cuda) == torch.float32
+        assert models._dtype(None, paper, cuda) == dtype
+    assert models._dtype(None, paper, torch.device("cpu")) == torch.float32
+    assert models._dtype(None, MODELS["pocket"], cuda) == torch.float32
 
 
 def test_what_does_not_fit_is_placed_by_accelerate(folder, monkeypatch):
@@ -151,7 +144,7 @@ def test_what_does_not_fit_is_placed_by_accelerate(folder, monkeypatch):
     picture = [Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))]
     for untrained in (False, True):
         plain = capture(load_mlm(str(folder), untrained=untrained), picture)[0]
-        monkeypatch.setattr(models, "fits", lambda *_: False)
+        monkeypatch.setattr(models, "placement", lambda *_: {"": "cpu"})
         placed = []
         monkeypatch.setattr(models, "dispatch_model", lambda model, places: placed.append(places) or dispatch_model(model, places))
         spread = load_mlm(str(folder), untrained=untrained)

@@ -8,11 +8,12 @@ import rehearse
 import torch
 from architectures import architecture, random_mlm
 from rehearse import Rehearsal, Speed, stored, stored_speed, text_of
+from transformers import AutoModelForImageTextToText
 
 from kvutils.datasets import CHOICE_DATA, KEY_IMAGES, PREFIX_DATA, QUESTION_DATA, TASK_DATA
 from kvutils.datasets.catalog import CATALOG
 from kvutils.errors import DataError, ModelError
-from kvutils.models import EXPECTED, MODELS, ModelSpec, check_mlm, find_model, weight_bytes
+from kvutils.models import MODELS, ModelSpec, check_mlm, find_model
 from kvutils.run import plan
 from kvutils.run.notebook import ROOT
 from kvutils.run.plan import NOTEBOOKS, WORK, Found, Work, check_ready, costs, data_of, decoder_rate, look_for_model, memory_needed, table
@@ -37,8 +38,10 @@ def _nothing_here(monkeypatch, tmp_path):
 def test_full_size_architectures_have_the_published_size(name, billions):
     config, _ = architecture(name)
     text = config.get_text_config()
-    assert weight_bytes(config, torch.bfloat16) / 2e9 == pytest.approx(billions, abs=0.006)
-    assert (text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads) == EXPECTED[name][:3]
+    with torch.device("meta"):
+        weights = AutoModelForImageTextToText.from_config(config).num_parameters()
+    assert weights / 1e9 == pytest.approx(billions, abs=0.006)
+    assert (text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads) == MODELS[name].sizes[:3]
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -46,7 +49,7 @@ def test_narrow_ones_have_the_structure_and_the_image_tokens(name):
     mlm = random_mlm(name, "cpu", torch.float32, small=True)
     check_mlm(mlm)
     heads = (mlm.num_layers, mlm.num_heads, mlm.num_kv_heads)
-    assert heads == EXPECTED[name][:3] and costs(*architecture(name, small=True)).tokens == EXPECTED[name][4]
+    assert heads == MODELS[name].sizes[:3] and costs(*architecture(name, small=True)).tokens == MODELS[name].sizes[4]
     with pytest.raises(ModelError, match="llava-onevision-7b"):
         architecture("gpt")
 

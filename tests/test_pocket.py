@@ -24,10 +24,10 @@ from recipe.symbolic import SymbolicImage, mark_loss, place_loss
 
 from kvutils.datasets.pocket import questions as q
 from kvutils.datasets.pocket.shapes import CLASSES, KEYPOINTS, PARTS, SILHOUETTES
+from kvutils.datasets.pocket.tokenizer import build_pocket_processor
 from kvutils.datasets.pocket.world import COLOURS, Scene, Thing, render, sample_clip, sample_scene
 from kvutils.errors import ParameterError
 from kvutils.models import wrap_mlm
-from kvutils.processors import build_pocket_processor
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,8 @@ from transformers import AutoConfig, AutoTokenizer, SiglipModel, SiglipTextModel
 
 from kvutils.errors import ModelError, ParameterError
 from kvutils.kvcache import text_values
-from kvutils.models import ENCODERS, MLM, Encoder, quiet_transformers
+from kvutils.models import ENCODERS, MLM, Encoder
+from kvutils.processors import quiet_transformers
 
 # SigLIP learned captions, not bare names; a leading "the " of an expression gives way to it.
 SIGLIP_TEMPLATE = "a {}"

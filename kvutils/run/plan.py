@@ -31,8 +31,8 @@ from kvutils.datasets.catalog import CATALOG, data_root
 from kvutils.datasets.hub import ask_hub
 from kvutils.errors import DataError, KVUtilsError
 from kvutils.layout import build_layout, tiling
-from kvutils.models import ENCODERS, MLM, MODELS, QWEN, ModelSpec, find_model, original_encoder, quiet_transformers, read_family
-from kvutils.processors import load_processor
+from kvutils.models import ENCODERS, MLM, MODELS, QWEN, ModelSpec, find_model, original_encoder, read_config
+from kvutils.processors import load_processor, quiet_transformers
 from kvutils.readout.features import STACK_BYTES
 from kvutils.store import read_json
 
@@ -287,8 +287,8 @@ def _architecture(spec: ModelSpec) -> tuple:
     published = [name for name, known in MODELS.items() if known.profile == "paper" and known.source == spec.source]
     if published:
         return architecture(published[0])
-    family, config = read_family(spec.name, spec)
-    return config, load_processor(spec.source, family, revision=spec.revision or None)
+    config = read_config(spec)
+    return config, load_processor(spec.source, config.model_type, spec.revision)
 
 
 def device_name() -> str:

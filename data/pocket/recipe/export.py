@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from kvutils.datasets.pocket.questions import WORDS
+from kvutils.datasets.pocket.tokenizer import build_pocket_processor
 from kvutils.errors import ParameterError
 from kvutils.models import load_mlm
-from kvutils.processors import build_pocket_processor
 from kvutils.store import write_json, write_text
 from recipe.card import model_card
 from recipe.evaluate import evaluate, missed_gates, print_report

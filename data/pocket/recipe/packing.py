@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from kvutils.datasets.pocket.questions import WORDS
+from kvutils.datasets.pocket.tokenizer import build_word_tokenizer
 from kvutils.datasets.pocket.world import draw_mark
-from kvutils.processors import build_word_tokenizer
 from recipe.pool import Pool
 from recipe.samples import NTH, Sample
 
