@@ -36,9 +36,6 @@ def sha256(data):
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
-# --- a server that can be told to fail ---------------------------------------------------------------------
-
-
 class Handler(http.server.BaseHTTPRequestHandler):
     """Serves `server.files`; each request takes the next of `server.plan`, a function of (handler, body)."""
 
@@ -122,9 +119,6 @@ def a_zip(members):
         for name, data in members.items():
             file.writestr(name, data)
     return buffer.getvalue()
-
-
-# --- receiving ---------------------------------------------------------------------------------------------
 
 
 def test_a_file_arrives_is_compared_and_recorded_and_a_second_run_does_nothing(server, toy, root, capsys):
@@ -243,10 +237,7 @@ def test_a_busy_server_is_asked_again(server, toy, code):
     [
         (status(404), "404 Not Found: the file may have moved, or want a login"),
         (status(403), "403"),
-        (lambda handler, body: serve(handler, body, headers={"Content-Type": "text/html"}), "a web page instead"),
-        (lambda handler, body: (handler.send_response(302), handler.send_header("Location", "ftp://a/b"),
-                                handler.end_headers()), "leads elsewhere"),
-        (lambda handler, body: serve(handler, body[:-1]), "expected 512,000 bytes, but the server has 511,999"),
+        (lambda handler, body: serve(handler, body, headers={"Content-Type": "text/html"}), "answers a web page"),
     ],
 )  # fmt: skip
 def test_answers_that_no_patience_mends(server, toy, capsys, plan, message):
@@ -254,14 +245,6 @@ def test_answers_that_no_patience_mends(server, toy, capsys, plan, message):
     server.plan = [plan]
     assert main(["toy"]) == FAILED and len(server.asked) == 1 and not place.exists()
     assert message in capsys.readouterr().out
-
-
-def test_a_server_that_promises_more_than_it_sends(server, toy, capsys):
-    place = toy(size=None)
-    server.plan = [lambda handler, body: serve(handler, body[:1000], length=len(body))] * 9
-    assert main(["toy"]) == FAILED and not place.exists()
-    assert 1 < len(server.asked) <= transfer.TRIES + 1
-    assert "lost" in capsys.readouterr().out
 
 
 def test_another_address_of_the_same_bytes(server, toy, capsys):
@@ -272,12 +255,6 @@ def test_another_address_of_the_same_bytes(server, toy, capsys):
     assert "trying another address" in capsys.readouterr().out
     assert json.loads(place.with_name("list.bin.fetched.json").read_text())["address"].endswith("/copy.bin")
     assert main(["toy"]) == OK and len(server.asked) == 2
-
-
-def test_only_http(monkeypatch, capsys, root, address="file:///etc/hostname"):
-    about = About("toy", "A toy", 0.001, "free", "nowhere", "toy", downloads=(Download(address, "toy/list.bin"),))
-    monkeypatch.setitem(CATALOG, "toy", about)
-    assert main(["toy"]) == FAILED and "leads elsewhere" in capsys.readouterr().out
 
 
 def test_corrupted_bytes_are_put_aside_and_fetched_anew(server, toy, capsys):
@@ -334,9 +311,6 @@ def test_too_little_space_is_said_before_anything_is_received(toy, root, monkeyp
     assert "needed to download and extract" in capsys.readouterr().out
 
 
-# --- archives, as the command handles them -----------------------------------------------------------------
-
-
 def test_an_archive_is_extracted_and_removed(server, toy, root, capsys):
     name = "JSON/000001-2008_002719-2008_004100:aeroplane.json"
     body = a_zip({f"top/{name}": "{}", "top/b/c.txt": "c", "__MACOSX/top/._c.txt": "x", "top/b/._c.txt": "x"})
@@ -389,7 +363,7 @@ def test_an_interrupted_extraction_leaves_nothing_half(server, toy, root, monkey
 
     with monkeypatch.context() as patch:
         if where == "while extracting":
-            patch.setattr(zipfile.ZipFile, "extractall", stop)
+            patch.setattr(transfer.shutil, "unpack_archive", stop)
         else:
             patch.setattr(transfer.shutil, "move", stop)
         assert main(["toy"]) == STOPPED
@@ -413,9 +387,6 @@ def test_a_damaged_archive_is_put_aside(server, toy, capsys):
     folder = toy(body[:2000] + bytes(100) + body[2100:], file="set.zip", path="toy", holds="toy/a", checksum="")
     assert main(["toy"]) == FAILED and "damaged" in capsys.readouterr().out
     assert [path.name for path in folder.iterdir()] == ["set.zip.bad"]
-
-
-# --- archives that mean harm -------------------------------------------------------------------------------
 
 
 def zip_member(name):
@@ -468,27 +439,18 @@ def test_no_name_in_a_zip_leads_out_of_the_folder(tmp_path, name):
     assert [p.name for p in tmp_path.iterdir()] == ["inner"] and not Path("/evil.txt").exists()
 
 
-# --- what is free, gated, on the hub; the command line -----------------------------------------------------
-
-
-def test_a_gated_set_shows_the_steps_and_the_others_go_on(toy, root, capsys):
+def test_a_gated_or_failed_set_does_not_stop_the_others(server, toy, root, capsys):
     place = toy()
-    assert main(["bdd-10k", "toy"]) == BY_HAND and place.exists()
+    toy(name="gone", file="gone.bin", path="gone/list.bin")
+    del server.files["gone.bin"]
+    assert main(["gone", "bdd-10k", "toy"]) == FAILED and place.exists()
     out = capsys.readouterr().out
     assert "1. Log in at https://bdd-data.berkeley.edu" in out and f"3. Extract each in {root}/bdd-10k" in out
-    assert out.splitlines()[-1] == "there: toy; left to do by hand: bdd-10k"
+    assert out.splitlines()[-1] == "there: toy; left to do by hand: bdd-10k; failed: gone"
     for either in CATALOG["bdd-10k"].by_hand:
         assert main(["bdd-10k"]) == BY_HAND
         (root / either.split("|")[-1]).mkdir(parents=True)
     assert main(["bdd-10k"]) == OK
-
-
-def test_a_failure_does_not_stop_the_others(server, toy, capsys):
-    toy()
-    other = toy(name="other", file="other.bin", path="other/list.bin")
-    del server.files["list.bin"]
-    assert main(["toy", "bdd-10k", "other"]) == FAILED and other.exists()
-    assert capsys.readouterr().out.splitlines()[-1] == "there: other; left to do by hand: bdd-10k; failed: toy"
 
 
 def test_the_hub_copy_at_its_fixed_revision(root, monkeypatch, capsys):
@@ -583,7 +545,7 @@ def test_a_download_is_well_formed(item):
     kind, _, digest = item.checksum.partition(":")
     assert len(digest) == {"md5": 32, "sha256": 64, "": 0}[kind] and set(digest) <= set("0123456789abcdef")
     assert item.url.startswith("https://") or kind, "neither address nor checksum to trust"
-    is_archive = item.url.endswith(transfer.SUFFIXES)
+    is_archive = item.url.endswith(transfer.ARCHIVES)
     assert bool(item.holds) == is_archive and (not is_archive or item.holds.startswith(f"{item.path}/"))
     assert ".." not in Path(item.path).parts and not Path(item.path).is_absolute()
 
