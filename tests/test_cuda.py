@@ -6,7 +6,7 @@ import torch
 
 from kvutils.answer import answer_all
 from kvutils.datasets import open_dataset
-from kvutils.keys import key_variance, select_all
+from kvutils.keys import key_variance
 from kvutils.kvcache import capture
 from kvutils.models import load_encoder, load_mlm
 from kvutils.readout.attention import attention_mass
@@ -14,6 +14,7 @@ from kvutils.readout.features import FeatureExtractor
 from kvutils.readout.words import load_siglip_text
 from kvutils.tasks.base import run_task
 from kvutils.tasks.choices import read_items
+from kvutils.tasks.key_selections import select_all
 from kvutils.tasks.value_flow import SIX, value_flow_tasks
 from tests.tiny_models import FAMILIES, tiny
 

@@ -14,7 +14,7 @@ from kvutils.datasets import KEY_IMAGES, open_dataset
 from kvutils.datasets.samples import VOID, LabelledImage, Question, YesNoSample
 from kvutils.errors import DataError, ParameterError
 from kvutils.images import encode_image
-from kvutils.keys import key_variance, select_all, selected_mass
+from kvutils.keys import key_variance
 from kvutils.layout import build_layout
 from kvutils.plots import keys as plots_keys
 from kvutils.readout.attention import attention_mass
@@ -33,9 +33,9 @@ from kvutils.tasks.key_blocking import (
     effects,
     last_layers,
     power_statement,
-    select_lowest,
     sweep,
 )
+from kvutils.tasks.key_selections import select_all, select_lowest, selected_mass
 from kvutils.tasks.key_statistics import (
     agnostic,
     compare_trained,
@@ -422,9 +422,9 @@ def test_controls_match_the_block():
     drawn = [name for name in blocks if name.startswith("random/")]
     assert len(drawn) == 3 and len({tuple(blocks[name].mask.flatten().tolist()) for name in drawn}) == 3
     for name in (*drawn, CONTROLS[2], CONTROLS[3], READING[1], f"{READING[2]}/00"):
-        assert torch.equal(blocks[name].count, block.count), name
+        assert torch.equal(blocks[name].mask.sum(-1), block.mask.sum(-1)), name
     for name, each in blocks.items():
-        assert name in (NONE, "all keys") or not each.mask[..., table.is_newline].any(), name
+        assert name in (NONE, "all keys") or not each.mask[..., ~table.real].any(), name
     target = selected_mass(block, table.mass[4:])
     reached = selected_mass(blocks[f"{CONTROLS[1]}/01"], table.mass[4:])
     assert (reached - target).abs().max() < 0.006
@@ -444,11 +444,12 @@ def test_without_a_key_below_the_threshold_the_lowest_are_blocked():
     found = thresholds(table)
     assert not agnostic(table, found, "raw")[4:].any()
     blocks, about = conditions(table, found, [0, 1], draws=1)
-    assert "lowest 0.1" in about["method"] and blocks[BLOCK].count.sum(1).tolist() == [3, 3]
+    assert "lowest 0.1" in about["method"] and blocks[BLOCK].mask.sum((1, 2)).tolist() == [3, 3]
     assert blocks[BLOCK].name == BLOCK
     assert select_lowest(table, 0.5, [5]).mask.sum() == 16
-    for bad in ({"reading": [1]}, {"reading": [0, 1], "draws": 0}):
-        with pytest.raises(ParameterError, match="draws"):
+    for bad, message in (({"reading": [1]}, "2 reading layers"), ({"reading": [0, 1], "draws": 0}, "draws"),
+                         ({"reading": [0, 1], "layers": [4, 6]}, "layer of the selection")):  # fmt: skip
+        with pytest.raises(ParameterError, match=message):
             conditions(table, found, **bad)
     with pytest.raises(ParameterError, match="share"):
         select_lowest(table, 0.0, [5])
@@ -458,14 +459,14 @@ def test_answers_under_blocks(mlm, tmp_path, monkeypatch):
     task = Pope(yes_no(5))
     blocks = {NONE: None, "everything": select_all(range(5), 2, 17), "late": select_all([4], 2, 17)}
     parts = Parts(tmp_path, seed=0)
-    options = {"max_new_tokens": 5, "chunk": 2, "progress": False}
+    options = {"chunk": 2, "progress": False}
     answers = ask_under_blocks(task, mlm, blocks, parts, **options)
     assert list(answers) == list(blocks) and all(len(texts) == len(task.samples) for texts in answers.values())
     for number in (0, 13):
         sample = task.samples[number]
         with ImageSession(mlm, sample.image) as session:
             for name, block in blocks.items():
-                (said,) = session.ask([sample.question], 5, block=block)
+                (said,) = session.ask([sample.question], block=block)
                 assert said.text == answers[name][number]
     assert answers[NONE] != answers["everything"], "nothing of the image is left"
     calls = []
@@ -534,8 +535,6 @@ def test_the_sweep_reports_on_the_other_half(monkeypatch):
     (first, every), (second, one) = seen
     assert len(every) == 7 and one == [NONE, "0.2 3"]
     assert not set(first) & set(second) and len(first) + len(second) == 60 == sum(found["images"])
-    with pytest.raises(ParameterError, match="depths"):
-        sweep(task, None, table, (0.1,), (7,))
 
 
 # --- figures -----------------------------------------------------------------------------------------------

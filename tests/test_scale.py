@@ -16,7 +16,6 @@ from PIL import Image
 from kvutils.answer import answer_all
 from kvutils.datasets.samples import Episode, LabelledImage, YesNoSample
 from kvutils.errors import MemoryLimitError, StoreError
-from kvutils.keys import select_all
 from kvutils.kvcache import capture
 from kvutils.language import in_halves
 from kvutils.readout.attention import attention_mass
@@ -25,6 +24,7 @@ from kvutils.store import Parts, Store, make_all, write_json
 from kvutils.tasks.base import run_task
 from kvutils.tasks.foreground_segmentation import ForegroundSegmentation
 from kvutils.tasks.key_blocking import NONE, ask_under_blocks
+from kvutils.tasks.key_selections import select_all
 from kvutils.tasks.key_table import measure_keys
 from kvutils.tasks.yes_no import Pope
 from tests.tiny_models import tiny_pocket

@@ -1,7 +1,6 @@
 """Statistics of the image keys of a model over many images: variance, norm, attention from text, foreground.
 
-The images are read once, in parts that a stopped run finds again. See `kvutils.tasks.key_statistics` for what
-the table says.
+`kvutils.tasks.key_statistics` says what the table means.
 """
 
 from __future__ import annotations
@@ -42,13 +41,9 @@ class KeyTable:
     mass_images: int
 
     @property
-    def is_newline(self) -> np.ndarray:
-        return self.layout.is_newline
-
-    @property
     def real(self) -> torch.Tensor:
         """(N,) bool: tokens that are no newlines."""
-        return torch.from_numpy(~self.is_newline)
+        return torch.from_numpy(~self.layout.is_newline)
 
     @property
     def scale_free(self) -> torch.Tensor:
@@ -57,69 +52,49 @@ class KeyTable:
 
 
 def measure_keys(
-    mlm: MLM,
-    images: Sequence[LabelledImage],
-    questions: Sequence[str],
-    parts: Parts | None = None,
-    *,
-    mass_images: int | None = None,
-    chunk: int = 50,
-    progress: bool = True,
-) -> KeyTable:
+    mlm: MLM, images: Sequence[LabelledImage], questions: Sequence[str], parts: Parts | None = None, *,
+    mass_images: int = 200, chunk: int = 50, progress: bool = True,
+) -> KeyTable:  # fmt: skip
     """Read the keys of all images (at least 2 chunks' worth), and the attention that `questions` pay to them.
 
-    images: any sequence of samples with `id`, `image` and `mask` (0 background, `VOID` unknown), which may open
-    its files when they are asked for; all of one token grid. mass_images: how many of them the attention is
-    measured on (default: all). With `parts` finished chunks are kept, and a stopped run goes on. Raises
-    DataError for too few images or different grids, and what `capture` raises.
+    images: any sequence of samples with `id`, `image` and `mask` (0 background, `VOID` unknown), which may open its files
+    when they are asked for; all of one token grid. mass_images: how many of them the attention is measured on. With
+    `parts` finished chunks are kept, and a stopped run goes on. Raises DataError for too few images or different grids,
+    and what `capture` raises.
     """
-    at_least("mass_images", len(images) if mass_images is None else mass_images)
+    at_least("mass_images", mass_images)
     if len(images) <= chunk:
         raise DataError(f"{len(images)} images make no two chunks of {chunk}: give more, or a smaller chunk")
-    mass_images = len(images) if mass_images is None else min(mass_images, len(images))
-    asked = [mlm.name, list(questions), mlm.base_view_only, mlm.max_pixels]
+    mass_images = min(mass_images, len(images))
     grid, streams = SameGrid(), (KeyVariance(), KeyVariance())
     mass, foreground = 0.0, 0.0
 
     def compute(some: list[int]) -> dict:
-        samples = [images[i] for i in some]
-        found = _read(mlm, samples, grid)
+        samples, variance, seen = [images[i] for i in some], KeyVariance(), []
+
+        def add(index: int, one: Capture) -> None:
+            grid.check(one.layout, samples[index].id)
+            variance.update(one.keys[None])
+            mask = np.asarray(samples[index].mask)
+            labels, _ = one.layout.token_labels(np.where(mask == VOID, VOID, mask > 0), VOID)
+            seen.append(labels == 1)
+
+        capture(mlm, [s.image for s in samples], values=False, features=False, to=None, on_capture=add)
+        found = variance.state_dict() | {"foreground": torch.from_numpy(np.sum(seen, axis=0, dtype=float))}
         heard = [sample.image for i, sample in zip(some, samples, strict=True) if i < mass_images]
         if heard:
             found["mass"] = attention_mass(mlm, heard, questions) * len(heard)
         return found
 
-    chunks = in_chunks(parts, "keys", range(len(images)), compute, chunk, asked, unit="image", progress=progress,
-                       of=lambda i: [images[i].id, i < mass_images])  # fmt: skip
-    for number, part in enumerate(chunks):
-        found = dict(part)
-        foreground, mass = foreground + found.pop("foreground"), mass + found.pop("mass", 0.0)
+    chunks = in_chunks(parts, "keys", range(len(images)), compute, chunk,
+                       [mlm.name, list(questions), mlm.base_view_only, mlm.max_pixels],
+                       of=lambda i: [images[i].id, i < mass_images], unit="image", progress=progress)  # fmt: skip
+    for number, found in enumerate(chunks):
+        foreground, mass = foreground + found["foreground"], mass + found.get("mass", 0.0)
         streams[number % 2].merge(KeyVariance.from_state(found))
     halves = torch.stack([stream.result for stream in streams])
     total = KeyVariance().merge(streams[0]).merge(streams[1])
-    layout = grid.layout or _layout(mlm, images[0])
-    return KeyTable(mlm.name, total.result, total.mean_norm, mass / mass_images, halves,
-                    np.asarray(foreground) / total.count, layout, total.count, mass_images)  # fmt: skip
-
-
-def _read(mlm: MLM, samples: Sequence[LabelledImage], grid: SameGrid) -> dict[str, torch.Tensor]:
-    """The state of a `KeyVariance`, and how often each token is mostly foreground."""
-    variance = KeyVariance()
-    foreground = torch.zeros(0)
-
-    def add(index: int, one: Capture) -> None:
-        nonlocal foreground
-        grid.check(one.layout, samples[index].id)
-        variance.update(one.keys[None])
-        mask = np.asarray(samples[index].mask)
-        labels, _ = one.layout.token_labels(np.where(mask == VOID, VOID, mask > 0), VOID)
-        count = torch.from_numpy((labels == 1).astype(float))
-        foreground = count if not len(foreground) else foreground + count
-
-    capture(mlm, [s.image for s in samples], values=False, features=False, to=None, on_capture=add)
-    return variance.state_dict() | {"foreground": foreground}
-
-
-def _layout(mlm: MLM, sample: LabelledImage) -> TokenLayout:
-    """Of an image whose keys were stored: one image is read again."""
-    return capture(mlm, [sample.image], layers=[0], values=False, features=False)[0].layout
+    # The layout of images whose keys were stored: one is read again.
+    layout = grid.layout or capture(mlm, [images[0].image], layers=[0], values=False, features=False)[0].layout
+    return KeyTable(mlm.name, total.result, total.mean_norm, mass / mass_images, halves, np.asarray(foreground) / total.count,
+                    layout, total.count, mass_images)  # fmt: skip
