@@ -17,7 +17,6 @@ from kvutils.models import Encoder
 from kvutils.readout.attention import prompt_saliency
 from kvutils.readout.features import FeatureExtractor, image_tokens, pixel_features, token_means
 from kvutils.readout.words import SiglipText, load_siglip_text
-from kvutils.store import Store
 from tests.tiny_models import WORDS, tiny, tiny_onevision, tiny_pocket, tiny_siglip
 
 RNG = np.random.default_rng(0)
@@ -56,6 +55,7 @@ def test_sources_and_shapes(pocket):
     expected = ["pixels", "encoder_original", "encoder", "projector"]
     expected += [f"{family}.{n}" for family in ("value", "key", "untrained.value") for n in layers]
     assert pocket.sources == expected == list(features[0].features)
+    assert repr(features[0]).startswith("ImageFeatures(16 image tokens of a 32x32 picture; channels: pixels 5, encoder_original 24")
     for one in features:
         assert not one.layout.is_newline.any() and len(one.layout) == 16
         assert all(t.shape[0] == 16 and t.dtype == torch.float16 for t in one.features.values())
@@ -142,42 +142,19 @@ def test_token_means_of_tokens_smaller_than_a_pixel():
     )
 
 
-# --- the same numbers from memory, disk and model -----------------------------------------------------------
+# --- the same numbers from memory and model -----------------------------------------------------------------
 
 
-def test_store_and_memory_give_the_same_bytes(tmp_path):
+def test_memory_is_limited_and_gives_the_same_bytes():
     mlm = tiny_pocket()
-
-    def run(**options):
-        extractor = FeatureExtractor(mlm, layers=[0, 2], batch_size=2, **options)
-        return extractor, extractor.images(ITEMS)
-
-    def same(a, b):
-        for one, other in zip(a, b, strict=True):
+    plain = FeatureExtractor(mlm, layers=[0, 2], batch_size=2)
+    small = FeatureExtractor(mlm, layers=[0, 2], batch_size=2, memory_bytes=1)
+    for _ in range(2):  # what was dropped comes back the same
+        for one, other in zip(plain.images(ITEMS), small.images(ITEMS), strict=True):
             assert list(one.features) == list(other.features)
             assert all(torch.equal(one.features[s], other.features[s]) for s in one.features)
-            assert (one.layout.rects == other.layout.rects).all() and one.layout.grids == other.layout.grids
-            assert one.layout.image_size == other.layout.image_size
-
-    _, plain = run()
-    _, written = run(store=Store(tmp_path))
-    extractor, read = run(store=Store(tmp_path), memory_bytes=1)
-    same(plain, written)
-    same(plain, read)
-    assert len(extractor._memory) == 1  # the limit holds, and what was dropped comes back the same
-    same(plain, extractor.images(ITEMS))
-    stored = len(list(tmp_path.rglob("*.safetensors")))
-    assert stored == 2
-    run(store=Store(tmp_path), keys=False)
-    assert len(list(tmp_path.rglob("*.safetensors"))) == 2 * stored  # other options, other shards
-
-
-def test_large_batches_are_not_kept_on_disk(tmp_path):
-    items = [("a", Image.fromarray(np.zeros((32, 32, 3), np.uint8)))]
-    for limit, files in ((2**26, 1), (100, 0)):
-        store = Store(tmp_path / str(limit))
-        FeatureExtractor(tiny_pocket(), store=store, stored_bytes=limit).images(items)
-        assert len([*store.root.rglob("*.safetensors")]) == files
+    assert "3 images in memory" in repr(plain) and "1 images in memory" in repr(small)
+    assert "tiny" in repr(plain) and "7 sources, layers 0-2" in repr(plain)
 
 
 def test_stacks_are_kept_small(monkeypatch, pocket):
@@ -301,7 +278,7 @@ def test_encoders_have_text_scores_only_with_a_text_tower(pocket):
 
 def test_text_vectors_do_not_depend_on_other_texts(pocket):
     fresh = FeatureExtractor(pocket.mlm)
-    both, alone = fresh.texts(TEXTS)[1], FeatureExtractor(pocket.mlm).texts(TEXTS[1:])[0]
+    both, alone = [fresh.alignment.text(text) for text in TEXTS][1], FeatureExtractor(pocket.mlm).alignment.text(TEXTS[1])
     assert all(torch.equal(both[source], alone[source]) for source in fresh.text_sources)
 
 

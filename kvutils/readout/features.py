@@ -7,15 +7,16 @@
     value.l, key.l     image values and keys of layer l, heads concatenated (keys after rotary embedding)
     untrained.value.l  the same of a model of the same architecture with random weights (control)
 
-Features are rounded to half precision when they are made, so that they are the same numbers whether they come
-from memory, from disk or from the model. Images are run in fixed batches and stored by batch: a batch of
-another composition may differ in its last bits, and a resumed run must not.
+Features are rounded to half precision when they are made, so that they are the same numbers whether they come from memory
+or from the model. Images are run in fixed batches: a batch of another composition may differ in its last bits, and a
+resumed run must not.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -25,20 +26,20 @@ import psutil
 import torch
 from PIL import Image
 
-from kvutils.errors import ModelError, ParameterError
+from kvutils.errors import ModelError, at_least, one_of
 from kvutils.kvcache import Capture, capture, capture_encoder
 from kvutils.language import resolve_layers
 from kvutils.layout import TokenLayout
 from kvutils.models import MLM, Encoder
 from kvutils.readout.attention import QUESTION, prompt_saliency
 from kvutils.readout.words import SiglipText, TextAlignment
-from kvutils.store import Store, to_json
+from kvutils.store import to_json
 
 STACK_BYTES = 2**31  # of features, in float32, that a task computes with at once
 Item = tuple[str, Image.Image]  # image id (for errors) and upright RGB image
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ImageFeatures:
     """One image: the full grid of its finest view, no newlines, no padding; features: source -> (N, C).
 
@@ -47,6 +48,12 @@ class ImageFeatures:
     layout: TokenLayout
     features: dict[str, torch.Tensor]
     device: torch.device | None = None
+
+    def __repr__(self) -> str:
+        width, height = self.layout.image_size
+        channels = {re.sub(r"\d+$", "l", source): tokens.shape[-1] for source, tokens in self.features.items()}
+        shown = ", ".join(f"{source} {count}" for source, count in channels.items())
+        return f"ImageFeatures({len(self.layout)} image tokens of a {width}x{height} picture; channels: {shown})"
 
     def stack(self, sources: Sequence[str]) -> torch.Tensor:
         """(S, N, C) float32 of sources with the same number of channels, on `device`."""
@@ -59,8 +66,7 @@ class ImageFeatures:
         """
         groups: dict[int, list[str]] = {}
         for source in sources:
-            if source not in self.features:
-                raise ParameterError(f"no source {source!r}; there are {', '.join(self.features)}")
+            one_of("source", source, self.features)
             groups.setdefault(self.features[source].shape[-1], []).append(source)
         portions = []
         for width, names in groups.items():
@@ -95,11 +101,9 @@ def pixel_features(layout: TokenLayout, image: Image.Image) -> torch.Tensor:
 class FeatureExtractor:
     """Features of images and texts from one MLM and its baselines; see the module for the sources.
 
-    layers: of values and keys ("all" or numbers). encoder_text: the text tower of encoder_original, for text
-    scores of the encoders. Batches are kept in
-    memory up to `memory_bytes` (default: a third of what is free, shared by the processes of this machine) and, with
-    a `Store`, on disk if they are at most `stored_bytes`: those of large models would fill terabytes, and reading
-    them back takes as long as a GPU takes to make them. to: where features live (None: the model's device).
+    layers: of values and keys ("all" or numbers). encoder_text: the text tower of encoder_original, for text scores of the
+    encoders. Batches are kept in memory up to `memory_bytes` (default: a third of what is free, shared by the processes of
+    this machine). to: where features live (None: the model's device).
     """
 
     def __init__(
@@ -112,31 +116,29 @@ class FeatureExtractor:
         layers: str | int | Iterable[int] = "all",
         keys: bool = True,
         batch_size: int = 8,
-        store: Store | None = None,
         memory_bytes: int | None = None,
-        stored_bytes: int = 2**26,
         to: str | torch.device | None = "cpu",
     ):
-        if batch_size < 1:
-            raise ParameterError(f"batch_size must be at least 1, not {batch_size}")
+        at_least("batch_size", batch_size)
         self.mlm, self.untrained, self.encoder_original = mlm, untrained, encoder_original
-        self.layers, self.keys, self.batch_size = resolve_layers(mlm, layers), keys, batch_size
-        self.store, self.stored_bytes, self.to = store, stored_bytes, to
-        self.memory_bytes = _share_of_memory() if memory_bytes is None else memory_bytes
+        self.layers, self.keys, self.batch_size, self.to = resolve_layers(mlm, layers), keys, batch_size, to
+        share = psutil.virtual_memory().available // (3 * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        self.memory_bytes = share if memory_bytes is None else memory_bytes
         self.alignment = TextAlignment(mlm, self.layers, untrained, encoder_original, encoder_text)
         self._memory: OrderedDict[str, list[ImageFeatures]] = OrderedDict()
         self._held = 0
         self._saliency: dict[str, torch.Tensor] = {}
 
+    def __repr__(self) -> str:
+        held = sum(len(batch) for batch in self._memory.values())
+        layers = f"{self.layers[0]}-{self.layers[-1]}" if len(self.layers) > 1 else self.layers[0]
+        return f"FeatureExtractor({self.mlm.name}, {len(self.sources)} sources, layers {layers}, {held} images in memory)"
+
     @property
     def sources(self) -> list[str]:
         """The ids of all sources with a feature per token."""
         names = ["pixels", *(["encoder_original"] if self.encoder_original else []), "encoder", "projector"]
-        families = [
-            "value",
-            *(["key"] if self.keys else []),
-            *(["untrained.value"] if self.untrained else []),
-        ]
+        families = ["value", *(["key"] if self.keys else []), *(["untrained.value"] if self.untrained else [])]
         return names + [f"{family}.{layer}" for family in families for layer in self.layers]
 
     @property
@@ -148,8 +150,9 @@ class FeatureExtractor:
     def fingerprint(self) -> str:
         """16 hex digits of everything that the features depend on besides the code and the libraries."""
         text = self.alignment.encoder_text
+        models = [m and [m.name, m.revision, str(m.model.dtype)] for m in (self.mlm, self.untrained, self.encoder_original)]
         about = {
-            "models": [_identity(m) for m in (self.mlm, self.untrained, self.encoder_original)],
+            "models": models,
             "text": None if text is None else [text.name, text.template],
             "layers": self.layers,
             "views": [self.mlm.base_view_only, self.mlm.max_pixels],
@@ -159,46 +162,32 @@ class FeatureExtractor:
 
     def images(self, items: Sequence[Item], prefix: str | None = None) -> list[ImageFeatures]:
         """Features of images, in consecutive batches of `batch_size`. prefix: text before the image."""
-        batches = (items[i : i + self.batch_size] for i in range(0, len(items), self.batch_size))
-        return [
-            features
-            for batch in batches
-            for features in self.batch(self.batch_key(batch, prefix), batch, prefix)
-        ]
+        batches = [items[i : i + self.batch_size] for i in range(0, len(items), self.batch_size)]
+        return [features for batch in batches for features in self.batch(self.batch_key(batch, prefix), batch, prefix)]
 
     def batch_key(self, items: Sequence[Item], prefix: str | None = None) -> str:
         """Name of a batch: it depends on the pixels of all its images and on the prefix."""
-        digests = [hashlib.sha256(_pixels(image)).hexdigest() for _, image in items]
+        pixels = [f"{image.mode}{image.size}".encode() + image.tobytes() for _, image in items]
+        digests = [hashlib.sha256(each).hexdigest() for each in pixels]
         return hashlib.sha256("\n".join([str(prefix), *digests]).encode()).hexdigest()[:32]
 
     def batch(self, key: str, items: Sequence[Item], prefix: str | None = None) -> list[ImageFeatures]:
-        """Features of a batch under its `batch_key`, from memory, the store or the models."""
+        """Features of a batch under its `batch_key`, from memory or the models."""
         if key in self._memory:
             self._memory.move_to_end(key)
             return self._memory[key]
-        where = f"features/{self.fingerprint}{'' if self.keys else '-no-keys'}/{key}" if self.store else ""
-        found = self.store.get(where) if self.store else None
-        if found is None:
-            batch = self._extract(items, prefix)
-            if self.store and _bytes(batch) <= self.stored_bytes:
-                self.store.put(where, *_pack(batch))
-        else:
-            batch = _unpack(*found, self.mlm.device if self.to is None else self.to, self.mlm.device)
-        self._remember(key, batch)
+        batch = self._memory[key] = self._extract(items, prefix)
+        self._held += _bytes(batch)
+        while self._held > self.memory_bytes and len(self._memory) > 1:
+            self._held -= _bytes(self._memory.popitem(last=False)[1])
         return batch
-
-    def texts(self, texts: Sequence[str]) -> list[dict[str, torch.Tensor]]:
-        """Per text its vector (C,) in every text-aligned source; see `kvutils.readout.words`."""
-        return [self.alignment.text(text) for text in texts]
 
     def text_scores(self, features: ImageFeatures, texts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Per text-aligned source the scores (len(texts), N) of the texts on the image's tokens."""
         return self.alignment.scores(features.features, texts)
 
     def saliency(self, item: Item, question: str = QUESTION) -> torch.Tensor:
-        """(N,) float32 attention of the last prompt token, scaled to 0..1 over the image's tokens (0 if
-        constant).
-        """
+        """(N,) float32 attention of the last prompt token, scaled to 0..1 over the image's tokens (0 if constant)."""
         key = self.batch_key([item], question)
         if key not in self._saliency:
             layout, attention = prompt_saliency(self.mlm, item[1], question)
@@ -210,21 +199,13 @@ class FeatureExtractor:
     def _extract(self, items: Sequence[Item], prefix: str | None) -> list[ImageFeatures]:
         images = [image for _, image in items]
         options = {"batch_size": len(images), "to": self.to}
-        captures = capture(self.mlm, images, prefix, self.layers, keys=self.keys, **options)
-        control = (
-            capture(self.untrained, images, prefix, self.layers, keys=False, features=False, **options)
-            if self.untrained
-            else [None] * len(images)
-        )
-        original = (
-            capture_encoder(self.encoder_original, self.mlm, images, **options)
-            if self.encoder_original
-            else [None] * len(images)
-        )
-        return [
-            self._features(item, *captured)
-            for item, *captured in zip(items, captures, control, original, strict=True)
-        ]
+        captured = capture(self.mlm, images, prefix, self.layers, keys=self.keys, **options)
+        control = original = [None] * len(images)
+        if self.untrained:
+            control = capture(self.untrained, images, prefix, self.layers, keys=False, features=False, **options)
+        if self.encoder_original:
+            original = capture_encoder(self.encoder_original, self.mlm, images, **options)
+        return [self._features(*each) for each in zip(items, captured, control, original, strict=True)]
 
     def _features(
         self, item: Item, captured: Capture, control: Capture | None, original: torch.Tensor | None
@@ -239,63 +220,15 @@ class FeatureExtractor:
         if self.keys:
             features |= {f"key.{layer}": grid.key(layer) for layer in self.layers}
         if control is not None:
-            if len(control.layout) != len(captured.layout):
-                raise ModelError("the untrained model lays out another number of tokens than the trained one")
             random = control.select(tokens)
             features |= {f"untrained.value.{layer}": random.value(layer) for layer in self.layers}
         rounded = {source: tensor.half() for source, tensor in features.items()}
         for source, tensor in rounded.items():
             if not torch.isfinite(tensor).all():
-                raise ModelError(
-                    f"image {item[0]}: the features of {source} are not finite in half precision (largest "
-                    f"{features[source].abs().max():.3g}); leave this source's layer out"
-                )
+                raise ModelError(f"image {item[0]}: the features of {source} are not finite in half precision (largest "
+                                 f"{features[source].abs().max():.3g}); leave this source's layer out")  # fmt: skip
         return ImageFeatures(grid.layout, rounded, self.mlm.device)
-
-    def _remember(self, key: str, batch: list[ImageFeatures]) -> None:
-        self._memory[key] = batch
-        self._held += _bytes(batch)
-        while self._held > self.memory_bytes and len(self._memory) > 1:
-            self._held -= _bytes(self._memory.popitem(last=False)[1])
-
-
-def _share_of_memory() -> int:
-    return psutil.virtual_memory().available // (3 * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
-def _identity(model: MLM | Encoder | None) -> list[str] | None:
-    return None if model is None else [model.name, model.revision, str(model.model.dtype)]
-
-
-def _pixels(image: Image.Image) -> bytes:
-    return f"{image.mode}{image.size}".encode() + image.tobytes()
 
 
 def _bytes(batch: list[ImageFeatures]) -> int:
     return sum(t.numel() * t.element_size() for one in batch for t in one.features.values())
-
-
-_ARRAYS = ("slots", "rects", "cells", "view", "is_newline")
-
-
-def _pack(batch: list[ImageFeatures]) -> tuple[dict, dict]:
-    """(tensors, meta) for `Store.put`."""
-    tensors, sizes, grids = {}, [], []
-    for i, one in enumerate(batch):
-        tensors |= {f"{i}/{source}": tensor for source, tensor in one.features.items()}
-        tensors |= {f"{i}/layout/{name}": getattr(one.layout, name) for name in _ARRAYS}
-        sizes.append(one.layout.image_size)
-        grids.append(one.layout.grids)
-    return tensors, {"image_sizes": sizes, "grids": grids, "sources": list(batch[0].features)}
-
-
-def _unpack(tensors: dict, meta: dict, to: str | torch.device, device: torch.device) -> list[ImageFeatures]:
-    batch = []
-    for i, (size, grids) in enumerate(zip(meta["image_sizes"], meta["grids"], strict=True)):
-        arrays = {name: tensors[f"{i}/layout/{name}"] for name in _ARRAYS}
-        layout = TokenLayout(
-            **arrays, image_size=tuple(size), grids={name: tuple(grid) for name, grid in grids.items()}
-        )
-        features = {source: tensors[f"{i}/{source}"].to(to) for source in meta["sources"]}
-        batch.append(ImageFeatures(layout, features, device))
-    return batch
