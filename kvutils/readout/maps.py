@@ -1,7 +1,4 @@
-"""Feature sources as pictures: principal components as colours, similarity to the token under a point.
-
-The interactive explorer for JupyterLab: `explore(extractor, "photo.jpg")`.
-"""
+"""Feature sources as pictures: principal components as colours, similarity to the token under a point; to be explored."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,9 +9,10 @@ import torch
 from PIL import Image
 from sklearn.decomposition import PCA
 
-from kvutils.errors import ParameterError
+from kvutils.errors import one_of
 from kvutils.images import ImageLike, encode_image, open_image
 from kvutils.layout import TokenLayout
+from kvutils.models import MLM
 from kvutils.readout.features import FeatureExtractor, ImageFeatures
 
 SHOWN = ("pixels", "encoder_original", "encoder", "projector")  # beside the values of every layer
@@ -47,8 +45,7 @@ def similarity_to_point(features: ImageFeatures, source: str, point: tuple[float
 
     The mean token is subtracted first: in many layers all tokens share one large direction, and without this every
     map is flat (ours)."""
-    if source not in features.features:
-        raise ParameterError(f"no source {source!r}; there are {', '.join(features.features)}")
+    one_of("source", source, features.features)
     tokens = features.features[source].float()
     tokens = torch.nn.functional.normalize(tokens - tokens.mean(0), dim=-1)
     return (tokens @ tokens[int(features.layout.token_at(np.array([point]))[0])]).numpy()
@@ -68,24 +65,22 @@ def picture(
     for source in sources:
         colours = pca_colours([f.features[source].float().numpy() for f in found])[0]
         pca[source] = to_grid(layout, colours).tolist()
-        scores = similarity_to_point(found[0], source, point).astype(float)
-        similarity[source] = to_grid(layout, scores).round(3).tolist()
-    return {
-        "image": encode_image(image),
-        "size": list(image.size),
-        "point": list(point),
-        "rects": layout.rects.round(2).tolist(),
-        "clicked": int(layout.token_at(np.array([point]))[0]),
-        "pca": pca,
-        "similarity": similarity,
-    }
+        similarity[source] = to_grid(layout, similarity_to_point(found[0], source, point).astype(float)).round(3).tolist()
+    clicked = int(layout.token_at(np.array([point]))[0])
+    return {"image": encode_image(image), "size": list(image.size), "point": list(point), "rects": layout.rects.round(2).tolist(),
+            "clicked": clicked, "pca": pca, "similarity": similarity}  # fmt: skip
 
 
-def explore(extractor: FeatureExtractor, image: ImageLike) -> ipywidgets.Widget:
-    """Sliders for a point and a feature source; shows which tokens are similar to the one under the point."""
+def explore(model: MLM | FeatureExtractor, image: ImageLike) -> ipywidgets.Widget:
+    """Sliders for a point and a feature source, in JupyterLab; shows which tokens are similar to the one under the point.
+
+    model: an `MLM`, or an extractor that has baselines beside it.
+    """
+    extractor = model if isinstance(model, FeatureExtractor) else FeatureExtractor(model, keys=False)
     picture = open_image(image)
     features = extractor.images([("explored", picture)])[0]
     width, height = picture.size
+    best = [s for s in features.features if s.startswith("value.")]
 
     def show(source: str, x: int, y: int) -> None:
         figure, (left, right) = plt.subplots(1, 2, figsize=(8, 4), layout="constrained")
@@ -100,7 +95,6 @@ def explore(extractor: FeatureExtractor, image: ImageLike) -> ipywidgets.Widget:
         right.set(title=source, xlabel="x (pixels)")
         plt.show()
 
-    best = [s for s in features.features if s.startswith("value.")] or list(features.features)
     return ipywidgets.interactive(
         show,
         source=ipywidgets.Dropdown(options=list(features.features), value=best[len(best) // 2], description="source"),
