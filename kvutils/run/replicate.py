@@ -23,6 +23,7 @@ import yaml
 from ipykernel.kernelspec import write_kernel_spec
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
+from tqdm import tqdm
 
 from kvutils import errors, plots
 from kvutils.errors import DataError, KVUtilsError, ParameterError
@@ -68,27 +69,21 @@ def need_clone() -> None:
 def find_notebooks(wanted: list[str], folder: Path) -> list[Path]:
     """The notebooks `NN_name.ipynb` of a folder in order: all, or those that begin with one of `wanted`."""
     found = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
-    names = ", ".join(path.stem for path in found) or "none"
-    chosen = [path for path in found if not wanted or any(path.stem.startswith(name) for name in wanted)]
     unknown = [name for name in wanted if not any(path.stem.startswith(name) for path in found)]
-    if unknown or not chosen:
+    if unknown or not found:
+        names = ", ".join(path.stem for path in found) or "none"
         raise ParameterError(f"no notebook {' '.join(unknown) or 'to run'} in {folder}; there are: {names}.")
-    return chosen
-
-
-def defaults(book: NotebookNode) -> dict:
-    """The parameters of a notebook with their default values, from its cell tagged `parameters`."""
-    cells = [cell for cell in book.cells if "parameters" in cell.metadata.get("tags", [])]
-    if len(cells) != 1:
-        raise ParameterError(f"expected one cell tagged `parameters`, found {len(cells)}.")
-    values: dict = {}
-    exec(cells[0].source, values)  # the notebook is about to be executed in any case
-    return {name: value for name, value in values.items() if not name.startswith("__")}
+    return [path for path in found if not wanted or path.stem.startswith(tuple(wanted))]
 
 
 def changed_parameters(book: NotebookNode, given: dict) -> dict:
-    """The given parameters that differ from the notebook's defaults; `ParameterError` for an unknown name."""
-    known = defaults(book)
+    """The given parameters that differ from the defaults in the cell tagged `parameters`; an unknown name is an error."""
+    cells = [cell for cell in book.cells if "parameters" in cell.metadata.get("tags", [])]
+    if len(cells) != 1:
+        raise ParameterError(f"expected one cell tagged `parameters`, found {len(cells)}.")
+    known: dict = {}
+    exec(cells[0].source, known)  # the notebook is about to be executed in any case
+    del known["__builtins__"]
     unknown = sorted(given.keys() - known.keys())
     if unknown:
         raise ParameterError(f"unknown parameter {', '.join(unknown)}; the notebook has: {', '.join(known)}.")
@@ -106,34 +101,21 @@ def set_colab_cells(book: NotebookNode, name: str, address: str) -> None:
 
 def clean(book: NotebookNode) -> NotebookNode:
     """The executed notebook without what changes from run to run: times, widget state, paths, versions."""
-    book.metadata = NotebookNode(
-        kernelspec={"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
-        language_info={"name": "python"})
+    kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+    book.metadata = NotebookNode(kernelspec=kernel, language_info={"name": "python"})
     for i, cell in enumerate(book.cells):
         tags = cell.metadata.get("tags", [])
         cell.metadata = NotebookNode(tags=tags) if tags else NotebookNode()
         if "injected-parameters" in tags:
             cell.id = f"injected-{i}"  # papermill draws one at random
         outputs = []
-        for output in cell.get("outputs", []):
-            output.pop("transient", None)
-            if output.get("name") == "stderr":  # progress bars go; anything else stays to be seen
-                lines = re.split(r"[\r\n]|\x1b\[A", output.text)
-                output.text = "".join(f"{line}\n" for line in lines if line.strip() and not BAR.search(line))
-                if not output.text:
-                    continue
-            if WIDGET in output.get("data", {}):
-                del output.data[WIDGET]
-                output.metadata.pop(WIDGET, None)
-                if set(output.data) <= {"text/plain"}:  # only the widget's name is left
-                    continue
+        for output in filter(_stays, cell.get("outputs", [])):
             for holder in (output, output.get("data", {})):
                 for key, value in holder.items():
                     if isinstance(value, str) and not key.startswith("image/png"):
                         holder[key] = value.replace(f"{notebook.ROOT}{os.sep}", "").replace(str(notebook.ROOT), ".")
             # How a stream is cut into pieces depends on timing.
-            same = outputs and output.output_type == "stream" == outputs[-1].output_type
-            if same and output.name == outputs[-1].name:
+            if outputs and output.output_type == "stream" == outputs[-1].output_type and output.name == outputs[-1].name:
                 outputs[-1].text += output.text
             else:
                 outputs.append(output)
@@ -142,10 +124,18 @@ def clean(book: NotebookNode) -> NotebookNode:
     return book
 
 
-def duration(seconds: float) -> str:
-    """`48 s`, `3 min 05 s`."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+def _stays(output: NotebookNode) -> bool:
+    """Whether anything is left of an output without progress bars and widgets, which are taken out of it."""
+    output.pop("transient", None)
+    if output.get("name") == "stderr":  # anything but the bars stays to be seen
+        lines = re.split(r"[\r\n]|\x1b\[A", output.text)
+        output.text = "".join(f"{line}\n" for line in lines if line.strip() and not BAR.search(line))
+        return bool(output.text)
+    if WIDGET in output.get("data", {}):
+        del output.data[WIDGET]
+        output.metadata.pop(WIDGET, None)
+        return not set(output.data) <= {"text/plain"}  # only the widget's name is left
+    return True
 
 
 def failed_copy(path: Path) -> Path:
@@ -217,7 +207,7 @@ def run_all(paths: list[Path], parameters: dict, executed: Path) -> list[str]:
             failures.append(path.stem)
             continue
         write_text(executed / path.name, nbformat.writes(book) + "\n")
-        print(f"{path.stem}  done in {duration(time.monotonic() - start)}: {show(executed / path.name)}", flush=True)
+        print(f"{path.stem}  done in {tqdm.format_interval(time.monotonic() - start)} min: {show(executed / path.name)}", flush=True)
     return failures
 
 
