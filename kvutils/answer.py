@@ -29,11 +29,11 @@ from kvutils.block import block_keys
 from kvutils.errors import DataError, ImageError, ParameterError
 from kvutils.images import ImageLike, open_image
 from kvutils.keys import KeySelection
-from kvutils.language import Continuation, Piece, Prefix, check_attention, embed, in_halves, prefill
+from kvutils.language import Continuation, Piece, Prefix, check_masks, embed, prefill
 from kvutils.layout import TokenLayout
 from kvutils.models import MLM
 from kvutils.prompts import Options, PromptTokens, for_all, per_question, prepare_text
-from kvutils.vision import encode_images, prepare_images
+from kvutils.vision import encode_images, in_halves, prepare_images
 
 # Answer -> spellings whose probabilities add up: models differ in which one they use.
 YES_NO: dict[str, tuple[str, ...]] = {"yes": ("yes", "Yes", "YES"), "no": ("no", "No", "NO")}
@@ -79,7 +79,7 @@ class SessionBatch:
         prefix: str | None = None,
         tokens: PromptTokens | None = None,
     ):
-        check_attention(mlm)
+        check_masks(mlm, range(mlm.num_layers))
         rows = [_as_list(row) for row in _as_list(images)]
         if not rows or not all(rows):
             raise ImageError("expected at least one image per prompt, found none")
@@ -93,9 +93,6 @@ class SessionBatch:
         placed = iter(vision.layouts)
         #: layouts[row][image]: which slots of the row's prompt are which tokens of the image
         self.layouts: list[list[TokenLayout]] = [list(itertools.islice(placed, len(row))) for row in rows]
-        for row, layouts in enumerate(self.layouts):
-            ids = self._text.input_ids[row][self._text.attention_mask[row].bool()].tolist()
-            self.tokens.check(len(layouts), [len(layout) for layout in layouts], ids)
         _, projected = encode_images(mlm, vision)
         self._embeddings = embed(mlm, self._text.input_ids, projected)
         self._prefix: Prefix | None = prefill(mlm, self._embeddings, self._text)

@@ -11,6 +11,9 @@ from kvutils.errors import ParameterError
 from kvutils.models import MLM, ONEVISION, QWEN
 from kvutils.vision import VisionInputs
 
+Options = Sequence[str] | Mapping[str, Sequence[str]]
+_QUESTION = "kvutils-question"  # stands for a question, to see where a chat template puts it
+
 
 @dataclass
 class TextInputs:
@@ -21,43 +24,32 @@ class TextInputs:
     position_ids: torch.Tensor
 
 
-def prepare_text(
-    mlm: MLM, prompts: Sequence[str], vision: VisionInputs, images_only: bool = True
-) -> TextInputs:
+def prepare_text(mlm: MLM, prompts: Sequence[str], vision: VisionInputs, images_only: bool = True) -> TextInputs:
     """Tokenise prompts and place the layouts' slots; images belong to the prompts' image tokens in order.
 
-    images_only ends every sequence after its last image token: attention is causal, so what follows cannot
-    change the image tokens.
+    images_only ends every sequence after its last image token: attention is causal, so what follows cannot change the
+    image tokens.
     """
     token, rows, first = mlm.processor.image_token, [], 0
-    counts = [prompt.count(token) for prompt in prompts]
-    if 0 in counts:
-        raise ParameterError(f"prompts[{counts.index(0)}] must hold the image token {token!r}")
-    if sum(counts) != len(vision.layouts):
-        raise ParameterError(f"the prompts hold {sum(counts)} image tokens for {len(vision.layouts)} images")
-    if max(counts) > 1 and mlm.family == ONEVISION and not mlm.base_view_only:
-        raise ParameterError("LLaVA-OneVision sees several images as base views: use dataclasses.replace(mlm, base_view_only=True)")
-    for index, prompt in enumerate(prompts):
+    for prompt in prompts:
         head, *tails = prompt.split(token)
+        if len(tails) > 1 and mlm.family == ONEVISION and not mlm.base_view_only:
+            raise ParameterError("LLaVA-OneVision sees several images as base views: use replace(mlm, base_view_only=True)")
         layouts = vision.layouts[first : first + len(tails)]
         text = head + "".join(token * len(one) + tail for one, tail in zip(layouts, tails, strict=True))
         ids = torch.tensor(tokenize(mlm, text))
         slots = (ids == mlm.image_token_id).nonzero().flatten()
-        if len(slots) != sum(map(len, layouts)):
-            raise ParameterError(f"prompts[{index}]: {sum(map(len, layouts))} image tokens became {len(slots)}")
         for part in slots.split([len(one) for one in layouts]):
             vision.layouts[first] = replace(vision.layouts[first], slots=part.numpy())
             first += 1
         rows.append(ids[: slots[-1] + 1] if images_only else ids)
-    ids, mask = pad(mlm, rows)
+    text = pad(mlm, rows)
     if mlm.family == QWEN:
-        kinds = (ids == mlm.image_token_id).int()
-        positions, _ = mlm.model.model.get_rope_index(
-            ids, mm_token_type_ids=kinds, image_grid_thw=vision.grids, attention_mask=mask
+        kinds = (text.input_ids == mlm.image_token_id).int()
+        text.position_ids, _ = mlm.model.model.get_rope_index(
+            text.input_ids, mm_token_type_ids=kinds, image_grid_thw=vision.grids, attention_mask=text.attention_mask
         )
-    else:
-        positions = text_positions(mask)
-    return TextInputs(ids, mask, positions)
+    return text
 
 
 def tokenize(mlm: MLM, text: str) -> list[int]:
@@ -66,21 +58,13 @@ def tokenize(mlm: MLM, text: str) -> list[int]:
     return mlm.tokenizer(text, add_special_tokens=not (start and text.startswith(start)))["input_ids"]
 
 
-def pad(mlm: MLM, rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (B, T) and mask (B, T), padded on the right: left padding would rotate the keys."""
+def pad(mlm: MLM, rows: list[torch.Tensor]) -> TextInputs:
+    """Rows of token ids, padded on the right (left padding would rotate the keys), with the positions of a text."""
     filler = mlm.tokenizer.pad_token_id or 0
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=filler)
     lengths = torch.tensor([len(row) for row in rows])
-    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-    return ids.to(mlm.device), mask.to(mlm.device)
-
-
-def text_positions(mask: torch.Tensor) -> torch.Tensor:
-    return (mask.cumsum(-1) - 1).clamp(min=0)
-
-
-Options = Sequence[str] | Mapping[str, Sequence[str]]
-_QUESTION = "kvutils-question"  # stands for a question, to see where a chat template puts it
+    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(mlm.device)
+    return TextInputs(ids.to(mlm.device), mask, (mask.cumsum(-1) - 1).clamp(min=0))
 
 
 class PromptTokens:
@@ -90,16 +74,14 @@ class PromptTokens:
         self.mlm, self.prefix = mlm, prefix
         self._prompts: dict[tuple[str, int], list[int]] = {}
         self._heads: dict[int, list[int]] = {}
-        self._options: dict[str, list[int]] = {}
+        self._spelled: dict[str, list[int]] = {}
 
     def up_to_images(self, images: int) -> str:
         """A prompt that is meant up to its last image only; a stand-in for the question follows."""
         prompt = self.mlm.prompt(question=_QUESTION, prefix=self.prefix, images=images)
         if prompt.rfind(self.mlm.processor.image_token) > prompt.find(_QUESTION):
-            raise ParameterError(
-                f"the chat template of {self.mlm.name} does not put the question behind the image, so no "
-                f"cached image can serve several questions: {prompt[:200]!r}"
-            )
+            raise ParameterError(f"the chat template of {self.mlm.name} does not put the question behind the image, so no "
+                                 f"cached image can serve several questions: {prompt[:200]!r}")  # fmt: skip
         return prompt
 
     def head(self, images: int) -> list[int]:
@@ -108,14 +90,6 @@ class PromptTokens:
             ids = tokenize(self.mlm, self.up_to_images(images))
             self._heads[images] = ids[: self._behind_images(ids)]
         return self._heads[images]
-
-    def check(self, images: int, tokens: Sequence[int], ids: list[int]) -> None:
-        """ParameterError unless `ids` are `head` with `tokens[i]` tokens in place of image i."""
-        counts, expected = iter(tokens), []
-        for token in self.head(images):
-            expected += [token] * (next(counts) if token == self.mlm.image_token_id else 1)
-        if expected != ids:
-            raise ParameterError(f"the tokenizer of {self.mlm.name} joins image tokens with text around them")
 
     def tail(self, question: str, images: int) -> list[int]:
         """Token ids behind the last image of the whole prompt with this question.
@@ -128,32 +102,29 @@ class PromptTokens:
             ids = tokenize(self.mlm, self.mlm.prompt(question=question, prefix=self.prefix, images=images))
             end = self._behind_images(ids)
             if ids[:end] != self.head(images) or end == len(ids):
-                raise ParameterError(
-                    f"the prompt of {question!r} does not begin with the tokens that are cached: the chat "
-                    f"template or the tokenizer of {self.mlm.name} mixes it with what is before it"
-                )
+                raise ParameterError(f"the prompt of {question!r} does not begin with the tokens that are cached: the chat "
+                                     f"template or the tokenizer of {self.mlm.name} mixes it with what is before it")  # fmt: skip
             self._prompts[question, images] = ids[end:]
         return self._prompts[question, images]
 
     def options(self, options: Options) -> dict[str, list[list[int]]]:
         """Label -> token ids of each spelling, as the model would begin its turn with them.
 
-        options: texts, or label -> spellings. Spellings with equal tokens count once, those with tokens
-        unknown to the model not at all; ParameterError where an option has no other.
+        options: texts, or label -> spellings. Spellings with equal tokens count once, those with tokens unknown to the
+        model not at all; ParameterError where an option has no other.
         """
-        if isinstance(options, str) or not options or not all(isinstance(one, str) for one in options):
-            raise ParameterError(f"options must be a list of at least one text, not {options!r}")
+        texts = [] if isinstance(options, str) else [one for one in options or () if isinstance(one, str)]
+        if not texts or len(set(texts)) < len(options):
+            raise ParameterError(f"options must be a list of different texts, at least one, not {options!r}")
         spelled = options if isinstance(options, Mapping) else {option: (option,) for option in options}
-        if len(spelled) < len(options):
-            raise ParameterError(f"every option can be given only once, found {list(options)}")
         return {label: self._spellings(label, spellings) for label, spellings in spelled.items()}
 
     def _spellings(self, label: str, spellings: Sequence[str]) -> list[list[int]]:
         found, unknown = [], self.mlm.tokenizer.unk_token_id
         for text in spellings:
-            if text not in self._options:
-                self._options[text] = self.mlm.tokenizer(text, add_special_tokens=False)["input_ids"]
-            ids = self._options[text]
+            if text not in self._spelled:
+                self._spelled[text] = self.mlm.tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = self._spelled[text]
             if ids and ids not in found and (unknown is None or unknown not in ids):
                 found.append(ids)
         if not found:

@@ -17,7 +17,6 @@ from kvutils.answer import answer_all
 from kvutils.datasets.samples import Episode, LabelledImage, YesNoSample
 from kvutils.errors import MemoryLimitError, StoreError
 from kvutils.kvcache import capture
-from kvutils.language import in_halves
 from kvutils.readout.attention import attention_mass
 from kvutils.readout.features import FeatureExtractor
 from kvutils.store import Parts, Store, make_all, write_json
@@ -27,6 +26,7 @@ from kvutils.tasks.key_blocking import NONE, ask_under_blocks
 from kvutils.tasks.key_selections import select_all
 from kvutils.tasks.key_table import measure_keys
 from kvutils.tasks.yes_no import Pope
+from kvutils.vision import in_halves
 from tests.tiny_models import tiny_pocket
 
 KILLS = 20

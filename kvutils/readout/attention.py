@@ -21,11 +21,11 @@ from transformers import DynamicCache
 from kvutils.errors import DataError, ParameterError
 from kvutils.images import ImageLike, open_image
 from kvutils.keys import SameGrid
-from kvutils.language import embed, in_halves, resolve_layers
+from kvutils.language import embed, resolve_layers
 from kvutils.layout import TokenLayout
 from kvutils.models import MLM
 from kvutils.prompts import prepare_text
-from kvutils.vision import encode_images, open_batches, prepare_images
+from kvutils.vision import encode_images, over_images, prepare_images
 
 
 @torch.no_grad()
@@ -51,13 +51,12 @@ def attention_mass(
     """
     if isinstance(questions, str) or not questions:
         raise ParameterError(f"questions must be a list of at least one text, not {questions!r}")
-    layers, grid, seen = resolve_layers(mlm, layers), SameGrid(), 0
+    layers, grid = resolve_layers(mlm, layers), SameGrid()
     language_model = mlm.model.model.language_model
     prompts = [mlm.prompt(question, prefix) for question in questions]
 
-    def run(named: Sequence[tuple[Image.Image, str]]) -> list[torch.Tensor]:
-        """The sum over these images and all questions, as the only element."""
-        batch, names = zip(*named, strict=True)
+    def run(batch: Sequence[Image.Image], names: Sequence[str]) -> list[tuple[torch.Tensor, int]]:
+        """The sum over these images and all questions, and how many it has of them, as the only element."""
         vision = prepare_images(mlm, batch, names)
         for layout, name in zip(vision.layouts, names, strict=True):
             grid.check(layout, name)
@@ -87,16 +86,14 @@ def attention_mass(
                     past_key_values=copy.deepcopy(cache),
                     use_cache=True,
                 )
-        return [mass]
+        return [(mass, len(batch) * len(questions))]
 
-    sums: list[torch.Tensor] = []
-    for _, batch, names in open_batches(images, batch_size, progress):
-        sums += in_halves(run, list(zip(batch, names, strict=True)))
-        seen += len(batch) * len(questions)
-        sums = [torch.stack(sums).sum(0)]  # of all so far: memory stays constant
-    if not sums:
+    total, seen = None, 0
+    for mass, count in over_images(run, images, batch_size, progress):
+        total, seen = mass if total is None else total + mass, seen + count
+    if total is None:
         raise DataError("a mean over images needs images, found none")
-    return sums[0] / seen
+    return total / seen
 
 
 @contextlib.contextmanager

@@ -16,13 +16,13 @@ import torch
 from kvutils.answer import Answer, SessionBatch
 from kvutils.datasets.samples import MultipleChoice
 from kvutils.errors import DataError, one_of
-from kvutils.language import in_halves
 from kvutils.layout import TokenLayout
 from kvutils.metrics.answers import LETTERS, blink_extract
 from kvutils.models import MLM, QWEN, Encoder
 from kvutils.readout.features import FeatureExtractor, image_tokens
 from kvutils.store import Parts, in_chunks
 from kvutils.tasks.value_readouts import POINTS, READOUTS, check_points, mean_similarity, point_similarity, style_similarity
+from kvutils.vision import in_halves
 
 MAX_NEW_TOKENS = 16
 UNRESOLVED = -1

@@ -23,12 +23,12 @@ from PIL import Image
 from kvutils.answer import SessionBatch
 from kvutils.datasets.samples import Question, YesNoSample
 from kvutils.errors import DataError, ParameterError
-from kvutils.language import in_halves
 from kvutils.metrics.statistics import bootstrap_ci, choosing_half, mean_statistic
 from kvutils.models import MLM
 from kvutils.prompts import PromptTokens
 from kvutils.store import Parts, in_chunks
 from kvutils.tasks.key_selections import select_all
+from kvutils.vision import in_halves
 
 FAMILIES = ("one", "from", "until")
 ALL = "all"  # kinds together, each with the same weight
