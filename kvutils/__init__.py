@@ -3,6 +3,28 @@
 Replication of "Visual Representations inside the Language Model" (Liu, Kamath, Grunde-McLaughlin, Han, Krishna;
 COLM 2025; arXiv 2510.04819).
 
+    >>> import kvutils as kv
+    >>> mlm = kv.load_mlm("pocket")
+    >>> shot = kv.capture(mlm, ["photo.jpg"])[0]     # one vision pass
+    >>> shot.value(3)                                # (N, G*D) image value tokens of layer 3
+
+What `kv.` offers (each is loaded when it is first used):
+
+    load_mlm          a multimodal language model by name, folder or hub id
+    load_encoder      a SigLIP vision tower by name, folder or hub id
+    capture           pictures -> keys, values, tower and projector features of their image tokens
+    Capture           what one picture became: tensors and their TokenLayout
+    text_values       values of words: what the language model stores for a text
+    TokenLayout       which image token stands where in the sequence and in the picture
+    KeyVariance       the variance of keys over many images, from a stream
+    key_variance      that variance for a list of pictures
+    KeySelection      which image keys of which layers and heads
+    block_keys        with block_keys(...): text cannot attend to the selected image keys
+    ImageSession      questions about one picture that is read once, with or without blocked keys
+    fit_linear_probe  logistic regression of all feature sources or layers at once
+    open_dataset      a data set by name: generated ones, and the real ones of the paper
+    explore           sliders in JupyterLab: which tokens are similar to the one under a point
+
 One vocabulary of shapes is used everywhere:
 
     B  batch                      N  image tokens of one image
@@ -13,9 +35,30 @@ One vocabulary of shapes is used everywhere:
     K  classes or key points
 """
 
+from importlib import import_module
 from pathlib import Path
 
 __version__ = "0.1.0"
+VOID = 255  # value of mask pixels without annotation: excluded from training and from every score
+_HOMES = {
+    "models": ["load_mlm", "load_encoder"], "kvcache": ["capture", "Capture", "text_values"], "layout": ["TokenLayout"],
+    "keys": ["KeyVariance", "key_variance", "KeySelection"], "block": ["block_keys"], "answer": ["ImageSession"],
+    "probes": ["fit_linear_probe"], "datasets": ["open_dataset"], "readout.maps": ["explore"],
+}  # fmt: skip
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> object:
+    """A name of the face, from the module that defines it: `import kvutils` itself imports no torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'kvutils' has no attribute {name!r}; it offers {', '.join(__all__)}", name=name)
+    globals()[name] = getattr(import_module(f"kvutils.{_HOME[name]}"), name)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *(name for name in globals() if name not in ("Path", "import_module"))])
 
 
 def data_folder() -> Path:

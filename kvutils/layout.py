@@ -13,6 +13,7 @@ import torch
 from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
 from transformers.image_utils import ChannelDimension
 
+from kvutils import VOID
 from kvutils.errors import DataError, ModelError, ParameterError, one_of
 
 BASE, TILES = 0, 1
@@ -64,10 +65,10 @@ class TokenLayout:
         names = ("slots", "rects", "cells", "view", "is_newline")
         return replace(self, **{name: getattr(self, name)[index] for name in names})
 
-    def token_labels(self, mask: np.ndarray, ignore: int = 255) -> tuple[np.ndarray, np.ndarray]:
-        """Class of every token: the majority of the pixels in its rectangle (see `pixel_sums`), `ignore` pixels left out.
+    def token_labels(self, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Class of every token: the majority of the pixels in its rectangle (see `pixel_sums`), `VOID` pixels left out.
 
-        mask (H, W) int. Returns labels (N,) int64 (-1: newline, padding, or only ignored pixels; the smaller class on a tie)
+        mask (H, W) int. Returns labels (N,) int64 (-1: newline, padding, or only void pixels; the smaller class on a tie)
         and coverage (N,) float64, the share of the rectangle's pixels that carry the label.
         """
         mask = np.asarray(mask)
@@ -75,7 +76,7 @@ class TokenLayout:
             raise DataError(f"the mask must be (H, W) = {self.image_size[::-1]} like its image, not {mask.shape}")
         labels, coverage = np.full(len(self), -1), np.zeros(len(self))
         seen = np.flatnonzero(self._areas() > 0)
-        for value in np.unique(mask[mask != ignore]):
+        for value in np.unique(mask[mask != VOID]):
             pixels, all_pixels = self.pixel_sums(mask == value, seen)
             share = pixels / all_pixels
             more = share > coverage[seen]

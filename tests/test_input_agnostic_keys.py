@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from kvutils import plots
+from kvutils import VOID, plots
 from kvutils.answer import ImageSession
 from kvutils.datasets import KEY_IMAGES, open_dataset
-from kvutils.datasets.samples import VOID, LabelledImage, Question, YesNoSample
+from kvutils.datasets.samples import LabelledImage, Question, YesNoSample
 from kvutils.errors import DataError, ParameterError
 from kvutils.images import encode_image
 from kvutils.keys import key_variance

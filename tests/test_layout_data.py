@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kvutils import VOID
 from kvutils.datasets import bdd10k, class_names, open_dataset
-from kvutils.datasets.samples import VOID
 from kvutils.errors import DataError, ImageError, ParameterError
 from kvutils.models import load_mlm
 from kvutils.readout.features import FeatureExtractor

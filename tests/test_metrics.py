@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from kvutils import VOID
 from kvutils.datasets import coco_masks
 from kvutils.datasets import pascal5i as pascal5i_episodes
-from kvutils.datasets.samples import VOID
 from kvutils.errors import DataError, ParameterError
 from kvutils.metrics import answers, masks, statistics, video
 from kvutils.tasks.correspondence import point_hits

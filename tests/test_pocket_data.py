@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kvutils import VOID
 from kvutils.datasets import DATASETS, data_sources, open_dataset
 from kvutils.datasets.davis import davis_clips
 from kvutils.datasets.pocket import sets as pocket
 from kvutils.datasets.pocket.world import PRESENT, Scene, Thing, render
-from kvutils.datasets.samples import VOID, LabelledImage
+from kvutils.datasets.samples import LabelledImage
 from kvutils.errors import DataError, ImageError, ParameterError
 
 SMALL = {

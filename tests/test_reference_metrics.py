@@ -16,9 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
+from kvutils import VOID
 from kvutils.datasets import coco_masks
 from kvutils.datasets import pascal5i as pascal5i_episodes
-from kvutils.datasets.samples import VOID, YesNoSample
+from kvutils.datasets.samples import YesNoSample
 from kvutils.errors import DataError
 from kvutils.keys import KeyVariance
 from kvutils.metrics import answers, masks, video

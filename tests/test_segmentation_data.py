@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
 
+from kvutils import VOID
 from kvutils.datasets import TASK_DATA, class_names, coco, imagenet_s, msrc, open_dataset, pascal5i
 from kvutils.datasets.coco import POPE_IMAGES
 from kvutils.datasets.coco_masks import segmentation_mask
 from kvutils.datasets.files import read_labels
-from kvutils.datasets.samples import VOID, ResizedImages
+from kvutils.datasets.samples import ResizedImages
 from kvutils.errors import DataError, ImageError, ParameterError
 from kvutils.models import load_mlm
 from kvutils.readout.features import FeatureExtractor

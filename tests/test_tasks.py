@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from sklearn.metrics import average_precision_score
 
-from kvutils.datasets.samples import VOID, Clip, Episode, ImageGroup, KeypointPair, LabelledImage, NamedMask
+from kvutils import VOID
+from kvutils.datasets.samples import Clip, Episode, ImageGroup, KeypointPair, LabelledImage, NamedMask
 from kvutils.errors import DataError, ParameterError
 from kvutils.metrics.masks import average_precisions, binary_counts
 from kvutils.metrics.statistics import choosing_half, peak_then_degrade

@@ -27,8 +27,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from kvutils import VOID
 from kvutils.datasets.catalog import missing_data
-from kvutils.datasets.samples import VOID, DomainImage
+from kvutils.datasets.samples import DomainImage
 from kvutils.errors import DataError, ParameterError
 from kvutils.images import open_image
 

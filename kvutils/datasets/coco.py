@@ -28,11 +28,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from kvutils import VOID
 from kvutils.datasets.catalog import missing_data
 from kvutils.datasets.coco_masks import segmentation_mask
 from kvutils.datasets.files import upright_labels
 from kvutils.datasets.hub import HUB, holds_parquet, open_rows, picture_at, picture_of
-from kvutils.datasets.samples import VOID, LabelledImage
+from kvutils.datasets.samples import LabelledImage
 from kvutils.errors import DataError, ParameterError
 from kvutils.images import open_image
 

@@ -26,9 +26,10 @@ from pathlib import Path
 
 import numpy as np
 
+from kvutils import VOID
 from kvutils.datasets.catalog import missing_data
 from kvutils.datasets.files import class_mask, read_labels
-from kvutils.datasets.samples import VOID, LabelledImage, NamedMask
+from kvutils.datasets.samples import LabelledImage, NamedMask
 from kvutils.errors import DataError, ParameterError
 from kvutils.images import open_image
 

@@ -19,9 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
+from kvutils import VOID
 from kvutils.datasets.catalog import missing_data
 from kvutils.datasets.files import read_labels
-from kvutils.datasets.samples import VOID, ImageGroup, LabelledImage
+from kvutils.datasets.samples import ImageGroup, LabelledImage
 from kvutils.errors import DataError, ParameterError
 from kvutils.images import open_image
 

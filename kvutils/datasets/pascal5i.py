@@ -28,9 +28,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from kvutils import VOID
 from kvutils.datasets.catalog import missing_data
 from kvutils.datasets.files import class_mask, read_labels
-from kvutils.datasets.samples import VOID, Episode, LabelledImage
+from kvutils.datasets.samples import Episode, LabelledImage
 from kvutils.errors import DataError, ParameterError
 from kvutils.images import open_image
 

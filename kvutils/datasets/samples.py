@@ -52,9 +52,6 @@ class Pictures(Sequence):
         return Pictures(self._openers[index]) if isinstance(index, slice) else self._openers[index]()
 
 
-VOID = 255  # pixels without annotation: excluded from training and from every score
-
-
 @dataclass(frozen=True)
 class LabelledImage:
     """One image with a label map: 0 background, 1.. objects or classes, `VOID` unknown."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from kvutils.datasets.samples import VOID
+from kvutils import VOID
 
 
 def binary_counts(predicted: torch.Tensor, mask: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.spatial import KDTree
 
-from kvutils.datasets.samples import VOID
+from kvutils import VOID
 from kvutils.errors import DataError
 
 _TOLERANCE = 0.008  # boundary tolerance as a share of the image diagonal

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
-from kvutils.datasets.samples import VOID
+from kvutils import VOID
 
 CHUNK_BYTES = 2**29  # affinities held at once while labels are propagated
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from kvutils.datasets.samples import VOID, ImageGroup
+from kvutils import VOID
+from kvutils.datasets.samples import ImageGroup
 from kvutils.metrics.masks import binary_counts, jaccard_and_precision
 from kvutils.metrics.statistics import column_mean
 from kvutils.readout.attention import QUESTION

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kvutils.datasets.samples import VOID, LabelledImage
+from kvutils import VOID
+from kvutils.datasets.samples import LabelledImage
 from kvutils.errors import DataError, at_least
 from kvutils.keys import KeyVariance, SameGrid
 from kvutils.kvcache import Capture, capture
@@ -76,7 +77,7 @@ def measure_keys(
             grid.check(one.layout, samples[index].id)
             variance.update(one.keys[None])
             mask = np.asarray(samples[index].mask)
-            labels, _ = one.layout.token_labels(np.where(mask == VOID, VOID, mask > 0), VOID)
+            labels, _ = one.layout.token_labels(np.where(mask == VOID, VOID, mask > 0))
             seen.append(labels == 1)
 
         capture(mlm, [s.image for s in samples], values=False, features=False, to=None, on_capture=add)

@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from kvutils import VOID
 from kvutils.datasets.bdd10k import CLASS_NAMES as BDD_NAMES
-from kvutils.datasets.samples import VOID, DomainImage, LabelledImage, NamedMask
+from kvutils.datasets.samples import DomainImage, LabelledImage, NamedMask
 from kvutils.errors import DataError
 from kvutils.images import encode_image
 from kvutils.metrics.masks import class_counts, class_mean_iou

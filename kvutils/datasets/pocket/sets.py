@@ -16,11 +16,12 @@ from functools import cached_property, lru_cache
 import numpy as np
 from PIL import Image
 
+from kvutils import VOID
 from kvutils.datasets.pascal5i import sample_episodes
 from kvutils.datasets.pocket.questions import facts_of, referring_expression
 from kvutils.datasets.pocket.shapes import CLASSES
 from kvutils.datasets.pocket.world import DOMAINS, PRESENT, Rendered, Scene, render, sample_clip, sample_scene
-from kvutils.datasets.samples import VOID, Clip, DomainImage, Episode, ImageGroup, KeypointPair, LabelledImage, NamedMask
+from kvutils.datasets.samples import Clip, DomainImage, Episode, ImageGroup, KeypointPair, LabelledImage, NamedMask
 from kvutils.errors import ParameterError, at_least, one_of
 
 SEED = 20_000  # held out from the training seeds
