@@ -17,7 +17,6 @@ from PIL import Image
 from kvutils.datasets import imagenet_s, msrc
 from kvutils.datasets.blink import READABLE
 from kvutils.datasets.coco import POPE_IMAGES
-from kvutils.datasets.coco_masks import mask_box, rle_encode
 from kvutils.datasets.mme import SUBTASKS
 from kvutils.datasets.pocket.choices import pocket_blink
 from kvutils.datasets.pocket.sets import PocketScene, pocket_scene
@@ -90,6 +89,12 @@ def rim(labels: np.ndarray) -> np.ndarray:
     edge[:, 1:] |= labels[:, 1:] != labels[:, :-1]
     edge[1:] |= labels[1:] != labels[:-1]
     return np.where(edge, VOID, labels)
+
+
+def rle_encode(mask: np.ndarray) -> list[int]:
+    """COCO's run lengths of a binary mask, column by column; the first run is of zeros."""
+    flat = mask.ravel(order="F").astype(np.int8)
+    return np.diff([0, *(np.flatnonzero(np.diff([0, *flat]))), flat.size]).tolist()
 
 
 # --- segmentation ------------------------------------------------------------------------------------------
@@ -202,7 +207,7 @@ def write_refcoco(root: Path, seed: int, images: int = 12) -> None:
                                "file_name": f"COCO_train2014_{number:012d}_{ref}.jpg", "sentences": sentences,
                                "sent_ids": [one["sent_id"] for one in sentences]})  # fmt: skip
             annotations.append({"id": 1000 + ref, "image_id": number, "category_id": 1 + thing.cls, "iscrowd": 0,
-                                "segmentation": view.polygons(index), "area": 1.0, "bbox": mask_box(view.things == index + 1)})  # fmt: skip
+                                "segmentation": view.polygons(index), "area": 1.0})  # fmt: skip
     categories = [{"id": i, "name": name, "supercategory": ""} for i, name in enumerate(CLASSES, start=1)]
     write(root / "refcoco" / "instances.json", {"images": photos, "annotations": annotations, "categories": categories})
     for split_by in ("unc", "google"):

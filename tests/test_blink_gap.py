@@ -14,7 +14,7 @@ from recipe.samples import Sampler
 
 from kvutils import plots
 from kvutils.answer import SessionBatch
-from kvutils.datasets import CHOICE_DATA, open_dataset
+from kvutils.datasets import open_dataset
 from kvutils.datasets.pocket import questions as q
 from kvutils.datasets.pocket import sets as pocket
 from kvutils.datasets.pocket.choices import SUBTASKS
@@ -60,7 +60,7 @@ KIND_OF = {"Art_Style": "style_match", "Visual_Similarity": "class_match", "Sema
 
 @pytest.fixture(scope="module")
 def items():
-    return open_dataset(CHOICE_DATA["pocket"], items=FEW)
+    return open_dataset("pocket-blink", items=FEW)
 
 
 @pytest.fixture(scope="module")

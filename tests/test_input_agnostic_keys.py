@@ -10,7 +10,7 @@ from PIL import Image
 
 from kvutils import VOID, plots
 from kvutils.answer import ImageSession
-from kvutils.datasets import KEY_IMAGES, open_dataset
+from kvutils.datasets import USES, open_dataset
 from kvutils.datasets.samples import LabelledImage, Question, YesNoSample
 from kvutils.errors import DataError, ParameterError
 from kvutils.images import encode_image
@@ -578,7 +578,7 @@ def test_figures_come_from_stored_results_alone(tmp_path):
 
 
 def test_pocket_images_and_questions():
-    images = open_dataset(KEY_IMAGES["pocket"], count=3)
+    images = open_dataset(USES["pocket"]["03"]["keys"], count=3)
     assert [one.id for one in images] == [f"keys-20000-{i:05d}" for i in range(3)]
     assert images[0].mask.shape == (96, 96) and images[0].image.size == (96, 96)
     asked = open_dataset("pocket-questions", per_kind=4, scenes=40, kinds=("existence", "colour", "hop_same"))
@@ -610,7 +610,7 @@ def test_the_data_of_the_notebook():
 
 
 def test_a_profile_without_questions_by_kind_reads_by_pope_and_mme(monkeypatch):
-    monkeypatch.setattr("kvutils.tasks.input_agnostic_keys.READING_DATA", {})
+    monkeypatch.delitem(USES["pocket"]["03"], "reading")
     monkeypatch.setattr("kvutils.tasks.input_agnostic_keys.READING_IMAGES", 2)
     few = {"pocket-coco": {"count": 2}, "pocket-pope": {"scenes": 4}, "pocket-mme": {"images": 3, "split": "count"}}
     asked = open_data("pocket", few)["reading"]

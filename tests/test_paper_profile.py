@@ -14,7 +14,7 @@ import nbformat
 import numpy as np
 import pytest
 
-from kvutils.datasets import CHOICE_DATA, FOLDERS, PREFIX_DATA, TASK_DATA, class_names, data_sources, open_dataset
+from kvutils.datasets import FOLDERS, USES, class_names, data_sources, open_dataset
 from kvutils.models import load_encoder, load_mlm
 from kvutils.plots import DRAW
 from kvutils.plots.style import error_bar, flow_axis, layer_ticks, layers_of
@@ -130,7 +130,7 @@ def test_value_flow_and_its_baseline(data):
     found = verdicts(claims)
     assert set(found) == set(claims) and found["C1"] in ("inconclusive", "not reproduced")
     assert DRAW["01_value_flow"]({"tasks": summaries, "pictures": {}}).keys() == {"01_value_flow", "01_build_then_degrade"}
-    sources = data_sources(TASK_DATA["paper"].values(), FEW)["data"]
+    sources = data_sources(USES["paper"]["01"].values(), FEW)["data"]
     assert set(sources.values()) == {"files in the official layout"} and len(sources) == 7
 
 
@@ -161,7 +161,7 @@ def test_prefixes(data, tmp_path):
     mlm = load_mlm(str(mini_models.save_pocket_with_words(tmp_path / "pocket-words")), device="cpu")
     extractor, writer = FeatureExtractor(mlm, layers=[0, 2, 6], keys=False), PrefixWriter(mlm, "paper")
     options = {"refcoco": {"max_images": 4}, "bdd-10k": {"images": 6}, "bdd-10k-train": {"images": 10}}
-    found = {use: open_dataset(name, **options.get(name, {})) for use, name in PREFIX_DATA["paper"].items()}
+    found = {use: open_dataset(name, **options.get(name, {})) for use, name in USES["paper"]["04"].items()}
     names = class_names("bdd-10k-train")
     readouts = [ReferringPrefix(found["referring"], extractor, writer, "class_name"),
                 *(DomainPrefix(found["domains"], found["domains_train"], names, extractor, writer, kind) for kind in ("text", "probe"))]  # fmt: skip
@@ -179,7 +179,7 @@ def test_prefixes(data, tmp_path):
 
 
 def test_multiple_choice(data):
-    items = open_dataset(CHOICE_DATA["paper"], max_items=4)
+    items = open_dataset(USES["paper"]["05"]["choices"], max_items=4)
     assert set(check_items(items)) == {"Art_Style", "Visual_Similarity"}
     assert len({image.size for item in items for image in item.images}) > 3
     tables = read_items(load_mlm("pocket"), items, batch_size=4, progress=False)

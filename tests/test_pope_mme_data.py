@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kvutils.datasets import QUESTION_DATA, mme, open_dataset, pope
+from kvutils.datasets import mme, open_dataset, pope
 from kvutils.datasets.pocket import sets as pocket
 from kvutils.datasets.pocket import yes_no as pocket_questions
 from kvutils.datasets.pocket.questions import WORDS, ask, facts_of
 from kvutils.datasets.pocket.shapes import CLASSES
 from kvutils.datasets.pocket.world import PRESENT, Scene, Thing, render
-from kvutils.errors import DataError, ImageError, ParameterError
+from kvutils.errors import DataError, ParameterError
 
 SAMPLES = os.environ.get("KVUTILS_SAMPLES")
 needs_samples = pytest.mark.skipif(not SAMPLES, reason="KVUTILS_SAMPLES names no folder with POPE and MME samples")
@@ -65,7 +65,7 @@ def test_pope_lists_and_images_where_people_keep_them(tmp_path, pope_root, where
     (home / where).mkdir(parents=True)
     for path in (pope_root / "output" / "coco").iterdir():
         (home / where / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(DataError, match=r"none of .*val2014.*images="):
+    with pytest.raises(DataError, match="there is no .*val2014.*images="):
         open_dataset("pope", home)
     assert len(open_dataset("pope", home, images=pope_root / "val2014")) == 12
     (tmp_path / "elsewhere" / "coco").mkdir()
@@ -73,59 +73,10 @@ def test_pope_lists_and_images_where_people_keep_them(tmp_path, pope_root, where
     assert len(open_dataset("pope", home, split="random")) == 4
 
 
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        ("{'question_id': 2}", "not a JSON object"),
-        ('["yes"]', "expected a JSON object, found list"),
-        (pope_line(2, label="maybe"), "'label' must be yes or no, found 'maybe'"),
-        (pope_line(2, label=None), "'label' must be text, found None"),
-        (pope_line(2, text=" "), "'text' must be text"),
-        (pope_line(2, image="../a.jpg"), "'image' must be the name of a file"),
-        (pope_line(None), "'question_id' must be a number or text"),
-        (pope_line(1), "question_id 1 is that of line 1"),
-    ],
-)
-def test_a_malformed_pope_line_is_named(pope_root, bad, message):
-    path = pope_root / "output" / "coco" / "coco_pope_random.json"
-    path.write_text("\n".join([pope_line(1), "", bad, pope_line(4, label="no")]))
-    with pytest.raises(DataError, match="coco_pope_random.json, line 3: ") as raised:
-        open_dataset("pope", pope_root, split="random")
-    assert message in str(raised.value)
-    assert len(open_dataset("pope", pope_root, split="popular")) == 4
-
-
-def test_pope_says_what_is_missing(pope_root, caplog):
-    with pytest.raises(ParameterError, match="no split 'hard': expected random, popular, adversarial, or all"):
-        open_dataset("pope", pope_root, split="hard")
-    with pytest.raises(ParameterError, match="max_images"):
-        open_dataset("pope", pope_root, max_images=0)
-    (pope_root / "val2014" / "b.jpg").unlink()
-    with pytest.raises(DataError, match=r"1 of the 2 images of POPE are missing in .*val2014 \(first: b.jpg\)"):
-        open_dataset("pope", pope_root)
-    with pytest.raises(DataError, match="there is no folder .*nowhere"):
-        open_dataset("pope", pope_root, images=pope_root / "nowhere")
-    folder = pope_root / "output" / "coco"
-    folder.joinpath("coco_pope_random.json").write_text(pope_line(1) + "\r\n")
-    assert not caplog.records
+def test_an_older_list_of_pope_is_told(pope_root, caplog):
+    (pope_root / "output" / "coco" / "coco_pope_random.json").write_text(pope_line(1) + "\r\n")
     assert len(open_dataset("pope", pope_root, split="random")) == 1
     assert "1 of 1 answers are yes" in caplog.text and "2,910" in caplog.text
-    folder.joinpath("coco_pope_random.json").write_text("\n")
-    with pytest.raises(DataError, match="holds no question"):
-        open_dataset("pope", pope_root)
-    folder.joinpath("coco_pope_random.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="random.json cannot be read"):
-        open_dataset("pope", pope_root)
-    folder.joinpath("coco_pope_random.json").unlink()
-    with pytest.raises(DataError, match="random.json is missing.*one JSON object per line"):
-        open_dataset("pope", pope_root)
-
-
-def test_an_image_is_opened_when_it_is_asked_for(pope_root):
-    (pope_root / "val2014" / "a.jpg").write_bytes(b"not a picture")
-    sample = open_dataset("pope", pope_root)[0]
-    with pytest.raises(ImageError, match="a.jpg"):
-        _ = sample.image
 
 
 @needs_samples
@@ -173,51 +124,10 @@ def test_mme_reads_both_forms_and_every_subtask(mme_root):
         assert [s.image_id for s in samples[:4]] == ["existence/0"] * 2 + ["existence/1"] * 2
         assert samples[6].image.getpixel((0, 0)) == (1, 0, 1)
     assert len(open_dataset("mme", mme_root, split="perception", max_images=1)) == 20
-    assert {s.subset for s in open_dataset("mme", mme_root, split="cognition")} == set(mme.MME_COGNITION)
+    assert {s.subset for s in open_dataset("mme", mme_root, split="cognition")} == set(mme.COGNITION)
     chosen = open_dataset("mme", mme_root, split=("color", "hallucination"), suffix="!")
     assert list(dict.fromkeys(s.subset for s in chosen)) == ["color", "existence", "count", "position"]
     assert chosen[0].question.endswith("no.!")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("Is it?\tYes\nIs it not? No", "0.txt, line 2: expected a question, a tab, and Yes or No"),
-        ("\nIs it?\tPerhaps\nIs it not?\tNo", "0.txt, line 2: the answer must be Yes or No, found 'Perhaps'"),
-        ("\tYes\nIs it not?\tNo", "0.txt, line 1: expected a question"),
-        ("Is it?\tYes", "0.txt: expected two questions .*found 1"),
-        ("Is it?\tYes\n" * 3, "0.txt: expected two questions .*found 3"),
-    ],
-)
-def test_a_malformed_mme_line_is_named(mme_root, text, message):
-    (mme_root / "existence" / "0.txt").write_text(text)
-    with pytest.raises(DataError, match=message):
-        open_dataset("mme", mme_root)
-    assert len(open_dataset("mme", mme_root, split="color")) == 4
-
-
-def test_mme_says_what_is_missing(mme_root):
-    with pytest.raises(ParameterError, match="no split 'colour': expected .*color.*perception"):
-        open_dataset("mme", mme_root, split=["count", "colour"])
-    with pytest.raises(ParameterError, match="no split"):
-        open_dataset("mme", mme_root, split=[])
-    with pytest.raises(ParameterError, match="max_images"):
-        open_dataset("mme", mme_root, max_images=0)
-    (mme_root / "existence" / "1.JPG").unlink()
-    with pytest.raises(DataError, match=r"MME existence: 1 of 2 images are missing in .*existence \(first: 1.jpg"):
-        open_dataset("mme", mme_root)
-    (mme_root / "existence" / "0.txt").write_bytes(b"\xff\xfeab\tYes")
-    with pytest.raises(DataError, match="0.txt cannot be read"):
-        open_dataset("mme", mme_root, split="existence", max_images=1)
-    for path in (mme_root / "existence").iterdir():
-        path.unlink()
-    with pytest.raises(DataError, match="existence holds no question files"):
-        open_dataset("mme", mme_root)
-    (mme_root / "existence").rmdir()
-    with pytest.raises(DataError, match="MME existence: no such folder.*name in split="):
-        open_dataset("mme", mme_root)
-    with pytest.raises(DataError, match="no MME data in"):
-        open_dataset("mme", mme_root / "count")
 
 
 @needs_samples
@@ -377,11 +287,10 @@ def test_pocket_options():
     one = open_dataset("pocket-pope", scenes=30, per_scene=1, split="popular")
     assert len(one) == 60 and {s.subset for s in one} == {"popular"}
     assert {s.subset for s in open_dataset("pocket-mme", images=1, split="hallucination")} == set(mme.HALLUCINATION)
-    with pytest.raises(ParameterError, match="no split 'hard'"):
+    with pytest.raises(ParameterError, match="split of POPE 'hard'"):
         open_dataset("pocket-pope", scenes=1, split="hard")
-    with pytest.raises(ParameterError, match="no split 'perception': expected .*same_color, or all, halluc"):
+    with pytest.raises(ParameterError, match="split of MME 'perception'.*expected one of .*same_color, hallucination, all"):
         open_dataset("pocket-mme", images=1, split="perception")
     for call in (lambda: pocket_questions.pocket_pope(0), lambda: pocket_questions.pocket_mme(0)):
         with pytest.raises(ParameterError, match="at least 1"):
             call()
-    assert QUESTION_DATA["pocket"] == {task: f"pocket-{name}" for task, name in QUESTION_DATA["paper"].items()}

@@ -9,7 +9,7 @@ from PIL import Image
 from tiny_models import tiny
 
 from kvutils import plots
-from kvutils.datasets import PREFIX_DATA, class_names, open_dataset
+from kvutils.datasets import USES, class_names, open_dataset
 from kvutils.datasets.samples import YesNoSample
 from kvutils.errors import DataError, ParameterError
 from kvutils.images import encode_image
@@ -111,7 +111,7 @@ def test_domain_scenes_are_of_their_domains_and_disjoint():
     assert max(dark) < min(light)
     with pytest.raises(ParameterError, match="unknown domain 'rain'"):
         open_dataset("pocket-bdd-10k", domains=["rain"])
-    assert PREFIX_DATA["paper"]["domains"] == "bdd-10k"
+    assert USES["paper"]["04"]["domains"] == "bdd-10k"
 
 
 # --- readouts ----------------------------------------------------------------------------------------------

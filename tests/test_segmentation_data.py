@@ -12,12 +12,12 @@ import pytest
 from PIL import ExifTags, Image, ImageOps
 
 from kvutils import VOID
-from kvutils.datasets import TASK_DATA, class_names, coco, imagenet_s, msrc, open_dataset, pascal5i
+from kvutils.datasets import class_names, coco, imagenet_s, msrc, open_dataset, pascal5i
 from kvutils.datasets.coco import POPE_IMAGES
 from kvutils.datasets.coco_masks import segmentation_mask
 from kvutils.datasets.files import read_labels
 from kvutils.datasets.samples import ResizedImages
-from kvutils.errors import DataError, ImageError, ParameterError
+from kvutils.errors import DataError, ParameterError
 from kvutils.models import load_mlm
 from kvutils.readout.features import FeatureExtractor
 from kvutils.tasks.base import run_task
@@ -149,7 +149,7 @@ def test_pascal_in_the_places_where_it_is_extracted(pascal):
     (home / "SegmentationClass" / "2007_000001.png").unlink()
     assert described() == first
     (home / "SegmentationClassAug" / "2007_000002.png").unlink()
-    with pytest.raises(DataError, match=r"1 of the 3 masks .*SegmentationClassAug \(first: 2007_000002.png\)"):
+    with pytest.raises(DataError, match=r"1 of the 3 masks .* \(first: .*SegmentationClassAug/2007_000002.png\)"):
         described()
 
 
@@ -159,58 +159,6 @@ def test_pascal_at_the_size_of_hsnet(pascal):
     assert small.query.image.size == (40, 40) and small.query.mask.shape == (40, 40)
     rows, columns = np.arange(40) * 72 // 40, np.arange(40) * 96 // 40  # torch's nearest rounds down
     np.testing.assert_array_equal(small.query.mask, episode.query.mask[np.ix_(rows, columns)])
-
-
-def test_pascal_says_what_is_missing_or_wrong(pascal):
-    def opened(**options):
-        return open_dataset("pascal-5i", pascal, per_fold=1, **options)
-
-    for options, message in [
-        ({"folds": (0, 4)}, "fold must be 0..3, found 4"),
-        ({"folds": (1, 1)}, "folds must be different"),
-        ({"folds": ()}, "folds must be"),
-        ({"image_size": 0}, "image_size must be at least 1"),
-        ({"shot": 0}, "shot and n_episodes"),
-    ]:
-        with pytest.raises(ParameterError, match=message):
-            opened(**options)
-    masks = pascal / "VOC2012" / "SegmentationClass"
-    save(masks / "2007_000001.png", np.zeros((70, 96)))
-    with pytest.raises(DataError, match="000001.png: expected 96x72 pixels .*found 96x70"):
-        _ = opened()[0].query.mask
-    save(masks / "2007_000001.png", labels(3))
-    with pytest.raises(DataError, match=r"000001.png: its list says .* class 2 \(bicycle\), found only 0, 3"):
-        _ = opened()[0].query.mask
-    save(masks / "2007_000001.png", labels(21))
-    with pytest.raises(DataError, match="000001.png: expected classes 0..20 and 255 .*found 21"):
-        _ = opened()[0].query.mask
-    Image.open(masks / "2007_000002.png").convert("RGB").save(masks / "2007_000001.png")
-    with pytest.raises(DataError, match="000001.png: expected class numbers.*found a 'RGB' image"):
-        _ = opened()[0].query.mask
-    (masks / "2007_000001.png").write_bytes((masks / "2007_000002.png").read_bytes()[:60])
-    with pytest.raises(DataError, match="000001.png: expected class numbers.*cannot be read"):
-        _ = opened()[0].query.mask
-    (pascal / "VOC2012" / "JPEGImages" / "2007_000001.jpg").write_bytes(b"no picture")
-    with pytest.raises(ImageError, match="000001.jpg"):
-        _ = opened()[0].query.image
-    (pascal / "VOC2012" / "JPEGImages" / "2007_000003.jpg").unlink()
-    with pytest.raises(DataError, match=r"1 of the 3 images .*JPEGImages \(first: 2007_000003.jpg\)(.|\n)*get it"):
-        opened(folds=(0,))
-    lists = pascal / "splits" / "pascal" / "val"
-    (lists / "fold1.txt").write_text("2007_000001__07\n2007_000002__15\n")
-    with pytest.raises(DataError, match=r"fold1.txt: expected classes 6..10 \(fold 1\), found '2007_000002__15'"):
-        opened(folds=(1,))
-    (lists / "fold1.txt").write_text("2007_000001__07\n2007_000002\n")
-    with pytest.raises(DataError, match="fold1.txt, line 2"):
-        opened(folds=(1,))
-    (lists / "fold2.txt").unlink()
-    with pytest.raises(DataError, match="fold2.txt is missing"):
-        opened(folds=(2,))
-    with pytest.raises(DataError, match="no Parquet copy on the hub"):
-        open_dataset("pascal-5i", "hub")
-    shutil.rmtree(pascal / "VOC2012")
-    with pytest.raises(DataError, match="(?s)there is no folder .*JPEGImages.*expected.*SegmentationClass"):
-        opened(folds=(0,))
 
 
 def test_a_probe_reads_pascal(pascal, extractor):
@@ -281,9 +229,6 @@ def test_msrc_groups_take_the_set_of_the_class(msrc_root, caplog):
     np.testing.assert_array_equal(one.mask == VOID, (colours("bird") == 0).all(-1))
     (two,) = open_dataset("msrc", msrc_root, classes=("cow",), images=2)
     assert [each.id for each in two.images] == ["5_1_s", "5_2_s"]
-    (every,) = open_dataset("msrc", msrc_root, classes=("cow",), images=None, whole_database=True)
-    assert [each.id for each in every.images] == [f"{n}_{i}_s" for n in (3, 5) for i in (1, 2, 10)]
-    assert (every.images[0].mask == 1).sum() == 4
     (own,) = open_dataset("msrc", msrc_root, classes=("cow",), images=None)
     assert len(own.images) == 3
 
@@ -292,10 +237,11 @@ def test_every_colour_of_msrc_is_its_own(msrc_root):
     shown = np.zeros((72, 96, 3), np.uint8)
     for i, colour in enumerate(msrc.COLOURS.values()):
         shown[i] = colour
-    save(msrc_root / "MSRC_ObjCategImageDatabase_v2" / "GroundTruth" / "5_1_s_GT.bmp", shown, "RGB")
-    groups = open_dataset("msrc", msrc_root, classes=tuple(msrc.COLOURS), images=None, whole_database=True)
+    for path in (msrc_root / "MSRC_ObjCategImageDatabase_v2" / "GroundTruth").iterdir():
+        save(path, shown, "RGB")
+    groups = open_dataset("msrc", msrc_root, classes=tuple(msrc.COLOURS), images=1)
     for row, group in enumerate(groups):
-        (one,) = (image for image in group.images if image.id == "5_1_s")
+        (one,) = group.images
         assert (np.flatnonzero((one.mask == 1).any(axis=1)) == row).all() and (one.mask == 1).sum() == 96
         assert (one.mask == VOID).sum() == (72 - 23) * 96
 
@@ -313,38 +259,6 @@ def test_an_unknown_msrc_colour_is_named(msrc_root):
         (left,) = open_dataset("msrc", msrc_root, classes=("cow",), images=3, unknown_colours="void")
         assert (left.images[1].mask[-1, :3] == VOID).all()
         assert (left.images[1].mask == 1).sum() == (group.images[0].mask == 1).sum()
-
-
-def test_msrc_says_what_is_missing(msrc_root):
-    for options, message in [
-        ({"classes": ("kitten",)}, "classes must be different ones of .*cat"),
-        ({"classes": ("cat", "cat")}, "classes must be different"),
-        ({"classes": ()}, "classes must be"),
-        ({"images": 0}, "images must be at least 1"),
-        ({"unknown_colours": "ignore"}, "unknown_colours must be"),
-    ]:
-        with pytest.raises(ParameterError, match=message):
-            open_dataset("msrc", msrc_root, **options)
-    with pytest.raises(DataError, match="only 0 of 9 images .* class 'car', expected 10"):
-        open_dataset("msrc", msrc_root, classes=("car",))
-    with pytest.raises(DataError, match="only 3 of 9 images .* class 'cow', expected 4"):
-        open_dataset("msrc", msrc_root, classes=("cow",), images=4)
-    home = msrc_root / "MSRC_ObjCategImageDatabase_v2"
-    save(home / "GroundTruth" / "5_2_s_GT.bmp", colours("cow")[:-1], "RGB")
-    with pytest.raises(DataError, match="5_2_s_GT.bmp: expected 96x72 pixels .*found 96x71"):
-        open_dataset("msrc", msrc_root)
-    save(home / "GroundTruth" / "5_2_s_GT.bmp", colours("cow")[..., 0], "P")
-    with pytest.raises(DataError, match="5_2_s_GT.bmp: expected a colour-coded ground truth.*found a 'P' image"):
-        open_dataset("msrc", msrc_root)
-    (home / "GroundTruth" / "5_2_s_GT.bmp").unlink()
-    with pytest.raises(DataError, match=r"1 of the 9 images .* no ground truth \(first: .*5_2_s_GT.bmp\)"):
-        open_dataset("msrc", home)
-    (home / "Images" / "copy.bmp").write_bytes(b"")
-    with pytest.raises(DataError, match="copy.bmp: expected names such as 5_1_s.bmp"):
-        open_dataset("msrc", home)
-    shutil.rmtree(home / "Images")
-    with pytest.raises(DataError, match="there is no folder .*Images(.|\n)*Microsoft"):
-        open_dataset("msrc", msrc_root)
 
 
 def test_clusters_of_msrc(msrc_root, extractor):
@@ -465,61 +379,6 @@ def test_imagenet_s_images_that_stay_in_imagenet(tmp_path, imagenet, form):
     assert len(open_dataset("imagenet-s", imagenet, **options)) == 4
 
 
-def test_imagenet_s_says_what_is_missing_or_wrong(imagenet):
-    def opened(**options):
-        return open_dataset("imagenet-s", imagenet, **{"max_images": 2, "classes": ("thing 1",)} | options)
-
-    for options, message in [
-        ({"variant": 100}, "variants 50, 300, 919, not 100"),
-        ({"max_images": 0}, "max_images must be at least 1"),
-        ({"classes": ("goldfish",)}, "50 classes has no class 'goldfish'"),
-        ({"classes": ()}, "none is named"),
-    ]:
-        with pytest.raises(ParameterError, match=message):
-            opened(**options)
-    with pytest.raises(DataError, match="ImageNetS_categories_im300.txt is missing"):
-        opened(variant=300)
-    masks = imagenet / "ImageNetS50" / "validation-segmentation" / CATEGORIES[0]
-    path = sorted(masks.iterdir())[0]
-    for colour, message in [((51, 0, 0), r"\(51, 0, 0\) is no class id"), ((1, 0, 9), r"\(1, 0, 9\)")]:
-        shown = ids_to_rgb(labels(1))
-        shown[0, 0] = colour
-        save(path, shown, "RGB")
-        with pytest.raises(DataError, match=f"{path.name}: the colour {message}"):
-            _ = opened()[0].mask
-    save(path, labels(1), "P")
-    with pytest.raises(DataError, match=f"{path.name}: expected an RGB image with class ids.*found a 'P'"):
-        _ = opened()[0].mask
-    path.unlink()
-    with pytest.raises(DataError, match=rf"1 of the 2 masks in .*segmentation are missing \(first: .*{path.name}\)"):
-        opened()
-    data = imagenet / "data"
-    (data / "data.py").write_text("classes = 1")
-    with pytest.raises(DataError, match="data.py: no class names can be read from it"):
-        opened()
-    (data / "data.py").write_text('self.classes_50 = "goldfish, tench"')
-    with pytest.raises(DataError, match="data.py: expected 50 class names, found 2"):
-        opened()
-    (data / "data.py").unlink()
-    with pytest.raises(DataError, match="data.py is missing"):
-        opened()
-    (data / "class_names_50.json").write_text(json.dumps(["background", *(f"thing {i}" for i in range(1, 51))]))
-    listed = data / "names" / "ImageNetS_im50_validation.txt"
-    lines = listed.read_text().splitlines()
-    listed.write_text("\n".join(lines[:-1]))
-    with pytest.raises(DataError, match="im50_validation.txt: expected 752 images, found 751"):
-        opened()
-    listed.write_text("\n".join([*lines[:3], "n12345678/a.JPEG n12345678/a.png", *lines[4:]]))
-    with pytest.raises(DataError, match="im50_validation.txt, line 4: expected '<class>/<image>' of a known class"):
-        opened()
-    listed.unlink()
-    with pytest.raises(DataError, match="im50_validation.txt is missing"):
-        opened()
-    (data / "names" / "ImageNetSemi_im50_train.txt").unlink()
-    with pytest.raises(DataError, match="im50_train.txt is missing"):
-        open_dataset("imagenet-s-train", imagenet)
-
-
 def test_text_and_probe_read_imagenet_s(imagenet, extractor):
     scored = open_dataset("imagenet-s", imagenet, max_images=2, classes=("thing 1", "thing 2"))
     table = run_task(SemanticSegmentation(scored), extractor, progress=False)
@@ -592,46 +451,11 @@ def test_coco_takes_the_lowest_numbers_that_pope_does_not_use(coco_root):
 
 def test_coco_without_annotations(coco_root, caplog):
     (coco_root / "annotations" / "instances_val2017.json").unlink()
-    with pytest.raises(DataError, match=r"instances_val2017.json is missing.*annotated=False(.|\n)*get it"):
+    with pytest.raises(DataError, match="there is no .*instances_val2017.json: .*annotated=False"):
         open_dataset("coco", coco_root, count=2)
     images = open_dataset("coco", coco_root, count=4, annotated=False)
     assert [one.id for one in images] == [f"{n:012d}" for n in NUMBERS] and "val2017 has 5000" in caplog.text
     assert values(images[0].mask) == {VOID} and images[0].mask.shape == (72, 96)
-
-
-def test_coco_says_what_is_missing_or_wrong(coco_root):
-    with pytest.raises(ParameterError, match="count must be at least 1"):
-        open_dataset("coco", coco_root, count=0)
-    path = coco_root / "annotations" / "instances_val2017.json"
-    content = json.loads(path.read_text())
-    content["annotations"][0]["segmentation"] = [[1, 2, 3, 4]]
-    content["images"][-2]["height"] = 71  # of 285: the list is reversed
-    path.write_text(json.dumps(content))
-    images = open_dataset("coco", coco_root, count=3)
-    with pytest.raises(DataError, match="000000000139.jpg: the segmentation of annotation 1 is bad"):
-        _ = images[0].mask
-    with pytest.raises(DataError, match="annotation of 000000000285.jpg: expected 96x72 .*found 96x71"):
-        _ = images[1].mask
-    del content["annotations"][1]["image_id"]
-    path.write_text(json.dumps(content))
-    with pytest.raises(DataError, match=r"val2017.json: annotations\[1\] lacks image_id"):
-        open_dataset("coco", coco_root, count=3)
-    path.write_text('{"images": []}')
-    with pytest.raises(DataError, match="expected COCO's instances with a list 'annotations', found NoneType"):
-        open_dataset("coco", coco_root, count=3)
-    path.write_text('{"images": [')
-    with pytest.raises(DataError, match="val2017.json cannot be read as JSON"):
-        open_dataset("coco", coco_root, count=3)
-
-
-def test_coco_images_that_are_not_extracted(coco_root):
-    (coco_root / "val2017" / "000000000285.jpg").unlink()
-    with pytest.raises(DataError, match=r"1 of the 3 images are missing in .*val2017 \(first: 000000000285.jpg\)"):
-        open_dataset("coco", coco_root, count=3)
-    assert len(open_dataset("coco", coco_root, count=1)) == 1
-    shutil.rmtree(coco_root / "val2017")
-    with pytest.raises(DataError, match="there is no folder .*val2017"):
-        open_dataset("coco", coco_root)
 
 
 def coco_parquet(folder, numbers=(632, 139, min(POPE_IMAGES), 285), box=(24.2, 16.5, 79.6, 63.9), size=(96, 72)):
@@ -686,7 +510,7 @@ def test_coco_from_a_parquet_copy(tmp_path, monkeypatch):
     ("change", "message"),
     [
         ({"box": (60, 50, 20, 10)}, "000000000139: expected boxes x_min, y_min, x_max, y_max"),
-        ({"size": (96, 71)}, r"000000000139: expected a picture of 96x72 pixels, found \(96, 71\)"),
+        ({"size": (96, 71)}, "000000000139 is 96x71, but its annotation 96x72"),
     ],
 )
 def test_coco_boxes_that_do_not_fit(tmp_path, monkeypatch, change, message):
@@ -720,13 +544,3 @@ def test_a_real_coco_image_and_the_images_of_pope(tmp_path):
     lists = (Path(SAMPLES) / "pope" / "output" / "coco").glob("coco_pope_*.json")
     named = {int(Path(json.loads(line)["image"]).stem.split("_")[-1]) for path in lists for line in path.open()}
     assert named == POPE_IMAGES
-
-
-def test_the_paper_profile_has_these_sets(tmp_path):
-    """A folder with nothing in it is refused, with where to get the data, by every loader here."""
-    tasks = ("foreground_segmentation", "co_segmentation", "semantic_segmentation", "semantic_segmentation_probe")
-    used = {TASK_DATA["paper"][task] for task in tasks}
-    assert used == {"pascal-5i", "msrc", "imagenet-s", "imagenet-s-train"}
-    for name in (*used, "coco"):
-        with pytest.raises(DataError, match="(?s)get it.*licence.*expected"):
-            open_dataset(name, tmp_path)

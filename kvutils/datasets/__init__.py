@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -10,12 +9,11 @@ from pathlib import Path
 
 from kvutils.datasets import bdd10k, blink, coco, davis, imagenet_s, mme, msrc, pascal5i, pope, refcoco, spair
 from kvutils.datasets.catalog import CATALOG, data_root, missing_data
+from kvutils.datasets.files import find
 from kvutils.datasets.hub import HUB, holds_parquet, revision_of
-from kvutils.datasets.pocket import choices as pocket_blink
+from kvutils.datasets.pocket import choices, yes_no
 from kvutils.datasets.pocket import sets as pocket
-from kvutils.datasets.pocket import yes_no as pocket_kinds
-from kvutils.datasets.pocket import yes_no as pocket_questions
-from kvutils.errors import DataError
+from kvutils.errors import DataError, one_of
 
 # Each pocket set is the generated twin of the real one it is named after.
 _GENERATED: dict[str, Callable[..., Iterable]] = {
@@ -26,13 +24,13 @@ _GENERATED: dict[str, Callable[..., Iterable]] = {
     "pocket-refcoco": pocket.referring_masks,
     "pocket-spair-71k": pocket.keypoint_pairs,
     "pocket-davis-2017": pocket.clips,
-    "pocket-pope": pocket_questions.pocket_pope,
-    "pocket-mme": pocket_questions.pocket_mme,
-    "pocket-blink": pocket_blink.pocket_blink,
+    "pocket-pope": yes_no.pocket_pope,
+    "pocket-mme": yes_no.pocket_mme,
+    "pocket-blink": choices.pocket_blink,
     "pocket-coco": pocket.key_images,
     "pocket-bdd-10k": pocket.domain_scenes,
     "pocket-bdd-10k-train": partial(pocket.domain_scenes, scenes=100, stream="domain-training"),
-    "pocket-questions": pocket_kinds.questions_of_every_kind,
+    "pocket-questions": yes_no.questions_of_every_kind,
 }
 _ON_DISK: dict[str, Callable[..., Iterable]] = {
     "pascal-5i": pascal5i.pascal5i_episodes,
@@ -51,35 +49,28 @@ _ON_DISK: dict[str, Callable[..., Iterable]] = {
 }
 DATASETS = (*_GENERATED, *_ON_DISK)
 FOLDERS = {"imagenet-s-train": "imagenet-s", "bdd-10k-train": "bdd-10k"}  # where it is not the data set's name
-# profile -> task -> the data set that it reads there
-TASK_DATA: dict[str, dict[str, str]] = {
-    "paper": {
-        "foreground_segmentation": "pascal-5i",
-        "co_segmentation": "msrc",
-        "semantic_segmentation": "imagenet-s",
-        "semantic_segmentation_probe": "imagenet-s-train",
-        "referring_segmentation": "refcoco",
-        "semantic_correspondence": "spair-71k",
-        "temporal_correspondence": "davis-2017",
-    },
+_SIX_TASKS = {
+    "foreground_segmentation": "pascal-5i",
+    "co_segmentation": "msrc",
+    "semantic_segmentation": "imagenet-s",
+    "semantic_segmentation_probe": "imagenet-s-train",
+    "referring_segmentation": "refcoco",
+    "semantic_correspondence": "spair-71k",
+    "temporal_correspondence": "davis-2017",
 }
-TASK_DATA["pocket"] = {task: f"pocket-{name}" for task, name in TASK_DATA["paper"].items()}
-# profile -> question task -> the data set that it reads there
-QUESTION_DATA: dict[str, dict[str, str]] = {
-    "paper": {"pope": "pope", "mme": "mme"},
-    "pocket": {"pope": "pocket-pope", "mme": "pocket-mme"},
+_PAPER = {
+    "01": _SIX_TASKS,
+    "02": _SIX_TASKS,
+    "03": {"keys": "coco", "pope": "pope", "mme": "mme"},
+    "04": {"referring": "refcoco", "domains": "bdd-10k", "domains_train": "bdd-10k-train", "questions": "pope"},
+    "05": {"choices": "blink"},
 }
-# profile -> what the prefix experiments read
-PREFIX_DATA: dict[str, dict[str, str]] = {
-    "paper": {"referring": "refcoco", "domains": "bdd-10k", "domains_train": "bdd-10k-train", "questions": "pope"},
+# profile -> notebook, by its number -> use -> the data set that is read for it
+USES = {
+    "paper": _PAPER,
+    "pocket": {number: {use: f"pocket-{name}" for use, name in uses.items()} for number, uses in _PAPER.items()},
 }
-PREFIX_DATA["pocket"] = {use: f"pocket-{name}" for use, name in PREFIX_DATA["paper"].items()}
-# profile -> the multiple-choice items about several images
-CHOICE_DATA: dict[str, str] = {"paper": "blink", "pocket": "pocket-blink"}
-# profile -> questions of every kind, where there are such, by which the knock-out curve is measured
-READING_DATA: dict[str, str] = {"pocket": "pocket-questions"}
-# profile -> the images over which the variance of image keys is taken
-KEY_IMAGES: dict[str, str] = {"paper": "coco", "pocket": "pocket-coco"}
+USES["pocket"]["03"]["reading"] = "pocket-questions"  # of every kind; the paper profile has no such set
 # data set -> the names of its classes 1, 2, ...: given, or read from the data set with its loader's options
 _CLASS_NAMES: dict[str, tuple[str, ...] | Callable[..., Sequence[str]]] = {
     "pocket-imagenet-s-train": pocket.CLASS_NAMES,
@@ -99,22 +90,16 @@ def open_dataset(name: str, root: str | Path | None = None, **options) -> Sequen
     >>> len(open_dataset("pocket-davis-2017", count=2, frames=3))
     2
     """
-    if name not in DATASETS:
-        near = difflib.get_close_matches(name, DATASETS, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise DataError(f"no loader for a data set {name!r}{hint}; expected one of {', '.join(DATASETS)}")
+    one_of("data set", name, DATASETS, DataError)
     loader = _GENERATED.get(name) or _ON_DISK[name]
     if name in _ON_DISK:
         options["root"] = find_root(name, root)
     elif root is not None:
         raise DataError(f"{name} is generated, not read: leave root out")
-    try:
-        found = loader(**options)
-        return found if isinstance(found, Sequence) else list(found)
-    except TypeError as error:
-        if "unexpected keyword" not in str(error):
-            raise
-        raise DataError(f"{name} has no such option: {error}") from error
+    for option in options:
+        one_of(f"option of {name}", option, inspect.signature(loader).parameters, DataError)
+    found = loader(**options)
+    return found if isinstance(found, Sequence) else list(found)
 
 
 def find_root(name: str, root: str | Path | None = None) -> str | Path:
@@ -122,15 +107,11 @@ def find_root(name: str, root: str | Path | None = None) -> str | Path:
     folder = FOLDERS.get(name, name)
     if str(root) == HUB:
         if not CATALOG[folder].hub:
-            raise DataError(f"{name}: no Parquet copy on the hub is known; read it from disk: {missing_data(folder, 'root=')}")
+            raise missing_data(folder, "no Parquet copy on the hub is known; read it from disk (root=)")
         return HUB
-    if root is None:
-        if data_root() is None:
-            raise missing_data(folder, "KVUTILS_DATA is not set: the folder that holds the real data sets (or pass root=)")
-        root = data_root() / folder
-    if not Path(root).is_dir():
-        raise missing_data(folder, f"there is no folder {root}")
-    return root
+    if root is None and data_root() is None:
+        raise missing_data(folder, "KVUTILS_DATA is not set: the folder that holds the real data sets (or pass root=)")
+    return find(folder, Path(root or data_root() / folder))
 
 
 def data_sources(names: Iterable[str], options: Mapping[str, Mapping] | None = None) -> dict[str, dict[str, str]]:
@@ -143,12 +124,12 @@ def data_sources(names: Iterable[str], options: Mapping[str, Mapping] | None = N
     for name in names:
         if name not in _ON_DISK:
             continue
-        folder = FOLDERS.get(name, name)
+        hub = CATALOG[FOLDERS.get(name, name)].hub
         root = find_root(name, (options or {}).get(name, {}).get("root"))
         if root == HUB:
-            found[name] = f"hub: {CATALOG[folder].hub} at {revision_of(CATALOG[folder].hub)}"
-        elif CATALOG[folder].hub and holds_parquet(root):
-            found[name] = f"copy of the hub's {CATALOG[folder].hub}"
+            found[name] = f"hub: {hub} at {revision_of(hub)}"
+        elif hub and holds_parquet(root):
+            found[name] = f"copy of the hub's {hub}"
         else:
             found[name] = "files in the official layout"
     return {"data": found} if found else {}

@@ -17,7 +17,6 @@ on.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -25,12 +24,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from kvutils import VOID
 from kvutils.datasets.catalog import missing_data
+from kvutils.datasets.files import expect, find, limits, need, read_json, read_labels, some_of
 from kvutils.datasets.samples import DomainImage
-from kvutils.errors import DataError, ParameterError
+from kvutils.errors import ParameterError, one_of
 from kvutils.images import open_image
 
 log = logging.getLogger(__name__)
@@ -68,34 +67,27 @@ def bdd10k_images(
     files and for a domain without images.
     """
     words = _check_domains(domains)
-    splits = (split,) if isinstance(split, str) else tuple(split)
-    if not splits or set(splits) - set(_SPLITS):
-        asked = ", ".join(map(repr, splits)) or "()"
-        raise ParameterError(f"BDD-10K has masks for {' and '.join(_SPLITS)}, not for {asked}")
-    if part not in PARTS:
-        raise ParameterError(f"part must be one of {', '.join(PARTS)}, not {part!r}")
-    if images is not None and images < 1:
-        raise ParameterError(f"images must be at least 1, not {images}")
-    places = (Path(root) / "bdd100k", Path(root))
-    home = next((place for place in places if (place / "images" / "10k").is_dir()), None)
-    if home is None:
-        raise missing_data("bdd-10k", f"there is no {Path(root) / 'bdd100k' / 'images' / '10k'}")
-    pictures = _pictures(home, splits)
+    splits = some_of("split of BDD-10K with masks", split, _SPLITS)
+    one_of("part", part, PARTS)
+    limits(images=images)
+    home = find("bdd-10k", Path(root) / "bdd100k/images/10k", Path(root) / "images/10k").parents[1]
+    pictures: dict[str, Path] = {}
+    for name in splits:
+        files = sorted((home / "images/10k" / name).glob("*.jpg"))
+        if not files:
+            raise missing_data("bdd-10k", f"{home / 'images/10k' / name} holds no images (*.jpg)")
+        pictures |= {file.stem: file for file in files}
     known = read_attributes(home, set(pictures))
     if len(known) < len(pictures) and part != "training":  # which is read beside the scored part: said once
         log.warning("BDD-10K: %d of %d images have no attributes in the detection labels and are left out",
                     len(pictures) - len(known), len(pictures))  # fmt: skip
     chosen = _choose(known, words, part, balance, images)
-    folder = home / "labels" / "sem_seg" / "masks"
-    masks = {name: folder / pictures[name].parent.name / f"{name}.png" for name in chosen}
-    missing = [path for path in masks.values() if not path.is_file()]
-    if missing:
-        raise missing_data("bdd-10k", f"{len(missing)} of {len(masks)} masks are missing (first: {missing[0]})")
+    names = sorted(chosen)
+    folder = home / "labels/sem_seg/masks"
+    masks = need("bdd-10k", "masks", [folder / pictures[name].parent.name / f"{name}.png" for name in names])
     return [
-        DomainImage(
-            name, partial(open_image, pictures[name]), partial(read_mask, masks[name], pictures[name]), chosen[name]
-        )
-        for name in sorted(chosen)
+        DomainImage(name, partial(open_image, pictures[name]), partial(read_mask, mask, pictures[name]), chosen[name])
+        for name, mask in zip(names, masks, strict=True)
     ]
 
 
@@ -125,18 +117,6 @@ def _check_domains(domains: Sequence[Sequence[str]]) -> dict[tuple[str, str], st
     return words
 
 
-def _pictures(home: Path, splits: Sequence[str]) -> dict[str, Path]:
-    """Name without suffix -> file, of every image of the splits."""
-    found: dict[str, Path] = {}
-    for split in splits:
-        folder = home / "images" / "10k" / split
-        files = sorted(folder.glob("*.jpg")) if folder.is_dir() else []
-        if not files:
-            raise missing_data("bdd-10k", f"{folder} holds no images (*.jpg)")
-        found |= {file.stem: file for file in files}
-    return found
-
-
 def read_attributes(home: Path, names: set[str]) -> dict[str, dict]:
     """name -> {weather, scene, timeofday} of those images that the detection labels know, in any of three forms.
 
@@ -145,44 +125,32 @@ def read_attributes(home: Path, names: set[str]) -> dict[str, dict]:
     in the 10K set, so all are read. Raises DataError where there is none of them, or one is malformed.
     """
     labels = home / "labels"
-    files = [labels / "det_20" / f"det_{split}.json" for split in _SPLITS]
-    files += [labels / f"bdd100k_labels_images_{split}.json" for split in _SPLITS]
-    folders = [labels / "100k" / split for split in _SPLITS]
+    files = [labels / form.format(split) for form in ("det_20/det_{}.json", "bdd100k_labels_images_{}.json") for split in _SPLITS]
     files = [file for file in files if file.is_file()]
-    single = [path for folder in folders for name in names if (path := folder / f"{name}.json").is_file()]
+    single = [path for split in _SPLITS for name in sorted(names) if (path := labels / "100k" / split / f"{name}.json").is_file()]
     if not files and not single:
         raise missing_data("bdd-10k", f"scene and time of day are in none of {labels / 'det_20'}, {labels} "
                                       f"(bdd100k_labels_images_*.json) and {labels / '100k'}")  # fmt: skip
     known: dict[str, dict] = {}
     for file in files:
-        entries = _read_json(file)
-        if not isinstance(entries, list):
-            raise DataError(f"{file}: expected a list of images, found {type(entries).__name__}")
-        for number, entry in enumerate(entries):
+        for number, entry in enumerate(read_json(file, list, object_hook=_without_boxes)):
             name = entry.get("name") if isinstance(entry, dict) else None
-            if not isinstance(name, str):
-                raise DataError(f"{file}, image {number}: expected its 'name', found {str(entry)[:200]}")
+            expect(isinstance(name, str), f"{file}, image {number}: expected its 'name', found {str(entry)[:200]}")
             if Path(name).stem in names:
                 known.setdefault(Path(name).stem, _attributes(entry, f"{file}, image {number} ({name})"))
     for file in single:
-        known.setdefault(file.stem, _attributes(_read_json(file), str(file)))
+        known.setdefault(file.stem, _attributes(read_json(file, object_hook=_without_boxes), str(file)))
     return known
 
 
-def _read_json(file: Path) -> object:
-    def without_boxes(entry: dict) -> dict | None:  # a million boxes would fill the memory
-        return entry if entry.keys() & {"name", "attributes", "timeofday"} and "category" not in entry else None
-
-    try:
-        return json.loads(file.read_text(encoding="utf-8"), object_hook=without_boxes)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file} cannot be read: {error}") from error
+def _without_boxes(entry: dict) -> dict | None:  # a million boxes would fill the memory
+    return entry if entry.keys() & {"name", "attributes", "timeofday"} and "category" not in entry else None
 
 
-def _attributes(entry: object, where: str) -> dict:
-    found = entry.get("attributes") if isinstance(entry, dict) else None
-    if not isinstance(found, dict) or not all(isinstance(found.get(key), str) for key in ("scene", "timeofday")):
-        raise DataError(f"{where}: expected attributes with scene and timeofday, found {str(found)[:200]}")
+def _attributes(entry: dict, where: str) -> dict:
+    found = entry.get("attributes")
+    known = isinstance(found, dict) and all(isinstance(found.get(key), str) for key in ("scene", "timeofday"))
+    expect(known, f"{where}: expected attributes with scene and timeofday, found {str(found)[:200]}")
     return found
 
 
@@ -197,10 +165,9 @@ def _choose(
         if domain and (part == "all" or (_hash(name.partition("-")[0]) < TRAINING_SHARE) == (part == "training")):
             members[domain].append(name)
     empty = [domain for domain, mine in members.items() if not mine]
-    if empty:
-        counts = Counter(f"{each['timeofday']}, {each['scene']}" for each in known.values())
-        there = "; ".join(f"{count} of {name}" for name, count in sorted(counts.items())) or "none"
-        raise DataError(f"BDD-10K: no image ({part}) of {', '.join(empty)}; of all images with attributes there are {there}")
+    counts = Counter(f"{each['timeofday']}, {each['scene']}" for each in known.values())
+    there = "; ".join(f"{count} of {name}" for name, count in sorted(counts.items())) or "none"
+    expect(not empty, f"BDD-10K: no image ({part}) of {', '.join(empty)}; of all images with attributes there are {there}")
     if balance:
         size = len(next(iter(members.values())))
         members = {domain: mine[:size] for domain, mine in members.items()}
@@ -216,19 +183,5 @@ def _hash(text: str) -> float:
 
 def read_mask(path: Path, picture: Path) -> np.ndarray:
     """(H, W) uint8: 1..19 classes, VOID, in the pixels of the picture. Raises DataError."""
-    try:
-        with Image.open(path) as image:
-            mode, numbers = image.mode, np.array(image)
-        with Image.open(picture) as image:
-            width, height = image.size
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{path} or its picture {picture} cannot be read: {error}") from error
-    if mode not in ("L", "P"):
-        raise DataError(f"{path} is a {mode!r} image, not one of class numbers (one channel): is it a colormap?")
-    strange = sorted(set(np.unique(numbers).tolist()) - set(range(len(CLASS_NAMES))) - {VOID})
-    if strange:
-        raise DataError(f"{path} holds the numbers {', '.join(map(str, strange))}: expected 0..{len(CLASS_NAMES) - 1}, "
-                        f"and {VOID} for unknown; is it a colormap?")  # fmt: skip
-    if numbers.shape != (height, width):
-        raise DataError(f"{path} is {numbers.shape[1]}x{numbers.shape[0]}, but its picture {width}x{height}")
-    return _LABEL[numbers]
+    expected = "class numbers (one channel, not a colormap)"
+    return _LABEL[read_labels(path, picture, ("L", "P"), expected, len(CLASS_NAMES) - 1)]

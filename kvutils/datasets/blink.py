@@ -19,9 +19,10 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from kvutils.datasets.catalog import missing_data
+from kvutils.datasets.files import expect, limits, some_of
 from kvutils.datasets.hub import holds_parquet, open_rows, picture_at
 from kvutils.datasets.samples import MultipleChoice, Pictures
-from kvutils.errors import DataError, ParameterError
+from kvutils.errors import DataError, one_of
 
 SUBTASKS = (
     "Art_Style", "Counting", "Forensic_Detection", "Functional_Correspondence", "IQ_Test", "Jigsaw",
@@ -41,43 +42,29 @@ _LETTERS = "ABCDE"
 
 
 def blink_items(
-    root: str | Path,
-    subtasks: str | Sequence[str] = READABLE,
-    split: str = "val",
-    max_items: int | None = None,
-    disclaimer: bool = True,
+    root: str | Path, subtasks: str | Sequence[str] = READABLE, split: str = "val", max_items: int | None = None
 ) -> list[MultipleChoice]:
     """The items of the subtasks, in the order of the rows; `options` are "(A)", "(B)", ..., `group` is the item.
 
-    root: a local copy, or "hub". max_items keeps the first of each subtask. disclaimer: before the prompts of the
-    subtasks in `DISCLAIMED`. Raises ParameterError for options that do not exist, DataError for missing files and
-    malformed rows, and for the test split, whose answers are not published.
+    root: a local copy, or "hub". max_items keeps the first of each subtask. Raises ParameterError for options that do not
+    exist, DataError for missing files and malformed rows, and for the test split, whose answers are not published.
     """
-    named = (subtasks,) if isinstance(subtasks, str) else tuple(dict.fromkeys(subtasks))
-    unknown = [name for name in named if name not in SUBTASKS]
-    if unknown or not named:
-        asked = ", ".join(map(repr, unknown)) or "()"
-        raise ParameterError(f"no BLINK subtask {asked}: expected some of {', '.join(SUBTASKS)}")
-    if max_items is not None and max_items < 1:
-        raise ParameterError(f"max_items must be at least 1, not {max_items}")
-    if split == "test":
-        raise DataError("BLINK: the answers of the test split are hidden, nothing can be scored on it; use split val")
-    if split != "val":
-        raise ParameterError(f"BLINK has no split {split!r}: expected val")
+    named = some_of("subtask of BLINK", subtasks, SUBTASKS)
+    limits(max_items=max_items)
+    expect(split != "test", "BLINK: the answers of the test split are hidden, nothing can be scored on it; use split val")
+    one_of("split of BLINK", split, ("val",))
     if not holds_parquet(root):
         raise missing_data("blink", f"there is no Parquet file in {root}")
-    return [item for name in named for item in _subtask_items(root, name, split, max_items, disclaimer)]
+    return [item for name in named for item in _subtask_items(root, name, split, max_items)]
 
 
-def _subtask_items(
-    root: str | Path, subtask: str, split: str, max_items: int | None, disclaimer: bool
-) -> list[MultipleChoice]:
+def _subtask_items(root: str | Path, subtask: str, split: str, max_items: int | None) -> list[MultipleChoice]:
     rows = open_rows("blink", root, split, _TEXT, config=subtask, pictures=_IMAGES[:1])
     columns = [name for name in _IMAGES if name in rows.column_names]
     for name in columns[1:]:
         rows = rows.cast_column(name, datasets.Image(decode=False))
     counts = _image_counts(rows, columns, subtask)
-    before = DISCLAIMER if disclaimer and subtask in DISCLAIMED else ""
+    before = DISCLAIMER if subtask in DISCLAIMED else ""
     items = []
     for index, row in enumerate(rows.select_columns(list(_TEXT)).take(min(max_items or len(rows), len(rows)))):
         where = f"BLINK {subtask}, row {index}"
@@ -96,8 +83,8 @@ def _subtask_items(
                 group=row["idx"],
             )
         )
-    if len({item.id for item in items}) != len(items):
-        raise DataError(f"BLINK {subtask}: two rows have the same idx; is this one copy of the data set?")
+    once = len({item.id for item in items}) == len(items)
+    expect(once, f"BLINK {subtask}: two rows have the same idx; is this one copy of the data set?")
     return items
 
 
@@ -106,21 +93,18 @@ def _image_counts(rows: Dataset, columns: Sequence[str], subtask: str) -> list[i
     there = [pc.is_valid(pc.struct_field(rows.data[name], "bytes")).to_pylist() for name in columns]
     counts = []
     for index, row in enumerate(zip(*there, strict=True)):
-        if not row[0] or any(later and not earlier for earlier, later in zip(row, row[1:], strict=False)):
-            found = ", ".join(name for name, each in zip(columns, row, strict=True) if each) or "none"
-            where = f"BLINK {subtask}, row {index}"
-            raise DataError(f"{where}: images must fill image_1, image_2, ... in order, found {found}")
+        found = [name for name, each in zip(columns, row, strict=True) if each]
+        in_order = found and found == columns[: len(found)]
+        expect(in_order, f"BLINK {subtask}, row {index}: images must fill image_1, image_2, ... in order, found {', '.join(found)}")
         counts.append(sum(row))
     return counts
 
 
 def _check_row(row: dict, where: str) -> None:
-    for key in ("idx", "question", "prompt"):
-        if not isinstance(row[key], str) or not row[key].strip():
-            raise DataError(f"{where}: {key!r} must be text, found {row[key]!r}")
-    choices = row["choices"]
-    if not isinstance(choices, list) or not 2 <= len(choices) <= len(_LETTERS):
-        raise DataError(f"{where}: expected 2 to {len(_LETTERS)} choices, found {choices!r}")
+    """Raises DataError."""
+    choices = row["choices"] if isinstance(row["choices"], list) else []
     known = [f"({letter})" for letter in _LETTERS[: len(choices)]]
-    if row["answer"] not in known:
-        raise DataError(f"{where}: the answer must be one of {', '.join(known)}, found {row['answer']!r}")
+    texts = all(isinstance(row[key], str) and row[key].strip() for key in ("idx", "question", "prompt"))
+    expect(texts, f"{where}: idx, question and prompt must be text, found {row}")
+    expect(2 <= len(choices) <= len(_LETTERS), f"{where}: expected 2 to {len(_LETTERS)} choices, found {row['choices']!r}")
+    one_of(f"answer in {where}", row["answer"], known, DataError)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvutils.errors import DataError, ParameterError
+from kvutils.datasets.files import expect
 
 _FINER = 5  # steps per pixel along an edge
 
@@ -22,8 +22,7 @@ def rle_from_string(text: str | bytes) -> list[int]:
     value = shift = 0
     for position, byte in enumerate(data):
         bits = byte - 48
-        if not 0 <= bits < 64:
-            raise DataError(f"compressed run lengths: character {position} ({byte!r}) is outside '0'..'o'")
+        expect(0 <= bits < 64, f"compressed run lengths: character {position} ({byte!r}) is outside '0'..'o'")
         value |= (bits & 0x1F) << shift
         shift += 5
         if not bits & 0x20:  # the last group of this count; its fifth bit is the sign
@@ -31,30 +30,8 @@ def rle_from_string(text: str | bytes) -> list[int]:
                 value -= 1 << shift
             counts.append(value + (counts[-2] if len(counts) > 2 else 0))
             value = shift = 0
-    if shift:
-        raise DataError("compressed run lengths end in the middle of a count: the string is truncated")
+    expect(not shift, "compressed run lengths end in the middle of a count: the string is truncated")
     return counts
-
-
-def rle_to_string(counts: Sequence[int]) -> str:
-    """Inverse of `rle_from_string`."""
-    characters = []
-    for i, count in enumerate(counts):
-        value = int(count) - (int(counts[i - 2]) if i > 2 else 0)
-        more = True
-        while more:
-            bits = value & 0x1F
-            value >>= 5
-            more = value != -1 if bits & 0x10 else value != 0
-            characters.append(chr((bits | 0x20 if more else bits) + 48))
-    return "".join(characters)
-
-
-def rle_encode(mask: np.ndarray) -> list[int]:
-    """Run lengths of a (height, width) binary mask; the first run is of zeros and may be 0 long."""
-    flat = np.asarray(mask).astype(bool).ravel(order="F")
-    changes = np.flatnonzero(np.diff(np.concatenate([[False], flat]).astype(np.int8)))
-    return np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()
 
 
 def rle_decode(counts: Sequence[int] | str | bytes, height: int, width: int) -> np.ndarray:
@@ -62,20 +39,16 @@ def rle_decode(counts: Sequence[int] | str | bytes, height: int, width: int) -> 
     if isinstance(counts, (str, bytes)):
         counts = rle_from_string(counts)
     runs = np.asarray(counts, dtype=np.int64)
-    if runs.ndim != 1 or (runs < 0).any() or runs.sum() != height * width:
-        raise DataError(
-            f"run lengths sum to {runs.sum()}, expected {height} x {width} = {height * width} pixels"
-        )
+    fit = runs.ndim == 1 and (runs >= 0).all() and runs.sum() == height * width
+    expect(fit, f"run lengths sum to {runs.sum()}, expected {height} x {width} = {height * width} pixels")
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape((height, width), order="F")
 
 
 def polygon_mask(polygon: Sequence[float], height: int, width: int) -> np.ndarray:
     """(height, width) bool mask of one polygon [x0, y0, x1, y1, ...] in pixels."""
     points = np.asarray(polygon, dtype=np.float64)
-    if points.ndim != 1 or len(points) % 2 or len(points) < 6 or not np.isfinite(points).all():
-        raise DataError(
-            f"a polygon is a flat list of at least 3 finite x, y pairs, found {len(points)} numbers"
-        )
+    flat = points.ndim == 1 and len(points) % 2 == 0 and len(points) >= 6 and np.isfinite(points).all()
+    expect(flat, f"a polygon is a flat list of at least 3 finite x, y pairs, found {len(points)} numbers")
     corners = (_FINER * points.reshape(-1, 2) + 0.5).astype(np.int64)  # truncation, as the C code
     x, y = np.concatenate([_walk(a, b) for a, b in zip(corners, np.roll(corners, -1, axis=0), strict=True)]).T
     moved = np.flatnonzero(x[1:] != x[:-1]) + 1
@@ -102,32 +75,11 @@ def _walk(start: np.ndarray, end: np.ndarray) -> np.ndarray:
     return points[::-1] if flip else points
 
 
-def segmentation_mask(segmentation, height: int, width: int, rule: str = "union") -> np.ndarray:
-    """(height, width) bool mask of a COCO `segmentation`: polygons, or run lengths {"size", "counts"}.
-
-    rule "union" (default): a pixel inside any polygon. rule "refer": a pixel inside exactly one polygon,
-    which is what the RefCOCO toolkit's summed masks become in the evaluation of LAVT; they differ where
-    polygons overlap.
-    """
-    if rule not in ("union", "refer"):
-        raise ParameterError(f"rule must be 'union' or 'refer', found {rule!r}")
+def segmentation_mask(segmentation, height: int, width: int) -> np.ndarray:
+    """(height, width) bool mask of a COCO `segmentation`: inside any of its polygons, or run lengths {"size", "counts"}."""
     if isinstance(segmentation, dict):
         size = tuple(segmentation.get("size", (height, width)))
-        if size != (height, width):
-            raise DataError(
-                f"run lengths are for an image of {size}, expected height, width = {(height, width)}"
-            )
+        expect(size == (height, width), f"run lengths are for an image of {size}, expected height, width = {(height, width)}")
         return rle_decode(segmentation["counts"], height, width)
-    if not segmentation:
-        raise DataError("an empty segmentation has no mask; leave the annotation out")
-    layers = np.sum([polygon_mask(polygon, height, width) for polygon in segmentation], axis=0)
-    return layers > 0 if rule == "union" else layers == 1
-
-
-def mask_box(mask: np.ndarray) -> list[float]:
-    """COCO box [x, y, width, height] in pixels around a mask; zeros where it is empty."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not len(rows):
-        return [0.0, 0.0, 0.0, 0.0]
-    x, y = columns[0], rows[0]
-    return [float(x), float(y), float(columns[-1] - x + 1), float(rows[-1] - y + 1)]
+    expect(segmentation, "an empty segmentation has no mask; leave the annotation out")
+    return np.any([polygon_mask(polygon, height, width) for polygon in segmentation], axis=0)

@@ -13,12 +13,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from kvutils import VOID
 from kvutils.datasets.catalog import missing_data
+from kvutils.datasets.files import expect, find, limits, need, read_labels, read_lines
 from kvutils.datasets.samples import Clip, Pictures
-from kvutils.errors import DataError, ParameterError
 from kvutils.images import open_image
 
 
@@ -35,65 +34,36 @@ def davis_clips(
     sequence is of DAVIS-2017 and marks an object, is checked at once; frames and the other annotations are read when
     they are asked for. Raises DataError that names the missing or malformed file.
     """
-    root = Path(root)
-    if max_frames is not None and max_frames < 1:
-        raise ParameterError(f"max_frames must be at least 1, not {max_frames}")
-    home = next((folder for folder in (root / "DAVIS", root) if (folder / "JPEGImages").is_dir()), None)
-    if home is None:
-        expected = root / "DAVIS" / "JPEGImages" / resolution
-        raise missing_data("davis-2017", f"no DAVIS data in {root}: expected {expected}")
-    names = _read_split(home, split) if sequences is None else list(sequences)
-    return [open_clip(home, name, resolution, max_frames) for name in names]
+    limits(max_frames=max_frames)
+    home = find("davis-2017", Path(root) / "DAVIS" / "JPEGImages", Path(root) / "JPEGImages").parent
+    if sequences is None:
+        path = find("davis-2017", home / "ImageSets" / "2017" / f"{split}.txt", hint=": it lists the sequences of the split, one a line")
+        sequences = [line.strip() for _, line in read_lines(path)]
+    return [_open_clip(home, name, resolution, max_frames) for name in sequences]
 
 
-def _read_split(home: Path, split: str) -> list[str]:
-    path = home / "ImageSets" / "2017" / f"{split}.txt"
-    if not path.is_file():
-        raise missing_data("davis-2017", f"{path} is missing: it lists the sequences of the split {split!r}, one a line")
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-def open_clip(home: Path, name: str, resolution: str = "480p", max_frames: int | None = None) -> Clip:
+def _open_clip(home: Path, name: str, resolution: str, max_frames: int | None) -> Clip:
     """One sequence of the folder `DAVIS`; every frame must have its annotation."""
     folder = home / "JPEGImages" / resolution / name
     pictures = sorted(folder.glob("*.jpg"))[:max_frames]
     if not pictures:
         raise missing_data("davis-2017", f"{folder} holds no frames (*.jpg): is the sequence {name!r} extracted?")
-    paths = [home / "Annotations" / resolution / name / f"{picture.stem}.png" for picture in pictures]
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
-        raise missing_data("davis-2017", f"{missing[0]} is missing, and {len(missing) - 1} more of the {len(paths)} "
-                                         f"annotations of {name}: every frame of a sequence needs its own")  # fmt: skip
+    masks = home / "Annotations" / resolution / name
+    paths = need("davis-2017", f"annotations of {name}", [masks / f"{picture.stem}.png" for picture in pictures])
     first = _read_mask(paths[0], pictures[0])
-    if not first[first != VOID].any():
-        raise DataError(f"{name}: the first annotation marks no object to follow")
-    frames = Pictures([partial(open_image, picture) for picture in pictures])
-    return Clip(name, frames, partial(_read_masks, paths, pictures))
+    expect(first[first != VOID].any(), f"{name}: the first annotation marks no object to follow")
+    return Clip(name, Pictures([partial(open_image, picture) for picture in pictures]), partial(_read_masks, paths, pictures))
 
 
 def _read_masks(paths: Sequence[Path], pictures: Sequence[Path]) -> np.ndarray:
     masks = [_read_mask(path, picture) for path, picture in zip(paths, pictures, strict=True)]
     for path, mask in zip(paths, masks, strict=True):
-        if mask.shape != masks[0].shape:
-            raise DataError(f"{path} is {mask.shape[1]}x{mask.shape[0]}, but the first annotation of its sequence "
-                            f"{masks[0].shape[1]}x{masks[0].shape[0]}")  # fmt: skip
+        shapes = f"(height, width) {mask.shape}, but the first annotation of its sequence {masks[0].shape}"
+        expect(mask.shape == masks[0].shape, f"{path} has {shapes}")
     return np.stack(masks)
 
 
 def _read_mask(path: Path, picture: Path) -> np.ndarray:
     """(H, W) uint8 object numbers of a palette image, in the pixels of its frame."""
-    try:
-        with Image.open(path) as image:
-            if image.mode != "P":
-                raise DataError(
-                    f"{path} is a {image.mode!r} image, not a palette one: DAVIS-2016 marks its one object "
-                    "with 255, which is void in DAVIS-2017; use the annotations of DAVIS-2017"
-                )
-            mask = np.array(image)
-        with Image.open(picture) as image:
-            width, height = image.size
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{path} or its frame {picture} cannot be read: {error}") from error
-    if mask.shape != (height, width):
-        raise DataError(f"{path} is {mask.shape[1]}x{mask.shape[0]}, but its frame {width}x{height}")
-    return mask
+    expected = "a palette image of object numbers (grey ones are of DAVIS-2016, whose 255 is the object and void in DAVIS-2017)"
+    return read_labels(path, picture, ("P",), expected)

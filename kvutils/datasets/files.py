@@ -1,14 +1,20 @@
-"""Label images as they are stored: exact values, over the pixels of the picture that `open_image` shows."""
+"""What the loaders of official files share: the one place for "N of M files are missing", for text that cannot be read, for
+options that do not exist, and for label images (exact values, over the pixels of the picture that `open_image` shows)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image
 
-from kvutils.errors import DataError
+from kvutils import VOID
+from kvutils.datasets.catalog import missing_data
+from kvutils.errors import DataError, ParameterError, at_least, one_of
 
 # EXIF orientation -> what turns the stored pixels upright, as PIL.ImageOps.exif_transpose does
 _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
@@ -22,19 +28,94 @@ _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def read_labels(path: Path, picture: Path, modes: Sequence[str], expected: str) -> np.ndarray:
+@contextmanager
+def reading(where: object, expected: str) -> Iterator[None]:
+    """What malformed content raises becomes a DataError that says where it is and what was expected there."""
+    try:
+        yield
+    except (DataError, OSError, SyntaxError, AttributeError, LookupError, TypeError, ValueError) as error:  # Pillow raises most of them
+        found = f"{type(error).__name__}: {error}"
+        raise DataError(f"{where}: expected {expected}, but it cannot be read ({found}); is it complete?") from error
+
+
+def expect(holds: object, message: str) -> None:
+    """DataError with the message unless it holds."""
+    if not holds:
+        raise DataError(message)
+
+
+def limits(**counts: int | None) -> None:
+    """ParameterError unless each option is None (no limit) or a whole number of at least 1."""
+    for name, count in counts.items():
+        if count is not None:
+            at_least(name, count)
+
+
+def some_of(what: str, asked: str | Iterable[str], known: Iterable[str]) -> tuple[str, ...]:
+    """Those of `known` that are asked for, one or several, each once. ParameterError for an unknown one and for none."""
+    named = tuple(dict.fromkeys([asked] if isinstance(asked, str) else asked))
+    if not named:
+        raise ParameterError(f"no {what} is named; expected some of {', '.join(known)}")
+    for one in named:
+        one_of(what, one, known)
+    return named
+
+
+def find(name: str, *places: Path, hint: str = "") -> Path:
+    """The first of the places, files or folders, that is there. Raises DataError with how to get the data set `name`."""
+    found = next((place for place in places if place.exists()), None)
+    if found is None:
+        raise missing_data(name, f"there is no {places[0]}{hint}")
+    return found
+
+
+def need(name: str, what: str, *choices: Iterable[Path], hint: str = "") -> list[Path]:
+    """The first of several lists of files that is complete. Raises DataError about the one that lacks the fewest."""
+    lacking: list[tuple[list[Path], int]] = []
+    for choice in choices:
+        files = list(choice)
+        absent = [file for file in dict.fromkeys(files) if not file.is_file()]
+        if files and not absent:
+            return files
+        lacking.append((absent, len(dict.fromkeys(files))))
+    absent, total = min(lacking, key=lambda each: len(each[0]))
+    first = f" (first: {absent[0]})" if absent else ""
+    raise missing_data(name, f"{len(absent)} of the {total} {what} are missing{first}{hint}")
+
+
+def read_text(path: Path) -> str:
+    """UTF-8 text, without a byte order mark. Raises DataError."""
+    with reading(path, "a text file"):
+        return path.read_text(encoding="utf-8-sig")
+
+
+def read_json(path: Path, kind: type = dict, **options: Any) -> Any:
+    """Content of a JSON file whose outermost value is a `kind`. Raises DataError. options: those of `json.loads`."""
+    text = read_text(path)
+    with reading(path, "JSON"):
+        found = json.loads(text, **options)
+    expect(isinstance(found, kind), f"{path}: expected a {kind.__name__}, found a {type(found).__name__}")
+    return found
+
+
+def read_lines(path: Path) -> list[tuple[str, str]]:
+    """("<path>, line <number>", content) of each line of a file that is not blank."""
+    return [(f"{path}, line {i}", line) for i, line in enumerate(read_text(path).split("\n"), start=1) if line.strip()]
+
+
+def read_labels(path: Path, picture: Path, modes: Sequence[str], expected: str, highest: int | None = None) -> np.ndarray:
     """(H, W) indices of a grey or palette image, or (H, W, 3) of an RGB one, in the upright pixels of `picture`.
 
     modes: the Pillow modes that the data set may have; expected says in the error what these are. Colours are never
-    converted. Raises DataError for a file that cannot be read, has another mode or does not fit its picture.
+    converted. highest: the indices are 0 to this one, and `VOID`. Raises DataError for a file that cannot be read, has
+    another mode, another index, or does not fit its picture.
     """
-    try:
-        with Image.open(path) as image:
-            if image.mode not in modes:
-                raise DataError(f"{path}: expected {expected}, found a {image.mode!r} image; was the file converted?")
-            labels = np.array(image)
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise on bad data
-        raise DataError(f"{path}: expected {expected}, but it cannot be read ({error})") from error
+    with reading(path, expected), Image.open(path) as image:
+        mode, labels = image.mode, np.array(image)
+    expect(mode in modes, f"{path}: expected {expected}, found a {mode!r} image; was the file converted?")
+    if highest is not None:
+        strange = [int(value) for value in np.flatnonzero(np.bincount(labels.ravel())) if highest < value != VOID]
+        expect(not strange, f"{path}: expected {expected} 0..{highest} and {VOID} (void), found {strange[:1]}")
     return upright_labels(labels, picture, str(path))
 
 
@@ -43,22 +124,23 @@ def upright_labels(labels: np.ndarray, picture: Path, name: str) -> np.ndarray:
 
     Data sets are annotated, and their own tools read them, without that turn. Labels of the turned size stay.
     """
-    try:
-        with Image.open(picture) as image:
-            (width, height), orientation = image.size, image.getexif().get(ExifTags.Base.Orientation, 1)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{picture}: the picture of {name} cannot be read ({error})") from error
-    turned = orientation in (5, 6, 7, 8)
+    with reading(picture, f"the picture of {name}"), Image.open(picture) as image:
+        (width, height), orientation = image.size, image.getexif().get(ExifTags.Base.Orientation, 1)
     if labels.shape[:2] == (height, width):
         return np.ascontiguousarray(_TURNS[orientation](labels)) if orientation in _TURNS else labels
-    if turned and labels.shape[:2] == (width, height):
-        return labels
-    raise DataError(
-        f"{name}: expected {width}x{height} pixels as its picture {picture}, found "
-        f"{labels.shape[1]}x{labels.shape[0]}"
-    )
+    turned = orientation in (5, 6, 7, 8) and labels.shape[:2] == (width, height)
+    expect(turned, f"{name}: expected {width}x{height} pixels as its picture {picture}, found {labels.shape[1]}x{labels.shape[0]}")
+    return labels
 
 
-def class_mask(labels: np.ndarray, wanted: int, void: int, void_value: int) -> np.ndarray:
-    """(H, W) uint8: 1 where `labels` is `wanted`, `void_value` where it is `void`, 0 elsewhere."""
-    return np.where(labels == void, void_value, labels == wanted).astype(np.uint8)
+def class_mask(labels: np.ndarray, wanted: int, void: int) -> np.ndarray:
+    """(H, W) uint8: 1 where `labels` is `wanted`, `VOID` where it is `void`, 0 elsewhere."""
+    return np.where(labels == void, VOID, labels == wanted).astype(np.uint8)
+
+
+def annotated_picture(opener: Callable[[], Image.Image], size: tuple[int, int], name: str) -> Image.Image:
+    """The picture, of the (width, height) that its annotation has. Raises DataError."""
+    image = opener()
+    found, annotated = (f"{width}x{height}" for width, height in (image.size, size))
+    expect(image.size == size, f"{name} is {found}, but its annotation {annotated}: is this the published image, unscaled?")
+    return image

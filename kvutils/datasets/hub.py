@@ -20,6 +20,7 @@ from huggingface_hub import HfApi, snapshot_download
 from PIL import Image
 
 from kvutils.datasets.catalog import CATALOG, data_root, missing_data
+from kvutils.datasets.files import expect, reading
 from kvutils.errors import DataError
 from kvutils.images import open_image
 from kvutils.store import read_json, write_json
@@ -33,16 +34,8 @@ def holds_parquet(root: str | Path) -> bool:
     return str(root) == HUB or next(Path(root).rglob("*.parquet"), None) is not None
 
 
-def open_rows(
-    name: str,
-    root: str | Path,
-    split: str,
-    columns: Sequence[str],
-    config: str | None = None,
-    pictures: Sequence[str] = (),
-    streaming: bool = False,
-    repository: str = "",
-) -> datasets.Dataset | datasets.IterableDataset:
+def open_rows(name: str, root: str | Path, split: str, columns: Sequence[str], pictures: Sequence[str] = (), config: str | None = None,
+              repository: str = "", streaming: bool = False) -> datasets.Dataset | datasets.IterableDataset:  # fmt: skip
     """The rows of one split of the data set `name`, with at least `columns`; `pictures` are image columns.
 
     root: `HUB`, or the folder of a local copy. streaming (hub only): an iterable that downloads what it yields, for large
@@ -51,62 +44,48 @@ def open_rows(
     repository = repository or CATALOG[name].hub
     datasets.disable_progress_bars()
     try:
-        if str(root) == HUB and streaming:
+        if streaming:
             rows = datasets.load_dataset(repository, config, split=split, revision=revision_of(repository), streaming=True)
         else:
-            if str(root) == HUB:
-                root = snapshot_download(
-                    repository, repo_type="dataset", revision=revision_of(repository),
-                    allow_patterns=[f"{config or 'data'}/{split}-*.parquet"],
-                )  # fmt: skip
-            files = parquet_files(Path(root), split, config)
-            if not files:
-                where = f"{config}/{split}" if config else split
-                raise missing_data(name, f"{root} holds no Parquet file of {where!r} ({where}-*.parquet)")
-            _check_parts(name, files)
-            rows = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+            files = _parts(name, _downloaded(repository, split, config) if str(root) == HUB else Path(root), split, config)
+            rows = datasets.load_dataset("parquet", data_files=files, split="train")
     except DataError:
         raise
     except Exception as error:  # datasets raises whatever its readers and the network raise
         raise missing_data(name, f"cannot be read from {repository if str(root) == HUB else root}: {error}") from error
     absent = sorted({*columns, *pictures} - set(rows.column_names))
-    if absent:
-        raise DataError(
-            f"{name}: expected the columns {', '.join([*columns, *pictures])}, but {', '.join(absent)} "
-            f"{'is' if len(absent) == 1 else 'are'} missing; there are {', '.join(rows.column_names)}. Is this another version?"
-        )
+    there = ", ".join(rows.column_names)
+    expect(not absent, f"{name}: expected the columns {', '.join(absent)} too, found {there}; is this another version of the data set?")
     for column in pictures:
         rows = rows.cast_column(column, datasets.Image(decode=False))
     return rows
 
 
-def parquet_files(root: Path, split: str, config: str | None = None) -> list[Path]:
-    """The Parquet files of a split (and config) in a local copy, in the order of their numbers."""
-    pattern = re.compile(rf"{re.escape(split)}(-\d+-of-\d+.*)?\.parquet")
-    found = [path for path in sorted(root.rglob("*.parquet")) if pattern.fullmatch(path.name)]
-    return [path for path in found if config is None or config in path.relative_to(root).parts[:-1]]
+def _downloaded(repository: str, split: str, config: str | None) -> Path:
+    pattern = f"{config or 'data'}/{split}-*.parquet"
+    return Path(snapshot_download(repository, repo_type="dataset", revision=revision_of(repository), allow_patterns=[pattern]))
 
 
-def _check_parts(name: str, files: Sequence[Path]) -> None:
-    """Raises DataError unless the files "<split>-00000-of-00003..." are all the parts of a split, each once."""
-    numbers = [re.search(r"-(\d+)-of-(\d+)", file.name) for file in files]
-    if not all(numbers):
-        return  # a single file without a number
-    there = sorted(int(number[1]) for number in numbers if number)
-    totals = {int(number[2]) for number in numbers if number}
-    if len(totals) != 1 or len(set(there)) != len(there):
-        raise DataError(f"{name}: {', '.join(file.name for file in files)} are the parts of more than one copy of a split; "
-                        "keep one")  # fmt: skip
-    total = totals.pop()
-    if there != list(range(total)):
-        raise missing_data(name, f"{len(there)} of the {total} Parquet files of a split are there: "
-                                 f"{', '.join(file.name for file in files)}, in {files[0].parent}")  # fmt: skip
+def _parts(name: str, root: Path, split: str, config: str | None) -> list[str]:
+    """The Parquet files of a split (and config): all the parts "<split>-00000-of-00003..." of one copy. Raises DataError."""
+    pattern = re.compile(rf"{re.escape(split)}(-(\d+)-of-(\d+).*)?\.parquet")
+    found = [(path, match) for path in sorted(root.rglob("*.parquet")) if (match := pattern.fullmatch(path.name))]
+    found = [(path, match) for path, match in found if config is None or config in path.relative_to(root).parts[:-1]]
+    if not found:
+        where = f"{config}/{split}" if config else split
+        raise missing_data(name, f"{root} holds no Parquet file of {where!r} ({where}-*.parquet)")
+    numbers = [int(match[2] or 0) for _, match in found]
+    totals = {int(match[3] or 1) for _, match in found}
+    names = f"{', '.join(path.name for path, _ in found)} in {found[0][0].parent}"
+    expect(len(totals) == 1 and len(set(numbers)) == len(numbers), f"{name}: {names} are parts of more than one copy; keep one")
+    if len(numbers) != max(totals):
+        raise missing_data(name, f"{len(numbers)} of the {max(totals)} Parquet files of a split are there: {names}")
+    return [str(path) for path, _ in found]
 
 
 def picture_of(value: dict | None, name: str) -> Callable[[], Image.Image]:
     """A function that opens an undecoded picture ({"bytes", "path"}); `name` says in errors which it is."""
-    if not value or not value.get("bytes"):
-        raise DataError(f"{name}: the row holds no picture; is this another version of the data set?")
+    expect(value and value.get("bytes"), f"{name}: the row holds no picture; is this another version of the data set?")
     return partial(_open, value["bytes"], name)
 
 
@@ -116,11 +95,8 @@ def picture_at(rows: datasets.Dataset, index: int, column: str, name: str) -> Ca
 
 
 def _open(data: bytes, name: str) -> Image.Image:
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return open_image(image, name)
-    except OSError as error:
-        raise DataError(f"{name}: the picture cannot be read ({error})") from error
+    with reading(name, "a picture"), Image.open(io.BytesIO(data)) as image:
+        return open_image(image, name)
 
 
 def revision_of(repository: str) -> str:
@@ -140,5 +116,4 @@ def ask_hub(repository: str, ask: Callable[[], T]) -> T:
         return ask()
     except Exception as error:  # of which kind depends on the HTTP library that huggingface_hub brings
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{repository} cannot be looked up on the hub ({said}): that needs network, or a copy on this "
-                        "machine") from error  # fmt: skip
+        raise DataError(f"{repository} cannot be looked up on the hub ({said}): that needs network, or a copy here") from error

@@ -16,21 +16,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from kvutils.datasets.catalog import missing_data
+from kvutils.datasets.files import expect, find, limits, read_lines, some_of
 from kvutils.datasets.hub import holds_parquet, open_rows, picture_at
 from kvutils.datasets.samples import YesNoSample
-from kvutils.errors import DataError, ParameterError
+from kvutils.errors import DataError, one_of
 
-MME_PERCEPTION = tuple("existence count position color posters celebrity scene landmark artwork OCR".split())
-MME_COGNITION = tuple("commonsense_reasoning numerical_calculation text_translation code_reasoning".split())
-SUBTASKS = (*MME_PERCEPTION, *MME_COGNITION)
-HALLUCINATION = ("existence", "count", "position", "color")  # the subset of the papers on hallucination
-GROUPS = {
-    "all": SUBTASKS,
-    "perception": MME_PERCEPTION,
-    "cognition": MME_COGNITION,
-    "hallucination": HALLUCINATION,
-}
-_RELEASE = "MME_Benchmark_release_version"
+PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+HALLUCINATION = PERCEPTION[:4]  # the subset of the papers on hallucination
+SUBTASKS = PERCEPTION + COGNITION
+GROUPS = {"all": SUBTASKS, "perception": PERCEPTION, "cognition": COGNITION, "hallucination": HALLUCINATION}
 _PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
@@ -45,122 +40,72 @@ def mme_questions(
     for a missing subtask or image and, with file and line number, a malformed line.
     """
     subtasks = mme_subtasks(split)
-    if max_images is not None and max_images < 1:
-        raise ParameterError(f"max_images must be at least 1, not {max_images}")
+    limits(max_images=max_images)
     if holds_parquet(root):
         yield from _hub_questions(root, subtasks, max_images, suffix)
         return
-    home = _home(Path(root))
-    absent = [name for name in subtasks if not (home / name).is_dir()]
-    if absent:
-        here = [name for name in SUBTASKS if (home / name).is_dir()]
-        raise missing_data(
-            "mme",
-            f"MME {', '.join(absent)}: no such folder in {home}, which holds {', '.join(here)}; extract the "
-            "whole release, or name in split= the subtasks to read",
-        )
+    release = Path(root) / "MME_Benchmark_release_version"
+    homes = [release, release / "MME_Benchmark", Path(root) / "MME_Benchmark", Path(root)]
+    home = find("mme", *(place / subtask for place in homes for subtask in SUBTASKS)).parent
+    here = [name for name in SUBTASKS if (home / name).is_dir()]
+    if absent := [name for name in subtasks if name not in here]:
+        raise missing_data("mme", f"MME {', '.join(absent)}: no such folder in {home}, which holds {', '.join(here)}; extract the whole "
+                                  "release, or name in split= the subtasks to read")  # fmt: skip
     for subtask in subtasks:
-        yield from _subtask_questions(home, subtask, max_images, suffix)
+        yield from _subtask_questions(home / subtask, subtask, max_images, suffix)
 
 
 def mme_subtasks(split: str | Sequence[str], known: Sequence[str] = SUBTASKS) -> tuple[str, ...]:
     """The subtasks that a split names, of those `known`, each once; ParameterError for an unknown one."""
-    named = [split] if isinstance(split, str) else list(split)
-    groups = {name: members for name, members in GROUPS.items() if set(members) <= set(known)}
-    groups["all"] = tuple(known)
-    unknown = [name for name in named if name not in known and name not in groups]
-    if unknown or not named:
-        raise ParameterError(
-            f"MME has no split {', '.join(map(repr, unknown)) or named}: expected one or several of "
-            f"{', '.join(known)}, or {', '.join(sorted(groups))}"
-        )
+    groups = {name: members for name, members in GROUPS.items() if set(members) <= set(known)} | {"all": tuple(known)}
+    named = some_of("split of MME", split, (*known, *groups))
     return tuple(dict.fromkeys(subtask for name in named for subtask in groups.get(name, (name,))))
 
 
-def _home(root: Path) -> Path:
-    places = [root, root / _RELEASE, root / _RELEASE / "MME_Benchmark", root / "MME_Benchmark"]
-    for place in places:
-        if any((place / subtask).is_dir() for subtask in SUBTASKS):
-            return place
-    raise missing_data(
-        "mme",
-        f"no MME data in {root}: expected a folder per subtask, such as {root / _RELEASE / 'existence'} (to be "
-        "had on request, see github.com/BradyFU/Awesome-Multimodal-Large-Language-Models)",
-    )
-
-
-def _subtask_questions(
-    home: Path, subtask: str, max_images: int | None, suffix: str
-) -> Iterator[YesNoSample]:
-    folder = home / subtask
+def _subtask_questions(folder: Path, subtask: str, max_images: int | None, suffix: str) -> Iterator[YesNoSample]:
     texts, pictures = folder / "questions_answers_YN", folder / "images"
     if not texts.is_dir():
         texts = pictures = folder
-    files = sorted(path for path in texts.glob("*.txt"))[:max_images]
+    files = sorted(texts.glob("*.txt"))[:max_images]
     if not files:
         raise missing_data("mme", f"{texts} holds no question files (*.txt): is MME extracted whole?")
     found = {path.stem: path for path in sorted(pictures.glob("*")) if path.suffix.lower() in _PICTURES}
-    missing = [path.stem for path in files if path.stem not in found]
-    if missing:
-        raise missing_data(
-            "mme",
-            f"MME {subtask}: {len(missing)} of {len(files)} images are missing in {pictures} (first: "
-            f"{missing[0]}{_PICTURES[0]}); extract the whole release",
-        )
+    if missing := [path.stem for path in files if path.stem not in found]:
+        raise missing_data("mme", f"MME {subtask}: {len(missing)} of the {len(files)} images in {pictures} are missing (first: "
+                                  f"{missing[0]}.jpg)")  # fmt: skip
     for path in files:
         name = f"{subtask}/{path.stem}"
-        for number, (question, truth) in enumerate(_read_questions(path), start=1):
-            yield YesNoSample(f"{name}-{number}", name, found[path.stem], question + suffix, truth, subtask)
+        pair = [(*line.rpartition("\t")[::2], where) for where, line in read_lines(path)]
+        for number, (question, truth) in enumerate(_checked(pair, f"{path}: expected two lines of a question, a tab, and Yes or No")):
+            yield YesNoSample(f"{name}-{number + 1}", name, found[path.stem], question + suffix, truth, subtask)
 
 
-def _read_questions(path: Path) -> list[tuple[str, str]]:
-    """The two (question, "yes" or "no") of a file."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+def _checked(pair: Sequence[tuple[str, str, str]], expected: str) -> list[tuple[str, str]]:
+    """(question, "yes" or "no") of the two (question, answer, where) about an image. Raises DataError."""
+    expect(len(pair) == 2, f"{expected}, found {len(pair)}; is the data set whole?")
     found = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        question, tab, answer = line.rpartition("\t")
-        if not tab or not question.strip():
-            raise DataError(f"{where}: expected a question, a tab, and Yes or No, found {line!r}")
-        found.append((question.strip(), _truth(answer, where)))
-    if len(found) != 2:
-        raise DataError(f"{path}: expected two questions (lines), found {len(found)}")
+    for question, answer, where in pair:
+        truth = answer.strip().rstrip(".").lower()
+        expect(question.strip(), f"{where}: there is no question before the answer {answer!r}")
+        one_of(f"answer in {where}", truth, ("yes", "no"), DataError)
+        found.append((question.strip(), truth))
     return found
 
 
-def _truth(answer: str, where: str) -> str:
-    truth = answer.strip().rstrip(".").lower()
-    if truth not in ("yes", "no"):
-        raise DataError(f"{where}: the answer must be Yes or No, found {answer!r}")
-    return truth
-
-
-def _hub_questions(
-    root: str | Path, subtasks: Sequence[str], max_images: int | None, suffix: str
-) -> Iterator[YesNoSample]:
+def _hub_questions(root: str | Path, subtasks: Sequence[str], max_images: int | None, suffix: str) -> Iterator[YesNoSample]:
     """The same questions from the rows of lmms-lab/MME, images in the order of their names."""
     text = ["question_id", "question", "answer", "category"]
     rows = open_rows("mme", root, "test", text, pictures=("image",))
     found: dict[str, dict[str, list[tuple[int, dict]]]] = {}
     for index, row in enumerate(rows.select_columns(text)):
-        if not all(isinstance(row[key], str) and row[key].strip() for key in text):
-            raise DataError(f"MME, row {index}: {', '.join(text)} must be text, found {row}")
-        stem = PurePosixPath(row["question_id"]).stem
-        found.setdefault(row["category"], {}).setdefault(stem, []).append((index, row))
-    absent = [name for name in subtasks if name not in found]
-    if absent:
+        expect(all(isinstance(row[key], str) for key in text), f"MME, row {index}: {', '.join(text)} must be text, found {row}")
+        found.setdefault(row["category"], {}).setdefault(PurePosixPath(row["question_id"]).stem, []).append((index, row))
+    if absent := [name for name in subtasks if name not in found]:
         raise missing_data("mme", f"MME {', '.join(absent)}: no row of that category among the {len(rows)} in {root}")
     for subtask in subtasks:
         for stem in sorted(found[subtask])[:max_images]:
-            pair, name = found[subtask][stem], f"{subtask}/{stem}"
-            if len(pair) != 2:
-                raise DataError(f"MME {name}: expected two questions (rows), found {len(pair)}; is the copy whole?")
-            picture = picture_at(rows, pair[0][0], "image", f"MME {name}")
-            for number, (index, row) in enumerate(pair, start=1):
-                truth = _truth(row["answer"], f"MME {name}, row {index}")
-                yield YesNoSample(f"{name}-{number}", name, picture, row["question"].strip() + suffix, truth, subtask)
+            name = f"{subtask}/{stem}"
+            pair = [(row["question"], row["answer"], f"MME {name}, row {index}") for index, row in found[subtask][stem]]
+            picture = picture_at(rows, found[subtask][stem][0][0], "image", f"MME {name}")
+            for number, (question, truth) in enumerate(_checked(pair, f"MME {name}: expected two rows")):
+                yield YesNoSample(f"{name}-{number + 1}", name, picture, question + suffix, truth, subtask)

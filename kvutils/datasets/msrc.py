@@ -21,9 +21,9 @@ import numpy as np
 
 from kvutils import VOID
 from kvutils.datasets.catalog import missing_data
-from kvutils.datasets.files import read_labels
+from kvutils.datasets.files import expect, find, limits, need, read_labels
 from kvutils.datasets.samples import ImageGroup, LabelledImage
-from kvutils.errors import DataError, ParameterError
+from kvutils.errors import DataError, ParameterError, one_of
 from kvutils.images import open_image
 
 log = logging.getLogger(__name__)
@@ -46,72 +46,54 @@ for _number, (_r, _g, _b) in enumerate(COLOURS.values(), start=1):
 
 
 def msrc_groups(
-    root: str | Path,
-    classes: Sequence[str] = MSRC7,
-    images: int | None = 10,
-    whole_database: bool = False,
-    unknown_colours: str = "error",
+    root: str | Path, classes: Sequence[str] = MSRC7, images: int | None = 10, unknown_colours: str = "error"
 ) -> list[ImageGroup]:
     """One group per class: masks are 1 on the class, `VOID` where the ground truth is black, 0 elsewhere.
 
-    images: how many per group, the first by number; None takes all that show the class. They come from the set
-    (first number of the name) in which the class covers most pixels, or with whole_database from all sets. Which
-    images show a class is only in the ground truth, so that is read up front (a second or two); pictures and masks
-    are opened when they are asked for. unknown_colours: a colour that is no class is an "error" that names file and
-    colour, or "void". Raises ParameterError for an unknown class or option, DataError for a missing file, and for
-    fewer images than asked.
+    images: how many per group, the first by number; None takes all that show the class, of the set (first number of the
+    name) in which the class covers most pixels. Which images show a class is only in the ground truth, so that is read up
+    front (a second or two); pictures and masks are opened when they are asked for. unknown_colours: a colour that is no
+    class is an "error" that names file and colour, or "void". Raises ParameterError for an unknown class or option,
+    DataError for a missing file, and for fewer images than asked.
     """
-    unknown = [name for name in classes if name not in COLOURS]
-    if unknown or not classes or len(set(classes)) != len(classes):
+    if not classes or len(set(classes)) != len(classes) or set(classes) - set(COLOURS):
         raise ParameterError(f"classes must be different ones of {', '.join(COLOURS)}; found {list(classes)}")
-    if images is not None and images < 1:
-        raise ParameterError(f"images must be at least 1, or None for all, not {images}")
-    if unknown_colours not in ("error", "void"):
-        raise ParameterError(f"unknown_colours must be 'error' or 'void', found {unknown_colours!r}")
+    limits(images=images)
+    one_of("unknown_colours", unknown_colours, ("error", "void"))
     files = _find_files(Path(root))
-    shares = {number: _shares(picture, truth) for number, (picture, truth) in files.items()}
+    shares = {number: np.bincount(_labels(*paths)[0].ravel(), minlength=_UNKNOWN + 1) for number, paths in files.items()}
+    shares = {number: counts / counts.sum() for number, counts in shares.items()}
     groups = []
     for name in classes:
         label = _NAMES.index(name) + 1
-        showing = [number for number, share in shares.items() if share[label]]
-        if not whole_database and showing:
-            covered: dict[int, float] = defaultdict(float)
-            for number in showing:
-                covered[number[0]] += shares[number][label]
-            own = max(covered, key=lambda number: covered[number])
-            showing = [number for number in showing if number[0] == own]
-        if not showing or (images is not None and len(showing) < images):
-            what = f"only {len(showing)} of {len(files)} images in {root} can be taken for the class {name!r}"
-            raise missing_data("msrc", what + ("" if images is None else f", expected {images}"))
-        chosen = [files[number] for number in showing[:images]]
+        covered: dict[int, float] = defaultdict(float)
+        for number, share in shares.items():
+            covered[number[0]] += share[label]
+        own = max(covered, key=lambda number: covered[number])
+        chosen = [files[number] for number, share in shares.items() if share[label] and number[0] == own][:images]
+        if len(chosen) < (images or 1):
+            raise missing_data("msrc", f"only {len(chosen)} of {len(files)} images in {root} can be taken for the class {name!r}, "
+                                       f"expected {images or 'at least 1'}")  # fmt: skip
         groups.append(ImageGroup(name, name, tuple(_labelled(*paths, label, unknown_colours) for paths in chosen)))
     return groups
 
 
 def _find_files(root: Path) -> dict[tuple[int, int], tuple[Path, Path]]:
     """(set, number) -> (picture, ground truth), by number; every picture must have its ground truth."""
-    places = [root / "MSRC_ObjCategImageDatabase_v2", root]
-    home = next((place for place in places if (place / "Images").is_dir()), None)
-    if home is None:
-        raise missing_data("msrc", f"there is no folder {places[0] / 'Images'}")
+    folder = find("msrc", root / "MSRC_ObjCategImageDatabase_v2" / "Images", root / "Images")
     files = {}
-    for picture in (home / "Images").glob("*.bmp"):
+    for picture in folder.glob("*.bmp"):
         match = re.fullmatch(r"(\d+)_(\d+)_s", picture.stem)
-        if not match:
-            raise DataError(f"{picture}: expected names such as 5_1_s.bmp in {home / 'Images'}")
-        files[int(match[1]), int(match[2])] = (picture, home / "GroundTruth" / f"{picture.stem}_GT.bmp")
+        expect(match, f"{picture}: expected names such as 5_1_s.bmp in {folder}")
+        files[int(match[1]), int(match[2])] = (picture, folder.parent / "GroundTruth" / f"{picture.stem}_GT.bmp")
     files = dict(sorted(files.items()))
-    absent = [truth for _, truth in files.values() if not truth.is_file()]
-    if absent or not files:
-        what = f"{len(absent)} of the {len(files)} images in {home / 'Images'} have no ground truth"
-        raise missing_data("msrc", what + (f" (first: {absent[0]})" if absent else ""))
+    need("msrc", f"ground truths of the images in {folder}", (truth for _, truth in files.values()))
     if len(files) != IMAGES:
-        log.warning("%s holds %d images, the published database %d: groups may differ from those of others.",
-                    home / "Images", len(files), IMAGES)  # fmt: skip
+        log.warning("%s holds %d images, the published database %d: groups may differ from those of others.", folder, len(files), IMAGES)
     return files
 
 
-def _labels(truth: Path, picture: Path) -> tuple[np.ndarray, np.ndarray]:
+def _labels(picture: Path, truth: Path) -> tuple[np.ndarray, np.ndarray]:
     """(H, W) labels: 0 void, 1.. classes in the order of `COLOURS`, or `_UNKNOWN`; and the (H, W, 3) colours."""
     colours = read_labels(truth, picture, ("RGB",), "a colour-coded ground truth (RGB)")
     codes = colours[..., 0] // 64 * 16 + colours[..., 1] // 64 * 4 + colours[..., 2] // 64
@@ -119,19 +101,13 @@ def _labels(truth: Path, picture: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.where(exact, _LABEL[codes], _UNKNOWN), colours
 
 
-def _shares(picture: Path, truth: Path) -> np.ndarray:
-    labels, _ = _labels(truth, picture)
-    return np.bincount(labels.ravel(), minlength=_UNKNOWN + 1) / labels.size
-
-
 def _labelled(picture: Path, truth: Path, label: int, unknown_colours: str) -> LabelledImage:
-    mask = partial(_read_mask, truth, picture, label, unknown_colours)
-    return LabelledImage(picture.stem, partial(open_image, picture), mask)
+    return LabelledImage(picture.stem, partial(open_image, picture), partial(_read_mask, picture, truth, label, unknown_colours))
 
 
-def _read_mask(truth: Path, picture: Path, label: int, unknown_colours: str) -> np.ndarray:
+def _read_mask(picture: Path, truth: Path, label: int, unknown_colours: str) -> np.ndarray:
     """(H, W) uint8 of one class: 1, 0 or `VOID`."""
-    labels, colours = _labels(truth, picture)
+    labels, colours = _labels(picture, truth)
     strange = labels == _UNKNOWN
     if strange.any() and unknown_colours == "error":
         first = tuple(colours[strange][0].tolist())

@@ -13,18 +13,18 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from kvutils.datasets.catalog import missing_data
+from kvutils.datasets.files import expect, find, limits, need, read_lines, reading
 from kvutils.datasets.hub import holds_parquet, open_rows, picture_at
 from kvutils.datasets.samples import YesNoSample
-from kvutils.errors import DataError, ParameterError
+from kvutils.errors import DataError, one_of
 
 log = logging.getLogger(__name__)
 SPLITS = ("random", "popular", "adversarial")
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."  # what LLaVA and lmms-eval add
-_IMAGES = "http://images.cocodataset.org/zips/val2014.zip"
+_Lines = dict[str, list[tuple[str, dict]]]  # by split: where a question stands, and its fields
 
 
 def pope_questions(
@@ -43,141 +43,85 @@ def pope_questions(
     number, a malformed line.
     """
     splits = pope_splits(split)
-    if max_images is not None and max_images < 1:
-        raise ParameterError(f"max_images must be at least 1, not {max_images}")
-    if holds_parquet(root):
-        yield from _hub_questions(root, splits, max_images, suffix)
-        return
-    found = {name: _read_list(_list_file(Path(root), name), max_images) for name in splits}
-    pictures = _picture_folder(Path(root), images)
-    names = dict.fromkeys(line["image"] for lines in found.values() for line in lines)
-    missing = [name for name in names if not (pictures / name).is_file()]
-    if missing:
-        raise missing_data(
-            "pope",
-            f"{len(missing)} of the {len(names)} images of POPE are missing in {pictures} (first: "
-            f"{missing[0]}); extract {_IMAGES} there, or pass images=, the folder that holds them",
-        )
-    for name, lines in found.items():
-        for line in lines:
-            yield YesNoSample(
-                id=f"{name}-{line['question_id']}",
-                image_id=Path(line["image"]).stem,
-                picture=pictures / line["image"],
-                question=line["text"] + suffix,
-                truth=line["label"],
-                subset=name,
-            )
+    limits(max_images=max_images)
+    hub = holds_parquet(root)
+    lines, pictures = _rows(root) if hub else (_lists(Path(root), splits), {})
+    kept = {name: _first(lines[name], name, max_images) for name in splits}
+    if not hub:
+        names = list(dict.fromkeys(line["image"] for each in kept.values() for line in each))
+        pictures = dict(zip(names, _picture_files(Path(root), images, names), strict=True))
+    for name, each in kept.items():
+        for line in each:
+            image = line["image"]
+            yield YesNoSample(f"{name}-{line['question_id']}", Path(image).stem, pictures[image], line["text"] + suffix, line["label"], name)
 
 
 def pope_splits(split: str) -> tuple[str, ...]:
     """The named split, or all three; ParameterError for any other name."""
-    if split != "all" and split not in SPLITS:
-        raise ParameterError(f"POPE has no split {split!r}: expected {', '.join(SPLITS)}, or all")
+    one_of("split of POPE", split, (*SPLITS, "all"))
     return SPLITS if split == "all" else (split,)
 
 
-def _list_file(root: Path, split: str) -> Path:
-    name = f"coco_pope_{split}.json"
-    places = [root / "output" / "coco" / name, root / "coco" / name, root / name]
-    path = next((place for place in places if place.is_file()), None)
-    if path is None:
-        raise missing_data(
-            "pope",
-            f"{places[0]} is missing: it holds the questions of the split {split!r}, one JSON object per "
-            "line (from output/coco of github.com/RUCAIBox/POPE)",
-        )
-    return path
-
-
-def _picture_folder(root: Path, images: str | Path | None) -> Path:
-    if images is not None:
-        if not Path(images).is_dir():
-            raise DataError(f"there is no folder {images}: images= must name the one with the COCO images")
-        return Path(images)
-    places = [root / "val2014", root / "coco" / "val2014", root.parent / "coco" / "val2014"]
-    folder = next((place for place in places if place.is_dir()), None)
-    if folder is None:
-        raise missing_data(
-            "pope",
-            f"POPE asks about images of COCO val2014, and none of {', '.join(map(str, places))} is a folder: "
-            f"extract {_IMAGES} (6 GB) to the first, or pass images=, the folder that holds them",
-        )
-    return folder
-
-
-def _read_list(path: Path, max_images: int | None) -> list[dict]:
-    """Checked lines of one list: question_id, image, text, label in lower case."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    numbered = [(f"{path}, line {i}", raw) for i, raw in enumerate(text.split("\n"), start=1) if raw.strip()]
-    return _checked([(where, _read_line(raw, where)) for where, raw in numbered], str(path), max_images)
-
-
-def _checked(lines: Sequence[tuple[str, dict]], name: str, max_images: int | None) -> list[dict]:
-    """The lines (where, content) about the first images of a list. Raises DataError for none and for an id given
-    twice."""
+def _first(lines: Sequence[tuple[str, dict]], split: str, max_images: int | None) -> list[dict]:
+    """The lines about the first images of a list. Raises DataError for none and for an id given twice."""
     seen: dict[str, str] = {}
     for where, line in lines:
-        if line["question_id"] in seen:
-            same = seen[line["question_id"]].rpartition(", ")[2]
-            raise DataError(f"{where}: question_id {line['question_id']} is that of {same}")
-        seen[line["question_id"]] = where
-    if not lines:
-        raise DataError(f"{name} holds no question: expected one JSON object per line")
+        same = seen.setdefault(line["question_id"], where)
+        expect(same == where, f"{where}: question_id {line['question_id']} is that of {same.rpartition(', ')[2]}")
+    expect(lines, f"the list {split} of POPE holds no question: expected one JSON object per line")
     yes = sum(line["label"] == "yes" for _, line in lines)
     if 2 * yes != len(lines):
-        log.warning("%s: %d of %d answers are yes. The published lists hold as many of each; an older "
-                    "random list of 2,910 questions is in circulation.", name, yes, len(lines))  # fmt: skip
+        log.warning("POPE %s: %d of %d answers are yes. The published lists hold as many of each; an older "
+                    "random list of 2,910 questions is in circulation.", split, yes, len(lines))  # fmt: skip
     kept = set(list(dict.fromkeys(line["image"] for _, line in lines))[:max_images])
     return [line for _, line in lines if line["image"] in kept]
 
 
-def _hub_questions(
-    root: str | Path, splits: Sequence[str], max_images: int | None, suffix: str
-) -> Iterator[YesNoSample]:
-    """The same questions from the rows of lmms-lab/POPE; an image is that of its first row, wherever it is asked
-    about."""
+def _lists(root: Path, splits: Sequence[str]) -> _Lines:
+    found: _Lines = {}
+    for split in splits:
+        places = [root / folder / f"coco_pope_{split}.json" for folder in ("output/coco", "coco", ".")]
+        hint = ": the questions of this split, one JSON object per line (from output/coco of github.com/RUCAIBox/POPE)"
+        found[split] = []
+        for where, raw in read_lines(find("pope", *places, hint=hint)):
+            with reading(where, "a JSON object"):
+                line = json.loads(raw)
+            found[split].append((where, _check_line(line, where)))
+    return found
+
+
+def _picture_files(root: Path, images: str | Path | None, names: Sequence[str]) -> list[Path]:
+    places = [root / "val2014", root / "coco" / "val2014", root.parent / "coco" / "val2014"]
+    places = places if images is None else [Path(images)]
+    hint = f" (nor {', '.join(map(str, places[1:]))}): POPE asks about images of COCO val2014; images= names another folder"
+    folder = find("pope", *places, hint=hint)
+    return need("pope", "images of POPE", [folder / name for name in names], hint="; images= names another folder")
+
+
+def _rows(root: str | Path) -> tuple[_Lines, dict[str, Callable]]:
+    """The same from the rows of lmms-lab/POPE; an image is that of its first row, wherever it is asked about."""
     text = ["question_id", "question", "answer", "image_source", "category"]
     rows = open_rows("pope", root, "test", text, pictures=("image",))
-    found: dict[str, list[tuple[str, dict]]] = {name: [] for name in SPLITS}
-    pictures: dict = {}
+    found: _Lines = {name: [] for name in SPLITS}
+    pictures: dict[str, Callable] = {}
     for index, row in enumerate(rows.select_columns(text)):
         where = f"POPE {row['category']}, row {index}"
-        if row["category"] not in found:
-            raise DataError(f"{where}: the category must be one of {', '.join(SPLITS)}")
+        one_of(f"category of {where}", row["category"], SPLITS, DataError)
         raw = {"image": row["image_source"], "text": row["question"], "label": row["answer"]}
         line = _check_line(raw | {"question_id": row["question_id"]}, where)
         line["image"] = line["image"].removesuffix(".jpg")
         pictures.setdefault(line["image"], picture_at(rows, index, "image", f"{where}, image"))
         found[row["category"]].append((where, line))
-    for name in splits:
-        for line in _checked(found[name], f"POPE {name}", max_images):
-            yield YesNoSample(f"{name}-{line['question_id']}", line["image"], pictures[line["image"]],
-                              line["text"] + suffix, line["label"], name)  # fmt: skip
-
-
-def _read_line(raw: str, where: str) -> dict:
-    try:
-        line = json.loads(raw)
-    except ValueError as error:
-        raise DataError(f"{where}: not a JSON object ({error})") from error
-    if not isinstance(line, dict):
-        raise DataError(f"{where}: expected a JSON object, found {type(line).__name__}")
-    return _check_line(line, where)
+    return found, pictures
 
 
 def _check_line(line: dict, where: str) -> dict:
-    for key in ("image", "text", "label"):
-        if not isinstance(line.get(key), str) or not line[key].strip():
-            raise DataError(f"{where}: {key!r} must be text, found {line.get(key)!r}")
-    if not isinstance(line.get("question_id"), int | str):
-        raise DataError(f"{where}: 'question_id' must be a number or text, found {line.get('question_id')!r}")
-    label = line["label"].strip().lower()
-    if label not in ("yes", "no"):
-        raise DataError(f"{where}: 'label' must be yes or no, found {line['label']!r}")
-    if Path(line["image"]).name != line["image"] or line["image"] == "..":
-        raise DataError(f"{where}: 'image' must be the name of a file, found {line['image']!r}")
+    """question_id as text, image, text, label in lower case. Raises DataError."""
+    with reading(where, "a question with question_id, image, text and label"):
+        for key in ("image", "text", "label"):
+            expect(isinstance(line[key], str) and line[key].strip(), f"{key!r} must be text, found {line[key]!r}")
+        expect(isinstance(line["question_id"], int | str), f"'question_id' must be a number or text, found {line['question_id']!r}")
+        expect(Path(line["image"]).name == line["image"], f"'image' must be the name of a file, found {line['image']!r}")
+        label = line["label"].strip().lower()
+        expect(label in ("yes", "no"), f"'label' must be yes or no, found {label!r}")
     return {**line, "question_id": str(line["question_id"]), "label": label}

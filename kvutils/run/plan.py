@@ -26,7 +26,7 @@ from architectures import architecture
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from transformers import AutoModel, AutoModelForImageTextToText
 
-from kvutils.datasets import CHOICE_DATA, FOLDERS, KEY_IMAGES, PREFIX_DATA, QUESTION_DATA, READING_DATA, TASK_DATA, open_dataset
+from kvutils.datasets import FOLDERS, USES, open_dataset
 from kvutils.datasets.catalog import CATALOG, data_root
 from kvutils.datasets.hub import ask_hub
 from kvutils.errors import DataError, KVUtilsError
@@ -177,11 +177,7 @@ _WITHOUT_TWIN = ("04",)  # notebooks that load one model only
 
 def data_of(notebook: str, profile: str) -> list[str]:
     """The data sets that a notebook (by its number) reads in a profile."""
-    sets = {"01": TASK_DATA[profile].values(), "03": [KEY_IMAGES[profile], *QUESTION_DATA[profile].values()],
-            "04": PREFIX_DATA[profile].values(), "05": [CHOICE_DATA[profile]]}  # fmt: skip
-    sets["02"] = sets["01"]
-    more = [READING_DATA[profile]] if notebook == "03" and profile in READING_DATA else []
-    return [*dict.fromkeys([*sets[notebook], *more])]
+    return list(USES[profile][notebook].values())
 
 
 @dataclass(frozen=True)

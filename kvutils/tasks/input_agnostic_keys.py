@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from kvutils.datasets import KEY_IMAGES, QUESTION_DATA, READING_DATA, open_dataset
+from kvutils.datasets import USES, open_dataset
 from kvutils.datasets.samples import ResizedImages, YesNoSample
 from kvutils.errors import ParameterError
 from kvutils.metrics.statistics import Interval, claim_of_parts, undefined
@@ -38,16 +38,14 @@ def open_data(
     if size is not None and (len(size) != 2 or not all(type(each) is int and each > 0 for each in size)):
         raise ParameterError(f"the image size must be a width and a height in pixels, not {size}")
     options = dict(options or {})
-    names = {"keys": KEY_IMAGES[profile], **QUESTION_DATA[profile]}
-    if profile in READING_DATA:
-        names["reading"] = READING_DATA[profile]
+    names = USES[profile]["03"]
     unknown = sorted(set(options) - set(names.values()))
     if unknown:
         raise ParameterError(f"options for {', '.join(unknown)}: profile {profile} uses {', '.join(names.values())}")
     found = {use: open_dataset(name, **options.get(name, {})) for use, name in names.items()}
     if size is not None:
         found["keys"] = ResizedImages(found["keys"], size)
-        found |= {use: [replace(sample, size=size) for sample in found[use]] for use in QUESTION_DATA[profile]}
+        found |= {use: [replace(sample, size=size) for sample in found[use]] for use in ("pope", "mme")}
     if "reading" not in found:
         found["reading"] = as_questions(_first_images([*found["pope"], *found["mme"]], READING_IMAGES))
     return found

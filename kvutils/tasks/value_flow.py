@@ -6,7 +6,7 @@ Along the data flow: SigLIP as published -> (finetuning) -> the model's own enco
 
 from collections.abc import Mapping
 
-from kvutils.datasets import TASK_DATA, class_names, open_dataset
+from kvutils.datasets import USES, class_names, open_dataset
 from kvutils.errors import ParameterError, one_of
 from kvutils.metrics.statistics import UNDEFINED, Interval, bootstrap_ci, choosing_half, claim_of_parts, paired_difference, undefined
 from kvutils.models import load_encoder, load_mlm, original_encoder
@@ -42,7 +42,7 @@ def value_flow_tasks(profile: str, options: Mapping[str, Mapping] | None = None)
     """The six tasks of a profile by name, and the supervised counterpart of task 3. `options` gives loader options per
     data set name, such as {"pocket-davis-2017": {"count": 4}}."""
     options = dict(options or {})
-    names = TASK_DATA[profile]
+    names = USES[profile]["01"]
     for name in options:
         one_of(f"data set in the options for profile {profile}", name, names.values())
     data = {use: open_dataset(name, **options.get(name, {})) for use, name in names.items()}
