@@ -241,7 +241,7 @@ def write_spair(root: Path, seed: int, pairs: int = 24) -> None:
 def write_coco(root: Path, seed: int, images: int = OPTIONS["coco"]["count"]) -> None:
     photos, objects = [], []
     numbers = [number for number in range(100, 100_000, 317) if number not in POPE_IMAGES]
-    for number, view in zip(numbers, views("keys", images, seed, SIZES[:3], wanted=lambda scene: True)):
+    for number, view in zip(numbers, views("keys", images, seed, SIZES[:3], wanted=lambda scene: True), strict=False):
         save(view.image, root / "val2017" / f"{number:012d}.jpg")
         photos.append({"id": number, "file_name": f"{number:012d}.jpg", "width": view.size[0], "height": view.size[1]})
         for index in view.scene.present:

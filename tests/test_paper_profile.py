@@ -67,16 +67,16 @@ def test_the_data_are_whole_and_the_same_again(data, tmp_path):
 
 LOST = [  # data set, a file of it, what is said of it
     ("pascal-5i", "VOC2012/JPEGImages/*.jpg", "1 of the .* images of the episodes are missing"),
-    ("pascal-5i", "splits/pascal/val/fold2.txt", "fold2.txt is missing"),
-    ("msrc", "*/GroundTruth/*.bmp", r"1 of the 70 images .* have no ground truth \(first: .*_GT.bmp"),
+    ("pascal-5i", "splits/pascal/val/fold2.txt", "there is no .*fold2.txt"),
+    ("msrc", "*/GroundTruth/*.bmp", r"1 of the 70 ground truths .* are missing \(first: .*_GT.bmp"),
     ("imagenet-s", "ImageNetS50/validation/*/*.JPEG", r"1 of the 16 images of .*validation are missing \(first: .*JPEG"),
     ("imagenet-s-train", "ImageNetS50/train-semi-segmentation/*/*.png", r"1 of the 50 masks .* \(first: .*png"),
-    ("refcoco", "images/mscoco/images/train2014/*.jpg", "1 of 12 images are missing .*COCO_train2014"),
-    ("spair-71k", "SPair-71k/PairAnnotation/test/*.json", "1 of 24 annotations are missing .*:.*json"),
-    ("davis-2017", "DAVIS/Annotations/480p/clip-2/00003.png", "00003.png is missing"),
-    ("coco", "val2017/*.jpg", "1 of the 100 images are missing .*jpg"),
+    ("refcoco", "images/mscoco/images/train2014/*.jpg", "1 of the 12 images are missing .*COCO_train2014"),
+    ("spair-71k", "SPair-71k/PairAnnotation/test/*.json", "1 of the 24 annotations are missing .*:.*json"),
+    ("davis-2017", "DAVIS/Annotations/480p/clip-2/00003.png", "1 of the 5 annotations of clip-2 are missing"),
+    ("coco", "val2017/*.jpg", "1 of the 100 images in .* are missing .*jpg"),
     ("pope", "val2014/*.jpg", "1 of the 8 images of POPE are missing .*COCO_val2014"),
-    ("mme", "*/existence/*.jpg", "MME existence: 1 of 3 images are missing"),
+    ("mme", "*/existence/*.jpg", "MME existence: 1 of the 3 images in .* are missing"),
     ("bdd-10k", "bdd100k/labels/det_20/*.json", "no image .*night highway"),
     ("blink", "Art_Style/*.parquet", "no Parquet file of .*Art_Style"),
 ]
