@@ -155,27 +155,22 @@ def _compact(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 @torch.no_grad()
 def capture_encoder(
-    encoder: Encoder,
-    mlm: MLM,
-    images: Iterable[ImageLike],
-    *,
-    layer: int | None = None,
-    batch_size: int = 8,
-    to: str | torch.device | None = "cpu",
-    progress: bool = False,
+    encoder: Encoder, mlm: MLM, images: Iterable[ImageLike], *, batch_size: int = 8, to: str | torch.device | None = "cpu"
 ) -> list[torch.Tensor]:
     """Features (N, C) of another SigLIP tower on the crops that `capture` shows the model, on its token grid.
 
-    layer: hidden state of the tower (0: embeddings); None: the depth that the MLM reads from its own tower if that is a
-    SigLIP too, else the last. LLaVA families: every crop is normalised anew (and resized if the tower has another input
-    size) and the patches are packed like the model's own; newline rows are zeros. Qwen2.5-VL has no crops: the tower sees
-    the whole image squashed to its square input. Patch grids of another size are interpolated bilinearly.
+    They are those of the depth that the MLM reads from its own tower if that is a SigLIP too, else of the last layer. LLaVA
+    families: every crop is normalised anew (and resized if the tower has another input size) and the patches are packed
+    like the model's own; newline rows are zeros. Qwen2.5-VL has no crops: the tower sees the whole image squashed to its
+    square input. Patch grids of another size are interpolated bilinearly.
     """
     config = encoder.model.config
     device = encoder.model.device if to is None else torch.device(to)
-    layer = _tower_depth(mlm, config.num_hidden_layers) if layer is None else layer
-    if not -config.num_hidden_layers - 1 <= layer <= config.num_hidden_layers:
-        raise ParameterError(f"state {layer} does not exist: {encoder.name} has 0..{config.num_hidden_layers}")
+    own, layer = mlm.model.config.vision_config, getattr(mlm.model.config, "vision_feature_layer", None)
+    if own.model_type == "siglip_vision_model" and isinstance(layer, int):
+        layer = min(layer % (own.num_hidden_layers + 1), config.num_hidden_layers)
+    else:
+        layer = config.num_hidden_layers
     own_side = config.image_size // config.patch_size
 
     def run(pictures: Sequence[Image.Image], names: Sequence[str]) -> list[torch.Tensor]:
@@ -198,7 +193,7 @@ def capture_encoder(
             packed = pack_crops(mlm, list(crops), sizes, states.new_zeros(states.shape[-1]))
         return [_compact(item, device) for item in packed]
 
-    return list(over_images(run, images, batch_size, progress))
+    return list(over_images(run, images, batch_size))
 
 
 def _resampled(squares: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -213,15 +208,6 @@ def _renormalise(pixels: torch.Tensor, old, new) -> torch.Tensor:
     numbers = torch.tensor([old.image_std, old.image_mean, new.image_mean, new.image_std], device=pixels.device)
     std, mean, new_mean, new_std = numbers[..., None, None]
     return (pixels * std + mean - new_mean) / new_std
-
-
-def _tower_depth(mlm: MLM, depth: int) -> int:
-    """The hidden state of a SigLIP of `depth` layers that an MLM built from it reads."""
-    config = mlm.model.config
-    layer = getattr(config, "vision_feature_layer", None)
-    if config.vision_config.model_type != "siglip_vision_model" or not isinstance(layer, int):
-        return depth
-    return min(depth, layer % (config.vision_config.num_hidden_layers + 1))
 
 
 @torch.no_grad()

@@ -151,7 +151,9 @@ def _interpolation(centers: np.ndarray, size: int) -> torch.Tensor:
 
 
 def tiling(mlm, image_size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) in pixels of the canvas that a LLaVA family cuts into tiles."""
+    """(height, width) in pixels of the canvas that a LLaVA family cuts into tiles; (0, 0) where it is shown base views only."""
+    if mlm.base_view_only:
+        return 0, 0
     width, height = image_size
     best = select_best_resolution((height, width), mlm.model.config.image_grid_pinpoints)
     return int(best[0]), int(best[1])
@@ -183,7 +185,7 @@ def build_layout(mlm, image_size: tuple[int, int], grid: tuple[int, int] | None 
     vision = mlm.model.config.vision_config
     side, patch = vision.image_size, vision.patch_size
     g = side // patch
-    tall, wide = (0, 0) if mlm.base_view_only else tiling(mlm, image_size)
+    tall, wide = tiling(mlm, image_size)
 
     # Coordinates in place of features: row and column of every patch of every crop; NaN marks newlines.
     square = _cells(g, g)

@@ -22,9 +22,7 @@ log = logging.getLogger(__name__)
 T, R = TypeVar("T"), TypeVar("R")
 
 
-def over_images(
-    run: Callable[[Sequence[Image.Image], Sequence[str]], list[R]], images: Iterable[ImageLike], batch_size: int, progress: bool
-) -> Iterator[R]:
+def over_images(run: Callable[..., list[R]], images: Iterable[ImageLike], batch_size: int, progress: bool = False) -> Iterator[R]:
     """What run(opened images, their names in errors) gives, in order: `batch_size` images at a time, fewer as `in_halves`."""
     at_least("batch_size", batch_size)
     if isinstance(images, str | PathLike | Image.Image):
@@ -93,9 +91,7 @@ def _prepare_llava(mlm: MLM, images: list[Image.Image]) -> VisionInputs:
     # With one square resolution there is one tile to cut, and to drop: the base view is the same either way.
     options = {"image_grid_pinpoints": [[side, side]]} if mlm.base_view_only else {}
     batch = mlm.processor.image_processor(images=images, return_tensors="pt", **options)
-    crops = [1] * len(images)
-    if not mlm.base_view_only:
-        crops = [1 + (tall // side) * (wide // side) for tall, wide in (tiling(mlm, image.size) for image in images)]
+    crops = [1 + (tall // side) * (wide // side) for tall, wide in (tiling(mlm, image.size) for image in images)]
     pixels = torch.cat([views[:count] for views, count in zip(batch["pixel_values"], crops, strict=True)])
     return VisionInputs(pixels.to(mlm.device, mlm.dtype), [build_layout(mlm, image.size) for image in images], crops=crops)
 
