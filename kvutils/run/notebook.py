@@ -77,13 +77,15 @@ class Run:
                                           "parameters": parameters, "claims": claims, **sections}))
         return self.results
 
-    def verdicts(self, claims: Mapping[str, Mapping]) -> None:
-        """Print the verdict of each claim of this notebook: `C1: reproduced (6 of 6 comparisons hold)`."""
+    def verdicts(self, claims: Mapping[str, Mapping]) -> dict[str, int]:
+        """Print the verdict of each claim of this notebook, `C1: reproduced (6 of 6 comparisons hold)`; -> how many hold."""
+        held = {}
         for claim in report.load_claims():
             if (name := claim["id"]) in claims:
-                verdict, holding = report.judge(claim, claims[name])
+                verdict, held[name] = report.judge(claim, claims[name])
                 parts = len(claims[name].get("entries") or [])
-                print(f"{name}: {verdict}" + (f" ({holding} of {parts} comparisons hold)" if claim["rule"]["kind"] != "above" else ""))
+                print(f"{name}: {verdict}" + (f" ({held[name]} of {parts} comparisons hold)" if claim["rule"]["kind"] != "above" else ""))
+        return held
 
     def claims_table(self, claims: Mapping[str, Mapping]) -> Markdown:
         """What stands behind the verdicts: of each claim its value, if it has one, and every comparison."""
