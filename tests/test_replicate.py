@@ -303,7 +303,7 @@ def test_the_environment_is_said_without_what_differs_between_two_machines(capsy
 
 
 CLAIM = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9, "unit": "F1", "entries": [
-    {"name": "a minus b", "value": 0.1, "low": 0.05, "high": 0.2, "n": 5}, {"name": "c", "value": None, "n": 1, "reason": "no item"}]}
+    {"name": "a minus b", "value": 0.1, "low": 0.05, "high": 0.2, "n": 5}, {"name": "c", "value": None, "low": None, "high": None, "n": 1, "reason": "no item"}]}
 
 
 def test_the_last_cells(root, monkeypatch, capsys):

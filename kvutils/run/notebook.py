@@ -16,6 +16,7 @@ import torch
 from IPython.display import Markdown
 
 from kvutils.errors import ParameterError, one_of
+from kvutils.metrics.statistics import interval_text
 from kvutils.run import DEFAULT, report
 from kvutils.run import PROFILES as PROFILES
 from kvutils.store import rounded, write_json
@@ -92,8 +93,8 @@ class Run:
         lines = []
         for name, claim in claims.items():
             if claim.get("value") is not None:
-                lines.append((f"**{name}**", claim["unit"], f"**{report.signed(claim)}**", claim["n"]))
-            lines += [(name, each["name"], report.signed(each), each["n"]) for each in claim.get("entries") or []]
+                lines.append((f"**{name}**", claim["unit"], f"**{interval_text(claim, sign=True)}**", claim["n"]))
+            lines += [(name, each["name"], interval_text(each, sign=True), each["n"]) for each in claim.get("entries") or []]
         return table(("claim", "comparison", "value [95 % interval]", "n"), lines)
 
     def choices(self, choices: Mapping[str, str]) -> Markdown:

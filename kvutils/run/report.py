@@ -111,14 +111,6 @@ def number(value: object) -> str:
     return f"{round(value, digits) + 0.0:,.{digits}f}"  # + 0.0: no "-0.000"
 
 
-def signed(part: Mapping, digits: int = 3) -> str:
-    """`+0.123 [+0.100, +0.146]`, or why it is undefined, for the notebooks."""
-    if part["value"] is None:
-        return f"not defined: {part['reason']}"
-    value, low, high = (f"{part[key]:+.{digits}f}" for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
-
-
 def interval(part: Mapping, value: str = "value") -> str:
     """`0.123 [0.100, 0.146]`."""
     if part.get("low") is None:
