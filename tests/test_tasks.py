@@ -495,7 +495,7 @@ def test_halves_are_those_of_peak_then_degrade():
     curve = np.stack([table.of(f"value.{i}")[:, 0] for i in range(4)], axis=1)
     found = peak_then_degrade(curve, table.groups, n_boot=50)
     held = ~choosing_half(table.groups)
-    assert found.minus_last.mean == pytest.approx((curve[held, found.best] - curve[held, -1]).mean())
+    assert found["minus_last"]["mean"] == pytest.approx((curve[held, found["best"]] - curve[held, -1]).mean())
     assert len(set(np.array(table.groups)[held])) == 10
 
 

@@ -158,41 +158,16 @@ def detectable(error, power: float = 0.8) -> np.ndarray:
     return np.where(np.asarray(error) > 0, factor * np.asarray(error, dtype=float), np.nan)[()]
 
 
-@dataclass(frozen=True)
-class PeakThenDegrade:
-    """Does quality build up to some layer and then degrade? (paper, section 3.1, Figure 2)
-
-    `best` is the index of the best layer on one half of the units; `minus_first` and `minus_last` are its paired
-    differences on the other half. `peak` is the best layer of all items with its bootstrap interval (an index), and
-    `peak_shares` how often each layer is best among the resamples.
-    """
-
-    best: int
-    minus_first: Interval
-    minus_last: Interval
-    peak: Interval
-    peak_shares: tuple[float, ...]
-
-    @property
-    def builds(self) -> bool:
-        return self.minus_first.low > 0
-
-    @property
-    def degrades(self) -> bool:
-        return self.minus_last.low > 0
-
-    def as_dict(self) -> dict:
-        found = {name: value.as_dict() if isinstance(value, Interval) else value for name, value in vars(self).items()}
-        return found | {"builds": self.builds, "degrades": self.degrades}
-
-
 def peak_then_degrade(
     scores, groups: Sequence[Hashable] | None = None, seed: int = 0, statistic: Statistic = mean_statistic, n_boot: int = 2000
-) -> PeakThenDegrade:
-    """Choose the best layer on one half of the units; test it against first and last on the other half.
+) -> dict:
+    """Does quality build up to some layer and then degrade? (paper, section 3.1, Figure 2); JSON-able.
 
     scores (n, L >= 2) or, for a statistic of several columns, (n, L, k); higher is better. Units are `groups` (default:
-    the items), at least 4 (ParameterError), and fall into halves as in `choosing_half`.
+    the items), at least 4 (ParameterError). `best` is the index of the best layer on one half of them (`choosing_half`);
+    `minus_first` and `minus_last` are its paired differences on the other half, and it `builds` and `degrades` where their
+    intervals are above 0. `peak` is the best layer of all items with its bootstrap interval (indices), `peak_shares` how
+    often each layer is best among the resamples.
     """
     scores = _scores(scores)
     names = list(range(len(scores)) if groups is None else groups)
@@ -210,9 +185,12 @@ def peak_then_degrade(
     value, draws = _resample(lambda w: curve(w, scores), len(scores), n_boot, seed, names)
     peaks = np.nanargmax(draws, axis=1)
     low, high = np.quantile(peaks, _TAILS, method="inverted_cdf")
-    peak = Interval(float(np.nanargmax(value)), float(low), float(high), len(scores))
-    shares = np.bincount(peaks, minlength=scores.shape[1]) / len(peaks)
-    return PeakThenDegrade(best, first, last, peak, tuple(shares.tolist()))
+    return {
+        "best": best, "minus_first": first.as_dict(), "minus_last": last.as_dict(),
+        "builds": first.low > 0, "degrades": last.low > 0,
+        "peak": Interval(float(np.nanargmax(value)), float(low), float(high), len(scores)).as_dict(),
+        "peak_shares": (np.bincount(peaks, minlength=scores.shape[1]) / len(peaks)).tolist(),
+    }  # fmt: skip
 
 
 def choosing_half(groups: Sequence[Hashable], seed: int = 0) -> np.ndarray:
@@ -225,10 +203,10 @@ def choosing_half(groups: Sequence[Hashable], seed: int = 0) -> np.ndarray:
 
 def _scores(scores) -> np.ndarray:
     scores = np.asarray(scores, dtype=float)
-    bad = np.flatnonzero(~np.isfinite(scores.reshape(len(scores), -1)).all(axis=1)) if len(scores) else []
-    if not len(scores) or len(bad):
-        raise DataError(f"expected finite scores of at least one item, found {len(scores)} items, {len(bad)} of them with NaN or "
-                        f"infinite scores (first: {bad[0] if len(bad) else 'none'}); leave undefined items out")  # fmt: skip
+    bad = sum(not np.isfinite(item).all() for item in scores)
+    if not len(scores) or bad:
+        raise DataError(f"expected finite scores of at least one item, found {len(scores)} items, {bad} of them with NaN or "
+                        "infinite scores; leave undefined items out")  # fmt: skip
     return scores
 
 

@@ -177,12 +177,12 @@ def summarise(table: ScoreTable, task: Task, n_boot: int = 2000, seed: int = 0) 
             curve = np.stack([table.of(source) for source in sources], axis=1)
             found = peak_then_degrade(curve, table.groups, seed, task.statistic, n_boot)
             summary["build_then_degrade"][family] = {
-                **found.as_dict(),
+                **found,
                 "layers": list(numbers),
-                "best_layer": numbers[found.best],
-                "peak_layer": numbers[int(found.peak.mean)],
-                "peak_layer_low": numbers[int(found.peak.low)],
-                "peak_layer_high": numbers[int(found.peak.high)],
+                "best_layer": numbers[found["best"]],
+                "peak_layer": numbers[int(found["peak"]["mean"])],
+                "peak_layer_low": numbers[int(found["peak"]["low"])],
+                "peak_layer_high": numbers[int(found["peak"]["high"])],
             }
     if "value" in summary["build_then_degrade"]:
         best = f"value.{summary['build_then_degrade']['value']['best_layer']}"

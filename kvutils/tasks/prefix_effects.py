@@ -25,7 +25,7 @@ def summarise_prefixes(table: ScoreTable, statistic: Statistic, n_boot: int = 20
         raise DataError(f"{table.task}: {len(set(table.groups))} groups are too few to choose a layer; at least 4 are needed")
     reached = [layer for layer in layers if layer > 0]
     plain = np.stack([table.of(f"none.{layer}") for layer in reached], axis=1)
-    best = reached[peak_then_degrade(plain, table.groups, seed, statistic, n_boot).best]
+    best = reached[peak_then_degrade(plain, table.groups, seed, statistic, n_boot)["best"]]
     held_out = ~choosing_half(table.groups, seed)
     groups = [group for group, kept in zip(table.groups, held_out, strict=True) if kept]
 
