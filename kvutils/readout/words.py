@@ -45,9 +45,7 @@ class SiglipText:
         """(C,) unit-length embedding of a name or expression, padded to full length as SigLIP was trained."""
         caption = self.template.format(text.removeprefix("the "))
         length = self.model.config.max_position_embeddings
-        tokens = self.tokenizer(
-            [caption], padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-        )
+        tokens = self.tokenizer([caption], padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         ids = tokens["input_ids"].to(self.model.device)
         return normalize(self.model(input_ids=ids).pooler_output[0].float(), dim=-1).cpu()
 
@@ -71,18 +69,10 @@ def load_siglip_text(name: str, device: str | torch.device = "cpu") -> SiglipTex
 class TextAlignment:
     """Text vectors and text scores of the sources above, for the layers of one extractor."""
 
-    def __init__(
-        self,
-        mlm: MLM,
-        layers: Sequence[int],
-        untrained: MLM | None = None,
-        encoder: Encoder | None = None,
-        encoder_text: SiglipText | None = None,
-    ):
+    def __init__(self, mlm: MLM, layers: Sequence[int], untrained: MLM | None, encoder: Encoder | None,
+                 encoder_text: SiglipText | None):  # fmt: skip
         if encoder_text is not None and encoder is None:
-            raise ParameterError(
-                "encoder_text needs the encoder it belongs to: pass encoder_original as well"
-            )
+            raise ParameterError("encoder_text needs the encoder it belongs to: pass encoder_original as well")
         self.mlm, self.layers, self.untrained = mlm, tuple(layers), untrained
         self.encoder, self.encoder_text = encoder, encoder_text
         self.sources = []
@@ -101,26 +91,16 @@ class TextAlignment:
     def text(self, text: str) -> dict[str, torch.Tensor]:
         """Vector (C,) float32 of the text in every source; read one at a time, so without batch effects."""
         if text not in self._texts:
-            vectors = {
-                f"value.{n}": v.flatten()
-                for n, v in zip(self.layers, self._values(self.mlm, text), strict=True)
-            }
+            vectors = self._values("value", self.mlm, text)
             if self.untrained is not None:
-                values = self._values(self.untrained, text)
-                vectors |= {
-                    f"untrained.value.{n}": v.flatten() for n, v in zip(self.layers, values, strict=True)
-                }
+                vectors |= self._values("untrained.value", self.untrained, text)
             # As in a sentence: with a space before it, which byte-pair tokenizers make part of the token.
             ids = torch.tensor(self.mlm.tokenizer(f" {text}", add_special_tokens=False)["input_ids"])
-            for source, rows in (
-                ("projector", self.mlm.model.get_input_embeddings().weight),
-                ("lens", self.mlm.model.lm_head.weight),
-            ):
-                vectors[source] = rows[ids.to(rows.device)].float().mean(0).cpu().detach()
+            tables = self.mlm.model.get_input_embeddings().weight, self.mlm.model.lm_head.weight
+            vectors["projector"], lens = (rows[ids.to(rows.device)].float().mean(0).cpu().detach() for rows in tables)
+            vectors |= {f"lens.value.{layer}": lens for layer in self.layers}
             if self.encoder_text is not None:
                 vectors["encoder_original"] = vectors["encoder"] = self.encoder_text.embed(text)
-            lens = vectors.pop("lens")
-            vectors |= {f"lens.value.{layer}": lens for layer in self.layers}
             self._texts[text] = {source: vectors[source] for source in self.sources}
         return self._texts[text]
 
@@ -130,20 +110,21 @@ class TextAlignment:
         vectors = [self.text(text) for text in texts]
         scores = {}
         for source in self.sources:
-            image = self.image_side(source, features)
+            image = self._image_side(source, features)
             scores[source] = torch.stack([v[source] for v in vectors]).to(image.device) @ image.T
         return scores
 
     @torch.no_grad()
-    def image_side(self, source: str, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _image_side(self, source: str, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """(N, C) float32 image vectors of a text-aligned source, from the plain features of an image."""
         if source.startswith("lens.value."):
             return self._lens(features[source.removeprefix("lens.")], int(source.rsplit(".", 1)[1]))
         image = features[source].float()
         return self._pooled(image) if source.startswith("encoder") else image
 
-    def _values(self, mlm: MLM, text: str) -> torch.Tensor:
-        return text_values(mlm, [text], layers=self.layers)[0]
+    def _values(self, family: str, mlm: MLM, text: str) -> dict[str, torch.Tensor]:
+        values = text_values(mlm, [text], layers=self.layers)[0]
+        return {f"{family}.{layer}": value.flatten() for layer, value in zip(self.layers, values, strict=True)}
 
     def _lens(self, values: torch.Tensor, layer: int) -> torch.Tensor:
         """What values (N, G*D) add to the residual stream when attended to with full weight, normalised."""
