@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from tiny_models import FAMILIES, WORDS, tiny, tiny_pocket
 
-from kvutils.answer import YES_NO, Answer, ImageSession, SessionBatch, answer_all
+from kvutils.answer import YES_NO, ImageSession, SessionBatch, answer_all
 from kvutils.block import block_keys
 from kvutils.errors import DataError, ImageError, KVUtilsError, ModelError, ParameterError
 from kvutils.keys import KeySelection
 from kvutils.models import wrap_mlm
-from kvutils.prompts import PromptTokens, prepare_text
+from kvutils.prompts import prepare_text
 from kvutils.vision import encode_images, prepare_images
 
 ALL = [*FAMILIES, "pocket"]
@@ -81,7 +81,7 @@ def generated(mlm, images, question, prefix=None, limit=6) -> list[int]:
 
 def vocabulary_scores(session, questions, **intervention):
     """(questions, vocabulary) log-probabilities of the next token, read through the session's own scores."""
-    tokenizer = session._batch.mlm.tokenizer
+    tokenizer = session.mlm.tokenizer
     return session.score(questions, WORDS, **intervention), tokenizer.convert_tokens_to_ids(WORDS)
 
 
@@ -280,12 +280,6 @@ def test_choice_with_options_of_each_question():
     assert list(nested[1][0].scores) == options[0] and nested[1][0].text == ""
 
 
-def test_the_best_option_needs_options():
-    assert Answer("q", "", (), True, {"a": -2.0, "b": -1.0}).best == "b"
-    with pytest.raises(ParameterError, match="options"):
-        _ = Answer("q", "", (), True).best
-
-
 # ---- interventions -------------------------------------------------------------------------------
 
 
@@ -406,7 +400,7 @@ def test_the_model_is_as_it_was(family):
 def test_questions_leave_the_cache_as_it_is():
     mlm = scrambled(tiny("llava_next"))
     session = ImageSession(mlm, IMAGES[0])
-    tensors = [tensor for pair in session._batch._prefix.keys_values for tensor in pair]
+    tensors = [tensor for pair in session._prefix.keys_values for tensor in pair]
     before = [tensor.clone() for tensor in tensors]
     first = session.choose(QUESTIONS, ["yes", "a red fish"])
     assert all(torch.equal(*pair) for pair in zip(before, tensors, strict=True))
@@ -417,7 +411,7 @@ def test_closing_frees_the_memory():
     mlm = scrambled(tiny("llava_onevision"))
     with ImageSession(mlm, IMAGES[0]) as session:
         session.choose(QUESTIONS, ["yes", "a red fish"], 2)
-        batch = session._batch
+        batch = session
         tensors = [tensor for pair in batch._prefix.keys_values for tensor in pair] + [batch._embeddings]
         references = [weakref.ref(tensor) for tensor in tensors]
         del tensors, batch
@@ -431,10 +425,19 @@ def test_closing_frees_the_memory():
     assert len(session.layouts) == 1
 
 
+def test_sessions_say_what_they_hold():
+    mlm = tiny_pocket()
+    session, batch = ImageSession(mlm, IMAGES[0]), SessionBatch(mlm, [IMAGES[:2], IMAGES[2]])
+    assert repr(session) == f"ImageSession({mlm.name}: 17 tokens)"
+    assert repr(batch) == f"SessionBatch({mlm.name}: 17 tokens and 17 tokens; 17 tokens)"
+    session.close()
+    assert repr(session).endswith("; closed)")
+
+
 def test_an_exception_inside_frees_the_memory_too():
     mlm = tiny_pocket()
     with pytest.raises(ParameterError), ImageSession(mlm, IMAGES[0]) as session:
-        reference = weakref.ref(session._batch._embeddings)
+        reference = weakref.ref(session._embeddings)
         session.ask([])
     assert reference() is None
 
@@ -545,10 +548,8 @@ def test_bad_questions_and_options():
         (lambda: batch.answer([QUESTIONS, []]), ParameterError, "at least one"),
         (lambda: batch.answer([QUESTIONS[:1]] * 2, [[["yes"]]]), ParameterError, "options for"),
         (lambda: batch.answer([["yes"]] * 2, ["yes", ["no"]]), ParameterError, "options must"),
-        (lambda: list(answer_all(mlm, [], blocks={})), ParameterError, "at least one block"),
-        (lambda: list(answer_all(mlm, [], batch_size=0)), ParameterError, "batch size"),
+        (lambda: list(answer_all(mlm, [], batch_size=0)), ParameterError, "batch_size"),
         (lambda: session.ask(QUESTIONS, block=selection(mlm, 5)), DataError, "17"),
-        (lambda: SessionBatch(mlm, IMAGES, tokens=PromptTokens(mlm, "red")), ParameterError, "prefix"),
     ]
     for call, error, words in cases:
         with pytest.raises(error, match=words):
