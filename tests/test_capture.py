@@ -485,7 +485,7 @@ def test_bad_images_are_named(tmp_path):
     (tmp_path / "note.txt").write_text("not a picture")
     with pytest.raises(ImageError, match="note.txt"):
         capture(mlm, [IMAGES[0], tmp_path / "note.txt"])
-    with pytest.raises(ImageError, match=r"images\[2\].*NaN"):
+    with pytest.raises(ImageError, match=r"images\[2\].*not Tensor"):
         capture(mlm, [IMAGES[0], IMAGES[1], torch.full((3, 4, 4), float("nan"))], batch_size=2)
     with pytest.raises(ImageError, match=r"images\[1\].*200:1"):
         capture(tiny("qwen2_5_vl"), [IMAGES[0], picture(1, 5000)], batch_size=1)
