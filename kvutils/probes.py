@@ -1,26 +1,23 @@
-"""Readouts of image tokens: a linear probe of all feature sources at once, text similarity, Otsu's threshold.
+"""The linear probe of all feature sources at once: the classifier of the segmentation tasks (paper section 3.1).
 
-The probe is the classifier of the segmentation task (paper section 3.1). For every source it minimises
+For every source it minimises
 
     F(w, b) = sum_i s_i * cross_entropy(w . x_i + b, y_i) + |w|^2 / (2 * strength),
 
-1 / C times the objective of scikit-learn's `LogisticRegression(C=strength, class_weight="balanced")`: the
-intercept is not penalised, s_i = sample weight * total weight / (classes * weight of the class), and x_i is
-standardised as by `StandardScaler` (mean and population deviation of the rows of non-zero weight,
-unweighted).
+1 / C times the objective of scikit-learn's `LogisticRegression(C=strength, class_weight="balanced")`: the intercept is not
+penalised, s_i = sample weight * total weight / (classes * weight of the class), and x_i is standardised as by
+`StandardScaler` (mean and population deviation of the rows of non-zero weight, unweighted).
 
-Dozens of sources share one set of rows, so the solver runs them side by side and passes over the features,
-the largest array, only twice per iteration. Each step minimises F over the plane spanned by the
-preconditioned gradient and the last few steps (sequential subspace optimisation, Narkiss and Zibulevsky
-2005). The logits of these directions are kept, hence the Newton step inside the plane costs little. The
-preconditioner is F's Hessian, estimated from a part of the rows and seldom renewed.
+Dozens of sources share one set of rows, so the solver runs them side by side and passes over the features, the largest array,
+only twice per iteration. Each step minimises F over the plane spanned by the preconditioned gradient and the last few steps
+(sequential subspace optimisation, Narkiss and Zibulevsky 2005). The logits of these directions are kept, hence the Newton
+step inside the plane costs little. The preconditioner is F's Hessian, estimated from a part of the rows and seldom renewed.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
@@ -31,8 +28,8 @@ DIRECTIONS = 4  # preconditioned gradient and the last three steps; more gained 
 REFRESH = 5  # iterations between preconditioners: separable data leave the curvature at zero far behind
 ROWS_PER_CHANNEL = 3  # rows that enter a preconditioner: it need not be exact, and it costs in proportion
 PRECONDITION_UP_TO = 1536  # channels; beyond, a C x C factorisation costs more than the iterations it saves
-# Bytes of features solved in one batch. On a CPU they should stay in the last-level cache between iterations;
-# on a GPU the limit only leaves memory to the model.
+# Bytes of features solved in one batch. On a CPU they should stay in the last-level cache between iterations; on a GPU the
+# limit only leaves memory to the model.
 CHUNK_BYTES = {"cpu": 6 * 2**20, "cuda": 4 * 2**30}
 
 
@@ -44,9 +41,8 @@ class ConvergenceError(KVUtilsError):
 class LinearProbe:
     """A fitted probe per source; S stands for the leading dimensions of the fitted X (none, one or several).
 
-    K' is 1 for two classes (one logit, positive for class 1), else num_classes. weight applies to
-    standardised features. A class without training rows has bias -inf. loss is F (see the module) at the
-    solution.
+    K' is 1 for two classes (one logit, positive for class 1), else num_classes. weight applies to standardised features. A
+    class without training rows has bias -inf. loss is F (see the module) at the solution.
     """
 
     weight: Tensor  # (S, K', C)
@@ -59,15 +55,11 @@ class LinearProbe:
 
     @torch.no_grad()
     def logits(self, X: Tensor) -> Tensor:
-        """Logits of features X (S, M, C): (S, M) for two classes, (S, M, K) for more.
-
-        ParameterError if the sources or channels are not those of the fit.
-        """
+        """Logits of features X (S, M, C) of the same sources: (S, M) for two classes, (S, M, K) for more."""
         X = torch.as_tensor(X, device=self.weight.device).to(self.weight.dtype)
         if X.ndim < 2 or (*X.shape[:-2], X.shape[-1]) != self.mean.shape:
             expected = (*self.mean.shape[:-1], "M", self.mean.shape[-1])
-            raise ParameterError(f"logits: expected features of shape {expected}, found {tuple(X.shape)}; "
-                                 "pass the same sources and channels as in fit_linear_probe")
+            raise ParameterError(f"logits: expected features of shape {expected}, found {tuple(X.shape)}: those of the fit")
         # As in the fit; folded into weight and bias, mean / std would cancel digits in outlier channels.
         X = (X - self.mean.unsqueeze(-2)).div_(self.std.unsqueeze(-2))
         logits = X @ self.weight.mT + self.bias.unsqueeze(-2)
@@ -82,10 +74,9 @@ class LinearProbe:
         """This probe, or ConvergenceError that names the sources which have not converged."""
         if not self.converged.all():
             failed = (~self.converged).flatten().nonzero().flatten().tolist()
-            raise ConvergenceError(
-                f"linear probe: expected every source to converge, found {len(failed)} of "
-                f"{self.converged.numel()} that did not within {int(self.iterations.max())} iterations "
-                f"(sources {failed[:10]}); raise max_iter or tol, lower strength, or pass float64 features")
+            raise ConvergenceError(f"linear probe: {len(failed)} of {self.converged.numel()} sources did not converge within "
+                                   f"{int(self.iterations.max())} iterations (sources {failed[:10]}); raise max_iter or tol, "
+                                   "lower strength, or pass float64 features")
         return self
 
 
@@ -95,41 +86,36 @@ def join_probes(probes: list[LinearProbe]) -> LinearProbe:
 
 
 @torch.no_grad()
-def fit_linear_probe(X: Tensor, y: Tensor, num_classes: int = 2, strength: float = 1.0,
-                     class_balanced: bool = True, sample_weight: Tensor | None = None, tol: float = 1e-3,
-                     max_iter: int = 1000) -> LinearProbe:
+def fit_linear_probe(X: Tensor, y: Tensor, num_classes: int = 2, strength: float = 1.0, class_balanced: bool = True,
+                     sample_weight: Tensor | None = None, tol: float = 1e-3, max_iter: int = 1000) -> LinearProbe:
     """L2-regularised logistic regression of every source, computed where X lies (CPU or GPU).
 
-    X (S, N, C) features, S any leading dimensions (sources, or episodes x sources); y (N,) or (S, N) classes;
-    sample_weight (N,) or (S, N), bool or >= 0: rows of weight 0 (padding, void tokens) take no part and may
-    hold any label and feature. strength is scikit-learn's C. float64 is solved in float64, all else in
-    float32.
+    X (S, N, C) features, S any leading dimensions (sources, or episodes x sources); y (N,) or (S, N) classes; sample_weight
+    (N,) or (S, N), bool or >= 0: rows of weight 0 (padding, void tokens) take no part and may hold any label and feature.
+    strength is scikit-learn's C. float64 is solved in float64, all else in float32.
 
-    A source has converged when |gradient|^2 <= 2 tol F / strength. F is 1/strength-strongly convex in w, so
-    its loss is then within a share of about tol of the minimum (in practice a tenth of that). A source's
-    result does not depend on the sources beside it.
+    A source has converged when |gradient|^2 <= 2 tol F / strength. F is 1/strength-strongly convex in w, so its loss is then
+    within a share of about tol of the minimum (in practice a tenth of that). Sources do not depend on those beside them.
 
-    ParameterError: shapes that do not fit, labels out of range, a source with fewer than two classes, NaN or
-    Inf. Source: paper section 3.1; the regularisation is ours.
+    ParameterError: shapes that do not fit, labels out of range, a source with fewer than two classes, NaN or Inf. Source:
+    paper section 3.1; the regularisation is ours.
 
     >>> probe = fit_linear_probe(support, labels).require_converged()   # (28, 720, 64), (720,)
     >>> scores = probe.logits(query)                                    # (28, 144, 64) -> (28, 144)
     """
     X = torch.as_tensor(X)
     if X.ndim < 2 or X.numel() == 0:
-        raise ParameterError("fit_linear_probe: expected X of shape (S, N, C), none of them 0, found "
-                             f"{tuple(X.shape)}")
+        raise ParameterError(f"fit_linear_probe: expected X of shape (S, N, C), none of them 0, found {tuple(X.shape)}")
     if num_classes < 2 or not 0 < strength < float("inf") or not tol > 0 or max_iter < 1:
-        raise ParameterError("fit_linear_probe: expected num_classes >= 2, strength > 0, tol > 0 and "
-                             f"max_iter >= 1, found {num_classes}, {strength}, {tol}, {max_iter}")
+        raise ParameterError("fit_linear_probe: expected num_classes >= 2, strength > 0, tol > 0 and max_iter >= 1, found "
+                             f"{num_classes}, {strength}, {tol}, {max_iter}")
     lead, (N, C) = X.shape[:-2], X.shape[-2:]
     dtype = torch.float64 if X.dtype == torch.float64 else torch.float32
 
     def rows(name: str, value: Tensor) -> Tensor:
         value = torch.as_tensor(value, device=X.device)
         if value.shape not in ((N,), (*lead, N)):
-            raise ParameterError(f"fit_linear_probe: expected {name} of shape {(N,)} or {(*lead, N)}, "
-                                 f"found {tuple(value.shape)}")
+            raise ParameterError(f"fit_linear_probe: expected {name} of shape {(N,)} or {(*lead, N)}, found {tuple(value.shape)}")
         return value.expand(*lead, N).reshape(-1, N)
 
     y, keep = rows("y", y).long(), None
@@ -137,19 +123,18 @@ def fit_linear_probe(X: Tensor, y: Tensor, num_classes: int = 2, strength: float
     if sample_weight is not None:
         s = rows("sample_weight", sample_weight).to(dtype)
         if not (torch.isfinite(s) & (s >= 0)).all():
-            raise ParameterError("fit_linear_probe: expected finite sample weights >= 0, found NaN, Inf "
-                                 "or less; use 0 to exclude a row")
+            raise ParameterError("fit_linear_probe: expected finite sample weights >= 0; use 0 to exclude a row")
         keep = s > 0
         y = torch.where(keep, y, y.new_zeros(()))
     if y.min() < 0 or y.max() >= num_classes:
-        raise ParameterError(f"fit_linear_probe: expected labels 0..{num_classes - 1}, found "
-                             f"{int(y.min())}..{int(y.max())}; give void rows sample weight 0")
+        raise ParameterError(f"fit_linear_probe: expected labels 0..{num_classes - 1}, found {int(y.min())}..{int(y.max())}; "
+                             "give void rows sample weight 0")
     onehot = y.unsqueeze(1) == torch.arange(num_classes, device=y.device)[:, None]  # (S, K, N)
     onehot = (onehot if keep is None else onehot & keep.unsqueeze(1)).to(dtype)
     present = onehot.any(-1)
     if (lacking := present.sum(1) < 2).any():
-        raise ParameterError("fit_linear_probe: expected at least two classes among the training rows, found "
-                             f"fewer in source {int(lacking.nonzero()[0])}; choose other support images")
+        raise ParameterError("fit_linear_probe: expected at least two classes among the training rows, found fewer in source "
+                             f"{int(lacking.nonzero()[0])}; choose other support images")
     if class_balanced:
         per_class = (onehot @ s.unsqueeze(-1)).squeeze(-1).clamp_min(torch.finfo(dtype).tiny)
         factor = s.sum(1, keepdim=True) / (present.sum(1, keepdim=True) * per_class)
@@ -159,18 +144,17 @@ def fit_linear_probe(X: Tensor, y: Tensor, num_classes: int = 2, strength: float
     # Chunks of equal size: a last one with few sources would waste the fixed cost of an iteration.
     chunks = torch.arange(len(flat)).tensor_split(-(-len(flat) // size))
     with torch.inference_mode():  # less bookkeeping per operation than no_grad: it counts for small features
-        solved = [_fit_chunk(flat[i:j], onehot[i:j], s[i:j], None if keep is None else keep[i:j], strength,
-                             tol, max_iter, i) for i, j in ((int(c[0]), int(c[-1]) + 1) for c in chunks)]
+        solved = [_fit_chunk(flat[i:j], onehot[i:j], s[i:j], None if keep is None else keep[i:j], strength, tol, max_iter, i)
+                  for i, j in ((int(c[0]), int(c[-1]) + 1) for c in chunks)]
     joined = [torch.cat(parts).unflatten(0, lead) if lead else torch.cat(parts)[0] for parts in zip(*solved)]
     return LinearProbe(**{field.name: value for field, value in zip(fields(LinearProbe), joined)})
 
 
-def _standardise(X: Tensor, keep: Tensor | None, dtype: torch.dtype,
-                 first: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Standardised rows with a column of ones (S, N, C+1), mean and std (S, C).
+def _standardise(X: Tensor, keep: Tensor | None, dtype: torch.dtype, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Standardised rows with a column of ones (S, N, C+1), mean and std (S, C); X (S, N, C), keep (S, N) bool or None.
 
-    X (S, N, C), keep (S, N) bool or None. One source at a time: passes over one source stay in the cache and
-    need little scratch space, where passes over all sources would cost as much as the optimisation.
+    One source at a time: passes over one source stay in the cache and need little scratch space, where passes over all
+    sources would cost as much as the optimisation.
     """
     S, N, C = X.shape
     A, mean, std = (X.new_empty(shape, dtype=dtype) for shape in ((S, N, C + 1), (S, C), (S, C)))
@@ -190,8 +174,8 @@ def _standardise(X: Tensor, keep: Tensor | None, dtype: torch.dtype,
             out.mul_(keep[i].unsqueeze(-1))
     bad = ~torch.isfinite(std).all(-1)  # a NaN or Inf in any row ends up here: this saves a pass over X
     if bad.any():
-        raise ParameterError("fit_linear_probe: expected finite features, found NaN, Inf or an overflow in "
-                             f"source {first + int(bad.nonzero()[0])}; check the capture of that source")
+        raise ParameterError("fit_linear_probe: expected finite features, found NaN, Inf or an overflow in source "
+                             f"{first + int(bad.nonzero()[0])}; check the capture of that source")
     return A, mean, std
 
 
@@ -250,8 +234,8 @@ def _fit_chunk(X: Tensor, onehot: Tensor, s: Tensor, keep: Tensor | None, streng
 def _factorise(A: Tensor, curvature: Tensor, ridge: Tensor, evenly: bool) -> Tensor:
     """Cholesky factor (S, P, P) of about A' diag(curvature) A + diag(ridge); A (S, N, P), curvature (S, N).
 
-    Only some rows enter: every n-th while all have about the same curvature (evenly), else those with most of
-    it, for late in the optimisation a few rows near the boundary carry nearly all.
+    Only some rows enter: every n-th while all have about the same curvature (evenly), else those with most of it, for late
+    in the optimisation a few rows near the boundary carry nearly all.
     """
     S, N, P = A.shape
     count, index = min(N, ROWS_PER_CHANNEL * P), None
@@ -319,62 +303,3 @@ class _Softmax:
         metric[..., -N:] = self.s * p
         mean = (plane[..., -N:] * p.unsqueeze(1)).sum(2)
         return (plane * metric.unsqueeze(1)).flatten(2) @ plane.flatten(2).mT - (mean * self.s) @ mean.mT
-
-
-def shuffled_labels(y: Tensor | np.ndarray, seed: int, valid: Tensor | np.ndarray | None = None):
-    """Control: labels (..., N), each row permuted at random over N; where `valid` is False they stay.
-
-    The share of each class is kept, so a probe that beats chance on new images with these has found no
-    meaning in them. Type and device are those of y; the same seed gives the same permutation on every
-    machine.
-    """
-    rng = np.random.default_rng(seed)
-    out = (y.detach().cpu().numpy() if isinstance(y, Tensor) else np.asarray(y)).copy()
-    movable = np.ones(out.shape, bool)
-    if valid is not None:
-        movable &= (valid.cpu().numpy() if isinstance(valid, Tensor) else np.asarray(valid)).astype(bool)
-    for row, allowed in zip(out.reshape(-1, out.shape[-1]), movable.reshape(-1, out.shape[-1])):
-        row[allowed] = rng.permutation(row[allowed])
-    return torch.from_numpy(out).to(y.device) if isinstance(y, Tensor) else out
-
-
-def text_similarity(image_values: Tensor, text_values: Tensor, cosine: bool = False) -> Tensor:
-    """Dot product of each image token's values with a text's, summed over heads (paper section 3.1).
-
-    image_values (..., N, G, D) and text_values (..., G, D) of the same layers -> (..., N), in float32 at
-    least. cosine=True divides by both lengths, taken over all heads together; a zero vector scores 0.
-    ParameterError on shapes that do not fit.
-    """
-    lead = image_values.shape[:-3]
-    if (image_values.ndim < 3 or text_values.ndim < 2 or image_values.shape[-2:] != text_values.shape[-2:]
-            or text_values.shape[:-2] not in ((), lead)):
-        raise ParameterError("text_similarity: expected image values (..., N, G, D) and text values "
-                             f"(..., G, D), found {tuple(image_values.shape)} and {tuple(text_values.shape)}")
-    dtype = torch.promote_types(image_values.dtype, torch.float32)
-    image = image_values.to(dtype).flatten(-2)
-    text = text_values.to(image.device, dtype).flatten(-2).unsqueeze(-1)
-    scores = (image @ text).squeeze(-1)
-    if not cosine:
-        return scores
-    return scores / (image.norm(dim=-1) * text.norm(dim=-2)).clamp_min(torch.finfo(dtype).tiny)
-
-
-def otsu(scores: Tensor | np.ndarray) -> float:
-    """Otsu's threshold (1979): the split of scores, of any shape, with the largest variance between classes.
-
-    Exact over all splits, without a histogram. Foreground is `scores > threshold`; the threshold lies midway
-    between the two scores at the split, and is the score itself when all are equal. ParameterError on empty
-    or non-finite scores.
-    """
-    x = scores.detach().cpu().double().numpy() if isinstance(scores, Tensor) else np.asarray(scores, float)
-    x = np.sort(x, axis=None)
-    if x.size == 0 or not np.isfinite(x).all():
-        raise ParameterError(f"otsu: expected finite scores, found {x.size} scores, "
-                             f"{int((~np.isfinite(x)).sum())} of them NaN or Inf")
-    if x[0] == x[-1]:
-        return float(x[0])
-    lower = np.cumsum(x - x.mean())[:-1]  # centred, so the lower class's sum alone gives that variance
-    count = np.arange(1, x.size)
-    between = np.where(x[1:] > x[:-1], lower**2 / (count * (x.size - count)), -1.0)
-    i = int(between.argmax())
-    return float((x[i] + x[i + 1]) / 2)

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoTokenizer, SiglipModel, SiglipTextModel
@@ -141,3 +142,19 @@ class TextAlignment:
         tower = getattr(model, "vision_model", model)
         patches = states.unsqueeze(1).to(model.device, model.dtype)
         return normalize(tower.head(tower.post_layernorm(patches)).float(), dim=-1).to(states.device)
+
+
+def otsu(scores: np.ndarray | torch.Tensor) -> float:
+    """Otsu's threshold (1979): the split of finite scores, of any shape, with the largest variance between classes.
+
+    Exact over all splits, without a histogram. Foreground is `scores > threshold`; the threshold lies midway between the two
+    scores at the split, and is the score itself when all are equal.
+    """
+    x = np.sort(np.asarray(scores.cpu() if isinstance(scores, torch.Tensor) else scores, dtype=float), axis=None)
+    if x[0] == x[-1]:
+        return float(x[0])
+    lower = np.cumsum(x - x.mean())[:-1]  # centred, so the lower class's sum alone gives that variance
+    count = np.arange(1, x.size)
+    between = np.where(x[1:] > x[:-1], lower**2 / (count * (x.size - count)), -1.0)
+    i = int(between.argmax())
+    return float((x[i] + x[i + 1]) / 2)

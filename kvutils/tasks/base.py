@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
 from kvutils.errors import DataError, one_of
 from kvutils.metrics.statistics import Statistic, bootstrap_ci, choosing_half, paired_difference, peak_then_degrade
@@ -27,6 +28,15 @@ SHUFFLED, UNTRAINED = "shuffled.", "untrained."  # prefixes of control sources
 def sample_seed(*names: str) -> int:
     """A seed from names: the same on every machine, another for every sample."""
     return int.from_bytes(hashlib.sha256("\0".join(names).encode()).digest()[:4], "big")
+
+
+def shuffled_labels(labels: torch.Tensor, seed: int, known: torch.Tensor) -> torch.Tensor:
+    """Control: labels (N,) permuted among the `known` ones (N,) bool, the same on every machine.
+
+    The share of each class is kept, so a probe that beats chance on new images with these has found no meaning in them."""
+    out = labels.clone()
+    out[known] = torch.from_numpy(np.random.default_rng(seed).permutation(labels[known].numpy()))
+    return out
 
 
 @dataclass(frozen=True)

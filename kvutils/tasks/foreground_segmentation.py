@@ -10,9 +10,9 @@ import torch
 from kvutils.datasets.samples import Episode
 from kvutils.metrics.masks import binary_counts
 from kvutils.metrics.statistics import column_mean
-from kvutils.probes import fit_linear_probe, shuffled_labels
+from kvutils.probes import fit_linear_probe
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, Item, token_means
-from kvutils.tasks.base import SHUFFLED, Row, Task, sample_seed
+from kvutils.tasks.base import SHUFFLED, Row, Task, sample_seed, shuffled_labels
 
 _FOLD, _CLASS, _I_BG, _I_FG, _U_BG, _U_FG, _CONVERGED = range(7)
 

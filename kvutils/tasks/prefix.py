@@ -21,9 +21,10 @@ from kvutils.errors import DataError
 from kvutils.images import encode_image
 from kvutils.metrics.masks import class_counts, class_mean_iou
 from kvutils.metrics.statistics import column_mean
-from kvutils.probes import LinearProbe, fit_linear_probe, join_probes, otsu
+from kvutils.probes import LinearProbe, fit_linear_probe, join_probes
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, token_means
 from kvutils.readout.maps import to_grid
+from kvutils.readout.words import otsu
 from kvutils.store import Parts, in_chunks
 from kvutils.tasks.base import ScoreTable, sample_seed
 from kvutils.tasks.prefixes import CONDITIONS, PrefixWriter

@@ -15,9 +15,10 @@ from kvutils.datasets.samples import LabelledImage, NamedMask
 from kvutils.errors import DataError, one_of
 from kvutils.metrics.masks import average_precisions, binary_counts, box_iou, largest_region_box
 from kvutils.metrics.statistics import column_mean, column_ratio
-from kvutils.probes import LinearProbe, fit_linear_probe, otsu, shuffled_labels
+from kvutils.probes import LinearProbe, fit_linear_probe
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, Item
-from kvutils.tasks.base import SHUFFLED, Row, Task, sample_seed
+from kvutils.readout.words import otsu
+from kvutils.tasks.base import SHUFFLED, Row, Task, sample_seed, shuffled_labels
 
 AP, INTERSECTION, UNION, IOU, BOX = range(5)
 COLUMNS = ("ap", "intersection", "union", "iou", "box")
