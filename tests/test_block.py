@@ -416,12 +416,7 @@ def test_questions_on_a_copy_of_a_cached_image_equal_the_whole_prompt(family, at
     end = layouts[0].slots.max() + 1
     cache = DynamicCache()
     with block_keys(mlm, selection, layouts[0]):  # nothing to do yet
-        run(
-            inputs_embeds=embeddings[:1, :end],
-            position_ids=positions[..., :1, :end],
-            past_key_values=cache,
-            use_cache=True,
-        )
+        run(inputs_embeds=embeddings[:1, :end], position_ids=positions[..., :1, :end], past_key_values=cache, use_cache=True)
 
     def ask(rows):
         copied = copy.deepcopy(cache)

@@ -49,7 +49,8 @@ def test_objects_show_themselves_in_at_most_three_lines():
     expected = [  # an object, and what its repr names
         (mlm, (mlm.name, "5 layers", "llava_onevision", "float32")),
         (encoder, (encoder.name, "layers", "channels", "float32")),
-        (shot.layout, (str(len(shot.layout)), "60x40")),
+        (shot.layout, (f"{len(shot.layout)} image tokens of a 60x40 picture", "base 4x4, tiles", "newlines")),
+        (shot, (f"{len(shot.layout)} image tokens of a 60x40 picture", "layers 0 to 4", f"values (5, 2, {len(shot.layout)}, 8) float32")),
     ]
     for one, words in expected:
         shown = repr(one)

@@ -18,9 +18,7 @@ from transformers import (
     Qwen2Config,
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
-    LlavaOnevisionImageProcessorPil,
-)
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from kvutils.errors import DataError, ParameterError
@@ -43,9 +41,7 @@ def without_mixing(mlm):
     """Zero what attention and MLPs add in the vision tower: a token depends on its own patch alone."""
     tower = mlm.model.model.visual if mlm.family == "qwen2_5_vl" else mlm.model.model.vision_tower
     for name, module in tower.named_modules():
-        if isinstance(module, nn.Linear) and name.endswith(
-            ("out_proj", "attn.proj", "mlp.fc2", "mlp.down_proj")
-        ):
+        if isinstance(module, nn.Linear) and name.endswith(("out_proj", "attn.proj", "mlp.fc2", "mlp.down_proj")):
             nn.init.zeros_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -69,9 +65,7 @@ def pixel_steps(mlm, layout):
 def assert_same_tokens(mlm, layout, block, found):
     steps = pixel_steps(mlm, layout)
     assert not (found & ~tokens_with_pixels(layout, steps, block, slack=1e-3)).any(), f"{block}: extra tokens"
-    assert not (tokens_with_pixels(layout, steps, block, slack=-1e-3) & ~found).any(), (
-        f"{block}: tokens missed"
-    )
+    assert not (tokens_with_pixels(layout, steps, block, slack=-1e-3) & ~found).any(), f"{block}: tokens missed"
 
 
 def random_block(size, rng):
@@ -170,9 +164,7 @@ def test_shrunk_grid_above_anyres_max_9(size):
         assert not big or not (inside & ~found[tiles]).any()
     # The rectangles tile the image: neither gaps beyond the unseen rim nor overlaps.
     edges = layout.rects[layout.spatial()].reshape(rows, columns, 4)
-    assert np.all(edges[:, 1:, 0] - edges[:, :-1, 2] >= -1e-6) and np.all(
-        edges[1:, :, 1] - edges[:-1, :, 3] >= -1e-6
-    )
+    assert np.all(edges[:, 1:, 0] - edges[:, :-1, 2] >= -1e-6) and np.all(edges[1:, :, 1] - edges[:-1, :, 3] >= -1e-6)
     assert edges[..., 0].min() == 0 and edges[..., 2].max() > 0.9 * size[0]
 
 
@@ -193,10 +185,7 @@ def test_layout_fits_every_shape(family):
 def test_extreme_image_without_any_tile_row():
     layout = prepare_images(tiny("llava_next"), [Image.new("RGB", (5000, 1))]).layouts[0]
     assert layout.grids["tiles"][0] == 0 and len(layout) == 16
-    assert np.array_equal(layout.spatial(), np.arange(16)) and layout.to_pixels(torch.ones(16)).shape == (
-        1,
-        5000,
-    )
+    assert np.array_equal(layout.spatial(), np.arange(16)) and layout.to_pixels(torch.ones(16)).shape == (1, 5000)
 
 
 def test_token_counts_of_the_published_sizes():
@@ -204,9 +193,7 @@ def test_token_counts_of_the_published_sizes():
     text = {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 64}
     photo = Image.new("RGB", (640, 480))
     with torch.device("meta"):
-        onevision = LlavaOnevisionForConditionalGeneration(
-            LlavaOnevisionConfig(text_config=Qwen2Config(**text))
-        )
+        onevision = LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig(text_config=Qwen2Config(**text)))
         following = LlavaNextForConditionalGeneration(LlavaNextConfig(text_config=LlamaConfig(**text)))
     for model, processor, grid, total in (
         (onevision, LlavaOnevisionImageProcessorPil(), (40, 54), 2929),
@@ -225,9 +212,7 @@ def handmade(size=(8, 6), rows=2, columns=4) -> TokenLayout:
     rects = np.concatenate([cells[:, ::-1] * step, (cells[:, ::-1] + 1) * step], axis=1)
     rects[newline] = np.nan
     zeros = np.zeros(len(cells), dtype=np.int64)
-    return TokenLayout(
-        zeros + np.arange(len(cells)), rects, cells, zeros, newline, size, {"base": (rows, columns)}
-    )
+    return TokenLayout(zeros + np.arange(len(cells)), rects, cells, zeros, newline, size, {"base": (rows, columns)})
 
 
 def test_token_labels_take_the_majority_and_skip_ignored_pixels():
@@ -269,9 +254,7 @@ def test_token_at_agrees_with_rectangles():
         for view in ("base", "tiles"):
             tokens = layout.token_at(points, view)
             inside = (layout.rects[tokens, :2] <= points).all(1) & (points < layout.rects[tokens, 2:]).all(1)
-            for point, token in zip(
-                points[~inside], tokens[~inside], strict=True
-            ):  # in the unseen rim of a tile
+            for point, token in zip(points[~inside], tokens[~inside], strict=True):  # in the unseen rim of a tile
                 others = layout.rects[layout.spatial(view)]
                 gap = np.maximum(np.maximum(others[:, :2] - point, point - others[:, 2:]), 0).max(1)
                 own = layout.rects[token]

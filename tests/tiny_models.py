@@ -22,9 +22,7 @@ from transformers import (
     SiglipVisionModel,
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
-    LlavaOnevisionImageProcessorPil,
-)
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -65,10 +63,7 @@ def tiny_onevision(seed: int = 0, attention: str = "sdpa", words: list[str] = WO
     pinpoints = [[side * rows, side * columns] for rows in range(1, 7) for columns in range(1, 7)]
     tokenizer = build_word_tokenizer(words)
     image_processor = LlavaOnevisionImageProcessorPil(
-        size={"height": side, "width": side},
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-        image_grid_pinpoints=pinpoints,
+        size={"height": side, "width": side}, image_mean=[0.5] * 3, image_std=[0.5] * 3, image_grid_pinpoints=pinpoints
     )
     processor = ImageOnlyLlavaOnevisionProcessor(
         image_processor, tokenizer, (side // patch) ** 2, "full", chat_template=IMAGES_FIRST
@@ -94,9 +89,7 @@ def tiny_next(seed: int = 0, attention: str = "sdpa", words: list[str] = WORDS, 
         single="<bos> $A", pair="<bos> $A $B", special_tokens=start
     )
     image_processor = LlavaNextImageProcessorPil(
-        size={"shortest_edge": side},
-        crop_size={"height": side, "width": side},
-        image_grid_pinpoints=pinpoints,
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}, image_grid_pinpoints=pinpoints
     )
     processor = LlavaNextProcessor(
         image_processor,
