@@ -66,7 +66,7 @@ test-notebooks: $(STAMP)  ## execute the notebooks with papermill, compare verdi
 plan: $(STAMP)  ## what the paper profile needs and what of it is there: data, GB, GPU memory, hours
 	@$(RUN) -m kvutils plan --model $(PAPER_MODEL) $(if $(NOTEBOOKS),--notebooks $(NOTEBOOKS))
 
-rehearse: $(STAMP)  ## run a published architecture with random weights: memory, speed, estimate (no data)
+rehearse: $(STAMP)  ## run a published architecture with random weights: memory, seconds, hours (no data)
 	@$(RUN) benchmarks/rehearse.py --model $(PAPER_MODEL) $(ARGS)
 
 lab: $(STAMP)  ## open the notebooks in JupyterLab

@@ -28,6 +28,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from kvutils.datasets.pocket.questions import WORDS
 from kvutils.datasets.pocket.tokenizer import build_word_tokenizer
 from kvutils.errors import ModelError
 from kvutils.models import MLM, MODELS, NEXT, ONEVISION, QWEN, Encoder, wrap_mlm
@@ -42,7 +43,7 @@ _TEXT: dict[str, tuple[int, int, int, int, int, int, bool]] = {
     "llava-next-llama3-8b": (32, 32, 8, 128, 14336, 128320, False),
 }
 SMALL_HEAD = 16  # head dimension of a scaled-down model; the number of layers and heads stays
-_WORDS = "is there a an the in image person dog car yes no what which style ( ) user assistant how many".split()
+_WORDS = [*WORDS, *"person dog ( ) user assistant".split()]
 _LLAVA_TEMPLATE = (
     "{% for m in messages %}user {% for c in m['content'] if c['type'] == 'image' %}<image>\n{% endfor %}"
     "{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] }}{% endfor %}{% endfor %} assistant"

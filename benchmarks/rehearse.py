@@ -1,234 +1,217 @@
-"""A rehearsal of the paper run without checkpoint and data: `python -m rehearse --model llava-onevision-7b`.
+"""A rehearsal of the paper run without checkpoint and data: `make rehearse MODEL=llava-onevision-7b`.
 
-The published architecture at full size with random weights reads generated pictures: capture, variance of keys, blocked
-and plain questions, a probe. What is reported is memory, speed and an estimate of the whole run; answers mean nothing.
-Without a CUDA device the architecture is scaled down (the same layers, heads, views and image tokens, narrow), which
-shows that the code runs and says nothing about speed on a GPU.
+The published architecture at full size with random weights does what the notebooks do, on generated pictures of the usual
+size that are stored as JPEG files: whole items are timed, decoding, processor, probes and scores included. Reported are
+seconds and memory of each measurement and the hours of every notebook; answers mean nothing. `make plan` reads the report.
+Without a CUDA device the architecture is scaled down (the same layers, heads, views and image tokens, narrow), which shows
+that the code runs and says nothing about hours.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
 import resource
 import sys
+import tempfile
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from architectures import architecture, random_encoder, random_mlm
+from architectures import random_encoder, random_mlm
 from PIL import Image
 from tqdm import tqdm
 
-from kvutils.answer import answer_all
-from kvutils.datasets.pocket.sets import few_shot_episodes, key_images
-from kvutils.datasets.samples import Episode, LabelledImage, ResizedImages
-from kvutils.errors import KVUtilsError
-from kvutils.keys import KeySelection, key_variance
-from kvutils.kvcache import capture, capture_encoder
-from kvutils.models import MLM, MODELS, QWEN
+from kvutils.datasets import open_dataset
+from kvutils.datasets.samples import Pictures
+from kvutils.errors import KVUtilsError, at_least
+from kvutils.images import open_image
+from kvutils.kvcache import capture
+from kvutils.models import MODELS
 from kvutils.readout.features import FeatureExtractor
-from kvutils.run.notebook import cache_root, provenance
-from kvutils.run.plan import IMAGE, SIGLIP_WEIGHTS, WORK, Costs, Work, costs, timed
-from kvutils.store import read_json, write_json
-from kvutils.tasks.foreground_segmentation import ForegroundSegmentation
-from kvutils.tasks.key_blocking import last_layers
+from kvutils.run.notebook import provenance
+from kvutils.run.plan import GIB, NOTEBOOKS, device_name, rehearsal_file
+from kvutils.store import write_json
+from kvutils.tasks.base import run_task
+from kvutils.tasks.choices import read_items
+from kvutils.tasks.key_blocking import ask_under_blocks, last_layers, select_lowest
+from kvutils.tasks.key_table import measure_keys
+from kvutils.tasks.value_flow import value_flow_tasks
+from kvutils.tasks.yes_no import Pope
 
-GIB = 2**30
-QUESTIONS = [f"is there a {thing} in the image ?" for thing in ("person", "dog", "car", "person or a dog")]
-BLOCKED = 0.1  # share of the image keys of the last third of the layers
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Seconds: of an image read and captured, of its base view, of the same by the control model and SigLIP, of a text
-    token behind the image, of a probe over all layers. about: how they were found."""
-
-    about: str
-    read: float
-    small_read: float
-    twin: float
-    small_twin: float
-    asked: float
-    probe: float
-
-    def seconds(self, work: Work) -> float:
-        read, twin = (self.small_read, self.small_twin) if work.small else (self.read, self.twin)
-        return work.reads * read + work.twins * twin + work.asked * self.asked + work.probes * self.probe
-
-    @classmethod
-    def from_rate(cls, rate: float, price: Costs, about: str) -> Speed:
-        """From operations per second; probes count nothing."""
-        whole, small = price.read / rate, price.small_read / rate
-        siglip = price.siglip / rate
-        return cls(about, whole, small, whole + siglip, small + siglip, price.asked / rate, 0.0)
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of one large matrix multiplication, the most that the device gives; best of five."""
-    size = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / min(timed(lambda: a @ b, device) for _ in range(5))
+IMAGE = (640, 480)  # the usual size of COCO's images
+IMAGES = {  # task of notebook 01 -> images that it reads in the paper profile
+    "foreground_segmentation": 24_000,  # 4 folds x 1,000 episodes of 1 + 5
+    "co_segmentation": 70,  # 7 classes x 10
+    "semantic_segmentation": 752,  # ImageNet-S-50 validation
+    "semantic_segmentation_probe": 802,  # and 50 to train on
+    "referring_segmentation": 1_934,  # 1,500, of which 434 are cut by the chunks of 25 of 10,834 sentences
+    "semantic_correspondence": 24_468,  # 12,234 pairs
+    "temporal_correspondence": 1_999,  # frames of 30 sequences
+}
+ASKED = 6_000 * 64 + 2_374 * 51 + 4_000 * 84  # questions x conditions of notebook 03: POPE and its sweep, MME, knock-out
+BEHIND_PREFIX = 10_834 * 2 * 5 + 2 * 5 * 250 + 150 * 5  # images read in notebook 04: sentences x kinds x conditions, domains, POPE
+CHOICES = 252  # items of BLINK in notebook 05
+GENERATED = {"pocket-pascal-5i": {"per_fold": 1, "scenes": 40}, "pocket-msrc": {"per_class": 1, "images": 3},
+             "pocket-imagenet-s": {"scenes": 4}, "pocket-imagenet-s-train": {"scenes": 12}, "pocket-refcoco": {"scenes": 4},
+             "pocket-spair-71k": {"pairs": 8}, "pocket-davis-2017": {"count": 4, "frames": 4}}  # fmt: skip
 
 
 @dataclass
 class Step:
-    """One line of the report: what was done, how many, seconds, operations (0: not counted), peak memory in GiB."""
+    """One measurement: what was done, on how many, in how many seconds, the peak memory in GiB; wanted: how many of these
+    the notebook has in the paper profile."""
 
+    notebook: str
     what: str
     count: int
     unit: str
     seconds: float
-    operations: float
     peak: float
+    wanted: int
+
+    @property
+    def hours(self) -> float:
+        return self.seconds / self.count * self.wanted / 3600
 
 
 class Rehearsal:
-    """Runs the steps and keeps what they cost."""
+    """Runs the steps and keeps what they cost. samples: of each kind."""
 
-    def __init__(self, model: str, device: torch.device, images: int, progress: bool = True):
-        self.model, self.device, self.images, self.progress = model, device, images, progress
+    def __init__(self, model: str, device: torch.device, samples: int, progress: bool = True):
+        self.model, self.device, self.samples = model, device, samples
         self.small = device.type == "cpu"
-        self.dtype = torch.float32 if self.small else torch.bfloat16
         self.steps: list[Step] = []
+        self.opened: dict[int, tuple[Image.Image, Callable]] = {}
+        self.bar = tqdm(total=len(IMAGES) + 5, desc=f"rehearsal of {model}", unit="step", disable=not progress)
 
     def run(self) -> dict:
-        """All steps; JSON-able report."""
-        with tqdm(total=7, desc=f"rehearsal of {self.model}", unit="step", disable=not self.progress) as self.bar:
-            self.rate = matmul_rate(self.device, self.dtype)
-            self.bar.update()
-            price = costs(*architecture(self.model, self.small))
-            mlm = random_mlm(self.model, self.device, self.dtype, self.small)
-            encoder = random_encoder(self.device, self.dtype, self.small)
-            pictures = [one.image for one in ResizedImages(key_images(self.images), IMAGE)]
-            capture(mlm, pictures[:1])  # kernels are chosen and memory is reserved in the first pass
-            read = self.step("capture", len(pictures), "image", price.read, lambda: capture(mlm, pictures))
-            small = read
-            if mlm.family != QWEN:
-                small = self.step("capture, base view only", len(pictures), "image", price.small_read,
-                                  lambda: capture(replace(mlm, base_view_only=True), pictures))  # fmt: skip
-            weights = sum(each.numel() for each in encoder.model.parameters())
-            siglip = self.step("SigLIP", len(pictures), "image", price.siglip * weights / SIGLIP_WEIGHTS,
-                               lambda: capture_encoder(encoder, mlm, pictures))  # fmt: skip
-            self.block = self._block(mlm, pictures)
-            blocks, asked = {"none": None, "blocked": self.block}, [(str(i), one, QUESTIONS) for i, one in enumerate(pictures)]
-            tokens = 2 * len(pictures) * sum(len(mlm.tokenizer(q)["input_ids"]) + 4 for q in QUESTIONS)
-            questions = self.step("questions, plain and blocked", tokens, "token", price.asked,
-                                  lambda: list(answer_all(mlm, asked, blocks, max_new_tokens=4)))  # fmt: skip
-            extra = max(questions - read * len(pictures) / tokens, 0.0)  # an image is read once for all questions
-            probe = self._probe(mlm, encoder)
-        speed = Speed(f"measured by a rehearsal on {self.device_name}", read, small, read + siglip, small + siglip, extra, probe)
-        if self.small:
-            full = costs(*architecture(self.model))
-            achieved = price.read / read
-            speed = Speed.from_rate(achieved, full, f"from {achieved / 1e9:.0f} GFLOP/s of the narrow model")
-        numbers = sorted({work.notebook for work in WORK})
-        return {
-            "model": self.model, "device": self.device_name, "full_size": not self.small, "images": len(pictures),
-            "tokens": price.tokens, "weights": price.weights, "matmul_rate": self.rate, "speed": asdict(speed),
-            "steps": [asdict(step) | {"rate": self._rate(step)} for step in self.steps], "versions": provenance(mlm),
-            "hours": {n: sum(speed.seconds(w) for w in WORK if w.notebook == n) / 3600 for n in numbers},
-        }  # fmt: skip
+        """All steps; JSON-able report, with hours where the model has its full size."""
+        dtype = torch.float32 if self.small else torch.bfloat16
+        mlm = random_mlm(self.model, self.device, dtype, self.small)
+        untrained = random_mlm(self.model, self.device, dtype, self.small, seed=1)
+        encoder = random_encoder(self.device, dtype, self.small)
+        capture(mlm, [Image.new("RGB", IMAGE)])  # kernels are chosen and memory is reserved in the first pass
+        with self.bar, tempfile.TemporaryDirectory() as folder:
+            self.files = Path(folder)
+            self._value_flow(FeatureExtractor(mlm, untrained, encoder))
+            self._keys(mlm)
+            pictures = [(str(i), one.image) for i, one in enumerate(self._enlarged("pocket-coco", count=self.samples))]
+            extractor = FeatureExtractor(mlm, keys=False)
+            self.step("04", "images behind a prefix", len(pictures), "image", BEHIND_PREFIX,
+                      lambda: extractor.images(pictures, prefix="look for the fish"))  # fmt: skip
+            items = self._enlarged("pocket-blink", items=self.samples)
+            self.step("05", "multiple choice", len(items), "item", CHOICES, lambda: read_items(
+                mlm, items, encoder_original=encoder, untrained=untrained, progress=False))  # fmt: skip
+        report = {"model": self.model, "device": device_name(), "full_size": not self.small, "versions": provenance(mlm),
+                  "steps": [asdict(step) for step in self.steps]}  # fmt: skip
+        if not self.small:
+            mine = {number: [step for step in self.steps if step.notebook == number] for number in NOTEBOOKS}
+            report["hours"] = {number: sum(step.hours for step in steps) for number, steps in mine.items()}
+            report["peak"] = {number: max(step.peak for step in steps or mine["01"]) for number, steps in mine.items()}
+        return report
 
-    @property
-    def device_name(self) -> str:
-        return _device_name(self.device)
-
-    def step(self, what: str, count: int, unit: str, operations: float, run: Callable[[], object]) -> float:
-        """Seconds per unit of run(), kept for the report; operations: of one unit."""
+    def step(self, notebook: str, what: str, count: int, unit: str, wanted: int, run: Callable[[], Any]) -> Any:
+        """What run() gives; its cost is kept for the report."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        seconds = timed(run, self.device)
-        self.steps.append(Step(what, count, unit, seconds, operations * count, _peak(self.device)))
+        start = time.perf_counter()
+        found = run()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.steps.append(Step(notebook, what, count, unit, time.perf_counter() - start, self._peak(), wanted))
         self.bar.update()
-        return seconds / count
+        return found
 
-    def _block(self, mlm: MLM, pictures: list[Image.Image]) -> KeySelection:
-        """The keys of the last third of the layers that vary least over the pictures."""
-        layers = last_layers(mlm.num_layers)
-        found = []
-        self.step("variance of keys", len(pictures), "image", 0,
-                  lambda: found.append(key_variance(mlm, pictures, layers).result))  # fmt: skip
-        values = found[0].flatten(1).cpu()
-        least = values.argsort(dim=1)[:, : max(1, round(BLOCKED * values.shape[1]))]
-        mask = torch.zeros_like(values, dtype=torch.bool).scatter(1, least, True).view(found[0].shape)
-        return KeySelection("lowest variance", mask, layers)
+    def _value_flow(self, extractor: FeatureExtractor) -> None:
+        """The tasks of notebook 01 (02 reads what they have stored)."""
+        for name, task in value_flow_tasks("pocket", GENERATED).items():
+            task.samples = [self._enlarge(sample) for sample in task.samples[: self.samples]]
+            task.max_iter = 100  # features of random weights need not be separable
+            count = sum(len(task.images(sample)) for sample in task.samples)
+            self.step("01", name.replace("_", " "), count, "image", IMAGES[name],
+                      lambda task=task: run_task(task, extractor, progress=False))  # fmt: skip
 
-    def _probe(self, mlm: MLM, encoder) -> float:
-        """Seconds of a few-shot probe with its control, all sources."""
-        episode = few_shot_episodes(per_fold=1, scenes=30)[0]
-        images = dict(zip("abcdef", (*episode.supports, episode.query), strict=True))
-        large = {name: LabelledImage(name, one.image, one.mask) for name, one in
-                 zip(images, ResizedImages(list(images.values()), IMAGE), strict=True)}  # fmt: skip
-        sample = Episode("probe", 0, episode.class_name, 0, large["f"], tuple(large[name] for name in "abcde"))
-        extractor = FeatureExtractor(mlm, None, encoder, batch_size=2)
-        features = dict(zip(large, extractor.images([(name, one.image) for name, one in large.items()]), strict=True))
-        task = ForegroundSegmentation([sample], max_iter=100)  # features of random weights need not be separable
-        return self.step("probes of one episode", 2, "probe", 0, lambda: task.score(sample, features, extractor))
+    def _keys(self, mlm) -> None:
+        """Notebook 03: variance of keys, of the model and its control; questions, plain and under more and more blocks."""
+        images = self._enlarged("pocket-coco", count=self.samples + 1)
+        table = self.step("03", "variance of keys", len(images), "image", 2_000, lambda: measure_keys(
+            mlm, images, ["is there a fish ?"], mass_images=1, chunk=1, progress=False))  # fmt: skip
+        block = select_lowest(table, 0.1, last_layers(mlm.num_layers))
+        pope = Pope(self._enlarged("pocket-pope", scenes=self.samples))
+        asked = {(sample.image_id, sample.question) for sample in pope.samples}
+        images_asked = len({sample.image_id for sample in pope.samples})
+        few = self._ask(mlm, pope, {"none": None}, "images and their questions", images_asked, "image", 1_000 + 1_187 + 1_600)
+        more = self._ask(mlm, pope, {"none": None} | {f"blocked {i}": block for i in range(4)}, "questions under a block",
+                         4 * len(asked), "question", ASKED)  # fmt: skip
+        more.seconds = max(more.seconds - few.seconds, 0.0)  # an image is read once for all conditions
 
-    @staticmethod
-    def _rate(step: Step) -> float:
-        return step.operations / step.seconds
+    def _ask(self, mlm, task: Pope, blocks: dict, what: str, count: int, unit: str, wanted: int) -> Step:
+        self.step("03", what, count, unit, wanted, lambda: ask_under_blocks(task, mlm, blocks, progress=False))
+        return self.steps[-1]
 
+    def _enlarged(self, name: str, **options) -> list:
+        return [self._enlarge(sample) for sample in open_dataset(name, **options)]
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
+    def _enlarge(self, value: Any) -> Any:
+        """A sample of the pocket world at the size `IMAGE`, its pictures opened from JPEG files when they are asked for."""
+        if isinstance(value, Image.Image):
+            if id(value) not in self.opened:  # samples that share a picture share its file
+                file = self.files / f"{len(self.opened)}.jpg"
+                value.resize(IMAGE, Image.Resampling.BICUBIC).save(file, quality=95)
+                self.opened[id(value)] = value, lambda: open_image(file)
+            return self.opened[id(value)][1]
+        if isinstance(value, np.ndarray) and value.dtype == np.uint8:  # masks (height, width) or (frames, height, width)
+            planes = [np.asarray(Image.fromarray(one).resize(IMAGE, Image.Resampling.NEAREST)) for one in value.reshape(-1, *value.shape[-2:])]
+            return np.stack(planes).reshape(*value.shape[:-2], *planes[0].shape)
+        if isinstance(value, np.ndarray):  # points (..., 2) and boxes (4,) in pixels of 96 x 96
+            return value * np.resize(np.array(IMAGE) / 96, value.shape[-1])
+        if is_dataclass(value):
+            return replace(value, **{each.name: self._enlarge(getattr(value, each.name)) for each in fields(value)})
+        if isinstance(value, tuple) and value and isinstance(value[0], Image.Image):
+            return Pictures([self._enlarge(one) for one in value])
+        return tuple(map(self._enlarge, value)) if isinstance(value, tuple) else value
 
-
-def _peak(device: torch.device) -> float:
-    """GiB: allocated on the GPU in this step, or resident of this process so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / GIB
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
-
-
-def stored(model: str) -> Path:
-    """Where the report of a full-size rehearsal is kept for `make plan`."""
-    return cache_root() / "rehearsal" / f"{model}.json"
-
-
-def stored_speed(model: str, device: torch.device) -> Speed | None:
-    """The speed of the last full-size rehearsal of a model, if it was on such a device."""
-    if not stored(model).is_file():
-        return None
-    report = read_json(stored(model))
-    return Speed(**report["speed"]) if report["full_size"] and report["device"] == _device_name(device) else None
+    def _peak(self) -> float:
+        """GiB: allocated on the GPU in this step, or resident of this process so far."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / GIB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB
 
 
 def text_of(report: dict) -> str:
     """The report for a terminal."""
     size = "full size" if report["full_size"] else "SCALED DOWN (no CUDA device): the same layers, heads and image tokens, narrow"
-    versions = report["versions"]
+    versions = report["versions"] | report["versions"]["machine"]
     lines = [f"{report['model']}, random weights, {size}", f"{report['device']}, {versions['dtype']}, "
-             f"{versions['attention']}, torch {versions['torch']}, transformers {versions['transformers']}",
-             f"{report['weights'] / 1e9:.2f} billion weights, {report['tokens']:,} image tokens of {IMAGE[0]} x {IMAGE[1]}",
-             f"matrix multiplication {report['matmul_rate'] / 1e12:.3g} TFLOP/s", "",
-             f"{'step':<32}{'count':>8}{'per second':>12}{'of the matmul rate':>20}{'peak GiB':>10}"]  # fmt: skip
+             f"{versions['attention']}, torch {versions['torch']}, transformers {versions['transformers']}", "",
+             f"{'':<4}{'step':<30}{'seconds':>10}  {'each':<10}{'peak GiB':>9}{'of these in the paper run':>28}"]  # fmt: skip
     for step in report["steps"]:
-        share = f"{step['rate'] / report['matmul_rate']:.0%}" if step["operations"] else ""
-        pace = f"{step['count'] / step['seconds']:.3g}"
-        lines.append(f"{step['what']:<32}{step['count']:>8}{pace:>12}{share:>20}{step['peak']:>10.1f}")
-    hours = report["hours"]
-    lines += ["", "Estimate of the paper run at full size on this device, hours" + ("" if report["full_size"] else
-              " (model alone, from the narrow model's rate)") + ":",
-              "  " + "   ".join(f"{name} {value:,.1f}" for name, value in hours.items()) + f"   together {sum(hours.values()):,.1f}"]  # fmt: skip
-    return "\n".join(lines)
+        lines.append(f"{step['notebook']:<4}{step['what']:<30}{step['seconds'] / step['count']:>10.3g}  {step['unit']:<10}"
+                     f"{step['peak']:>9.1f}{step['wanted']:>28,}")  # fmt: skip
+    if "hours" not in report:
+        return "\n".join([*lines, "", "Hours are known on a GPU only, where the architecture has its full size."])
+    hours = report["hours"] | {"together": sum(report["hours"].values())}
+    named = "   ".join(f"{name} {value:,.1f}" for name, value in hours.items())
+    return "\n".join([*lines, "", "The paper run on one such device, hours:", f"  {named}"])
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m rehearse", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="make rehearse", description=__doc__.splitlines()[0])
     published = [name for name, spec in MODELS.items() if spec.profile == "paper"]
     parser.add_argument("--model", default="llava-onevision-7b", choices=published)
-    parser.add_argument("--images", type=int, help="pictures to read (default 32 on a GPU, 2 without)")
+    parser.add_argument("--samples", type=int, help="episodes, pairs, clips, ... of each kind (default 4 on a GPU, 1 without)")
     chosen = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    images = chosen.images or (2 if device.type == "cpu" else 32)
     if device.type == "cpu":
         print("No CUDA device: the architecture is scaled down. This takes some minutes.", file=sys.stderr, flush=True)
+    samples = chosen.samples if chosen.samples is not None else 1 if device.type == "cpu" else 4
     try:
-        report = Rehearsal(chosen.model, device, max(images, 2), sys.stderr.isatty()).run()
+        at_least("--samples", samples)
+        report = Rehearsal(chosen.model, device, samples, sys.stderr.isatty()).run()
     except KVUtilsError as error:
         print(error, file=sys.stderr)
         return 1
@@ -237,7 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     print(text_of(report))
     if report["full_size"]:
-        write_json(stored(chosen.model), report)
+        write_json(rehearsal_file(chosen.model), report)
     return 0
 
 
