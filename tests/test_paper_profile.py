@@ -11,13 +11,14 @@ from pathlib import Path
 import datasets
 import huggingface_hub
 import nbformat
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
 from kvutils.datasets import FOLDERS, USES, class_names, data_sources, open_dataset
 from kvutils.models import load_encoder, load_mlm
 from kvutils.plots import DRAW
-from kvutils.plots.style import error_bar, flow_axis, layer_ticks, layers_of
+from kvutils.plots.style import SOURCE_STYLE, along_the_flow, error_bar, flow_axis, layers_of, panels
 from kvutils.readout.features import FeatureExtractor
 from kvutils.run.plan import NOTEBOOKS, data_of, look_for_data
 from kvutils.run.report import judge, load_claims
@@ -206,10 +207,15 @@ def test_an_episode_without_background_is_left_out(data):
 
 def test_figures_take_any_interval_and_any_depth():
     assert error_bar({"mean": 0.5, "low": 0.6, "high": 0.9}, 100) == [[0.0], [40.0]]  # percentile intervals do that
-    assert flow_axis(8) == ([0, 1, 2, 3], 4, 5) and layer_ticks(range(8)) == list(range(8))
+    assert flow_axis(8) == ([0, 1, 2, 3], 4, 5)
     before, line, first = flow_axis(28)
-    assert before == [0, 3, 6, 9] and before[-1] < line < first and len(layer_ticks(range(28))) <= 12
-    assert layer_ticks([]) == [] and layers_of(["pixels", "key.9", "value.27", "value.3"]) == [3, 27]
+    assert before == [0, 3, 6, 9] and before[-1] < line < first
+    assert layers_of(["pixels", "key.9", "value.27", "value.3"]) == [3, 27]
+    _, (axis,) = panels(1, 1, 4, 3)
+    found = {"mean": 0.5, "low": 0.4, "high": None}  # undefined: its place stays empty
+    along_the_flow(axis, {f"value.{layer}": found for layer in range(28)}, {"value": SOURCE_STYLE["value"]})
+    assert [tick.get_text() for tick in axis.get_xticklabels()[:6]] == ["pixels", "SigLIP", "encoder", "projector", "0", "3"]
+    plt.close("all")
 
 
 @pytest.mark.slow

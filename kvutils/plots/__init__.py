@@ -11,7 +11,7 @@ from kvutils.errors import DataError
 from kvutils.plots import baseline, blink, keys, prefix, value_flow
 from kvutils.store import read_json
 
-DRAW: dict[str, Callable[[Mapping], dict[str, Figure]]] = {
+DRAW: dict[str, Callable[[Mapping], dict[str, Figure]]] = {  # notebook -> its figures by name, of its results file
     "01_value_flow": value_flow.draw,
     "02_siglip_baseline": baseline.draw,
     "03_input_agnostic_keys": keys.draw,

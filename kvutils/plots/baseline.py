@@ -57,7 +57,6 @@ def steps_along_chain(chains: Mapping[str, Mapping]) -> Figure:
 
 
 def draw(results: Mapping) -> dict[str, Figure]:
-    """Every figure of the notebook's results file by name."""
     chains = results["chains"]
     return {
         "02_scores": scores_along_chain(chains),

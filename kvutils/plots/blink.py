@@ -53,7 +53,7 @@ def readout_curves(subtasks: Mapping[str, Mapping]) -> Figure:
         column[0].axvline(chosen + offset, color=COLOURS[0], lw=6, alpha=0.12)
     for axis in axes[:, 0]:
         axis.set_ylabel("accuracy (share of items)")
-    more = {"before the language model": style.before_handle(),
+    more = {"before the language model": style.BEFORE_HANDLE,
             "layer chosen on one half of the items": plt.Line2D([], [], color=COLOURS[0], lw=6, alpha=0.25)}  # fmt: skip
     legend_below(figure, axes.flat, more, ncols=3)
     return figure
@@ -146,31 +146,23 @@ def intervention_effects(found: Mapping[str, Mapping]) -> Figure:
 @styled
 def example_item(example: Mapping) -> Figure:
     """One item: its images as the model sees them, and the scores that values and model give each option."""
-    images = example["images"]
+    images, letters = example["images"], [f"({letter})" for letter in string.ascii_uppercase[: len(example["value"])]]
     widths = (*[1] * len(images), 1.25, 1.25)
     figure, axes = plt.subplots(1, len(widths), figsize=(2.1 * len(images) + 6.2, 2.9), width_ratios=widths)
-    for place, (axis, text) in enumerate(zip(axes, images, strict=False)):
+    for axis, text, points, name in zip(axes, images, example["points"], ("first image", "second image", "third image"), strict=False):
         image = decode_image(text)
-        picture(axis, image, image.shape[1::-1], ("first image", "second image", "third image")[place])
-        points = example["points"][place]
-        if points:
-            x, y = np.array(points).T
-            axis.plot(x, y, "o", ms=15, mfc="none", mec=COLOURS[1], mew=1.6)
-    names = [f"({letter})" for letter in string.ascii_uppercase[: len(example["value"])]]
-    chosen = {"value": int(np.argmax(example["value"])), "model": example["said"]}
-    panels = (("value", f"values, layer {example['layer']}", "cosine similarity to the reference"),
-              ("model", "the model", "log-probability of the option (nats)"))  # fmt: skip
-    for axis, (key, title, label) in zip(axes[len(images) :], panels, strict=True):
-        scores = np.array(example[key])
-        for place, score in enumerate(scores):
-            axis.plot(score, place, "o", ms=10, color=COLOURS[0] if place == chosen[key] else "darkgrey")
+        picture(axis, image, image.shape[1::-1], name)
+        axis.plot(*np.reshape(points, (-1, 2)).T, "o", ms=15, mfc="none", mec=COLOURS[1], mew=1.6)
+    scored = (("value", int(np.argmax(example["value"])), f"values, layer {example['layer']}", "cosine similarity to the reference"),
+              ("model", example["said"], "the model", "log-probability of the option (nats)"))  # fmt: skip
+    for axis, (key, chosen, title, label) in zip(axes[len(images) :], scored, strict=True):
+        for place, score in enumerate(example[key]):
+            axis.plot(score, place, "o", ms=10, color=COLOURS[0] if place == chosen else "darkgrey")
         axis.margins(0.2)
-        right = [f"{name} right" if place == example["gold"] else name for place, name in enumerate(names)]
-        axis.set_yticks(range(len(scores)), right)
+        axis.set_yticks(range(len(letters)), [f"{name} right" if place == example["gold"] else name for place, name in enumerate(letters)])
         axis.invert_yaxis()
-        verdict = "unresolved" if chosen[key] < 0 else "right" if chosen[key] == example["gold"] else "wrong"
-        axis.set_title(f"{title}: {verdict}")
-        axis.set_xlabel(label)
+        verdict = "unresolved" if chosen < 0 else "right" if chosen == example["gold"] else "wrong"
+        axis.set(title=f"{title}: {verdict}", xlabel=label)
         axis.tick_params(axis="x", labelsize=7)
         axis.locator_params(axis="x", nbins=4)
     prompt = textwrap.fill(textwrap.shorten(example["prompt"], 390, placeholder=" ..."), 130)
@@ -179,7 +171,6 @@ def example_item(example: Mapping) -> Figure:
 
 
 def draw(results: Mapping) -> dict[str, Figure]:
-    """Every figure of the notebook's results file by name."""
     figures = {
         "05_readouts": readout_curves(results["subtasks"]),
         "05_two_by_two": tables_of_two(results["subtasks"]),

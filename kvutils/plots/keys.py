@@ -8,8 +8,7 @@ from matplotlib.figure import Figure
 
 from kvutils.plots.style import COLOURS, curve, decode_image, forest, in_order, legend_below, panels, picture, styled
 
-POINTS = {"pope": 100.0, "mme": 1.0}  # F1 in points
-UNITS = {"pope": "POPE F1 (points)", "mme": "MME score (points)"}
+TASKS = {"pope": ("POPE F1 (points)", 100.0), "mme": ("MME score (points)", 1.0)}  # -> unit, what the score is multiplied by
 KNOCK_OUT_STYLE = {  # which layers are hidden -> colour, line, marker, label
     "one": (COLOURS[0], "-", "o", "hidden in this layer alone"),
     "from": (COLOURS[1], "--", "s", "hidden in this layer and all after it"),
@@ -144,7 +143,7 @@ def knock_out_curves(knock_out: Mapping, measure: str = "accuracy", block: Seque
 @styled
 def block_effects(blocking: Mapping) -> Figure:
     """POPE and MME: score under each block minus without it, with 95 % intervals; single draws of random controls."""
-    about, tasks = blocking["about"]["families"], in_order(blocking, POINTS)
+    about, tasks = blocking["about"]["families"], in_order(blocking, TASKS)
     rank = {"input-agnostic": 0, "random": 1, "random,": 1, "highest": 2, "same": 3, "reading": 4, "all": 5}
     names = sorted(about, key=lambda name: (rank.get(name.split()[0], 9), name))
     size = (4.6 + 3.6 * len(tasks), 0.42 * len(names) + 1.5)
@@ -152,15 +151,15 @@ def block_effects(blocking: Mapping) -> Figure:
     spans = [np.unique([min(about[name]["layers"]), max(about[name]["layers"])]) for name in names]
     labels = [f"{name}\n({about[name]['keys']:.0f} keys, layers {'-'.join(map(str, span))})" for name, span in zip(names, spans, strict=True)]
     for axis, (task, measured) in zip(axes[0], tasks.items(), strict=True):
-        points = []
+        points, (unit, factor) = [], TASKS[task]
         for row, name in enumerate(names):
             colour, marker = BLOCK_STYLE.get(name.split()[0], (COLOURS[7], "s"))
-            draws = np.array(measured["families"][name].get("draws", [])) * POINTS[task]
+            draws = np.array(measured["families"][name].get("draws", [])) * factor
             axis.plot(draws, np.full(len(draws), row + 0.28), "|", color=colour, ms=7, alpha=0.6)
             points.append((row, measured["families"][name]["headline"], colour, marker, None))
-        forest(axis, points, labels, factor=POINTS[task])
-        plain = measured["plain"]["headline"]["mean"] * POINTS[task]
-        axis.set(xlabel=f"change of {UNITS[task]}", title=f"{UNITS[task].split()[0]}: {plain:.1f} without a block")
+        forest(axis, points, labels, factor=factor)
+        plain = measured["plain"]["headline"]["mean"] * factor
+        axis.set(xlabel=f"change of {unit}", title=f"{unit.split()[0]}: {plain:.1f} without a block")
     axes[0, 0].tick_params(axis="y", labelsize=7.5)
     figure.supxlabel("points and bars: mean and 95 % interval over images; ticks: single draws of random keys", fontsize=8)
     return figure
@@ -182,8 +181,8 @@ def sweep_map(sweep: Mapping) -> Figure:
     axis.add_patch(plt.Rectangle((place[0] - 0.48, place[1] - 0.48), 0.96, 0.96, fill=False, lw=2, ec="black"))
     axis.set_xticks(range(len(sweep["depths"])), sweep["depths"])
     axis.set_yticks(range(len(sweep["shares"])), [f"{share:.0%}" for share in sweep["shares"]])
-    held = {key: 100 * sweep["held_out"][key] for key in ("mean", "low", "high")}
-    best = "{mean:+.2f} F1 points [{low:+.2f}, {high:+.2f}]".format(**held)
+    mean, low, high = (100 * sweep["held_out"][key] for key in ("mean", "low", "high"))
+    best = f"{mean:+.2f} F1 points [{low:+.2f}, {high:+.2f}]"
     axis.set(xlabel="number of last layers", ylabel="keys blocked in each layer\n(lowest variance first)",
              title=f"best cell, on the other half of the images:\n{best}")  # fmt: skip
     figure.colorbar(drawn, ax=axis, label="change of POPE F1 (points)")
@@ -192,7 +191,6 @@ def sweep_map(sweep: Mapping) -> Figure:
 
 
 def draw(results: Mapping) -> dict[str, Figure]:
-    """Every figure of the notebook's results file by name."""
     keys, block = results["keys"], results["blocking"]["about"]["layers"]
     return {
         "03_variance": variance_histograms(keys),

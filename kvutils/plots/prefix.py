@@ -108,7 +108,6 @@ def prefix_maps(scene: Mapping) -> Figure:
 
 
 def draw(results: Mapping) -> dict[str, Figure]:
-    """Every figure of the notebook's results file by name."""
     return {
         "04_prefix_effects": prefix_effects(results["readouts"]),
         "04_added": added_by_layer(results["readouts"]),

@@ -25,12 +25,9 @@ SOURCE_STYLE = {  # family of sources -> colour, line, marker, label
     "shuffled.value": (COLOURS[3], ":", "v", "control: shuffled labels or text"),
     "lens.value": (COLOURS[2], "-.", "D", "values through the output head"),
 }
-BEFORE = {  # what comes before the language model, in order of the data flow
-    "pixels": "pixels",
-    "encoder_original": "SigLIP",
-    "encoder": "encoder",
-    "projector": "projector",
-}
+# What comes before the language model, in order of the data flow; its points in a legend.
+BEFORE = {"pixels": "pixels", "encoder_original": "SigLIP", "encoder": "encoder", "projector": "projector"}
+BEFORE_HANDLE = plt.Line2D([], [], color="black", marker="D", ms=4, ls="none")
 TASK_ORDER = (
     "foreground_segmentation", "co_segmentation", "semantic_segmentation", "referring_segmentation",
     "semantic_correspondence", "temporal_correspondence", "semantic_segmentation_probe",
@@ -130,11 +127,6 @@ def layers_of(sources: Iterable[str], family: str = "value") -> list[int]:
     return sorted(int(m[1]) for source in sources if (m := re.fullmatch(re.escape(family) + r"\.(\d+)", source)))
 
 
-def layer_ticks(layers: Sequence[int]) -> list[int]:
-    """Every layer of a small model, every fourth or so of a large one."""
-    return list(layers)[:: max(1, -(-len(layers) // 12))]
-
-
 def flow_axis(layers: int) -> tuple[list[int], int, int]:
     """Along the data flow: x of what comes `BEFORE`, of the line between, of layer 0; wider where layers are many."""
     step = max(1, round(layers / 9))
@@ -155,14 +147,9 @@ def along_the_flow(axis, sources: Mapping[str, Mapping], families: Mapping[str, 
     for x, source in zip(before, BEFORE, strict=True):
         if source in sources:
             axis.errorbar(x, sources[source]["mean"], yerr=error_bar(sources[source]), fmt="D", ms=4, color="black", capsize=2)
-    ticks = layer_ticks(layers)
+    ticks = layers[:: max(1, -(-len(layers) // 12))]  # every layer of a small model, every fourth or so of a large one
     axis.set_xticks([*before, *(layer + offset for layer in ticks)], [*BEFORE.values(), *map(str, ticks)])
     for tick in axis.get_xticklabels()[: len(BEFORE)]:
         tick.set(rotation=40, ha="right")
     axis.axvline(line, color="grey", lw=0.5)
     return offset
-
-
-def before_handle():
-    """Of the legend: the points of `along_the_flow`."""
-    return plt.Line2D([], [], color="black", marker="D", ms=4, ls="none")

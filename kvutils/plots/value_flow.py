@@ -87,7 +87,7 @@ def layer_curves(tasks: Mapping[str, Mapping]) -> Figure:
         axis.set(title=f"{summary['title']}\n{summary['n']} items in {summary['groups']} units", ylabel=summary["metric"])
         axis.set_xlabel("before the language model  |  layer", fontsize=8)
     last.set_axis_off()
-    last.legend(**style.labelled(axes, {"before the language model": style.before_handle()}), loc="center", title="95 % bands and bars")
+    last.legend(**style.labelled(axes, {"before the language model": style.BEFORE_HANDLE}), loc="center", title="95 % bands and bars")
     return figure
 
 
@@ -108,7 +108,6 @@ def build_then_degrade(tasks: Mapping[str, Mapping]) -> Figure:
 
 
 def draw(results: Mapping) -> dict[str, Figure]:
-    """Every figure of the notebook's results file by name."""
     figures = {"01_value_flow": layer_curves(results["tasks"]), "01_build_then_degrade": build_then_degrade(results["tasks"])}
     for name, scene in results["pictures"].items():
         figures[f"01_pca_{name}"] = value_pca(scene)
