@@ -57,7 +57,9 @@ def test_sources_and_shapes(pocket):
     expected = ["pixels", "encoder_original", "encoder", "projector"]
     expected += [f"{family}.{n}" for family in ("value", "key", "untrained.value") for n in layers]
     assert pocket.sources == expected == list(features[0].features)
-    assert repr(features[0]).startswith("ImageFeatures(16 image tokens of a 32x32 picture; channels: pixels 5, encoder_original 24")
+    assert repr(features[0]).startswith(
+        "ImageFeatures(16 image tokens of a 32x32 picture; channels: pixels 5, encoder_original 24"
+    )
     for one in features:
         assert not one.layout.is_newline.any() and len(one.layout) == 16
         assert all(t.shape[0] == 16 and t.dtype == torch.float16 for t in one.features.values())
@@ -120,13 +122,7 @@ def grid_layout(rows: int, columns: int, size: tuple[int, int]) -> TokenLayout:
     rects = np.stack([x[column], y[row], x[column + 1], y[row + 1]], axis=1)
     n = rows * columns
     return TokenLayout(
-        np.arange(n),
-        rects,
-        np.stack([row, column], 1),
-        np.zeros(n, int),
-        np.zeros(n, bool),
-        size,
-        {"base": (rows, columns)},
+        np.arange(n), rects, np.stack([row, column], 1), np.zeros(n, int), np.zeros(n, bool), size, {"base": (rows, columns)}
     )
 
 
@@ -139,9 +135,7 @@ def test_pixel_features_are_means_and_positions():
 
 def test_token_means_of_tokens_smaller_than_a_pixel():
     planes = RNG.random((3, 4, 2))
-    assert np.allclose(
-        token_means(grid_layout(9, 12, (4, 3)), planes).reshape(3, 3, 4, 3, 2).mean((1, 3)), planes
-    )
+    assert np.allclose(token_means(grid_layout(9, 12, (4, 3)), planes).reshape(3, 3, 4, 3, 2).mean((1, 3)), planes)
 
 
 # --- the same numbers from memory and model -----------------------------------------------------------------
@@ -277,9 +271,7 @@ def test_encoder_scores_use_the_pooling_head_on_single_patches(pocket):
     features = pocket.images(ITEMS)[0]
     scores = pocket.text_scores(features, TEXTS)
     vision, text = pocket.encoder_original.model, pocket.alignment.encoder_text
-    ids = torch.tensor(
-        [text.tokenizer.encode("a red car") + [0] * 5]
-    )  # the template, padded to the full length
+    ids = torch.tensor([text.tokenizer.encode("a red car") + [0] * 5])  # the template, padded to the full length
     words = normalize(text.model(input_ids=ids).pooler_output[0], dim=-1)
     for source in ("encoder_original", "encoder"):
         patch = features.features[source][3].float()
@@ -292,9 +284,7 @@ def test_encoders_have_text_scores_only_with_a_text_tower(pocket):
     assert not {"encoder", "encoder_original"} & set(plain.text_sources)
     other = siglip(hidden=48)  # another width than the MLM's tower: its head cannot read that tower
     encoder = Encoder(other.vision_model, pocket.encoder_original.processor, "wide", "in memory")
-    wide = FeatureExtractor(
-        pocket.mlm, encoder_original=encoder, encoder_text=SiglipText(other.text_model, pocket.mlm.tokenizer)
-    )
+    wide = FeatureExtractor(pocket.mlm, encoder_original=encoder, encoder_text=SiglipText(other.text_model, pocket.mlm.tokenizer))
     assert "encoder_original" in wide.text_sources and "encoder" not in wide.text_sources
 
 
@@ -348,4 +338,3 @@ def test_saliency_leaves_the_model_as_it_was_after_an_error(monkeypatch):
     with pytest.raises(RuntimeError, match="stopped"):
         prompt_saliency(mlm, picture())
     assert mlm.attention == "sdpa"
-

@@ -127,9 +127,7 @@ def blobs(images=4, sizes=(30, 12), channels=16):
     random = np.random.default_rng(0)
     directions = random.normal(size=(2, channels))
     truth = [(random.random(sizes[0] + i) < sizes[1] / sizes[0]).astype(int) for i in range(images)]
-    return [
-        directions[t] * random.uniform(1, 9) + 0.1 * random.normal(size=(len(t), channels)) for t in truth
-    ], truth
+    return [directions[t] * random.uniform(1, 9) + 0.1 * random.normal(size=(len(t), channels)) for t in truth], truth
 
 
 def test_clusters_are_found_by_direction_and_the_elbow_stops():
@@ -162,9 +160,7 @@ def test_oracle_is_the_best_of_all_unions():
 
     def mean_jaccard(union):
         chosen = [np.isin(image, union) for image in labels]
-        return np.mean(
-            [f[c].sum() / (p[c].sum() + f[~c].sum()) for c, f, p in zip(chosen, inside, pixels, strict=True)]
-        )
+        return np.mean([f[c].sum() / (p[c].sum() + f[~c].sum()) for c, f, p in zip(chosen, inside, pixels, strict=True)])
 
     unions = [[k for k in range(5) if code >> k & 1] for code in range(32)]
     assert score == pytest.approx(mean_jaccard(best))

@@ -178,9 +178,7 @@ def test_paired_difference_uses_the_pairing():
 @pytest.mark.parametrize("shape", ["rise and fall", "flat", "rise"])
 def test_peak_then_degrade(shape):
     random = np.random.default_rng(7)
-    curve = {"rise and fall": [0, 0.3, 0.6, 0.4, 0.1], "flat": [0.3] * 5, "rise": [0, 0.1, 0.3, 0.4, 0.6]}[
-        shape
-    ]
+    curve = {"rise and fall": [0, 0.3, 0.6, 0.4, 0.1], "flat": [0.3] * 5, "rise": [0, 0.1, 0.3, 0.4, 0.6]}[shape]
     scores = np.array(curve) + 0.3 * random.normal(size=(120, 1)) + 0.1 * random.normal(size=(120, 5))
     result = statistics.peak_then_degrade(scores, groups=[f"image{i // 2}" for i in range(120)], n_boot=500)
     assert result["builds"] == (shape != "flat")
@@ -244,13 +242,7 @@ def test_polygons_cover_the_pixels_inside():
 
 
 def test_malformed_segmentations():
-    for segmentation in (
-        [[1, 2, 3]],
-        [[1, 2, 3, 4]],
-        [[1, 2, 3, 4, 5, np.nan]],
-        [],
-        {"size": [4, 4], "counts": [3]},
-    ):
+    for segmentation in ([[1, 2, 3]], [[1, 2, 3, 4]], [[1, 2, 3, 4, 5, np.nan]], [], {"size": [4, 4], "counts": [3]}):
         with pytest.raises(DataError):
             coco_masks.segmentation_mask(segmentation, 4, 4)
     with pytest.raises(DataError, match="expected height, width"):

@@ -48,9 +48,7 @@ def close(found, expected, tolerance=1e-6, what=""):
     elif expected is None:
         assert found is None or math.isnan(found), f"{what}: {found}, expected undefined"
     else:
-        assert abs(found - expected) <= tolerance * max(1, abs(expected)), (
-            f"{what}: {found}, expected {expected}"
-        )
+        assert abs(found - expected) <= tolerance * max(1, abs(expected)), f"{what}: {found}, expected {expected}"
 
 
 def percent(fraction):
@@ -93,9 +91,7 @@ def fss_fgbg_iou(case, arrays):
 
 def fss_episodes(case, arrays):
     if not SAMPLES:
-        pytest.skip(
-            "set KVUTILS_SAMPLES to the folder with pascal-5i/splits: episodes are drawn from its lists"
-        )
+        pytest.skip("set KVUTILS_SAMPLES to the folder with pascal-5i/splits: episodes are drawn from its lists")
     path = Path(SAMPLES) / f"pascal-5i/splits/pascal/val/fold{case['fold']}.txt"
     entries = pascal5i_episodes.read_split(path, case["fold"])
     episodes = pascal5i_episodes.sample_episodes(entries, case["shot"], case["n_episodes"], case["seed"])
@@ -198,10 +194,11 @@ def object_means(pairs):
 
 def label_propagation(case, arrays):
     target, context, segs, out, norm, argmax = (
-        torch.from_numpy(arrays[f"c{case['case']:02d}_{name}"])
-        for name in ("tar", "ctx", "segs", "out", "norm", "argmax")
+        torch.from_numpy(arrays[f"c{case['case']:02d}_{name}"]) for name in ("tar", "ctx", "segs", "out", "norm", "argmax")
     )
-    near = matching.restrict_neighborhood(case["h"], case["w"], case["size_mask_neighborhood"] or max(case["h"], case["w"]))  # 0: no window
+    near = matching.restrict_neighborhood(
+        case["h"], case["w"], case["size_mask_neighborhood"] or max(case["h"], case["w"])
+    )  # 0: no window
     soft = matching.propagate_step(
         target, context.mT, segs.flatten(2).mT, near, topk=case["topk"], temperature=case["temperature"]
     )
@@ -245,11 +242,7 @@ def coco_masks_folder(case, arrays):
     assert np.array_equal(coco_masks.rle_decode(case["union_rle"], *size), union) and union.sum() == case["union_area"]
     assert union.sum(axis=1).tolist() == case["union_rows"]
     assert union.sum(axis=0).tolist() == case["union_cols"]
-    parts = (
-        [case["segmentation"]]
-        if isinstance(case["segmentation"], dict)
-        else [[p] for p in case["segmentation"]]
-    )
+    parts = [case["segmentation"]] if isinstance(case["segmentation"], dict) else [[p] for p in case["segmentation"]]
     assert sum(coco_masks.segmentation_mask(part, *size).sum() for part in parts) == case["refer_area"]
 
 
@@ -291,16 +284,12 @@ def blink_extract(case, arrays):
 
 
 def blink_accuracy(case, arrays):
-    scores = answers.blink_scores(
-        {k: [(row[1], row[3]) for row in rows] for k, rows in case["items"].items()}
-    )
+    scores = answers.blink_scores({k: [(row[1], row[3]) for row in rows] for k, rows in case["items"].items()})
     close({k.replace(" ", "_"): v for k, v in scores["accuracy"].items()}, case["accuracy"])
     assert scores["n"] == case["counts"]
     for subtask, rows in case["items"].items():
         for index, _gold, text, _recorded, extracted in rows:
-            if (
-                text is not None
-            ):  # the fixture does not say how many choices an item had: any that BLINK has will do
+            if text is not None:  # the fixture does not say how many choices an item had: any that BLINK has will do
                 possible = {answers.blink_extract(text, ["?"] * n) for n in (2, 3, 4, 5)}
                 assert extracted in possible, f"{subtask} {index}: {text!r}"
 
@@ -356,9 +345,7 @@ def collect():
         cases, arrays = read_cases(folder)
         if not cases:
             params.append(pytest.param(folder.name, None, None, id=f"{folder.name}-empty"))
-        params += [
-            pytest.param(folder.name, case, arrays, id=f"{folder.name}-{name}") for name, case in cases
-        ]
+        params += [pytest.param(folder.name, case, arrays, id=f"{folder.name}-{name}") for name, case in cases]
     return params
 
 
@@ -375,9 +362,7 @@ def test_osvos_on_real_davis_clips():
         pytest.skip("set KVUTILS_SAMPLES to the folder of sample data")
     root = Path(SAMPLES) / "davis2017"
     expected = json.loads((root / "expected_osvos.json").read_text(encoding="utf-8"))
-    names = [
-        line for line in (root / "DAVIS/ImageSets/2017/val.txt").read_text(encoding="utf-8").split() if line
-    ]
+    names = [line for line in (root / "DAVIS/ImageSets/2017/val.txt").read_text(encoding="utf-8").split() if line]
 
     def read(folder):
         files = sorted(folder.glob("*.png"))

@@ -68,7 +68,9 @@ def test_what_is_missing_is_an_error():
 
 def test_a_tower_that_is_no_siglip_has_no_score_by_text(tmp_path):
     chain = chain_of({source: level for source, level in LEVELS.items() if source != "encoder"})
-    assert chain["scores"]["encoder"]["mean"] is chain["steps"]["finetuning"]["low"] is chain["steps"]["projection"]["mean"] is None
+    assert (
+        chain["scores"]["encoder"]["mean"] is chain["steps"]["finetuning"]["low"] is chain["steps"]["projection"]["mean"] is None
+    )
     whole = chain_of(LEVELS)
     assert chain["steps"]["all steps"]["mean"] == pytest.approx(whole["steps"]["all steps"]["mean"], abs=0.02)
     assert claim_c4({task.name: chain for task in SIX})["entries"][0]["value"] > 0

@@ -37,9 +37,7 @@ def blank(size: tuple[int, int], seed: int = 0) -> Image.Image:
     return Image.fromarray(rng(seed, 9).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
 
-def box_mask(
-    size: tuple[int, int], seed: int, value: int = 1, void: bool = True, side: int = 16
-) -> np.ndarray:
+def box_mask(size: tuple[int, int], seed: int, value: int = 1, void: bool = True, side: int = 16) -> np.ndarray:
     """A box of `value` somewhere, with a void rim."""
     width, height = size
     x, y = (int(rng(seed, 1, k).integers(4, n - side - 4)) for k, n in enumerate(size))
@@ -75,11 +73,7 @@ class Extractor:
         truth = np.asarray(self.truth(name, layout), dtype=float)
         random = rng(sum(map(ord, name)), 3)
         noise = random.normal(size=(3, *truth.shape))
-        made = {
-            "value.0": truth + 0.01 * noise[0],
-            "value.1": noise[1],
-            "wide.0": np.concatenate([truth, noise[2]], 1),
-        }
+        made = {"value.0": truth + 0.01 * noise[0], "value.1": noise[1], "wide.0": np.concatenate([truth, noise[2]], 1)}
         return ImageFeatures(layout, {source: torch.from_numpy(f).half() for source, f in made.items()})
 
     def text_scores(self, features, texts):
@@ -121,14 +115,7 @@ def episodes(n: int = 6) -> list[Episode]:
     for i in range(n):
         five = tuple(labelled(f"e{i}s{k}", SIZES[(i + k) % 3], 10 * i + k) for k in range(5))
         made.append(
-            Episode(
-                f"episode {i}",
-                i % 4,
-                f"class {i % 4}",
-                (i % 4) // 2,
-                labelled(f"e{i}q", SIZES[i % 3], 10 * i + 7),
-                five,
-            )
+            Episode(f"episode {i}", i % 4, f"class {i % 4}", (i % 4) // 2, labelled(f"e{i}q", SIZES[i % 3], 10 * i + 7), five)
         )
     return made
 
@@ -173,8 +160,7 @@ def test_a_thin_object_still_has_a_foreground_token():
 
 def test_co_segmentation_ceiling_and_chance():
     groups = [
-        ImageGroup(f"g{g}", "thing", tuple(labelled(f"g{g}i{i}", SIZES[i % 3], 20 * g + i) for i in range(4)))
-        for g in range(2)
+        ImageGroup(f"g{g}", "thing", tuple(labelled(f"g{g}i{i}", SIZES[i % 3], 20 * g + i) for i in range(4))) for g in range(2)
     ]
     masks = {one.id: one.mask for group in groups for one in group.images}
     task = CoSegmentation(groups)
@@ -198,9 +184,7 @@ def named(n: int = 6, per_image: int = 1) -> tuple[list[NamedMask], dict]:
         maps[f"n{i}"] = box_mask(size, 40 + i, cls)
         mask = np.where(maps[f"n{i}"] == cls, 1, np.where(maps[f"n{i}"] == VOID, VOID, 0)).astype(np.uint8)
         for k in range(per_image):
-            sample = NamedMask(
-                f"sample {i}.{k}", f"n{i}", blank(size, i), WORDS[cls], mask, f"n{i}", WORDS[cls]
-            )
+            sample = NamedMask(f"sample {i}.{k}", f"n{i}", blank(size, i), WORDS[cls], mask, f"n{i}", WORDS[cls])
             samples.append(sample)
     return samples, maps
 
@@ -235,9 +219,7 @@ def test_wrong_texts_do_not_hold_for_the_image():
 def test_samples_without_foreground_are_skipped_and_counted():
     samples, maps = named(4)
     empty = NamedMask("empty", "n0", samples[0].image, "bird", np.zeros_like(samples[0].mask), "n0", "bird")
-    table = run_task(
-        SemanticSegmentation([empty, *samples]), Extractor(one_hot(maps, 4), WORDS), progress=False
-    )
+    table = run_task(SemanticSegmentation([empty, *samples]), Extractor(one_hot(maps, 4), WORDS), progress=False)
     assert table.skipped == ["empty"] and len(table) == 4
     with pytest.raises(DataError, match="none of 1"):
         run_task(SemanticSegmentation([empty]), Extractor(one_hot(maps, 4), WORDS), progress=False)
@@ -245,10 +227,7 @@ def test_samples_without_foreground_are_skipped_and_counted():
 
 def test_segmentation_by_probe():
     samples, maps = named()
-    train = [
-        LabelledImage(f"t{i}", blank(SIZES[i % 3], i), box_mask(SIZES[i % 3], 70 + i, 1 + i % 3))
-        for i in range(9)
-    ]
+    train = [LabelledImage(f"t{i}", blank(SIZES[i % 3], i), box_mask(SIZES[i % 3], 70 + i, 1 + i % 3)) for i in range(9)]
     maps |= {one.id: one.mask for one in train}
     extractor = Extractor(one_hot(maps, 4))
     task = SemanticSegmentationProbe(samples, train, WORDS[1:])
@@ -279,11 +258,7 @@ def pairs(n: int = 6) -> list[KeypointPair]:
         points = rng(i, 5).uniform(2, (size[0] - 3 * CELL, size[1] - 2 * CELL), (4, 2))
         moved = points + (2 * CELL, CELL)
         box = np.array([0, 0, *size], dtype=float)
-        made.append(
-            KeypointPair(
-                f"pair {i}", "thing", f"s{i}", blank(size, i), points, f"t{i}", blank(size, i), moved, box
-            )
-        )
+        made.append(KeypointPair(f"pair {i}", "thing", f"s{i}", blank(size, i), points, f"t{i}", blank(size, i), moved, box))
     return made
 
 
@@ -302,6 +277,8 @@ def test_correspondence_ceiling_and_chance():
     assert score["value.0"] == 1 and score["value.1"] < 0.4
     for name in task.statistics:
         assert means(table, task, task.statistics[name])["value.0"] > 0.9
+
+
 def test_missing_key_points():
     made = pairs(3)
     made[0].target_points[1] = np.nan
@@ -332,11 +309,7 @@ def clips() -> list[Clip]:
 
 def test_temporal_ceiling_chance_and_baseline():
     task = TemporalCorrespondence(clips())
-    masks = {
-        f"{clip.id}/{t:05d}": np.where(m == VOID, 0, m)
-        for clip in task.samples
-        for t, m in enumerate(clip.masks)
-    }
+    masks = {f"{clip.id}/{t:05d}": np.where(m == VOID, 0, m) for clip in task.samples for t, m in enumerate(clip.masks)}
     table = run_task(task, Extractor(one_hot(masks, 3)), progress=False)
     score, nearest = means(table, task), means(table, task, task.statistics["J, nearest neighbour"])
     assert table.ids == ["clip0_1", "clip0_2", "clip1_1"] and table.groups == ["clip0", "clip0", "clip1"]
@@ -386,8 +359,7 @@ def real():
 
     samples = episodes(6)
     shared = [
-        Episode(f"{e.id} b", e.class_index, e.class_name, e.fold, e.supports[0], (e.query, *e.supports[1:]))
-        for e in samples
+        Episode(f"{e.id} b", e.class_index, e.class_name, e.fold, e.supports[0], (e.query, *e.supports[1:])) for e in samples
     ]
     return extractor, [e for both in zip(samples, shared, strict=True) for e in both]
 
@@ -406,14 +378,10 @@ class Stops(ForegroundSegmentation):
 
 def test_an_interrupted_run_ends_with_the_same_bytes(real, tmp_path):
     extractor, samples = real
-    whole = run_task(
-        ForegroundSegmentation(samples), extractor(), Parts(tmp_path / "a", x=1), progress=False, chunk=2
-    )
+    whole = run_task(ForegroundSegmentation(samples), extractor(), Parts(tmp_path / "a", x=1), progress=False, chunk=2)
     with pytest.raises(KeyboardInterrupt):
         run_task(Stops(samples), extractor(), Parts(tmp_path / "b", x=1), progress=False, chunk=2)
-    task = Stops(
-        samples
-    )  # the two finished chunks are not scored again: 4 + 8 samples would stop it a second time
+    task = Stops(samples)  # the two finished chunks are not scored again: 4 + 8 samples would stop it a second time
     task.left = 9
     resumed = run_task(task, extractor(), Parts(tmp_path / "b", x=1), progress=False, chunk=2)
     no_parts = run_task(ForegroundSegmentation(samples), extractor(), progress=False, chunk=2)
@@ -462,12 +430,7 @@ def fake_table(layers: int = 4, n: int = 40) -> ScoreTable:
     values = np.zeros((n, len(level), 5))
     values[..., 0] = np.array(list(level.values())) + noise + rng(5).normal(0, 0.02, (n, len(level)))
     return ScoreTable(
-        "semantic_segmentation",
-        [f"i{i}" for i in range(n)],
-        [f"g{i // 2}" for i in range(n)],
-        list(level),
-        list("abcde"),
-        values,
+        "semantic_segmentation", [f"i{i}" for i in range(n)], [f"g{i // 2}" for i in range(n)], list(level), list("abcde"), values
     )
 
 
@@ -481,10 +444,7 @@ def test_summary_tests_the_best_layer_on_the_other_half():
     assert best["source"] == "value.1" and best["control"] == "shuffled.value.1"
     held = ~choosing_half(table.groups)
     difference = (table.of("value.1") - table.of("projector"))[held, 0].mean()
-    assert (
-        best["minus"]["projector"]["mean"] == pytest.approx(difference)
-        and best["minus"]["projector"]["n"] == held.sum()
-    )
+    assert best["minus"]["projector"]["mean"] == pytest.approx(difference) and best["minus"]["projector"]["n"] == held.sum()
     assert best["minus"][best["control"]]["low"] > 0.4
     assert summary["sources"]["value.2"]["low"] < 0.5 < summary["sources"]["value.2"]["high"]
     to_json(summary)

@@ -33,7 +33,7 @@ from kvutils.layout import TokenLayout
 from kvutils.models import MLM, Encoder
 from kvutils.readout.attention import QUESTION, prompt_saliency
 from kvutils.readout.words import SiglipText, TextAlignment
-from kvutils.store import to_json
+from kvutils.store import digest
 
 STACK_BYTES = 2**31  # of features, in float32, that a task computes with at once
 Item = tuple[str, Image.Image]  # image id (for errors) and upright RGB image
@@ -151,14 +151,9 @@ class FeatureExtractor:
         """16 hex digits of everything that the features depend on besides the code and the libraries."""
         text = self.alignment.encoder_text
         models = [m and [m.name, m.revision, str(m.model.dtype)] for m in (self.mlm, self.untrained, self.encoder_original)]
-        about = {
-            "models": models,
-            "text": None if text is None else [text.name, text.template],
-            "layers": self.layers,
-            "views": [self.mlm.base_view_only, self.mlm.max_pixels],
-            "batch_size": self.batch_size,
-        }
-        return hashlib.sha256(to_json(about).encode()).hexdigest()[:16]
+        views = [self.mlm.base_view_only, self.mlm.max_pixels]
+        about = [models, text and [text.name, text.template], self.layers, views, self.batch_size]
+        return digest(about)
 
     def images(self, items: Sequence[Item], prefix: str | None = None) -> list[ImageFeatures]:
         """Features of images, in consecutive batches of `batch_size`. prefix: text before the image."""
@@ -207,9 +202,7 @@ class FeatureExtractor:
             original = capture_encoder(self.encoder_original, self.mlm, images, **options)
         return [self._features(*each) for each in zip(items, captured, control, original, strict=True)]
 
-    def _features(
-        self, item: Item, captured: Capture, control: Capture | None, original: torch.Tensor | None
-    ) -> ImageFeatures:
+    def _features(self, item: Item, captured: Capture, control: Capture | None, original: torch.Tensor | None) -> ImageFeatures:
         tokens = image_tokens(captured.layout)
         grid = captured.select(tokens)
         features = {"pixels": pixel_features(grid.layout, item[1]).to(grid.encoder.device)}
