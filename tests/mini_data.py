@@ -6,12 +6,14 @@ options as in `OPTIONS` say how much of it is there. `write_models` makes tiny m
 """
 
 import json
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pytest
 from PIL import Image
 
 from kvutils.datasets import imagenet_s, msrc
@@ -24,6 +26,8 @@ from kvutils.datasets.pocket.shapes import CLASSES, SILHOUETTES, place
 from kvutils.datasets.pocket.world import COLOURS, PRESENT, SIZE, render, sample_clip
 from kvutils.datasets.pope import SPLITS
 
+SAMPLES = Path(os.environ.get("KVUTILS_SAMPLES", ""))  # real records of the data sets, where there are some
+needs_samples = pytest.mark.skipif("KVUTILS_SAMPLES" not in os.environ, reason="KVUTILS_SAMPLES names no folder with samples")
 SEED = 77_000  # scenes of no pocket set
 VOID = 255
 SIZES = ((128, 96), (96, 128), (150, 100), (112, 112), (125, 94), (84, 126))  # width, height; as mixed as flickr's
@@ -81,6 +85,19 @@ def save(image: Image.Image | np.ndarray, path: Path, palette: bool = False) -> 
 def write(path: Path, text: str | list | dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text if isinstance(text, str) else json.dumps(text))
+
+
+def noise(seed: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def write_rows(path: Path, rows: list[dict], images=("image",)) -> None:
+    """A Parquet file as on the hub."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = datasets.Dataset.from_list(rows)
+    for column in images:
+        table = table.cast_column(column, datasets.Image())
+    table.to_parquet(path)
 
 
 def rim(labels: np.ndarray) -> np.ndarray:
@@ -294,12 +311,7 @@ def write_blink(root: Path, seed: int, items: int = 12) -> None:
             rows.append({"idx": f"val_{subtask}_{i + 1}", "question": item.question, "sub_task": subtask, "choices": choices,
                          "answer": item.answer, "prompt": prompt, "image_4": None}
                         | {f"image_{j}": picture for j, picture in enumerate(pictures, start=1)})  # fmt: skip
-        table = datasets.Dataset.from_list(rows)
-        for j in range(1, 5):
-            table = table.cast_column(f"image_{j}", datasets.Image())
-        path = root / subtask / "val-00000-of-00001.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        table.to_parquet(path)
+        write_rows(root / subtask / "val-00000-of-00001.parquet", rows, [f"image_{j}" for j in range(1, 5)])
 
 
 WRITE = {

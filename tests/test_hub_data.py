@@ -1,45 +1,24 @@
 """Hub copies of POPE and MME, BLINK, and the rows they are read from: Parquet files written here, documented columns."""
 
 import json
-import os
-import re
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
-import tiny_models
-from PIL import Image
 
 from kvutils.datasets import USES, blink, hub, open_dataset, pope
 from kvutils.errors import DataError, ParameterError
-from kvutils.tasks.choices import check_items, read_items
+from kvutils.tasks.choices import check_items
 from kvutils.tasks.yes_no import Mme, Pope
-
-SAMPLES = Path(os.environ.get("KVUTILS_SAMPLES", ""))
-needs_samples = pytest.mark.skipif(
-    "KVUTILS_SAMPLES" not in os.environ, reason="KVUTILS_SAMPLES names no folder with samples"
-)
+from tests.mini_data import SAMPLES, needs_samples, noise, write_rows
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     """Rows are converted into a folder of the test, not into the user's cache."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def drawn(seed: int, size=(8, 6)) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-
-
-def write_rows(path: Path, rows: list[dict], images=("image",)) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table = datasets.Dataset.from_list(rows)
-    for column in images:
-        table = table.cast_column(column, datasets.Image())
-    table.to_parquet(path)
 
 
 # --- POPE --------------------------------------------------------------------------------------------------
@@ -50,7 +29,7 @@ ASKED = [("a", "dog", "yes"), ("a", "cat", "no"), ("b", "cup", "no"), ("b", "tie
 def pope_rows(order=("adversarial", "popular", "random")) -> list[dict]:
     return [
         {"id": str(i), "question_id": str(number), "question": f"Is there a {thing} in the image?", "answer": answer,
-         "image_source": f"COCO_val2014_{name}", "image": drawn(ord(name)), "category": category}
+         "image_source": f"COCO_val2014_{name}", "image": noise(ord(name)), "category": category}
         for i, (category, (number, (name, thing, answer))) in enumerate(
             (category, each) for category in order for each in enumerate(ASKED, start=1))
     ]  # fmt: skip
@@ -76,23 +55,23 @@ def test_the_hub_copy_of_pope_holds_the_official_samples(pope_copy, tmp_path):
     for name in "ab":
         path = tmp_path / "official" / "val2014" / f"COCO_val2014_{name}.jpg"
         path.parent.mkdir(exist_ok=True)
-        drawn(ord(name)).save(path)
+        noise(ord(name)).save(path)
     found, official = open_dataset("pope", pope_copy), open_dataset("pope", tmp_path / "official")
     assert [replace(s, picture=None) for s in found] == [replace(s, picture=None) for s in official] and len(found) == 12
-    assert all(np.array_equal(s.image, drawn(ord(s.image_id[-1]))) for s in found)
+    assert all(np.array_equal(s.image, noise(ord(s.image_id[-1]))) for s in found)
     assert len({s.picture for s in found}) == 2  # questions about one image share it
-    assert replace(found[0], size=(4, 4)).image.size == (4, 4) and found[0].image.size == (8, 6)
+    assert replace(found[0], size=(4, 4)).image.size == (4, 4) and found[0].image.size == (64, 48)
     short = open_dataset("pope", pope_copy, split="popular", max_images=1, suffix=pope.SHORT_ANSWER)
     assert [s.id for s in short] == ["popular-1", "popular-2"] and short[0].question.endswith("word or phrase.")
 
 
 def test_pictures_of_rows_stay_on_disk(pope_copy, monkeypatch):
     opened = []
-    monkeypatch.setattr(hub, "picture_of", lambda value, name: opened.append(name) or (lambda: drawn(0)))
+    monkeypatch.setattr(hub, "picture_of", lambda value, name: opened.append(name) or (lambda: noise(0)))
     samples = open_dataset("pope", pope_copy)
     task = Pope(samples)
     assert not opened and len(task.images) == 2
-    assert samples[0].image.size == (8, 6) and len(opened) == 1
+    assert samples[0].image.size == (64, 48) and len(opened) == 1
 
 
 def test_the_rows_of_pope_are_checked(tmp_path):
@@ -148,7 +127,7 @@ def test_the_hub_is_asked_for_the_files_of_one_split(pope_copy, tmp_path, monkey
 
 def mme_rows() -> list[dict]:
     return [
-        {"question_id": f"{subtask}/{name}.png", "image": drawn(i), "answer": answer, "category": subtask,
+        {"question_id": f"{subtask}/{name}.png", "image": noise(i), "answer": answer, "category": subtask,
          "question": f"Is it {answer}? Please answer yes or no."}
         for i, (subtask, name) in enumerate([("count", "b"), ("count", "a"), ("code_reasoning", "0020")])
         for answer in ("Yes", "No")
@@ -159,7 +138,7 @@ def test_the_hub_copy_of_mme_holds_the_official_samples(tmp_path):
     home = tmp_path / "official"
     for i, (subtask, name) in enumerate([("count", "b"), ("count", "a"), ("code_reasoning", "0020")]):
         (home / subtask).mkdir(parents=True, exist_ok=True)
-        drawn(i).save(home / subtask / f"{name}.png")
+        noise(i).save(home / subtask / f"{name}.png")
         lines = [f"Is it {answer}? Please answer yes or no.\t{answer}" for answer in ("Yes", "No")]
         (home / subtask / f"{name}.txt").write_text("\n".join(lines))
     write_rows(tmp_path / "copy" / "data" / "test-00000-of-00001-ab12.parquet", mme_rows())
@@ -192,7 +171,7 @@ def test_questions_of_hub_copies_are_scored_by_their_tasks(pope_copy, tmp_path):
     write_rows(tmp_path / "mme" / "data" / "test-00000-of-00001.parquet", mme_rows())
     pope, mme = Pope(open_dataset("pope", pope_copy)), Mme(open_dataset("mme", tmp_path / "mme", split="count"))
     assert (pope.images, mme.images) == (["COCO_val2014_a", "COCO_val2014_b"], ["count/a", "count/b"])
-    assert {s.image.size for s in (*pope.samples, *mme.samples)} == {(8, 6)}
+    assert {s.image.size for s in (*pope.samples, *mme.samples)} == {(64, 48)}
     assert pope.right(["yes"] * 12).sum() == 6 and mme.right(["yes"] * 4).sum() == 2
 
 
@@ -202,7 +181,7 @@ QUESTION = "which image has the same style as the first image ?"
 
 
 def blink_row(number, subtask="Art_Style", images=3, answer="(B)", **other):
-    row = {f"image_{i}": drawn(10 * number + i) if i <= images else None for i in range(1, 5)}
+    row = {f"image_{i}": noise(10 * number + i) if i <= images else None for i in range(1, 5)}
     return row | {"idx": f"val_{subtask}_{number}", "sub_task": subtask, "question": QUESTION, "answer": answer,
                   "choices": ["the second image", "the third image"], "explanation": "",
                   "prompt": f"{QUESTION} (A) the second image (B) the third image"} | other  # fmt: skip
@@ -232,7 +211,7 @@ def test_blink_items_are_asked_as_blink_asks_them(blink_copy):
     assert first.prompt == blink.DISCLAIMER + f"{QUESTION} (A) the second image (B) the third image"
     assert first.prompt.startswith("Disclaimer: This is not to make") and "gave you.\n\nwhich" in first.prompt
     assert last.prompt.startswith(QUESTION)
-    assert len(first.images) == 3 and all(np.array_equal(image, drawn(11 + i)) for i, image in enumerate(first.images))
+    assert len(first.images) == 3 and all(np.array_equal(image, noise(11 + i)) for i, image in enumerate(first.images))
     few = open_dataset("blink", blink_copy, subtasks="Art_Style", max_items=2)
     assert [item.id for item in few] == [item.id for item in items[:2]]
     (one,) = open_dataset("blink", blink_copy, subtasks=["Relative_Depth"])
@@ -242,11 +221,11 @@ def test_blink_items_are_asked_as_blink_asks_them(blink_copy):
 
 def test_blink_images_are_opened_when_they_are_asked_for(blink_copy, monkeypatch):
     opened = []
-    monkeypatch.setattr(hub, "picture_of", lambda value, name: opened.append(name) or (lambda: drawn(0)))
+    monkeypatch.setattr(hub, "picture_of", lambda value, name: opened.append(name) or (lambda: noise(0)))
     items = open_dataset("blink", blink_copy)
     assert {name: len(mine) for name, mine in check_items(items).items()} == {"Art_Style": 4, "Visual_Similarity": 2}
     assert not opened
-    assert items[1].images[2].size == (8, 6) and opened == ["BLINK Art_Style, row 1, image_3"]
+    assert items[1].images[2].size == (64, 48) and opened == ["BLINK Art_Style, row 1, image_3"]
 
 
 def test_the_rows_of_blink_are_checked(tmp_path):
@@ -270,16 +249,6 @@ def test_a_row_without_a_picture_names_itself(blink_copy):
     (item,) = open_dataset("blink", blink_copy, subtasks="Art_Style")
     with pytest.raises(DataError, match="BLINK Art_Style, row 0, image_2: expected a picture, but it cannot be read"):
         _ = item.images[1]
-
-
-def test_blink_is_read_by_its_measurement(blink_copy, monkeypatch):
-    words = re.findall(r"[^\s?,.]+", f"{blink.DISCLAIMER} {QUESTION} (a) (b) a b second third".lower())
-    monkeypatch.setattr(tiny_models, "WORDS", list(dict.fromkeys(words)))
-    tables = read_items(tiny_models.tiny_pocket(), open_dataset("blink", blink_copy), progress=False)
-    assert {name: len(table) for name, table in tables.items()} == {"Art_Style": 4, "Visual_Similarity": 2}
-    style = tables["Art_Style"]
-    assert style.gold.tolist() == [0, 1, 0, 1] and style.options == 2 and np.isfinite(style.scores).all()
-    assert np.isfinite(style.option_scores).all() and style.readouts == ["style", "mean"]
 
 
 @needs_samples

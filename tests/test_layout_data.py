@@ -1,8 +1,6 @@
 """SPair-71k and BDD-10K in their official layouts: small files written here, real records, broken files."""
 
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,28 +8,7 @@ from PIL import Image
 
 from kvutils import VOID
 from kvutils.datasets import bdd10k, class_names, open_dataset
-from kvutils.models import load_mlm
-from kvutils.readout.features import FeatureExtractor
-from kvutils.tasks.base import run_task
-from kvutils.tasks.correspondence import SemanticCorrespondence
-from kvutils.tasks.prefix import DomainPrefix, run_prefixes
-from kvutils.tasks.prefixes import PrefixWriter
-
-SAMPLES = Path(os.environ.get("KVUTILS_SAMPLES", ""))
-needs_samples = pytest.mark.skipif(
-    "KVUTILS_SAMPLES" not in os.environ, reason="KVUTILS_SAMPLES names no folder with samples"
-)
-
-
-@pytest.fixture(scope="module")
-def mlm():
-    return load_mlm("pocket", untrained=True, seed=3)
-
-
-def picture(path: Path, size=(64, 48), seed=0) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(path)
-
+from tests.mini_data import SAMPLES, needs_samples, noise, save
 
 # --- SPair-71k ---------------------------------------------------------------------------------------------
 
@@ -53,7 +30,7 @@ def write_pairs(root, pairs, colon=":", ending=""):
         (home / "PairAnnotation" / "test" / f"{name.replace(':', colon)}.json").write_text(json.dumps(one))
         for side in ("src", "trg"):
             path = home / "JPEGImages" / one["category"] / one[f"{side}_imname"]
-            picture(path, tuple(one[f"{side}_imsize"][:2]), one["pair_id"])
+            save(noise(one["pair_id"]), path)
     return names
 
 
@@ -75,14 +52,6 @@ def test_spair_reads_the_list_in_its_order(tmp_path, colon, ending):
     assert [p.id for p in open_dataset("spair-71k", tmp_path, per_category=2)] == [names[0], names[1], names[2], names[4]]
 
 
-def test_spair_is_read_by_its_task(tmp_path, mlm):
-    names = write_pairs(tmp_path, PAIRS)
-    task = SemanticCorrespondence(open_dataset("spair-71k", tmp_path))
-    table = run_task(task, FeatureExtractor(mlm, layers=[1, 4]), progress=False)
-    assert table.ids == names and table.groups == ["a", "a", "d", "a", "e"]
-    assert (table.of("value.1")[:, 0] == 2).all()  # both points of every pair
-
-
 @needs_samples
 def test_spair_sample_records():
     pairs = open_dataset("spair-71k", SAMPLES / "SPair-71k")
@@ -101,7 +70,7 @@ def bdd(root, names: dict[str, tuple[str, str, str] | None], form="det_20"):
     """names: image -> (split, time of day, scene), scene "-" for no attributes."""
     home, entries = root / "bdd100k", []
     for seed, (name, (split, time, scene)) in enumerate(names.items()):
-        picture(home / "images" / "10k" / split / f"{name}.jpg", seed=seed)
+        save(noise(seed), home / "images" / "10k" / split / f"{name}.jpg")
         mask = home / "labels" / "sem_seg" / "masks" / split / f"{name}.png"
         mask.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.where(NUMBERS % 64 < 3, 255, NUMBERS // 64 // 16).astype(np.uint8)).save(mask)
@@ -163,21 +132,6 @@ def test_bdd_parts_share_no_recording_and_are_balanced(tmp_path):
     assert {one.id for one in few} < {one.id for one in training}
     assert [one.domain for one in few].count("day highway") == 2
     assert [one.id for one in few] == [one.id for one in open_dataset("bdd-10k-train", tmp_path, images=4)]
-
-
-def test_bdd_is_read_by_the_domain_prefix(tmp_path, mlm, caplog):
-    bdd(tmp_path, MANY)
-    domains = [("night", ""), ("daytime", "")]
-    scored = open_dataset("bdd-10k", tmp_path, domains=domains, images=4)
-    training = open_dataset("bdd-10k-train", tmp_path, domains=domains, images=4)
-    extractor, writer = FeatureExtractor(mlm, layers=[1, 4], keys=False), PrefixWriter(mlm, "pocket")
-    names = class_names("bdd-10k-train")
-    table = run_prefixes(DomainPrefix(scored, training, names, extractor, writer, "probe"), extractor, progress=False)
-    assert len(table) == 4 and not table.skipped and "no training token shows background, wall, fence" in caplog.text
-    numbers = {name: table.of("none.4")[:, i] for i, name in enumerate(table.columns)}
-    assert (sum(numbers[f"true {name}"] for name in names) == 48 * 61).all() and (numbers["said wall"] == 0).all()
-    assert (numbers["true road"] == 16 * 61).all() and numbers["right road"].sum() > 0
-
 
 
 @needs_samples

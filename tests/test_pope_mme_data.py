@@ -1,9 +1,7 @@
 """POPE and MME: the official files, malformed ones, and their pocket twins."""
 
 import json
-import os
 from collections import Counter, defaultdict
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,9 +14,7 @@ from kvutils.datasets.pocket.questions import WORDS, ask, facts_of
 from kvutils.datasets.pocket.shapes import CLASSES
 from kvutils.datasets.pocket.world import PRESENT, Scene, Thing, render
 from kvutils.errors import DataError, ParameterError
-
-SAMPLES = os.environ.get("KVUTILS_SAMPLES")
-needs_samples = pytest.mark.skipif(not SAMPLES, reason="KVUTILS_SAMPLES names no folder with POPE and MME samples")
+from tests.mini_data import SAMPLES, needs_samples
 
 
 def picture(path, colour=(9, 90, 200), size=(8, 6)):
@@ -81,7 +77,7 @@ def test_an_older_list_of_pope_is_told(pope_root, caplog):
 
 @needs_samples
 def test_the_published_pope_lists(tmp_path):
-    root = Path(SAMPLES) / "pope"
+    root = SAMPLES / "pope"
     names = {
         json.loads(line)["image"] for line in (root / "output/coco/coco_pope_random.json").open(encoding="utf-8")
     }
@@ -132,7 +128,7 @@ def test_mme_reads_both_forms_and_every_subtask(mme_root):
 
 @needs_samples
 def test_the_sample_mme_folders():
-    root = Path(SAMPLES) / "mme_synthetic"
+    root = SAMPLES / "mme_synthetic"
     samples = open_dataset("mme", root, split=("existence", "color", "artwork", "landmark"))
     assert Counter(s.truth for s in samples) == {"yes": 8, "no": 8}
     assert {s.image.size for s in samples} == {(40, 32)} and len({s.image_id for s in samples}) == 8

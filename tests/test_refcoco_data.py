@@ -3,38 +3,15 @@
 import json
 import os
 import pickle
-from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
-from PIL import Image
 
 from kvutils.datasets import USES, open_dataset
 from kvutils.datasets.refcoco import CATEGORIES, read_references
 from kvutils.errors import DataError, ParameterError
-from kvutils.models import load_mlm
-from kvutils.readout.features import FeatureExtractor
-from kvutils.tasks.base import run_task
-from kvutils.tasks.prefix import ReferringPrefix, run_prefixes
-from kvutils.tasks.prefixes import PrefixWriter
-from kvutils.tasks.text_segmentation import ReferringSegmentation
-
-SAMPLES = Path(os.environ.get("KVUTILS_SAMPLES", ""))
-needs_samples = pytest.mark.skipif(
-    "KVUTILS_SAMPLES" not in os.environ, reason="KVUTILS_SAMPLES names no folder with samples"
-)
-
-
-@pytest.fixture(scope="module")
-def mlm():
-    return load_mlm("pocket", untrained=True, seed=3)
-
-
-def picture(path: Path, size=(64, 48), seed=0) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(path)
-
+from tests.mini_data import SAMPLES, needs_samples, noise, save, write_rows
 
 # --- RefCOCO -----------------------------------------------------------------------------------------------
 
@@ -81,7 +58,7 @@ def refcoco_root(tmp_path):
     with open(home / "refs(unc).p", "wb") as file:
         pickle.dump(REFERENCES, file, protocol=0)
     for i in (7, 8, 9):
-        picture(tmp_path / "coco" / "train2014" / f"COCO_train2014_{i:012d}.jpg", seed=i)
+        save(noise(i), tmp_path / "coco" / "train2014" / f"COCO_train2014_{i:012d}.jpg")
     return tmp_path / "refcoco"
 
 
@@ -147,17 +124,6 @@ def test_a_truncated_pickle_is_an_error(tmp_path):
         read_references(tmp_path / "nothing.p")
 
 
-def test_refcoco_is_read_by_its_tasks(refcoco_root, mlm):
-    samples = open_dataset("refcoco", refcoco_root)
-    extractor = FeatureExtractor(mlm, layers=[1, 4], keys=False)
-    table = run_task(ReferringSegmentation(samples), extractor, progress=False)
-    assert table.ids == ["1-10", "1-11", "2-20", "3-30"] and table.groups == ["7", "7", "7", "8"]
-    one = ReferringPrefix(samples, extractor, PrefixWriter(mlm, "pocket"), "class_name")
-    behind = run_prefixes(one, extractor, progress=False)
-    assert behind.skipped == ["1-10", "1-11", "2-20"]  # their image shows every class: none is wrong
-    assert behind.ids == ["3-30"]
-
-
 @needs_samples
 def test_refcoco_sample_records():
     root = SAMPLES / "refcoco"
@@ -177,12 +143,6 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def write_rows(path: Path, rows: list[dict], image: str | None = None) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table = datasets.Dataset.from_list(rows)
-    (table.cast_column(image, datasets.Image()) if image else table).to_parquet(path)
-
-
 def whole_rows(references=REFERENCES, width=64):
     """As jxu124/refcoco-benchmark: one row per image."""
     content, rows = instances(references), []
@@ -191,8 +151,7 @@ def whole_rows(references=REFERENCES, width=64):
             {"ann_info": annotation, "ref_info": one}
             for one, annotation in zip(references, content["annotations"], strict=True) if one["image_id"] == image["id"]
         ]  # fmt: skip
-        drawn = np.random.default_rng(image["id"]).integers(0, 256, (48, 64, 3), dtype=np.uint8)
-        rows.append({"ref_list": mine, "image_info": image | {"width": width}, "image": Image.fromarray(drawn)})
+        rows.append({"ref_list": mine, "image_info": image | {"width": width}, "image": noise(image["id"])})
     return rows
 
 
@@ -209,14 +168,14 @@ def annotation_rows(references):
 @pytest.mark.usefixtures("cache")
 def test_the_hub_copy_with_images_holds_the_same_samples(tmp_path, refcoco_root):
     copy = tmp_path / "copy"
-    write_rows(copy / "data" / "refcoco_unc_val-00000-of-00001-350dcb478fc06c10.parquet", whole_rows(REFERENCES[:3]), "image")
-    write_rows(copy / "data" / "refcoco_google_test-00000-of-00001-ab.parquet", whole_rows(REFERENCES[3:]), "image")
+    write_rows(copy / "data" / "refcoco_unc_val-00000-of-00001-350dcb478fc06c10.parquet", whole_rows(REFERENCES[:3]))
+    write_rows(copy / "data" / "refcoco_google_test-00000-of-00001-ab.parquet", whole_rows(REFERENCES[3:]))
     official, found = open_dataset("refcoco", refcoco_root), open_dataset("refcoco", copy)
     for one, other in zip(official, found, strict=True):
         assert (one.id, one.text, one.group) == (other.id, other.text, other.group)
         assert (one.mask == other.mask).all() and one.image.size == other.image.size
     assert [s.class_name for s in found] == [CATEGORIES[THINGS[s.class_name]] for s in official]
-    assert np.array_equal(found[3].image, np.random.default_rng(8).integers(0, 256, (48, 64, 3), dtype=np.uint8))
+    assert np.array_equal(found[3].image, noise(8))
     assert len(open_dataset("refcoco", copy, max_images=1)) == 3
     assert [s.id for s in open_dataset("refcoco", copy, split_by="google", split="test")] == ["4-40"]
     with pytest.raises(ParameterError, match="has no train split"):
@@ -228,8 +187,8 @@ def test_the_hub_copy_with_images_holds_the_same_samples(tmp_path, refcoco_root)
 @pytest.mark.usefixtures("cache")
 def test_the_hub_copy_of_annotations_needs_the_images(tmp_path, refcoco_root):
     copy = tmp_path / "annotations"
-    write_rows(copy / "data" / "validation-00000-of-00001-x.parquet", annotation_rows(REFERENCES[:3]))
-    write_rows(copy / "data" / "test-00000-of-00001-x.parquet", annotation_rows(REFERENCES[3:]))
+    write_rows(copy / "data" / "validation-00000-of-00001-x.parquet", annotation_rows(REFERENCES[:3]), [])
+    write_rows(copy / "data" / "test-00000-of-00001-x.parquet", annotation_rows(REFERENCES[3:]), [])
     official, found = (open_dataset("refcoco", root, split=["val", "testA"]) for root in (refcoco_root, copy))
     assert [s.id for s in found] == [s.id for s in official] and np.array_equal(found[0].image, official[0].image)
     assert all((one.mask == other.mask).all() for one, other in zip(official, found, strict=True))
@@ -256,11 +215,11 @@ def test_other_and_broken_hub_copies_are_refused(tmp_path):
         ("validation", [raw | {"raw_anns": "[]"}], None, "validation, row 0: expected an annotation with id .*TypeError"),
     ]):  # fmt: skip
         copy = tmp_path / str(number)
-        write_rows(copy / "data" / f"{split}-00000-of-00001.parquet", row, image)
+        write_rows(copy / "data" / f"{split}-00000-of-00001.parquet", row, ["image"] if image else [])
         with pytest.raises(DataError, match=message):
             open_dataset("refcoco", copy)
     scaled = tmp_path / "scaled"
-    write_rows(scaled / "data" / "refcoco_unc_val-00000-of-00001.parquet", whole_rows(REFERENCES[:3], width=65), "image")
+    write_rows(scaled / "data" / "refcoco_unc_val-00000-of-00001.parquet", whole_rows(REFERENCES[:3], width=65))
     with pytest.raises(DataError, match="reference 0 is 64x48, but its annotation 65x48"):
         _ = open_dataset("refcoco", scaled)[0].image
     (scaled / "data" / "refcoco_unc_val-00000-of-00001.parquet").write_bytes(b"PAR1")

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -16,25 +15,11 @@ from kvutils.datasets import class_names, coco, imagenet_s, msrc, open_dataset, 
 from kvutils.datasets.coco import POPE_IMAGES
 from kvutils.datasets.coco_masks import segmentation_mask
 from kvutils.datasets.files import read_labels
-from kvutils.datasets.samples import ResizedImages
 from kvutils.errors import DataError, ParameterError
-from kvutils.models import load_mlm
-from kvutils.readout.features import FeatureExtractor
-from kvutils.tasks.base import run_task
-from kvutils.tasks.co_segmentation import CoSegmentation
-from kvutils.tasks.foreground_segmentation import ForegroundSegmentation
-from kvutils.tasks.key_table import measure_keys
-from kvutils.tasks.text_segmentation import SemanticSegmentation, SemanticSegmentationProbe
+from tests.mini_data import SAMPLES, needs_samples
 
-SAMPLES = os.environ.get("KVUTILS_SAMPLES")
-needs_samples = pytest.mark.skipif(not SAMPLES, reason="KVUTILS_SAMPLES names no folder with samples of these sets")
 GREY = sum(([i, i, i] for i in range(256)), [])
 BOX = (slice(16, 64), slice(24, 80))  # rows, columns of the object in every picture below
-
-
-@pytest.fixture(scope="module")
-def extractor():
-    return FeatureExtractor(load_mlm("pocket"), layers=[0, 2], keys=False)
 
 
 def picture(path, size=(96, 72), colour=(200, 60, 40), seed=0):
@@ -161,17 +146,9 @@ def test_pascal_at_the_size_of_hsnet(pascal):
     np.testing.assert_array_equal(small.query.mask, episode.query.mask[np.ix_(rows, columns)])
 
 
-def test_a_probe_reads_pascal(pascal, extractor):
-    episodes = open_dataset("pascal-5i", pascal, per_fold=1, shot=2, folds=(0, 2))
-    table = run_task(ForegroundSegmentation(episodes), extractor, progress=False)
-    assert table.ids == ["fold0-0000", "fold2-0000"] and np.isfinite(table.values).all()
-    scored = table.of("pixels")[0, 2:6]  # i_bg, i_fg, u_bg, u_fg
-    assert scored[[0, 1]].sum() <= 72 * 96 - 96 and scored[1] > 0.8 * scored[3]  # the box has its own colour
-
-
 @needs_samples
 def test_the_published_pascal_lists(tmp_path):
-    root = Path(SAMPLES) / "pascal-5i"
+    root = SAMPLES / "pascal-5i"
     with pytest.raises(DataError, match="344 of the 345 images"):
         open_dataset("pascal-5i", root, folds=(0,))
     home = tmp_path / "VOC2012"
@@ -261,16 +238,9 @@ def test_an_unknown_msrc_colour_is_named(msrc_root):
         assert (left.images[1].mask == 1).sum() == (group.images[0].mask == 1).sum()
 
 
-def test_clusters_of_msrc(msrc_root, extractor):
-    groups = open_dataset("msrc", msrc_root, classes=("cow",), images=3)
-    table = run_task(CoSegmentation(groups), extractor, progress=False)
-    assert table.ids == ["cow/5_1_s", "cow/5_2_s", "cow/5_10_s"] and np.isfinite(table.values).all()
-    assert table.of("pixels")[:, 1].min() > 0.6  # the best union of clusters of plain pixels finds the box
-
-
 @needs_samples
 def test_the_sample_msrc_folder():
-    root = Path(SAMPLES) / "msrc_synthetic"
+    root = SAMPLES / "msrc_synthetic"
     groups = open_dataset("msrc", root, classes=("cow", "car", "plane", "sheep"), images=1)
     assert [one.id for g in groups for one in g.images] == ["5_1_s", "7_1_s", "4_1_s", "9_1_s"]
     assert all(values(one.mask) == {0, 1, VOID} and one.mask.shape == (60, 80) for g in groups for one in g.images)
@@ -379,20 +349,9 @@ def test_imagenet_s_images_that_stay_in_imagenet(tmp_path, imagenet, form):
     assert len(open_dataset("imagenet-s", imagenet, **options)) == 4
 
 
-def test_text_and_probe_read_imagenet_s(imagenet, extractor):
-    scored = open_dataset("imagenet-s", imagenet, max_images=2, classes=("thing 1", "thing 2"))
-    table = run_task(SemanticSegmentation(scored), extractor, progress=False)
-    assert table.ids == [s.id for s in scored] and np.isfinite(table.values).all()
-    train = open_dataset("imagenet-s-train", imagenet)[:2]
-    names = class_names("imagenet-s-train", imagenet)[:2]
-    probe = SemanticSegmentationProbe(scored, train, names)
-    table = run_task(probe, extractor, progress=False)
-    assert table.of("pixels")[:, 0].min() > 0.8  # AP: the boxes have their own colours
-
-
 @needs_samples
 def test_the_official_imagenet_s_lists():
-    root = Path(SAMPLES) / "imagenet-s"
+    root = SAMPLES / "imagenet-s"
     samples = open_dataset("imagenet-s", root, classes=("goldfish",), max_images=2)
     assert [s.id for s in samples] == [f"ILSVRC2012_val_{n}-n01443537" for n in ("00004677", "00021905")]
     assert all(values(s.mask) <= {0, 1, VOID} and s.mask.shape == s.image.size[::-1] for s in samples)
@@ -521,26 +480,16 @@ def test_coco_boxes_that_do_not_fit(tmp_path, monkeypatch, change, message):
         _ = one.mask
 
 
-def test_keys_over_coco(coco_root, extractor):
-    images = open_dataset("coco", coco_root, count=4)
-    table = measure_keys(extractor.mlm, images, ["what is this"], chunk=2, mass_images=1, progress=False)
-    assert table.images == 4 and np.isfinite(table.variance.numpy()).all()
-    assert table.foreground.max() == 0.75  # three images have an object in the middle
-    same = measure_keys(extractor.mlm, ResizedImages(images, (96, 96)), ["what is this"], chunk=2, mass_images=1,
-                        progress=False)  # fmt: skip
-    assert same.foreground.max() == 0.75
-
-
 @needs_samples
 def test_a_real_coco_image_and_the_images_of_pope(tmp_path):
-    (one,) = open_dataset("coco", Path(SAMPLES) / "coco", count=1)
+    (one,) = open_dataset("coco", SAMPLES / "coco", count=1)
     assert one.id == "000000039769" and one.image.size == (640, 480) and values(one.mask) == {0, 1}
-    content = json.loads((Path(SAMPLES) / "coco" / "annotations" / "instances_val2017.json").read_text())
+    content = json.loads((SAMPLES / "coco" / "annotations" / "instances_val2017.json").read_text())
     objects = [segmentation_mask(each["segmentation"], 480, 640) for each in content["annotations"]]
     np.testing.assert_array_equal(one.mask, np.any(objects, axis=0))  # two cats, two remote controls, a bed
-    (tmp_path / "val2017").symlink_to(Path(SAMPLES) / "coco" / "images_only")
+    (tmp_path / "val2017").symlink_to(SAMPLES / "coco" / "images_only")
     images = open_dataset("coco", tmp_path, count=5, annotated=False)
     assert [one.id for one in images] == sorted(one.id for one in images) and images[0].image.mode == "RGB"
-    lists = (Path(SAMPLES) / "pope" / "output" / "coco").glob("coco_pope_*.json")
+    lists = (SAMPLES / "pope" / "output" / "coco").glob("coco_pope_*.json")
     named = {int(Path(json.loads(line)["image"]).stem.split("_")[-1]) for path in lists for line in path.open()}
     assert named == POPE_IMAGES

@@ -44,7 +44,7 @@ _ON_DISK: dict[str, Callable[..., Iterable]] = {
     "refcoco": refcoco.refcoco_masks,
     "spair-71k": spair.spair_pairs,
     "bdd-10k": bdd10k.bdd10k_images,
-    "bdd-10k-train": bdd10k.bdd10k_training,
+    "bdd-10k-train": partial(bdd10k.bdd10k_images, part="training", balance=False, images=100),
     "blink": blink.blink_items,
 }
 DATASETS = (*_GENERATED, *_ON_DISK)

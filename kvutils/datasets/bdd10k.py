@@ -27,7 +27,7 @@ import numpy as np
 
 from kvutils import VOID
 from kvutils.datasets.catalog import missing_data
-from kvutils.datasets.files import expect, find, limits, need, read_json, read_labels, some_of
+from kvutils.datasets.files import every, expect, find, limits, need, read_json, read_labels, some_of
 from kvutils.datasets.samples import DomainImage
 from kvutils.errors import ParameterError, one_of
 from kvutils.images import open_image
@@ -51,13 +51,9 @@ _LABEL[: len(CLASS_NAMES)] = np.arange(1, len(CLASS_NAMES) + 1)
 
 
 def bdd10k_images(
-    root: str | Path,
-    domains: Sequence[Sequence[str]] = DOMAINS,
-    split: str | Sequence[str] = _SPLITS,
-    part: str = "scored",
-    balance: bool = True,
-    images: int | None = None,
-) -> list[DomainImage]:
+    root: str | Path, domains: Sequence[Sequence[str]] = DOMAINS, split: str | Sequence[str] = _SPLITS, part: str = "scored",
+    balance: bool = True, images: int | None = None
+) -> list[DomainImage]:  # fmt: skip
     """Images of the domains, by name; `domain` is in words, such as "night highway".
 
     domains: (time of day, scene) as BDD spells them, "" for any scene. split: train, val or both, as few images of
@@ -73,10 +69,7 @@ def bdd10k_images(
     home = find("bdd-10k", Path(root) / "bdd100k/images/10k", Path(root) / "images/10k").parents[1]
     pictures: dict[str, Path] = {}
     for name in splits:
-        files = sorted((home / "images/10k" / name).glob("*.jpg"))
-        if not files:
-            raise missing_data("bdd-10k", f"{home / 'images/10k' / name} holds no images (*.jpg)")
-        pictures |= {file.stem: file for file in files}
+        pictures |= {file.stem: file for file in every("bdd-10k", home / "images/10k" / name, "*.jpg")}
     known = read_attributes(home, set(pictures))
     if len(known) < len(pictures) and part != "training":  # which is read beside the scored part: said once
         log.warning("BDD-10K: %d of %d images have no attributes in the detection labels and are left out",
@@ -89,17 +82,6 @@ def bdd10k_images(
         DomainImage(name, partial(open_image, pictures[name]), partial(read_mask, mask, pictures[name]), chosen[name])
         for name, mask in zip(names, masks, strict=True)
     ]
-
-
-def bdd10k_training(
-    root: str | Path,
-    domains: Sequence[Sequence[str]] = DOMAINS,
-    split: str | Sequence[str] = _SPLITS,
-    balance: bool = False,
-    images: int = 100,
-) -> list[DomainImage]:
-    """Images of the domains from the other recordings, to fit a probe on; options as in `bdd10k_images`."""
-    return bdd10k_images(root, domains, split, "training", balance, images)
 
 
 def _check_domains(domains: Sequence[Sequence[str]]) -> dict[tuple[str, str], str]:

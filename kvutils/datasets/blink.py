@@ -70,19 +70,9 @@ def _subtask_items(root: str | Path, subtask: str, split: str, max_items: int | 
         where = f"BLINK {subtask}, row {index}"
         _check_row(row, where)
         openers = [picture_at(rows, index, name, f"{where}, {name}") for name in columns[: counts[index]]]
-        items.append(
-            MultipleChoice(
-                id=row["idx"],
-                subtask=subtask,
-                images=Pictures(openers),
-                question=row["question"],
-                choices=tuple(row["choices"]),
-                answer=row["answer"],
-                prompt=before + row["prompt"],
-                options=tuple(f"({letter})" for letter in _LETTERS[: len(row["choices"])]),
-                group=row["idx"],
-            )
-        )
+        options = tuple(f"({letter})" for letter in _LETTERS[: len(row["choices"])])
+        items.append(MultipleChoice(row["idx"], subtask, Pictures(openers), row["question"], tuple(row["choices"]), row["answer"],
+                                    before + row["prompt"], options, group=row["idx"]))  # fmt: skip
     once = len({item.id for item in items}) == len(items)
     expect(once, f"BLINK {subtask}: two rows have the same idx; is this one copy of the data set?")
     return items

@@ -15,18 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from kvutils import VOID
-from kvutils.datasets.catalog import missing_data
-from kvutils.datasets.files import expect, find, limits, need, read_labels, read_lines
+from kvutils.datasets.files import every, expect, find, limits, need, read_labels, read_lines
 from kvutils.datasets.samples import Clip, Pictures
 from kvutils.images import open_image
 
 
 def davis_clips(
-    root: str | Path,
-    split: str = "val",
-    sequences: Sequence[str] | None = None,
-    resolution: str = "480p",
-    max_frames: int | None = None,
+    root: str | Path, split: str = "val", sequences: Sequence[str] | None = None, resolution: str = "480p", max_frames: int | None = None
 ) -> list[Clip]:
     """Clips of a split (or the named `sequences`) in its order; `max_frames` keeps the first frames of each.
 
@@ -45,9 +40,7 @@ def davis_clips(
 def _open_clip(home: Path, name: str, resolution: str, max_frames: int | None) -> Clip:
     """One sequence of the folder `DAVIS`; every frame must have its annotation."""
     folder = home / "JPEGImages" / resolution / name
-    pictures = sorted(folder.glob("*.jpg"))[:max_frames]
-    if not pictures:
-        raise missing_data("davis-2017", f"{folder} holds no frames (*.jpg): is the sequence {name!r} extracted?")
+    pictures = every("davis-2017", folder, "*.jpg", f": is the sequence {name!r} extracted?")[:max_frames]
     masks = home / "Annotations" / resolution / name
     paths = need("davis-2017", f"annotations of {name}", [masks / f"{picture.stem}.png" for picture in pictures])
     first = _read_mask(paths[0], pictures[0])

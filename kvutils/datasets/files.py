@@ -69,6 +69,14 @@ def find(name: str, *places: Path, hint: str = "") -> Path:
     return found
 
 
+def every(name: str, folder: Path, pattern: str, hint: str = "") -> list[Path]:
+    """The files of a folder, by name. Raises DataError with how to get the data set where there is none."""
+    found = sorted(folder.glob(pattern))
+    if not found:
+        raise missing_data(name, f"{folder} holds no {pattern}{hint}")
+    return found
+
+
 def need(name: str, what: str, *choices: Iterable[Path], hint: str = "") -> list[Path]:
     """The first of several lists of files that is complete. Raises DataError about the one that lacks the fewest."""
     lacking: list[tuple[list[Path], int]] = []

@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -86,17 +85,17 @@ def _parts(name: str, root: Path, split: str, config: str | None) -> list[str]:
 def picture_of(value: dict | None, name: str) -> Callable[[], Image.Image]:
     """A function that opens an undecoded picture ({"bytes", "path"}); `name` says in errors which it is."""
     expect(value and value.get("bytes"), f"{name}: the row holds no picture; is this another version of the data set?")
-    return partial(_open, value["bytes"], name)
+
+    def opened() -> Image.Image:
+        with reading(name, "a picture"), Image.open(io.BytesIO(value["bytes"])) as image:
+            return open_image(image, name)
+
+    return opened
 
 
 def picture_at(rows: datasets.Dataset, index: int, column: str, name: str) -> Callable[[], Image.Image]:
     """The same of a row that stays on disk until then."""
     return lambda: picture_of(rows[index][column], name)()
-
-
-def _open(data: bytes, name: str) -> Image.Image:
-    with reading(name, "a picture"), Image.open(io.BytesIO(data)) as image:
-        return open_image(image, name)
 
 
 def revision_of(repository: str) -> str:

@@ -38,12 +38,9 @@ IGNORED = 1000
 
 
 def imagenet_s_masks(
-    root: str | Path,
-    variant: int = 50,
-    max_images: int | None = None,
-    classes: Sequence[str] | None = None,
-    imagenet: str | Path | None = None,
-) -> list[NamedMask]:
+    root: str | Path, variant: int = 50, max_images: int | None = None, classes: Sequence[str] | None = None,
+    imagenet: str | Path | None = None
+) -> list[NamedMask]:  # fmt: skip
     """The validation split: per image the class of its folder, its name and its pixels (1, `VOID` ignored, 0 else).
 
     variant: 50, 300 or 919 classes. max_images takes the first image of every class, then the second, and so on: a
@@ -68,17 +65,9 @@ def imagenet_s_masks(
     for (_, name), picture, mask in zip(entries, *_find_files(Path(root), variant, "validation", imagenet, entries), strict=True):
         wnid, image_id = name.split("/")
         index = wnids.index(wnid)
-        samples.append(
-            NamedMask(
-                id=f"{image_id}-{wnid}",
-                image_id=image_id,
-                image=partial(open_image, picture),
-                text=names[index],
-                mask=partial(_read_mask, mask, picture, len(wnids), index + 1),
-                group=image_id,
-                class_name=names[index],
-            )
-        )
+        opened = partial(_read_mask, mask, picture, len(wnids), index + 1)
+        samples.append(NamedMask(f"{image_id}-{wnid}", image_id, partial(open_image, picture), text=names[index], mask=opened,
+                                 group=image_id, class_name=names[index]))  # fmt: skip
     return samples
 
 

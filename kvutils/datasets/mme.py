@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from kvutils.datasets.catalog import missing_data
-from kvutils.datasets.files import expect, find, limits, read_lines, some_of
+from kvutils.datasets.files import every, expect, find, limits, read_lines, some_of
 from kvutils.datasets.hub import holds_parquet, open_rows, picture_at
 from kvutils.datasets.samples import YesNoSample
 from kvutils.errors import DataError, one_of
@@ -66,9 +66,7 @@ def _subtask_questions(folder: Path, subtask: str, max_images: int | None, suffi
     texts, pictures = folder / "questions_answers_YN", folder / "images"
     if not texts.is_dir():
         texts = pictures = folder
-    files = sorted(texts.glob("*.txt"))[:max_images]
-    if not files:
-        raise missing_data("mme", f"{texts} holds no question files (*.txt): is MME extracted whole?")
+    files = every("mme", texts, "*.txt", ", files of questions: is MME extracted whole?")[:max_images]
     found = {path.stem: path for path in sorted(pictures.glob("*")) if path.suffix.lower() in _PICTURES}
     if missing := [path.stem for path in files if path.stem not in found]:
         raise missing_data("mme", f"MME {subtask}: {len(missing)} of the {len(files)} images in {pictures} are missing (first: "

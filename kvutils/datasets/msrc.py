@@ -21,7 +21,7 @@ import numpy as np
 
 from kvutils import VOID
 from kvutils.datasets.catalog import missing_data
-from kvutils.datasets.files import expect, find, limits, need, read_labels
+from kvutils.datasets.files import every, expect, find, limits, need, read_labels
 from kvutils.datasets.samples import ImageGroup, LabelledImage
 from kvutils.errors import DataError, ParameterError, one_of
 from kvutils.images import open_image
@@ -74,7 +74,11 @@ def msrc_groups(
         if len(chosen) < (images or 1):
             raise missing_data("msrc", f"only {len(chosen)} of {len(files)} images in {root} can be taken for the class {name!r}, "
                                        f"expected {images or 'at least 1'}")  # fmt: skip
-        groups.append(ImageGroup(name, name, tuple(_labelled(*paths, label, unknown_colours) for paths in chosen)))
+        images_of_class = [
+            LabelledImage(picture.stem, partial(open_image, picture), partial(_read_mask, picture, truth, label, unknown_colours))
+            for picture, truth in chosen
+        ]
+        groups.append(ImageGroup(name, name, tuple(images_of_class)))
     return groups
 
 
@@ -82,7 +86,7 @@ def _find_files(root: Path) -> dict[tuple[int, int], tuple[Path, Path]]:
     """(set, number) -> (picture, ground truth), by number; every picture must have its ground truth."""
     folder = find("msrc", root / "MSRC_ObjCategImageDatabase_v2" / "Images", root / "Images")
     files = {}
-    for picture in folder.glob("*.bmp"):
+    for picture in every("msrc", folder, "*.bmp"):
         match = re.fullmatch(r"(\d+)_(\d+)_s", picture.stem)
         expect(match, f"{picture}: expected names such as 5_1_s.bmp in {folder}")
         files[int(match[1]), int(match[2])] = (picture, folder.parent / "GroundTruth" / f"{picture.stem}_GT.bmp")
@@ -99,10 +103,6 @@ def _labels(picture: Path, truth: Path) -> tuple[np.ndarray, np.ndarray]:
     codes = colours[..., 0] // 64 * 16 + colours[..., 1] // 64 * 4 + colours[..., 2] // 64
     exact = (colours % 64 == 0).all(axis=-1)
     return np.where(exact, _LABEL[codes], _UNKNOWN), colours
-
-
-def _labelled(picture: Path, truth: Path, label: int, unknown_colours: str) -> LabelledImage:
-    return LabelledImage(picture.stem, partial(open_image, picture), partial(_read_mask, picture, truth, label, unknown_colours))
 
 
 def _read_mask(picture: Path, truth: Path, label: int, unknown_colours: str) -> np.ndarray:

@@ -65,13 +65,9 @@ def sample_episodes(
 
 
 def pascal5i_episodes(
-    root: str | Path,
-    folds: Sequence[int] = tuple(range(FOLDS)),
-    per_fold: int = 1000,
-    shot: int = 5,
-    seed: int = 0,
-    image_size: int | None = None,
-) -> list[Episode]:
+    root: str | Path, folds: Sequence[int] = tuple(range(FOLDS)), per_fold: int = 1000, shot: int = 5, seed: int = 0,
+    image_size: int | None = None
+) -> list[Episode]:  # fmt: skip
     """HSNet's test episodes, fold by fold: masks 1 on the class, 0 elsewhere, `VOID` on the annotators' borders.
 
     per_fold keeps the first episodes of each fold's 1,000. image_size: side of the square to which pictures and
@@ -99,14 +95,8 @@ def pascal5i_episodes(
         return LabelledImage(name, partial(_read_picture, picture, image_size), opened)
 
     return [
-        Episode(
-            id=f"fold{fold}-{i:04d}",
-            class_index=class_index,
-            class_name=CLASS_NAMES[class_index],
-            fold=fold,
-            query=labelled(query, class_index),
-            supports=tuple(labelled(name, class_index) for name in supports),
-        )
+        Episode(f"fold{fold}-{i:04d}", class_index, CLASS_NAMES[class_index], fold, labelled(query, class_index),
+                tuple(labelled(name, class_index) for name in supports))  # fmt: skip
         for fold, each in drawn.items()
         for i, (query, supports, class_index) in enumerate(each)
     ]

@@ -28,11 +28,7 @@ _Lines = dict[str, list[tuple[str, dict]]]  # by split: where a question stands,
 
 
 def pope_questions(
-    root: str | Path,
-    split: str = "all",
-    images: str | Path | None = None,
-    max_images: int | None = None,
-    suffix: str = "",
+    root: str | Path, split: str = "all", images: str | Path | None = None, max_images: int | None = None, suffix: str = ""
 ) -> Iterator[YesNoSample]:
     """The questions of a split, or of all three, in the order of the lists.
 

@@ -71,12 +71,9 @@ class _Reference:
 
 
 def refcoco_masks(
-    root: str | Path,
-    split: str | Sequence[str] = "val",
-    split_by: str = "unc",
-    images: str | Path | None = None,
-    max_images: int | None = None,
-) -> list[NamedMask]:
+    root: str | Path, split: str | Sequence[str] = "val", split_by: str = "unc", images: str | Path | None = None,
+    max_images: int | None = None
+) -> list[NamedMask]:  # fmt: skip
     """One sample per sentence of a split (or several), in the order of the references.
 
     root: the toolkit's data folder, a local copy of a hub repository, or "hub". split_by: "unc" (val, testA: people,
@@ -97,17 +94,8 @@ def refcoco_masks(
         opener = one.open or partial(open_image, files[one.file_name])
         image = opened.setdefault(one.image_id, partial(annotated_picture, opener, one.size, f"the image of {one.where}"))
         for sentence_id, sentence in one.sentences:
-            samples.append(
-                NamedMask(
-                    id=f"{one.id}-{sentence_id}",
-                    image_id=str(one.image_id),
-                    image=image,
-                    text=sentence,
-                    mask=partial(_mask, one),
-                    group=str(one.image_id),
-                    class_name=one.class_name,
-                )
-            )
+            samples.append(NamedMask(f"{one.id}-{sentence_id}", str(one.image_id), image, text=sentence, mask=partial(_mask, one),
+                                     group=str(one.image_id), class_name=one.class_name))  # fmt: skip
     return samples
 
 

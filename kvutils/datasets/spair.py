@@ -30,14 +30,9 @@ _COLONS = (":", "_", "%3A")  # the colon of a file name, and what unzippers make
 
 
 def spair_pairs(
-    root: str | Path,
-    split: str = "test",
-    layout: str = "large",
-    categories: Sequence[str] | None = None,
-    per_category: int | None = None,
-    max_pairs: int | None = None,
-    progress: bool = True,
-) -> list[KeypointPair]:
+    root: str | Path, split: str = "test", layout: str = "large", categories: Sequence[str] | None = None,
+    per_category: int | None = None, max_pairs: int | None = None, progress: bool = True
+) -> list[KeypointPair]:  # fmt: skip
     """The pairs of a split in the order of its list; the default is the benchmark's, all 12,234 of large/test.
 
     root: the folder SPair-71k or the one that holds it. categories: only these. per_category: so many pairs of each,
