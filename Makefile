@@ -56,7 +56,7 @@ test-code: $(STAMP)  ## the tests of the code alone
 	@$(RUN) -m pytest tests
 
 # papermill executes each notebook and compares its verdicts with the committed ones; nbval then compares the
-# marked outputs, reading the captures and parts that the first execution has stored. Both write results and
+# marked outputs, reading the parts that the first execution has stored. Both write results and
 # figures into data/cache/check, not over the committed ones.
 test-notebooks: $(STAMP)  ## execute the notebooks with papermill, compare verdicts and outputs (nbval)
 	@KVUTILS_OUT='$(CHECK)' $(RUN) -m kvutils replicate --check $(CHOSEN)
@@ -88,7 +88,7 @@ data: $(STAMP)  ## fetch real data sets: DATASETS="davis-2017 pope" (without: li
 train: $(STAMP)  ## train the pocket model anew (about two hours on 2 cores; resumes)
 	@PYTHONPATH=data/pocket $(RUN) -m recipe.train $(ARGS)
 
-clean:  ## remove stored captures, parts and bytecode (results and training checkpoints stay)
+clean:  ## remove stored parts and bytecode (results and training checkpoints stay)
 	rm -rf data/cache .pytest_cache build
 	find kvutils tests benchmarks notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
 

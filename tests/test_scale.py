@@ -158,7 +158,7 @@ def test_a_damaged_shard_is_computed_again(mlm, undisturbed, tmp_path, damage):
     expected, _, _ = undisturbed
     folder = tmp_path / "run"
     start(mlm, folder, tmp_path / "a.json").join()
-    for shard in [*stored(folder)[::5], *list(folder.rglob("captures/**/*.safetensors"))[:1]]:
+    for shard in stored(folder)[::5]:
         content = bytearray(shard.read_bytes())
         content[-2] ^= 1
         shard.write_bytes(content[:-3] if damage == "truncated" else content)

@@ -30,7 +30,7 @@ def output_root() -> Path:
 
 
 def cache_root() -> Path:
-    """Where captures and finished parts are kept: `KVUTILS_CACHE` if set, else data/cache."""
+    """Where finished parts are kept: `KVUTILS_CACHE` if set, else data/cache."""
     return Path(os.environ.get("KVUTILS_CACHE") or ROOT / "data" / "cache").resolve()
 
 
@@ -65,7 +65,7 @@ class Run:
 
     @property
     def cache(self) -> Path:
-        """The folder of captures and parts, for `Store` and `Parts`."""
+        """The folder of finished parts, for `Parts`."""
         return cache_root() / self.profile / self.folder.name
 
     def write(self, *, parameters: Mapping, provenance: Mapping, claims: Mapping, **sections: object) -> Path:

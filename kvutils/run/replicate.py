@@ -2,7 +2,7 @@
 
 Each notebook is executed by papermill with this interpreter, cleaned of what changes from run to run, and written back
 when it is finished: one that fails or is interrupted leaves the previous version as it was. The notebooks store their
-captures and finished parts, so the same command goes on where a run was stopped. Of several processes with a common file
+finished parts, so the same command goes on where a run was stopped. Of several processes with a common file
 system every one runs the notebooks and they share the parts (`store.Parts.make_all`); the first writes the results.
 """
 
