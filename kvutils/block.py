@@ -105,8 +105,8 @@ def _blocking_hook(mlm: MLM, by_slot: torch.Tensor, last: np.ndarray, queries: s
         if cache is not None:  # a static cache has as many keys as it can hold
             seen, total = int(cache.get_seq_length(module.layer_idx)), cache.get_mask_sizes(length, module.layer_idx)[0]
         if last.max() >= seen + length:
-            raise ParameterError(f"the image slot {last.max()} lies beyond the sequence of {seen + length} tokens; give the slots "
-                                 "of this sequence, and run it up to the last image token at once")  # fmt: skip
+            raise ParameterError(f"the image slot {last.max()} lies beyond the sequence of {seen + length} tokens; give the "
+                                 "slots of this sequence, and run it up to the last image token at once")  # fmt: skip
         if batch % len(by_slot):
             raise ParameterError(f"slots were given for {len(by_slot)} sequences, which do not divide the batch of {batch}")
         if queries == "after" and seen + length - 1 <= last.min():

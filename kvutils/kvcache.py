@@ -92,19 +92,11 @@ class Capture:
 
 @torch.no_grad()
 def capture(
-    mlm: MLM,
-    images: Iterable[ImageLike],
-    prefix: str | None = None,
-    layers: str | int | Iterable[int] = "all",
-    *,
-    keys: bool = True,
-    values: bool = True,
-    features: bool = True,
-    batch_size: int = 8,
-    to: str | torch.device | None = "cpu",
-    on_capture: Callable[[int, Capture], None] | None = None,
-    progress: bool = False,
-) -> list[Capture] | None:
+    mlm: MLM, images: Iterable[ImageLike], prefix: str | None = None, layers: str | int | Iterable[int] = "all", *,
+    keys: bool = True, values: bool = True, features: bool = True,
+    batch_size: int = 8, to: str | torch.device | None = "cpu",
+    on_capture: Callable[[int, Capture], None] | None = None, progress: bool = False,
+) -> list[Capture] | None:  # fmt: skip
     """Capture the image tokens of any number of pictures (sizes may differ).
 
     The prompt is `prefix + image` under the model's chat template; it ends after the image, and the model runs up to the
@@ -219,8 +211,8 @@ def text_values(mlm: MLM, texts: Sequence[str], layers: str | int | Iterable[int
     """
     for text in texts:
         if isinstance(texts, str) or not text.strip() or mlm.processor.image_token in text:
-            raise ParameterError("texts must be a list of texts of at least one word each, without the image token "
-                                 f"{mlm.processor.image_token!r}, found {texts if isinstance(texts, str) else text!r}")  # fmt: skip
+            raise ParameterError("texts must be a list of texts of at least one word each, without the image token; found "
+                                 + repr(texts if isinstance(texts, str) else text))  # fmt: skip
     layers = resolve_layers(mlm, layers)
     result = torch.empty(len(texts), len(layers), mlm.num_kv_heads, mlm.head_dim)
     for start in range(0, len(texts), batch_size):

@@ -129,7 +129,7 @@ class TokenLayout:
         rows, row = np.unique(self.cells[tokens, 0], return_inverse=True)
         columns, column = np.unique(self.cells[tokens, 1], return_inverse=True)
         if not len(tokens) or len(tokens) != len(rows) * len(columns):
-            raise ParameterError(f"these {len(tokens)} tokens (view {view!r}) are no full grid; use the whole layout or .spatial()")
+            raise ParameterError(f"these {len(tokens)} tokens of view {view!r} are no full grid; use the whole layout or .spatial()")
         index = np.empty((len(rows), len(columns)), dtype=np.int64)
         index[row, column] = tokens
         return index, self.rects[index[:, 0]][:, [1, 3]], self.rects[index[0]][:, [0, 2]]
