@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from kvutils.datasets import USES, open_dataset
 from kvutils.datasets.samples import ResizedImages, YesNoSample
-from kvutils.errors import ParameterError
+from kvutils.errors import ParameterError, one_of
 from kvutils.metrics.statistics import Interval, claim_of_parts, undefined
 from kvutils.tasks.key_blocking import BLOCK, CONTROLS
 from kvutils.tasks.knock_out import as_questions
@@ -23,9 +23,7 @@ READING_IMAGES = 100  # of each subset of POPE and MME, for the knock-out curve 
 POINTS = {"pope": 100.0, "mme": 1.0}  # F1 in points; the score of MME is in points already
 
 
-def open_data(
-    profile: str, options: Mapping[str, Mapping] | None = None, size: Sequence[int] = ()
-) -> dict[str, Sequence]:
+def open_data(profile: str, options: Mapping[str, Mapping] | None = None, size: Sequence[int] = ()) -> dict[str, Sequence]:
     """What the notebook reads: `keys` (images), `pope`, `mme` (questions), `reading` (questions for the knock-out curve).
 
     options: loader options per data set name, such as {"pocket-pope": {"scenes": 60}}. size: (width, height) to which
@@ -37,11 +35,9 @@ def open_data(
     size = tuple(size) or IMAGE_SIZE[profile]
     if size is not None and (len(size) != 2 or not all(type(each) is int and each > 0 for each in size)):
         raise ParameterError(f"the image size must be a width and a height in pixels, not {size}")
-    options = dict(options or {})
-    names = USES[profile]["03"]
-    unknown = sorted(set(options) - set(names.values()))
-    if unknown:
-        raise ParameterError(f"options for {', '.join(unknown)}: profile {profile} uses {', '.join(names.values())}")
+    options, names = dict(options or {}), USES[profile]["03"]
+    for name in options:
+        one_of(f"data set of profile {profile}", name, names.values())
     found = {use: open_dataset(name, **options.get(name, {})) for use, name in names.items()}
     if size is not None:
         found["keys"] = ResizedImages(found["keys"], size)
@@ -63,8 +59,7 @@ def _first_images(samples: list[YesNoSample], count: int) -> list[YesNoSample]:
 def claim_c5(described: Mapping) -> dict:
     """C5: median over layers of Ashman's D of the log-variance centred within each head. described: of `describe_keys`.
 
-    A pooled histogram has two modes as soon as keys of some layers or heads are longer; this has not. Entries:
-    the layers.
+    A pooled histogram has two modes as soon as keys of some layers or heads are longer; this has not. Entries: the layers.
     """
     found = described["modes"]
     entries = [Interval.of(each).claim(f"layer {layer}") for layer, each in enumerate(found["layers"])]
@@ -81,8 +76,8 @@ def claim_c6(pope: Mapping, mme: Mapping) -> dict:
 
 def claim_x2(pope: Mapping) -> dict:
     """X2: effect of the block on POPE minus that of each control, in F1 points."""
-    title = pope["plain"]["title"]
-    entries = [Interval.of(pope["versus"][name]).scaled(POINTS["pope"]).claim(f"{title}: block minus {name}") for name in CONTROLS]
+    points = {name: Interval.of(pope["versus"][name]).scaled(POINTS["pope"]) for name in CONTROLS}
+    entries = [found.claim(f"{pope['plain']['title']}: block minus {name}") for name, found in points.items()]
     return claim_of_parts(entries, f"controls of {len(entries)}")
 
 
@@ -97,9 +92,6 @@ def claim_x4(described: Mapping, compared: Mapping) -> dict:
     share = Interval.of(compared[scale]["difference"]["all"])
     mass = Interval.of(described["sinks"]["raw"]["mass"]["all"])
     attention = "attention per key (multiples of the average key's), input-agnostic minus others"
-    entries = [
-        share.claim(f"share of keys ({scale}), trained minus untrained"),
-        undefined(attention, "no layer and head has keys below and above the threshold") if math.isnan(mass.mean)
-        else mass.claim(attention),
-    ]
-    return claim_of_parts(entries, "comparisons of 2")
+    missing = undefined(attention, "no layer and head has keys below and above the threshold")
+    received = missing if math.isnan(mass.mean) else mass.claim(attention)
+    return claim_of_parts([share.claim(f"share of keys ({scale}), trained minus untrained"), received], "comparisons of 2")

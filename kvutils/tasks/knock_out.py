@@ -15,14 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
-from PIL import Image
 
 from kvutils.answer import SessionBatch
 from kvutils.datasets.samples import Question, YesNoSample
-from kvutils.errors import DataError, ParameterError
+from kvutils.errors import DataError
 from kvutils.metrics.statistics import bootstrap_ci, choosing_half, mean_statistic
 from kvutils.models import MLM
 from kvutils.prompts import PromptTokens
@@ -51,6 +49,11 @@ class KnockOut:
         """(n, 2) of one condition."""
         return self.values[:, self.conditions.index(condition)]
 
+    @property
+    def balance(self) -> np.ndarray:
+        """(n,) weights that make kinds count alike."""
+        return np.array([1 / self.kinds.count(kind) for kind in self.kinds])
+
 
 def blocked_layers(layers: int) -> dict[str, tuple[int, ...]]:
     """Condition -> layers in which the image is hidden. Equal sets are measured once, see `condition_of`."""
@@ -65,8 +68,6 @@ def blocked_layers(layers: int) -> dict[str, tuple[int, ...]]:
 
 def condition_of(family: str, layer: int, layers: int) -> str:
     """The condition that stands for a family's at a layer: until 0 is one 0, from the last is one, until it is all."""
-    if family not in FAMILIES or not 0 <= layer < layers:
-        raise ParameterError(f"expected one of {', '.join(FAMILIES)} and a layer below {layers}: {family}, {layer}")
     if (family == "until" and layer == 0) or (family == "from" and layer == layers - 1):
         return f"one {layer}"
     return "from 0" if family == "until" and layer == layers - 1 else f"{family} {layer}"
@@ -74,28 +75,17 @@ def condition_of(family: str, layer: int, layers: int) -> str:
 
 def as_questions(samples: Sequence[YesNoSample]) -> list[Question]:
     """POPE's and MME's questions as `knock_out` takes them; the subset is the kind."""
-    return [
-        Question(s.id, s.subset, partial(_image_of, s), s.question, s.truth, ("yes", "no"), s.image_id) for s in samples
-    ]
-
-
-def _image_of(sample: YesNoSample) -> tuple[Image.Image]:
-    return (sample.image,)
+    return [Question(s.id, s.subset, lambda s=s: (s.image,), s.question, s.truth, ("yes", "no"), s.image_id) for s in samples]
 
 
 def knock_out(
-    mlm: MLM,
-    samples: Sequence[Question],
-    parts: Parts | None = None,
-    *,
-    batch_size: int = 16,
-    progress: bool = True,
+    mlm: MLM, samples: Sequence[Question], parts: Parts | None = None, *, batch_size: int = 16, progress: bool = True
 ) -> KnockOut:
-    """Every question under every condition; each image is read once. Samples need one image each.
+    """Every question under every condition; each image is read once.
 
-    The questions of one `group` share its image. The images of a batch need the same number of tokens
-    (batch_size=1 serves any). With `parts`, finished batches are kept. Raises DataError for no samples, several
-    images, or a kind with fewer than two different options, and what `SessionBatch` raises.
+    The questions of one `group` share its image. The images of a batch need the same number of tokens (batch_size=1 serves
+    any). With `parts`, finished batches are kept. Raises DataError for no samples or a kind with fewer than two different
+    options, and what `SessionBatch` raises.
     """
     options = _options(samples)
     scenes: dict[str, list[Question]] = {}
@@ -104,10 +94,8 @@ def knock_out(
     blocked, tokens = blocked_layers(mlm.num_layers), PromptTokens(mlm, None)
 
     def run(some: Sequence[list[Question]]) -> list[list]:
-        images = [_one_image(asked[0]) for asked in some]
-        with SessionBatch(mlm, images, tokens=tokens) as session:
-            rows = iter(_ask(session, some, options, blocked))
-        return [[next(rows) for _ in asked] for asked in some]
+        with SessionBatch(mlm, [asked[0].images for asked in some], tokens=tokens) as session:
+            return _ask(session, some, options, blocked)
 
     def compute(some: list[list[Question]]) -> list:
         return [row for rows in in_halves(run, some) for row in rows]
@@ -121,26 +109,19 @@ def knock_out(
                     np.array(rows, dtype=float))  # fmt: skip
 
 
-def _ask(session: SessionBatch, batch: Sequence[list[Question]], options: dict, blocked: dict) -> list:
-    """[question][condition] -> [right, loss] of a batch of scenes."""
+def _ask(session: SessionBatch, batch: Sequence[list[Question]], options: dict, blocked: dict) -> list[list]:
+    """[scene][question][condition] -> [right, loss]."""
     questions = [[s.text for s in asked] for asked in batch]
     choices = [[options[s.kind] for s in asked] for asked in batch]
     heads, count = session.mlm.num_kv_heads, session.slots.shape[1]
-    rows: list[list] = [[] for asked in batch for _ in asked]
+    rows: list[list[list]] = [[[] for _ in asked] for asked in batch]
     for layers in blocked.values():
         block = select_all(layers, heads, count) if layers else None
         answers = session.answer(questions, choices, 0, block)
-        flat = [(s, a) for asked, found in zip(batch, answers, strict=True) for s, a in zip(asked, found, strict=True)]
-        for row, (sample, answer) in zip(rows, flat, strict=True):
-            row.append([float(answer.best == sample.answer), -answer.scores[sample.answer]])
+        for asked, found, mine in zip(batch, answers, rows, strict=True):
+            for sample, answer, row in zip(asked, found, mine, strict=True):
+                row.append([float(answer.best == sample.answer), -answer.scores[sample.answer]])
     return rows
-
-
-def _one_image(sample: Question) -> tuple[Image.Image]:
-    images = sample.images
-    if len(images) != 1:
-        raise DataError(f"{sample.id}: expected a question about one image, found {len(images)}")
-    return images
 
 
 def _options(samples: Sequence[Question]) -> dict[str, list[str]]:
@@ -162,10 +143,9 @@ def summarise_knock_out(table: KnockOut, n_boot: int = 2000, seed: int = 0) -> d
     kinds -> kind -> n, scenes, none {accuracy, loss}, and per family a list over layers of accuracy, loss, and
     the paired differences to none, accuracy_change and loss_change. JSON-able.
     """
-    weight = {kind: 1 / table.kinds.count(kind) for kind in table.kinds}
-    every = np.array([weight[kind] for kind in table.kinds])
+    every = table.balance
     kinds = {ALL: np.ones(len(table.kinds), bool)}
-    kinds |= {kind: np.array(table.kinds) == kind for kind in weight}
+    kinds |= {kind: np.array(table.kinds) == kind for kind in dict.fromkeys(table.kinds)}
     names = ("accuracy", "loss", "accuracy_change", "loss_change")
     result: dict = {"layers": table.layers, "kinds": {}}
     for kind, mine in kinds.items():
@@ -178,8 +158,7 @@ def summarise_knock_out(table: KnockOut, n_boot: int = 2000, seed: int = 0) -> d
 
         intervals = [each.as_dict() for each in bootstrap_ci(packed, statistic, n_boot, seed, groups)]
         by_condition = {
-            condition: dict(zip(names, intervals[4 * i : 4 * i + 4], strict=True))
-            for i, condition in enumerate(table.conditions)
+            condition: dict(zip(names, intervals[4 * i : 4 * i + 4], strict=True)) for i, condition in enumerate(table.conditions)
         }
         found: dict = {"n": int(mine.sum()), "scenes": len(set(groups)), "none": by_condition["none"]}
         for family in FAMILIES:
@@ -193,10 +172,7 @@ def reading_layers(table: KnockOut, width: int, seed: int = 0) -> dict:
 
     Chosen on one half of the scenes; `added` is the sum there, `held_out` on the other half. Kinds count equally.
     """
-    if not 1 <= width <= table.layers:
-        raise ParameterError(f"width must be between 1 and {table.layers}, not {width}")
-    weight = {kind: 1 / table.kinds.count(kind) for kind in table.kinds}
-    balance, chosen = np.array([weight[kind] for kind in table.kinds]), choosing_half(table.groups, seed)
+    balance, chosen = table.balance, choosing_half(table.groups, seed)
     added = np.stack([table.of(f"one {layer}")[:, 1] - table.of("none")[:, 1] for layer in range(table.layers)])
     halves = [(added[:, half] * balance[half]).sum(1) / balance[half].sum() for half in (chosen, ~chosen)]
     sums = [np.convolve(half, np.ones(width), "valid") for half in halves]
