@@ -1,8 +1,7 @@
 """Metrics against the values of the field's reference implementations.
 
-Set `KVUTILS_FIXTURES` to a folder with one subfolder per metric (a `README.md` in each names the
-implementation, the layout and the tolerance). Whatever cases lie there are checked; nothing here counts or
-lists them.
+Set `KVUTILS_FIXTURES` to a folder with one subfolder per metric (a `README.md` in each names the implementation, the layout
+and the tolerance). Every case that lies there is checked.
 """
 
 import hashlib
@@ -49,10 +48,6 @@ def close(found, expected, tolerance=1e-6, what=""):
         assert found is None or math.isnan(found), f"{what}: {found}, expected undefined"
     else:
         assert abs(found - expected) <= tolerance * max(1, abs(expected)), f"{what}: {found}, expected {expected}"
-
-
-def percent(fraction):
-    return [100 * x for x in fraction] if isinstance(fraction, list) else 100 * fraction
 
 
 def counted(prediction, mask):
@@ -115,9 +110,8 @@ def coseg_jaccard(case, arrays):
 
 def coseg_vote(case, arrays):
     labels, saliency = numbered(arrays, case["case"], case["n_images"], "labels", "saliency")
-    votes, salient = cosegmentation.salient_clusters(
-        labels, saliency, case["num_labels"], case["thresh"], case["votes_percentage"]
-    )
+    options = case["num_labels"], case["thresh"], case["votes_percentage"]
+    votes, salient = cosegmentation.salient_clusters(labels, saliency, *options)
     assert votes.tolist() == case["votes"]
     assert salient.tolist() == case["salient_labels"]
 
@@ -331,28 +325,18 @@ def read_cases(folder):
 
 def collect():
     if not ROOT:
-        why = "set KVUTILS_FIXTURES to the folder of reference values to check the metrics against them"
-        return [pytest.param(None, None, None, marks=pytest.mark.skip(reason=why), id="no-fixtures")]
-    folders = sorted(p for p in Path(ROOT).iterdir() if p.is_dir()) if Path(ROOT).is_dir() else []
-    if not folders:
-        return [pytest.param(None, None, None, id=f"no-folder-in-{ROOT}")]
+        skip = pytest.mark.skip(reason="set KVUTILS_FIXTURES to the folder of reference values to check the metrics against them")
+        return [pytest.param(None, None, None, marks=skip, id="no-fixtures")]
     params = []
-    for folder in folders:
-        if folder.name not in CHECKS:
-            skip = pytest.mark.skip(reason=f"no metric knows the fixture folder {folder.name!r}")
-            params.append(pytest.param(folder.name, None, None, marks=skip, id=folder.name))
-            continue
-        cases, arrays = read_cases(folder)
-        if not cases:
-            params.append(pytest.param(folder.name, None, None, id=f"{folder.name}-empty"))
-        params += [pytest.param(folder.name, case, arrays, id=f"{folder.name}-{name}") for name, case in cases]
+    for name in sorted(CHECKS):
+        cases, arrays = read_cases(Path(ROOT) / name)
+        assert cases, f"no case in {ROOT}/{name}"
+        params += [pytest.param(name, case, arrays, id=f"{name}-{label}") for label, case in cases]
     return params
 
 
 @pytest.mark.parametrize(("folder", "case", "arrays"), collect())
 def test_equals_the_reference(folder, case, arrays):
-    assert folder is not None, f"KVUTILS_FIXTURES={ROOT} has no fixture folder"
-    assert case is not None, f"the fixture folder {folder} holds no case"
     CHECKS[folder](case, arrays)
 
 
