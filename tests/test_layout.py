@@ -82,7 +82,7 @@ def changed_tokens(mlm, pixels, blocks):
         other = pixels.copy()
         other[y0:y1, x0:x1] = 255 - other[y0:y1, x0:x1]
         images.append(other)
-    captures = capture(mlm, images, keys=False, layers=0, batch_size=16)
+    captures = capture(mlm, [Image.fromarray(one) for one in images], keys=False, layers=0, batch_size=16)
     changed = []
     for one in captures[1:]:
         sources = [(one.encoder, captures[0].encoder), (one.projector, captures[0].projector),
