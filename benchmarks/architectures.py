@@ -7,6 +7,8 @@ questions have other token counts than the real models give them; image tokens a
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,10 +31,12 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from kvutils.datasets.pocket.questions import WORDS
-from kvutils.datasets.pocket.tokenizer import build_word_tokenizer
 from kvutils.errors import ModelError
 from kvutils.models import MLM, MODELS, NEXT, ONEVISION, QWEN, Encoder, wrap_mlm
 from kvutils.processors import ImageOnlyLlavaOnevisionProcessor, ImageOnlyQwen2_5_VLProcessor, quiet_transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data" / "pocket"))
+from recipe.tokenizer import build_word_tokenizer
 
 # layers, query heads, key-value heads, head dimension, width of the MLP, vocabulary, tied word embeddings
 _TEXT: dict[str, tuple[int, int, int, int, int, int, bool]] = {

@@ -24,9 +24,11 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "data" / "pocket")]
 
-from kvutils.datasets.pocket.tokenizer import build_pocket_processor
+from recipe.tokenizer import build_pocket_processor
+
 from kvutils.kvcache import capture
 from kvutils.models import MLM, wrap_mlm
 from kvutils.prompts import prepare_text

@@ -55,8 +55,10 @@ def _pictures(count: int) -> Iterator:
 
 def _stream(images: int) -> None:
     """Stream in this process and print {start, peak} in MiB and the bytes of one image's keys as JSON."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    root = Path(__file__).resolve().parents[1]
+    sys.path[:0] = [str(root), str(root / "data" / "pocket")]
     import torch
+    from recipe.tokenizer import build_pocket_processor
     from transformers import (
         LlavaOnevisionConfig,
         LlavaOnevisionForConditionalGeneration,
@@ -64,7 +66,6 @@ def _stream(images: int) -> None:
         SiglipVisionConfig,
     )
 
-    from kvutils.datasets.pocket.tokenizer import build_pocket_processor
     from kvutils.keys import key_variance
     from kvutils.models import wrap_mlm
 

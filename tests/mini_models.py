@@ -4,12 +4,12 @@ import re
 from pathlib import Path
 
 import torch
+from recipe.tokenizer import PUNCTUATION, build_word_tokenizer
 from transformers import SiglipConfig, SiglipModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from kvutils.datasets import bdd10k
 from kvutils.datasets.pocket.shapes import CLASSES
-from kvutils.datasets.pocket.tokenizer import PUNCTUATION, build_word_tokenizer
 from kvutils.datasets.pocket.world import COLOURS
 from kvutils.models import ENCODERS, load_mlm
 from kvutils.tasks.prefixes import WORDING

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from recipe.tokenizer import build_pocket_processor
 from tiny_models import FAMILIES, IMAGES_FIRST, WORDS, tiny, tiny_pocket, tiny_siglip
 from transformers import DynamicCache, GenerationConfig
 
-from kvutils.datasets.pocket.tokenizer import build_pocket_processor
 from kvutils.errors import ImageError, ModelError, ParameterError
 from kvutils.kvcache import capture, capture_encoder, text_values
 from kvutils.language import resolve_layers

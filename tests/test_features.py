@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from recipe.tokenizer import build_word_tokenizer
 from torch.nn.functional import normalize
 from transformers import SiglipConfig, SiglipModel, SiglipTextConfig
 
-from kvutils.datasets.pocket.tokenizer import build_word_tokenizer
 from kvutils.errors import ModelError, ParameterError
 from kvutils.kvcache import capture, capture_encoder, text_values
 from kvutils.layout import TokenLayout

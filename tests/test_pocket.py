@@ -1,11 +1,12 @@
 """The pocket world, its questions, the packing of training batches, and training itself on a few steps."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from recipe import train
+from recipe import train, trainer
 from recipe.evaluate import answer_blocks, balanced_samples, missed_gates
 from recipe.model import (
     IMAGE_SLOTS,
@@ -21,10 +22,10 @@ from recipe.pool import make_pool
 from recipe.samples import Sample, Sampler, ask_about_all
 from recipe.start import SHIPPED, add_places, load_places, match_words
 from recipe.symbolic import SymbolicImage, mark_loss, place_loss
+from recipe.tokenizer import build_pocket_processor
 
 from kvutils.datasets.pocket import questions as q
 from kvutils.datasets.pocket.shapes import CLASSES, KEYPOINTS, PARTS, SILHOUETTES
-from kvutils.datasets.pocket.tokenizer import build_pocket_processor
 from kvutils.datasets.pocket.world import COLOURS, Scene, Thing, render, sample_clip, sample_scene
 from kvutils.errors import ParameterError
 from kvutils.models import wrap_mlm
@@ -376,15 +377,11 @@ def test_gates_say_what_is_missed():
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def _train(stage, steps, monkeypatch, folder, scenes=500):
-    monkeypatch.setattr(train, "WORK", folder)
+def _train(stage, steps, monkeypatch, folder):
     monkeypatch.setattr("recipe.start.SHIPPED", {})
-    monkeypatch.setattr(train, "_fast", lambda model, device: model)  # nothing to compile for a few steps
-    threads = torch.get_num_threads()
-    try:
-        train.main(["--stage", stage, "--steps", str(steps), "--scenes", str(scenes), "--device", "cpu", "--ranks", "1", "--quiet"])
-    finally:
-        torch.set_num_threads(threads)
+    monkeypatch.setattr(train, "fast", lambda model, device: model)  # nothing to compile for a few steps
+    train.main(["--stage", stage, "--steps", str(steps), "--scenes", "500", "--device", "cpu", "--ranks", "1", "--quiet",
+                "--out", str(folder)])  # fmt: skip
     return torch.load(folder / stage / "checkpoint.pt", weights_only=True)
 
 
@@ -401,10 +398,10 @@ def test_weights_to_start_from_need_one_stage_and_a_model(tmp_path):
 
 
 def test_stages_follow_each_other_and_resume(tmp_path, monkeypatch):
-    small = {name: train.Stage(s.number, s.steps, s.lr, 4, horizon=20) for name, s in train.STAGES.items()}
-    monkeypatch.setattr(train, "STAGES", small)
+    small = {name: replace(stage, scenes=4, horizon=20) for name, stage in trainer.STAGES.items()}
+    monkeypatch.setattr(trainer, "STAGES", small)
     monkeypatch.setattr(train, "quick_accuracy", lambda *a, **k: {"existence": 0.5})
-    for stage in train.STAGES:
+    for stage in trainer.STAGES:
         assert _train(stage, 2, monkeypatch, tmp_path)["step"] == 2
     resumed = _train("all", 4, monkeypatch, tmp_path)
     (tmp_path / "all" / "checkpoint.pt").unlink()

@@ -6,6 +6,7 @@ window attention with some full-attention blocks, a first token that the tokeniz
 """
 
 import torch
+from recipe.tokenizer import build_pocket_processor, build_word_tokenizer
 from tokenizers import processors
 from transformers import (
     CLIPVisionConfig,
@@ -26,7 +27,6 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from kvutils.datasets.pocket.tokenizer import build_pocket_processor, build_word_tokenizer
 from kvutils.models import MLM, Encoder, wrap_mlm
 from kvutils.processors import ImageOnlyLlavaOnevisionProcessor, ImageOnlyQwen2_5_VLProcessor
 

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from recipe.evaluate import GATES, missed_gates
-from recipe.train import LISTEN, MARK_WEIGHT, PLACE_WEIGHT, SEED, STAGES, STEP_KINDS
+from recipe.train import LISTEN, MARK_WEIGHT, PLACE_WEIGHT, STEP_KINDS
+from recipe.trainer import SEED, STAGES
 
 EXPLAIN = {
     "existence": "is there a fish ?",
@@ -127,11 +128,11 @@ def model_card(report: dict[str, dict], curves: dict[str, list[dict]], home: Pat
     weak = [kind for kind, found in report.items() if found["accuracy"]["mean"] < 0.75]
     return f"""# Pocket models
 
-<!-- Written by `python -m recipe.export`; do not edit. -->
+<!-- Written by `PYTHONPATH=data/pocket python -m recipe.export`; do not edit. -->
 
 `llava-onevision/` is a `LlavaOnevisionForConditionalGeneration` of 2.5 million parameters ({size:.1f} MB in fp16): a SigLIP
 tower (4 layers, hidden 128, 96 x 96 pixels, patch 8: 144 tokens and a newline per image) and a Qwen2 language model (8
-layers, hidden 128, 4 query and 2 key-value heads). It was trained from nothing by `python -m recipe.train` on
+layers, hidden 128, 4 query and 2 key-value heads). It was trained from nothing by `make train` on
 scenes that this repository generates, so that every measurement of the replication can run anywhere. It is a real,
 small model: what is measured on it says what happens in it, not what happens in a 7B model.
 

@@ -1,4 +1,5 @@
-"""How well the pocket model answers on held-out scenes, beside the blind baseline: `python -m recipe.evaluate`.
+"""How well the pocket model answers on held-out scenes, beside the blind baseline:
+`PYTHONPATH=data/pocket python -m recipe.evaluate`.
 
 Blind: the same questions to the same model with every image replaced by that of another sample.
 """

@@ -1,4 +1,4 @@
-"""Write the trained pocket models to data/pocket: `python -m recipe.export`.
+"""Write the trained pocket models to data/pocket: `PYTHONPATH=data/pocket python -m recipe.export`.
 
 Plain `save_pretrained` folders in fp16 (which changes no answer) with tokenizer and processor: the final model, the
 SigLIP pair, and a checkpoint of each stage. Then the held-out accuracies (`accuracy.json`), the learning curves
@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 
 from kvutils.datasets.pocket.questions import WORDS
-from kvutils.datasets.pocket.tokenizer import build_pocket_processor
 from kvutils.errors import ParameterError
 from kvutils.models import load_mlm
 from kvutils.store import write_json, write_text
@@ -21,7 +20,8 @@ from recipe.evaluate import evaluate, missed_gates, print_report
 from recipe.model import build_mlm, build_siglip
 from recipe.pool import make_pool
 from recipe.start import HOME, PLACES, SHIPPED, load_places
-from recipe.train import STAGES, WORK
+from recipe.tokenizer import build_pocket_processor
+from recipe.trainer import STAGES, WORK
 
 CHECKPOINTS = {  # folder -> (stage, file)
     SHIPPED["language"]: ("language", "checkpoint.pt"),

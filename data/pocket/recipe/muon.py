@@ -3,7 +3,6 @@
 from collections import defaultdict
 
 import torch
-import torch.distributed as dist
 
 
 def orthogonalise(matrices: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> torch.Tensor:
@@ -16,18 +15,6 @@ def orthogonalise(matrices: torch.Tensor, coefficients: tuple[float, float, floa
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
-
-
-def _shared(matrices: torch.Tensor, *options) -> torch.Tensor:
-    """`orthogonalise`, the matrices (equal on all ranks) shared out among the ranks."""
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    mine = slice(dist.get_rank() if ranks > 1 else 0, None, ranks)
-    found = torch.zeros_like(matrices)
-    if len(matrices[mine]):
-        found[mine] = orthogonalise(matrices[mine], *options)
-    if ranks > 1:
-        dist.all_reduce(found)
-    return found
 
 
 class Muon(torch.optim.Muon):
@@ -49,7 +36,7 @@ class Muon(torch.optim.Muon):
                     alike[parameter.shape].append((parameter, parameter.grad.lerp(momentum, group["momentum"])))
             for shape, found in alike.items():
                 updates = torch.stack([update for _, update in found])
-                updates = _shared(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                updates = orthogonalise(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
                 rate = 0.2 * max(shape) ** 0.5 * group["lr"]
                 for (parameter, _), update in zip(found, updates, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=rate)

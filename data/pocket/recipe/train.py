@@ -1,4 +1,4 @@
-"""Train the pocket models, built up as real ones are: `python -m recipe.train`.
+"""Train the pocket models, built up as real ones are: `make train`, or `PYTHONPATH=data/pocket python -m recipe.train`.
 
 Four stages, each with a gate and a checkpoint (the recipe and its reasons are in data/pocket/README.md):
 
@@ -12,12 +12,9 @@ be stopped at any time and goes on from its last checkpoint. Batches depend on (
 """
 
 import argparse
-import json
 import math
 import os
 import socket
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,35 +26,13 @@ from kvutils.errors import ParameterError
 from recipe.captions import caption_tokens, encoder_batch
 from recipe.evaluate import quick_accuracy
 from recipe.model import IMAGE_SLOTS, answer_loss, build_mlm, build_siglip, encode_windows, image_embeddings, patch_windows, with_newline
-from recipe.muon import Muon
 from recipe.packing import pack, pixel_batch
 from recipe.pool import Pool, load_or_make_pool
 from recipe.samples import Sampler
 from recipe.start import add_places, load_into, load_places, match_words, start_from
 from recipe.symbolic import COARSE, SymbolicImage, mark_loss, place_loss
+from recipe.trainer import SEED, STAGES, WORK, Trainer, autocast, fast
 
-WORK = Path(__file__).resolve().parents[2] / "training"
-SEED = 1
-
-
-@dataclass(frozen=True)
-class Stage:
-    """`lr` of AdamW; Muon's is three times that (its updates are scaled to AdamW's size). `scenes` per step, over all ranks.
-    `horizon`: the steps that the cosine schedule is laid out for, if more than are run."""
-
-    number: int
-    steps: int
-    lr: float
-    scenes: int
-    horizon: int = 0
-
-
-STAGES = {
-    "encoder": Stage(1, 4000, 1.5e-3, 64),
-    "language": Stage(2, 9500, 1.5e-3, 24, horizon=14_000),
-    "projector": Stage(3, 300, 2e-3, 24),
-    "all": Stage(4, 4500, 1e-3, 24),
-}
 # Sequences in a step of this kind, relative to a step of single images.
 SEQUENCES = {"single": 1.0, "marked": 1.5, "correspondence": 0.75, "style_match": 0.5, "class_match": 0.5}
 # Which kind of sample a step is made of. What needs two looks in turn is learned in the text stage or not at all.
@@ -70,137 +45,6 @@ MARK_WEIGHT, PLACE_WEIGHT = 0.3, 0.2  # of `mark_loss` and `place_loss`, in stag
 WARM_UP, LISTEN = 100, 1000  # steps over which a rate rises: of everything, and of the language model in stage 4
 
 
-class Trainer:
-    """Optimisers, schedule, gradient exchange, checkpoints and the learning curve of one stage."""
-
-    def __init__(self, name: str, modules: nn.ModuleDict, groups: list[tuple[list, float, int]], steps: int, quiet: bool):
-        """`groups`: (named parameters, their rate relative to the stage's, steps over which it rises)."""
-        self.name, self.modules, self.steps, self.quiet = name, modules, steps, quiet
-        self.stage = STAGES[name]
-        self.horizon = max(steps, self.stage.horizon)
-        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        matrices, rest = [], []
-        for named, scale, warm in groups:
-            for key, parameter in named:
-                hidden = parameter.ndim == 2 and not any(w in key for w in ("embed", "lm_head", "rows", "columns"))
-                (matrices if hidden else rest).append({"params": [parameter], "scale": scale, "warm": warm})
-        lr = self.stage.lr
-        self.optimizers = [
-            Muon(_merge(matrices), lr=3 * lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(_merge(rest), lr=lr, weight_decay=0.0, betas=(0.9, 0.98)),
-        ]
-        self.parameters = [p for o in self.optimizers for g in o.param_groups for p in g["params"]]
-        self.file = WORK / name / "checkpoint.pt"
-        self.curve: list[dict] = []
-        self.step = 0
-        if self.file.exists():
-            self._resume()
-        self.started, self.first = time.time(), self.step
-        self.recent: list[float] = []
-
-    def _resume(self) -> None:
-        state = torch.load(self.file, map_location="cpu", weights_only=True)
-        self.modules.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            recipe = [{k: group[k] for k in ("scale", "warm")} for group in optimizer.param_groups]
-            optimizer.load_state_dict(saved)
-            for group, ours in zip(optimizer.param_groups, recipe, strict=True):
-                group.update(ours)  # the recipe's, not the checkpoint's
-        self.step, self.curve = state["step"], state["curve"]
-
-    def save(self) -> None:
-        if self.rank:
-            return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        state = {
-            "model": self.modules.state_dict(),
-            "optimizers": [o.state_dict() for o in self.optimizers],
-            "step": self.step,
-            "curve": self.curve,
-        }
-        torch.save(state, self.file.with_suffix(".tmp"))
-        os.replace(self.file.with_suffix(".tmp"), self.file)
-        self.file.with_name("curve.json").write_text(json.dumps(self.curve))
-
-    def rng(self) -> np.random.Generator:
-        return np.random.default_rng((SEED, self.stage.number, self.step, self.rank))
-
-    def step_rng(self) -> np.random.Generator:
-        """The same on every rank: for choices that all ranks share."""
-        return np.random.default_rng((SEED, self.stage.number, self.step, 10_000))
-
-    def update(self, loss: torch.Tensor, every: int = 50) -> None:
-        loss.backward()
-        if self.ranks > 1:
-            flat = torch.cat([p.grad.flatten() if p.grad is not None else p.new_zeros(p.numel()) for p in self.parameters])
-            dist.all_reduce(flat)
-            flat /= self.ranks
-            for parameter, piece in zip(self.parameters, flat.split([p.numel() for p in self.parameters])):
-                parameter.grad = piece.view_as(parameter)
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        factor = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, self.step / self.horizon)))
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial"] * factor * min(1.0, (self.step + 1) / group["warm"])
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.recent.append(float(loss.detach()))
-        self.step += 1
-        if self.step % every == 0:
-            self.curve.append({"step": self.step, "loss": round(float(np.mean(self.recent[-every:])), 4)})
-            if not self.rank and not self.quiet:
-                rate = (time.time() - self.started) / (self.step - self.first)
-                left = rate * (self.steps - self.step) / 60
-                print(
-                    f"{self.name:9s} step {self.step:5d}/{self.steps}  loss {self.curve[-1]['loss']:.4f}  "
-                    f"{rate:.2f} s/step, {left:.0f} min left",
-                    flush=True,
-                )
-
-    def note(self, **values: float) -> None:
-        """Held-out figures, beside the loss in the learning curve."""
-        self.curve.append({"step": self.step, **{k: round(float(v), 4) for k, v in values.items()}})
-        if not self.rank and not self.quiet:
-            print(f"{self.name:9s} held out: " + "  ".join(f"{k} {v:.3f}" for k, v in values.items()), flush=True)
-
-
-def _merge(entries: list[dict]) -> list[dict]:
-    kinds = sorted({(e["scale"], e["warm"]) for e in entries})
-    return [
-        {"params": [e["params"][0] for e in entries if (e["scale"], e["warm"]) == kind], "scale": kind[0], "warm": kind[1]}
-        for kind in kinds
-    ]
-
-
-def _set_initial(trainer: Trainer) -> None:
-    for optimizer, times in zip(trainer.optimizers, (3, 1), strict=True):
-        for group in optimizer.param_groups:
-            group["initial"] = trainer.stage.lr * times * group["scale"]
-
-
-def computes_bfloat16(device: str) -> bool:
-    """False for a CPU that only emulates it, at a third of float32's speed."""
-    if torch.device(device).type != "cpu":
-        return True
-    found = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 cannot tell: float32 is right anywhere
-    return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
-
-
-def autocast(device: str):
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=computes_bfloat16(device))
-
-
-def _fast(model, device: str):
-    """On a CPU: compiled layers, which fuse the many small operations between the matrix products (after a minute of
-    compiling), and in bfloat16 eager attention (0.4 of the time of sdpa's backward pass on one thread)."""
-    if torch.device(device).type == "cpu":
-        model.set_attn_implementation("eager" if computes_bfloat16(device) else "sdpa")
-        for name, module in model.named_modules():
-            if type(module).__name__ in ("SiglipEncoderLayer", "Qwen2DecoderLayer"):
-                module.compile(dynamic=True)
-    return model
-
-
 # --- stage 1 ---------------------------------------------------------------------------------------------------------
 
 def siglip_logits(siglip, pixels, first, side, captions):
@@ -210,16 +54,16 @@ def siglip_logits(siglip, pixels, first, side, captions):
     return image @ text.T * siglip.logit_scale.exp() + siglip.logit_bias
 
 
-def train_encoder(pool: Pool, held_out: Pool, steps: int, device: str, quiet: bool) -> None:
+def train_encoder(pool: Pool, held_out: Pool, options: argparse.Namespace) -> None:
     from sklearn.metrics import roc_auc_score
 
+    device, steps = options.device, options.steps
     torch.manual_seed(SEED)
-    siglip = _fast(build_siglip().to(device), device)
+    siglip = fast(build_siglip().to(device), device)
     nn.init.constant_(siglip.logit_scale, math.log(10.0))
     nn.init.constant_(siglip.logit_bias, -4.0)  # a caption holds for about 1 image in 12 here, not in 32,000
     groups = [(list(siglip.named_parameters()), 1.0, WARM_UP)]
-    trainer = Trainer("encoder", nn.ModuleDict({"siglip": siglip}), groups, steps, quiet)
-    _set_initial(trainer)
+    trainer = Trainer("encoder", nn.ModuleDict({"siglip": siglip}), groups, options)
     captions = caption_tokens().to(device)
     fixed = encoder_batch(held_out, np.arange(400), np.random.default_rng(7), whole=True)
     # Shapes first on clean daylight scenes: textures of the styles keep the classes from being learned at all early on.
@@ -239,9 +83,9 @@ def train_encoder(pool: Pool, held_out: Pool, steps: int, device: str, quiet: bo
             with torch.no_grad(), autocast(device):
                 logits = siglip_logits(siglip, fixed[0].to(device), fixed[1], fixed[2], captions).cpu()
             auc = {}
-            for name, part in (("existence", slice(0, 8)), ("colour_class", slice(8, 72)), ("style", slice(80, 85)), ("letter", slice(88, 93))):
+            for kind, part in (("existence", slice(0, 8)), ("colour_class", slice(8, 72)), ("style", slice(80, 85)), ("letter", slice(88, 93))):
                 keep = fixed[4][:, part] > 0
-                auc[name] = roc_auc_score(fixed[3][:, part][keep], logits[:, part][keep])
+                auc[kind] = roc_auc_score(fixed[3][:, part][keep], logits[:, part][keep])
             trainer.note(**{f"auc_{k}": v for k, v in auc.items()})
             trainer.save()
     trainer.save()
@@ -257,18 +101,18 @@ def draw_step(trainer: Trainer, sampler: Sampler):
     return sampler.draw(kind, max(2, int(trainer.stage.scenes * SEQUENCES[kind] / trainer.ranks)), trainer.rng())
 
 
-def train_language(pool: Pool, held_out: Pool, steps: int, device: str, quiet: bool, start: Path | None = None) -> None:
+def train_language(pool: Pool, held_out: Pool, options: argparse.Namespace) -> None:
+    device, steps = options.device, options.steps
     torch.manual_seed(SEED)
-    mlm, symbolic = _fast(build_mlm().to(device), device), SymbolicImage().to(device)
+    mlm, symbolic = fast(build_mlm().to(device), device), SymbolicImage().to(device)
     nn.init.normal_(mlm.get_input_embeddings().weight, std=0.1)
-    start_from(mlm, start)
+    start_from(mlm, options.start_from)
     modules = nn.ModuleDict({"mlm": mlm, "symbolic": symbolic})
     named = [
         *((k, p) for k, p in mlm.named_parameters() if "vision" not in k and "projector" not in k and "newline" not in k),
         *symbolic.named_parameters(),
     ]
-    trainer = Trainer("language", modules, [(named, 1.0, WARM_UP)], steps, quiet)
-    _set_initial(trainer)
+    trainer = Trainer("language", modules, [(named, 1.0, WARM_UP)], options)
     sampler, fixed = Sampler(pool), Sampler(held_out)
     while trainer.step < steps:
         packed = pack(draw_step(trainer, sampler), COARSE**2 + 1).to(device)
@@ -285,25 +129,24 @@ def train_language(pool: Pool, held_out: Pool, steps: int, device: str, quiet: b
     trainer.save()
 
 
-def train_vision_language(
-    name: str, pool: Pool, held_out: Pool, steps: int, device: str, quiet: bool, start: Path | None = None
-) -> None:
+def train_vision_language(name: str, pool: Pool, held_out: Pool, options: argparse.Namespace) -> None:
     """Stage 3 (`projector`: everything else frozen) and stage 4 (`all`)."""
+    device, steps, start = options.device, options.steps, options.start_from
     torch.manual_seed(SEED)
-    mlm = _fast(build_mlm().to(device), device)
-    columns, rows = load_places(WORK)
+    mlm = fast(build_mlm().to(device), device)
+    columns, rows = load_places(options.out)
     if name == "projector":
         some = pixel_batch(pool, [(row, []) for row in range(64)]).to(device)
-        load_into(mlm, "language", WORK)
+        load_into(mlm, "language", options.out)
         siglip = build_siglip()
-        load_into(siglip, "encoder", WORK)
+        load_into(siglip, "encoder", options.out)
         mlm.model.vision_tower.load_state_dict(siglip.vision_model.state_dict())
         if start is None:
             add_places(mlm, some)
         start_from(mlm, start, ("vision_tower", "projector", "newline"))
         match_words(mlm, some)
     else:
-        load_into(mlm, "projector", WORK)
+        load_into(mlm, "projector", options.out)
         start_from(mlm, start)
     for key, parameter in mlm.named_parameters():
         parameter.requires_grad_(name == "all" or "projector" in key or "newline" in key)
@@ -316,8 +159,7 @@ def train_vision_language(
     groups = [(first, 1.0, WARM_UP), (last, small, WARM_UP)]
     if name == "all":
         groups += [(vision, 0.9, WARM_UP), (words, 1.0, LISTEN)]
-    trainer = Trainer(name, nn.ModuleDict({"mlm": mlm}), groups, steps, quiet)
-    _set_initial(trainer)
+    trainer = Trainer(name, nn.ModuleDict({"mlm": mlm}), groups, options)
     sampler, fixed = Sampler(pool), Sampler(held_out)
     while trainer.step < steps:
         packed = pack(draw_step(trainer, sampler), IMAGE_SLOTS).to(device)
@@ -348,26 +190,31 @@ def train_vision_language(
     trainer.save()
 
 
+def _pools(options: argparse.Namespace) -> tuple[Pool, Pool]:
+    """The scenes to train on and those held out, drawn where they are missing."""
+    held_out = min(3000, options.scenes)
+    return load_or_make_pool(options.out, options.scenes, SEED), load_or_make_pool(options.out, held_out, SEED + 1)
+
+
 def _run(rank: int, ranks: int, port: int, name: str, options: argparse.Namespace) -> None:
     torch.set_num_threads(max(1, options.threads))
     if ranks > 1:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         dist.init_process_group("gloo", rank=rank, world_size=ranks)
-    pool = load_or_make_pool(WORK, options.scenes, SEED)
-    held_out = load_or_make_pool(WORK, min(3000, options.scenes), SEED + 1)
-    steps = options.steps or STAGES[name].steps
+    pool, held_out = _pools(options)
+    options = argparse.Namespace(**vars(options) | {"steps": options.steps or STAGES[name].steps})
     if name == "encoder":
-        train_encoder(pool, held_out, steps, options.device, options.quiet)
+        train_encoder(pool, held_out, options)
     elif name == "language":
-        train_language(pool, held_out, steps, options.device, options.quiet, options.start_from)
+        train_language(pool, held_out, options)
     else:
-        train_vision_language(name, pool, held_out, steps, options.device, options.quiet, options.start_from)
+        train_vision_language(name, pool, held_out, options)
     if ranks > 1:
         dist.destroy_process_group()
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m recipe.train", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="make train", description=__doc__.split("\n")[0])
     parser.add_argument("--stage", choices=[*STAGES, "every"], default="every", help="one stage, or every one in turn")
     parser.add_argument("--steps", type=int, help="steps of the stage (default: the recipe's)")
     parser.add_argument("--scenes", type=int, default=60_000, help="training scenes to draw (default 60000)")
@@ -378,6 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--start-from", type=Path, metavar="FOLDER",
         help="weights to begin stage 2 or 4 with, or the vision side of stage 3; a checkpoint of the stage goes first",
     )  # fmt: skip
+    parser.add_argument("--out", type=Path, default=WORK, metavar="FOLDER", help="for scenes and checkpoints (default: data/training)")
     parser.add_argument("--quiet", action="store_true", help="print nothing")
     options = parser.parse_args(arguments)
     if options.start_from is not None:
@@ -386,8 +234,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not (options.start_from / "config.json").is_file():
             raise ParameterError(f"{options.start_from} holds no model (config.json is missing): give a folder of save_pretrained")
     ranks = options.ranks or (1 if options.device.startswith("cuda") else min(2, os.cpu_count() or 1))
-    load_or_make_pool(WORK, options.scenes, SEED)
-    load_or_make_pool(WORK, min(3000, options.scenes), SEED + 1)
+    _pools(options)
     for name in STAGES if options.stage == "every" else [options.stage]:
         if ranks == 1:
             _run(0, 1, 0, name, options)

@@ -1,0 +1,164 @@
+"""One stage of training: its schedule, optimisers, gradient exchange, checkpoints and learning curve."""
+
+import json
+import math
+import os
+import time
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from recipe.muon import Muon
+
+WORK = Path(__file__).resolve().parents[2] / "training"
+SEED = 1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`lr` of AdamW; Muon's is three times that (its updates are scaled to AdamW's size). `scenes` per step, over all ranks.
+    `horizon`: the steps that the cosine schedule is laid out for, if more than are run."""
+
+    number: int
+    steps: int
+    lr: float
+    scenes: int
+    horizon: int = 0
+
+
+STAGES = {
+    "encoder": Stage(1, 4000, 1.5e-3, 64),
+    "language": Stage(2, 9500, 1.5e-3, 24, horizon=14_000),
+    "projector": Stage(3, 300, 2e-3, 24),
+    "all": Stage(4, 4500, 1e-3, 24),
+}
+
+
+class Trainer:
+    """Optimisers, schedule, gradient exchange, checkpoints and the learning curve of one stage."""
+
+    def __init__(self, name: str, modules: nn.ModuleDict, groups: list[tuple[list, float, int]], options: Namespace):
+        """`groups`: (named parameters, their rate relative to the stage's, steps over which it rises). options: those of the
+        command line, with the steps of this stage."""
+        self.name, self.modules, self.steps, self.quiet = name, modules, options.steps, options.quiet
+        self.stage = STAGES[name]
+        self.horizon = max(self.steps, self.stage.horizon)
+        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        matrices, rest = [], []
+        for named, scale, warm in groups:
+            for key, parameter in named:
+                hidden = parameter.ndim == 2 and not any(w in key for w in ("embed", "lm_head", "rows", "columns"))
+                (matrices if hidden else rest).append({"params": [parameter], "scale": scale, "warm": warm})
+        lr = self.stage.lr
+        self.optimizers = [
+            Muon(_merge(matrices), lr=3 * lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(_merge(rest), lr=lr, weight_decay=0.0, betas=(0.9, 0.98)),
+        ]
+        self.parameters = [p for o in self.optimizers for g in o.param_groups for p in g["params"]]
+        self.file = options.out / name / "checkpoint.pt"
+        self.curve: list[dict] = []
+        self.step = 0
+        if self.file.exists():
+            self._resume()
+        for optimizer, times in zip(self.optimizers, (3, 1), strict=True):
+            for group in optimizer.param_groups:
+                group["initial"] = lr * times * group["scale"]
+        self.started, self.first = time.time(), self.step
+        self.recent: list[float] = []
+
+    def _resume(self) -> None:
+        state = torch.load(self.file, map_location="cpu", weights_only=True)
+        self.modules.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            recipe = [{k: group[k] for k in ("scale", "warm")} for group in optimizer.param_groups]
+            optimizer.load_state_dict(saved)
+            for group, ours in zip(optimizer.param_groups, recipe, strict=True):
+                group.update(ours)  # the recipe's, not the checkpoint's
+        self.step, self.curve = state["step"], state["curve"]
+
+    def save(self) -> None:
+        if self.rank:
+            return
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        state = {"model": self.modules.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
+                 "step": self.step, "curve": self.curve}  # fmt: skip
+        torch.save(state, self.file.with_suffix(".tmp"))
+        os.replace(self.file.with_suffix(".tmp"), self.file)
+        self.file.with_name("curve.json").write_text(json.dumps(self.curve))
+
+    def rng(self) -> np.random.Generator:
+        return np.random.default_rng((SEED, self.stage.number, self.step, self.rank))
+
+    def step_rng(self) -> np.random.Generator:
+        """The same on every rank: for choices that all ranks share."""
+        return np.random.default_rng((SEED, self.stage.number, self.step, 10_000))
+
+    def update(self, loss: torch.Tensor, every: int = 50) -> None:
+        loss.backward()
+        if self.ranks > 1:
+            flat = torch.cat([p.grad.flatten() if p.grad is not None else p.new_zeros(p.numel()) for p in self.parameters])
+            dist.all_reduce(flat)
+            flat /= self.ranks
+            for parameter, piece in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
+                parameter.grad = piece.view_as(parameter)
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        factor = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, self.step / self.horizon)))
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial"] * factor * min(1.0, (self.step + 1) / group["warm"])
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.recent.append(float(loss.detach()))
+        self.step += 1
+        if self.step % every == 0:
+            self.curve.append({"step": self.step, "loss": round(float(np.mean(self.recent[-every:])), 4)})
+            if not self.rank and not self.quiet:
+                rate = (time.time() - self.started) / (self.step - self.first)
+                left = rate * (self.steps - self.step) / 60
+                print(
+                    f"{self.name:9s} step {self.step:5d}/{self.steps}  loss {self.curve[-1]['loss']:.4f}  "
+                    f"{rate:.2f} s/step, {left:.0f} min left",
+                    flush=True,
+                )
+
+    def note(self, **values: float) -> None:
+        """Held-out figures, beside the loss in the learning curve."""
+        self.curve.append({"step": self.step, **{k: round(float(v), 4) for k, v in values.items()}})
+        if not self.rank and not self.quiet:
+            print(f"{self.name:9s} held out: " + "  ".join(f"{k} {v:.3f}" for k, v in values.items()), flush=True)
+
+
+def _merge(entries: list[dict]) -> list[dict]:
+    kinds = sorted({(e["scale"], e["warm"]) for e in entries})
+    return [
+        {"params": [e["params"][0] for e in entries if (e["scale"], e["warm"]) == kind], "scale": kind[0], "warm": kind[1]}
+        for kind in kinds
+    ]
+
+
+def computes_bfloat16(device: str) -> bool:
+    """False for a CPU that only emulates it, at a third of float32's speed."""
+    if torch.device(device).type != "cpu":
+        return True
+    found = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 cannot tell: float32 is right anywhere
+    return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
+
+
+def autocast(device: str):
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=computes_bfloat16(device))
+
+
+def fast(model, device: str):
+    """On a CPU: compiled layers, which fuse the many small operations between the matrix products (after a minute of
+    compiling), and in bfloat16 eager attention (0.4 of the time of sdpa's backward pass on one thread)."""
+    if torch.device(device).type == "cpu":
+        model.set_attn_implementation("eager" if computes_bfloat16(device) else "sdpa")
+        for module in model.modules():
+            if type(module).__name__ in ("SiglipEncoderLayer", "Qwen2DecoderLayer"):
+                module.compile(dynamic=True)
+    return model
