@@ -25,6 +25,8 @@ assert len(load_claims()) == 14 and len(CATALOG) == 11 and len(open_dataset("poc
 assert cli.main(["data"]) == 0
 assert cli.main(["capture", "photo.png", "--out", "photo.safetensors"]) == 0
 assert cli.main(["replicate"]) == 2
+assert cli.main(["plan"]) == 0
+assert sorted(kvutils.__all__)[0] == "Capture" and kvutils.load_mlm
 """
 
 
