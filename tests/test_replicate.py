@@ -82,33 +82,22 @@ def test_a_run_is_clean_and_the_same_again(root, capsys):
     assert claims[0]["verdict"] == "reproduced"
 
 
-def test_a_failing_cell_leaves_the_notebook_as_it_was(root, capsys):
-    path = root / "notebooks" / "01_stub.ipynb"
-    nbformat.write(book("def f():\n    return 1 / 0\nf()"), path)
-    nbformat.write(book(), root / "notebooks" / "02_stub.ipynb")
-    before = path.read_bytes()
+def test_notebooks_that_fail_stay_as_they_were_and_the_others_are_run(root, capsys):
+    """A failing cell; an error of the library, without its traceback; a dead kernel."""
+    bodies = {"01_stub": "def f():\n    return 1 / 0\nf()", "03_stub": "import os; os._exit(9)",
+              "02_stub": "class DataError(Exception): pass\nraise DataError('DAVIS is missing')"}
+    for name, body in bodies.items():
+        nbformat.write(book(body), root / "notebooks" / f"{name}.ipynb")
+    nbformat.write(book(), root / "notebooks" / "04_stub.ipynb")
+    before = {name: (root / "notebooks" / f"{name}.ipynb").read_bytes() for name in bodies}
     assert main(["replicate"]) == 1
-    assert path.read_bytes() == before
+    assert {name: (root / "notebooks" / f"{name}.ipynb").read_bytes() for name in bodies} == before
     printed = capsys.readouterr().out
-    assert "01_stub  stopped in cell 3: ZeroDivisionError: division by zero" in printed
-    assert "return 1 / 0" in printed
-    assert "02_stub  done" in printed and "FAILED: 01_stub" in printed  # the others are run
+    assert "01_stub  stopped in cell 3: ZeroDivisionError: division by zero" in printed and "return 1 / 0" in printed
+    assert "cell 3: DataError: DAVIS is missing\nAs far" in printed and "03_stub  stopped: DeadKernelError" in printed
+    assert "04_stub  done" in printed and "FAILED: 01_stub, 02_stub, 03_stub" in printed
     kept = nbformat.read(root / "data" / "cache" / "failed" / "01_stub.ipynb", as_version=4)
     assert any(output.output_type == "error" for cell in kept.cells for output in cell.get("outputs", []))
-
-
-def test_an_error_of_the_library_is_shown_without_its_traceback(root, capsys):
-    nbformat.write(book("class DataError(Exception): pass\nraise DataError('DAVIS is missing')"),
-                   root / "notebooks" / "01_stub.ipynb")
-    assert main(["replicate"]) == 1
-    printed = capsys.readouterr().out
-    assert "cell 3: DataError: DAVIS is missing\nAs far" in printed
-
-
-def test_a_dead_kernel_is_reported(root, capsys):
-    nbformat.write(book("import os; os._exit(9)"), root / "notebooks" / "01_stub.ipynb")
-    assert main(["replicate"]) == 1
-    assert "01_stub  stopped: DeadKernelError" in capsys.readouterr().out
 
 
 def test_parameters_write_elsewhere(root, capsys):
@@ -123,25 +112,21 @@ def test_parameters_write_elsewhere(root, capsys):
     assert done.cells[2].metadata.tags == ["injected-parameters"]
 
 
-def test_another_profile_writes_beside_its_results(root, monkeypatch):
-    asked = []
-    monkeypatch.setattr(plan, "check_ready", lambda *what: asked.append(what))
+def test_another_profile_writes_beside_its_results_once_everything_is_there(root, monkeypatch, capsys):
+    def missing(*what):
+        assert what == ("paper", "big", ["01"], None)
+        raise DataError("Nothing was started: this is missing.")
+
     before = (root / "notebooks" / "01_stub.ipynb").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(plan, "check_ready", missing)
+        assert main(["replicate", "--profile", "paper", "--model", "big"]) == 2
+    said = capsys.readouterr()
+    assert said.err == "error: Nothing was started: this is missing.\n" and not said.out and not (root / "data").exists()
+    monkeypatch.setattr(plan, "check_ready", lambda *_: None)
     assert main(["replicate", "--profile", "paper", "--model", "big"]) == 0
     assert (root / "notebooks" / "01_stub.ipynb").read_bytes() == before
     assert (root / "data" / "results" / "paper" / "big" / "01_stub.ipynb").exists()
-    assert asked == [("paper", "big", ["01"], None)]
-
-
-def test_nothing_starts_when_something_is_missing(root, monkeypatch, capsys):
-    def missing(*_):
-        raise DataError("Nothing was started: this is missing.")
-
-    monkeypatch.setattr(plan, "check_ready", missing)
-    assert main(["replicate", "--profile", "paper", "--model", "big"]) == 2
-    said = capsys.readouterr()
-    assert said.err == "error: Nothing was started: this is missing.\n" and not said.out
-    assert not (root / "data").exists()
 
 
 REPOSITORY = str(notebook.ROOT)
@@ -224,8 +209,9 @@ def test_an_interrupted_run_leaves_the_notebook_and_runs_again(root):
                         "if not p.exists():\n    p.touch(); time.sleep(60)"), path)
     before = path.read_bytes()
     environment = os.environ | {"PYTHONPATH": REPOSITORY}
-    run = subprocess.Popen([sys.executable, "-c", f"{ELSEWHERE.format(root=str(root))}sys.exit(cli.main(['replicate']))"], cwd=root, env=environment, start_new_session=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    code = f"{ELSEWHERE.format(root=str(root))}sys.exit(cli.main(['replicate']))"
+    run = subprocess.Popen([sys.executable, "-c", code], cwd=root, env=environment, start_new_session=True, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     for _ in range(1200):  # two minutes, on a busy machine
         if mark.exists() or run.poll() is not None:
             break
@@ -248,37 +234,27 @@ def test_colab_cells_follow_the_address():
             compile(made.cells[1].source, "setup", "exec")
 
 
-def check(**values) -> dict:
-    namespace = {"__name__": "x", "_": 1, "In": [], "Out": {}, "LIMIT": 3, "check": check}
-    return check_parameters(namespace | values, profile=PROFILES, model=str, seed=int, rate=float)
-
-
 GOOD = {"profile": "pocket", "model": "pocket", "seed": 1, "rate": 1}
+KNOWN = {"profile": PROFILES, "model": str, "seed": int, "rate": float}
 
 
-def test_good_parameters_pass():
-    assert check(**GOOD) == GOOD
+def test_good_parameters_pass_and_later_variables_are_none():
+    namespace = {"__name__": "x", "_": 1, "In": [], "Out": {}, "LIMIT": 3, "check": check_parameters, **GOOD}
+    assert check_parameters(namespace, **KNOWN) == GOOD
+    namespace["later"] = 3
+    assert check_parameters(namespace, **KNOWN) == GOOD
 
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"sed": 2}, "unknown parameter 'sed' (did you mean 'seed'?)"),
-    ({"seed": "2"}, "expected int, found str"),
-    ({"seed": True}, "expected int, found bool"),
+    ({"seed": "2"}, "expected int, found str"), ({"seed": True}, "expected int, found bool"),
     ({"profile": "papr"}, "(did you mean 'paper'?); expected one of pocket, paper"),
     ({"items": [1]}, "unknown parameter 'items'"),
 ])
 def test_bad_parameters_do_not(change, message):
     with pytest.raises(ParameterError) as error:
-        check(**GOOD | change)
+        check_parameters(GOOD | change, **KNOWN)
     assert message in str(error.value)
-
-
-def test_the_check_can_be_run_again():
-    namespace = dict(GOOD)
-    known = {"profile": PROFILES, "model": str, "seed": int, "rate": float}
-    check_parameters(namespace, **known)
-    namespace["later"] = 3
-    assert check_parameters(namespace, **known) == GOOD
 
 
 def test_places_do_not_depend_on_the_working_directory(tmp_path, monkeypatch):
@@ -303,7 +279,8 @@ def test_the_environment_is_said_without_what_differs_between_two_machines(capsy
 
 
 CLAIM = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9, "unit": "F1", "entries": [
-    {"name": "a minus b", "value": 0.1, "low": 0.05, "high": 0.2, "n": 5}, {"name": "c", "value": None, "low": None, "high": None, "n": 1, "reason": "no item"}]}
+    {"name": "a minus b", "value": 0.1, "low": 0.05, "high": 0.2, "n": 5},
+    {"name": "c", "value": None, "low": None, "high": None, "n": 1, "reason": "no item"}]}
 
 
 def test_the_last_cells(root, monkeypatch, capsys):
