@@ -108,7 +108,7 @@ class KeyVariance:
             raise DataError("no key has been seen yet: call update(keys) first")
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """All it holds as tensors on the CPU, such as `Store` and `Parts` keep."""
+        """All it holds as tensors on the CPU, such as `Parts` keeps."""
         sums = {name: getattr(self, name).cpu().clone() for name in _SUMS} if self.count else {}
         return {"count": torch.tensor(self.count), **sums}
 

@@ -1,12 +1,12 @@
-"""Captures and results on disk: written whole or not at all, checked when read, reused only while valid.
+"""Results and parts of a run on disk: written whole or not at all, checked when read, reused only while valid.
 
-`write_json` writes a results file; `Store` keeps tensors under a key; `Parts` keeps the finished parts of a
-run under a fingerprint of all that they depend on, so that a run that was stopped goes on where it was.
+`write_json` writes a results file; `Parts` keeps the finished parts of a run under a fingerprint of all that they depend
+on, so that a run that was stopped goes on where it was; `in_chunks` is how every task works through its items.
 
-Every write goes to a file of its own in the same folder, which is then renamed over the target. A killed run
-leaves the previous file; a full disk leaves the previous file and raises `StoreError`; two runs in one folder
-each write whole files, and share the parts between them (`Parts.make_all`): that is also how several processes,
-GPUs and nodes with a common file system work on one run.
+Every write goes to a file of its own in the same folder, which is then renamed over the target. A killed run leaves the
+previous file; a full disk leaves the previous file and raises `StoreError`; two runs in one folder each write whole files,
+and share the parts between them (`Parts.make_all`): that is also how several processes, GPUs and nodes with a common file
+system work on one run.
 """
 
 import ast
@@ -20,9 +20,8 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache, partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
-from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -38,7 +37,6 @@ Array = torch.Tensor | np.ndarray
 Job = tuple[str, Callable[[], object]]  # the key of a part, and what computes it
 WAIT = 0.5  # seconds between two looks at a part that another process computes
 PACKAGE = Path(__file__).resolve().parent
-VERSIONS = ("torch", "transformers", "numpy", "scikit-learn", "pillow")
 NOT_MEASURING = ("plots/", "run/", "__main__")  # rooms that draw and report: a change there leaves stored parts valid
 
 
@@ -53,48 +51,38 @@ def atomic(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())  # otherwise a power cut may leave the new name with old or no content
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        raise StoreError(f"{path} could not be written ({error}). What was stored before is untouched. Free "
-                         "some space or mend the permissions and run again: it resumes.") from error
+        raise StoreError(f"{path} could not be written ({error}). What was stored before is untouched. Free some space or "
+                         "mend the permissions and run again: it resumes.") from error  # fmt: skip
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def plain(value: object, where: str = "") -> object:
+def plain(value: object, digits: int | None = None, where: str = "the value") -> object:
     """`value` in JSON's own types: NumPy and torch scalars and arrays become numbers and lists, NaN (undefined) None.
 
-    Raises `StoreError` that names the entry for infinities and types that JSON does not have.
+    digits: significant digits of floats, default all. Raises `StoreError` that names the entry for infinities and types that
+    JSON does not have.
     """
     if isinstance(value, Array | np.generic):
         value = value.tolist()
-    if isinstance(value, float) and math.isnan(value):
-        return None
-    if isinstance(value, float) and math.isinf(value):
-        raise StoreError(f"{where or 'the value'} is {value}: only finite numbers can be stored.")
-    if value is None or isinstance(value, str | bool | int | float):
+    if isinstance(value, float):
+        if math.isinf(value):
+            raise StoreError(f"{where} is {value}: only finite numbers can be stored.")
+        return None if math.isnan(value) else value if digits is None else float(f"{value:.{digits}g}")
+    if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, Mapping):
         if not all(isinstance(key, str | int) for key in value):
-            raise StoreError(f"{where or 'the value'} has keys other than strings and integers: "
-                             f"{list(value)!r}")
-        return {str(key): plain(item, f"{where}.{key}".lstrip(".")) for key, item in value.items()}
+            raise StoreError(f"{where} has keys other than strings and integers: {list(value)!r}")
+        return {str(key): plain(item, digits, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
-    raise StoreError(f"{where or 'the value'} is a {type(value).__name__}, which JSON cannot hold: {value!r}")
+        return [plain(item, digits, f"{where}[{i}]") for i, item in enumerate(value)]
+    raise StoreError(f"{where} is a {type(value).__name__}, which JSON cannot hold: {value!r}")
 
 
-def rounded(value: object, digits: int = 9) -> object:
-    """`plain(value)` with every float to `digits` significant digits: what another machine's last bits do not reach."""
-    value = plain(value)
-    if isinstance(value, float):
-        return float(f"{value:.{digits}g}")
-    if isinstance(value, dict):
-        return {key: rounded(item, digits) for key, item in value.items()}
-    return [rounded(item, digits) for item in value] if isinstance(value, list) else value
-
-
-def to_json(value: object, indent: int | None = 1) -> str:
-    """Canonical JSON text: sorted keys, no NaN, a newline at the end. Same content, same bytes."""
-    return json.dumps(plain(value), sort_keys=True, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+def to_json(value: object, indent: int | None = 1, digits: int | None = None) -> str:
+    """Canonical JSON text: sorted keys, no NaN, a newline at the end; floats with `digits` digits. Same content, same bytes."""
+    return json.dumps(plain(value, digits), sort_keys=True, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def digest(value: object) -> str:
@@ -108,9 +96,9 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_bytes(text.encode())
 
 
-def write_json(path: str | Path, value: object) -> None:
-    """Write `value` as canonical JSON, atomically."""
-    write_text(path, to_json(value))
+def write_json(path: str | Path, value: object, digits: int | None = None) -> None:
+    """Write `value` as canonical JSON, atomically. digits: of results 9, which another machine's last bits do not reach."""
+    write_text(path, to_json(value, digits=digits))
 
 
 def read_json(path: str | Path) -> dict:
@@ -123,10 +111,7 @@ def read_json(path: str | Path) -> dict:
 
 @cache
 def code_version() -> str:
-    """16 hex digits of the code that measures.
-
-    Comments and layout do not count, so that a corrected comment does not cost a day of measurements.
-    """
+    """16 hex digits of the code that measures, but for comments and layout: mending a comment costs no measurement."""
     found = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
         name = path.relative_to(PACKAGE).as_posix()
@@ -138,62 +123,55 @@ def code_version() -> str:
 
 def fingerprint(**depends: object) -> str:
     """16 hex digits of all that a result depends on: `depends` (JSON-able), library versions, code."""
-    libraries = {}
-    for name in VERSIONS:
-        try:
-            libraries[name] = version(name)
-        except PackageNotFoundError:
-            libraries[name] = ""
+    libraries = {name: version(name) for name in ("torch", "transformers", "numpy", "scikit-learn", "pillow")}
     return digest({"depends": depends, "libraries": libraries, "code": code_version()})
 
 
-def _checksum(tensors: Mapping[str, torch.Tensor], about: str) -> str:
-    """sha256 over names, types, shapes and bytes of all tensors and the metadata."""
-    found = hashlib.sha256(about.encode())
-    for name, tensor in sorted(tensors.items()):
-        found.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+class Parts:
+    """The finished parts of one run, in `root/<fingerprint>/`: one safetensors file each, with its checksum in the header.
 
+    Stale parts are never found. One that is truncated or altered counts as missing (the log says so) and is made again.
 
-class Store:
-    """A folder of tensors under keys: one safetensors file each, its checksum and metadata in its header.
-
-    A shard that is truncated or altered counts as missing (and the log says so): the caller makes it again.
-    Keys may contain "/" (folders).
+    >>> parts = Parts("data/cache/parts", model=mlm.revision, episodes=100, seed=0)
+    >>> table = run_task(task, extractor, parts)   # chunks are computed once, then read
     """
 
-    def __init__(self, root: str | Path):
-        self.root = Path(root)
-        for left in self.root.rglob(".*.tmp"):
+    def __init__(self, root: str | Path, **depends: object):
+        self.folder = Path(root) / fingerprint(**depends)
+        for left in self.folder.rglob(".*.tmp"):
             with suppress(FileNotFoundError):  # another run has just finished writing it
                 if time.time() - left.stat().st_mtime > 3600:  # left by a killed run: no write takes an hour
                     left.unlink()
+        if not (self.folder / "depends.json").exists():
+            write_json(self.folder / "depends.json", depends)
 
     def path(self, key: str) -> Path:
-        parts = key.split("/")
-        if any(part in ("", ".", "..") for part in parts):
-            raise StoreError(f"{key!r} is not a usable key: expected names separated by single slashes.")
-        # Hashed where the file system's limit of 255 bytes would be passed.
-        names = [quote(part, safe=" ") for part in parts]
-        names = [n if len(n) <= 180 else f"{n[:100]}-{hashlib.sha256(n.encode()).hexdigest()[:32]}"
-                 for n in names]
-        return self.root.joinpath(*names[:-1], names[-1] + ".safetensors")
+        """The file of a part; keys may contain "/" (folders)."""
+        return self.folder / f"{key}.safetensors"
 
-    def put(self, key: str, tensors: Mapping[str, Array], meta: Mapping | None = None) -> None:
-        """Store `tensors` (any mix of torch and NumPy, on any device) and JSON-able `meta` under `key`."""
-        arrays = sorted(name for name, value in tensors.items() if isinstance(value, np.ndarray))
-        # A copy of its own for each: safetensors refuses views that share memory.
-        copies = {name: (torch.from_numpy(np.array(value, order="C")) if isinstance(value, np.ndarray)
-                         else value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format))
-                  for name, value in tensors.items()}
-        about = {"meta": plain(meta or {}, "meta"), "arrays": arrays}
-        about["sha256"] = _checksum(copies, to_json(about))
-        with atomic(self.path(key)) as temporary:  # one entry: safetensors writes several in no fixed order
-            save_file(copies, temporary, {"kvutils": to_json(about, indent=None)})
+    def finished(self, key: str) -> bool:
+        """Whether the part `key` is stored and intact (reads it whole, to check it)."""
+        return self._read(key) is not None
 
-    def get(self, key: str) -> tuple[dict[str, Array], dict] | None:
-        """(tensors, meta) as they were put, or None if there is no intact shard under `key`."""
+    def save(self, key: str, value: object) -> None:
+        """Save a JSON-able value, or a non-empty dict of tensors on any device."""
+        tensors = {}
+        if isinstance(value, dict) and value and all(isinstance(item, torch.Tensor) for item in value.values()):
+            # A copy of its own for each: safetensors refuses views that share memory.
+            copy = {"device": "cpu", "copy": True, "memory_format": torch.contiguous_format}
+            tensors, value = {name: item.detach().to(**copy) for name, item in value.items()}, None
+        about = to_json({"value": value, "sha256": _checksum(tensors, value)}, indent=None)
+        with atomic(self.path(key)) as temporary:
+            save_file(tensors, temporary, {"kvutils": about})  # one entry: safetensors writes several in no fixed order
+
+    def load(self, key: str) -> object:
+        """What was saved under `key`; `StoreError` if it is not finished."""
+        found = self._read(key)
+        if found is None:
+            raise StoreError(f"part {key!r} is not finished in {self.folder}: compute and save it first.")
+        return found[0]
+
+    def _read(self, key: str) -> tuple[object] | None:
         path = self.path(key)
         if not path.exists():
             return None
@@ -201,77 +179,30 @@ class Store:
             with safe_open(path, "pt") as file:
                 about = json.loads(file.metadata()["kvutils"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-            if about.pop("sha256") != _checksum(tensors, to_json(about)):
+            if about["sha256"] != _checksum(tensors, about["value"]):
                 raise ValueError("its content does not match its checksum")
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             log.warning("%s is damaged (%s): treated as missing, made again", path, error)
             return None
-        return {n: t.numpy() if n in about["arrays"] else t for n, t in tensors.items()}, about["meta"]
-
-    def has(self, key: str) -> bool:
-        """Whether an intact shard is stored under `key` (reads it whole, to check it)."""
-        return self.get(key) is not None
-
-
-class Parts:
-    """The finished parts of one run, in `root/<fingerprint>/`: stale ones are never found.
-
-    >>> parts = Parts("data/cache/parts", model=mlm.revision, episodes=100, seed=0)
-    >>> scores = parts.make("foreground", lambda: run_the_episodes())   # computed once, then read
-    """
-
-    def __init__(self, root: str | Path, **depends: object):
-        self.folder = Path(root) / fingerprint(**depends)
-        self.store = Store(self.folder)
-        if not (self.folder / "depends.json").exists():
-            write_json(self.folder / "depends.json", depends)
-
-    def finished(self, key: str) -> bool:
-        """Whether the part `key` is stored and intact."""
-        return self.store.has(key)
-
-    def save(self, key: str, value: object) -> None:
-        """Save a JSON-able value, or a non-empty dict of tensors and arrays."""
-        if isinstance(value, dict) and value and all(isinstance(item, Array) for item in value.values()):
-            self.store.put(key, value, {"tensors": True})
-        else:
-            self.store.put(key, {}, {"value": value})
-
-    def load(self, key: str) -> object:
-        """What was saved under `key`; `StoreError` if it is not finished."""
-        found = self.store.get(key)
-        if found is None:
-            raise StoreError(f"part {key!r} is not finished in {self.folder}: compute and save it first.")
-        tensors, meta = found
-        return tensors if "tensors" in meta else meta["value"]
-
-    def make(self, key: str, compute: Callable[[], object]) -> object:
-        """The stored part, or `compute()` saved under `key`.
-
-        Both ways return what the file holds: a resumed and an uninterrupted run go on from the same values.
-        """
-        return next(self.make_all([(key, compute)]))
+        return (tensors or about["value"],)
 
     def make_all(self, jobs: Sequence[Job]) -> Iterator[object]:
-        """The parts of all jobs (key, compute), in order.
+        """The parts of all jobs (key, compute), in order: those that are stored, and what the others compute, saved.
 
-        Processes that run the same jobs in this folder share them: a part is computed by the one that locks it
-        first, and while one waits for a part of another it computes those that come later. The operating system
-        gives back the lock of a process that dies, so its part is computed by another.
+        Both come from the file: a resumed and an uninterrupted run go on from the same values. Processes that run the same
+        jobs in this folder share them: a part is computed by the one that locks it first, and while one waits for a part of
+        another it computes those that come later. The operating system gives back the lock of a process that dies, so its
+        part is computed by another.
         """
         ahead = 0  # everything before it was finished or somebody's when it was last looked at
         for place, (key, compute) in enumerate(jobs):
             ahead = max(ahead, place + 1)
-            while not self._advance(key, compute):
+            while not (self.finished(key) or self._claims(key, compute)):
                 while ahead < len(jobs) and not self._claims(*jobs[ahead]):
                     ahead += 1
                 if ahead == len(jobs):
                     time.sleep(WAIT)
             yield self.load(key)
-
-    def _advance(self, key: str, compute: Callable[[], object]) -> bool:
-        """Whether the part is finished, now at the latest; False where another process is computing it."""
-        return self.finished(key) or self._claims(key, compute)
 
     def _claims(self, key: str, compute: Callable[[], object]) -> bool:
         """Compute and save a part that is neither finished nor another process's; whether that was done."""
@@ -284,7 +215,7 @@ class Parts:
             return False
         except NotImplementedError as error:
             raise StoreError(f"the file system of {self.folder} has no file locks ({error}), by which runs share work. "
-                             "Set KVUTILS_CACHE to a folder on another one.") from error
+                             "Set KVUTILS_CACHE to a folder on another one.") from error  # fmt: skip
         try:  # apart from the above: what `compute` raises says nothing about this lock
             if self.finished(key):
                 return False
@@ -294,9 +225,13 @@ class Parts:
             lock.release()
 
 
-def make_all(parts: Parts | None, jobs: Sequence[Job]) -> Iterator[object]:
-    """`parts.make_all(jobs)`; without `parts` just what the jobs compute, one after the other."""
-    return (compute() for _, compute in jobs) if parts is None else parts.make_all(jobs)
+def _checksum(tensors: Mapping[str, torch.Tensor], value: object) -> str:
+    """sha256 over names, types, shapes and bytes of all tensors and the value."""
+    found = hashlib.sha256(to_json(value).encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def in_chunks(
@@ -316,6 +251,7 @@ def in_chunks(
         some = [items[i] for i in range(start, min(start + size, len(items)))]
         jobs.append((f"{name}/{start:06d}-{digest([depends, [of(one) for one in some]])}", partial(compute, some)))
     with tqdm(total=len(items), desc=name, unit=unit, disable=not progress) as bar:
-        for start, done in zip(starts, make_all(parts, jobs), strict=True):
+        found = (compute() for _, compute in jobs) if parts is None else parts.make_all(jobs)
+        for start, done in zip(starts, found, strict=True):
             bar.update(min(size, len(items) - start))
             yield done

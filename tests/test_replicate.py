@@ -15,7 +15,7 @@ from kvutils.errors import DataError, ParameterError
 from kvutils.run import compare, notebook, plan, replicate, report
 from kvutils.run.cli import main
 from kvutils.run.notebook import PROFILES, Run, check_parameters
-from kvutils.store import Store
+from kvutils.store import Parts
 
 WRITE = '''
 import json, os
@@ -138,12 +138,12 @@ notebook.ROOT = Path({root!r})
 """
 SHARED = """
 import os, time
-from kvutils.store import Parts, make_all
+from kvutils.store import Parts
 def work(i):
     time.sleep(0.3)
     return [i, os.environ["RANK"]]
 parts = Parts(os.environ["KVUTILS_CACHE"], seed=seed)
-done = list(make_all(parts, [(f"part/{i}", lambda i=i: work(i)) for i in range(12)]))
+done = list(parts.make_all([(f"part/{i}", lambda i=i: work(i)) for i in range(12)]))
 seed = sum(i for i, _ in done)
 """
 
@@ -164,7 +164,9 @@ def test_accelerate_launch_shares_the_parts_and_writes_once(root, processes):
     run = subprocess.run(launch, cwd=root, env=environment, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.count("01_stub  done in") == 1  # one process speaks
-    by_rank = [Store(folder).get(f"part/{i}")[1]["value"][1] for folder in (root / "cache").glob("*/part/..") for i in range(12)]
+    parts = Parts(root / "elsewhere")
+    (parts.folder,) = (root / "cache").glob("*/part/..")
+    by_rank = [parts.load(f"part/{i}")[1] for i in range(12)]
     assert len(by_rank) == 12 and set(by_rank) == {str(i) for i in range(processes)}, by_rank
     shared = (root / "data/results/pocket/pocket/01_stub.json").read_bytes()
     assert json.loads(shared)["parameters"]["seed"] == 66

@@ -19,7 +19,7 @@ from kvutils.errors import MemoryLimitError, StoreError
 from kvutils.kvcache import capture
 from kvutils.readout.attention import attention_mass
 from kvutils.readout.features import FeatureExtractor
-from kvutils.store import Parts, Store, make_all, write_json
+from kvutils.store import Parts, write_json
 from kvutils.tasks.base import run_task
 from kvutils.tasks.foreground_segmentation import ForegroundSegmentation
 from kvutils.tasks.key_blocking import NONE, ask_under_blocks
@@ -171,20 +171,19 @@ def test_a_damaged_shard_is_computed_again(mlm, undisturbed, tmp_path, damage):
 def test_a_part_that_cannot_be_written_stops_the_run_and_keeps_the_others(tmp_path, monkeypatch):
     parts = Parts(tmp_path, x=1)
     jobs = [(f"part/{i}", lambda i=i: {"i": i}) for i in range(3)]
-    put = Store.put
+    save = Parts.save
 
-    def full(self, key, tensors, meta=None):
+    def full(self, key, value):
         if key == "part/1":
             raise StoreError("part/1 could not be written (No space left on device)")
-        put(self, key, tensors, meta)
+        save(self, key, value)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "put", full)
+        patch.setattr(Parts, "save", full)
         with pytest.raises(StoreError, match="No space left"):
-            list(make_all(parts, jobs))
+            list(parts.make_all(jobs))
     assert parts.finished("part/0") and not parts.finished("part/1")
-    assert [one["i"] for one in make_all(parts, jobs)] == [0, 1, 2]
-    assert [one["i"] for one in make_all(None, jobs)] == [0, 1, 2]
+    assert [one["i"] for one in parts.make_all(jobs)] == [0, 1, 2]
 
 
 # --- memory -------------------------------------------------------------------------------------------------
@@ -248,6 +247,6 @@ def test_what_a_part_raises_is_not_taken_for_a_lock(tmp_path, raised):
 
     parts = Parts(tmp_path, x=1)
     with pytest.raises(type(raised)) as error:
-        list(make_all(parts, [("part", fails), ("next", lambda: {"i": 1})]))
+        list(parts.make_all([("part", fails), ("next", lambda: {"i": 1})]))
     assert error.value is raised
-    assert parts.make("part", lambda: {"i": 0}) == {"i": 0}  # the lock was given back
+    assert list(parts.make_all([("part", lambda: {"i": 0})])) == [{"i": 0}]  # the lock was given back

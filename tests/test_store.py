@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from kvutils import store
-from kvutils.errors import StoreError
-from kvutils.store import Parts, Store, code_version, fingerprint, rounded, write_json
+from kvutils.errors import ParameterError, StoreError
+from kvutils.store import Parts, code_version, fingerprint, in_chunks, write_json
 
 
 def tensors() -> dict:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, 6, generator=generator)
     return {"x": x, "view": x[:, ::2], "half": x.to(torch.bfloat16), "empty": torch.zeros(0, 3),
-            "array": np.arange(6, dtype=np.int64).reshape(2, 3).T, "scalar": np.array(2.5)}
+            "turned": torch.arange(6).reshape(2, 3).T, "scalar": torch.tensor(2.5)}
 
 
 def test_json_is_canonical_and_atomic(tmp_path):
@@ -29,10 +29,14 @@ def test_json_is_canonical_and_atomic(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["a.json"]
 
 
-def test_results_are_rounded_to_nine_significant_digits():
-    found = rounded({"a": [1 / 3, np.float64(2e9 / 3)], "n": 10**12 + 1, "none": float("nan"), "text": "1/3", "yes": True})
-    assert found == {"a": [0.333333333, 666666667.0], "n": 10**12 + 1, "none": None, "text": "1/3", "yes": True}
-    assert rounded(found) == found
+def test_results_are_rounded_to_nine_significant_digits(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"a": [1 / 3, np.float64(2e9 / 3)], "n": 10**12 + 1, "none": float("nan"), "text": "1/3"}, digits=9)
+    found = json.loads(path.read_text())
+    assert found == {"a": [0.333333333, 666666667.0], "n": 10**12 + 1, "none": None, "text": "1/3"}
+    again = path.read_bytes()
+    write_json(path, found, digits=9)
+    assert path.read_bytes() == again
 
 
 @pytest.mark.parametrize(("value", "names"), [
@@ -50,43 +54,33 @@ def test_json_refuses_what_it_cannot_hold(tmp_path, value, names):
     assert json.loads(path.read_text()) == {"old": 1}
 
 
-def test_put_and_get(tmp_path):
-    shelf = Store(tmp_path)
-    assert not shelf.has("image/1") and shelf.get("image/1") is None
-    shelf.put("image/1", tensors(), {"size": [3, 4]})
-    found, meta = shelf.get("image/1")
-    assert meta == {"size": [3, 4]} and shelf.has("image/1")
+def test_values_and_tensors_come_back_as_they_were_saved(tmp_path):
+    parts = Parts(tmp_path)
+    assert not parts.finished("image/1")
+    parts.save("image/1", tensors())
+    found = parts.load("image/1")
     for name, value in tensors().items():
-        assert type(found[name]) is type(value) and found[name].dtype == value.dtype
-        np.testing.assert_array_equal(torch.as_tensor(found[name]).float(), torch.as_tensor(value).float())
+        assert found[name].dtype == value.dtype and torch.equal(found[name], value)
+    for value in (None, 0, [], {}, {"scores": [0.1, 0.2], "note": None}):
+        parts.save("value", value)
+        assert parts.finished("value") and parts.load("value") == value
+    with pytest.raises(StoreError, match="not finished"):
+        parts.load("never")
 
 
 def test_same_content_same_bytes(tmp_path):
-    shelf = Store(tmp_path)
-    for key in ("a", "b"):
-        shelf.put(key, tensors(), {"z": 1, "a": 2})
-    assert shelf.path("a").read_bytes() == shelf.path("b").read_bytes()
-
-
-@pytest.mark.parametrize("key", ["", "/a", "a//b", "../a", "a/..", "."])
-def test_keys_stay_inside_the_folder(tmp_path, key):
-    with pytest.raises(StoreError, match="not a usable key"):
-        Store(tmp_path).put(key, {})
-
-
-def test_long_and_odd_keys(tmp_path):
-    shelf = Store(tmp_path)
-    keys = ["é" * 300, "é" * 299, "a:b?c*", "a%3Ab", "x y"]
-    for i, key in enumerate(keys):
-        shelf.put(key, {}, {"i": i})
-    assert [shelf.get(key)[1]["i"] for key in keys] == list(range(len(keys)))
+    parts = Parts(tmp_path)
+    for content in (tensors(), {"z": 1, "a": 2}):
+        for key in ("a", "b"):
+            parts.save(key, content)
+        assert parts.path("a").read_bytes() == parts.path("b").read_bytes()
 
 
 @pytest.mark.parametrize("damage", ["truncate", "empty", "flip data", "flip header", "other file"])
 def test_a_damaged_shard_counts_as_missing(tmp_path, caplog, damage):
-    shelf = Store(tmp_path)
-    shelf.put("a", tensors(), {"size": 1})
-    path = shelf.path("a")
+    parts = Parts(tmp_path)
+    parts.save("a", [{"size": 1}] if damage == "flip header" else tensors())
+    path = parts.path("a")
     content = bytearray(path.read_bytes())
     if damage == "truncate":
         content = content[:-5]
@@ -101,35 +95,35 @@ def test_a_damaged_shard_counts_as_missing(tmp_path, caplog, damage):
         content = b"not a safetensors file at all"
     path.write_bytes(content)
     with caplog.at_level(logging.WARNING):
-        assert not shelf.has("a")
+        assert not parts.finished("a")
     assert str(path) in caplog.text and "made again" in caplog.text
-    shelf.put("a", tensors())
-    assert shelf.has("a")
+    parts.save("a", tensors())
+    assert parts.finished("a")
 
 
 def test_a_full_disk_loses_nothing(tmp_path):
     """A limit on the size of a file makes writes fail half-way, as a full disk does."""
-    shelf = Store(tmp_path)
-    shelf.put("a", {"x": torch.ones(4)})
+    parts = Parts(tmp_path / "parts")
+    parts.save("a", {"x": torch.ones(4)})
     write_json(tmp_path / "r.json", [1])
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
         with pytest.raises(StoreError, match="could not be written"):
-            shelf.put("a", {"x": torch.ones(40_000)})
+            parts.save("a", {"x": torch.ones(40_000)})
         with pytest.raises(StoreError, match="could not be written"):
             write_json(tmp_path / "r.json", list(range(10_000)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert shelf.get("a")[0]["x"].tolist() == [1, 1, 1, 1]
+    assert parts.load("a")["x"].tolist() == [1, 1, 1, 1]
     assert json.loads((tmp_path / "r.json").read_text()) == [1]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "r.json"]
+    assert sorted(p.name for p in tmp_path.rglob("*.*")) == ["a.safetensors", "depends.json", "r.json"]
 
 
 def _write_many(root: str, seed: int) -> None:
-    shelf = Store(root)
+    parts = Parts(root)
     for _ in range(30):
-        shelf.put("a", {"x": torch.full((5_000,), seed)})
+        parts.save("a", {"x": torch.full((5_000,), seed)})
 
 
 def test_two_writers_leave_whole_shards(tmp_path):
@@ -139,20 +133,19 @@ def test_two_writers_leave_whole_shards(tmp_path):
         writer.start()
     reads = 0
     while any(writer.is_alive() for writer in writers):
-        found = Store(tmp_path).get("a")
-        if found is not None:
-            assert len(found[0]["x"].unique()) == 1
+        if (parts := Parts(tmp_path)).finished("a"):
+            assert len(parts.load("a")["x"].unique()) == 1
             reads += 1
     assert reads and [writer.exitcode for writer in writers] == [0, 0]
-    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+    assert sorted(p.name for p in parts.folder.iterdir()) == ["a.safetensors", "depends.json"]
 
 
 def test_left_overs_of_killed_runs_go(tmp_path):
-    old, new = tmp_path / ".1.tmp", tmp_path / ".2.tmp"
+    old, new = (Parts(tmp_path).folder / name for name in (".1.tmp", ".2.tmp"))
     for path in (old, new):
         path.write_text("")
     os.utime(old, (0, 0))
-    Store(tmp_path)
+    Parts(tmp_path)
     assert not old.exists() and new.exists()
 
 
@@ -163,16 +156,33 @@ def test_parts_are_made_once_and_go_stale(tmp_path):
         made.append(1)
         return {"scores": [0.1, 0.2], "note": None}
 
-    parts = Parts(tmp_path, model="sha256:1", seed=0)
-    assert not parts.finished("t")
-    assert parts.make("t", compute) == Parts(tmp_path, seed=0, model="sha256:1").make("t", compute)
-    assert len(made) == 1 and parts.finished("t")
+    jobs = [("t", compute)]
+    first, second = Parts(tmp_path, model="sha256:1", seed=0), Parts(tmp_path, seed=0, model="sha256:1")
+    assert not first.finished("t")
+    assert list(first.make_all(jobs)) == list(second.make_all(jobs)) == [{"scores": [0.1, 0.2], "note": None}]
+    assert len(made) == 1 and first.finished("t")
     assert not Parts(tmp_path, model="sha256:1", seed=1).finished("t")
     assert not Parts(tmp_path, model="sha256:1", seed=0, extra=None).finished("t")
-    parts.save("arrays", {"a": np.arange(3)})
-    assert parts.load("arrays")["a"].tolist() == [0, 1, 2]
-    with pytest.raises(StoreError, match="not finished"):
-        parts.load("never")
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_chunks_are_computed_in_order_and_kept_under_what_they_depend_on(tmp_path, kept, capsys):
+    parts, taken = Parts(tmp_path) if kept else None, []
+
+    def compute(some):
+        taken.append(some)
+        return [2 * item for item in some]
+
+    def run(items, depends=(), size=2):
+        return list(in_chunks(parts, "twice", items, compute, size, depends, of=int, unit="number"))
+
+    assert run(range(5)) == [[0, 2], [4, 6], [8]] and taken == [[0, 1], [2, 3], [4]]
+    assert "twice" in (shown := capsys.readouterr().err) and "5/5" in shown and "number" in shown
+    assert run([0, 1, 2, 7, 4]) == [[0, 2], [4, 14], [8]] and len(taken) == (4 if kept else 6)  # one chunk has other items
+    run(range(5), depends=["another model"])
+    assert len(taken) == (7 if kept else 9)
+    with pytest.raises(ParameterError, match="chunk"):
+        run(range(5), size=0)
 
 
 def test_the_fingerprint_follows_the_code_but_not_its_comments(tmp_path, monkeypatch):

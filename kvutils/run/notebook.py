@@ -19,7 +19,7 @@ from kvutils.errors import ParameterError, one_of
 from kvutils.metrics.statistics import interval_text
 from kvutils.run import DEFAULT, report
 from kvutils.run import PROFILES as PROFILES
-from kvutils.store import rounded, write_json
+from kvutils.store import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -74,8 +74,8 @@ class Run:
         What a result came from, which differs from machine to machine, is apart from it in provenance/<notebook>.json.
         """
         write_json(self.folder / "provenance" / self.results.name, provenance)
-        write_json(self.results, rounded({"notebook": self.notebook, "profile": self.profile, "model": self.model,
-                                          "parameters": parameters, "claims": claims, **sections}))
+        write_json(self.results, {"notebook": self.notebook, "profile": self.profile, "model": self.model,
+                                  "parameters": parameters, "claims": claims, **sections}, digits=9)
         return self.results
 
     def verdicts(self, claims: Mapping[str, Mapping]) -> dict[str, int]:
