@@ -24,18 +24,17 @@ def variance_histograms(keys: Mapping, scale: str = "raw") -> Figure:
     D of a layer is that of the variance centred within heads, and counts only with a valley; that of the pooled
     panel is not, and layers of different scale raise it. keys: trained and untrained descriptions. scale: "raw" or
     "scale_free"."""
-    trained, untrained = keys["trained"], keys.get("untrained")
+    trained = keys["trained"]
     layers, found = trained["layers"], trained["thresholds"]
     columns = 4 if layers < 16 else 7
     figure, axes = panels(layers + 1, columns, 3.1, 2.2, sharex=True)
     unit = "variance (squared key units)" if scale == "raw" else "variance / mean norm$^2$"
     for layer, axis in enumerate(axes):
         whole = layer == layers
-        for about, colour, label in ((untrained, COLOURS[7], "untrained"), (trained, COLOURS[0], "trained")):
-            if about is not None:
-                counts = np.array(about["histograms"][scale]["layers"])
-                axis.stairs(counts.sum(0) if whole else counts[layer], np.array(about["histograms"][scale]["log10_edges"]),
-                            fill=label == "trained", color=colour, alpha=0.75, lw=1.2, label=label)  # fmt: skip
+        for label, colour in (("untrained", COLOURS[7]), ("trained", COLOURS[0])):
+            counts, edges = (np.array(keys[label]["histograms"][scale][name]) for name in ("layers", "log10_edges"))
+            counts = counts.sum(0) if whole else counts[layer]
+            axis.stairs(counts, edges, fill=label == "trained", color=colour, alpha=0.75, lw=1.2, label=label)
         axis.axvline(np.log10(found[scale]["value"]), color="black", lw=1.3, label="threshold of all layers together")
         if whole:
             name = f"all layers together: D = {found[scale]['separation']:.2f}"
@@ -53,10 +52,10 @@ def variance_histograms(keys: Mapping, scale: str = "raw") -> Figure:
 
 
 @styled
-def position_maps(keys: Mapping, scene: Mapping | None = None) -> Figure:
+def position_maps(keys: Mapping, scene: Mapping) -> Figure:
     """Layer x position of the trained model: variance, heads that hold the key input-agnostic, attention received.
 
-    Drawn over the image if `scene` has one (base64), else over nothing; last column: foreground frequency."""
+    Last column: an image (base64, of `scene`), the mean over layers on it, foreground frequency."""
     about = keys["trained"]
     maps, size, layers = about["maps"], about["maps"]["size"], about["layers"]
     shown = np.unique(np.linspace(0, layers - 1, min(layers, 10)).round().astype(int)).tolist()
@@ -73,13 +72,10 @@ def position_maps(keys: Mapping, scene: Mapping | None = None) -> Figure:
             title = f"layer {layer}" if row == 0 else ""
             drawn = picture(axes[row, column], values[layer], size, title, vmin=low, vmax=high, cmap=colours)
         figure.colorbar(drawn, ax=axes[row, : len(shown)], shrink=0.85, pad=0.01, label=label)
-    for axis in axes[:2, -1]:
-        axis.set_visible(scene is not None)
-    if scene is not None:
-        picture(axes[0, -1], decode_image(scene["image"]), size, "an image")
-        picture(axes[1, -1], decode_image(scene["image"]), size)
-        mean = np.array(maps["agnostic"], dtype=float).mean(0)
-        picture(axes[1, -1], mean, size, "mean over layers", cmap="magma", alpha=0.6, vmin=0, vmax=1)
+    picture(axes[0, -1], decode_image(scene["image"]), size, "an image")
+    picture(axes[1, -1], decode_image(scene["image"]), size)
+    mean = np.array(maps["agnostic"], dtype=float).mean(0)
+    picture(axes[1, -1], mean, size, "mean over layers", cmap="magma", alpha=0.6, vmin=0, vmax=1)
     often = picture(axes[2, -1], np.array(maps["foreground"], dtype=float), size, "foreground", cmap="cividis", vmin=0)
     figure.colorbar(often, ax=axes[2, -1], shrink=0.7, label="share of images", location="bottom")
     return figure
@@ -118,8 +114,8 @@ def shares_by_layer(keys: Mapping) -> Figure:
 
 
 @styled
-def knock_out_curves(knock_out: Mapping, measure: str = "accuracy", block: Sequence[int] | None = None) -> Figure:
-    """Accuracy (or loss) per kind of question with the image hidden in one layer, from it on, up to it.
+def knock_out_curves(knock_out: Mapping, measure: str, block: Sequence[int]) -> Figure:
+    """Accuracy or loss per kind of question with the image hidden in one layer, from it on, up to it.
 
     block: the layers of the blocking experiment, shaded."""
     kinds, layers = knock_out["kinds"], range(knock_out["layers"])
@@ -130,8 +126,7 @@ def knock_out_curves(knock_out: Mapping, measure: str = "accuracy", block: Seque
         for hidden, style in KNOCK_OUT_STYLE.items():
             curve(axis, layers, [each[measure] for each in kinds[kind][hidden]], style)
         axis.axhline(kinds[kind]["none"][measure]["mean"], color="black", lw=1, label="image seen in every layer")
-        if block:
-            axis.axvspan(min(block) - 0.5, max(block) + 0.5, color=COLOURS[7], alpha=0.18, lw=0, label="layers of the blocking experiment")
+        axis.axvspan(min(block) - 0.5, max(block) + 0.5, color=COLOURS[7], alpha=0.18, lw=0, label="layers of the blocking experiment")
         axis.set(title=f"{kind.replace('_', ' ')} (n = {kinds[kind]['n']})", ylabel=unit if number % 4 == 0 else "")
         axis.set_xticks(layers[:: max(1, len(layers) // 10)])
         axis.tick_params(labelbottom=True)
@@ -195,7 +190,7 @@ def draw(results: Mapping) -> dict[str, Figure]:
     return {
         "03_variance": variance_histograms(keys),
         "03_variance_scale_free": variance_histograms(keys, "scale_free"),
-        "03_position_maps": position_maps(keys, results.get("picture")),
+        "03_position_maps": position_maps(keys, results["picture"]),
         "03_shares": shares_by_layer(keys),
         "03_knock_out_accuracy": knock_out_curves(results["knock_out"], "accuracy", block),
         "03_knock_out_loss": knock_out_curves(results["knock_out"], "loss", block),
