@@ -324,5 +324,6 @@ def test_roots_and_names_that_do_not_exist(whole, tmp_path, monkeypatch):
     ]:
         with pytest.raises(DataError, match=message):
             open_dataset(name, root)
-    with pytest.raises(DataError, match="option of msrc 'image'.*did you mean 'images'"):
-        open_dataset("msrc", whole / "msrc", image=3)
+    for name, root, option in (("msrc", whole / "msrc", "image"), ("pocket-imagenet-s", None, "scene")):
+        with pytest.raises(DataError, match=f"option of {name} '{option}'.*did you mean '{option}s'"):
+            open_dataset(name, root, **{option: 3})

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import datasets
 import huggingface_hub
-import nbformat
 import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import pytest
 

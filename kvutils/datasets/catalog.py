@@ -33,9 +33,9 @@ class Download:
 class About:
     """A real data set. gigabytes: to download, everything it needs of its own included. tree: the official layout
     below `KVUTILS_DATA`. downloads: what may be fetched freely; steps: what a person has to do for the rest (none
-    if everything is free), by_hand: what is there after that (patterns below `KVUTILS_DATA`, "|": or). needs: other
-    data sets whose files it uses. hub: data-set repository on the Hugging Face hub that holds it as Parquet, "" for none;
-    hub_files: patterns of its files that are needed."""
+    if everything is free), by_hand: what is there after that (patterns below `KVUTILS_DATA`, "|": or). hub: data-set
+    repository on the Hugging Face hub that holds it as Parquet, "" for none; hub_files: patterns of its files that are
+    needed."""
 
     name: str
     title: str
@@ -46,7 +46,6 @@ class About:
     downloads: tuple[Download, ...] = ()
     steps: tuple[str, ...] = ()
     by_hand: tuple[str, ...] = ()
-    needs: tuple[str, ...] = ()
     hub: str = ""
     hub_files: tuple[str, ...] = ("*.parquet",)
 
