@@ -20,19 +20,20 @@ from os import PathLike
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from kvutils.block import QUERIES, block_keys
-from kvutils.errors import DataError, ImageError, ParameterError, at_least, one_of
+from kvutils.block import block_keys
+from kvutils.errors import DataError, ImageError, ParameterError, at_least
 from kvutils.images import ImageLike, open_image
 from kvutils.keys import KeySelection
 from kvutils.language import Continuation, Piece, Prefix, check_masks, embed, prefill
 from kvutils.layout import TokenLayout
 from kvutils.models import MLM
 from kvutils.prompts import Options, PromptTokens, for_all, per_question, prepare_text
-from kvutils.vision import encode_images, in_halves, prepare_images
+from kvutils.vision import encode_images, in_batches, prepare_images
 
+Pictures = ImageLike | Sequence[ImageLike]  # of one prompt
+Choices = Options | Sequence[Options] | None  # everyone's, or options[i] of each question
 # Answer -> spellings whose probabilities add up: models differ in which one they use.
 YES_NO: dict[str, tuple[str, ...]] = {"yes": ("yes", "Yes", "YES"), "no": ("no", "No", "NO")}
 MAX_NEW_TOKENS = 16
@@ -60,19 +61,15 @@ class Answer:
         return max(self.scores, key=self.scores.__getitem__)
 
 
-class SessionBatch:
+class SessionBatch(contextlib.AbstractContextManager):
     """B prompts, each of one image or a sequence of images, read up to their last image exactly once.
 
-    prefix as in `capture`; `tokens` of an earlier session of the same model and prefix saves tokenising its questions
-    again. Memory is held until `close()` or the end of the `with` block. Raises ImageError, ModelError, and ParameterError
-    also where the chat template puts questions before the image.
+    prefix as in `capture`; `tokens` of an earlier session of the same model and prefix saves tokenising its questions again.
+    Memory is held until `close()` or the end of `with`. Raises ImageError, ModelError, ParameterError.
     """
 
     @torch.no_grad()
-    def __init__(
-        self, mlm: MLM, images: Sequence[ImageLike | Sequence[ImageLike]], prefix: str | None = None,
-        tokens: PromptTokens | None = None,
-    ):  # fmt: skip
+    def __init__(self, mlm: MLM, images: Sequence[Pictures], prefix: str | None = None, tokens: PromptTokens | None = None):
         check_masks(mlm, range(mlm.num_layers))
         rows = [_as_list(row) for row in _as_list(images)]
         if not rows or not all(rows):
@@ -87,9 +84,6 @@ class SessionBatch:
         _, projected = encode_images(mlm, vision)
         self._embeddings = embed(mlm, self._text.input_ids, projected)
         self._prefix: Prefix | None = prefill(mlm, self._embeddings, self._text)
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *exception) -> None:
         self.close()
@@ -109,10 +103,7 @@ class SessionBatch:
 
     @property
     def slots(self) -> np.ndarray:
-        """(B, N) sequence slots of the image tokens, as `block_keys` takes them.
-
-        DataError where N differs between prompts: a selection of keys belongs to one token grid.
-        """
+        """(B, N) sequence slots of the image tokens, as `block_keys` takes them; DataError where N differs between prompts."""
         rows = [np.concatenate([layout.slots for layout in row]) for row in self._layouts]
         counts = sorted({len(row) for row in rows})
         if len(counts) > 1:
@@ -143,7 +134,6 @@ class SessionBatch:
         Raises ParameterError, and what `block_keys` raises.
         """
         self._open()
-        one_of("queries", queries, QUERIES)
         at_least("max_new_tokens (or 0 with options)", max_new_tokens, 1 if options is None else 0)
         asked = self._asked(questions, options)
         with contextlib.ExitStack() as stack:
@@ -168,11 +158,10 @@ class SessionBatch:
 
     def _asked(self, questions, options) -> list[_Asked]:
         """The questions as tokens, each with its options."""
-        if isinstance(questions, str) or len(questions) != len(self._layouts):
-            raise ParameterError(f"expected a list of questions for each of {len(self._layouts)} prompts")
-        for texts in questions:
-            if isinstance(texts, str) or not len(texts):
-                raise ParameterError(f"questions must be a list of at least one text, not {texts!r}")
+        single = isinstance(questions, str) or any(isinstance(texts, str) or not len(texts) for texts in questions)
+        if single or len(questions) != len(self._layouts):
+            raise ParameterError(f"expected a list of at least one question for each of {len(self._layouts)} prompts, "
+                                 f"not {questions!r}")  # fmt: skip
         asked = []
         for row, (texts, choices) in enumerate(zip(questions, per_question(options, questions), strict=True)):
             images = len(self._layouts[row])
@@ -188,7 +177,7 @@ class ImageSession(SessionBatch):
     Arguments and errors as for `SessionBatch`; every method takes `block` and `queries` of its `answer`.
     """
 
-    def __init__(self, mlm: MLM, images: ImageLike | Sequence[ImageLike], prefix: str | None = None):
+    def __init__(self, mlm: MLM, images: Pictures, prefix: str | None = None):
         super().__init__(mlm, [_as_list(images)], prefix)
 
     @property
@@ -204,11 +193,8 @@ class ImageSession(SessionBatch):
         """Text, and scores of "yes" and "no", each in small and capital letters."""
         return self.choose(questions, YES_NO, max_new_tokens, **intervention)
 
-    def choose(
-        self, questions: Sequence[str], options: Options | Sequence[Options] | None, max_new_tokens: int = MAX_NEW_TOKENS,
-        **intervention,
-    ) -> list[Answer]:  # fmt: skip
-        """Multiple choice: text, and scores of the options, which are everyone's or options[i] of each."""
+    def choose(self, questions: Sequence[str], options: Choices, max_new_tokens: int = MAX_NEW_TOKENS, **intervention) -> list[Answer]:
+        """Multiple choice: text, and scores of the options."""
         if not for_all(options):
             options = [options]
         return self.answer([questions], options, max_new_tokens, **intervention)[0]
@@ -220,9 +206,9 @@ class ImageSession(SessionBatch):
 
 
 def answer_all(
-    mlm: MLM, samples: Iterable[tuple[str, ImageLike | Sequence[ImageLike], Sequence[str]]],
-    blocks: Mapping[str, KeySelection | None] | None = None, *, options: Options | None = None,
-    max_new_tokens: int = MAX_NEW_TOKENS, prefix: str | None = None, batch_size: int = 16, progress: bool = False,
+    mlm: MLM, samples: Iterable[tuple[str, Pictures, Sequence[str]]], blocks: Mapping[str, KeySelection | None] | None = None, *,
+    options: Options | None = None, max_new_tokens: int = MAX_NEW_TOKENS, prefix: str | None = None, batch_size: int = 16,
+    progress: bool = False,
 ) -> Iterator[tuple[str, dict[str, list[Answer]]]]:  # fmt: skip
     """(image id, intervention -> its answers), in order, for samples (image id, image or images, questions).
 
@@ -230,9 +216,8 @@ def answer_all(
     {"none": None}), `batch_size` images together, or fewer where memory does not suffice. The other arguments are those of
     `SessionBatch.answer`. `samples` may be a generator.
     """
-    at_least("batch_size", batch_size)
     blocks = blocks or {"none": None}
-    tokens, source = PromptTokens(mlm, prefix), iter(samples)
+    tokens = PromptTokens(mlm, prefix)
 
     def run(batch: Sequence[tuple]) -> list[tuple[str, dict[str, list[Answer]]]]:
         names, images, questions = zip(*batch, strict=True)
@@ -240,11 +225,7 @@ def answer_all(
             found = {name: session.answer(questions, options, max_new_tokens, block) for name, block in blocks.items()}
         return [(name, {block: answers[row] for block, answers in found.items()}) for row, name in enumerate(names)]
 
-    total = len(samples) if isinstance(samples, Sequence) else None
-    with tqdm(total=total, unit="image", disable=not progress) as bar:
-        while batch := list(itertools.islice(source, batch_size)):
-            yield from in_halves(run, batch)
-            bar.update(len(batch))
+    return in_batches(run, samples, batch_size, progress)
 
 
 def _as_list(images) -> list:
@@ -254,9 +235,9 @@ def _as_list(images) -> list:
 
 @dataclass(eq=False)
 class _Asked:
-    """A question as tokens, and what comes of it: the fields of its `Answer`.
+    """A question of a prompt (`row`) as tokens, and what comes of it: the fields of its `Answer`.
 
-    row: its prompt; head: ids before the question, one per image; ids: of the question; options: label -> spellings.
+    head: ids before the question, one per image; ids: of the question; options: label -> spellings.
     """
 
     row: int
@@ -281,14 +262,11 @@ def _portions(asked: Sequence[_Asked]) -> Iterator[list[_Asked]]:
 
 
 def _answer_together(mlm: MLM, prefix: Prefix, asked: Sequence[_Asked], max_new_tokens: int) -> None:
-    """Fill in the results of questions: one pass for all of them, one for longer options, one per token.
-
-    logits, here and below: (questions, vocabulary) float32.
-    """
+    """Fill in the results of questions: one pass for all of them, one for longer options, one per token."""
     state = Continuation(mlm, prefix)
     hidden = state.extend([Piece(one.row, owner, one.ids) for owner, one in enumerate(asked)])
     ends = torch.tensor([len(one.ids) for one in asked]).cumsum(0) - 1
-    logits = mlm.model.lm_head(hidden[ends.to(hidden.device)]).float()
+    logits = mlm.model.lm_head(hidden[ends.to(hidden.device)]).float()  # (questions, vocabulary)
     if any(one.options for one in asked):
         _score(mlm, state, asked, logits)
     if max_new_tokens:
@@ -324,8 +302,7 @@ def _score(mlm: MLM, state: Continuation, asked: Sequence[_Asked], logits: torch
 def _decode(mlm: MLM, state: Continuation, asked: Sequence[_Asked], logits: torch.Tensor, max_new_tokens: int) -> None:
     """Greedy decoding; an answer ends at one of the model's end tokens."""
     settings = mlm.model.generation_config
-    ends = settings.eos_token_id
-    ends = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+    ends = np.atleast_1d(settings.eos_token_id).tolist()  # a token, several, or None
     going = list(enumerate(asked))
     while going:
         if settings.repetition_penalty not in (None, 1):

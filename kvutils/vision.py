@@ -24,17 +24,24 @@ T, R = TypeVar("T"), TypeVar("R")
 
 def over_images(run: Callable[..., list[R]], images: Iterable[ImageLike], batch_size: int, progress: bool = False) -> Iterator[R]:
     """What run(opened images, their names in errors) gives, in order: `batch_size` images at a time, fewer as `in_halves`."""
-    at_least("batch_size", batch_size)
     if isinstance(images, str | PathLike | Image.Image):
         raise ParameterError("images must be a list or another iterable of pictures, not a single one")
-    source, start = iter(images), 0
+    named = ((one, str(one) if isinstance(one, str | PathLike) else f"images[{i}]") for i, one in enumerate(images))
+    opened = ((open_image(one, name), name) for one, name in named)
     total = len(images) if isinstance(images, Sequence) else None
+    return in_batches(lambda some: run(*zip(*some, strict=True)), opened, batch_size, progress, total)
+
+
+def in_batches(
+    run: Callable[[Sequence[T]], list[R]], items: Iterable[T], batch_size: int, progress: bool = False, total: int | None = None
+) -> Iterator[R]:
+    """The results of run(items), one per item and in order: `batch_size` items at a time, fewer as `in_halves`."""
+    at_least("batch_size", batch_size)
+    source = iter(items)
+    total = len(items) if isinstance(items, Sequence) else total
     with tqdm(total=total, unit="image", disable=not progress) as bar:
         while batch := list(itertools.islice(source, batch_size)):
-            names = [str(one) if isinstance(one, str | PathLike) else f"images[{i}]" for i, one in enumerate(batch, start)]
-            opened = [(open_image(one, name), name) for one, name in zip(batch, names, strict=True)]
-            yield from in_halves(lambda some: run(*zip(*some, strict=True)), opened)
-            start += len(batch)
+            yield from in_halves(run, batch)
             bar.update(len(batch))
 
 

@@ -533,7 +533,7 @@ def test_bad_questions_and_options():
         (lambda: session.ask(["what is <image> ?"]), ParameterError, "<image>"),
         (lambda: session.ask(QUESTIONS, max_new_tokens=0), ParameterError, "max_new_tokens"),
         (lambda: session.ask(QUESTIONS, max_new_tokens=-1), ParameterError, "max_new_tokens"),
-        (lambda: session.ask(QUESTIONS, queries="before"), ParameterError, "before"),
+        (lambda: session.ask(QUESTIONS, queries="before", block=selection(mlm, 17)), ParameterError, "before"),
         (lambda: session.score(QUESTIONS, []), ParameterError, "at least one"),
         (lambda: session.score(QUESTIONS, {}), ParameterError, "at least one"),
         (lambda: session.score(QUESTIONS, "yes"), ParameterError, "list"),

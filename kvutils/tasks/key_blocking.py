@@ -29,7 +29,7 @@ from kvutils.tasks.key_selections import (
 )
 from kvutils.tasks.key_statistics import agnostic
 from kvutils.tasks.key_table import KeyTable
-from kvutils.tasks.yes_no import YesNoTask, compare_answers, summarise_answers
+from kvutils.tasks.yes_no import POWER, YesNoTask, compare_answers, summarise_answers
 
 NONE, BLOCK = "none", "input-agnostic"
 CONTROLS = ("random", "random, same attention", "highest variance", "same positions, early layers")
@@ -171,7 +171,7 @@ def _headline(task: YesNoTask, answers: Sequence[str], baseline: Sequence[str]) 
 
 
 def power_statement(found: Mapping, wanted: float) -> dict:
-    """Would a true effect of `wanted` (in the headline's unit) show with probability 0.8? From measured effects.
+    """Would a true effect of `wanted` (in the headline's unit) show with probability `POWER`? From measured effects.
 
     detectable: by family, None where no answer changed. largest: of the families that block as many keys. A family
     that changes more answers is noisier, so the largest is the careful figure.
@@ -179,7 +179,7 @@ def power_statement(found: Mapping, wanted: float) -> dict:
     sizes = {name: each["headline"]["detectable"] for name, each in found["families"].items()}
     matched = [sizes[name] for name in (BLOCK, *CONTROLS) if sizes.get(name) is not None]
     largest = max(matched) if matched else None
-    return {"wanted": wanted, "power": 0.8, "detectable": sizes, "largest": largest,
+    return {"wanted": wanted, "power": POWER, "detectable": sizes, "largest": largest,
             "enough": None if largest is None else largest <= wanted}  # fmt: skip
 
 

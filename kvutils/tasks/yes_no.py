@@ -22,6 +22,7 @@ from kvutils.metrics.statistics import Interval, Statistic, bootstrap_ci, detect
 
 Measures = dict[tuple[str, str], np.ndarray]  # (subset or summary, metric) -> (n_boot,)
 MEAN, POOLED, TOTAL = "mean", "pooled", "total"
+POWER = 0.8  # probability with which a detectable difference would show
 
 
 class YesNoTask(ABC):
@@ -47,6 +48,7 @@ class YesNoTask(ABC):
         self.subsets = list(dict.fromkeys(sample.subset for sample in self.samples))
         names = np.array([sample.subset for sample in self.samples])
         self.member = names[:, None] == np.array(self.subsets)  # (n, subsets)
+        self.questions = dict(zip(self.subsets, self.member.sum(axis=0).tolist(), strict=True))
         self.images = list(pictures)
         places = {name: place for place, name in enumerate(self.images)}
         self.image_of = np.array([places[sample.image_id] for sample in self.samples])  # (n,)
@@ -63,9 +65,9 @@ class YesNoTask(ABC):
     def measures(self, sums: np.ndarray) -> Measures:
         """Every metric from sums (n_boot, subsets, k) of the values over the questions of each subset."""
 
-    def members(self, summary: str) -> Sequence[str]:
-        """The subsets that a summary is over; all, if a task has no other."""
-        return self.subsets
+    def members(self, name: str) -> Sequence[str]:
+        """The subsets that a subset or summary is over; all, if a task has no other."""
+        return [name] if name in self.subsets else self.subsets
 
     def right(self, answers: Sequence[str]) -> np.ndarray:
         """(n,) bool: which questions are answered right."""
@@ -167,8 +169,8 @@ class Mme(YesNoTask):
             found[name, "unknown"] = ratio(unknown[:, members].sum(axis=1), questions)
         return found
 
-    def members(self, summary: str) -> list[str]:
-        return [self.subsets[i] for i in self.totals[summary]]
+    def members(self, name: str) -> Sequence[str]:
+        return [self.subsets[i] for i in self.totals[name]] if name in self.totals else [name]
 
 
 def summarise_answers(task: YesNoTask, answers: Sequence[str], n_boot: int = 2000, seed: int = 0) -> dict:
@@ -188,18 +190,14 @@ def summarise_answers(task: YesNoTask, answers: Sequence[str], n_boot: int = 200
 
 
 def compare_answers(
-    task: YesNoTask,
-    answers: Sequence[str] | Sequence[Sequence[str]],
-    baseline: Sequence[str] | Sequence[Sequence[str]],
-    n_boot: int = 2000,
-    seed: int = 0,
-    power: float = 0.8,
-) -> dict:
+    task: YesNoTask, answers: Sequence[str] | Sequence[Sequence[str]], baseline: Sequence[str] | Sequence[Sequence[str]],
+    n_boot: int = 2000, seed: int = 0,
+) -> dict:  # fmt: skip
     """Answers minus baseline over the same questions: paired differences of every metric; JSON-able.
 
     Either may be several answer sets, such as 20 draws of random keys: then the mean of their scores is meant (the
     interval is over images, not over draws). scores: as in `summarise_answers`, each with `detectable`, the true
-    difference that would show with probability `power` (None where no score changed in any resample). changed: by
+    difference that would show with probability `POWER` (None where no score changed in any resample). changed: by
     subset the share of questions that are right and were wrong, and the reverse, over all pairs of sets.
     """
     now, before = ([each] if isinstance(each[0], str) else list(each) for each in (answers, baseline))
@@ -210,7 +208,7 @@ def compare_answers(
 
     both = np.concatenate([_values(task, each) for each in (now, before)], axis=1)
     scores = _scores(task, keys, bootstrap_ci(both, paired, n_boot, seed))
-    visible = detectable(standard_error(both, paired, n_boot, seed), power)
+    visible = detectable(standard_error(both, paired, n_boot, seed), POWER)
     for (subset, metric), size in zip(keys, visible.tolist(), strict=True):
         scores[subset][metric]["detectable"] = None if math.isnan(size) else size
     is_right, was_right = (np.mean([task.right(each) for each in sets], axis=0) for sets in (now, before))  # (n,) shares
@@ -218,7 +216,7 @@ def compare_answers(
     return {
         **_about(task),
         "sets": [len(now), len(before)],
-        "power": power,
+        "power": POWER,
         "headline": scores[task.metric[0]][task.metric[1]],
         "scores": scores,
         "changed": {
@@ -260,15 +258,14 @@ def _about(task: YesNoTask) -> dict:
         "convention": task.convention,
         "n": len(task.samples),
         "images": len(task.images),
-        "questions": dict(zip(task.subsets, task.member.sum(axis=0).tolist(), strict=True)),
+        "questions": task.questions,
     }
 
 
 def _scores(task: YesNoTask, keys: Sequence[tuple[str, str]], intervals: Sequence[Interval]) -> dict:
     """subset -> metric -> mean, low, high and n, the number of questions."""
-    counts = dict(zip(task.subsets, task.member.sum(axis=0).tolist(), strict=True))
     scores: dict[str, dict[str, dict]] = {}
     for (subset, metric), interval in zip(keys, intervals, strict=True):
-        n = counts[subset] if subset in counts else sum(counts[name] for name in task.members(subset))
+        n = sum(task.questions[name] for name in task.members(subset))
         scores.setdefault(subset, {})[metric] = interval.as_dict() | {"n": n}
     return scores
