@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 
 from kvutils.datasets import USES, blink, hub, open_dataset, pope
-from kvutils.errors import DataError, ParameterError
-from kvutils.tasks.choices import check_items
-from kvutils.tasks.yes_no import Mme, Pope
-from tests.mini_data import SAMPLES, needs_samples, noise, write_rows
+from kvutils.errors import DataError
+from tests.mini_data import SAMPLES, needs_samples, noise, write_data, write_rows
 
 
 @pytest.fixture(autouse=True)
@@ -21,158 +19,114 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-# --- POPE --------------------------------------------------------------------------------------------------
-
-ASKED = [("a", "dog", "yes"), ("a", "cat", "no"), ("b", "cup", "no"), ("b", "tie", "yes")]
+# --- POPE and MME ------------------------------------------------------------------------------------------
 
 
-def pope_rows(order=("adversarial", "popular", "random")) -> list[dict]:
+@pytest.fixture(scope="module")
+def official(tmp_path_factory):
+    """The samples of POPE and MME from their official files."""
+    root = write_data(tmp_path_factory.mktemp("official"), ["pope", "mme"], pope=2, mme=2)
+    return {name: open_dataset(name, root / name) for name in ("pope", "mme")}
+
+
+def hub_rows(samples, name) -> list[dict]:
+    """As lmms-lab/POPE, where the splits come in another order, and lmms-lab/MME, where the images do."""
+    if name == "pope":
+        samples = [one for split in reversed(pope.SPLITS) for one in samples if one.subset == split]
+        ids = [{"question_id": one.id.split("-")[1], "image_source": one.image_id} for one in samples]
+    else:
+        samples = [one for image in reversed(dict.fromkeys(one.image_id for one in samples)) for one in samples if one.image_id == image]
+        ids = [{"question_id": f"{one.image_id}.png"} for one in samples]
     return [
-        {"id": str(i), "question_id": str(number), "question": f"Is there a {thing} in the image?", "answer": answer,
-         "image_source": f"COCO_val2014_{name}", "image": noise(ord(name)), "category": category}
-        for i, (category, (number, (name, thing, answer))) in enumerate(
-            (category, each) for category in order for each in enumerate(ASKED, start=1))
-    ]  # fmt: skip
+        {"question": one.question, "answer": one.truth.title(), "image": one.image, "category": one.subset, **each}
+        for one, each in zip(samples, ids, strict=True)
+    ]
 
 
 @pytest.fixture
-def pope_copy(tmp_path):
-    rows = pope_rows()
+def copies(tmp_path, official):
+    """Folders of both, POPE in two parts."""
+    rows = hub_rows(official["pope"], "pope")
     for part in range(2):
-        write_rows(tmp_path / "pope" / "data" / f"test-{part:05d}-of-00002.parquet", rows[6 * part : 6 * part + 6])
-    return tmp_path / "pope"
+        write_rows(tmp_path / "pope" / "data" / f"test-{part:05d}-of-00002.parquet", rows[part * 18 : part * 18 + 18])
+    write_rows(tmp_path / "mme" / "data" / "test-00000-of-00001-ab12.parquet", hub_rows(official["mme"], "mme"))
+    return tmp_path
 
 
-def test_the_hub_copy_of_pope_holds_the_official_samples(pope_copy, tmp_path):
-    home = tmp_path / "official" / "output" / "coco"
-    home.mkdir(parents=True)
-    for split in pope.SPLITS:
-        lines = [
-            {"question_id": i, "image": f"COCO_val2014_{name}.jpg", "text": f"Is there a {thing} in the image?", "label": label}
-            for i, (name, thing, label) in enumerate(ASKED, start=1)
-        ]
-        (home / f"coco_pope_{split}.json").write_text("\n".join(map(json.dumps, lines)))
-    for name in "ab":
-        path = tmp_path / "official" / "val2014" / f"COCO_val2014_{name}.jpg"
-        path.parent.mkdir(exist_ok=True)
-        noise(ord(name)).save(path)
-    found, official = open_dataset("pope", pope_copy), open_dataset("pope", tmp_path / "official")
-    assert [replace(s, picture=None) for s in found] == [replace(s, picture=None) for s in official] and len(found) == 12
-    assert all(np.array_equal(s.image, noise(ord(s.image_id[-1]))) for s in found)
-    assert len({s.picture for s in found}) == 2  # questions about one image share it
-    assert replace(found[0], size=(4, 4)).image.size == (4, 4) and found[0].image.size == (64, 48)
-    short = open_dataset("pope", pope_copy, split="popular", max_images=1, suffix=pope.SHORT_ANSWER)
-    assert [s.id for s in short] == ["popular-1", "popular-2"] and short[0].question.endswith("word or phrase.")
+@pytest.mark.parametrize("name", ["pope", "mme"])
+def test_a_hub_copy_holds_the_official_samples(copies, official, name):
+    found = open_dataset(name, copies / name)
+    assert [replace(s, picture=None) for s in found] == [replace(s, picture=None) for s in official[name]]
+    assert all(np.array_equal(one.image, other.image) for one, other in zip(found, official[name], strict=True))
+    assert len({s.picture for s in found}) == len({s.image_id for s in found})  # questions about one image share it
+    assert replace(found[0], size=(4, 4)).image.size == (4, 4)
+    split = {"pope": "popular", "mme": "count"}[name]
+    few = open_dataset(name, copies / name, split=split, max_images=1, suffix=pope.SHORT_ANSWER)
+    assert {(s.subset, s.image_id) for s in few} == {(split, next(s.image_id for s in found if s.subset == split))}
+    assert few[0].question.endswith("word or phrase.")
 
 
-def test_pictures_of_rows_stay_on_disk(pope_copy, monkeypatch):
+def test_pictures_of_rows_stay_on_disk(copies, monkeypatch):
     opened = []
     monkeypatch.setattr(hub, "picture_of", lambda value, name: opened.append(name) or (lambda: noise(0)))
-    samples = open_dataset("pope", pope_copy)
-    task = Pope(samples)
-    assert not opened and len(task.images) == 2
-    assert samples[0].image.size == (64, 48) and len(opened) == 1
+    samples = open_dataset("pope", copies / "pope")
+    assert not opened and samples[0].image.size == (64, 48) and len(opened) == 1
 
 
-def test_the_rows_of_pope_are_checked(tmp_path):
-    good = pope_rows()
-    for number, (change, message) in enumerate([
-        ({"category": "hard"}, "category of POPE hard, row 1 'hard'; expected one of random"),
-        ({"answer": "maybe"}, "POPE adversarial, row 1: .*'label' must be yes or no, found 'maybe'"),
-        ({"question_id": "1"}, "POPE adversarial, row 1: question_id 1 is that of row 0"),
-        ({"image_source": "../a"}, "row 1: .*'image' must be the name of a file"),
-    ]):  # fmt: skip
-        copy = tmp_path / str(number)
-        write_rows(copy / "data" / "test-00000-of-00001.parquet", [good[0], good[1] | change, *good[2:]])
-        with pytest.raises(DataError, match=message):
-            open_dataset("pope", copy)
-    less = {key: value for key, value in good[0].items() if key != "category"}
-    write_rows(tmp_path / "less" / "data" / "test-00000-of-00001.parquet", [less])
-    with pytest.raises(DataError, match="expected the columns category too, found id, question_id"):
-        open_dataset("pope", tmp_path / "less")
+@pytest.mark.parametrize(("name", "change", "message"), [
+    ("pope", {"category": "hard"}, "category of POPE hard, row 1 'hard'; expected one of random"),
+    ("pope", {"answer": "maybe"}, "POPE adversarial, row 1: .*'label' must be yes or no, found 'maybe'"),
+    ("pope", {"question_id": "1"}, "POPE adversarial, row 1: question_id 1 is that of row 0"),
+    ("pope", {"image_source": "../a"}, "row 1: .*'image' must be the name of a file"),
+    ("mme", {"answer": "maybe"}, "answer in MME code_reasoning/0001, row 1 'maybe'; expected one of yes, no"),
+    ("mme", {"question": " "}, "MME code_reasoning/0001, row 1: there is no question before"),
+    ("mme", {"question_id": "0007.png"}, "MME code_reasoning/0001: expected two rows, found 1"),
+    ("mme", {"question_id": None}, "MME, row 1: question_id, question, answer, category must be text"),
+])  # fmt: skip
+def test_rows_are_checked(tmp_path, official, name, change, message):
+    first, second, *rest = hub_rows(official[name], name)
+    write_rows(tmp_path / "data" / "test-00000-of-00001.parquet", [first, second | change, *rest])
+    with pytest.raises(DataError, match=message):
+        open_dataset(name, tmp_path)
 
 
-def test_a_copy_with_a_part_missing_is_refused(pope_copy):
-    first = pope_copy / "data" / "test-00000-of-00002.parquet"
+def test_categories_and_columns_that_are_not_there(tmp_path, official):
+    rows = [row for row in hub_rows(official["mme"], "mme") if row["category"] != "existence"]
+    write_rows(tmp_path / "mme" / "data" / "test-00000-of-00001.parquet", rows)
+    with pytest.raises(DataError, match="MME existence: no row of that category among the 52"):
+        open_dataset("mme", tmp_path / "mme")
+    write_rows(tmp_path / "pope" / "data" / "test-00000-of-00001.parquet", [{"image": noise(0), "question": ""}])
+    with pytest.raises(DataError, match="expected the columns answer, category, .* too, found image, question"):
+        open_dataset("pope", tmp_path / "pope")
+
+
+def test_a_copy_with_a_part_missing_is_refused(copies):
+    first = copies / "pope" / "data" / "test-00000-of-00002.parquet"
     other = first.with_name("test-00000-of-00003.parquet")
     other.write_bytes(first.read_bytes())
     with pytest.raises(DataError, match="parts of more than one copy"):
-        open_dataset("pope", pope_copy)
+        open_dataset("pope", copies / "pope")
     other.unlink()
     first.unlink()
     with pytest.raises(DataError, match=r"POPE.*: 1 of the 2 Parquet files of a split are there: test-00001-of-00002.parquet in"):
-        open_dataset("pope", pope_copy)
+        open_dataset("pope", copies / "pope")
 
 
-def test_the_hub_is_asked_for_the_files_of_one_split(pope_copy, tmp_path, monkeypatch):
+def test_the_hub_is_asked_for_the_files_of_one_split(copies, monkeypatch):
     asked = []
 
     def download(repository, **options):
         asked.append((repository, options))
-        return str(pope_copy)
+        return str(copies / "pope")
 
     monkeypatch.setattr(hub, "snapshot_download", download)
     monkeypatch.setattr(hub, "revision_of", lambda repository: "abc")
-    assert len(open_dataset("pope", "hub", split="random")) == 4
+    assert len(open_dataset("pope", "hub", split="random")) == 12
     options = {"repo_type": "dataset", "revision": "abc", "allow_patterns": ["data/test-*.parquet"]}
     assert asked == [("lmms-lab/POPE", options)]
-    asked.clear()
     with pytest.raises(DataError, match="no Parquet file of 'Art_Style/val'"):
         open_dataset("blink", "hub")
-    assert asked[0][1]["allow_patterns"] == ["Art_Style/val-*.parquet"]
-
-
-# --- MME ---------------------------------------------------------------------------------------------------
-
-
-def mme_rows() -> list[dict]:
-    return [
-        {"question_id": f"{subtask}/{name}.png", "image": noise(i), "answer": answer, "category": subtask,
-         "question": f"Is it {answer}? Please answer yes or no."}
-        for i, (subtask, name) in enumerate([("count", "b"), ("count", "a"), ("code_reasoning", "0020")])
-        for answer in ("Yes", "No")
-    ]  # fmt: skip
-
-
-def test_the_hub_copy_of_mme_holds_the_official_samples(tmp_path):
-    home = tmp_path / "official"
-    for i, (subtask, name) in enumerate([("count", "b"), ("count", "a"), ("code_reasoning", "0020")]):
-        (home / subtask).mkdir(parents=True, exist_ok=True)
-        noise(i).save(home / subtask / f"{name}.png")
-        lines = [f"Is it {answer}? Please answer yes or no.\t{answer}" for answer in ("Yes", "No")]
-        (home / subtask / f"{name}.txt").write_text("\n".join(lines))
-    write_rows(tmp_path / "copy" / "data" / "test-00000-of-00001-ab12.parquet", mme_rows())
-    names = ["count", "code_reasoning"]
-    found, official = (open_dataset("mme", tmp_path / root, split=names) for root in ("copy", "official"))
-    assert [replace(s, picture=None) for s in found] == [replace(s, picture=None) for s in official]
-    assert all(np.array_equal(one.image, other.image) for one, other in zip(found, official, strict=True))
-    images = ["count/a", "count/b", "code_reasoning/0020"]
-    assert [s.id for s in found] == [f"{image}-{number}" for image in images for number in (1, 2)]
-    assert len(open_dataset("mme", tmp_path / "copy", split="count", max_images=1)) == 2
-    with pytest.raises(DataError, match="MME existence, .*: no row of that category among the 6"):
-        open_dataset("mme", tmp_path / "copy")
-    with pytest.raises(ParameterError, match="split of MME 'counting'"):
-        open_dataset("mme", tmp_path / "copy", split="counting")
-
-
-def test_the_rows_of_mme_are_checked(tmp_path):
-    good = mme_rows()
-    for number, (rows, message) in enumerate([
-        (good[:3], "MME count/a: expected two rows, found 1"),
-        ([good[0] | {"answer": "maybe"}, *good[1:]], "answer in MME count/b, row 0 'maybe'; expected one of yes, no"),
-        ([good[0] | {"question": " "}, *good[1:]], "MME count/b, row 0: there is no question before"),
-    ]):  # fmt: skip
-        write_rows(tmp_path / str(number) / "data" / "test-00000-of-00001.parquet", rows)
-        with pytest.raises(DataError, match=message):
-            open_dataset("mme", tmp_path / str(number), split="count")
-
-
-def test_questions_of_hub_copies_are_scored_by_their_tasks(pope_copy, tmp_path):
-    write_rows(tmp_path / "mme" / "data" / "test-00000-of-00001.parquet", mme_rows())
-    pope, mme = Pope(open_dataset("pope", pope_copy)), Mme(open_dataset("mme", tmp_path / "mme", split="count"))
-    assert (pope.images, mme.images) == (["COCO_val2014_a", "COCO_val2014_b"], ["count/a", "count/b"])
-    assert {s.image.size for s in (*pope.samples, *mme.samples)} == {(64, 48)}
-    assert pope.right(["yes"] * 12).sum() == 6 and mme.right(["yes"] * 4).sum() == 2
+    assert asked[1][1]["allow_patterns"] == ["Art_Style/val-*.parquet"]
 
 
 # --- BLINK -------------------------------------------------------------------------------------------------
@@ -223,8 +177,7 @@ def test_blink_images_are_opened_when_they_are_asked_for(blink_copy, monkeypatch
     opened = []
     monkeypatch.setattr(hub, "picture_of", lambda value, name: opened.append(name) or (lambda: noise(0)))
     items = open_dataset("blink", blink_copy)
-    assert {name: len(mine) for name, mine in check_items(items).items()} == {"Art_Style": 4, "Visual_Similarity": 2}
-    assert not opened
+    assert not opened and len(items[0].images) == 3
     assert items[1].images[2].size == (64, 48) and opened == ["BLINK Art_Style, row 1, image_3"]
 
 

@@ -1,4 +1,4 @@
-"""SPair-71k and BDD-10K in their official layouts: small files written here, real records, broken files."""
+"""SPair-71k and BDD-10K in their official layouts: small files written here, real records."""
 
 import json
 

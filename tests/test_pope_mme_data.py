@@ -1,4 +1,4 @@
-"""POPE and MME: the official files, malformed ones, and their pocket twins."""
+"""POPE and MME: the official files and their pocket twins."""
 
 import json
 from collections import Counter, defaultdict

@@ -1,4 +1,4 @@
-"""RefCOCO as its toolkit and the hub have it: small files written here, real records, hostile and broken files."""
+"""RefCOCO as its toolkit and the hub have it: small files written here, real records, hostile pickles."""
 
 import json
 import os
