@@ -77,7 +77,7 @@ def test_a_verdict_needs_an_interval(broken):
 
 
 def test_an_undefined_part_neither_holds_nor_is_against():
-    nothing = undefined("e1", "no item shows it", 3)
+    nothing = undefined("e1", "no item shows it")
     for entries, verdict in (([UP], "inconclusive"), ([DOWN], "not reproduced"), ([], "inconclusive")):
         found = {"value": None, "low": None, "high": None, "n": 2, "entries": [*(measured(*entries)["entries"] if entries else []), nothing]}
         line = report.row(claim(kind="entries_above", at_least="all"), found)

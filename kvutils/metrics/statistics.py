@@ -50,9 +50,6 @@ class Interval:
         found = self.as_dict()
         return ({} if name is None else {"name": name}) | {"value": found.pop("mean")} | found | more
 
-    def text(self, digits: int = 3, sign: bool = False) -> str:
-        return interval_text(self.as_dict(), digits, sign)
-
 
 UNDEFINED = Interval(math.nan, math.nan, math.nan, 0)
 
@@ -70,9 +67,9 @@ def interval_text(found: Mapping, digits: int = 3, sign: bool = False, factor: f
     return f"{value} [{low}, {high}]"
 
 
-def undefined(name: str, reason: str, n: int = 0) -> dict:
+def undefined(name: str, reason: str) -> dict:
     """A part of a claim whose measurement is undefined, and why: it neither holds nor is against."""
-    return UNDEFINED.claim(name, reason=reason) | {"n": n}
+    return UNDEFINED.claim(name, reason=reason)
 
 
 def claim_of_parts(entries: list[dict], unit: str) -> dict:

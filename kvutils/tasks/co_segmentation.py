@@ -16,7 +16,7 @@ from kvutils.readout.clusters import MAX_CLUSTERS, cluster_tokens, oracle_cluste
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, Item, token_means
 from kvutils.tasks.base import UNTRAINED, Row, Task
 
-N_INIT, SEED = 1, 0  # k-means starts per k
+N_INIT, SEED = 1, 0  # of k-means: starts per k, and where they are drawn
 _J, _J_ORACLE, _J_RELATIVE, _PRECISION, _CLUSTERS = range(5)
 
 
