@@ -1,7 +1,4 @@
-"""Names to loaded models: three families of multimodal language models (MLMs) behind one small interface, and SigLIP.
-
-A checkpoint is checked when it is loaded, before hours are spent on it: see `check_mlm`.
-"""
+"""Names to loaded models: three families of multimodal language models (MLMs) behind one small interface, and SigLIP."""
 
 from __future__ import annotations
 
@@ -27,16 +24,13 @@ from kvutils.layout import build_layout
 from kvutils.processors import image_backend, load_processor, quiet_transformers
 
 ONEVISION, QWEN, NEXT = FAMILIES = ("llava_onevision", "qwen2_5_vl", "llava_next")  # config.model_type
-ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 _POCKET = data_folder() / "pocket"
 _PROBE = "kvutils-prefix"  # stands for a prefix, to see where a chat template puts it
-_SHARE = 0.8  # of the free memory of a GPU may be weights; the rest is for activations and features
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Where a named model comes from. source: a hub id or a folder written by `save_pretrained`; sizes: what `check_mlm`
-    expects of a published model; revision: a commit of the hub."""
+    """Where a model comes from. source: hub id or saved folder; sizes: what `check_mlm` expects; revision: a commit of the hub."""
 
     name: str
     family: str
@@ -75,11 +69,10 @@ def find_model(name: str, known: dict[str, ModelSpec] = MODELS) -> ModelSpec:
         return replace(spec, name=spec.name if base in known else name, revision=revision)
     if name in known:
         return known[name]
-    if Path(name).is_dir():
-        return ModelSpec(Path(name).name, "", str(name), "custom")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    folder = Path(name).is_dir()
+    if not folder and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         one_of("model", name, [*known, "a folder", "a hub id org/name"], ModelError)
-    return ModelSpec(name, "", name, "custom")
+    return ModelSpec(Path(name).name if folder else name, "", name, "custom")
 
 
 @dataclass(repr=False)
@@ -103,7 +96,7 @@ class MLM:
         return (f"MLM {self.name} ({self.family}, {self.revision})\n  {self.num_layers} layers, {heads}, {self.dtype} on {self.device}, "
                 f"{self.attention}{', base view only' if self.base_view_only else ''}")  # fmt: skip
 
-    # Sizes come from the configuration: layers, query heads, key-value heads (L, H, G of the vocabulary).
+    # L, H, G of the vocabulary, from the configuration
     tokenizer = property(lambda self: self.processor.tokenizer)
     text_config = property(lambda self: self.model.config.get_text_config())
     num_layers = property(lambda self: self.text_config.num_hidden_layers)
@@ -115,10 +108,8 @@ class MLM:
     attention = property(lambda self: self.text_config._attn_implementation)  # "sdpa", "eager" or a flash variant
 
     @property
-    def head_dim(self) -> int:
-        """D."""
-        config = self.text_config
-        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    def head_dim(self) -> int:  # D
+        return getattr(self.text_config, "head_dim", None) or self.text_config.hidden_size // self.num_heads
 
     @property
     def device(self) -> torch.device:
@@ -130,9 +121,8 @@ class MLM:
     def prompt(self, question: str | None = None, prefix: str | None = None, images: int = 1) -> str:
         """The text `prefix + images + question` as the model's chat template writes it.
 
-        Published LLaVA templates move images to the front of a message. If that would put the prefix behind
-        the image, prefix, image tokens and question are given to the template as one text, a line each.
-        """
+        Published LLaVA templates move images to the front of a message. If that would put the prefix behind the image, prefix,
+        image tokens and question are given to the template as one text, a line each."""
         token = self.processor.image_token
         for name, text in (("prefix", prefix), ("question", question)):
             if text and token in text:
@@ -151,8 +141,7 @@ class MLM:
     def _render(self, content: list[dict]) -> str:
         if not getattr(self.processor, "chat_template", None):
             raise ParameterError(f"the processor of {self.name} has no chat template")
-        message = {"role": "user", "content": content}
-        return self.processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+        return self.processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
 
 
 @dataclass(repr=False)
@@ -165,9 +154,8 @@ class Encoder:
     revision: str
 
     def __repr__(self) -> str:
-        size = self.model.config
-        return (f"Encoder {self.name} ({self.revision})\n  {size.num_hidden_layers} layers of {size.hidden_size} channels, "
-                f"{(size.image_size // size.patch_size) ** 2} image tokens, {self.model.dtype} on {self.model.device}")  # fmt: skip
+        size = f"{self.model.config.num_hidden_layers} layers of {self.model.config.hidden_size} channels"
+        return f"Encoder {self.name} ({self.revision})\n  {size}, {self.model.dtype} on {self.model.device}"
 
 
 def load_mlm(
@@ -177,14 +165,13 @@ def load_mlm(
     """Load a model by its name in `MODELS`, a folder, or a hub id of one of the three families ("id@revision" for a commit).
 
     device: default CUDA if there is one, of several processes to each its own. dtype: default float32 on CPU and for
-    pocket models, else bfloat16 (float16 on GPUs that have none). device_map: as in accelerate; default "auto" where the
-    weights do not fit the GPU that would be used (a model without training is spread alike), not with `device`.
-    untrained: the same configuration with the random initialisation of its class under `seed` (control). Only safetensors
-    are read. Raises ModelError also where `check_mlm` finds the model to be another than the code expects.
+    pocket models, else bfloat16 (float16 on GPUs that have none). device_map: as in accelerate, not with `device`; default
+    `placement`. untrained: the same configuration with the random initialisation of its class under `seed` (control). Only
+    safetensors are read. Raises ModelError also where `check_mlm` finds the model to be another than the code expects.
     """
     spec = find_model(name)
     config = read_config(spec)
-    one_of("attention", attention, ATTENTIONS)
+    one_of("attention", attention, ("sdpa", "eager", "flash_attention_2", "flash_attention_3"))
     if device_map is not None and (device is not None or untrained):
         raise ParameterError("device_map places a trained checkpoint itself: pass no device and no untrained")
     chosen, device = device, _device(device)
@@ -214,9 +201,9 @@ def wrap_mlm(model: PreTrainedModel, processor, name: str = "custom", base_view_
     """Use a model that is already in memory; it is put into evaluation mode."""
     one_of("model family", model.config.model_type, FAMILIES, ModelError)
     side = getattr(model.config.vision_config, "image_size", None)
-    # Where the only resolution is one tile (pocket), it would repeat the base view.
-    nothing_to_tile = [list(size) for size in getattr(model.config, "image_grid_pinpoints", None) or []] == [[side, side]]
-    return MLM(model.eval(), processor, name, model.config.model_type, "in memory", base_view_only or nothing_to_tile)
+    sizes = [list(size) for size in getattr(model.config, "image_grid_pinpoints", None) or []]
+    base_view_only = base_view_only or sizes == [[side, side]]  # the only tile of the pocket model would repeat the base view
+    return MLM(model.eval(), processor, name, model.config.model_type, "in memory", base_view_only)
 
 
 def load_encoder(name: str, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Encoder:
@@ -234,10 +221,9 @@ def read_config(spec: ModelSpec):
         config = AutoConfig.from_pretrained(spec.source, revision=spec.revision)
     except (OSError, ValueError) as error:
         raise ModelError(f"{spec.name}: no model at {spec.source}, which is neither a folder as save_pretrained writes it "
-                         "(config.json, weights; the pocket models come with kvutils), nor in the local cache, nor on the hub "
-                         f"as far as that can be reached. With network it comes by itself or with `hf download {spec.source}`; "
-                         "without, copy it to another machine's HF_HOME, or pass the folder of a saved model.\n  "
-                         f"({str(error).splitlines()[0]})") from error  # fmt: skip
+                         "(config.json, weights; the pocket models come with kvutils), nor in the local cache, nor can it be "
+                         f"fetched. With network it comes by itself or with `hf download {spec.source}`; without, copy it to another "
+                         f"machine's HF_HOME, or pass a folder.\n  ({str(error).splitlines()[0]})") from error  # fmt: skip
     one_of(f"family of {spec.name}", config.model_type, FAMILIES, ModelError)
     return config
 
@@ -255,24 +241,21 @@ def _reading(spec: ModelSpec, device: torch.device) -> Iterator[None]:
 
 
 def _pretrained(model_class, spec: ModelSpec, **options) -> PreTrainedModel:
-    options |= {"revision": spec.revision, "use_safetensors": True, "output_loading_info": True}
-    model, info = model_class.from_pretrained(spec.source, **options)
-    missing = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
-    if missing:  # transformers would go on with random weights
+    options |= {"revision": spec.revision, "use_safetensors": True}
+    model, info = model_class.from_pretrained(spec.source, output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"])):  # it would go on with random weights
         raise ModelError(f"{spec.name}: {len(missing)} weights missing or misshapen in {spec.source}: {missing[0]}")
     return model
 
 
 def placement(config, dtype: torch.dtype, device: torch.device) -> dict[str, int | str] | None:
     """Module -> device, as accelerate maps it: all on one GPU where that leaves room, else over all GPUs, then the CPU.
-
-    None where there is no GPU, or each process has one of its own.
-    """
+    None where there is no GPU, or each process has one of its own."""
     if device.type != "cuda" or int(os.environ.get("WORLD_SIZE", 1)) > 1:
         return None
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
-    memory = {place: int(_SHARE * free) for place, free in get_max_memory().items()}
+    memory = {place: int(0.8 * free) for place, free in get_max_memory().items()}  # the rest is for activations and features
     return infer_auto_device_map(model, memory, model._no_split_modules)
 
 
@@ -292,9 +275,9 @@ def _dtype(dtype: str | torch.dtype | None, spec: ModelSpec, device: torch.devic
         return getattr(torch, name)
     if device.type == "cpu" or spec.profile == "pocket":
         return torch.float32
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16  # GPUs before Ampere, such as the T4, only emulate bfloat16, many times slower
-    return torch.bfloat16
+    # GPUs before Ampere, such as the T4, only emulate bfloat16, many times slower.
+    emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.float16 if emulated else torch.bfloat16
 
 
 def _revision(spec: ModelSpec) -> str:
@@ -310,31 +293,25 @@ def _revision(spec: ModelSpec) -> str:
 
 
 def check_mlm(mlm: MLM) -> None:
-    """Raises ModelError, with all that differs, unless the model is one that the code was written for.
-
-    All that can be derived is derived (the processor's token count against the layout's, the weights against the
-    configuration); of the published models the numbers of the paper's protocol are compared as well.
-    """
+    """Raises ModelError, with all that differs, unless the model is one that the code was written for: the weights against the
+    configuration, the processor's token counts against the layout's, published models against the paper's protocol."""
     wrong: list[str] = []
     layers, token = mlm.model.model.language_model.layers, mlm.processor.image_token
-    if len(layers) != mlm.num_layers:
-        wrong.append(f"decoder layers: the configuration says {mlm.num_layers}, found {len(layers)}")
-    width = mlm.num_kv_heads * mlm.head_dim
-    found = {getattr(layer.self_attn, name).weight.shape[0] for layer in layers for name in ("k_proj", "v_proj")}
-    if found != {width}:
-        wrong.append(f"width of keys and values: the configuration says {width}, found {sorted(found)}")
+    widths = {getattr(layer.self_attn, name).weight.shape[0] for layer in layers for name in ("k_proj", "v_proj")}
+    found, expected = (len(layers), widths), (mlm.num_layers, {mlm.num_kv_heads * mlm.head_dim})
+    if found != expected:
+        wrong.append(f"decoder layers, and width of keys and values: the configuration says {expected}, found {found}")
     ids = mlm.tokenizer(token, add_special_tokens=False)["input_ids"]
     if ids != [mlm.image_token_id]:
         wrong.append(f"image token {token!r}: the configuration says id {mlm.image_token_id}, the tokenizer makes {ids}")
-    ours = []
-    for size in ((640, 480), (300, 500), (96, 96)):
+    for size in ((300, 500), (96, 96), (640, 480)):
         batch = mlm.processor(images=[Image.new("RGB", size)], text=[token], return_tensors="pt")
         merge = mlm.processor.image_processor.merge_size if mlm.family == QWEN else 0
-        ours.append(len(build_layout(mlm, size, (batch["image_grid_thw"][0, 1:] // merge).tolist() if merge else None)))
+        ours = len(build_layout(mlm, size, (batch["image_grid_thw"][0, 1:] // merge).tolist() if merge else None))
         theirs = int((batch["input_ids"] == mlm.image_token_id).sum())
-        if theirs != ours[-1] and not mlm.base_view_only:  # of which the processor counts the tile that is left out
-            wrong.append(f"image tokens of a {size[0]}x{size[1]} image: the processor makes {theirs}, the layout has {ours[-1]}")
-    sizes = (mlm.num_layers, mlm.num_heads, mlm.num_kv_heads, mlm.head_dim, ours[0])
+        if theirs != ours and not mlm.base_view_only:  # of which the processor counts the tile that is left out
+            wrong.append(f"image tokens of a {size[0]}x{size[1]} image: the processor makes {theirs}, the layout has {ours}")
+    sizes = (mlm.num_layers, mlm.num_heads, mlm.num_kv_heads, mlm.head_dim, ours)
     if mlm.name in MODELS and MODELS[mlm.name].sizes not in ((), sizes):
         wrong.append("layers, query heads, key-value heads, head dimension, image tokens of a 640x480 image: "
                      f"expected {MODELS[mlm.name].sizes}, found {sizes}")  # fmt: skip
