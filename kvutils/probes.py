@@ -72,8 +72,7 @@ class LinearProbe:
 
     def require_converged(self) -> LinearProbe:
         """This probe, or ConvergenceError that names the sources which have not converged."""
-        if not self.converged.all():
-            failed = (~self.converged).flatten().nonzero().flatten().tolist()
+        if failed := (~self.converged).flatten().nonzero().flatten().tolist():
             raise ConvergenceError(f"linear probe: {len(failed)} of {self.converged.numel()} sources did not converge within "
                                    f"{int(self.iterations.max())} iterations (sources {failed[:10]}); raise max_iter or tol, "
                                    "lower strength, or pass float64 features")

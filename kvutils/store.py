@@ -1,12 +1,8 @@
 """Results and parts of a run on disk: written whole or not at all, checked when read, reused only while valid.
 
-`write_json` writes a results file; `Parts` keeps the finished parts of a run under a fingerprint of all that they depend
-on, so that a run that was stopped goes on where it was; `in_chunks` is how every task works through its items.
-
-Every write goes to a file of its own in the same folder, which is then renamed over the target. A killed run leaves the
-previous file; a full disk leaves the previous file and raises `StoreError`; two runs in one folder each write whole files,
-and share the parts between them (`Parts.make_all`): that is also how several processes, GPUs and nodes with a common file
-system work on one run.
+Every write goes to a file of its own in the same folder, which is then renamed over the target. A killed run or a full disk
+leaves the previous file; two runs in one folder each write whole files and share the parts between them (`Parts.make_all`):
+that is also how several processes, GPUs and nodes with a common file system work on one run.
 """
 
 import ast
@@ -34,7 +30,6 @@ from kvutils.errors import StoreError, at_least
 
 log = logging.getLogger(__name__)
 Array = torch.Tensor | np.ndarray
-Job = tuple[str, Callable[[], object]]  # the key of a part, and what computes it
 WAIT = 0.5  # seconds between two looks at a part that another process computes
 PACKAGE = Path(__file__).resolve().parent
 NOT_MEASURING = ("plots/", "run/", "__main__")  # rooms that draw and report: a change there leaves stored parts valid
@@ -51,24 +46,22 @@ def atomic(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())  # otherwise a power cut may leave the new name with old or no content
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        raise StoreError(f"{path} could not be written ({error}). What was stored before is untouched. Free some space or "
-                         "mend the permissions and run again: it resumes.") from error  # fmt: skip
+        raise StoreError(f"{path} could not be written ({error}). What was stored before is untouched. Free some space or mend the "
+                         "permissions and run again: it resumes.") from error  # fmt: skip
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def plain(value: object, digits: int | None = None, where: str = "the value") -> object:
-    """`value` in JSON's own types: NumPy and torch scalars and arrays become numbers and lists, NaN (undefined) None.
+    """`value` in JSON's own types: arrays become lists, NaN (undefined) None; floats with so many significant `digits`.
 
-    digits: significant digits of floats, default all. Raises `StoreError` that names the entry for infinities and types that
-    JSON does not have.
-    """
+    Raises `StoreError` that names the entry for infinities and types that JSON does not have."""
     if isinstance(value, Array | np.generic):
         value = value.tolist()
+    if isinstance(value, float) and math.isinf(value):
+        raise StoreError(f"{where} is {value}: only finite numbers can be stored.")
     if isinstance(value, float):
-        if math.isinf(value):
-            raise StoreError(f"{where} is {value}: only finite numbers can be stored.")
-        return None if math.isnan(value) else value if digits is None else float(f"{value:.{digits}g}")
+        return None if math.isnan(value) else float(f"{value:.{digits}g}") if digits else value
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, Mapping):
@@ -130,7 +123,7 @@ def fingerprint(**depends: object) -> str:
 class Parts:
     """The finished parts of one run, in `root/<fingerprint>/`: one safetensors file each, with its checksum in the header.
 
-    Stale parts are never found. One that is truncated or altered counts as missing (the log says so) and is made again.
+    Stale parts are not found; one that is truncated or altered counts as missing (the log says so) and is made again.
 
     >>> parts = Parts("data/cache/parts", model=mlm.revision, episodes=100, seed=0)
     >>> table = run_task(task, extractor, parts)   # chunks are computed once, then read
@@ -158,8 +151,8 @@ class Parts:
         tensors = {}
         if isinstance(value, dict) and value and all(isinstance(item, torch.Tensor) for item in value.values()):
             # A copy of its own for each: safetensors refuses views that share memory.
-            copy = {"device": "cpu", "copy": True, "memory_format": torch.contiguous_format}
-            tensors, value = {name: item.detach().to(**copy) for name, item in value.items()}, None
+            options = {"device": "cpu", "copy": True, "memory_format": torch.contiguous_format}
+            tensors, value = {name: item.detach().to(**options) for name, item in value.items()}, None
         about = to_json({"value": value, "sha256": _checksum(tensors, value)}, indent=None)
         with atomic(self.path(key)) as temporary:
             save_file(tensors, temporary, {"kvutils": about})  # one entry: safetensors writes several in no fixed order
@@ -186,13 +179,12 @@ class Parts:
             return None
         return (tensors or about["value"],)
 
-    def make_all(self, jobs: Sequence[Job]) -> Iterator[object]:
-        """The parts of all jobs (key, compute), in order: those that are stored, and what the others compute, saved.
+    def make_all(self, jobs: Sequence[tuple[str, Callable[[], object]]]) -> Iterator[object]:
+        """The parts of all jobs (key, compute), in order, as the files hold them: a resumed run goes on from the same values.
 
-        Both come from the file: a resumed and an uninterrupted run go on from the same values. Processes that run the same
-        jobs in this folder share them: a part is computed by the one that locks it first, and while one waits for a part of
-        another it computes those that come later. The operating system gives back the lock of a process that dies, so its
-        part is computed by another.
+        Processes that run the same jobs in this folder share them: a part is computed by the one that locks it first, and while
+        one waits for a part of another it computes those that come later. The operating system gives back the lock of a process
+        that dies, so its part is computed by another.
         """
         ahead = 0  # everything before it was finished or somebody's when it was last looked at
         for place, (key, compute) in enumerate(jobs):
@@ -240,9 +232,8 @@ def in_chunks(
 ) -> Iterator[object]:  # fmt: skip
     """`compute(some)` for `size` items at a time, in order: the long work of every task.
 
-    With `parts`, finished chunks are kept under `name` and all that they depend on, `depends` and `of(item)` of their
-    items (both JSON-able): a run that was stopped goes on, and several processes share the chunks. unit: what an item
-    is called beside the progress bar.
+    With `parts`, finished chunks are kept under `name` and all that they depend on, `depends` and `of(item)` of their items (both
+    JSON-able): a run that was stopped goes on, and several processes share the chunks. unit: an item, beside the progress bar.
     """
     at_least("chunk", size)
     starts = range(0, len(items), size)
