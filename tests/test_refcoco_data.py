@@ -131,7 +131,7 @@ def test_refcoco_sample_records():
     assert [s.text for s in samples[:2]] == ["left cat", "the cat on the left"] and samples[0].class_name == "cat"
     assert {s.class_name for s in samples} == {"cat", "remote"} and len(samples) == 7
     assert all(s.image.size == (640, 480) and s.mask.shape == (480, 640) and 0 < s.mask.mean() < 0.5 for s in samples)
-    with pytest.raises(DataError, match="1 of the 1 images are missing.*COCO_train2014_000000460986.jpg"):
+    with pytest.raises(DataError, match="1 of the 1 images of COCO train2014 are missing.*COCO_train2014_000000460986.jpg"):
         open_dataset("refcoco", root, split="train")
 
 
@@ -193,7 +193,7 @@ def test_the_hub_copy_of_annotations_needs_the_images(tmp_path, refcoco_root):
     assert [s.id for s in found] == [s.id for s in official] and np.array_equal(found[0].image, official[0].image)
     assert all((one.mask == other.mask).all() for one, other in zip(official, found, strict=True))
     (tmp_path / "coco" / "train2014" / "COCO_train2014_000000000007.jpg").unlink()
-    with pytest.raises(DataError, match="1 of the 2 images are missing"):
+    with pytest.raises(DataError, match="1 of the 2 images of COCO train2014 are missing"):
         open_dataset("refcoco", copy)
     with pytest.raises(ParameterError, match="by UNC only"):
         open_dataset("refcoco", copy, split_by="google")

@@ -91,6 +91,15 @@ def need(name: str, what: str, *choices: Iterable[Path], hint: str = "") -> list
     raise missing_data(name, f"{len(absent)} of the {total} {what} are missing{first}{hint}")
 
 
+def coco_files(name: str, year: str, images: str | Path | None, places: Sequence[Path], names: Iterable[str]) -> dict[str, Path]:
+    """The named images of COCO train2014 or val2014 (`year`) in the folder `images`, by default the first of the places."""
+    names, places = list(dict.fromkeys(names)), places if images is None else [Path(images)]
+    others = f" (nor {', '.join(map(str, places[1:]))})" if places[1:] else ""
+    folder = find(name, *places, hint=f"{others}: the images are those of COCO {year}; images= names another folder")
+    hint = "; images= names another folder, max_images= reads fewer"
+    return dict(zip(names, need(name, f"images of COCO {year}", [folder / each for each in names], hint=hint), strict=True))
+
+
 def read_text(path: Path) -> str:
     """UTF-8 text, without a byte order mark. Raises DataError."""
     with reading(path, "a text file"):

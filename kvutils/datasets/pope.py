@@ -16,14 +16,13 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from kvutils.datasets.files import expect, find, limits, need, read_lines, reading
+from kvutils.datasets.files import coco_files, expect, find, limits, read_lines, reading
 from kvutils.datasets.hub import holds_parquet, open_rows, picture_at
 from kvutils.datasets.samples import YesNoSample
 from kvutils.errors import DataError, one_of
 
 log = logging.getLogger(__name__)
 SPLITS = ("random", "popular", "adversarial")
-SHORT_ANSWER = "\nAnswer the question using a single word or phrase."  # what LLaVA and lmms-eval add
 _Lines = dict[str, list[tuple[str, dict]]]  # by split: where a question stands, and its fields
 
 
@@ -34,7 +33,8 @@ def pope_questions(
 
     root: the repository's folder, the one with the lists, a copy of lmms-lab/POPE or "hub". images: the folder of the
     COCO images (default: val2014 in root, or coco/val2014 in root or beside it); they are opened when they are asked
-    for. max_images keeps the first images of each list. suffix is added to every question, such as `SHORT_ANSWER`.
+    for. max_images keeps the first images of each list. suffix is added to every question, as lmms-eval adds
+    "\\nAnswer the question using a single word or phrase.".
     Raises ParameterError for an unknown split, DataError for a missing list or image and, with file and line
     number, a malformed line.
     """
@@ -44,8 +44,8 @@ def pope_questions(
     lines, pictures = _rows(root) if hub else (_lists(Path(root), splits), {})
     kept = {name: _first(lines[name], name, max_images) for name in splits}
     if not hub:
-        names = list(dict.fromkeys(line["image"] for each in kept.values() for line in each))
-        pictures = dict(zip(names, _picture_files(Path(root), images, names), strict=True))
+        places = [Path(root) / "val2014", Path(root) / "coco" / "val2014", Path(root).parent / "coco" / "val2014"]
+        pictures = coco_files("pope", "val2014", images, places, (line["image"] for each in kept.values() for line in each))
     for name, each in kept.items():
         for line in each:
             image = line["image"]
@@ -84,14 +84,6 @@ def _lists(root: Path, splits: Sequence[str]) -> _Lines:
                 line = json.loads(raw)
             found[split].append((where, _check_line(line, where)))
     return found
-
-
-def _picture_files(root: Path, images: str | Path | None, names: Sequence[str]) -> list[Path]:
-    places = [root / "val2014", root / "coco" / "val2014", root.parent / "coco" / "val2014"]
-    places = places if images is None else [Path(images)]
-    hint = f" (nor {', '.join(map(str, places[1:]))}): POPE asks about images of COCO val2014; images= names another folder"
-    folder = find("pope", *places, hint=hint)
-    return need("pope", "images of POPE", [folder / name for name in names], hint="; images= names another folder")
 
 
 def _rows(root: str | Path) -> tuple[_Lines, dict[str, Callable]]:

@@ -32,7 +32,7 @@ import pyarrow.parquet
 from PIL import Image
 
 from kvutils.datasets.coco_masks import segmentation_mask
-from kvutils.datasets.files import annotated_picture, expect, find, limits, need, read_json, reading, some_of
+from kvutils.datasets.files import annotated_picture, coco_files, expect, find, limits, read_json, reading, some_of
 from kvutils.datasets.hub import HUB, holds_parquet, open_rows, picture_at
 from kvutils.datasets.samples import NamedMask
 from kvutils.errors import DataError, ParameterError, one_of
@@ -88,7 +88,9 @@ def refcoco_masks(
     expect(found, f"RefCOCO: no reference of the split {', '.join(splits)} ({split_by}) in {root}")
     kept = set(list(dict.fromkeys(one.image_id for one in found))[:max_images])
     found = [one for one in found if one.image_id in kept]
-    files = _picture_files(Path(root), images, list(dict.fromkeys(one.file_name for one in found if one.open is None)))
+    places = [Path(root) / "images/mscoco/images/train2014", Path(root) / "train2014", Path(root).parent / "coco" / "train2014"]
+    names = [one.file_name for one in found if one.open is None]
+    files = coco_files("refcoco", "train2014", images, places, names) if names else {}
     samples, opened = [], {}
     for one in found:
         opener = one.open or partial(open_image, files[one.file_name])
@@ -103,17 +105,6 @@ def _mask(one: _Reference) -> np.ndarray:
     """(H, W) uint8 in the pixels of the annotation, which are those of the image (`annotated_picture` checks it)."""
     with reading(one.where, "a segmentation"):
         return segmentation_mask(one.segmentation, one.size[1], one.size[0]).astype(np.uint8)
-
-
-def _picture_files(root: Path, images: str | Path | None, names: list[str]) -> dict[str, Path]:
-    if not names:
-        return {}
-    places = [root / "images/mscoco/images/train2014", root / "train2014", root.parent / "coco" / "train2014"]
-    places = places if images is None else [Path(images)]
-    hint = f" (nor {', '.join(map(str, places[1:]))}): the images are COCO's train2014; images= names another folder"
-    folder = find("refcoco", *places, hint=hint)
-    hint = "; split= or max_images= can leave them out"
-    return dict(zip(names, need("refcoco", "images", [folder / name for name in names], hint=hint), strict=True))
 
 
 # --- the toolkit's files -----------------------------------------------------------------------------------
