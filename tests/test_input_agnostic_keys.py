@@ -256,7 +256,7 @@ def two_modes(low=0.0, high=4.0, spread=0.5, share=0.3, shape=(6, 2, 100), seed=
     return torch.from_numpy(np.exp(centre + spread * rng.standard_normal(shape)))
 
 
-def test_the_threshold_is_the_valley_between_two_two_modes():
+def test_the_threshold_is_the_valley_between_two_modes():
     variance = two_modes()
     found = variance_threshold(variance)
     assert found.two_modes and found.method == "valley"
@@ -272,30 +272,25 @@ def test_the_threshold_is_the_valley_between_two_two_modes():
 
 
 def test_without_two_modes_the_threshold_is_a_stated_quantile():
-    one = two_modes(high=0.0)
-    close = two_modes(high=0.8)  # Ashman's D is 1.6
+    one, close = two_modes(high=0.0), two_modes(high=0.8)  # Ashman's D of the second is 1.6
     outliers = two_modes(low=-9.0, share=0.004)
     for variance in (one, close, outliers):
         found = variance_threshold(variance)
         assert not found.two_modes and found.method == "quantile 0.1"
         assert found.value == pytest.approx(variance.quantile(0.1).item())
     assert variance_threshold(close).separation < 2 < variance_threshold(outliers).separation
-
-
-def test_the_paper_has_a_threshold_for_its_own_model():
-    found = variance_threshold(two_modes(), model="llava-onevision-7b")
-    assert (found.value, found.method, found.two_modes) == (450.0, "paper", True)
-    assert variance_threshold(two_modes(), model="pocket").method == "valley"
-
-
-def test_many_keys_and_zeros_and_keys_all_alike():
-    variance = two_modes()
-    few, many = variance_threshold(variance), variance_threshold(two_modes(shape=(60, 2, 100)))
-    assert many.two_modes and np.log(many.value) == pytest.approx(np.log(few.value), abs=0.2)
-    spoiled = torch.cat([variance.flatten(), torch.zeros(5)])
-    assert variance_threshold(spoiled).value == pytest.approx(few.value)
     with pytest.raises(DataError, match="10 different variances"):
         variance_threshold(torch.ones(3, 2, 50, dtype=torch.float64))
+
+
+def test_the_threshold_of_the_paper_of_many_keys_and_of_zeros():
+    variance = two_modes()
+    found = variance_threshold(variance, "llava-onevision-7b")
+    assert (found.value, found.method, found.two_modes) == (450.0, "paper", True)
+    few, many = variance_threshold(variance, "pocket"), variance_threshold(two_modes(shape=(60, 2, 100)))
+    assert few.method == "valley" and many.two_modes and np.log(many.value) == pytest.approx(np.log(few.value), abs=0.2)
+    spoiled = torch.cat([variance.flatten(), torch.zeros(5)])
+    assert variance_threshold(spoiled).value == pytest.approx(few.value)
 
 
 def test_what_the_foreground_explains_is_taken_out():

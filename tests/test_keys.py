@@ -34,23 +34,18 @@ def direct(x):
     return (x - x.mean(0)).square().sum(-1).mean(0)
 
 
-def test_is_the_mean_squared_distance_to_the_mean_key():
+def test_is_the_mean_squared_distance_to_the_mean_key_whatever_the_batch_size():
     x = keys()
-    variance = KeyVariance().update(x)
-    torch.testing.assert_close(variance.result, direct(x))
-    assert variance.result.shape == (3, 2, 5)
-    assert variance.result.dtype == torch.float64
-    assert repr(variance) == f"KeyVariance(images: 20, keys (3, 2, 5, 8), mean variance {direct(x).mean():.4g})"
-
-
-def test_does_not_depend_on_the_batch_size():
-    x = keys()
-    whole = KeyVariance().update(x)
+    before, whole = x.clone(), KeyVariance().update(x)
+    torch.testing.assert_close(whole.result, direct(x))
+    assert whole.result.shape == (3, 2, 5) and whole.result.dtype == torch.float64 and torch.equal(x, before)
+    assert repr(whole) == f"KeyVariance(images: 20, keys (3, 2, 5, 8), mean variance {direct(x).mean():.4g})"
     for size in (1, 3, 7):
         parts = KeyVariance()
         for batch in x.split(size):
             parts.update(batch)
         assert torch.equal(parts.result, whole.result)  # to the last bit
+        assert parts.mean.shape == (3, 2, 5, 8) and parts.sum_squares.shape == (3, 2, 5), "memory is that of one mean key"
 
 
 def test_merging_shards_in_any_order_equals_one_stream():
@@ -87,19 +82,6 @@ def test_a_stream_can_be_stored_and_go_on(tmp_path):
     state = whole.state_dict()
     KeyVariance.from_state(state).update(x)
     assert torch.equal(KeyVariance.from_state(state).result, whole.result)  # the state is a copy
-
-
-def test_memory_is_that_of_one_mean_key():
-    variance = KeyVariance().update(keys(4)).update(keys(9, seed=1))
-    assert variance.mean.shape == (3, 2, 5, 8)
-    assert variance.sum_squares.shape == (3, 2, 5)
-
-
-def test_keys_given_stay_as_they_are():
-    x = keys()
-    before = x.clone()
-    KeyVariance().update(x)
-    assert torch.equal(x, before)
 
 
 def test_bad_input_is_one_clear_error():
@@ -218,9 +200,7 @@ def test_attention_mass_leaves_the_model_alone_and_refuses_what_cannot_be(monkey
         attention_mass(mlm, [], ["yes"])
     with pytest.raises(DataError, match=r"images\[1\] \(90x40\) has the token grids"):
         attention_mass(mlm, [*pictures(1), *pictures(1, (90, 40))], ["yes"])
-    mlm.processor.chat_template = (
-        "{% for c in messages[0]['content'] %}{{ c.get('text', '') }}{% endfor %}<image>"
-    )
+    mlm.processor.chat_template = "{% for c in messages[0]['content'] %}{{ c.get('text', '') }}{% endfor %}<image>"
     with pytest.raises(ParameterError, match="behind the image"):
         attention_mass(mlm, pictures(1), ["yes"])
 
@@ -289,17 +269,14 @@ def test_keys_of_highest_variance_match_the_count():
         assert not kept.any() or variance[layer, head, kept].min() > variance[layer, head, rest].max()
 
 
-def test_the_same_positions_in_early_layers():
+def test_all_keys_and_the_same_positions_in_early_layers():
     like = agnostic()
+    everything = select_all(range(2, 4), 2, 11)
+    assert everything.layers == (2, 3) and everything.mask.all() and everything.mask.shape == (2, 2, 11)
     early = select_same_positions(like, [2, 0, 1])
     assert early.layers == (0, 1, 2) and torch.equal(early.mask, like.mask)
     swapped = select_same_positions(like.restrict([9, 3, 7]), (0, 1, 2))
     assert torch.equal(swapped.mask, like.mask)
-
-
-def test_all_image_keys():
-    everything = select_all(range(2, 4), 2, 11)
-    assert everything.layers == (2, 3) and everything.mask.all() and everything.mask.shape == (2, 2, 11)
 
 
 def test_random_keys_that_match_the_attention_mass():

@@ -17,7 +17,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from kvutils.errors import one_of
 from kvutils.metrics.statistics import Statistic, bootstrap_ci, mean_statistic, percentile_interval
 from kvutils.tasks.bimodality import separation, variance_threshold
 from kvutils.tasks.key_table import KeyTable
@@ -78,16 +77,13 @@ def thresholds(table: KeyTable, model: str | None = None) -> dict:
 
 def agnostic(table: KeyTable, found: dict, scale: str = "raw") -> torch.Tensor:
     """(L, G, N) bool: the keys below the threshold of a scale, never a newline. found: from `thresholds`."""
-    one_of("scale", scale, SCALES)
     values = table.scale_free if scale in ("scale_free", "near_constant") else table.variance
     limit = found[scale]
     limits = [each["value"] for each in limit] if isinstance(limit, list) else [limit["value"]] * len(values)
     return (values < torch.tensor(limits, dtype=torch.float64)[:, None, None]) & table.real
 
 
-def describe_keys(
-    table: KeyTable, model: str | None = None, n_boot: int = 2000, mode_draws: int = 200, seed: int = 0
-) -> dict:
+def describe_keys(table: KeyTable, model: str | None = None, n_boot: int = 2000, mode_draws: int = 200, seed: int = 0) -> dict:
     """All that the figures and the tables of a model's keys need; JSON-able. model: as in `thresholds`."""
     found = thresholds(table, model)
     chosen = {scale: agnostic(table, found, scale) for scale in SCALES}
@@ -135,7 +131,7 @@ def sinks(table: KeyTable, mask: torch.Tensor, n_boot: int = 2000, seed: int = 0
         packed = np.moveaxis(np.stack([on * values, on, (1 - on) * values, 1 - on]), -1, 0)  # (P, 4, L, G)
 
         def difference(weights: np.ndarray, packed: np.ndarray) -> np.ndarray:
-            sums = (weights @ packed.reshape(len(packed), -1)).reshape(len(weights), *packed.shape[1:])
+            sums = np.tensordot(weights, packed, 1)
             with np.errstate(invalid="ignore", divide="ignore"):
                 gap = sums[:, 0] / sums[:, 1] - sums[:, 2] / sums[:, 3]  # (n_boot, L, G)
             return _over_heads(gap)
@@ -147,9 +143,9 @@ def sinks(table: KeyTable, mask: torch.Tensor, n_boot: int = 2000, seed: int = 0
 def foreground(table: KeyTable, mask: torch.Tensor, threshold: float, n_boot: int = 2000, seed: int = 0) -> dict:
     """Does a key vary little because its position is seldom foreground? Correlation, and what is left without it.
 
-    correlation: of the log-variance with the foreground frequency over positions, mean over heads, with intervals
-    over positions, for all and by layer. share_after: input-agnostic share when the linear part is taken out of
-    the log-variance and the same threshold is used; kept: share of the keys of `mask` still below it.
+    correlation: of the log-variance with the foreground frequency over positions, mean over heads, for all and by layer.
+    share_after: input-agnostic share when the linear part is taken out of the log-variance and the same threshold is used;
+    kept: share of the keys of `mask` still below it. Intervals are over positions.
     """
     real = table.real
     logs = _logs(table.variance, real)

@@ -243,7 +243,7 @@ def _statistic(task: YesNoTask) -> tuple[list[tuple[str, str]], Statistic]:
     keys = list(task.measures(np.ones((1, len(task.subsets), k))))
 
     def statistic(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-        sums = (weights @ values.reshape(len(values), -1)).reshape(len(weights), *values.shape[1:])
+        sums = np.tensordot(weights, values, 1)  # (n_boot, sets, subsets, k)
         each = (task.measures(sums[:, number]) for number in range(values.shape[1]))
         return np.mean([np.stack([found[key] for key in keys], axis=1) for found in each], axis=0)
 
