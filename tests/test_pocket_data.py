@@ -55,16 +55,8 @@ def test_same_seed_same_samples_other_seed_others(name):
 
 
 def test_sets_share_no_scene():
-    names = [
-        {name for s in open_dataset(set_name, **options) for name in pictures(s)}
-        for set_name, options in SMALL.items()
-    ]
+    names = [{name for s in open_dataset(set_name, **options) for name in pictures(s)} for set_name, options in SMALL.items()]
     assert sum(map(len, names)) == len(set().union(*names))
-
-
-def test_a_larger_set_begins_with_the_smaller_one():
-    small, large = (open_dataset("pocket-spair-71k", pairs=n) for n in (3, 5))
-    assert [p.id for p in small] == [p.id for p in large][:3]
 
 
 def test_scenes_are_not_those_of_training():
@@ -87,20 +79,14 @@ def test_episodes_follow_hsnet():
 
 
 def test_a_class_mask_covers_all_its_things_and_voids_hardly_visible_ones():
-    fish, corner, cup = (
-        Thing(0, 0, 60, 60, 20, 0, False),
-        Thing(0, 1, 1, 1, 16, 0, False),
-        Thing(6, 2, 30, 75, 15, 0, True),
-    )
+    fish, corner, cup = (Thing(0, 0, 60, 60, 20, 0, False), Thing(0, 1, 1, 1, 16, 0, False), Thing(6, 2, 30, 75, 15, 0, True))
     scene = Scene((fish, corner, cup, replace(fish, x=80, y=20, radius=15)), 0, 0, seed=5)
     scene = pocket.PocketScene("by hand", scene, render(scene))
     assert scene.drawn.visible[1] < PRESENT and scene.present == [0, 2, 3] and scene.present_classes == [0, 6]
     owner = scene.drawn.mask
     assert (scene.class_mask(0) == np.select([np.isin(owner, (1, 4)), owner == 2], [1, VOID])).all()
     assert (scene.class_mask(0, ambiguous=1) == np.isin(owner, (1, 2, 4))).all()
-    assert (
-        scene.class_map() == np.select([np.isin(owner, (1, 4)), owner == 2, owner == 3], [1, VOID, 7])
-    ).all()
+    assert (scene.class_map() == np.select([np.isin(owner, (1, 4)), owner == 2, owner == 3], [1, VOID, 7])).all()
 
 
 def test_groups_share_their_class_and_no_scene():
@@ -129,15 +115,15 @@ def test_expressions_name_one_of_several():
     assert any(len(s.text.split()) == 3 for s in samples)
 
 
-def test_pairs_correspond():
-    for pair in open_dataset("pocket-spair-71k", pairs=10):
+def test_pairs_correspond_and_a_larger_set_begins_with_the_smaller_one():
+    small, pairs = (open_dataset("pocket-spair-71k", pairs=n) for n in (3, 10))
+    assert [pair.id for pair in small] == [pair.id for pair in pairs][:3]
+    for pair in pairs:
         assert len(pair.source_points) == len(pair.target_points) >= 2
         x0, y0, x1, y1 = pair.target_box
         assert 0 <= x0 < x1 <= 96 and 0 <= y0 < y1 <= 96
-        assert (pair.target_points >= (x0 - 6, y0 - 6)).all() and (
-            pair.target_points <= (x1 + 6, y1 + 6)
-        ).all()
-    names = [name for pair in open_dataset("pocket-spair-71k", pairs=10) for name in pictures(pair)]
+        assert (pair.target_points >= (x0 - 6, y0 - 6)).all() and (pair.target_points <= (x1 + 6, y1 + 6)).all()
+    names = [name for pair in pairs for name in pictures(pair)]
     assert len(names) == len(set(names))
 
 
@@ -151,8 +137,7 @@ def test_clips_start_with_all_objects_and_move_smoothly():
 
 
 @pytest.mark.parametrize(
-    "call",
-    [lambda: pocket.clips(frames=2), lambda: pocket.named_masks(0), lambda: pocket.few_shot_episodes(shot=0)],
+    "call", [lambda: pocket.clips(frames=2), lambda: pocket.named_masks(0), lambda: pocket.few_shot_episodes(shot=0)]
 )
 def test_impossible_sizes(call):
     with pytest.raises(ParameterError):
@@ -175,9 +160,7 @@ def davis(tmp_path):
         palette = Image.fromarray(mask)
         palette.putpalette(sum(([i, i, i] for i in range(256)), []))
         palette.save(home / "Annotations" / "480p" / "cat" / f"{i:05d}.png")
-        Image.fromarray(np.full((6, 9, 3), 40 * i, np.uint8)).save(
-            home / "JPEGImages" / "480p" / "cat" / f"{i:05d}.jpg"
-        )
+        Image.fromarray(np.full((6, 9, 3), 40 * i, np.uint8)).save(home / "JPEGImages" / "480p" / "cat" / f"{i:05d}.jpg")
     return home
 
 
@@ -201,9 +184,7 @@ def test_davis_frames_are_opened_when_they_are_asked_for(davis):
         davis_clips(davis, max_frames=0)
 
 
-@pytest.mark.skipif(
-    "KVUTILS_SAMPLES" not in os.environ, reason="KVUTILS_SAMPLES names no folder with sample clips"
-)
+@pytest.mark.skipif("KVUTILS_SAMPLES" not in os.environ, reason="KVUTILS_SAMPLES names no folder with sample clips")
 def test_davis_sample_clips():
     clips = open_dataset("davis-2017", root=os.path.join(os.environ["KVUTILS_SAMPLES"], "davis2017"))
     assert [c.id for c in clips] == ["libby", "car-shadow"]

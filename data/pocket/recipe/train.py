@@ -65,7 +65,7 @@ def train_encoder(pool: Pool, held_out: Pool, options: argparse.Namespace) -> No
     groups = [(list(siglip.named_parameters()), 1.0, WARM_UP)]
     trainer = Trainer("encoder", nn.ModuleDict({"siglip": siglip}), groups, options)
     captions = caption_tokens().to(device)
-    fixed = encoder_batch(held_out, np.arange(400), np.random.default_rng(7), whole=True)
+    fixed = encoder_batch(held_out, np.arange(min(400, len(held_out))), np.random.default_rng(7), whole=True)
     # Shapes first on clean daylight scenes: textures of the styles keep the classes from being learned at all early on.
     clean = np.flatnonzero((np.asarray(pool.style) == 0) & (np.asarray(pool.domain) == 0) & ~np.asarray(pool.portrait))
     while trainer.step < steps:

@@ -120,18 +120,11 @@ def _semantic_correspondence(items: int, seed: int) -> list[MultipleChoice]:
 
 def _item(subtask, number, scenes, pictures, prompt, choices, right, **points) -> MultipleChoice:
     """The prompt is the question with its options, as the models were trained on it."""
+    question, group = prompt.split(" ?")[0] + " ?", "+".join(scene.id for scene in scenes)
     return MultipleChoice(
-        id=f"{subtask}-{number:04d}",
-        subtask=subtask,
-        images=tuple(Image.fromarray(picture) for picture in pictures),
-        question=prompt.split(" ?")[0] + " ?",
-        choices=choices,
-        answer=q.OPTIONS[right].upper(),
-        prompt=prompt,
-        options=q.OPTIONS[: len(choices)],
-        group="+".join(scene.id for scene in scenes),
-        **points,
-    )
+        f"{subtask}-{number:04d}", subtask, tuple(map(Image.fromarray, pictures)), question, choices, q.OPTIONS[right].upper(),
+        prompt, q.OPTIONS[: len(choices)], group, **points,
+    )  # fmt: skip
 
 
 def _balanced(seed: int, subtask: str, number: int, options: int) -> int:

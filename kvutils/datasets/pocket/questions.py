@@ -26,11 +26,9 @@ _TEMPLATE_WORDS = (
     "corresponds to reference yes no : ? . , it in this picture photo look for please find nothing else carefully "
     "good morning here another scene with some weather was nice today small large near far every"
 )
-WORDS = tuple(
-    dict.fromkeys(
-        [*_TEMPLATE_WORDS.split(), *CLASSES, *PLURALS, *COLOURS, *STYLES, *DOMAINS, *NUMBERS, *PARTS, *LETTERS, *OPTIONS]
-    )
-)
+WORDS = tuple(dict.fromkeys(
+    [*_TEMPLATE_WORDS.split(), *CLASSES, *PLURALS, *COLOURS, *STYLES, *DOMAINS, *NUMBERS, *PARTS, *LETTERS, *OPTIONS]
+))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -170,19 +168,17 @@ def _neighbour(facts, rng):
 
 
 def _hop_colour(facts, rng):
-    found = _neighbour(facts, rng)
-    if found is None:
-        return None
-    anchor, of, other = found
-    return f"what colour is the thing {of} the {CLASSES[anchor[0]]} ?", COLOURS[other[1]]
+    if found := _neighbour(facts, rng):
+        anchor, of, other = found
+        return f"what colour is the thing {of} the {CLASSES[anchor[0]]} ?", COLOURS[other[1]]
+    return None
 
 
 def _hop_class(facts, rng):
-    found = _neighbour(facts, rng)
-    if found is None:
-        return None
-    anchor, of, other = found
-    return f"what is the thing {of} the {CLASSES[anchor[0]]} ?", CLASSES[other[0]]
+    if found := _neighbour(facts, rng):
+        anchor, of, other = found
+        return f"what is the thing {of} the {CLASSES[anchor[0]]} ?", CLASSES[other[0]]
+    return None
 
 
 def _hop_same(facts, rng):
@@ -212,47 +208,37 @@ def _hop_more(facts, rng):
 def _hop_match(facts, rng):
     if facts.partial:
         return None
-    pairs = [
-        (a, b)
-        for a in _unique(facts, 0)
-        for b in facts.present
-        if a is not b and a[1] == b[1] and sum(t[1] == a[1] for t in facts.present) == 2
-    ]
+    alike = Counter(t[1] for t in facts.present)
+    pairs = [(a, b) for a in _unique(facts, 0) for b in facts.present if a is not b and a[1] == b[1] and alike[a[1]] == 2]
     if not pairs:
         return None
     one, other = pick(rng, pairs)
     return f"what has the same colour as the {CLASSES[one[0]]} ?", CLASSES[other[0]]
 
 
-def caption(facts: Facts) -> str:
+def _caption(facts, rng):
     """The present things from left to right."""
     things = sorted(facts.present, key=lambda t: t[2])
-    return " and ".join(f"a {COLOURS[t[1]]} {CLASSES[t[0]]}" for t in things) or "nothing"
+    named = " and ".join(f"a {COLOURS[t[1]]} {CLASSES[t[0]]}" for t in things) or "nothing"
+    return None if facts.partial else ("describe the image .", named)
 
 
-def _caption(facts, rng):
-    return None if facts.partial else ("describe the image .", caption(facts))
-
-
-def _list_things(facts, rng, values):
+def _list_things(facts, question, values):
     """"fish red , car blue" from left to right. The word behind a class is its colour (or side): one look from the
     class word, at the class word. A question has the look and the answer at different tokens; without these lists
     neither step was ever learned, and the model was content with a colour that is somewhere in view."""
     things = sorted(_unique(facts, 0), key=lambda t: t[2])
-    return " , ".join(f"{CLASSES[t[0]]} {values(t)}" for t in things)
+    return (question, " , ".join(f"{CLASSES[t[0]]} {values(t)}" for t in things)) if things else None
 
 
 def _list_colours(facts, rng):
-    found = _list_things(facts, rng, lambda t: COLOURS[t[1]])
-    return ("what colour are the things ?", found) if found else None
+    return _list_things(facts, "what colour are the things ?", lambda t: COLOURS[t[1]])
 
 
 def _list_sides(facts, rng):
     if rng.random() < 0.5:
-        found = _list_things(facts, rng, lambda t: "left" if t[2] < 48 else "right")
-        return ("are the things left or right ?", found) if found else None
-    found = _list_things(facts, rng, lambda t: "top" if t[3] < 48 else "bottom")
-    return ("are the things top or bottom ?", found) if found else None
+        return _list_things(facts, "are the things left or right ?", lambda t: "left" if t[2] < 48 else "right")
+    return _list_things(facts, "are the things top or bottom ?", lambda t: "top" if t[3] < 48 else "bottom")
 
 
 # Kinds that look one thing up: every question of the kind that a scene allows.
