@@ -6,10 +6,12 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_models import tiny, tiny_siglip
 
 import kvutils as kv
+from kvutils.readout.features import FeatureExtractor
 
 HEAVY = ("torch", "transformers", "numpy", "PIL", "matplotlib")
 
@@ -43,19 +45,28 @@ def test_names_of_the_face_hide_no_module():
 
 
 def test_objects_show_themselves_in_at_most_three_lines():
+    """What a cell's last line prints: name, layers, tokens, shape; not thousands of numbers."""
     mlm, encoder = tiny("llava_onevision"), tiny_siglip()
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
     shot = kv.capture(mlm, [image])[0]
-    expected = [  # an object, and what its repr names
-        (mlm, (mlm.name, "5 layers", "llava_onevision", "float32")),
-        (encoder, (encoder.name, "layers", "channels", "float32")),
-        (shot.layout, (f"{len(shot.layout)} image tokens of a 60x40 picture", "base 4x4, tiles", "newlines")),
-        (shot, (f"{len(shot.layout)} image tokens of a 60x40 picture", "layers 0 to 4", f"values (5, 2, {len(shot.layout)}, 8) float32")),
-    ]
-    for one, words in expected:
-        shown = repr(one)
-        assert len(shown.splitlines()) <= 3 and len(shown) < 400, shown
-        assert all(word in shown for word in words), shown
+    tokens = len(shot.layout)
+    every = kv.KeySelection("every key", torch.ones(2, mlm.num_kv_heads, tokens, dtype=torch.bool), (1, 3))
+    extractor = FeatureExtractor(mlm)
+    with kv.ImageSession(mlm, image) as session:
+        shown = {  # what is shown -> what it names
+            repr(mlm): (mlm.name, "5 layers", "llava_onevision", "float32"),
+            repr(encoder): (encoder.name, "layers", "channels", "float32"),
+            repr(shot): (str(tokens), "layers", "60x40"),
+            repr(shot.layout): (str(tokens), "60x40"),
+            repr(kv.key_variance(mlm, [image, image], progress=False)): ("images: 2", str(tokens)),
+            repr(every): ("every key", "[1, 3]", str(tokens)),
+            repr(session): (mlm.name, str(tokens)),
+            repr(extractor): (mlm.name, "layers 0-4"),
+            repr(extractor.images([("a", image)])[0]): (str(tokens), "value"),
+        }
+    for text, words in shown.items():
+        assert len(text.splitlines()) <= 3 and len(text) < 400, text
+        assert all(word in text for word in words), text
 
 
 def test_explore_takes_a_model_alone():
