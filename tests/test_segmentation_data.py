@@ -15,35 +15,24 @@ from kvutils.datasets.coco import POPE_IMAGES
 from kvutils.datasets.coco_masks import segmentation_mask
 from kvutils.datasets.files import read_labels
 from kvutils.errors import DataError, ParameterError
-from tests.mini_data import SAMPLES, needs_samples, write_rows
+from tests.mini_data import SAMPLES, needs_samples, save, write_rows
 
-GREY = sum(([i, i, i] for i in range(256)), [])
 BOX = (slice(16, 64), slice(24, 80))  # rows, columns of the object in every picture below
 
 
 def picture(path, size=(96, 72), colour=(200, 60, 40), seed=0):
     """Noise with a coloured box."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 90, (size[1], size[0], 3), dtype=np.uint8)
     pixels[BOX] = colour
-    Image.fromarray(pixels).save(path)
+    save(pixels, path)
 
 
-def labels(value, size=(96, 72), void=VOID, rim=True):
+def labels(value, void=VOID):
     """0 with a box of `value` and one row of void."""
-    found = np.zeros((size[1], size[0]), np.int32)
+    found = np.zeros((72, 96), np.int32)
     found[BOX] = value
-    if rim:
-        found[BOX[0].start - 1] = void
+    found[BOX[0].start - 1] = void
     return found
-
-
-def save(path, pixels, mode="P"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.fromarray(np.asarray(pixels, np.uint8))
-    if mode == "P":
-        image.putpalette(GREY[::-1])  # the palette is not the labels
-    image.save(path)
 
 
 def values(mask):
@@ -60,14 +49,14 @@ def test_labels_turn_with_their_picture(tmp_path, orientation):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-    save(tmp_path / "stored.png", pixels, "L")
+    save(pixels, tmp_path / "stored.png")
     shown = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "a.png")))
     found = read_labels(tmp_path / "stored.png", tmp_path / "a.png", ("L",), "labels")
     np.testing.assert_array_equal(found, shown)
     if shown.shape != pixels.shape:  # annotated as it is shown
-        save(tmp_path / "shown.png", shown, "L")
+        save(shown, tmp_path / "shown.png")
         np.testing.assert_array_equal(read_labels(tmp_path / "shown.png", tmp_path / "a.png", ("L",), "labels"), shown)
-    save(tmp_path / "other.png", pixels[:-1], "L")
+    save(pixels[:-1], tmp_path / "other.png")
     with pytest.raises(DataError, match=r"other.png: expected 9x5 pixels as its picture .*a.png, found 9x4"):
         read_labels(tmp_path / "other.png", tmp_path / "a.png", ("L",), "labels")
 
@@ -90,7 +79,7 @@ def pascal(tmp_path):
         picture(home / "JPEGImages" / f"2007_{i:06d}.jpg", seed=i)
         shown = labels(2)
         shown[0, :40], shown[2, :40], shown[4, :40] = 7, 15, 17
-        save(home / "SegmentationClass" / f"2007_{i:06d}.png", shown)
+        save(shown, home / "SegmentationClass" / f"2007_{i:06d}.png", palette=True)
     return tmp_path
 
 
@@ -122,7 +111,7 @@ def test_pascal_in_the_places_where_it_is_extracted(pascal):
     (pascal / "splits").rename(pascal / "data" / "splits")
     home = pascal / "VOCdevkit" / "VOC2012"
     for path in sorted((home / "SegmentationClass").iterdir()):  # the same, single channel
-        save(home / "SegmentationClassAug" / path.name, np.array(Image.open(path)), "L")
+        save(np.array(Image.open(path)), home / "SegmentationClassAug" / path.name)
     (home / "SegmentationClass" / "2007_000001.png").unlink()
     assert described() == first
     (home / "SegmentationClassAug" / "2007_000002.png").unlink()
@@ -183,7 +172,7 @@ def msrc_root(tmp_path):
             shown = colours(name)
             if number == 3:
                 shown[-2:, -2:] = msrc.COLOURS["cow"]
-            save(home / "GroundTruth" / f"{number}_{i}_s_GT.bmp", shown, "RGB")
+            save(shown, home / "GroundTruth" / f"{number}_{i}_s_GT.bmp")
     return tmp_path
 
 
@@ -207,7 +196,7 @@ def test_every_colour_of_msrc_is_its_own(msrc_root):
     for i, colour in enumerate(msrc.COLOURS.values()):
         shown[i] = colour
     for path in (msrc_root / "MSRC_ObjCategImageDatabase_v2" / "GroundTruth").iterdir():
-        save(path, shown, "RGB")
+        save(shown, path)
     groups = open_dataset("msrc", msrc_root, classes=tuple(msrc.COLOURS), images=1)
     for row, group in enumerate(groups):
         (one,) = group.images
@@ -220,7 +209,7 @@ def test_an_unknown_msrc_colour_is_named(msrc_root):
     for colour in ((0, 0, 127), (192, 192, 192), (64, 64, 64)):
         shown = colours("cow")
         shown[-1, :3] = colour
-        save(path, shown, "RGB")
+        save(shown, path)
         (group,) = open_dataset("msrc", msrc_root, classes=("cow",), images=3)
         with pytest.raises(DataError) as raised:
             _ = group.images[1].mask
@@ -264,13 +253,13 @@ def imagenet(tmp_path):
         picture(home / "validation" / f"{name}.JPEG", colour=(250, 250, 40 * number), seed=int(name[-6:]))
         shown = labels(number, void=imagenet_s.IGNORED)
         shown[-1] = 50  # another class
-        save(home / "validation-segmentation" / f"{name}.png", ids_to_rgb(shown), "RGB")
+        save(ids_to_rgb(shown), home / "validation-segmentation" / f"{name}.png")
     lines = [f"{wnid}/{wnid}_{i}" for wnid in CATEGORIES for i in (9, 3)]
     (data / "names" / "ImageNetSemi_im50_train.txt").write_text("\n".join(f"{name}.JPEG" for name in lines))
     for number, name in enumerate(lines[::2], start=1):
         picture(home / "train-semi" / f"{name}.JPEG", colour=(250, 250, 5 * number), seed=100 + number)
         shown = ids_to_rgb(labels(number, void=imagenet_s.IGNORED))
-        save(home / "train-semi-segmentation" / f"{name}.png", shown, "RGB")
+        save(shown, home / "train-semi-segmentation" / f"{name}.png")
     return tmp_path
 
 
@@ -294,8 +283,8 @@ def test_imagenet_s_takes_the_class_of_the_folder(imagenet):
     ("number", "colour"), [(1, (1, 0, 0)), (255, (255, 0, 0)), (256, (0, 1, 0)), (919, (151, 3, 0))]
 )
 def test_class_ids_beyond_a_byte(tmp_path, number, colour):
-    save(tmp_path / "a.png", np.full((4, 4, 3), colour), "RGB")
-    save(tmp_path / "b.png", np.full((4, 4, 3), (232, 3, 0)), "RGB")  # 1000
+    save(np.full((4, 4, 3), colour), tmp_path / "a.png")
+    save(np.full((4, 4, 3), (232, 3, 0)), tmp_path / "b.png")  # 1000
     assert (imagenet_s._read_mask(tmp_path / "a.png", tmp_path / "b.png", 919, number) == 1).all()
     other = imagenet_s._read_mask(tmp_path / "a.png", tmp_path / "b.png", 919, number % 919 + 1)
     assert (other == 0).all()
