@@ -17,6 +17,7 @@ from kvutils.block import block_keys
 from kvutils.errors import DataError, ModelError, ParameterError
 from kvutils.keys import KeySelection
 from kvutils.kvcache import capture
+from kvutils.language import embed
 from kvutils.prompts import prepare_text
 from kvutils.vision import encode_images, prepare_images
 
@@ -39,12 +40,8 @@ def pictures(count=2, first=0):
 def batch(mlm, side="left", questions=QUESTIONS, images=None):
     """(inputs of the model's own processor, image slots (B, N)) of questions of different lengths."""
     mlm.tokenizer.padding_side = side
-    inputs = mlm.processor(
-        text=[mlm.prompt(question) for question in questions],
-        images=images or pictures(len(questions)),
-        padding=True,
-        return_tensors="pt",
-    )
+    prompts = [mlm.prompt(question) for question in questions]
+    inputs = mlm.processor(text=prompts, images=images or pictures(len(questions)), padding=True, return_tensors="pt")
     found = (inputs["input_ids"] == mlm.image_token_id).nonzero()[:, 1].reshape(len(questions), -1)
     return inputs, found.numpy()
 
@@ -400,42 +397,33 @@ def test_all_changes_the_image_tokens_and_after_does_not(family):
 def test_questions_on_a_copy_of_a_cached_image_equal_the_whole_prompt(family, attention):
     mlm = model(family, attention)
     image = pictures(1)
-    prompts = [mlm.prompt(question, prefix="a red fish") for question in QUESTIONS]
     vision = prepare_images(mlm, image * 2)
-    text = prepare_text(mlm, prompts, vision, images_only=False)
+    text = prepare_text(mlm, [mlm.prompt(question, prefix="a red fish") for question in QUESTIONS], vision, images_only=False)
     layouts = vision.layouts
     selection = choose(mlm, layouts[0].slots, share=0.8)
-    embeddings = mlm.model.get_input_embeddings()(text.input_ids)
-    at_image = (text.input_ids == mlm.image_token_id).unsqueeze(-1)
-    embeddings = embeddings.masked_scatter(at_image, torch.cat(encode_images(mlm, vision)[1]))
-    run = mlm.model.model.language_model
-    mask, positions = text.attention_mask, text.position_ids
+    embeddings = embed(mlm, text.input_ids, encode_images(mlm, vision)[1])
+    end, cache = layouts[0].slots.max() + 1, DynamicCache()
 
-    with block_keys(mlm, selection, layouts):
-        whole = run(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions).last_hidden_state
-    end = layouts[0].slots.max() + 1
-    cache = DynamicCache()
-    with block_keys(mlm, selection, layouts[0]):  # nothing to do yet
-        run(inputs_embeds=embeddings[:1, :end], position_ids=positions[..., :1, :end], past_key_values=cache, use_cache=True)
+    def run(rows, columns, mask=None, cache=None):
+        return mlm.model.model.language_model(
+            inputs_embeds=embeddings[rows, columns], attention_mask=mask, position_ids=text.position_ids[..., rows, columns],
+            past_key_values=cache, use_cache=cache is not None,
+        ).last_hidden_state  # fmt: skip
 
     def ask(rows):
         copied = copy.deepcopy(cache)
         copied.batch_repeat_interleave(len(rows))
-        output = run(
-            inputs_embeds=embeddings[rows, end:],
-            attention_mask=mask[rows],
-            position_ids=positions[..., rows, end:],
-            past_key_values=copied,
-            use_cache=True,
-        )
-        return output.last_hidden_state
+        return run(rows, slice(end, None), text.attention_mask[rows], copied)
 
+    with block_keys(mlm, selection, layouts):
+        whole = run([0, 1], slice(None), text.attention_mask)
+    with block_keys(mlm, selection, layouts[0]):  # nothing to do yet
+        run([0], slice(end), cache=cache)
     with attention_calls(mlm) as calls, block_keys(mlm, selection, layouts[0]):
         found = ask([0, 1])
-        calls_of_one = len(calls)
+        assert len(calls) == mlm.num_layers
         alone = ask([1])
-    assert calls_of_one == mlm.num_layers
-    real = mask[:, end:].bool()
+    real = text.attention_mask[:, end:].bool()
     torch.testing.assert_close(found[real], whole[:, end:][real], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(alone[0], found[1], atol=1e-5, rtol=1e-5)
     assert (ask([0, 1]) - found)[real].abs().max() > 1e-2  # the same cache, not blocked
