@@ -62,7 +62,7 @@ def test_objects_show_themselves_in_at_most_three_lines():
             repr(every): ("every key", "[1, 3]", str(tokens)),
             repr(session): (mlm.name, str(tokens)),
             repr(extractor): (mlm.name, "layers 0-4"),
-            repr(extractor.images([("a", image)])[0]): (str(tokens), "value"),
+            repr(extractor.images([("a", image)])[0]): ("image tokens", "60x40", "value"),
         }
     for text, words in shown.items():
         assert len(text.splitlines()) <= 3 and len(text) < 400, text
