@@ -170,13 +170,14 @@ def load_mlm(
     safetensors are read. Raises ModelError also where `check_mlm` finds the model to be another than the code expects.
     """
     spec = find_model(name)
-    config = read_config(spec)
     one_of("attention", attention, ("sdpa", "eager", "flash_attention_2", "flash_attention_3"))
     if device_map is not None and (device is not None or untrained):
         raise ParameterError("device_map places a trained checkpoint itself: pass no device and no untrained")
     chosen, device = device, _device(device)
     options = {"dtype": _dtype(dtype, spec, device), "attn_implementation": attention}
     with _reading(spec, device):
+        config = AutoConfig.from_pretrained(spec.source, revision=spec.revision)
+        one_of(f"family of {spec.name}", config.model_type, FAMILIES, ModelError)
         if chosen is None and device_map is None:
             device_map = placement(config, options["dtype"], device)
         processor = load_processor(spec.source, config.model_type, spec.revision)
@@ -215,26 +216,16 @@ def load_encoder(name: str, device: str | torch.device | None = None, dtype: str
     return Encoder(model.eval(), processor, spec.name, _revision(spec))
 
 
-def read_config(spec: ModelSpec):
-    """The configuration of a checkpoint; ModelError if it is not there or of none of the three families."""
-    try:
-        config = AutoConfig.from_pretrained(spec.source, revision=spec.revision)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{spec.name}: no model at {spec.source}, which is neither a folder as save_pretrained writes it "
-                         "(config.json, weights; the pocket models come with kvutils), nor in the local cache, nor can it be "
-                         f"fetched. With network it comes by itself or with `hf download {spec.source}`; without, copy it to another "
-                         f"machine's HF_HOME, or pass a folder.\n  ({str(error).splitlines()[0]})") from error  # fmt: skip
-    one_of(f"family of {spec.name}", config.model_type, FAMILIES, ModelError)
-    return config
-
-
 @contextmanager
 def _reading(spec: ModelSpec, device: torch.device) -> Iterator[None]:
     """What goes wrong while weights are read, in words."""
     try:
         yield
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"{spec.name} cannot be loaded from {spec.source}: {error}") from error
+        raise ModelError(f"{spec.name} cannot be loaded from {spec.source}: {error}\nExpected a folder as save_pretrained writes it "
+                         "(config.json, weights; the pocket models come with kvutils) or a model of the hub. With network it comes "
+                         f"by itself or with `hf download {spec.source}`; without, copy it to another machine's HF_HOME, or pass a "
+                         "folder.") from error  # fmt: skip
     except torch.OutOfMemoryError as error:
         raise MemoryLimitError(f"the weights of {spec.name} do not fit {device} beside what is there ({error}). Free it, use a "
                                "smaller model, or device_map='auto' over several devices.") from error  # fmt: skip
