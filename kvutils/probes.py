@@ -145,8 +145,8 @@ def fit_linear_probe(X: Tensor, y: Tensor, num_classes: int = 2, strength: float
     with torch.inference_mode():  # less bookkeeping per operation than no_grad: it counts for small features
         solved = [_fit_chunk(flat[i:j], onehot[i:j], s[i:j], None if keep is None else keep[i:j], strength, tol, max_iter, i)
                   for i, j in ((int(c[0]), int(c[-1]) + 1) for c in chunks)]
-    joined = [torch.cat(parts).unflatten(0, lead) if lead else torch.cat(parts)[0] for parts in zip(*solved)]
-    return LinearProbe(**{field.name: value for field, value in zip(fields(LinearProbe), joined)})
+    joined = [torch.cat(parts).unflatten(0, lead) if lead else torch.cat(parts)[0] for parts in zip(*solved, strict=True)]
+    return LinearProbe(**{field.name: value for field, value in zip(fields(LinearProbe), joined, strict=True)})
 
 
 def _standardise(X: Tensor, keep: Tensor | None, dtype: torch.dtype, first: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,7 +158,7 @@ def _standardise(X: Tensor, keep: Tensor | None, dtype: torch.dtype, first: int)
     S, N, C = X.shape
     A, mean, std = (X.new_empty(shape, dtype=dtype) for shape in ((S, N, C + 1), (S, C), (S, C)))
     scratch, share, eps = A.new_empty(N, C), A.new_full((1, N), 1 / N), torch.finfo(dtype).eps
-    for i, (rows, out) in enumerate(zip(X, A)):
+    for i, (rows, out) in enumerate(zip(X, A, strict=True)):
         rows, centred = rows.to(dtype), out[:, :C]
         if keep is not None:  # by filling: NaN in padding would survive a multiplication by zero
             rows = rows.masked_fill(~keep[i].unsqueeze(-1), 0)

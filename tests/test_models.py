@@ -146,7 +146,7 @@ def test_what_does_not_fit_is_placed_by_accelerate(folder, monkeypatch):
         plain = capture(load_mlm(str(folder), untrained=untrained), picture)[0]
         monkeypatch.setattr(models, "placement", lambda *_: {"": "cpu"})
         placed = []
-        monkeypatch.setattr(models, "dispatch_model", lambda model, places: placed.append(places) or dispatch_model(model, places))
+        monkeypatch.setattr(models, "dispatch_model", lambda model, places, to=placed: to.append(places) or dispatch_model(model, places))
         spread = load_mlm(str(folder), untrained=untrained)
         assert placed == ([{"": "cpu"}] if untrained else [])  # from_pretrained places what it loads
         assert torch.equal(capture(spread, picture)[0].values, plain.values)
