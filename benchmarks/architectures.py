@@ -12,39 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForImageTextToText,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaNextConfig,
-    LlavaNextProcessor,
-    LlavaOnevisionConfig,
-    PretrainedConfig,
-    Qwen2_5_VLConfig,
-    Qwen2Config,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
+from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextProcessor
+from transformers import LlavaOnevisionConfig, PretrainedConfig, Qwen2_5_VLConfig, Qwen2Config, SiglipVisionConfig, SiglipVisionModel
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from kvutils.datasets.pocket.questions import WORDS
-from kvutils.errors import ModelError
+from kvutils.errors import ModelError, one_of
 from kvutils.models import MLM, MODELS, NEXT, ONEVISION, QWEN, Encoder, wrap_mlm
 from kvutils.processors import ImageOnlyLlavaOnevisionProcessor, ImageOnlyQwen2_5_VLProcessor, quiet_transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data" / "pocket"))
 from recipe.tokenizer import build_word_tokenizer
 
-# layers, query heads, key-value heads, head dimension, width of the MLP, vocabulary, tied word embeddings
-_TEXT: dict[str, tuple[int, int, int, int, int, int, bool]] = {
-    "llava-onevision-7b": (28, 28, 4, 128, 18944, 152000, False),
-    "llava-onevision-0.5b": (24, 14, 2, 64, 4864, 152000, True),
-    "qwen2.5-vl-7b": (28, 28, 4, 128, 18944, 152064, False),
-    "qwen2.5-vl-3b": (36, 16, 2, 128, 11008, 151936, True),
-    "llava-next-llama3-8b": (32, 32, 8, 128, 14336, 128320, False),
+# width of the MLP, vocabulary, tied word embeddings; layers, heads and head dimension are those of `MODELS`
+_TEXT: dict[str, tuple[int, int, bool]] = {
+    "llava-onevision-7b": (18944, 152000, False),
+    "llava-onevision-0.5b": (4864, 152000, True),
+    "qwen2.5-vl-7b": (18944, 152064, False),
+    "qwen2.5-vl-3b": (11008, 151936, True),
+    "llava-next-llama3-8b": (14336, 128320, False),
 }
 SMALL_HEAD = 16  # head dimension of a scaled-down model; the number of layers and heads stays
 _WORDS = [*WORDS, *"person dog ( ) user assistant".split()]
@@ -64,9 +53,9 @@ def architecture(name: str, small: bool = False) -> tuple[PretrainedConfig, Any]
 
     Raises ModelError for a name that is not among the published models.
     """
-    if name not in _TEXT:
-        raise ModelError(f"no architecture is known for {name!r}; expected one of {', '.join(_TEXT)}")
-    layers, heads, kv_heads, head_dim, mlp, vocabulary, tied = _TEXT[name]
+    one_of("architecture", name, _TEXT, ModelError)
+    layers, heads, kv_heads, head_dim, _ = MODELS[name].sizes
+    mlp, vocabulary, tied = _TEXT[name]
     if small:
         mlp, head_dim, vocabulary = 4 * heads * SMALL_HEAD, SMALL_HEAD, 1024
     text = {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,

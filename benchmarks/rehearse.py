@@ -142,16 +142,12 @@ class Rehearsal:
             mlm, images, ["is there a fish ?"], mass_images=1, chunk=1, progress=False))  # fmt: skip
         block = select_lowest(table, 0.1, last_layers(mlm.num_layers))
         pope = Pope(self._enlarged("pocket-pope", scenes=self.samples))
-        asked = {(sample.image_id, sample.question) for sample in pope.samples}
-        images_asked = len({sample.image_id for sample in pope.samples})
-        few = self._ask(mlm, pope, {"none": None}, "images and their questions", images_asked, "image", 1_000 + 1_187 + 1_600)
-        more = self._ask(mlm, pope, {"none": None} | {f"blocked {i}": block for i in range(4)}, "questions under a block",
-                         4 * len(asked), "question", ASKED)  # fmt: skip
-        more.seconds = max(more.seconds - few.seconds, 0.0)  # an image is read once for all conditions
-
-    def _ask(self, mlm, task: Pope, blocks: dict, what: str, count: int, unit: str, wanted: int) -> Step:
-        self.step("03", what, count, unit, wanted, lambda: ask_under_blocks(task, mlm, blocks, progress=False))
-        return self.steps[-1]
+        plain, blocks = {"none": None}, {f"blocked {i}": block for i in range(4)}
+        self.step("03", "images and their questions", len({s.image_id for s in pope.samples}), "image", 1_000 + 1_187 + 1_600,
+                  lambda: ask_under_blocks(pope, mlm, plain, progress=False))  # fmt: skip
+        self.step("03", "questions under a block", 4 * len({(s.image_id, s.question) for s in pope.samples}), "question", ASKED,
+                  lambda: ask_under_blocks(pope, mlm, plain | blocks, progress=False))  # fmt: skip
+        self.steps[-1].seconds = max(self.steps[-1].seconds - self.steps[-2].seconds, 0.0)  # images are read once for all
 
     def _enlarged(self, name: str, **options) -> list:
         return [self._enlarge(sample) for sample in open_dataset(name, **options)]

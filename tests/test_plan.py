@@ -14,7 +14,6 @@ from kvutils.datasets import DATASETS
 from kvutils.datasets.catalog import CATALOG
 from kvutils.datasets.pocket.questions import WORDS
 from kvutils.errors import DataError, ModelError
-from kvutils.kvcache import capture
 from kvutils.models import MODELS, ModelSpec, check_mlm, find_model
 from kvutils.run import plan
 from kvutils.run.notebook import ROOT
@@ -37,11 +36,11 @@ def _nothing_here(monkeypatch, tmp_path):
 def test_architectures_have_the_published_size_structure_and_image_tokens(name):
     mlm = random_mlm(name, "meta", torch.bfloat16)
     assert sum(each.numel() for each in mlm.model.parameters()) / 1e9 == pytest.approx(plan.SIZES[name], abs=0.006)
-    assert (mlm.num_layers, mlm.num_heads, mlm.num_kv_heads, mlm.head_dim) == MODELS[name].sizes[:4]
     narrow = random_mlm(name, "cpu", torch.float32, small=True)
     check_mlm(narrow)
     assert (narrow.num_layers, narrow.num_heads, narrow.num_kv_heads) == MODELS[name].sizes[:3]
-    assert len(capture(narrow, [Image.new("RGB", (640, 480))], layers=[0])[0].layout) == MODELS[name].sizes[4]
+    ids = narrow.processor(images=[Image.new("RGB", (640, 480))], text=narrow.prompt("what ?"), return_tensors="pt").input_ids
+    assert (ids == narrow.image_token_id).sum() == MODELS[name].sizes[4]
     with pytest.raises(ModelError, match="llava-onevision-7b"):
         architecture("gpt")
 
