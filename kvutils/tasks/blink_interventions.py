@@ -18,7 +18,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from kvutils.metrics.statistics import Interval, bootstrap_ci, mean_statistic, paired_difference, ratio
-from kvutils.tasks.blink_tables import FAMILIES, SINGLE, TITLES, choose_layer, halves
+from kvutils.tasks.blink_tables import TITLES, choose_layer, halves, other_sources
 from kvutils.tasks.choices import ChoiceTable, some_items
 
 WEIGHTS = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # nats per standard deviation of the readout
@@ -104,24 +104,17 @@ def interventions(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dict
         "either right": np.where(readout == found.gold, readout, found.said),
     }
     rest = some_items(table, report)
+    right = {name: each[report] == rest.gold for name, each in answers.items()}
     others = {}
-    sources = [name for name in SINGLE if name in table.sources]
-    for other in [*sources, *(choose_layer(table, fit, name) for name in FAMILIES[1:] if table.layers(name))]:
+    for other in other_sources(table, fit):
         instead = evidence(table, other, fit)
         added = add_values(instead, choose_weight(instead, fit))[report] == rest.gold
         others[other] = _change(rest, added, n_boot, seed)["change"]
     return {
-        "title": TITLES[table.subtask],
-        "source": source,
-        "weight": weight,
-        "n": len(rest),
+        "title": TITLES[table.subtask], "source": source, "weight": weight, "n": len(rest), "others": others, "groups": rest.groups,
         "model": bootstrap_ci(rest.model_right, mean_statistic, n_boot, seed, rest.groups).as_dict(),
-        "changes": {name: _change(rest, each[report] == rest.gold, n_boot, seed) for name, each in answers.items()},
-        "others": others,
-        "differences": {
-            name: ((each[report] == rest.gold).astype(int) - rest.model_right).tolist() for name, each in answers.items()
-        },
-        "groups": rest.groups,
+        "changes": {name: _change(rest, each, n_boot, seed) for name, each in right.items()},
+        "differences": {name: (each.astype(int) - rest.model_right).tolist() for name, each in right.items()},
     }  # fmt: skip
 
 
@@ -158,9 +151,6 @@ def claim_x5(found: Mapping[str, Mapping], n_boot: int = 2000, seed: int = 0) ->
         return ratio(sums[:, : len(changes)], sums[:, len(changes) :]).mean(axis=1)
 
     total = bootstrap_ci(packed, mean_of_subtasks, n_boot, seed, groups)
-    entries = [
-        Interval.of(each["changes"][name]["change"]).claim(f"{each['title']}: {name} ({each['source']}) minus model")
-        for each in found.values()
-        for name in INTERVENTIONS
-    ]
+    entries = [Interval.of(each["changes"][name]["change"]).claim(f"{each['title']}: {name} ({each['source']}) minus model")
+               for each in found.values() for name in INTERVENTIONS]  # fmt: skip
     return total.claim(unit="accuracy", entries=entries)

@@ -29,7 +29,7 @@ TITLES = {
     "Visual_Correspondence": "visual correspondence",
 }
 SINGLE = ("pixels", "encoder_original", "encoder", "projector")  # sources without layers
-FAMILIES = ("value", "alone.value", "untrained.value")
+FAMILIES = ("alone.value", "untrained.value")
 FOLDS = 5
 _FEWEST = 4  # items, to have two in each half
 
@@ -49,6 +49,12 @@ def choose_layer(table: ChoiceTable, items: np.ndarray, family: str = "value", r
     return sources[int(np.argmax([table.right(source, readout)[items].mean() for source in sources]))]
 
 
+def other_sources(table: ChoiceTable, choosing: np.ndarray) -> list[str]:
+    """What the values are compared with: the sources without layers, and of the other families the layer chosen alike."""
+    families = [family for family in FAMILIES if table.layers(family)]
+    return [*(name for name in SINGLE if name in table.sources), *(choose_layer(table, choosing, family) for family in families)]
+
+
 def describe_table(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dict:
     """Everything that notebook 05 reports on a subtask but the interventions; JSON-able, intervals with n.
 
@@ -64,11 +70,8 @@ def describe_table(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dic
     def accuracy(right: np.ndarray) -> dict:
         return bootstrap_ci(right, mean_statistic, n_boot, seed, table.groups).as_dict()
 
-    chosen = choose_layer(table, choosing)
-    rest = some_items(table, held_out)
+    chosen, rest = choose_layer(table, choosing), some_items(table, held_out)
     scored = replace(rest, said=rest.option_scores.argmax(axis=1))
-    others = [source for source in SINGLE if source in table.sources]
-    others += [choose_layer(table, choosing, family) for family in FAMILIES[1:] if table.layers(family)]
     folds, by_fold = _cross_validated(table, seed)
     return {
         "subtask": table.subtask,
@@ -83,10 +86,7 @@ def describe_table(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dic
             "option_scores": accuracy(table.option_scores.argmax(axis=1) == table.gold),
             "said": {str(option): int((table.said == option).sum()) for option in range(UNRESOLVED, table.options)},
         },
-        "readouts": {
-            readout: {source: accuracy(table.right(source, readout)) for source in table.sources}
-            for readout in table.readouts
-        },
+        "readouts": {name: {source: accuracy(table.right(source, name)) for source in table.sources} for name in table.readouts},
         "chosen": {
             "source": chosen,
             "readout": table.readouts[0],
@@ -95,7 +95,7 @@ def describe_table(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dic
         },
         "held_out": {
             **table_of_two(rest, rest.says(chosen), n_boot, seed),
-            "others": {source: _other(rest, source, chosen, n_boot, seed) for source in others},
+            "others": {source: _other(rest, source, chosen, n_boot, seed) for source in other_sources(table, choosing)},
             "by_option_scores": table_of_two(scored, rest.says(chosen), n_boot, seed),
             "readouts": {
                 name: table_of_two(rest, rest.says(choose_layer(table, choosing, "value", name), name), n_boot, seed)
@@ -136,15 +136,12 @@ def table_of_two(table: ChoiceTable, says: np.ndarray, n_boot: int = 2000, seed:
     names = [*CELLS, "of_errors", "value_accuracy", "model_accuracy"]
     names += [f"{side}_{level}" for side in ("at", "above") for level in ("chance", "guess", "independence")]
     found = dict(zip(names, bootstrap_ci(packed, statistic, n_boot, seed, table.groups), strict=True))
-    errors = int((~model).sum())
+    found = {name: interval.as_dict() for name, interval in found.items()}
+    found["of_errors"]["n"] = errors = int((~model).sum())
     return {
-        "n": len(table),
-        "errors": errors,
-        "counts": dict(zip(CELLS, cells.sum(axis=0).tolist(), strict=True)),
-        "shares": {name: found[name].as_dict() for name in CELLS},
-        **{name: found[name].as_dict() for name in names[len(CELLS) :] if name != "of_errors"},
-        "of_errors": found["of_errors"].as_dict() | {"n": errors},
-    }
+        "n": len(table), "errors": errors, "counts": dict(zip(CELLS, cells.sum(axis=0).tolist(), strict=True)),
+        "shares": {name: found[name] for name in CELLS}, **{name: found[name] for name in names[len(CELLS) :]},
+    }  # fmt: skip
 
 
 def _other(table: ChoiceTable, source: str, chosen: str, n_boot: int, seed: int) -> dict:
@@ -173,14 +170,9 @@ def _cross_validated(table: ChoiceTable, seed: int) -> tuple[np.ndarray, list[st
 
 def official_scores(tables: Mapping[str, ChoiceTable]) -> dict:
     """BLINK's own accuracies (`blink_scores`): by subtask, and their plain mean as Total."""
-
-    def letter(option: int) -> str:
-        return NEEDS_JUDGE if option == UNRESOLVED else f"({LETTERS[option]})"
-
-    return blink_scores({
-        name: [(letter(gold), letter(said)) for gold, said in zip(table.gold, table.said, strict=True)]
-        for name, table in tables.items()
-    })  # fmt: skip
+    letter = {UNRESOLVED: NEEDS_JUDGE} | {option: f"({name})" for option, name in enumerate(LETTERS)}
+    pairs = {name: zip(table.gold.tolist(), table.said.tolist(), strict=True) for name, table in tables.items()}
+    return blink_scores({name: [(letter[gold], letter[said]) for gold, said in mine] for name, mine in pairs.items()})
 
 
 def telling_item(table: ChoiceTable, source: str, seed: int = 0) -> str:
@@ -202,8 +194,7 @@ def claim_c8(described: Mapping[str, Mapping]) -> dict:
             f"{each['title']}: {each['chosen']['source']} right, model wrong, minus guessing")
         for each in described.values()
     ]  # fmt: skip
-    shares = headline["held_out"]["shares"]
-    return Interval.of(shares["value_only"]).scaled(100).claim(unit="% of items", entries=entries)
+    return Interval.of(headline["held_out"]["shares"]["value_only"]).scaled(100).claim(unit="% of items", entries=entries)
 
 
 def describe_example(item: MultipleChoice, table: ChoiceTable, source: str) -> dict:

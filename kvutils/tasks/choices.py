@@ -214,23 +214,15 @@ def said(item: MultipleChoice, text: str) -> int:
 def _table(subtask: str, items: list[MultipleChoice], rows: list[dict]) -> ChoiceTable:
     readouts = list(READOUTS[subtask])
     sources = sorted(rows[0]["scores"][readouts[0]])  # stored parts do not keep the order of keys
-    return ChoiceTable(
-        subtask=subtask,
-        ids=[item.id for item in items],
-        groups=[item.group for item in items],
-        texts=[row["text"] for row in rows],
-        gold=np.array([LETTERS.index(item.answer[1]) for item in items]),
-        said=np.array([row["said"] for row in rows]),
-        option_scores=np.array([row["options"] for row in rows], dtype=float),
-        readouts=readouts,
-        sources=sources,
-        scores=np.array([[[row["scores"][r][s] for s in sources] for r in readouts] for row in rows], dtype=float),
-    )
+    gold, said = np.array([LETTERS.index(item.answer[1]) for item in items]), np.array([row["said"] for row in rows])
+    option_scores = np.array([row["options"] for row in rows], dtype=float)
+    scores = np.array([[[row["scores"][r][s] for s in sources] for r in readouts] for row in rows], dtype=float)
+    ids, groups, texts = [item.id for item in items], [item.group for item in items], [row["text"] for row in rows]
+    return ChoiceTable(subtask, ids, groups, texts, gold, said, option_scores, readouts, sources, scores)
 
 
 def some_items(table: ChoiceTable, chosen: np.ndarray) -> ChoiceTable:
     """The table of some of the items, (n,) bool."""
-    index = np.flatnonzero(chosen)
-    arrays = {name: getattr(table, name)[index] for name in ("gold", "said", "option_scores", "scores")}
-    lists = {name: [getattr(table, name)[i] for i in index] for name in ("ids", "groups", "texts")}
+    arrays = {name: getattr(table, name)[chosen] for name in ("gold", "said", "option_scores", "scores")}
+    lists = {name: [getattr(table, name)[i] for i in np.flatnonzero(chosen)] for name in ("ids", "groups", "texts")}
     return replace(table, **arrays, **lists)
