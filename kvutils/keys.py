@@ -54,10 +54,8 @@ class KeyVariance:
         Raises DataError for another shape and for keys that are not finite (half precision may have overflowed).
         """
         if self.mean is not None and keys.shape[1:] != self.mean.shape:
-            raise DataError(
-                f"keys of shape (B, *{tuple(self.mean.shape)}) were expected, found {tuple(keys.shape)}; "
-                "give every image the same token grid (same resize)"
-            )
+            raise DataError(f"keys of shape (B, *{tuple(self.mean.shape)}) were expected, found {tuple(keys.shape)}; "
+                            "give every image the same token grid (same resize)")  # fmt: skip
         if not torch.isfinite(keys).all():
             raise DataError("keys hold NaN or infinite values; run the model in bfloat16 or float32 instead of float16")
         if self.mean is None and len(keys):
@@ -167,9 +165,8 @@ def key_variance(
 class KeySelection:
     """Which image keys are chosen, such as those that `block_keys` blocks.
 
-    mask (L, G, N) bool: mask[i] belongs to layer layers[i]; N counts an image's tokens in the order of its `TokenLayout`,
-    newlines included. layers are different non-negative numbers. Whether a model has these layers and heads shows when
-    the selection is used. Raises DataError for another mask, ParameterError for other layers.
+    mask (L, G, N) bool: mask[i] belongs to layer layers[i], different numbers from 0 on; N counts an image's tokens in the
+    order of its `TokenLayout`, newlines included. Raises DataError for another mask, ParameterError for other layers.
     """
 
     name: str
@@ -179,10 +176,8 @@ class KeySelection:
     def __post_init__(self):
         mask, layers = torch.as_tensor(self.mask), tuple(self.layers)
         if mask.dtype != torch.bool or mask.ndim != 3 or len(mask) != len(layers):
-            raise DataError(
-                f"{self.name}: the mask must be bool of shape (L, G, N) for the {len(layers)} layers {layers}, "
-                f"found {mask.dtype} {tuple(mask.shape)}"
-            )
+            raise DataError(f"{self.name}: the mask must be bool of shape (L, G, N) for the {len(layers)} layers {layers}, "
+                            f"found {mask.dtype} {tuple(mask.shape)}")  # fmt: skip
         bad = [x for x in layers if isinstance(x, bool) or not isinstance(x, int | np.integer) or x < 0]
         if bad or len(set(layers)) != len(layers):
             raise ParameterError(f"{self.name}: layers must be different numbers from 0 on, found {layers}")

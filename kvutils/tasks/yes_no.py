@@ -26,10 +26,7 @@ POWER = 0.8  # probability with which a detectable difference would show
 
 
 class YesNoTask(ABC):
-    """Questions with a yes or no each, in subsets, and how the answers to them are scored.
-
-    Raises DataError for no samples and for an image_id of two images.
-    """
+    """Questions with a yes or no each, in subsets, and their scores; DataError for no samples or an image_id of two images."""
 
     name: ClassVar[str]
     title: ClassVar[str]
@@ -159,8 +156,8 @@ class Mme(YesNoTask):
     def measures(self, sums: np.ndarray) -> Measures:
         right, both, yes, unknown, n = np.moveaxis(sums, -1, 0)  # each (n_boot, subsets)
         acc, acc_plus = ratio(right, n), ratio(both, n)
-        each = {"score": 100 * (acc + acc_plus), "acc": acc, "acc_plus": acc_plus}
-        each |= {"yes_ratio": ratio(yes, n), "unknown": ratio(unknown, n)}
+        each = {"score": 100 * (acc + acc_plus), "acc": acc, "acc_plus": acc_plus, "yes_ratio": ratio(yes, n),
+                "unknown": ratio(unknown, n)}  # fmt: skip
         found = {(name, key): value[:, i] for i, name in enumerate(self.subsets) for key, value in each.items()}
         for name, members in self.totals.items():
             questions = n[:, members].sum(axis=1)
