@@ -63,7 +63,7 @@ def interval_text(found: Mapping, digits: int = 3, sign: bool = False, factor: f
     numbers = [found["mean" if "mean" in found else "value"], found["low"], found["high"]]
     if None in numbers:
         return f"not defined: {found['reason']}" if found.get("reason") else "not defined"
-    value, low, high = (f"{round(number * factor, digits) + 0.0:{'+' if sign else ''}.{digits}f}" for number in numbers)
+    value, low, high = (f"{number * factor:{'+' if sign else ''}.{digits}f}" for number in numbers)
     return f"{value} [{low}, {high}]"
 
 
