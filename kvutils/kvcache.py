@@ -4,7 +4,7 @@
     captures[0].value(7)  # (N, G*D) image value tokens of layer 7, one row per `captures[0].layout` token
 
 From the command line: `kvutils capture PHOTO... --out FILE.safetensors` (see --help). Beside it what image values are
-compared with: features of another vision tower on the same crops and grid, and values of words.
+compared with: the values of words.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -12,16 +12,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from kvutils.errors import ParameterError
 from kvutils.images import ImageLike
 from kvutils.language import embed, read_layers, resolve_layers
-from kvutils.layout import TokenLayout, pack_crops
-from kvutils.models import MLM, QWEN, Encoder
+from kvutils.layout import TokenLayout
+from kvutils.models import MLM
 from kvutils.prompts import pad, prepare_text
-from kvutils.vision import encode_images, over_images, prepare_images
+from kvutils.vision import compact, encode_images, over_images, prepare_images
 
 _TENSORS = ("keys", "values", "encoder", "projector")
 
@@ -129,7 +128,7 @@ def capture(
             read_layers(mlm, embed(mlm, text.input_ids, projector), text, layers, store)
         if features:
             for row, seen, entered in zip(rows, encoder, projector, strict=True):
-                row |= {"encoder": _compact(seen, device), "projector": _compact(entered, device)}
+                row |= {"encoder": compact(seen, device), "projector": compact(entered, device)}
         return [Capture(layout, layers, prefix=prefix, **row) for layout, row in zip(vision.layouts, rows, strict=True)]
 
     captures = over_images(run, images, batch_size, progress)
@@ -138,68 +137,6 @@ def capture(
     for index, one in enumerate(captures):
         on_capture(index, one)
     return None
-
-
-def _compact(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A compact copy: a view would keep the features of the whole batch alive."""
-    return tensor.to(device, copy=True, memory_format=torch.contiguous_format)
-
-
-@torch.no_grad()
-def capture_encoder(
-    encoder: Encoder, mlm: MLM, images: Iterable[ImageLike], *, batch_size: int = 8, to: str | torch.device | None = "cpu"
-) -> list[torch.Tensor]:
-    """Features (N, C) of another SigLIP tower on the crops that `capture` shows the model, on its token grid.
-
-    They are those of the depth that the MLM reads from its own tower if that is a SigLIP too, else of the last layer. LLaVA
-    families: every crop is normalised anew (and resized if the tower has another input size) and the patches are packed
-    like the model's own; newline rows are zeros. Qwen2.5-VL has no crops: the tower sees the whole image squashed to its
-    square input. Patch grids of another size are interpolated bilinearly.
-    """
-    config = encoder.model.config
-    device = encoder.model.device if to is None else torch.device(to)
-    own, layer = mlm.model.config.vision_config, getattr(mlm.model.config, "vision_feature_layer", None)
-    if own.model_type == "siglip_vision_model" and isinstance(layer, int):
-        layer = min(layer % (own.num_hidden_layers + 1), config.num_hidden_layers)
-    else:
-        layer = config.num_hidden_layers
-    own_side = config.image_size // config.patch_size
-
-    def run(pictures: Sequence[Image.Image], names: Sequence[str]) -> list[torch.Tensor]:
-        vision = prepare_images(mlm, pictures, names)
-        if mlm.family == QWEN:
-            pixels = encoder.processor(images=list(pictures), return_tensors="pt")["pixel_values"]
-        else:
-            pixels = _renormalise(vision.pixels.float(), mlm.processor.image_processor, encoder.processor)
-            if pixels.shape[-1] != config.image_size:
-                pixels = F.interpolate(pixels, (config.image_size, config.image_size), mode="bicubic", antialias=True)
-        pixels = pixels.to(encoder.model.device, encoder.model.dtype)
-        states = encoder.model(pixels, output_hidden_states=True).hidden_states[layer]
-        squares = states.transpose(1, 2).unflatten(2, (own_side, own_side))  # (crops, C, rows, columns)
-        if mlm.family == QWEN:
-            grids = [layout.grids["base"] for layout in vision.layouts]
-            packed = [_resampled(square[None], grid)[0] for square, grid in zip(squares, grids, strict=True)]
-        else:
-            crops = _resampled(squares, vision.layouts[0].grids["base"]).split(vision.crops)
-            sizes = [layout.image_size for layout in vision.layouts]
-            packed = pack_crops(mlm, list(crops), sizes, states.new_zeros(states.shape[-1]))
-        return [_compact(item, device) for item in packed]
-
-    return list(over_images(run, images, batch_size))
-
-
-def _resampled(squares: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """(B, C, rows, columns) -> (B, grid rows * grid columns, C)."""
-    if squares.shape[-2:] != grid:
-        squares = F.interpolate(squares.float(), grid, mode="bilinear", antialias=True).to(squares.dtype)
-    return squares.flatten(2).transpose(1, 2)
-
-
-def _renormalise(pixels: torch.Tensor, old, new) -> torch.Tensor:
-    """From the mean and deviation of one image processor to those of another."""
-    numbers = torch.tensor([old.image_std, old.image_mean, new.image_mean, new.image_std], device=pixels.device)
-    std, mean, new_mean, new_std = numbers[..., None, None]
-    return (pixels * std + mean - new_mean) / new_std
 
 
 @torch.no_grad()

@@ -180,6 +180,11 @@ def _encode_qwen(mlm: MLM, vision: VisionInputs) -> tuple[list[torch.Tensor], li
     return states, list(output.pooler_output)
 
 
+def compact(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A compact copy: a view would keep the features of the whole batch alive."""
+    return tensor.to(device, copy=True, memory_format=torch.contiguous_format)
+
+
 @contextlib.contextmanager
 def _awake(module: torch.nn.Module) -> Iterator[None]:
     """Load a module's own offloaded weights, as accelerate's hook does around `forward`.

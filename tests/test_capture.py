@@ -16,11 +16,12 @@ from transformers import DynamicCache, GenerationConfig
 
 import kvutils
 from kvutils.errors import ImageError, ModelError, ParameterError
-from kvutils.kvcache import capture, capture_encoder, text_values
+from kvutils.kvcache import capture, text_values
 from kvutils.language import resolve_layers
 from kvutils.models import load_encoder, load_mlm, wrap_mlm
 from kvutils.processors import image_backend, load_processor
 from kvutils.prompts import prepare_text
+from kvutils.readout.encoders import capture_encoder
 from kvutils.vision import encode_images, prepare_images
 
 ALL = [*FAMILIES, "pocket"]

@@ -11,10 +11,11 @@ from torch.nn.functional import normalize
 from transformers import SiglipConfig, SiglipModel, SiglipTextConfig
 
 from kvutils.errors import ModelError, ParameterError
-from kvutils.kvcache import capture, capture_encoder, text_values
+from kvutils.kvcache import capture, text_values
 from kvutils.layout import TokenLayout
 from kvutils.models import Encoder
 from kvutils.readout.attention import prompt_saliency
+from kvutils.readout.encoders import capture_encoder
 from kvutils.readout.features import FeatureExtractor, image_tokens, pixel_features, token_means
 from kvutils.readout.maps import explore
 from kvutils.readout.maps import picture as picture_of

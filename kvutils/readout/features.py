@@ -27,11 +27,12 @@ import torch
 from PIL import Image
 
 from kvutils.errors import ModelError, at_least, one_of
-from kvutils.kvcache import Capture, capture, capture_encoder
+from kvutils.kvcache import Capture, capture
 from kvutils.language import resolve_layers
 from kvutils.layout import TokenLayout
 from kvutils.models import MLM, Encoder
 from kvutils.readout.attention import QUESTION, prompt_saliency
+from kvutils.readout.encoders import capture_encoder
 from kvutils.readout.words import SiglipText, TextAlignment
 from kvutils.store import digest
 
