@@ -16,6 +16,7 @@ from tiny_models import tiny_pocket
 
 from kvutils.kvcache import capture
 from kvutils.models import load_mlm
+from kvutils.run import cli
 from kvutils.run.cli import VERBS, main
 from kvutils.run.notebook import ROOT
 
@@ -63,7 +64,7 @@ def test_ctrl_c_is_answered_in_words(monkeypatch, capsys):
     def stop(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(VERBS, "report", stop)
+    monkeypatch.setattr(cli, "run", stop)
     assert main(["report"]) == 130 and "the same command goes on" in capsys.readouterr().err
 
 

@@ -46,10 +46,11 @@ def root(tmp_path, monkeypatch):
     monkeypatch.setattr(notebook, "ROOT", tmp_path)
     monkeypatch.setattr(report, "load_claims", lambda: [
         {"id": "C1", "section": "3", "statement": "It is so.", "paper": 6, "unit": "tasks",
-         "notebook": "01_stub", "results": "claims.C1", "rule": {"kind": "entries_above", "at_least": 6}}])
+         "notebook": "01_stub", "rule": {"kind": "entries_above", "at_least": 6}}])
     monkeypatch.setenv("KVUTILS_OUT", str(tmp_path))
     monkeypatch.delenv("KVUTILS_CACHE", raising=False)
     nbformat.write(book(), tmp_path / "notebooks" / "01_stub.ipynb")
+    (tmp_path / "pyproject.toml").write_text("[tool.kvutils]\nrepository = ''\n")
     return tmp_path
 
 
@@ -185,7 +186,7 @@ def test_a_process_beside_the_first_writes_no_results(root, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(("arguments", "code", "message"), [
-    (["-p", "sead", "3"], 1, "unknown parameter sead; the notebook has: profile, model, seed"),
+    (["-p", "sead", "3"], 1, "unknown parameter 'sead' (did you mean 'seed'?); expected one of profile, model, seed"),
     (["--notebooks", "07"], 2, "no notebook 07"),
 ])
 def test_mistakes_are_said(root, capsys, arguments, code, message):

@@ -17,7 +17,7 @@ UP, DOWN, OPEN = (0.1, 0.3), (-0.3, -0.1), (-0.1, 0.1)
 
 def claim(**rule) -> dict:
     return {"id": "C1", "section": "3", "statement": "It is so.", "paper": 1.5, "unit": "points",
-            "notebook": "01_value_flow", "results": "claims.C1", "rule": rule}
+            "notebook": "01_value_flow", "rule": rule}
 
 
 def measured(*intervals) -> dict:
@@ -48,7 +48,6 @@ def measured(*intervals) -> dict:
 ])
 def test_rules(rule, intervals, verdict):
     assert report.judge(claim(**rule), measured(*intervals))[0] == verdict
-    assert verdict in report.VERDICTS
 
 
 def test_no_measurement_is_not_run():
@@ -96,7 +95,6 @@ def test_all_claims_are_there():
     claims = report.load_claims()
     assert [c["id"] for c in claims] == [f"C{i}" for i in range(1, 9)] + [f"X{i}" for i in range(1, 7)]
     assert all(c["rule"]["kind"] == "above" or "at_least" in c["rule"] for c in claims)
-    assert all(c["results"] == f"claims.{c['id']}" for c in claims)
 
 
 def test_a_claim_with_another_rule_is_refused(tmp_path):
@@ -112,8 +110,9 @@ def root(tmp_path, monkeypatch):
     monkeypatch.setenv("KVUTILS_OUT", str(tmp_path))
     run = notebook.Run("01_value_flow")
     found = measured(*[UP] * 6) | {"n": 60}
-    run.write(parameters={}, provenance={"revision": "abc", "machine": {"device": "cpu (mine)"}}, claims={"C1": found}, finding="It works.",
-              choices={"regularisation": "0.1"})
+    write_json(run.results, {"claims": {"C1": found}, "finding": "It works.", "choices": {"regularisation": "0.1"}})
+    write_json(run.folder / "provenance" / "01_value_flow.json", {"revision": "abc", "machine": {"device": "cpu (mine)"}})
+    (tmp_path / "pyproject.toml").write_text("[tool.kvutils]\nrepository = ''\n")
     (tmp_path / "notebooks").mkdir()
     monkeypatch.setattr(notebook, "ROOT", tmp_path)
     blocks = "".join(f"<!-- {name}:start -->\nTYPED BY HAND\n<!-- {name}:end -->\n"

@@ -1,5 +1,4 @@
 """The command line: `kvutils VERB`, `python -m kvutils VERB`. One parser, one place for errors and for Ctrl-C.
-
 Exit codes: 0 done; 1 something failed, or is stale (`report --check`); 2 the command cannot be done as it stands, and the
 message says why; 3 nothing failed, but something is left to do by hand (`data`); 130 stopped by Ctrl-C.
 """
@@ -13,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from kvutils import __version__, errors
-from kvutils.run import DEFAULT, PROFILES
+from kvutils.run import DEFAULT, DONE, MISUSED, PROFILES, STOPPED
 
-FAILED, MISUSED, BY_HAND, STOPPED = 1, 2, 3, 130
+VERBS = ("capture", "replicate", "report", "figures", "data", "plan")
 MODEL = "a name such as pocket or llava-onevision-7b, a folder or a hub id"
 CONTENTS = """\
 what the file holds, for photo number i (0, 1, ... in the order given):
@@ -43,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments and not arguments[0].startswith("-"):
             errors.one_of("verb", arguments[0], VERBS)
         chosen = parser().parse_args(arguments or ["--help"])
-        return VERBS[chosen.verb](chosen)
+        return run(chosen)
     except (errors.KVUtilsError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return MISUSED
@@ -54,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Every verb with its options; it imports nothing heavy."""
-    whole = argparse.ArgumentParser(prog="kvutils", description="Image keys and values of multimodal language models: capture, measure, report.")
+    whole = argparse.ArgumentParser(prog="kvutils", description="Image keys and values of multimodal language models")
     whole.add_argument("--version", action="version", version=f"kvutils {__version__}")
     verbs = whole.add_subparsers(dest="verb", metavar="VERB", required=True)
 
@@ -77,8 +76,8 @@ def parser() -> argparse.ArgumentParser:
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--dtype", help="float32, bfloat16 or float16 (default: float32 on CPU, else the model's)")
 
-    for name, about in (("replicate", "run the notebooks; write them executed, their results, figures and the verdicts (interrupted, "
-                                      "the same command goes on)"), ("figures", "redraw every figure from the stored results")):
+    for name, about in {"replicate": "run the notebooks; write results, figures and verdicts (interrupted, the same command goes on)",
+                        "figures": "redraw every figure from the stored results"}.items():
         add = verb(name, about).add_argument
         add("--profile", default=DEFAULT[0], choices=PROFILES)
         add("--model", default=DEFAULT[1], help=MODEL)
@@ -92,8 +91,8 @@ def parser() -> argparse.ArgumentParser:
     add = verb("report", "compute the verdicts from the stored results; write claims.json, REPORT.md and README's tables").add_argument
     add("--check", action="store_true", help="write nothing; exit 1 if something is stale")
 
-    add = verb("data", "fetch real data sets below KVUTILS_DATA; without a name: list them", "exit codes: 0 everything is there; "
-               "1 something failed; 2 the command cannot be understood;\n3 something is left to do by hand; 130 stopped").add_argument
+    add = verb("data", "fetch real data sets below KVUTILS_DATA; without a name: list them",
+               "exit codes: 0 all there; 1 something failed; 2 not understood; 3 something left to do by hand; 130 stopped").add_argument
     add("names", nargs="*", metavar="NAME", help="data sets, such as davis-2017; the beginning of a name will do")
     add("--hub", action="store_true", help="the hub's Parquet copy, even if official files are free")
     add("--keep-archives", action="store_true", help="keep archives after they are extracted")
@@ -104,6 +103,24 @@ def parser() -> argparse.ArgumentParser:
     add("--model", default="llava-onevision-7b", help=MODEL)
     add("--notebooks", nargs="+", metavar="NN", help="01 03; all without")
     return whole
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """What the command line chose; each verb imports only what it needs."""
+    if chosen.verb == "capture":
+        return capture(chosen)
+    if chosen.verb == "data":
+        from kvutils.run.download import fetch
+        return fetch(chosen)
+    if chosen.verb == "plan":
+        from kvutils.run.plan import NOTEBOOKS, table
+        for number in chosen.notebooks or ():
+            errors.one_of("notebook", number, NOTEBOOKS)
+        print(table(chosen.profile, chosen.model, chosen.notebooks or NOTEBOOKS))
+        return DONE
+    from kvutils.run import replicate
+    replicate.need_clone()
+    return {"replicate": replicate.replicate, "report": replicate.make_report, "figures": replicate.figures}[chosen.verb](chosen)
 
 
 def capture(chosen: argparse.Namespace) -> int:
@@ -122,7 +139,6 @@ def capture(chosen: argparse.Namespace) -> int:
     from kvutils import images, kvcache
     from kvutils.models import load_mlm
     from kvutils.store import atomic
-
     problems = []
     for photo in chosen.photos:
         try:
@@ -140,63 +156,24 @@ def capture(chosen: argparse.Namespace) -> int:
         tensors |= {f"{i}.{name}": getattr(one, name).contiguous() for name in ("keys", "values", "encoder", "projector")}
         tensors |= {f"{i}.{name}": torch.from_numpy(np.ascontiguousarray(getattr(one.layout, name)))
                     for name in ("slots", "rects", "cells", "view", "is_newline")}  # fmt: skip
-    metadata = {
-        "model": chosen.model, "revision": mlm.revision, "family": mlm.family, "layers": json.dumps(found[0].layers),
-        "prefix": chosen.prefix or "", "files": json.dumps(chosen.photos), "image_sizes": json.dumps([one.image_size for one in found]),
-        "grids": json.dumps([one.layout.grids for one in found]), "dtype": str(mlm.dtype).removeprefix("torch."),
-        "attention": mlm.attention, "image_backend": mlm.image_backend, "kvutils": __version__, "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }  # fmt: skip
+    lists = {"layers": found[0].layers, "files": chosen.photos, "image_sizes": [one.image_size for one in found],
+             "grids": [one.layout.grids for one in found]}  # fmt: skip
+    metadata = {name: json.dumps(each) for name, each in lists.items()} | {
+        "model": chosen.model, "revision": mlm.revision, "family": mlm.family, "prefix": chosen.prefix or "",
+        "dtype": str(mlm.dtype).removeprefix("torch."), "attention": mlm.attention, "image_backend": mlm.image_backend,
+        "kvutils": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     with atomic(chosen.out) as temporary:  # no reader ever sees half a file
         save_file(tensors, temporary, metadata=metadata)
     print(f"{chosen.out}: {len(found)} photo(s), layers {chosen.layers}, {chosen.out.stat().st_size / 2**20:.1f} MiB")
-    return 0
+    return DONE
 
 
 def _layers(text: str) -> str | list[int]:
-    if text.strip() == "all":
-        return "all"
     numbers: list[int] = []
-    for part in text.split(","):
+    for part in text.split(",") if text.strip() != "all" else ():
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
             raise errors.ParameterError(f"--layers {text}: expected 'all' or numbers and ranges such as 0,3,5-7")
         numbers += range(first, last + 1)
-    return numbers
-
-
-def replicate(chosen: argparse.Namespace) -> int:
-    from kvutils.run.replicate import replicate
-
-    return replicate(chosen)
-
-
-def figures(chosen: argparse.Namespace) -> int:
-    from kvutils.run.replicate import figures
-
-    return figures(chosen)
-
-
-def report(chosen: argparse.Namespace) -> int:
-    from kvutils.run.replicate import make_report
-
-    return make_report(chosen)
-
-
-def data(chosen: argparse.Namespace) -> int:
-    from kvutils.run.download import fetch
-
-    return fetch(chosen)
-
-
-def plan(chosen: argparse.Namespace) -> int:
-    from kvutils.run.plan import NOTEBOOKS, table
-
-    for number in chosen.notebooks or ():
-        errors.one_of("notebook", number, NOTEBOOKS)
-    print(table(chosen.profile, chosen.model, chosen.notebooks or NOTEBOOKS))
-    return 0
-
-
-VERBS = {"capture": capture, "replicate": replicate, "report": report, "figures": figures, "data": data, "plan": plan}
+    return numbers or "all"

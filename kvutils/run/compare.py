@@ -13,20 +13,16 @@ TOLERANCE = 1e-6  # relative: what another machine of the same kind may differ b
 
 def compare_verdicts(old: Path, new: Path, names: list[str]) -> list[str]:
     """Where the verdicts of two folders of results differ, for the claims of the notebooks `names`."""
-    def read(folder: Path) -> dict[str, str]:
-        lines = report.rows(report.read_results(folder))
-        return {line["id"]: line["verdict"] for line in lines if line["notebook"] in names}
-    before, after = read(old), read(new)
-    return [f"{claim}: {before[claim]} in {old}, {after[claim]} now" for claim in before if before[claim] != after[claim]]
+    pairs = zip(report.rows(report.read_results(old)), report.rows(report.read_results(new)), strict=True)
+    return [f"{before['id']}: {before['verdict']} in {old}, {after['verdict']} now" for before, after in pairs
+            if before["notebook"] in names and before["verdict"] != after["verdict"]]
 
 
 def committed(path: Path) -> dict:
     """A results file as git has it in HEAD; without git or before its first commit as it lies there; {} if it does not."""
     shown = subprocess.run(["git", "-C", str(notebook.ROOT), "show", f"HEAD:./{path.relative_to(notebook.ROOT).as_posix()}"],
                            capture_output=True, text=True)  # fmt: skip
-    if shown.returncode == 0:
-        return json.loads(shown.stdout)
-    return read_json(path) if path.exists() else {}
+    return json.loads(shown.stdout) if shown.returncode == 0 else read_json(path) if path.exists() else {}
 
 
 def numbers(value: object, place: str = "") -> Iterator[tuple[str, float]]:

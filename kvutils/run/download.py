@@ -1,11 +1,10 @@
 """Fetch real data sets below `KVUTILS_DATA`: `make data DATASETS="NAME ..."`, `kvutils data NAME ...`.
 
-What is there is not fetched again (nor looked into: the loaders do that). A file arrives as `<file>.part`; after a lost
-connection, a full disk or Ctrl-C the same command goes on. Its size and checksum are compared with the published ones, and
-one that differs becomes `<file>.bad`; archives are extracted beside the target, moved into place when complete, and removed.
-`<file>.fetched.json` records address, size, checksum, date, and what they were compared with. Data sets without free
-official files come as Parquet from the Hugging Face hub; for those behind a login the steps for a person are shown.
-"""
+What is there is not fetched again (nor looked into: the loaders do that). A file arrives as `<file>.part`; after a lost connection,
+a full disk or Ctrl-C the same command goes on. Its size and checksum are compared with the published ones, and one that differs
+becomes `<file>.bad`; archives are extracted beside the target, moved into place when complete, and removed. `<file>.fetched.json`
+records address, size, checksum, date, and what they were compared with. Data sets without free official files come as Parquet from
+the Hugging Face hub; for those behind a login the steps for a person are shown."""
 
 import argparse
 import errno
@@ -22,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub
 import requests
 from filelock import FileLock, Timeout
 from tqdm import tqdm
@@ -29,7 +29,7 @@ from tqdm import tqdm
 from kvutils import __version__
 from kvutils.datasets.catalog import CATALOG, About, Download, data_root
 from kvutils.errors import DataError, KVUtilsError, ParameterError, one_of
-from kvutils.run.cli import BY_HAND, FAILED
+from kvutils.run import BY_HAND, DONE, FAILED
 from kvutils.store import read_json, write_json
 
 ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz")
@@ -50,8 +50,8 @@ def fetch(options: argparse.Namespace) -> int:
         names.append(found[0] if len(found) == 1 else name)
         one_of("data set", names[-1], CATALOG)
     if root is None:
-        raise ParameterError("KVUTILS_DATA is not set. It names the folder for the real data sets, such as\n  make data "
-                             f'DATASETS="{" ".join(names)}" KVUTILS_DATA=$HOME/kvutils-data')
+        raise ParameterError("KVUTILS_DATA is not set. It names the folder for the real data sets, such as\n"
+                             f'  make data DATASETS="{" ".join(names)}" KVUTILS_DATA=$HOME/kvutils-data')
     root.mkdir(parents=True, exist_ok=True)
     lock = FileLock(root / ".download.lock")  # it goes with the process, however that ends
     try:
@@ -61,9 +61,9 @@ def fetch(options: argparse.Namespace) -> int:
         held = lock.acquire()
     with held:
         results = {name: _fetch_set(CATALOG[name], root, options) for name in names}
-    said = {0: "there", BY_HAND: "left to do by hand", FAILED: "failed"}
-    print("; ".join(f"{said[code]}: {', '.join(name for name in results if results[name] == code)}"
-                    for code in said if code in results.values()))
+    for code, said in {DONE: "there", BY_HAND: "left to do by hand", FAILED: "failed"}.items():
+        if some := [name for name in results if results[name] == code]:
+            print(f"{said}: {', '.join(some)}")
     return FAILED if FAILED in results.values() else max(results.values())
 
 
@@ -74,26 +74,24 @@ def _list(root: Path | None) -> int:
         state = "?" if root is None else "present" if _is_there(about, root) else "missing"
         print(f"  {about.name:11} {state:8} {about.to_get:5.2g}  {about.how:14} {about.licence}")
     print('\nget some:  make data DATASETS="davis-2017 pope"   (by hand: shows the steps)')
-    return 0
+    return DONE
 
 
 def _is_there(about: About, root: Path) -> bool:
-    copy = _record(root / about.name / "hub")
-    if copy and all((root / about.name / file).is_file() for file in copy["files"]):
-        return True
+    hub_copy = _record(root / about.name / "hub").get("files", [])
     official = [_has(download, root) for download in about.downloads]
     official += [any(any(root.glob(pattern)) for pattern in either.split("|")) for either in about.by_hand]
-    return bool(official) and all(official)
+    return any(found and all(found) for found in (official, [(root / about.name / file).is_file() for file in hub_copy]))
 
 
 def _has(download: Download, root: Path) -> bool:
-    """Whether a file, or what an archive brings, is there: fetched from this address, or put there by hand."""
+    """Whether a file, or what an archive brings, is there: fetched from this address, or put there by hand (of lists other
+    versions are in circulation)."""
     file = _file(download, root)
     if _staging(file).exists() or not (root / (download.holds or download.path)).exists():
         return False
     if record := _record(file):
         return record["address"] in (download.url, *download.mirrors)
-    # lists are small; other versions of them are in circulation
     return file.name.endswith(ARCHIVES) or not download.checksum or _checksum(file, download.checksum) == download.checksum
 
 
@@ -121,18 +119,18 @@ def _fetch_set(about: About, root: Path, options: argparse.Namespace) -> int:
     print(f"{about.name}: {about.title}, {about.to_get:.2g} GB, {about.licence}", flush=True)
     if _is_there(about, root):
         print(f"  all there already in {root / about.name}")
-        return 0
+        return DONE
     jobs = [partial(_fetch, download, root, options) for download in about.downloads]
     if about.hub and (options.hub or not jobs):
         jobs = [partial(_fetch_hub, about, root)]
-    code = 0
+    code = DONE
     for job in jobs:
         try:
             job()
         except (OSError, KVUtilsError) as error:
-            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-            advice = "the disk is full; what has arrived is kept. Free some space and run the same command: it goes on."
-            print(f"  failed: {advice if full else error}", flush=True)
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                error = "the disk is full; what has arrived is kept. Free some space and run the same command: it goes on."
+            print(f"  failed: {error}", flush=True)
             code = FAILED
     if about.steps and (code or not _is_there(about, root)):
         print(f"  left to do by hand, see {about.source}:")
@@ -154,10 +152,10 @@ def _fetch(download: Download, root: Path, options: argparse.Namespace) -> None:
         if not download.checksum:  # nothing would tell halves of two versions from one file
             source.unlink(missing_ok=True)
         address = receive((download.url, *download.mirrors), source, download.size, room=2 if is_archive else 1)
-    size, checksum = source.stat().st_size, _checksum(source, download.checksum)
-    pairs = (("size", download.size, size), ("checksum", download.checksum, checksum))
-    wrong = "; ".join(f"expected {what} {want}, found {got}" for what, want, got in pairs if want and want != got)
-    compared = f"{checksum.partition(':')[0]} as published"
+    found = {"size": source.stat().st_size, "checksum": _checksum(source, download.checksum)}
+    wanted = {"size": download.size, "checksum": download.checksum}
+    wrong = "; ".join(f"expected {what} {wanted[what]}, found {found[what]}" for what in found if wanted[what] not in (None, "", found[what]))
+    compared = f"{found['checksum'].partition(':')[0]} as published"
     if wrong and not options.accept_changed:
         os.replace(source, bad)
         raise DataError(f"{file.name} is not the published file: {wrong}. It is kept as {bad}; the next run begins anew "
@@ -165,7 +163,7 @@ def _fetch(download: Download, root: Path, options: argparse.Namespace) -> None:
     if wrong:
         compared = f"NOT the published file: {wrong}"
     elif not download.checksum:
-        compared = f"no checksum is published, nothing to compare with; {checksum} is in {_marker(file).name}"
+        compared = f"no checksum is published, nothing to compare with; {found['checksum']} is in {_marker(file).name}"
     if file != source and file.exists():
         os.replace(file, bad)
         compared += f"; the other version that was there is now {bad.name}"
@@ -174,28 +172,22 @@ def _fetch(download: Download, root: Path, options: argparse.Namespace) -> None:
         holds = Path(download.holds).relative_to(download.path).as_posix() if download.holds else ""
         compared += f"; {extract(file, file.parent, download.strip, holds):,} files extracted into {file.parent}"
     date = datetime.now(UTC).isoformat(timespec="seconds")
-    write_json(_marker(file), {"address": address, "size": size, "checksum": checksum, "compared": compared, "date": date})
+    write_json(_marker(file), {"address": address, **found, "compared": compared, "date": date})
     if is_archive and not options.keep_archives:
         file.unlink()
-    print(f"  {file.name}: {size / 1e6:,.1f} MB, {compared}", flush=True)
+    print(f"  {file.name}: {found['size'] / 1e6:,.1f} MB, {compared}", flush=True)
 
 
 def _fetch_hub(about: About, root: Path) -> None:
     """The Parquet copy on the hub, at the revision that `kvutils.datasets.hub` holds; it resumes and checks by itself."""
-    import huggingface_hub
-
     from kvutils.datasets.hub import revision_of
-
     _need_room(about.gigabytes * 1e9, root, "needed")
     folder, revision = root / about.name, revision_of(about.hub)
     try:
-        huggingface_hub.snapshot_download(about.hub, repo_type="dataset", revision=revision, local_dir=folder,
-                                          allow_patterns=list(about.hub_files))
+        huggingface_hub.snapshot_download(about.hub, repo_type="dataset", revision=revision, local_dir=folder, allow_patterns=list(about.hub_files))
     except Exception as error:  # whatever the hub's client and the network raise
         raise DataError(f"{about.hub} on the hub: {error}; the same command goes on") from error
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet"))
-    if not files:
-        raise DataError(f"{about.hub} on the hub has no file like {', '.join(about.hub_files)}")
     write_json(_marker(folder / "hub"), {"repository": about.hub, "revision": revision, "files": files})
     print(f"  {about.hub} @ {revision[:12]}: {len(files)} Parquet files in {folder}", flush=True)
 
@@ -212,11 +204,9 @@ def _staging(archive: Path) -> Path:
 
 
 def extract(archive: Path, target: Path, strip: str = "", holds: str = "") -> int:
-    """Extract a zip, tar or gzipped tar into the folder `target`; returns how many files.
-
+    """Extract a zip, tar or gzipped tar into the folder `target`, without Apple's resource forks; returns how many files.
     Nothing in it can leave the folder: the standard library sees to that. strip: a leading folder that is left out. holds:
-    what must be in it, relative to `target`. DataError for what is no such archive (it becomes `<archive>.bad`).
-    """
+    what must be in it, relative to `target`. DataError for what is no such archive (it becomes `<archive>.bad`)."""
     staging = _staging(archive)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -236,29 +226,18 @@ def extract(archive: Path, target: Path, strip: str = "", holds: str = "") -> in
             os.replace(archive, archive.with_name(archive.name + ".bad"))
             raise DataError(f"{archive.name} is damaged, or no archive to trust: {error}. It is kept as {archive.name}.bad") from error
         raise
-    count = _move(staging / strip, target)  # stopped in here, the staging folder stays, and the next run extracts again
+    files = [file.relative_to(staging / strip) for file in sorted((staging / strip).rglob("*"))
+             if not file.is_dir() and not file.name.startswith("._") and "__MACOSX" not in file.parts]
+    for file in files:  # stopped in here, the staging folder stays, and the next run extracts again
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(staging / strip / file, target / file)  # into a folder on another disk, too
     shutil.rmtree(staging)
-    return count
-
-
-def _move(source: Path, target: Path) -> int:
-    """Move files into the folders that are there already, without Apple's resource forks (`__MACOSX`, `._*`); how many."""
-    target.mkdir(parents=True, exist_ok=True)
-    count = 0
-    for entry in sorted(source.iterdir()):
-        if entry.is_dir() and entry.name != "__MACOSX":
-            count += _move(entry, target / entry.name)
-        elif not entry.name.startswith(("._", "__MACOSX")):
-            shutil.move(entry, target / entry.name)  # into a folder on another disk, too
-            count += 1
-    return count
+    return len(files)
 
 
 def receive(addresses: Sequence[str], part: Path, size: int | None, room: int) -> str:
     """Receive the file `part` whole, going on where it stopped, from the first address that has it; returns that address.
-
-    size: its bytes, if known. room: how many times them must be free on the disk. DataError says what is kept.
-    """
+    size: its bytes, if known. room: how many times them must be free on the disk. DataError says what is kept."""
     addresses, failures = list(addresses), 0
     while True:
         before = _length(part)
@@ -274,8 +253,7 @@ def receive(addresses: Sequence[str], part: Path, size: int | None, room: int) -
             print(f"  {part.stem}: {error}; trying {'another address' if final else 'again'}", flush=True)
         if final:
             addresses, failures = addresses[1:], 0
-        else:
-            time.sleep(PAUSE * 2 ** (failures - 1))
+        time.sleep(PAUSE / 2 * 2**failures)
 
 
 def _length(part: Path) -> int:

@@ -1,7 +1,5 @@
 """What every notebook's first and last cells need: parameters, places, environment, verdicts, tables, results file.
-
-Nothing here depends on the working directory: papermill runs a notebook from one folder, nbval from another.
-"""
+Nothing here depends on the working directory: papermill runs a notebook from one folder, nbval from another."""
 
 import os
 import platform
@@ -36,11 +34,7 @@ def cache_root() -> Path:
 
 @dataclass(frozen=True)
 class Run:
-    """The places of one notebook's run, and what its last cells show and write.
-
-    >>> run = Run("01_value_flow", profile, model)
-    >>> run.results, run.figures, run.cache
-    """
+    """The places of one notebook's run, and what its last cells show and write: `Run("01_value_flow", profile, model)`."""
 
     notebook: str
     profile: str = DEFAULT[0]
@@ -60,23 +54,12 @@ class Run:
     @property
     def figures(self) -> Path:
         """The folder of the figures; only the committed run draws into figures/ itself."""
-        default = (self.profile, self.model) == DEFAULT
-        return output_root() / "figures" if default else self.folder / "figures"
+        return (output_root() if (self.profile, self.model) == DEFAULT else self.folder) / "figures"
 
     @property
     def cache(self) -> Path:
         """The folder of finished parts, for `Parts`."""
         return cache_root() / self.profile / self.folder.name
-
-    def write(self, *, parameters: Mapping, provenance: Mapping, claims: Mapping, **sections: object) -> Path:
-        """Write the results file: `claims` {id: {value, low, high, n, unit, entries}}, and `sections`.
-
-        What a result came from, which differs from machine to machine, is apart from it in provenance/<notebook>.json.
-        """
-        write_json(self.folder / "provenance" / self.results.name, provenance)
-        write_json(self.results, {"notebook": self.notebook, "profile": self.profile, "model": self.model,
-                                  "parameters": parameters, "claims": claims, **sections}, digits=9)
-        return self.results
 
     def verdicts(self, claims: Mapping[str, Mapping]) -> dict[str, int]:
         """Print the verdict of each claim of this notebook, `C1: reproduced (6 of 6 comparisons hold)`; -> how many hold."""
@@ -98,19 +81,20 @@ class Run:
         return table(("claim", "comparison", "value [95 % interval]", "n"), lines)
 
     def choices(self, choices: Mapping[str, str]) -> Markdown:
-        """The choices made where the paper is silent, as a table."""
+        """The choices made where the paper is silent."""
         return table(("what", "our choice"), choices.items())
 
     def finish(self, mlm: object, finding: str, *, parameters: Mapping, claims: Mapping, sources: Mapping | None = None,
                **sections: object) -> None:
-        """Write the results and their provenance, draw every figure from them, print the finding.
+        """Write the results, draw every figure from them, print the finding.
 
-        sources: what else the result came from, such as `data_sources(...)`, for the provenance; sections: `choices` and
-        whatever else the figures and the report read.
+        claims: {id: {value, low, high, n, unit, entries}}; sections: `choices` and whatever else the figures and the report
+        read. What the results came from, with `sources` such as `data_sources(...)`, is apart in provenance/<notebook>.json.
         """
         from kvutils import plots
-
-        self.write(parameters=parameters, provenance=provenance(mlm, **sources or {}), claims=claims, finding=finding, **sections)
+        write_json(self.folder / "provenance" / self.results.name, provenance(mlm, **sources or {}))
+        write_json(self.results, {"notebook": self.notebook, "profile": self.profile, "model": self.model, "parameters": parameters,
+                                  "claims": claims, "finding": finding, **sections}, digits=9)
         plots.draw_all(self.folder, self.figures)
         print(finding)
 
@@ -121,24 +105,18 @@ def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> Markdow
 
 
 def check_parameters(namespace: dict, **known: type | tuple) -> dict:
-    """The notebook's parameters, checked; call it with `globals()` in the first cell after the parameters.
+    """The notebook's parameters, checked: `check_parameters(globals(), profile=PROFILES, seed=int)` in the cell after them.
 
-    `known` gives each name's type, or the tuple of its possible values. An unknown name (papermill only
-    warns), a wrong type and an impossible value are each a `ParameterError`. Every lower-case variable with a
-    plain value counts as a parameter, so the cells before this one only import.
-
-    >>> parameters = check_parameters(globals(), profile=PROFILES, model=str, seed=int)
+    `known` gives each name's type, or the tuple of its possible values. An unknown name (papermill only warns), a wrong type
+    and an impossible value are each a `ParameterError`. Every lower-case variable with a plain value counts as a parameter,
+    so the cells before this one only import.
     """
     if "_parameters" not in namespace:  # when the cell is run again, later variables are not parameters
         plain = (str, int, float, bool, list, dict, tuple, type(None))
         for name, value in namespace.items():
-            if name in known or name.startswith("_") or name.upper() == name or not isinstance(value, plain):
-                continue
-            if name not in ("In", "Out"):
+            if isinstance(value, plain) and not name.startswith("_") and name != name.upper() and name not in ("In", "Out"):
                 one_of("parameter", name, known)
     for name, expected in known.items():
-        if name not in namespace:
-            raise ParameterError(f"parameter {name!r} is not set: the cell tagged `parameters` must set it.")
         value = namespace[name]
         if isinstance(expected, tuple):
             one_of(f"value of the parameter {name}:", value, expected)
@@ -162,8 +140,7 @@ def code_commit() -> str:
 
 
 def provenance(mlm: object = None, **more: object) -> dict:
-    """What a result came from: of an `MLM` revision, dtype, attention and resizer; under "machine" what another one has
-    otherwise: commit, device and versions."""
+    """What a result came from: revision, dtype, attention and resizer of an `MLM`; commit, device and versions under "machine"."""
     device = torch.device(getattr(mlm, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu"))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     versions = {package: version(package) for package in ("torch", "transformers", "numpy", "scikit-learn")}

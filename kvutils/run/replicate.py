@@ -1,10 +1,9 @@
 """Run the notebooks: `kvutils replicate`; with several processes, GPUs or nodes `accelerate launch -m kvutils replicate`.
 
-Each notebook is executed by papermill with this interpreter, cleaned of what changes from run to run, and written back
-when it is finished: one that fails or is interrupted leaves the previous version as it was. The notebooks store their
-finished parts, so the same command goes on where a run was stopped. Of several processes with a common file
-system every one runs the notebooks and they share the parts (`store.Parts.make_all`); the first writes the results.
-"""
+Each notebook is executed by papermill with this interpreter, cleaned of what changes from run to run, and written back when it is
+finished: one that fails or is interrupted leaves the previous version as it was. The notebooks store their finished parts, so the
+same command goes on where a run was stopped. Of several processes with a common file system every one runs the notebooks and they
+share the parts (`store.Parts.make_all`); the first writes the results."""
 
 import argparse
 import os
@@ -14,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import nbformat
@@ -26,12 +25,11 @@ from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
 from kvutils import errors, plots
-from kvutils.errors import DataError, KVUtilsError, ParameterError
-from kvutils.run import DEFAULT, compare, notebook, report
+from kvutils.errors import DataError, KVUtilsError, ParameterError, one_of
+from kvutils.run import DEFAULT, compare, notebook, plan, report
 from kvutils.run.notebook import Run
 from kvutils.store import read_json, write_text
 
-WIDGET = "application/vnd.jupyter.widget-view+json"
 BAR = re.compile(r"\d%\||\d\w* \[\d+:\d\d")  # what every line of a tqdm bar contains
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 SETUP = """\
@@ -44,12 +42,10 @@ if importlib.util.find_spec("kvutils") is None:
     if not os.path.isdir("repository"):
         subprocess.run(["git", "clone", "--quiet", "--depth", "1", "{address}", "repository"], check=True)
     with open("repository/pyproject.toml", "rb") as file:
-        wanted = tomllib.load(file)["project"]["dependencies"]
-    with open("keep.txt", "w") as file:
-        file.write("".join(f"{{name}}=={{version(name)}}\\n" for name in ("torch", "torchvision") if importlib.util.find_spec(name)))
-    wanted = [each for each in wanted if not each.startswith("torch>")]
+        wanted = [each for each in tomllib.load(file)["project"]["dependencies"] if not each.startswith("torch>")]
+    keep = [f"{{name}}=={{version(name)}}" for name in ("torch", "torchvision") if importlib.util.find_spec(name)]
     pip = [sys.executable, "-m", "pip", "install", "--quiet"]
-    subprocess.run([*pip, "--constraint", "keep.txt", *wanted], check=True)
+    subprocess.run([*pip, *keep, *wanted], check=True)
     subprocess.run([*pip, "--no-deps", "--no-build-isolation", "--editable", "repository"], check=True)
     sys.path.insert(0, "repository")"""
 
@@ -69,24 +65,19 @@ def need_clone() -> None:
 def find_notebooks(wanted: list[str], folder: Path) -> list[Path]:
     """The notebooks `NN_name.ipynb` of a folder in order: all, or those that begin with one of `wanted`."""
     found = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
-    unknown = [name for name in wanted if not any(path.stem.startswith(name) for path in found)]
-    if unknown or not found:
-        names = ", ".join(path.stem for path in found) or "none"
-        raise ParameterError(f"no notebook {' '.join(unknown) or 'to run'} in {folder}; there are: {names}.")
-    return [path for path in found if not wanted or path.stem.startswith(tuple(wanted))]
+    for name in wanted or [""]:
+        if not any(path.stem.startswith(name) for path in found):
+            raise ParameterError(f"no notebook {name or 'to run'} in {folder}; there are: {', '.join(path.stem for path in found) or 'none'}.")
+    return [path for path in found if path.stem.startswith(tuple(wanted or [""]))]
 
 
 def changed_parameters(book: NotebookNode, given: dict) -> dict:
     """The given parameters that differ from the defaults in the cell tagged `parameters`; an unknown name is an error."""
-    cells = [cell for cell in book.cells if "parameters" in cell.metadata.get("tags", [])]
-    if len(cells) != 1:
-        raise ParameterError(f"expected one cell tagged `parameters`, found {len(cells)}.")
+    source = next(cell.source for cell in book.cells if "parameters" in cell.metadata.get("tags", []))
     known: dict = {}
-    exec(cells[0].source, known)  # the notebook is about to be executed in any case
-    del known["__builtins__"]
-    unknown = sorted(given.keys() - known.keys())
-    if unknown:
-        raise ParameterError(f"unknown parameter {', '.join(unknown)}; the notebook has: {', '.join(known)}.")
+    exec(source, {}, known)  # the notebook is about to be executed in any case
+    for name in given:
+        one_of("parameter", name, known)
     return {name: value for name, value in given.items() if value != known[name]}
 
 
@@ -101,8 +92,8 @@ def set_colab_cells(book: NotebookNode, name: str, address: str) -> None:
 
 def clean(book: NotebookNode) -> NotebookNode:
     """The executed notebook without what changes from run to run: times, widget state, paths, versions."""
-    kernel = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
-    book.metadata = NotebookNode(kernelspec=kernel, language_info={"name": "python"})
+    book.metadata = NotebookNode(kernelspec={"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+                                 language_info={"name": "python"})
     for i, cell in enumerate(book.cells):
         tags = cell.metadata.get("tags", [])
         cell.metadata = NotebookNode(tags=tags) if tags else NotebookNode()
@@ -114,9 +105,8 @@ def clean(book: NotebookNode) -> NotebookNode:
                 for key, value in holder.items():
                     if isinstance(value, str) and not key.startswith("image/png"):
                         holder[key] = value.replace(f"{notebook.ROOT}{os.sep}", "").replace(str(notebook.ROOT), ".")
-            # How a stream is cut into pieces depends on timing.
             if outputs and output.output_type == "stream" == outputs[-1].output_type and output.name == outputs[-1].name:
-                outputs[-1].text += output.text
+                outputs[-1].text += output.text  # how a stream is cut into pieces depends on timing
             else:
                 outputs.append(output)
         if cell.cell_type == "code":
@@ -131,24 +121,12 @@ def _stays(output: NotebookNode) -> bool:
         lines = re.split(r"[\r\n]|\x1b\[A", output.text)
         output.text = "".join(f"{line}\n" for line in lines if line.strip() and not BAR.search(line))
         return bool(output.text)
-    if WIDGET in output.get("data", {}):
-        del output.data[WIDGET]
-        output.metadata.pop(WIDGET, None)
-        return not set(output.data) <= {"text/plain"}  # only the widget's name is left
-    return True
+    return "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
 
 
-def failed_copy(path: Path) -> Path:
-    """Where a failed notebook is kept as far as it was executed."""
-    return notebook.cache_root() / "failed" / path.name
-
-
-def execute(path: Path, parameters: dict) -> NotebookNode:
-    """Execute a notebook with papermill and return it cleaned. The file itself is not touched.
-
-    Raises `PapermillExecutionError` for a failing cell (what was executed is kept in data/cache/failed/) and
-    `KeyboardInterrupt` when interrupted.
-    """
+def execute(path: Path, parameters: dict, failed: Path) -> NotebookNode:
+    """The notebook as papermill executed it, cleaned; the file itself is not touched. `PapermillExecutionError` for a failing
+    cell: what was executed is then kept as the file `failed`."""
     book = nbformat.read(path, as_version=4)
     parameters = changed_parameters(book, parameters)
     set_colab_cells(book, path.stem, report.repository(notebook.ROOT))
@@ -163,12 +141,12 @@ def execute(path: Path, parameters: dict) -> NotebookNode:
         try:
             return clean(papermill.execute_notebook(source, target, parameters, kernel_name="python3", progress_bar=bar, cwd=path.parent))
         except PapermillExecutionError:
-            failed_copy(path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(target, failed_copy(path))
+            failed.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(target, failed)
             raise
 
 
-def explain(path: Path, error: Exception) -> str:
+def explain(path: Path, error: Exception, failed: Path) -> str:
     """What went wrong in a notebook, briefly: the message alone where the library raised it on purpose."""
     if isinstance(error, KVUtilsError):
         return f"{path.stem}  not run: {error}"
@@ -178,7 +156,7 @@ def explain(path: Path, error: Exception) -> str:
     if not issubclass(getattr(errors, error.ename, Exception), KVUtilsError):
         lines = ANSI.sub("", "\n".join(error.traceback)).splitlines()
         text += "\n" + "\n".join(f"    {line}" for line in lines[-12:])
-    return f"{text}\nAs far as it was executed it is in {show(failed_copy(path))}."
+    return f"{text}\nAs far as it was executed it is in {show(failed)}."
 
 
 def show(path: Path) -> str:
@@ -188,10 +166,9 @@ def show(path: Path) -> str:
 
 def verdict_lines(lines: list[dict]) -> str:
     """The verdict table for a terminal; claims that are not run in one line."""
-    run = [line for line in lines if line["verdict"] != "not run"]
-    out = [f"{line['id']:<4}{line['verdict']:<16}{report.interval(line, 'ours')} {line['unit']}"
-           f"  (paper: {report.number(line['paper'])})" for line in run]
-    return "\n".join([*out, "not run: " + " ".join(x["id"] for x in lines if x not in run)])
+    out = [f"{line['id']:<4}{line['verdict']:<16}{report.interval(line, 'ours')} {line['unit']}  (paper: {report.number(line['paper'])})"
+           for line in lines if line["verdict"] != "not run"]
+    return "\n".join([*out, "not run: " + " ".join(line["id"] for line in lines if line["verdict"] == "not run")])
 
 
 def run_all(paths: list[Path], parameters: dict, executed: Path) -> list[str]:
@@ -199,11 +176,11 @@ def run_all(paths: list[Path], parameters: dict, executed: Path) -> list[str]:
     failures = []
     for path in paths:
         print(f"{path.stem}  running", flush=True)
-        start = time.monotonic()
+        start, failed = time.monotonic(), notebook.cache_root() / "failed" / path.name
         try:
-            book = execute(path, parameters)
+            book = execute(path, parameters, failed)
         except (KVUtilsError, PapermillExecutionError, RuntimeError) as error:  # the last: the kernel died
-            print(explain(path, error), file=sys.stderr if rank() else sys.stdout, flush=True)
+            print(explain(path, error, failed), file=sys.stderr if rank() else sys.stdout, flush=True)
             failures.append(path.stem)
             continue
         write_text(executed / path.name, nbformat.writes(book) + "\n")
@@ -211,43 +188,34 @@ def run_all(paths: list[Path], parameters: dict, executed: Path) -> list[str]:
     return failures
 
 
-def output_folder(chosen: argparse.Namespace, more: Mapping[str, object]) -> Path | None:
-    """Where to write, if not into the repository (or `KVUTILS_OUT`)."""
+def output_folder(chosen: argparse.Namespace, more: Mapping[str, object]) -> Path:
+    """Where to write: `--out`, a folder of the cache for a trial, else the repository (or `KVUTILS_OUT`)."""
     if rank():  # another process writes the results; what this one writes beside the parts is thrown away
         return notebook.cache_root() / "processes" / str(rank())
     if chosen.out is None and chosen.check:
         return notebook.cache_root() / "check"
     if chosen.out is None and more:
         return notebook.cache_root() / "runs" / "-".join(re.sub(r"[^\w.]+", "_", f"{key}_{value}") for key, value in sorted(more.items()))
-    return chosen.out
+    return chosen.out or notebook.output_root()
 
 
 def replicate(chosen: argparse.Namespace) -> int:
     """Run what the command line says; 0, or 1 if something failed. Of several processes only the first speaks."""
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if rank() else nullcontext():
-        return _replicate(chosen)
-
-
-def _replicate(chosen: argparse.Namespace) -> int:
-    need_clone()
     model = str(Path(chosen.model).resolve()) if Path(chosen.model).is_dir() else chosen.model  # the notebooks run in their own folder
     parameters = {"profile": chosen.profile, "model": model}
     more = {name: yaml.safe_load(value) for name, value in chosen.parameters}
-    if (out := output_folder(chosen, more)) is not None:
-        os.environ["KVUTILS_OUT"] = str(out.resolve())
+    os.environ["KVUTILS_OUT"] = str(output_folder(chosen, more).resolve())
     out, run = notebook.output_root(), Run("", **parameters)
     paths = find_notebooks(chosen.notebooks, notebook.ROOT / "notebooks")
     if chosen.profile != "pocket":
-        from kvutils.run import plan
-
         plan.check_ready(chosen.profile, model, [path.stem[:2] for path in paths], more.get("data_options"))
     kept = notebook.ROOT / "data" / "results" / run.profile / run.folder.name
     before = {path.stem: compare.committed(kept / f"{path.stem}.json") for path in paths}
-    failures = run_all(paths, parameters | more, out / "notebooks" if (chosen.profile, chosen.model) == DEFAULT else run.folder)
-    if rank():
+    executed = out / "notebooks" if (chosen.profile, chosen.model) == DEFAULT else run.folder
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank() else sys.stdout):
+        failures = run_all(paths, parameters | more, executed)
+    if rank() or not run.folder.exists():
         return int(bool(failures))
-    if not run.folder.exists():
-        return 1
     written = report.write(out)
     print(f"\n{verdict_lines(report.rows(report.read_results(run.folder)))}\n")
     print(f"results: {show(run.folder)}\nfigures: {show(run.figures)}")
@@ -265,7 +233,6 @@ def _replicate(chosen: argparse.Namespace) -> int:
 
 def figures(chosen: argparse.Namespace) -> int:
     """Draw the stored results of a profile and model; nothing is run."""
-    need_clone()
     run = Run("", chosen.profile, chosen.model)
     plots.draw_all(run.folder, run.figures)
     print(f"figures: {show(run.figures)}")
@@ -274,13 +241,10 @@ def figures(chosen: argparse.Namespace) -> int:
 
 def make_report(chosen: argparse.Namespace) -> int:
     """Write the generated files that are stale, or with --check only name them; 1 if there are some then."""
-    need_clone()
     root = notebook.output_root()
     paths = report.stale(root) if chosen.check else report.write(root)
     for path in paths:
-        print(f"{'stale' if chosen.check else 'written'}: {path.relative_to(root)}")
-    if chosen.check and paths:
-        print("`make report` writes them anew.")
-    elif not paths:
+        print(f"{'stale, `make report` writes it anew' if chosen.check else 'written'}: {path.relative_to(root)}")
+    if not paths:
         print(f"{len(report.generated(root))} generated files, all up to date")
     return int(chosen.check and bool(paths))

@@ -1,8 +1,7 @@
 """Claims to verdicts to tables, from stored results alone: `kvutils report`, and `--check` to see whether anything is stale.
 
-Reads data/claims.yaml and data/results/<profile>/<model>/<notebook>.json. Writes claims.json and REPORT.md
-beside the results, and the generated parts of README.md. A verdict is computed here or not at all.
-"""
+Reads data/claims.yaml and data/results/<profile>/<model>/<notebook>.json. Writes claims.json and REPORT.md beside the results, and
+the generated parts of README.md. A verdict is computed here or not at all."""
 
 import math
 import tomllib
@@ -17,12 +16,9 @@ from kvutils.run import DEFAULT
 from kvutils.store import read_json, to_json, write_text
 
 RULES = ("above", "entries_above", "entries_within")
-VERDICTS = ("reproduced", "not reproduced", "inconclusive", "not run")
-PICTURES = {  # the figure that stands for a notebook in the README, where it is not named after it
-    "02_siglip_baseline": "02_steps", "03_input_agnostic_keys": "03_block_effects", "04_prefix": "04_prefix_effects",
-    "05_blink_gap": "05_readouts",
-}  # fmt: skip
-FIELDS = {"id", "section", "statement", "paper", "unit", "notebook", "results", "rule"}
+PICTURES = {"02_siglip_baseline": "02_steps", "03_input_agnostic_keys": "03_block_effects", "04_prefix": "04_prefix_effects",
+            "05_blink_gap": "05_readouts"}  # the figure that stands for a notebook in the README, where it is not named after it
+FIELDS = {"id", "section", "statement", "paper", "unit", "notebook", "rule"}
 
 
 def load_claims(path: Path | None = None) -> list[dict]:
@@ -31,8 +27,7 @@ def load_claims(path: Path | None = None) -> list[dict]:
     claims = yaml.safe_load(path.read_text(encoding="utf-8"))["claims"]
     for claim in claims:
         if claim.keys() != FIELDS or claim["rule"].get("kind") not in RULES:
-            raise DataError(f"{path}: claim {claim.get('id')}: expected {sorted(FIELDS)} and a rule of kind "
-                            f"{', '.join(RULES)}; found {claim}.")
+            raise DataError(f"{path}: claim {claim.get('id')}: expected {sorted(FIELDS)} and a rule of kind {', '.join(RULES)}; found {claim}.")
     return claims
 
 
@@ -41,8 +36,7 @@ def _side(part: Mapping, rule: Mapping, where: str) -> int:
     low, high = part.get("low"), part.get("high")
     if low is None and high is None and part.get("reason"):
         return 0
-    numbers = (int, float)
-    if not (isinstance(low, numbers) and isinstance(high, numbers) and -math.inf < low <= high < math.inf):
+    if low is None or high is None or not -math.inf < low <= high < math.inf:
         raise DataError(f"{where}: expected an interval with low <= high, found low={low!r}, high={high!r}.")
     if rule["kind"] == "entries_within":
         bound = rule["tolerance"]
@@ -60,8 +54,7 @@ def judge(claim: Mapping, measured: Mapping | None) -> tuple[str, int]:
     if not parts:
         raise DataError(f"claim {claim['id']}: its rule needs `entries` and the results have none.")
     sides = [_side(part, rule, f"claim {claim['id']}, {part.get('name', 'headline')}") for part in parts]
-    needed = rule.get("at_least", "all")
-    needed = len(parts) if needed == "all" else needed
+    needed = len(parts) if rule.get("at_least", "all") == "all" else rule["at_least"]
     if sides.count(1) >= needed:
         return "reproduced", sides.count(1)
     possible = max(len(parts), needed) - sides.count(-1)
@@ -81,21 +74,13 @@ def row(claim: Mapping, measured: Mapping | None) -> dict:
 
 
 def measurement(claim: Mapping, results: Mapping[str, Mapping]) -> Mapping | None:
-    """What a claim's notebook has stored at its `results` place; None if it was not run or not measured."""
-    found = results.get(claim["notebook"])
-    for step in claim["results"].split("."):
-        found = found.get(step) if isinstance(found, Mapping) else None
-    return found
+    """What a claim's notebook has stored of it; None if it was not run or not measured."""
+    return results.get(claim["notebook"], {}).get("claims", {}).get(claim["id"])
 
 
-def rows(results: Mapping[str, Mapping], ids: Iterable[str] | None = None) -> list[dict]:
-    """The lines of claims.json from {notebook: its results}, for all claims or for `ids`.
-
-    >>> rows({"01_value_flow": {"claims": {"C2": measured}}}, ["C2"])[0]["verdict"]
-    """
-    wanted = None if ids is None else set(ids)
-    return [row(claim, measurement(claim, results)) for claim in load_claims()
-            if wanted is None or claim["id"] in wanted]
+def rows(results: Mapping[str, Mapping]) -> list[dict]:
+    """The lines of claims.json, one per claim, from {notebook: its results}."""
+    return [row(claim, measurement(claim, results)) for claim in load_claims()]
 
 
 def read_results(folder: Path) -> dict[str, dict]:
@@ -126,31 +111,27 @@ def markdown_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -
 
 def table(lines: list[dict]) -> str:
     """The verdict table of claims.json's lines as Markdown."""
-    claims = {claim["id"]: claim for claim in load_claims()}
-    return markdown_table(
-        ["", "claim", "paper §", "paper", "ours [95 % interval]", "unit", "n", "verdict", "notebook"],
-        [[line["id"], claims[line["id"]]["statement"].strip(), claims[line["id"]]["section"], line["paper"], interval(line, "ours"),
-          line["unit"], line["n"], f"**{line['verdict']}**", line["notebook"][:2]] for line in lines])
+    header = ["", "claim", "paper §", "paper", "ours [95 % interval]", "unit", "n", "verdict", "notebook"]
+    return markdown_table(header, [[line["id"], claim["statement"].strip(), claim["section"], line["paper"], interval(line, "ours"), line["unit"],
+        line["n"], f"**{line['verdict']}**", line["notebook"][:2]] for claim, line in zip(load_claims(), lines, strict=True)])  # fmt: skip
 
 
 def details(results: Mapping[str, Mapping], provenance: Mapping[str, Mapping]) -> str:
-    """REPORT.md's other parts: the comparisons behind each verdict, the choices made, what was measured on which data.
-
-    Commit, versions and processor are not in it: they differ from machine to machine, and stand in provenance/.
-    """
+    """REPORT.md's other parts: the comparisons behind each verdict, the choices made, what was measured on which data; but
+    not commit, versions and processor, which differ from machine to machine."""
     out = []
     for claim in load_claims():
         entries = (measurement(claim, results) or {}).get("entries")
         if entries:
-            out.append(f"\n## {claim['id']}: the comparisons\n")
-            out.append(markdown_table(["", "value [95 % interval]", "n"], [[e["name"], interval(e), e.get("n")] for e in entries]))
+            comparisons = markdown_table(["", "value [95 % interval]", "n"], [[each["name"], interval(each), each.get("n")] for each in entries])
+            out += [f"\n## {claim['id']}: the comparisons\n", comparisons]
     for name, found in results.items():
         if found.get("choices"):
             out.append(f"\n## {name}: choices where the paper is silent\n")
             out += [f"- {key}: {text}" for key, text in sorted(found["choices"].items())]
-        about = {key: value for key, value in provenance.get(name, {}).items() if key != "machine"}
+        about = sorted((key, value) for key, value in provenance.get(name, {}).items() if key != "machine")
         if about:
-            out += [f"\n## {name}: provenance\n", markdown_table(["", ""], sorted(about.items()))]
+            out += [f"\n## {name}: provenance\n", markdown_table(["", ""], about)]
     return "\n".join(out) + "\n"
 
 
@@ -170,10 +151,8 @@ def fill(text: str, block: str, content: str) -> str:
 
 def repository(root: Path) -> str:
     """The public address of the repository at `root` from its pyproject.toml, "" while there is none."""
-    settings = root / "pyproject.toml"
-    if not settings.exists():
-        return ""
-    return tomllib.loads(settings.read_text(encoding="utf-8"))["tool"]["kvutils"]["repository"].rstrip("/").removesuffix(".git")
+    text = (root / "pyproject.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)["tool"]["kvutils"]["repository"].rstrip("/").removesuffix(".git")
 
 
 def badge(notebook: str, address: str) -> str:
@@ -183,21 +162,19 @@ def badge(notebook: str, address: str) -> str:
     return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({link})"
 
 
-def gallery(results: Mapping[str, Mapping]) -> str:
-    """One figure per notebook with its finding, a sentence that the notebook makes from its numbers."""
-    return "\n\n".join(f"![{name}](figures/{PICTURES.get(name, name)}.png)\n\n**{name[:2]}** {found['finding']}"
-                       for name, found in results.items() if found.get("finding"))
-
-
 def readme(text: str, root: Path) -> str:
-    """README.md with its generated parts made from the results under `root`."""
-    tables = [f"Profile `{folder.parent.name}`, model `{folder.name}`:\n\n{table(rows(read_results(folder)))}"
-              for folder in result_folders(root)]
+    """README.md with its generated parts: the badges, a figure and the finding of each notebook, the verdicts."""
     names = sorted(path.stem for path in (root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
     address = repository(root)
-    text = fill(text, "badges", "\n\n".join(f"{name} {badge(name, address)}" for name in names if address))
-    text = fill(text, "gallery", gallery(read_results(root / "data" / "results" / Path(*DEFAULT))))
-    return fill(text, "verdicts", "\n\n".join(tables) or table(rows({})))
+    badges = [f"{name} {badge(name, address)}" for name in names if address]
+    results = read_results(root / "data" / "results" / Path(*DEFAULT))
+    gallery = [f"![{name}](figures/{PICTURES.get(name, name)}.png)\n\n**{name[:2]}** {found['finding']}"
+               for name, found in results.items() if found.get("finding")]
+    tables = [f"Profile `{folder.parent.name}`, model `{folder.name}`:\n\n{table(rows(read_results(folder)))}"
+              for folder in result_folders(root)] or [table(rows({}))]
+    for block, parts in {"badges": badges, "gallery": gallery, "verdicts": tables}.items():
+        text = fill(text, block, "\n\n".join(parts))
+    return text
 
 
 def generated(root: Path) -> dict[Path, str]:
@@ -217,8 +194,7 @@ def generated(root: Path) -> dict[Path, str]:
 
 def stale(root: Path) -> list[Path]:
     """The generated files that are missing or differ from what the results make."""
-    return [path for path, text in generated(root).items()
-            if not path.exists() or path.read_text(encoding="utf-8") != text]
+    return [path for path, text in generated(root).items() if not path.exists() or path.read_text(encoding="utf-8") != text]
 
 
 def write(root: Path) -> list[Path]:
