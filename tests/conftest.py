@@ -9,9 +9,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "data" / "pocket")]
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 from transformers.utils import logging  # noqa: E402
+
+from kvutils import plots  # noqa: E402
+from kvutils.run.report import judge, load_claims  # noqa: E402
+from kvutils.store import read_json, write_json  # noqa: E402
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 logging.disable_progress_bar()
@@ -20,3 +26,31 @@ logging.disable_progress_bar()
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def verdict():
+    """(claim id, measured) -> its verdict, by the rule of claims.json."""
+    claims = {claim["id"]: claim for claim in load_claims()}
+
+    def judged(name, measured):
+        assert measured["unit"] == claims[name]["unit"]
+        return judge(claims[name], measured)[0]
+
+    return judged
+
+
+@pytest.fixture
+def redraw(tmp_path):
+    """(notebook, its results) -> its figures by name, drawn from the results file alone; none of the files is empty."""
+
+    def drawn(notebook, results):
+        write_json(tmp_path / f"{notebook}.json", results)
+        paths = plots.draw_all(tmp_path, tmp_path / "figures")
+        assert all(np.asarray(Image.open(path).convert("L")).std() > 5 for path in paths)
+        figures = plots.DRAW[notebook](read_json(tmp_path / f"{notebook}.json"))
+        assert [path.stem for path in paths] == list(figures)
+        return figures
+
+    yield drawn
+    plots.plt.close("all")

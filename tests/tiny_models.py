@@ -2,9 +2,11 @@
 
 They keep what makes the families hard: grouped-query attention (4 query, 2 key-value heads), several tile
 resolutions, newline tokens, patches that do not divide the tile, shrinking above anyres_max_9, a CLS token,
-window attention with some full-attention blocks, a first token that the tokenizer adds.
+window attention with some full-attention blocks, a first token that the tokenizer adds. Beside them what else the tests
+make by hand: a token grid, a table of scores.
 """
 
+import numpy as np
 import torch
 from recipe.tokenizer import build_pocket_processor, build_word_tokenizer
 from tokenizers import processors
@@ -27,8 +29,10 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from kvutils.layout import TokenLayout
 from kvutils.models import MLM, Encoder, wrap_mlm
 from kvutils.processors import ImageOnlyLlavaOnevisionProcessor, ImageOnlyQwen2_5_VLProcessor
+from kvutils.tasks.base import ScoreTable
 
 WORDS = "a red blue fish car on the left right what is colour of this picture user assistant yes no :".split()
 
@@ -144,9 +148,9 @@ def tiny_qwen(seed: int = 0, attention: str = "sdpa", words: list[str] = WORDS, 
     return _wrap(Qwen2_5_VLForConditionalGeneration, config, processor, seed, attention)
 
 
-def tiny_pocket(seed: int = 0, attention: str = "sdpa", image_size: int = 32, **text) -> MLM:
+def tiny_pocket(seed: int = 0, attention: str = "sdpa", words: list[str] = WORDS, image_size: int = 32, **text) -> MLM:
     """The pocket model's shape at a smaller size: base view only, word-level prompts, items in order."""
-    processor = build_pocket_processor(WORDS, image_size=image_size)
+    processor = build_pocket_processor(words, image_size=image_size)
     config = LlavaOnevisionConfig(
         vision_config=_siglip(image_size, 8),
         text_config=Qwen2Config(vocab_size=len(processor.tokenizer), **TEXT | text),
@@ -170,6 +174,24 @@ FAMILIES = {"llava_onevision": tiny_onevision, "llava_next": tiny_next, "qwen2_5
 def tiny(family: str, **options) -> MLM:
     """A tiny model by family name or "pocket"."""
     return (FAMILIES | {"pocket": tiny_pocket})[family](**options)
+
+
+def grid_layout(rows: int, columns: int, size: tuple[int, int]) -> TokenLayout:
+    """One view of rows x columns tokens over a picture of `size` (width, height)."""
+    n = rows * columns
+    cells = np.stack(np.divmod(np.arange(n), columns), axis=1)
+    step = np.array(size) / (columns, rows)
+    rects = np.concatenate([cells[:, ::-1] * step, (cells[:, ::-1] + 1) * step], axis=1)
+    return TokenLayout(np.arange(n), rects, cells, np.zeros(n, int), np.zeros(n, bool), size, {"base": (rows, columns)})
+
+
+def score_table(task: str, levels: dict[str, float], columns, n=80, column=0, shared=0.2, own=0.02) -> ScoreTable:
+    """n items in groups of two: in one column every source has its level, what an item gives to all, and a little of its own."""
+    random = np.random.default_rng(0)
+    values = np.zeros((n, len(levels), len(columns)))
+    values[..., column] = list(levels.values()) + random.normal(0, shared, (n, 1)) + random.normal(0, own, (n, len(levels)))
+    items, groups = [f"i{i}" for i in range(n)], [f"g{i // 2}" for i in range(n)]
+    return ScoreTable(task, items, groups, list(levels), list(columns), values)
 
 
 def _siglip(side: int, patch: int) -> SiglipVisionConfig:
