@@ -31,45 +31,30 @@ def iou(a, b):
     return (a & b).sum() / (a | b).sum()
 
 
-# --- points ------------------------------------------------------------------------------------------------
-
-
 def test_match_nearest_finds_permuted_tokens_for_a_stack_of_sources():
     target = random_tokens(3, 20, 16)
     order = torch.randperm(20, generator=torch.Generator().manual_seed(1))
-    scaled = matching.match_nearest(5 * target[:, order], target)
-    assert torch.equal(scaled, order.expand(3, 20))
-    half = matching.match_nearest(target[:, order].half(), target.half())
-    assert torch.equal(half, order.expand(3, 20))
+    for source, other in ((5 * target[:, order], target), (target[:, order].half(), target.half())):
+        assert torch.equal(matching.match_nearest(source, other), order.expand(3, 20))
 
 
 def test_soft_argmax_is_between_the_match_and_the_mean():
     centers = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 100.0]])
     similarity = torch.tensor([[0.9, 0.7, 0.9 - 1e-4]])
-    sharp = matching.soft_argmax(similarity, centers, 1e-6, radius=1e3)
-    torch.testing.assert_close(sharp, torch.tensor([[0.0, 0.0]]))
-    flat = matching.soft_argmax(similarity, centers, 1e6, radius=1e3)
-    torch.testing.assert_close(flat, centers.mean(0, keepdim=True))
+    for temperature, expected in ((1e-6, centers[:1]), (1e6, centers.mean(0, keepdim=True))):
+        torch.testing.assert_close(matching.soft_argmax(similarity, centers, temperature, radius=1e3), expected)
     local = matching.soft_argmax(similarity, centers, 0.1, radius=20)
-    assert local[0, 1] == 0  # the distant equal is not mixed in
-    assert 0 < local[0, 0] < 5
-
-
-# --- video -------------------------------------------------------------------------------------------------
+    assert local[0, 1] == 0 and 0 < local[0, 0] < 5  # the distant equal is not mixed in
 
 
 def test_propagation_follows_a_moving_object():
     masks, features = moving_square()
     (result,) = matching.propagate_labels(masks[0], features[None], GRID)
-    assert result.shape == masks.shape
-    assert result.dtype == np.uint8
-    assert np.array_equal(result[0], masks[0])
-    baseline = matching.copy_first_mask(masks[0], len(masks))
-    for t in (1, 4):
-        assert iou(result[t] == 1, masks[t] == 1) > 0.7
-    assert iou(baseline[4] == 1, masks[4] == 1) == 0
+    assert result.dtype == np.uint8 and np.array_equal(result[0], masks[0])
     (copied,) = matching.copy_labels(masks[0], features[None], GRID)
-    assert iou(copied[4] == 1, masks[4] == 1) > 0.7
+    for found, t in ((result, 1), (result, 4), (copied, 4)):
+        assert iou(found[t] == 1, masks[t] == 1) > 0.7
+    assert iou(matching.copy_first_mask(masks[0], len(masks))[4] == 1, masks[4] == 1) == 0
 
 
 @pytest.mark.parametrize("chunk", [2**29, 1])
@@ -85,14 +70,13 @@ def test_a_stack_of_sources_equals_one_at_a_time(monkeypatch, chunk):
 
 def test_the_neighbourhood_is_a_square_window():
     near = matching.restrict_neighborhood(4, 5, 1)
-    assert near[0].reshape(4, 5).nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
-    assert near[7].sum() == 9
+    assert near[0].reshape(4, 5).nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]] and near[7].sum() == 9
     masks, features = moving_square(2)
     far = features[1].reshape(*GRID, -1).roll(4, dims=1).flatten(0, 1)  # everything jumps beyond the window
     clip = torch.stack([features[0], far])[None]
     (free,), (bound,) = (matching.propagate_labels(masks[0], clip, GRID, radius=radius) for radius in (8, 1))
-    assert iou(free[1] == 1, np.roll(masks[1], 40, axis=1) == 1) > 0.7
-    assert iou(bound[1] == 1, np.roll(masks[1], 40, axis=1) == 1) < 0.3
+    there = np.roll(masks[1], 40, axis=1) == 1
+    assert iou(free[1] == 1, there) > 0.7 and iou(bound[1] == 1, there) < 0.3
 
 
 def test_topk_is_over_all_context_frames_and_keeps_ties():
@@ -119,9 +103,6 @@ def test_norm_mask_leaves_constant_channels():
     torch.testing.assert_close(matching.norm_mask(labels), expected)
 
 
-# --- co-segmentation ---------------------------------------------------------------------------------------
-
-
 def blobs(images=4, sizes=(30, 12), channels=16):
     """Tokens of images with grids of different size: background and object directions with a little noise."""
     random = np.random.default_rng(0)
@@ -134,12 +115,10 @@ def test_clusters_are_found_by_direction_and_the_elbow_stops():
     tokens, truth = blobs()
     clusters = cosegmentation.cluster_tokens(tokens)
     assert [len(labels) for labels in clusters.labels] == [30, 31, 32, 33]
-    assert clusters.inertias[1] < 0.1 * clusters.inertias[0]
-    assert len(clusters.inertias) == clusters.num_clusters <= cosegmentation.MAX_CLUSTERS
+    assert clusters.inertias[1] < 0.1 * clusters.inertias[0] and clusters.num_clusters <= cosegmentation.MAX_CLUSTERS
     best, score = cosegmentation.oracle_clusters(clusters.labels, truth, [np.ones(len(t)) for t in truth], clusters.num_clusters)
     assert score > 0.99
-    saliency = [t * 0.2 for t in truth]
-    _, salient = cosegmentation.salient_clusters(clusters.labels, saliency, clusters.num_clusters, percentage=1)
+    _, salient = cosegmentation.salient_clusters(clusters.labels, [t * 0.2 for t in truth], clusters.num_clusters, percentage=1)
     assert salient.tolist() == best.tolist()
     again = cosegmentation.cluster_tokens(tokens)
     assert all(np.array_equal(a, b) for a, b in zip(clusters.labels, again.labels, strict=True))
@@ -147,8 +126,7 @@ def test_clusters_are_found_by_direction_and_the_elbow_stops():
 
 def test_identical_tokens_are_one_cluster():
     clusters = cosegmentation.cluster_tokens([np.ones((5, 3)), np.ones((4, 3))])
-    assert clusters.num_clusters == 1
-    assert clusters.inertias == pytest.approx((0,), abs=1e-9)
+    assert clusters.num_clusters == 1 and clusters.inertias == pytest.approx((0,), abs=1e-9)
 
 
 def test_oracle_is_the_best_of_all_unions():
@@ -163,5 +141,5 @@ def test_oracle_is_the_best_of_all_unions():
         return np.mean([f[c].sum() / (p[c].sum() + f[~c].sum()) for c, f, p in zip(chosen, inside, pixels, strict=True)])
 
     unions = [[k for k in range(5) if code >> k & 1] for code in range(32)]
-    assert score == pytest.approx(mean_jaccard(best))
-    assert score == pytest.approx(max(mean_jaccard(union) for union in unions))
+    for expected in (mean_jaccard(best), max(mean_jaccard(union) for union in unions)):
+        assert score == pytest.approx(expected)

@@ -1,7 +1,5 @@
 """Metrics: definitions checked by hand on small cases, edge cases, bad input, and the bootstrap."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +8,7 @@ from kvutils import VOID
 from kvutils.datasets import coco_masks
 from kvutils.datasets import pascal5i as pascal5i_episodes
 from kvutils.errors import DataError, ParameterError
-from kvutils.metrics import answers, masks, statistics, video
+from kvutils.metrics import masks, statistics, video
 from kvutils.tasks.correspondence import point_hits
 from kvutils.tasks.foreground_segmentation import foreground_background_iou, foreground_miou
 from tests.mini_data import rle_encode
@@ -18,9 +16,6 @@ from tests.mini_data import rle_encode
 
 def mask(rows):
     return np.array([[int(c) if c != "v" else VOID for c in row] for row in rows.split()], dtype=np.uint8)
-
-
-# --- masks -------------------------------------------------------------------------------------------------
 
 
 def counts(prediction, true):
@@ -46,13 +41,10 @@ def test_few_shot_scores_are_summed_within_classes_and_folds():
 
 def test_box_of_the_largest_region():
     true = mask("1000000 0100110 0000110 0000110")
-    assert masks.largest_region_box(true) == (4, 1, 6, 4)
-    diagonal = mask("100 010 001")  # connected
-    assert masks.largest_region_box(diagonal) == (0, 0, 3, 3)
-    assert masks.largest_region_box(mask("000")) is None
+    for each, box in ((true, (4, 1, 6, 4)), (mask("100 010 001"), (0, 0, 3, 3)), (mask("000"), None)):  # diagonals connect
+        assert masks.largest_region_box(each) == box
     assert masks.box_iou((0, 0, 2, 2), (1, 1, 3, 3)) == pytest.approx(1 / 7)
-    assert masks.box_iou((0, 0, 2, 2), (2, 0, 4, 2)) == 0
-    assert masks.box_iou(None, (0, 0, 1, 1)) == 0
+    assert masks.box_iou((0, 0, 2, 2), (2, 0, 4, 2)) == masks.box_iou(None, (0, 0, 1, 1)) == 0
 
 
 def test_pck_rules_differ_exactly_at_the_threshold():
@@ -68,14 +60,10 @@ def test_predictions_beyond_the_classes_stay_in_the_denominator():
     assert from_one.tolist() == [1, 1, 2, 1, 1, 2]
 
 
-# --- video -------------------------------------------------------------------------------------------------
-
-
 def test_davis_boundary_tolerance_is_a_disk():
     true, near, far = np.zeros((3, 200, 200), bool)
     true[50:100, 50:100] = near[53:103, 50:100] = far[56:106, 50:100] = True  # radius ceil(0.008 * 283) = 3
-    assert video.boundary_f(near, true) == 1.0
-    assert video.boundary_f(far, true) < 0.6
+    assert video.boundary_f(near, true) == 1.0 and video.boundary_f(far, true) < 0.6
 
 
 def test_davis_first_and_last_frames_are_not_scored():
@@ -88,20 +76,6 @@ def test_davis_first_and_last_frames_are_not_scored():
     for bad in ((result, masks), (masks[:2], masks[:2]), (masks * 0, masks * 0)):
         with pytest.raises(DataError, match="objects"):
             video.davis_sequence(*bad)
-
-
-# --- questions ---------------------------------------------------------------------------------------------
-
-
-def test_blink_unresolved_answers_are_wrong_and_counted():
-    style = [("(A)", "(A)"), ("(B)", None), ("(A)", answers.NEEDS_JUDGE)]
-    scores = answers.blink_scores({"Art Style": style, "IQ": [("(A)", "(A)")]})
-    assert scores["accuracy"] == {"Art Style": pytest.approx(1 / 3), "IQ": 1.0, "Total": pytest.approx(2 / 3)}
-    assert scores["unresolved"]["Art Style"] == pytest.approx(2 / 3)
-    assert answers.blink_extract(None, ["a", "b"]) is None
-
-
-# --- bootstrap ---------------------------------------------------------------------------------------------
 
 
 def test_interval_covers_the_mean_at_its_level():
@@ -118,24 +92,19 @@ def test_width_is_that_of_the_standard_error_and_seeded():
     interval = statistics.bootstrap_ci(scores, n_boot=4000)
     assert interval.mean == pytest.approx(scores.mean())
     assert interval.high - interval.low == pytest.approx(2 * 1.96 * scores.std() / 20, rel=0.08)
-    assert interval.n == 400
-    assert interval == statistics.bootstrap_ci(scores, n_boot=4000)
-    assert interval != statistics.bootstrap_ci(scores, n_boot=4000, seed=1)
-    assert set(interval.as_dict()) == {"mean", "low", "high", "n"}
+    again, other = (statistics.bootstrap_ci(scores, n_boot=4000, seed=seed) for seed in (0, 1))
+    assert interval == again != other and interval.n == 400
 
 
 def test_an_interval_as_result_claim_and_text():
-    found = statistics.Interval(0.25, -0.0001, 0.5, 7)
-    assert statistics.Interval.of(found.as_dict()) == found
-    assert statistics.interval_text(found.as_dict()) == "0.250 [-0.000, 0.500]"
-    assert found.scaled(-100) == statistics.Interval(-25, -50, 0.01, 7)
+    found, nothing = statistics.Interval(0.25, -0.0001, 0.5, 7), statistics.UNDEFINED
+    assert statistics.Interval.of(found.as_dict()) == found and found.scaled(-100) == statistics.Interval(-25, -50, 0.01, 7)
     assert found.claim("a", unit="x") == {"name": "a", "value": 0.25, "low": -0.0001, "high": 0.5, "n": 7, "unit": "x"}
-    assert statistics.interval_text(found.claim(), 1, sign=True, factor=100) == "+25.0 [-0.0, +50.0]"
-    nothing = statistics.Interval(math.nan, math.nan, math.nan, 0)
     assert nothing.as_dict() == {"mean": None, "low": None, "high": None, "n": 0}
+    assert statistics.Interval.of(nothing.as_dict()).scaled(2).claim() == {"value": None, "low": None, "high": None, "n": 0}
+    assert statistics.interval_text(found.as_dict()) == "0.250 [-0.000, 0.500]"
+    assert statistics.interval_text(found.claim(), 1, sign=True, factor=100) == "+25.0 [-0.0, +50.0]"
     assert statistics.interval_text(nothing.as_dict()) == "not defined"
-    assert nothing.scaled(2).claim("a") == {"name": "a", "value": None, "low": None, "high": None, "n": 0}
-    assert math.isnan(statistics.Interval.of(nothing.as_dict()).mean)
     assert statistics.interval_text(statistics.undefined("a", "no item")) == "not defined: no item"
 
 
@@ -162,9 +131,7 @@ def test_chunks_of_resamples_do_not_change_the_numbers(monkeypatch):
     whole = statistics.bootstrap_ci(scores, n_boot=300)
     monkeypatch.setattr("kvutils.metrics.statistics._CHUNK", 1000)
     chunked = statistics.bootstrap_ci(scores, n_boot=300)
-    assert len(whole) == 3
-    for a, b in zip(whole, chunked, strict=True):
-        assert (a.low, a.high) == pytest.approx((b.low, b.high))
+    assert len(whole) == 3 and [a.low for a in whole] == pytest.approx([b.low for b in chunked])
 
 
 def test_paired_difference_uses_the_pairing():
@@ -172,23 +139,20 @@ def test_paired_difference_uses_the_pairing():
     a = random.normal(size=100)
     b = a - 0.1 + 0.01 * random.normal(size=100)
     difference = statistics.paired_difference(a, b)
-    assert difference.low > 0.09
-    assert difference.high < 0.11
+    assert 0.09 < difference.low < difference.high < 0.11
     assert statistics.paired_difference(a, a).as_dict() == {"mean": 0, "low": 0, "high": 0, "n": 100}
 
 
-@pytest.mark.parametrize("shape", ["rise and fall", "flat", "rise"])
-def test_peak_then_degrade(shape):
+@pytest.mark.parametrize("curve, builds, degrades", [
+    ([0, 0.3, 0.6, 0.4, 0.1], True, True), ([0.3] * 5, False, False), ([0, 0.1, 0.3, 0.4, 0.6], True, False)])  # fmt: skip
+def test_peak_then_degrade(curve, builds, degrades):
     random = np.random.default_rng(7)
-    curve = {"rise and fall": [0, 0.3, 0.6, 0.4, 0.1], "flat": [0.3] * 5, "rise": [0, 0.1, 0.3, 0.4, 0.6]}[shape]
     scores = np.array(curve) + 0.3 * random.normal(size=(120, 1)) + 0.1 * random.normal(size=(120, 5))
     result = statistics.peak_then_degrade(scores, groups=[f"image{i // 2}" for i in range(120)], n_boot=500)
-    assert result["builds"] == (shape != "flat")
-    assert result["degrades"] == (shape == "rise and fall")
+    assert (result["builds"], result["degrades"], result["minus_first"]["n"]) == (builds, degrades, 60)
     assert sum(result["peak_shares"]) == pytest.approx(1)
-    if shape == "rise and fall":
+    if degrades:
         assert result["best"] == 2 and result["peak"] == {"mean": 2, "low": 2, "high": 2, "n": 120}
-    assert result["minus_first"]["n"] == 60
 
 
 def test_peak_then_degrade_of_a_ratio():
@@ -209,18 +173,14 @@ def test_selection_and_test_halves_do_not_share_a_group():
     assert found <= 4
 
 
-def test_bootstrap_bad_input():
-    with pytest.raises(DataError, match="2 items, 1 of them with NaN"):
-        statistics.bootstrap_ci([0.0, np.nan])
-    with pytest.raises(DataError, match="at least one item"):
-        statistics.bootstrap_ci([])
-    with pytest.raises(ParameterError, match="n_boot"):
-        statistics.bootstrap_ci([1.0], n_boot=0)
+@pytest.mark.parametrize("scores, options, error, message", [
+    ([0.0, np.nan], {}, DataError, "2 items, 1 of them with NaN"), ([], {}, DataError, "at least one item"),
+    ([1.0], {"n_boot": 0}, ParameterError, "n_boot")])  # fmt: skip
+def test_scores_that_have_no_interval(scores, options, error, message):
+    with pytest.raises(error, match=message):
+        statistics.bootstrap_ci(scores, **options)
     with pytest.raises(ParameterError, match="at least 4"):
         statistics.peak_then_degrade(np.zeros((9, 3)), groups=[0, 1, 2] * 3)
-
-
-# --- annotation formats ------------------------------------------------------------------------------------
 
 
 def test_run_lengths_round_trip_any_mask():
@@ -228,31 +188,24 @@ def test_run_lengths_round_trip_any_mask():
     for shape in ((1, 1), (7, 5), (1, 300), (240, 320)):
         for share in (0, 0.1, 0.9, 1):
             true = random.random(shape) < share
-            counts = rle_encode(true)
-            assert np.array_equal(coco_masks.rle_decode(counts, *shape), true)
+            assert np.array_equal(coco_masks.rle_decode(rle_encode(true), *shape), true)
 
 
 def test_polygons_cover_the_pixels_inside():
     square = coco_masks.polygon_mask([2, 1, 6, 1, 6, 4, 2, 4], 6, 8)
-    assert masks.largest_region_box(square) == (2, 1, 6, 4)
-    assert square.sum() == 12
-    twice = coco_masks.polygon_mask([2, 1, 2, 1, 6, 1, 6, 4, 6, 4, 2, 4], 6, 8)
-    # repeated corners change nothing
-    assert np.array_equal(square, twice)
-    outside = coco_masks.polygon_mask([-5, -5, 20, -5, 20, 20, -5, 20], 6, 8)
-    assert outside.all()
+    assert masks.largest_region_box(square) == (2, 1, 6, 4) and square.sum() == 12
+    repeated_corners = coco_masks.polygon_mask([2, 1, 2, 1, 6, 1, 6, 4, 6, 4, 2, 4], 6, 8)
+    assert np.array_equal(square, repeated_corners)
+    assert coco_masks.polygon_mask([-5, -5, 20, -5, 20, 20, -5, 20], 6, 8).all()
 
 
-def test_malformed_segmentations():
-    for segmentation in ([[1, 2, 3]], [[1, 2, 3, 4]], [[1, 2, 3, 4, 5, np.nan]], [], {"size": [4, 4], "counts": [3]}):
-        with pytest.raises(DataError):
-            coco_masks.segmentation_mask(segmentation, 4, 4)
-    with pytest.raises(DataError, match="expected height, width"):
-        coco_masks.segmentation_mask({"size": [4, 5], "counts": [20]}, 4, 4)
-    with pytest.raises(DataError, match="truncated"):
-        coco_masks.rle_from_string("P")
-    with pytest.raises(DataError, match="character 1"):
-        coco_masks.rle_from_string("0 ")
+@pytest.mark.parametrize("segmentation, message", [
+    ([[1, 2, 3]], "at least 3"), ([[1, 2, 3, 4]], "at least 3"), ([[1, 2, 3, 4, 5, np.nan]], "finite"), ([], "empty"),
+    ({"size": [4, 4], "counts": [3]}, "sum to 3"), ({"size": [4, 5], "counts": [20]}, "expected height, width"),
+    ({"size": [4, 4], "counts": "P"}, "truncated"), ({"size": [4, 4], "counts": "0 "}, "character 1")])  # fmt: skip
+def test_malformed_segmentations(segmentation, message):
+    with pytest.raises(DataError, match=message):
+        coco_masks.segmentation_mask(segmentation, 4, 4)
 
 
 def test_episode_lists(tmp_path):
@@ -260,11 +213,10 @@ def test_episode_lists(tmp_path):
     path.write_text("a__01\nb__01\nc__02\nd__02\n")
     entries = pascal5i_episodes.read_split(path, 0)
     assert entries == [("a", 0), ("b", 0), ("c", 1), ("d", 1)]
-    np.random.seed(3)
+    np.random.seed(3)  # this generator is left alone
     episodes = pascal5i_episodes.sample_episodes(entries, shot=3, n_episodes=6)
     assert episodes[0] == ("a", ("b", "b", "b"), 0)  # only the query is rejected, repeats are not
     assert [query for query, _, _ in episodes] == ["a", "b", "c", "d", "a", "b"]
-    # the global generator is left alone
     assert np.random.randint(1000) == np.random.RandomState(3).randint(1000)
     with pytest.raises(DataError, match="no image but the query"):
         pascal5i_episodes.sample_episodes([("a", 0)], shot=1)

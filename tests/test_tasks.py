@@ -13,17 +13,16 @@ from kvutils import VOID
 from kvutils.datasets.samples import Clip, Episode, ImageGroup, KeypointPair, LabelledImage, NamedMask
 from kvutils.errors import DataError, ParameterError
 from kvutils.metrics.masks import average_precisions, binary_counts
-from kvutils.metrics.statistics import choosing_half, peak_then_degrade
+from kvutils.metrics.statistics import choosing_half
 from kvutils.probes import ConvergenceError
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, token_means
 from kvutils.store import Parts, to_json
-from kvutils.tasks.base import ScoreTable, run_task, summarise
+from kvutils.tasks.base import run_task, summarise
 from kvutils.tasks.co_segmentation import CoSegmentation
 from kvutils.tasks.correspondence import COPY_FIRST, SemanticCorrespondence, TemporalCorrespondence
 from kvutils.tasks.foreground_segmentation import ForegroundSegmentation, support_labels
 from kvutils.tasks.text_segmentation import ReferringSegmentation, SemanticSegmentation, SemanticSegmentationProbe
-from tests.test_features import grid_layout
-from tests.tiny_models import tiny_pocket
+from tests.tiny_models import grid_layout, score_table, tiny_pocket
 
 SIZES = ((48, 48), (60, 36), (36, 60))  # W, H: grids differ between images
 CELL = 4  # pixels per token
@@ -37,21 +36,17 @@ def blank(size: tuple[int, int], seed: int = 0) -> Image.Image:
     return Image.fromarray(rng(seed, 9).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
 
-def box_mask(size: tuple[int, int], seed: int, value: int = 1, void: bool = True, side: int = 16) -> np.ndarray:
+def box_mask(size: tuple[int, int], seed: int, value: int = 1) -> np.ndarray:
     """A box of `value` somewhere, with a void rim."""
-    width, height = size
-    x, y = (int(rng(seed, 1, k).integers(4, n - side - 4)) for k, n in enumerate(size))
-    mask = np.zeros((height, width), np.uint8)
-    if void:
-        mask[y - 1 : y + side + 1, x - 1 : x + side + 1] = VOID
-    mask[y : y + side, x : x + side] = value
+    x, y = (int(rng(seed, 1, k).integers(4, n - 20)) for k, n in enumerate(size))
+    mask = np.zeros(size[::-1], np.uint8)
+    mask[y - 1 : y + 17, x - 1 : x + 17] = VOID
+    mask[y : y + 16, x : x + 16] = value
     return mask
 
 
 class Extractor:
-    """`value.0`: what `truth[image id]` (N, C) says, a little noisy; `value.1`: noise; `wide.0`: the truth,
-    wider.
-    """
+    """`value.0`: what `truth(image id, layout)` (N, C) says, a little noisy; `value.1`: noise; `wide.0`: the truth, wider."""
 
     layers, batch_size, fingerprint = (0, 1), 2, "stand-in"
     sources = ["value.0", "value.1", "wide.0"]
@@ -66,7 +61,8 @@ class Extractor:
     def batch(self, key, items, prefix=None):
         return [self.one(name, image) for name, image in items]
 
-    images = None
+    def images(self, items, prefix=None):
+        return self.batch("", items)
 
     def one(self, name, image) -> ImageFeatures:
         layout = grid_layout(image.height // CELL, image.width // CELL, image.size)
@@ -85,25 +81,22 @@ class Extractor:
         return (features[:, 1] > 0.5).float()
 
 
-Extractor.images = lambda self, items, prefix=None: self.batch("", items)
-
-
 def one_hot(masks: dict, classes: int):
     """Truth that says the class of a token: the share of its pixels."""
 
     def truth(name, layout):
-        mask = masks[name]
-        return token_means(layout, np.stack([mask == c for c in range(classes)], axis=-1))
+        return token_means(layout, np.stack([masks[name] == c for c in range(classes)], axis=-1))
 
     return truth
 
 
-def means(table, task, statistic=None):
-    statistic = statistic or task.statistic
+def run(task, truth, texts=()):
+    return run_task(task, Extractor(truth, texts), progress=False)
+
+
+def means(table, task, metric=None):
+    statistic = task.statistics[metric] if metric else task.statistic
     return {s: float(statistic(np.ones((1, len(table))), table.of(s))[0]) for s in table.sources}
-
-
-# --- task 1 -------------------------------------------------------------------------------------------------
 
 
 def labelled(name: str, size, seed: int) -> LabelledImage:
@@ -114,9 +107,8 @@ def episodes(n: int = 6) -> list[Episode]:
     made = []
     for i in range(n):
         five = tuple(labelled(f"e{i}s{k}", SIZES[(i + k) % 3], 10 * i + k) for k in range(5))
-        made.append(
-            Episode(f"episode {i}", i % 4, f"class {i % 4}", (i % 4) // 2, labelled(f"e{i}q", SIZES[i % 3], 10 * i + 7), five)
-        )
+        query = labelled(f"e{i}q", SIZES[i % 3], 10 * i + 7)
+        made.append(Episode(f"episode {i}", i % 4, f"class {i % 4}", (i % 4) // 2, query, five))
     return made
 
 
@@ -126,53 +118,37 @@ def episode_masks(samples) -> dict:
 
 def test_foreground_ceiling_chance_and_control():
     task = ForegroundSegmentation(episodes())
-    table = run_task(task, Extractor(one_hot(episode_masks(task.samples), 2)), progress=False)
+    truth = one_hot(episode_masks(task.samples), 2)
+    table = run(task, truth)
     assert table.sources == ["value.0", "value.1", "wide.0", "shuffled.value.0", "shuffled.value.1"]
     score = means(table, task)
     assert min(score["value.0"], score["wide.0"]) > 0.8
     assert max(score["value.1"], score["shuffled.value.0"], score["shuffled.value.1"]) < 0.3
-    assert means(table, task, task.statistics["FB-IoU"])["value.0"] > 0.85
-    assert set(means(table, task, task.statistics["converged"]).values()) == {1.0}
-
-
-def test_probes_that_do_not_converge_are_counted():
-    task = ForegroundSegmentation(episodes(2), max_iter=1)
-    table = run_task(task, Extractor(one_hot(episode_masks(task.samples), 2)), progress=False)
-    assert means(table, task, task.statistics["converged"])["value.1"] < 1
+    assert means(table, task, "FB-IoU")["value.0"] > 0.85
+    assert set(means(table, task, "converged").values()) == {1.0}
+    assert means(run(ForegroundSegmentation(task.samples[:2], max_iter=1), truth), task, "converged")["value.1"] < 1
 
 
 def test_a_thin_object_still_has_a_foreground_token():
     layout = grid_layout(4, 4, (16, 16))
     mask = np.zeros((16, 16), np.uint8)
     mask[5, 5:7] = 1  # 2 of 16 pixels of token 5
-    labels = support_labels([ImageFeatures(layout, {})], [mask])
-    assert labels.tolist() == [0] * 5 + [1] + [0] * 10
-    everything = support_labels([ImageFeatures(layout, {})], [np.ones((16, 16), np.uint8)])
-    assert (everything == 1).all()  # nothing to call background: the probe refuses such an episode by itself
     void = np.full((16, 16), VOID)
     void[:8] = 1
     void[0, 0] = 0
-    assert support_labels([ImageFeatures(layout, {})], [void]).tolist() == [0] + [1] * 7 + [-1] * 8
-
-
-# --- task 2 -------------------------------------------------------------------------------------------------
+    for each, labels in ((mask, [0] * 5 + [1] + [0] * 10), (void, [0] + [1] * 7 + [-1] * 8)):
+        assert support_labels([ImageFeatures(layout, {})], [each]).tolist() == labels
 
 
 def test_co_segmentation_ceiling_and_chance():
-    groups = [
-        ImageGroup(f"g{g}", "thing", tuple(labelled(f"g{g}i{i}", SIZES[i % 3], 20 * g + i) for i in range(4))) for g in range(2)
-    ]
-    masks = {one.id: one.mask for group in groups for one in group.images}
-    task = CoSegmentation(groups)
-    table = run_task(task, Extractor(one_hot(masks, 2)), progress=False)
-    score, oracle = means(table, task), means(table, task, task.statistics["J, oracle"])
+    shown = [tuple(labelled(f"g{g}i{i}", SIZES[i % 3], 20 * g + i) for i in range(4)) for g in range(2)]
+    task = CoSegmentation([ImageGroup(f"g{g}", "thing", images) for g, images in enumerate(shown)])
+    table = run(task, one_hot({one.id: one.mask for images in shown for one in images}, 2))
+    score, oracle = means(table, task), means(table, task, "J, oracle")
     assert score["value.0"] > 0.75 and oracle["value.0"] >= score["value.0"] - 0.02
-    assert score["value.1"] < 0.35 and oracle["value.1"] < 0.35
-    assert means(table, task, task.statistics["P"])["value.0"] > 0.95
+    assert score["value.1"] < 0.35 and oracle["value.1"] < 0.35 and means(table, task, "P")["value.0"] > 0.95
     assert table.groups == ["g0"] * 4 + ["g1"] * 4
 
-
-# --- tasks 3 and 4 ------------------------------------------------------------------------------------------
 
 WORDS = ["background", "fish", "bird", "car"]
 
@@ -182,18 +158,17 @@ def named(n: int = 6, per_image: int = 1) -> tuple[list[NamedMask], dict]:
     for i in range(n):
         cls, size = 1 + i % 3, SIZES[i % 3]
         maps[f"n{i}"] = box_mask(size, 40 + i, cls)
-        mask = np.where(maps[f"n{i}"] == cls, 1, np.where(maps[f"n{i}"] == VOID, VOID, 0)).astype(np.uint8)
-        for k in range(per_image):
-            sample = NamedMask(f"sample {i}.{k}", f"n{i}", blank(size, i), WORDS[cls], mask, f"n{i}", WORDS[cls])
-            samples.append(sample)
+        mask = np.where(maps[f"n{i}"] == cls, 1, maps[f"n{i}"])
+        ids = [f"sample {i}.{k}" for k in range(per_image)]
+        samples += [NamedMask(name, f"n{i}", blank(size, i), WORDS[cls], mask, f"n{i}", WORDS[cls]) for name in ids]
     return samples, maps
 
 
 def test_segmentation_by_text():
     samples, maps = named()
     task = SemanticSegmentation(samples)
-    table = run_task(task, Extractor(one_hot(maps, 4), WORDS), progress=False)
-    ap, iou = means(table, task), means(table, task, task.statistics["IoU"])
+    table = run(task, one_hot(maps, 4), WORDS)
+    ap, iou = means(table, task), means(table, task, "IoU")
     assert ap["value.0"] > 0.97 and iou["value.0"] > 0.8
     assert max(ap["value.1"], ap["shuffled.value.0"], ap["shuffled.value.1"]) < 0.3
 
@@ -201,9 +176,9 @@ def test_segmentation_by_text():
 def test_referring_by_text():
     samples, maps = named(per_image=2)
     task = ReferringSegmentation(samples)
-    table = run_task(task, Extractor(one_hot(maps, 4), WORDS), progress=False)
+    table = run(task, one_hot(maps, 4), WORDS)
     assert means(table, task)["value.0"] > 0.8 > 0.5 > means(table, task)["value.1"]
-    hits = means(table, task, task.statistics["Acc@0.5"])
+    hits = means(table, task, "Acc@0.5")
     assert hits["value.0"] == 1 and hits["value.1"] < 0.5
     assert len(set(table.groups)) == 6 and len(table) == 12
 
@@ -219,39 +194,35 @@ def test_wrong_texts_do_not_hold_for_the_image():
 def test_samples_without_foreground_are_skipped_and_counted():
     samples, maps = named(4)
     empty = NamedMask("empty", "n0", samples[0].image, "bird", np.zeros_like(samples[0].mask), "n0", "bird")
-    table = run_task(SemanticSegmentation([empty, *samples]), Extractor(one_hot(maps, 4), WORDS), progress=False)
+    table = run(SemanticSegmentation([empty, *samples]), one_hot(maps, 4), WORDS)
     assert table.skipped == ["empty"] and len(table) == 4
     with pytest.raises(DataError, match="none of 1"):
-        run_task(SemanticSegmentation([empty]), Extractor(one_hot(maps, 4), WORDS), progress=False)
+        run(SemanticSegmentation([empty]), one_hot(maps, 4), WORDS)
 
 
 def test_segmentation_by_probe():
     samples, maps = named()
     train = [LabelledImage(f"t{i}", blank(SIZES[i % 3], i), box_mask(SIZES[i % 3], 70 + i, 1 + i % 3)) for i in range(9)]
-    maps |= {one.id: one.mask for one in train}
-    extractor = Extractor(one_hot(maps, 4))
-    task = SemanticSegmentationProbe(samples, train, WORDS[1:])
-    table = run_task(task, extractor, progress=False)
-    score = means(table, task)
+    truth = one_hot(maps | {one.id: one.mask for one in train}, 4)
+
+    def scored(train, names, **options):
+        return run(SemanticSegmentationProbe(samples, train, names, **options), truth)
+
+    score = means(scored(train, WORDS[1:]), SemanticSegmentationProbe)
     assert min(score["value.0"], score["wide.0"]) > 0.95
     assert max(score["value.1"], score["shuffled.value.0"]) < 0.4
     with pytest.raises(ConvergenceError):
-        run_task(SemanticSegmentationProbe(samples, train, WORDS[1:], max_iter=1), extractor, progress=False)
+        scored(train, WORDS[1:], max_iter=1)
     with pytest.raises(DataError, match="car"):
-        run_task(SemanticSegmentationProbe(samples, train[:2], WORDS[1:]), extractor, progress=False)
+        scored(train[:2], WORDS[1:])
     with pytest.raises(DataError, match="overlap"):
-        SemanticSegmentationProbe(samples, [LabelledImage("n0", train[0].image, train[0].mask)], WORDS[1:])
+        scored([LabelledImage("n0", train[0].image, train[0].mask)], WORDS[1:])
     with pytest.raises(ParameterError, match="'fish'"):
-        run_task(SemanticSegmentationProbe(samples, train, ["cat", "bird", "car"]), extractor, progress=False)
-
-
-# --- task 5 -------------------------------------------------------------------------------------------------
+        scored(train, ["cat", "bird", "car"])
 
 
 def pairs(n: int = 6) -> list[KeypointPair]:
-    """The target shows the source's content two tokens further right and one down; grids differ between
-    pairs.
-    """
+    """The target shows the source's content two tokens further right and one down; grids differ between pairs."""
     made = []
     for i in range(n):
         size = SIZES[i % 3]
@@ -272,26 +243,21 @@ def place_code(name, layout):
 
 def test_correspondence_ceiling_and_chance():
     task = SemanticCorrespondence(pairs())
-    table = run_task(task, Extractor(place_code), progress=False)
-    score = means(table, task)
-    assert score["value.0"] == 1 and score["value.1"] < 0.4
-    for name in task.statistics:
-        assert means(table, task, task.statistics[name])["value.0"] > 0.9
+    table = run(task, place_code)
+    assert means(table, task)["value.0"] == 1 and means(table, task)["value.1"] < 0.4
+    assert all(means(table, task, name)["value.0"] > 0.9 for name in task.statistics)
 
 
 def test_missing_key_points():
     made = pairs(3)
     made[0].target_points[1] = np.nan
     made[1].source_points[:] = np.nan
-    table = run_task(SemanticCorrespondence(made), Extractor(place_code), progress=False)
+    table = run(SemanticCorrespondence(made), place_code)
     assert table.skipped == ["pair 1"] and table.of("value.0")[:, 0].tolist() == [3, 4]
-    assert means(table, SemanticCorrespondence(made))["value.0"] == 1
+    assert means(table, SemanticCorrespondence)["value.0"] == 1
     nothing = np.zeros((0, 2))
     none = KeypointPair("none", "thing", "s9", blank((48, 48)), nothing, "t9", blank((48, 48)), nothing, np.ones(4))
     assert SemanticCorrespondence([none]).score(none, {}, None) == []
-
-
-# --- task 6 -------------------------------------------------------------------------------------------------
 
 
 def clips() -> list[Clip]:
@@ -310,8 +276,8 @@ def clips() -> list[Clip]:
 def test_temporal_ceiling_chance_and_baseline():
     task = TemporalCorrespondence(clips())
     masks = {f"{clip.id}/{t:05d}": np.where(m == VOID, 0, m) for clip in task.samples for t, m in enumerate(clip.masks)}
-    table = run_task(task, Extractor(one_hot(masks, 3)), progress=False)
-    score, nearest = means(table, task), means(table, task, task.statistics["J, nearest neighbour"])
+    table = run(task, one_hot(masks, 3))
+    score, nearest = means(table, task), means(table, task, "J, nearest neighbour")
     assert table.ids == ["clip0_1", "clip0_2", "clip1_1"] and table.groups == ["clip0", "clip0", "clip1"]
     assert score["value.0"] > 0.8 and nearest["value.0"] > 0.8
     assert score[COPY_FIRST] < 0.6 and score["value.1"] < 0.6
@@ -322,14 +288,7 @@ def test_frames_of_one_clip_must_have_one_grid():
     clip = clips()[0]
     frames = (*clip.frames[:5], clip.frames[5].resize((60, 48)))
     with pytest.raises(DataError, match="clip0.*grids"):
-        run_task(
-            TemporalCorrespondence([Clip("clip0", frames, clip.masks)]),
-            Extractor(lambda n, layout: np.ones((len(layout), 2))),
-            progress=False,
-        )
-
-
-# --- counting -----------------------------------------------------------------------------------------------
+        run(TemporalCorrespondence([Clip("clip0", frames, clip.masks)]), lambda name, layout: np.ones((len(layout), 2)))
 
 
 def test_counts_and_precisions_are_of_annotated_pixels():
@@ -346,22 +305,18 @@ def test_counts_and_precisions_are_of_annotated_pixels():
         assert precision == pytest.approx(average_precision_score(true, score[mask != VOID]))
 
 
-# --- runs ---------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def real():
-    """A tiny real model and samples of two tasks; images are shared between samples."""
-    mlm = tiny_pocket()
+    """A tiny real model, and samples that share images."""
+    mlm, untrained, samples = tiny_pocket(), tiny_pocket(seed=5), []
+    for e in episodes(6):
+        other = Episode(f"{e.id} b", e.class_index, e.class_name, e.fold, e.supports[0], (e.query, *e.supports[1:]))
+        samples += [e, other]
 
-    def extractor():
-        return FeatureExtractor(mlm, tiny_pocket(seed=5), batch_size=2)
+    def scored(task, parts=None, **options):
+        return to_json(vars(run_task(task, FeatureExtractor(mlm, untrained, batch_size=2), parts, progress=False, **options)))
 
-    samples = episodes(6)
-    shared = [
-        Episode(f"{e.id} b", e.class_index, e.class_name, e.fold, e.supports[0], (e.query, *e.supports[1:])) for e in samples
-    ]
-    return extractor, [e for both in zip(samples, shared, strict=True) for e in both]
+    return scored, samples
 
 
 class Stops(ForegroundSegmentation):
@@ -377,89 +332,60 @@ class Stops(ForegroundSegmentation):
 
 
 def test_an_interrupted_run_ends_with_the_same_bytes(real, tmp_path):
-    extractor, samples = real
-    whole = run_task(ForegroundSegmentation(samples), extractor(), Parts(tmp_path / "a", x=1), progress=False, chunk=2)
+    scored, samples = real
+    whole = scored(ForegroundSegmentation(samples), Parts(tmp_path / "a", x=1), chunk=2)
+    parts = Parts(tmp_path / "b", x=1)
     with pytest.raises(KeyboardInterrupt):
-        run_task(Stops(samples), extractor(), Parts(tmp_path / "b", x=1), progress=False, chunk=2)
+        scored(Stops(samples), parts, chunk=2)
     task = Stops(samples)  # the two finished chunks are not scored again: 4 + 8 samples would stop it a second time
     task.left = 9
-    resumed = run_task(task, extractor(), Parts(tmp_path / "b", x=1), progress=False, chunk=2)
-    no_parts = run_task(ForegroundSegmentation(samples), extractor(), progress=False, chunk=2)
-    assert to_json(vars(whole)) == to_json(vars(resumed)) == to_json(vars(no_parts))
+    assert whole == scored(task, parts, chunk=2) == scored(ForegroundSegmentation(samples), chunk=2)
     task.left = 1  # everything is stored: nothing is scored
-    assert to_json(vars(run_task(task, extractor(), Parts(tmp_path / "b", x=1), progress=False, chunk=2))) == to_json(vars(whole))
+    assert whole == scored(task, parts, chunk=2)
 
 
 def test_stored_parts_of_other_settings_are_not_used(real, tmp_path):
-    extractor, samples = real
-    parts = Parts(tmp_path, x=1)
-    first = run_task(ForegroundSegmentation(samples[:2]), extractor(), parts, progress=False)
-    other = run_task(ForegroundSegmentation(samples[:2], strength=1e-4), extractor(), parts, progress=False)
-    assert to_json(vars(first)) != to_json(vars(other))
+    scored, samples = real
+    tasks = ForegroundSegmentation(samples[:2]), ForegroundSegmentation(samples[:2], strength=1e-4)
+    first, other = (scored(task, Parts(tmp_path, x=1)) for task in tasks)
+    assert first != other
 
 
-def test_scores_do_not_depend_on_chunk_or_batch(real):
-    extractor, samples = real
-    one = run_task(ForegroundSegmentation(samples), extractor(), progress=False, chunk=1)
-    changed = extractor()
-    changed.batch_size = 5
-    all_at_once = run_task(ForegroundSegmentation(samples), changed, progress=False, chunk=100)
-    assert one.ids == all_at_once.ids and one.sources == all_at_once.sources
-    # Features may differ in the last bit of half precision, hence a border pixel here and there.
-    assert np.abs(one.values - all_at_once.values).max() <= 0.01 * 60 * 36
+def test_scores_do_not_depend_on_chunks():
+    samples = episodes(6)
     stand_in = Extractor(one_hot(episode_masks(samples), 2))
-    a, b = (run_task(ForegroundSegmentation(samples), stand_in, progress=False, chunk=c) for c in (1, 5))
-    assert to_json(vars(a)) == to_json(vars(b))
+    tables = [run_task(ForegroundSegmentation(samples), stand_in, progress=False, chunk=chunk) for chunk in (1, 5, 100)]
+    assert len({to_json(vars(table)) for table in tables}) == 1
 
 
-def test_tables_say_what_they_hold():
-    table = ScoreTable("t", ["a"], ["g"], ["value.10", "value.2", "pixels"], ["x", "y"], np.arange(6.0).reshape(1, 3, 2))
-    assert table.family("value") == [(2, "value.2"), (10, "value.10")] and table.of("pixels").tolist() == [[4, 5]]
-    with pytest.raises(ParameterError, match="pixels"):
-        table.of("encoder")
-
-
-# --- summaries ----------------------------------------------------------------------------------------------
-
-
-def fake_table(layers: int = 4, n: int = 40) -> ScoreTable:
-    """Mean curve 0.3, 0.6, 0.5, 0.2 over layers, projector 0.4, shuffled 0.1; one column per hit."""
-    level = {f"value.{i}": m for i, m in enumerate((0.3, 0.6, 0.5, 0.2))} | {"projector": 0.4}
-    level |= {f"shuffled.value.{i}": 0.1 for i in range(layers)}
-    noise = rng(4).normal(0, 0.05, (n, 1))
-    values = np.zeros((n, len(level), 5))
-    values[..., 0] = np.array(list(level.values())) + noise + rng(5).normal(0, 0.02, (n, len(level)))
-    return ScoreTable(
-        "semantic_segmentation", [f"i{i}" for i in range(n)], [f"g{i // 2}" for i in range(n)], list(level), list("abcde"), values
-    )
+def fake_table(n: int = 40):
+    """Mean curve 0.3, 0.6, 0.5, 0.2 over layers, projector 0.4, shuffled 0.1."""
+    levels = {f"value.{i}": m for i, m in enumerate((0.3, 0.6, 0.5, 0.2))} | {"projector": 0.4}
+    levels |= {f"shuffled.value.{i}": 0.1 for i in range(4)}
+    return score_table("semantic_segmentation", levels, SemanticSegmentation.columns, n, shared=0.05)
 
 
 def test_summary_tests_the_best_layer_on_the_other_half():
-    table, task = fake_table(), SemanticSegmentation([])
-    summary = summarise(table, task, n_boot=300)
+    table = fake_table()
+    summary = summarise(table, SemanticSegmentation([]), n_boot=300)
     assert summary["n"] == 40 and summary["groups"] == 20 and list(summary["secondary"]) == ["IoU"]
     shape = summary["build_then_degrade"]["value"]
     assert shape["best_layer"] == 1 and shape["builds"] and shape["degrades"] and shape["peak_layer_low"] == 1
     best = summary["value_best"]
-    assert best["source"] == "value.1" and best["control"] == "shuffled.value.1"
+    assert best["source"] == "value.1" and best["control"] == "shuffled.value.1" and best["minus"][best["control"]]["low"] > 0.4
     held = ~choosing_half(table.groups)
-    difference = (table.of("value.1") - table.of("projector"))[held, 0].mean()
-    assert best["minus"]["projector"]["mean"] == pytest.approx(difference) and best["minus"]["projector"]["n"] == held.sum()
-    assert best["minus"][best["control"]]["low"] > 0.4
+    for found, other in ((best["minus"]["projector"], "projector"), (shape["minus_last"], "value.3")):
+        difference = (table.of("value.1") - table.of(other))[held, 0].mean()
+        assert found["mean"] == pytest.approx(difference) and found["n"] == held.sum()
+    assert len(set(np.array(table.groups)[held])) == 10
     assert summary["sources"]["value.2"]["low"] < 0.5 < summary["sources"]["value.2"]["high"]
     to_json(summary)
+    few = summarise(fake_table(n=4), SemanticSegmentation([]), n_boot=50)  # two groups
+    assert few["build_then_degrade"] == {} and "value_best" not in few
 
 
-def test_halves_are_those_of_peak_then_degrade():
-    table = fake_table()
-    curve = np.stack([table.of(f"value.{i}")[:, 0] for i in range(4)], axis=1)
-    found = peak_then_degrade(curve, table.groups, n_boot=50)
-    held = ~choosing_half(table.groups)
-    assert found["minus_last"]["mean"] == pytest.approx((curve[held, found["best"]] - curve[held, -1]).mean())
-    assert len(set(np.array(table.groups)[held])) == 10
-
-
-def test_too_few_groups_for_a_choice_of_layers():
-    table = fake_table(n=4)
-    summary = summarise(table, SemanticSegmentation([]), n_boot=50)
-    assert summary["build_then_degrade"] == {} and "value_best" not in summary
+def test_layers_are_ordered_by_number():
+    table = score_table("t", dict.fromkeys(["value.10", "value.2", "pixels"], 0.0), ["x"], n=1)
+    assert table.family("value") == [(2, "value.2"), (10, "value.10")]
+    with pytest.raises(ParameterError, match="pixels"):
+        table.of("encoder")
