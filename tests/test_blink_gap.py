@@ -12,7 +12,6 @@ from recipe.packing import encode, pack
 from recipe.pool import make_pool
 from recipe.samples import Sampler
 
-from kvutils import plots
 from kvutils.answer import SessionBatch
 from kvutils.datasets import open_dataset
 from kvutils.datasets.pocket import questions as q
@@ -21,36 +20,13 @@ from kvutils.datasets.pocket.choices import SUBTASKS
 from kvutils.datasets.pocket.world import draw_mark
 from kvutils.datasets.samples import MultipleChoice
 from kvutils.errors import DataError, ParameterError
-from kvutils.layout import TokenLayout
 from kvutils.metrics.statistics import choosing_half
 from kvutils.prompts import prepare_text
-from kvutils.run.report import judge, load_claims
-from kvutils.store import Parts, read_json, write_json
-from kvutils.tasks import choices as blink_gap
-from kvutils.tasks.blink_interventions import (
-    DECIDES,
-    GATE,
-    HEADLINE,
-    INTERVENTIONS,
-    Evidence,
-    add_values,
-    choose_weight,
-    claim_x5,
-    evidence,
-    fit_gate,
-    interventions,
-)
-from kvutils.tasks.blink_tables import (
-    CELLS,
-    choose_layer,
-    claim_c8,
-    describe_example,
-    describe_table,
-    official_scores,
-    table_of_two,
-    telling_item,
-)
-from kvutils.tasks.choices import UNRESOLVED, ChoiceTable, check_items, read_items, said, score_options, some_items
+from kvutils.store import Parts
+from kvutils.tasks import blink_interventions, blink_tables, choices
+from kvutils.tasks.blink_interventions import DECIDES, GATE, HEADLINE, Evidence, add_values, choose_weight, interventions
+from kvutils.tasks.blink_tables import CELLS, claim_c8, describe_example, describe_table, table_of_two
+from kvutils.tasks.choices import UNRESOLVED, ChoiceTable, check_items, read_items, said, score_options
 from kvutils.tasks.value_readouts import mean_similarity, point_similarity, style_similarity
 from kvutils.vision import encode_images, prepare_images
 
@@ -65,12 +41,7 @@ def items():
 
 @pytest.fixture(scope="module")
 def mlm():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny_models, "WORDS", list(q.WORDS))
-        return tiny_models.tiny_pocket()
-
-
-# --- the items ---------------------------------------------------------------------------------------------
+    return tiny_models.tiny_pocket(words=list(q.WORDS))
 
 
 def test_items_are_whole_balanced_and_independent(items):
@@ -101,10 +72,9 @@ def test_exactly_one_option_is_right(items):
             assert np.array_equal(item.candidate_points[right], points[1][part])
             assert len(np.unique(item.candidate_points, axis=0)) == 4
             assert things[0].scene.things[0].cls == things[1].scene.things[0].cls
-            for scene, image, marks in zip(things, item.images, ([("r", item.reference_point)], list(
-                    zip("abcd", item.candidate_points, strict=True))), strict=True):  # fmt: skip
+            for scene, image, marks in zip(things, item.images, ("r", "abcd"), strict=True):
                 picture = scene.drawn.image.copy()
-                for letter, (x, y) in marks:
+                for letter, (x, y) in zip(marks, [item.reference_point] if marks == "r" else item.candidate_points, strict=True):
                     draw_mark(picture, letter, x, y)
                 assert np.array_equal(picture, image)
             continue
@@ -128,13 +98,8 @@ def test_prompts_are_those_of_training(items, mlm):
 def test_a_larger_set_begins_with_the_smaller_one(items):
     more = open_dataset("pocket-blink", items=FEW + 3, subtasks=SUBTASKS[2:])
     for one, two in zip(items[2 * FEW :], more, strict=False):
-        assert one.id == two.id and one.group == two.group and one.answer == two.answer
-        assert np.array_equal(one.images[1], two.images[1])
-    other = open_dataset("pocket-blink", items=1, subtasks="Art_Style", seed=5)
-    assert other[0].group != items[0].group
-
-
-def test_bad_requests_for_items():
+        assert (one.id, one.group, one.answer) == (two.id, two.group, two.answer) and np.array_equal(one.images[1], two.images[1])
+    assert open_dataset("pocket-blink", items=1, subtasks="Art_Style", seed=5)[0].group != items[0].group
     with pytest.raises(ParameterError, match="at least 1"):
         open_dataset("pocket-blink", items=0)
     with pytest.raises(ParameterError, match="unknown BLINK subtask of the pocket world 'Jigsaw'; expected one of Art_Style, "):
@@ -143,15 +108,14 @@ def test_bad_requests_for_items():
 
 def test_bad_items_are_named(items):
     style, point = items[0], items[-1]
-    cases = [
+    two = {"options": ("(a)", "(b)"), "choices": ("A", "B"), "answer": "(A)", "candidate_points": point.candidate_points[:2]}
+    for bad, message in (
         ([], "expected at least one"),
         ([replace(style, subtask="Jigsaw")], "unknown subtask with a readout of values 'Jigsaw'; expected one of Art_Style"),
         ([replace(point, reference_point=None)], "only painted marks"),
         ([replace(point, reference_point=np.array([96.0, 3]))], r"reference: the point \(96, 3\) is outside its image of 96"),
-        ([point, replace(point, id="x", options=("(a)", "(b)"), choices=("A", "B"), answer="(A)",
-                         candidate_points=point.candidate_points[:2])], "'x' has 2 options and the first of .* has 4"),
-    ]  # fmt: skip
-    for bad, message in cases:
+        ([point, replace(point, id="x", **two)], "'x' has 2 options and the first of .* has 4"),
+    ):
         with pytest.raises(DataError, match=message):
             check_items(bad)
     assert {name: len(mine) for name, mine in check_items(items).items()} == dict.fromkeys(SUBTASKS, FEW)
@@ -165,27 +129,16 @@ def test_answers_are_extracted_as_blink_does(items):
     assert [said(official, text) for text in ("(B)", "A", "Both are nice. The answer is (B)", "(a)")] == [1, 0, 1, UNRESOLVED]
 
 
-# --- the readouts ------------------------------------------------------------------------------------------
-
-
-def grid(side=5, size=40) -> TokenLayout:
-    """side x side tokens over a square image."""
-    cells = np.stack(np.divmod(np.arange(side**2), side), axis=1)
-    corner = cells[:, ::-1] * size / side
-    rects = np.concatenate([corner, corner + size / side], axis=1)
-    plain = np.zeros(side**2, dtype=np.int64)
-    return TokenLayout(np.arange(side**2), rects, cells, plain, plain.astype(bool), (size, size), {"base": (side, side)})
+GRID = tiny_models.grid_layout(5, 5, (40, 40))
 
 
 def images_of(statistics: str, right: int, noise: bool, seed: int) -> list[torch.Tensor]:
     """A reference and two candidates (2 sources, 400 tokens, 6 channels); the right one shares the reference's mean, or its
-    spread between channels with equal means. noise: neither shares anything.
-    """
+    spread between channels with equal means. noise: neither shares anything."""
     random = np.random.default_rng(seed)
     draws = [random.normal(size=6) + 1 for _ in range(2)]
-    kinds = [0, *(0 if place == right else 1 for place in range(2))]
     tensors = []
-    for kind in kinds:
+    for kind in (0, *(int(place != right) for place in range(2))):
         tokens = random.normal(size=(2, 400, 6))
         if not noise and statistics == "mean":
             tokens += draws[kind]
@@ -196,22 +149,18 @@ def images_of(statistics: str, right: int, noise: bool, seed: int) -> list[torch
     return tensors
 
 
-@pytest.mark.parametrize(
-    "statistics, readout", [("mean", mean_similarity), ("mean", style_similarity), ("gram", style_similarity)]
-)
-def test_style_readouts_find_what_is_planted_and_nothing_in_noise(statistics, readout):
+@pytest.mark.parametrize("statistics, readout, finds", [
+    ("mean", mean_similarity, True), ("mean", style_similarity, True), ("gram", style_similarity, True),
+    ("gram", mean_similarity, False)])  # fmt: skip
+def test_style_readouts_find_what_is_planted_and_nothing_in_noise(statistics, readout, finds):
     right = {True: [], False: []}
     for seed in range(60):
         for noise in (True, False):
             found = readout(images_of(statistics, seed % 2, noise, seed))
             assert found.shape == (2, 2)
             right[noise] += (found.argmax(dim=1) == seed % 2).tolist()
-    assert np.mean(right[False]) > 0.95 and 0.35 < np.mean(right[True]) < 0.65
-
-
-def test_gram_sees_what_the_mean_does_not():
-    right = [int(mean_similarity(images_of("gram", seed % 2, False, seed))[0].argmax()) == seed % 2 for seed in range(60)]
-    assert 0.3 < np.mean(right) < 0.7
+    assert np.mean(right[False]) > 0.95 if finds else 0.3 < np.mean(right[False]) < 0.7
+    assert 0.35 < np.mean(right[True]) < 0.65
 
 
 def test_style_scores_by_hand():
@@ -223,14 +172,14 @@ def test_style_scores_by_hand():
 
 @pytest.mark.parametrize("around", [False, True])
 def test_the_point_readout_finds_the_planted_token(around):
-    random, layout, right = np.random.default_rng(0), grid(), []
+    random, right = np.random.default_rng(0), []
     points = np.array([[4.0, 4], [20, 12], [36, 28], [12, 36]])
     for number in range(40):
         signal, tokens = random.normal(size=8), [random.normal(size=(3, 25, 8)) * 0.4 + 5 for _ in range(2)]
         reference = random.uniform(8, 32, 2)
-        tokens[0][:, layout.token_at(reference)[0]] += 3 * signal
-        tokens[1][1:, layout.token_at(points)[number % 4]] += 3 * signal  # not in source 0
-        scores = point_similarity([torch.from_numpy(t) for t in tokens], [layout] * 2, reference, points, around)
+        tokens[0][:, GRID.token_at(reference)[0]] += 3 * signal
+        tokens[1][1:, GRID.token_at(points)[number % 4]] += 3 * signal  # not in source 0
+        scores = point_similarity([torch.from_numpy(t) for t in tokens], [GRID] * 2, reference, points, around)
         assert scores.shape == (3, 4)
         right.append((scores.argmax(dim=1) == number % 4).tolist())
     zero, *planted = np.mean(right, axis=0)
@@ -238,29 +187,24 @@ def test_the_point_readout_finds_the_planted_token(around):
 
 
 def test_around_reads_the_neighbours_and_no_others():
-    layout, tokens = grid(), torch.zeros(1, 25, 2)
-    reference = torch.zeros(1, 25, 2)
+    tokens, reference = torch.zeros(2, 1, 25, 2)
     reference[0, 12] = torch.tensor([1.0, 0])
     tokens[0, 6] = torch.tensor([1.0, 0])  # row 1, column 1: a neighbour of row 2, column 2 only
     tokens[0, 24] = torch.tensor([0.0, 1])
     points = [[20, 20], [36, 36]]
-    at = point_similarity([reference, tokens], [layout] * 2, [20, 20], points)
-    near = point_similarity([reference, tokens], [layout] * 2, [20, 20], points, around=True)
+    at, near = (point_similarity([reference, tokens], [GRID] * 2, [20, 20], points, around) for around in (False, True))
     assert at[0, 0] < 0 < near[0, 0] and near[0, 0] > near[0, 1]
     with pytest.raises(DataError, match=r"the point \(40, 2\) is outside its image of 40 x 40 pixels"):
-        point_similarity([reference, tokens], [layout] * 2, [20, 20], [[1, 1], [40, 2]])
+        point_similarity([reference, tokens], [GRID] * 2, [20, 20], [[1, 1], [40, 2]])
 
 
 def test_sources_of_different_width_are_scored_apart(items):
     features = [{"a": torch.rand(16, 4), "b": torch.rand(16, 7), "c": torch.rand(16, 4)} for _ in range(3)]
-    found = score_options(items[0], features, [grid(4)] * 3)
+    found = score_options(items[0], features, [tiny_models.grid_layout(4, 4, (40, 40))] * 3)
     assert list(found) == ["style", "mean"]
     for source in "abc":
         alone = style_similarity([image[source][None] for image in features])[0]
         assert found["style"][source] == pytest.approx(alone.tolist(), abs=1e-6)
-
-
-# --- reading items with a model ----------------------------------------------------------------------------
 
 
 def test_readouts_are_those_of_a_plain_full_prompt(items, mlm):
@@ -289,27 +233,12 @@ def test_readouts_are_those_of_a_plain_full_prompt(items, mlm):
         assert table.option_scores[row].tolist() == pytest.approx(first.tolist(), abs=1e-4)
 
 
-def test_image_values_are_those_of_the_cache(items, mlm):
-    with SessionBatch(mlm, [items[0].images, items[-1].images]) as session:
-        values = session.image_values()
-        assert [len(row) for row in values] == [3, 2]
-        for layer, (_, cached) in enumerate(session._prefix.keys_values):
-            for row, each in enumerate(values):
-                for image, layout in zip(each, session.layouts[row], strict=True):
-                    assert torch.equal(image[layer], cached[row][:, layout.slots])
-    with pytest.raises(ParameterError, match="closed"):
-        session.image_values()
-
-
 def test_every_source_is_read_and_no_more_depends_on_the_other_images_than_should(items, mlm):
-    encoder = tiny_models.tiny_siglip()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny_models, "WORDS", list(q.WORDS))
-        untrained = tiny_models.tiny_pocket(seed=1)
+    controls = {"encoder_original": tiny_models.tiny_siglip(), "untrained": tiny_models.tiny_pocket(seed=1, words=list(q.WORDS))}
     # The candidates of two items exchanged against the same reference: their scores change places where images are alone.
     item = items[0]
     turned = replace(item, id="turned", images=(item.images[0], item.images[2], item.images[1]))
-    (table,) = read_items(mlm, [item, turned], encoder_original=encoder, untrained=untrained, progress=False).values()
+    (table,) = read_items(mlm, [item, turned], **controls, progress=False).values()
     layers = [f"{family}.{layer}" for family in ("alone.value", "value", "untrained.value") for layer in range(mlm.num_layers)]
     assert set(table.sources) == {"pixels", "encoder_original", "encoder", "projector", *layers}
     for source in table.sources:
@@ -320,7 +249,7 @@ def test_every_source_is_read_and_no_more_depends_on_the_other_images_than_shoul
 
 def test_a_stopped_run_goes_on_and_gives_the_same(items, mlm, tmp_path, monkeypatch):
     plain = read_items(mlm, items, progress=False, batch_size=4)
-    read, calls = blink_gap._read_batch, []
+    read, calls = choices._read_batch, []
 
     def stops(*arguments):
         calls.append(arguments)
@@ -328,21 +257,15 @@ def test_a_stopped_run_goes_on_and_gives_the_same(items, mlm, tmp_path, monkeypa
             raise KeyboardInterrupt
         return read(*arguments)
 
-    monkeypatch.setattr(blink_gap, "_read_batch", stops)
+    monkeypatch.setattr(choices, "_read_batch", stops)
     with pytest.raises(KeyboardInterrupt):
         read_items(mlm, items, Parts(tmp_path, model="x"), progress=False, batch_size=4)
     resumed = read_items(mlm, items, Parts(tmp_path, model="x"), progress=False, batch_size=4)
     assert len(calls) == 4 + 3  # six batches, three of them stored before the fourth was stopped
     for subtask, table in plain.items():
-        for name, value in vars(table).items():
-            assert np.array_equal(value, getattr(resumed[subtask], name)), name
-    read_items(mlm, items, Parts(tmp_path, model="y"), progress=False, batch_size=4)
-    assert len(calls) == 7 + 6  # another model: nothing is reused
+        assert all(np.array_equal(value, getattr(resumed[subtask], name)) for name, value in vars(table).items())
     with pytest.raises(ParameterError, match="batch_size"):
         read_items(mlm, items, batch_size=0)
-
-
-# --- tables ------------------------------------------------------------------------------------------------
 
 
 def table_of(model, sources, options=2, subtask="Art_Style") -> ChoiceTable:
@@ -356,10 +279,8 @@ def table_of(model, sources, options=2, subtask="Art_Style") -> ChoiceTable:
 
     values = np.stack([scores(np.asarray(right)) for right in sources.values()], axis=1)
     values = np.stack([values, values], axis=1) + np.random.default_rng(0).normal(0, 0.01, (n, 2, len(sources), options))
-    said = scores(np.asarray(model)).argmax(axis=1)
-    names = [f"{subtask}-{i}" for i in range(n)]
-    readouts = list(blink_gap.READOUTS[subtask])
-    return ChoiceTable(subtask, names, names, ["(a)"] * n, gold, said, scores(np.asarray(model)), readouts, list(sources), values)
+    model, names, readouts = scores(np.asarray(model)), [f"{subtask}-{i}" for i in range(n)], list(choices.READOUTS[subtask])
+    return ChoiceTable(subtask, names, names, ["(a)"] * n, gold, model.argmax(axis=1), model, readouts, list(sources), values)
 
 
 def test_two_by_two_with_both_denominators():
@@ -368,25 +289,20 @@ def test_two_by_two_with_both_denominators():
     table = table_of(model, {"value.0": value}, options=4)
     found = table_of_two(table, table.says("value.0"), n_boot=400)
     # The readout says 0 1 2 3 0 2 3 0 1 2; the model misses items whose answers are 1 2 3 2 3 0 1.
-    assert found["at_guess"]["mean"] == pytest.approx((3 * 1 + 2 * 2 + 3 * 2 + 2 * 2) / 100)
-    assert found["above_guess"]["mean"] == pytest.approx(0.3 - 0.17)
+    guess = (3 * 1 + 2 * 2 + 3 * 2 + 2 * 2) / 100
     assert found["counts"] == {"both": 2, "value_only": 3, "model_only": 1, "neither": 4} and found["errors"] == 7
     assert [found["shares"][cell]["mean"] for cell in CELLS] == pytest.approx([0.2, 0.3, 0.1, 0.4])
     assert found["of_errors"]["mean"] == pytest.approx(3 / 7) and found["of_errors"]["n"] == 7
-    assert found["at_chance"]["mean"] == pytest.approx(0.7 / 4)
-    assert found["above_chance"]["mean"] == pytest.approx(0.3 - 0.7 / 4)
-    assert found["above_independence"]["mean"] == pytest.approx(0.3 - 0.5 * 0.7)
+    for name, level in {"guess": guess, "chance": 0.7 / 4, "independence": 0.5 * 0.7}.items():
+        assert found[f"at_{name}"]["mean"] == pytest.approx(level)
+        assert found[f"above_{name}"]["mean"] == pytest.approx(0.3 - level)
     assert found["above_chance"]["low"] < found["above_chance"]["mean"] < found["above_chance"]["high"]
-
-
-def test_a_model_without_errors_has_no_share_of_them():
-    right = np.ones(12, bool)
-    table = table_of(right, {"value.0": right})
-    found = table_of_two(table, table.gold, n_boot=50)
+    right = table_of(np.ones(12, bool), {"value.0": np.ones(12, bool)})  # no errors: no share of them
+    found = table_of_two(right, right.gold, n_boot=50)
     assert found["of_errors"] == {"mean": None, "low": None, "high": None, "n": 0} and found["shares"]["value_only"]["mean"] == 0
 
 
-def test_opposite_preferences_are_not_knowledge():
+def test_opposite_preferences_are_not_knowledge(verdict):
     """A model that always says one option and a readout that always says the other: chance is passed, guessing is not."""
     table = table_of(np.zeros(200, bool), {"value.0": np.zeros(200, bool)})
     table.said[:] = 1
@@ -395,8 +311,7 @@ def test_opposite_preferences_are_not_knowledge():
     held_out = described["held_out"]
     assert held_out["above_chance"]["low"] > 0.15 and held_out["value_accuracy"]["low"] < 0.5 < held_out["value_accuracy"]["high"]
     assert held_out["above_guess"]["mean"] == pytest.approx(0, abs=1e-9) and described["chosen"]["said"] == [200, 0]
-    (c8,) = (each for each in load_claims() if each["id"] == "C8")
-    assert judge(c8, claim_c8({"Art_Style": described}))[0] == "inconclusive"
+    assert verdict("C8", claim_c8({"Art_Style": described})) == "inconclusive"
 
 
 def test_unresolved_answers_are_wrong_and_counted():
@@ -415,19 +330,18 @@ def test_official_scores_and_the_telling_item():
     value, model = np.ones(12, bool), np.arange(12) % 3 > 0
     table = table_of(model, {"value.0": value})
     table.said[1] = UNRESOLVED
-    found = official_scores({"Art_Style": table, "b": table_of(value, {"value.0": value})})
+    found = blink_tables.official_scores({"Art_Style": table, "b": table_of(value, {"value.0": value})})
     assert found["accuracy"] == {"Art_Style": 7 / 12, "b": 1, "Total": pytest.approx(19 / 24)}
     assert found["unresolved"] == {"Art_Style": 1 / 12, "b": 0}
     reported = [i for i in range(12) if not choosing_half(table.ids)[i]]
     wrong = [i for i in reported if i % 3 == 0 or i == 1]
-    assert telling_item(table, "value.0") == table.ids[wrong[0]]
-    assert telling_item(table_of(value, {"value.0": value}), "value.0") == table.ids[reported[0]]
+    assert blink_tables.telling_item(table, "value.0") == table.ids[wrong[0]]
+    assert blink_tables.telling_item(table_of(value, {"value.0": value}), "value.0") == table.ids[reported[0]]
 
 
 def test_the_layer_is_chosen_on_one_half_and_reported_on_the_other():
     n = 80
-    names = [f"Art_Style-{i}" for i in range(n)]
-    choosing = choosing_half(names)
+    choosing = choosing_half([f"Art_Style-{i}" for i in range(n)])
     always, never = np.ones(n, bool), np.zeros(n, bool)
     # value.0 is right only where layers are chosen; value.1 everywhere else, and on three choosing items in four.
     sources = {"pixels": never, "value.0": choosing, "value.1": ~choosing | (np.arange(n) % 4 > 0), "untrained.value.0": always}
@@ -440,45 +354,36 @@ def test_the_layer_is_chosen_on_one_half_and_reported_on_the_other():
     # Over all items, and so in cross-validation, value.1 is the better layer.
     assert set(found["cross_validated"]["layers"]) == {"value.1"} and found["cross_validated"]["n"] == n
     assert found["cross_validated"]["value_accuracy"]["mean"] == pytest.approx(sources["value.1"].mean())
-    assert choose_layer(table, ~choosing) == "value.1"
+    assert blink_tables.choose_layer(table, ~choosing) == "value.1"
     # Nothing that is reported on the held-out half changes what is chosen.
     table.scores[~choosing] = 0
     assert describe_table(table, n_boot=20)["chosen"]["source"] == "value.0"
-
-
-def test_tables_need_enough_items():
-    few = table_of(np.ones(3, bool), {"value.0": np.ones(3, bool)})
     with pytest.raises(ParameterError, match="3 independent items are too few .* at least 4"):
-        describe_table(few)
-    assert some_items(few, np.array([False, True, True])).ids == few.ids[1:]
+        describe_table(table_of(never[:3], {"value.0": never[:3]}))
 
 
-@pytest.mark.parametrize("value, verdict", [(1.0, "reproduced"), (0.5, "inconclusive"), (0.1, "not reproduced")])
-def test_c8_compares_with_a_readout_at_chance(value, verdict):
+@pytest.mark.parametrize("value, expected", [(1.0, "reproduced"), (0.5, "inconclusive"), (0.1, "not reproduced")])
+def test_c8_compares_with_a_readout_at_chance(verdict, value, expected):
     random = np.random.default_rng(3)
     described = {}
     for subtask in ("Art_Style", "Visual_Similarity"):
         right = np.zeros(200, bool)
-        for half in (choosing_half([f"{subtask}-{i}" for i in range(200)]),):
-            for members in (half, ~half):  # exactly this share right in each half
-                index = np.flatnonzero(members)
-                right[random.permutation(index)[: round(value * len(index))]] = True
+        half = choosing_half([f"{subtask}-{i}" for i in range(200)])
+        for members in (half, ~half):  # exactly this share right in each half
+            index = np.flatnonzero(members)
+            right[random.permutation(index)[: round(value * len(index))]] = True
         described[subtask] = describe_table(table_of(np.zeros(200, bool), {"value.0": right}, subtask=subtask), n_boot=200)
     claim = claim_c8(described)
-    (c8,) = (each for each in load_claims() if each["id"] == "C8")
-    assert judge(c8, claim)[0] == verdict and len(claim["entries"]) == 2
-    assert claim["value"] == pytest.approx(100 * value) and claim["unit"] == c8["unit"] and claim["n"] == 100
+    assert verdict("C8", claim) == expected and len(claim["entries"]) == 2
+    assert claim["value"] == pytest.approx(100 * value) and claim["n"] == 100
     assert claim["entries"][0]["value"] == pytest.approx(100 * (value - 0.5), abs=3)  # the readout's options are not quite even
 
 
-# --- interventions -----------------------------------------------------------------------------------------
-
-
-def uncertain(n=400, seed=0, helps=True) -> ChoiceTable:
-    """The model is sure where it is right and unsure where it is wrong; the readout is right there (helps), or guesses."""
-    random = np.random.default_rng(seed)
+def uncertain(n=400) -> ChoiceTable:
+    """The model is sure where it is right and unsure where it is wrong; the readout is right there."""
+    random = np.random.default_rng(0)
     model = random.random(n) < 0.6
-    value = np.where(model, random.random(n) < 0.7, True) if helps else random.random(n) < 0.5
+    value = np.where(model, random.random(n) < 0.7, True)
     table = table_of(model, {"pixels": random.random(n) < 0.5, "value.0": value})
     table.option_scores[:] = np.where(model[:, None], 5 * table.option_scores, 0.2 * table.option_scores)
     return table
@@ -491,16 +396,14 @@ def test_a_gate_that_can_help_helps_and_costs_nothing():
     assert decides["cost"]["mean"] > 0.15 and decides["lost"]["mean"] > 0.1
     for each in found["changes"].values():
         assert each["change"]["mean"] == pytest.approx(each["gained"]["mean"] - each["lost"]["mean"])
-    assert found["changes"]["either right"]["accuracy"]["mean"] == 1
-    assert found["changes"]["option scores alone"]["change"]["mean"] == 0
+    either, scores = found["changes"]["either right"], found["changes"]["option scores alone"]
+    assert either["accuracy"]["mean"] == 1 and scores["change"]["mean"] == 0 and found["weight"] > 0 and found["n"] == 200
     assert found["others"]["pixels"]["mean"] < found["changes"][HEADLINE]["change"]["mean"]
-    assert found["weight"] > 0 and found["n"] == 200
 
 
 def test_values_that_know_nothing_do_not_help():
     random = np.random.default_rng(1)
-    n = 400
-    table = table_of(random.random(n) < 0.8, {"value.0": random.random(n) < 0.5})
+    table = table_of(random.random(400) < 0.8, {"value.0": random.random(400) < 0.5})
     found = interventions(table, n_boot=300)
     assert found["changes"][GATE]["change"]["high"] <= 0.02 and found["changes"][HEADLINE]["change"]["high"] <= 0.02
     assert found["changes"][DECIDES]["change"]["high"] < 0 and found["changes"][DECIDES]["cost"]["low"] > 0.3
@@ -508,8 +411,7 @@ def test_values_that_know_nothing_do_not_help():
 
 def test_what_is_reported_fits_nothing():
     table = uncertain()
-    names = table.groups
-    held_out = ~choosing_half(names)
+    held_out = ~choosing_half(table.groups)
     before = interventions(table, n_boot=20)
     table.scores[held_out] *= -1  # there, the readout now says the opposite
     after = interventions(table, n_boot=20)
@@ -526,73 +428,58 @@ def test_weights_and_scores_by_hand():
     assert choose_weight(found, np.array([False, True])) == 0.0  # nothing to gain
     table = uncertain(n=40)
     fit = np.arange(40) < 20
-    seen = evidence(table, "value.0", fit)
+    seen = blink_interventions.evidence(table, "value.0", fit)
     assert seen.value[fit].std() == pytest.approx(1) and np.allclose(seen.model.mean(axis=1), 0)
 
 
 def test_a_gate_without_two_kinds_of_disagreement_trusts_one_side():
-    def side(right):
-        scores = np.where(np.array(right)[:, None], [[1.0, -1.0]], [[-1.0, 1.0]])
-        return scores, scores.argmax(axis=1)
+    def says(right):
+        return np.where(np.array(right)[:, None], [[1.0, -1.0]], [[-1.0, 1.0]])
 
-    gold, fit = np.zeros(4, int), np.ones(4, bool)
     for value, model, expected in (
         ([1, 1, 1, 1], [1, 0, 0, 1], [0, 0, 0, 0]),  # only the readout is ever right alone
         ([0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]),  # only the model
         ([1, 0, 1, 1], [1, 0, 1, 1], [0, 1, 0, 0]),  # they never differ
     ):
-        (values, _), (scores, said_) = side(value), side(model)
-        found = Evidence(scores, values, said_, gold)
-        assert fit_gate(found, fit)(found).tolist() == expected
+        found = Evidence(says(model), says(value), says(model).argmax(axis=1), np.zeros(4, int))
+        assert blink_interventions.fit_gate(found, np.ones(4, bool))(found).tolist() == expected
 
 
-@pytest.mark.parametrize("helps, verdict", [(True, "reproduced"), (None, "inconclusive"), (False, "not reproduced")])
-def test_x5_is_the_mean_change_over_subtasks(helps, verdict):
+@pytest.mark.parametrize("helps, expected", [(True, "reproduced"), (None, "inconclusive"), (False, "not reproduced")])
+def test_x5_is_the_mean_change_over_subtasks(verdict, helps, expected):
     found = {name: interventions(uncertain(n), n_boot=50) for name, n in (("Art_Style", 400), ("b", 80))}
     if helps is not True:  # a chosen weight can fall back to 0, so what is not so is put in by hand
         for each in found.values():
             each["differences"][HEADLINE] = [0 if helps is None else -(i % 2) for i in range(each["n"])]
-    claim = claim_x5(found, n_boot=200)
-    (x5,) = (each for each in load_claims() if each["id"] == "X5")
-    assert judge(x5, claim)[0] == verdict and claim["unit"] == x5["unit"] and claim["n"] == 240
-    assert len(claim["entries"]) == 2 * len(INTERVENTIONS)
+    claim = blink_interventions.claim_x5(found, n_boot=200)
+    assert verdict("X5", claim) == expected and claim["n"] == 240 and len(claim["entries"]) == 2 * 3  # interventions
     if helps:  # subtasks weigh alike, however many items they have
         means = [each["changes"][HEADLINE]["change"]["mean"] for each in found.values()]
         assert claim["value"] == pytest.approx(np.mean(means)) and means[0] != means[1]
 
 
-# --- figures -----------------------------------------------------------------------------------------------
-
-
-def test_figures_need_only_the_results_file(items, tmp_path):
+def test_figures_need_only_the_results_file(items, redraw):
     random = np.random.default_rng(0)
     described, surfaced, examples = {}, {}, {}
+    names = "pixels encoder_original encoder projector value.0 value.1 alone.value.0 untrained.value.0".split()
     for subtask, options in (("Art_Style", 2), ("Semantic_Correspondence", 4)):
-        names = "pixels encoder_original encoder projector value.0 value.1 alone.value.0 untrained.value.0".split()
-        sources = {name: random.random(60) < 0.6 for name in names}
-        table = table_of(random.random(60) < 0.6, sources, options, subtask)
+        table = table_of(random.random(60) < 0.6, {name: random.random(60) < 0.6 for name in names}, options, subtask)
         described[subtask], surfaced[subtask] = describe_table(table, n_boot=50), interventions(table, n_boot=50)
         item = next(each for each in items if each.subtask == subtask)
         table.ids[0] = item.id
         examples[subtask] = describe_example(item, table, described[subtask]["chosen"]["source"])
     results = {"subtasks": described, "interventions": surfaced, "examples": examples, "method": examples["Art_Style"]}
-    write_json(tmp_path / "05_blink_gap.json", results)
-    paths = plots.draw_all(tmp_path, tmp_path / "figures")
-    assert sorted(path.stem for path in paths) == [
-        "05_example_art_style", "05_example_semantic_correspondence", "05_interventions", "05_method", "05_readouts",
-        "05_sources", "05_two_by_two"]  # fmt: skip
-    assert all(np.asarray(Image.open(path).convert("L")).std() > 5 for path in paths)
-    figures = plots.DRAW["05_blink_gap"](read_json(tmp_path / "05_blink_gap.json"))
+    figures = redraw("05_blink_gap", results)
+    assert {name.removeprefix("05_") for name in figures} == {
+        "example_art_style", "example_semantic_correspondence", "interventions", "method", "readouts", "sources",
+        "two_by_two"}  # fmt: skip
     texts = [text.get_text() for axis in figures["05_two_by_two"].axes for text in axis.texts]
-    counts = [described[s]["held_out"]["counts"][c] for s in described for c in ("both", "value_only", "model_only", "neither")]
+    counts = [each["held_out"]["counts"][cell] for each in described.values() for cell in CELLS]
     assert [int(text.split("\n")[0]) for text in texts] == counts
-    assert "05_method" not in plots.DRAW["05_blink_gap"](results | {"method": None})
     left = figures["05_interventions"].axes[0]
     drawn = [line.get_xdata()[0] for line in left.lines if line.get_marker() == "^"]
     assert drawn == pytest.approx([surfaced[s]["changes"][GATE]["change"]["mean"] for s in surfaced])
-    plots.plt.close("all")
-
-
+    assert "05_method" not in redraw("05_blink_gap", results | {"method": None})
 
 
 @pytest.mark.parametrize("family", [*tiny_models.FAMILIES])
@@ -612,7 +499,7 @@ def test_every_family_reads_items_in_their_official_form(family):
         assert np.isfinite(table.scores).all() and (np.abs(table.scores) <= 1 + 1e-6).all()
         assert np.ptp(table.scores, axis=-1).min() > 0  # every source tells the options apart
     prompt = mlm.prompt(style.prompt, images=3)
-    with SessionBatch(blink_gap.base_views(mlm), [pictures]) as session:
+    with SessionBatch(choices.base_views(mlm), [pictures]) as session:
         score = session.answer([[style.prompt]], [[["(A)", "A"]]], max_new_tokens=0)[0][0].scores
     assert prompt.count("<image>") + prompt.count("<|image_pad|>") == 3
     # Both spellings of an option count.

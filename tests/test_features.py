@@ -12,7 +12,6 @@ from transformers import SiglipConfig, SiglipModel, SiglipTextConfig
 
 from kvutils.errors import ModelError, ParameterError
 from kvutils.kvcache import capture, text_values
-from kvutils.layout import TokenLayout
 from kvutils.models import Encoder
 from kvutils.readout.attention import prompt_saliency
 from kvutils.readout.encoders import capture_encoder
@@ -20,7 +19,7 @@ from kvutils.readout.features import FeatureExtractor, image_tokens, pixel_featu
 from kvutils.readout.maps import explore
 from kvutils.readout.maps import picture as picture_of
 from kvutils.readout.words import SiglipText, load_siglip_text
-from tests.tiny_models import WORDS, tiny, tiny_onevision, tiny_pocket, tiny_siglip
+from tests.tiny_models import FAMILIES, WORDS, grid_layout, tiny, tiny_onevision, tiny_pocket, tiny_siglip
 
 RNG = np.random.default_rng(0)
 
@@ -35,11 +34,8 @@ ITEMS = [(f"image {i}", picture()) for i in range(3)]
 def siglip(hidden: int = 24) -> SiglipModel:
     shape = {"hidden_size": hidden, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
     tokens = {"vocab_size": 40, "max_position_embeddings": 8, "projection_size": hidden, "pad_token_id": 0}
-    config = SiglipConfig(
-        text_config=SiglipTextConfig(**shape, **tokens, bos_token_id=2, eos_token_id=2).to_dict(),
-        vision_config={**shape, "image_size": 32, "patch_size": 8},
-    )
-    return SiglipModel(config).eval()
+    text = SiglipTextConfig(**shape, **tokens, bos_token_id=2, eos_token_id=2).to_dict()
+    return SiglipModel(SiglipConfig(text_config=text, vision_config={**shape, "image_size": 32, "patch_size": 8})).eval()
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +48,12 @@ def pocket():
 
 
 def test_sources_and_shapes(pocket):
-    mlm = pocket.mlm
     features = pocket.images(ITEMS)
-    layers = range(mlm.num_layers)
     expected = ["pixels", "encoder_original", "encoder", "projector"]
-    expected += [f"{family}.{n}" for family in ("value", "key", "untrained.value") for n in layers]
+    expected += [f"{family}.{n}" for family in ("value", "key", "untrained.value") for n in range(pocket.mlm.num_layers)]
     assert pocket.sources == expected == list(features[0].features)
-    assert repr(features[0]).startswith(
-        "ImageFeatures(16 image tokens of a 32x32 picture; channels: pixels 5, encoder_original 24"
-    )
+    said = "ImageFeatures(16 image tokens of a 32x32 picture; channels: pixels 5, encoder_original 24"
+    assert repr(features[0]).startswith(said)
     for one in features:
         assert not one.layout.is_newline.any() and len(one.layout) == 16
         assert all(t.shape[0] == 16 and t.dtype == torch.float16 for t in one.features.values())
@@ -77,18 +70,12 @@ def test_features_are_the_captured_ones(pocket):
     (one,) = capture(pocket.mlm, [ITEMS[1][1]])
     (control,) = capture(pocket.untrained, [ITEMS[1][1]])
     (original,) = capture_encoder(pocket.encoder_original, pocket.mlm, [ITEMS[1][1]])
-    tokens = image_tokens(one.layout)
-    direct = {
-        "encoder": one.encoder,
-        "projector": one.projector,
-        "encoder_original": original,
-        "value.2": one.value(2),
-        "key.1": one.key(1),
-        "untrained.value.3": control.value(3),
-    }
+    direct = {"encoder": one.encoder, "projector": one.projector, "encoder_original": original, "value.2": one.value(2),
+              "key.1": one.key(1), "untrained.value.3": control.value(3)}  # fmt: skip
     features = pocket.images(ITEMS)[1]
     for source, tensor in direct.items():
-        torch.testing.assert_close(features.features[source].float(), tensor[tokens], rtol=1e-3, atol=1e-4)
+        expected = tensor[image_tokens(one.layout)]
+        torch.testing.assert_close(features.features[source].float(), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_a_prefix_changes_later_layers_only(pocket):
@@ -97,9 +84,8 @@ def test_a_prefix_changes_later_layers_only(pocket):
     assert (plain.features["value.3"] - hinted.features["value.3"]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("family", ["onevision", "qwen", "next"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_gives_one_full_grid(family):
-    family = {"onevision": "llava_onevision", "qwen": "qwen2_5_vl", "next": "llava_next"}[family]
     extractor = FeatureExtractor(tiny(family), layers=[1, 3], keys=False)
     items = [("wide", picture(90, 50)), ("tall", picture(40, 80))]
     for (_, image), one in zip(items, extractor.images(items), strict=True):
@@ -114,19 +100,6 @@ def test_every_family_gives_one_full_grid(family):
     assert 0 <= extractor.saliency(items[0]).min() and extractor.saliency(items[0]).max() == 1
 
 
-# --- pixels -------------------------------------------------------------------------------------------------
-
-
-def grid_layout(rows: int, columns: int, size: tuple[int, int]) -> TokenLayout:
-    row, column = np.divmod(np.arange(rows * columns), columns)
-    x, y = np.linspace(0, size[0], columns + 1), np.linspace(0, size[1], rows + 1)
-    rects = np.stack([x[column], y[row], x[column + 1], y[row + 1]], axis=1)
-    n = rows * columns
-    return TokenLayout(
-        np.arange(n), rects, np.stack([row, column], 1), np.zeros(n, int), np.zeros(n, bool), size, {"base": (rows, columns)}
-    )
-
-
 def test_pixel_features_are_means_and_positions():
     image = picture(10, 6)
     features = pixel_features(grid_layout(2, 5, (10, 6)), image)
@@ -139,49 +112,39 @@ def test_token_means_of_tokens_smaller_than_a_pixel():
     assert np.allclose(token_means(grid_layout(9, 12, (4, 3)), planes).reshape(3, 3, 4, 3, 2).mean((1, 3)), planes)
 
 
-# --- the same numbers from memory and model -----------------------------------------------------------------
-
-
 def test_memory_is_limited_and_gives_the_same_bytes():
     mlm = tiny_pocket()
     plain = FeatureExtractor(mlm, layers=[0, 2], batch_size=2)
     small = FeatureExtractor(mlm, layers=[0, 2], batch_size=2, memory_bytes=1)
     for _ in range(2):  # what was dropped comes back the same
         for one, other in zip(plain.images(ITEMS), small.images(ITEMS), strict=True):
-            assert list(one.features) == list(other.features)
             assert all(torch.equal(one.features[s], other.features[s]) for s in one.features)
     assert "3 images in memory" in repr(plain) and "1 images in memory" in repr(small)
     assert "tiny" in repr(plain) and "7 sources, layers 0-2" in repr(plain)
 
 
 def test_stacks_are_kept_small(monkeypatch, pocket):
-    extractor = FeatureExtractor(tiny_pocket())
-    image = extractor.images([("a", Image.fromarray(np.zeros((32, 32, 3), np.uint8)))])[0]
-    width, names = image.features["value.0"].shape[1], [f"value.{layer}" for layer in range(5)]
+    image, names = pocket.images(ITEMS)[0], [f"value.{layer}" for layer in range(5)]
+    width = image.features["value.0"].shape[1]
     assert image.by_width(names) == image.by_width(names, rows=100) == [names]
     monkeypatch.setattr("kvutils.readout.features.STACK_BYTES", 2 * 4 * width * 100)
     assert image.by_width(names, rows=100) == [names[:2], names[2:4], names[4:]]
     assert image.by_width(names, rows=10**9) == [[name] for name in names]
-    assert image.stack(names).device == extractor.mlm.device
+    assert image.stack(names).device == pocket.mlm.device
 
 
-def test_processes_of_one_machine_share_its_memory(monkeypatch):
+def test_processes_of_one_machine_share_its_memory(monkeypatch, pocket):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    quarter = FeatureExtractor(tiny_pocket()).memory_bytes
+    quarter = FeatureExtractor(pocket.mlm).memory_bytes
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    assert 3 < FeatureExtractor(tiny_pocket()).memory_bytes / quarter < 5
+    assert 3 < FeatureExtractor(pocket.mlm).memory_bytes / quarter < 5
 
 
 def test_the_fingerprint_names_what_features_depend_on(pocket):
-    mlm = pocket.mlm
-    prints = {
-        FeatureExtractor(mlm).fingerprint,
-        FeatureExtractor(mlm, layers=[1]).fingerprint,
-        FeatureExtractor(mlm, pocket.untrained).fingerprint,
-        FeatureExtractor(replace(mlm, max_pixels=100)).fingerprint,
-        pocket.fingerprint,
-    }
-    assert len(prints) == 5 and FeatureExtractor(mlm).fingerprint in prints
+    others = [FeatureExtractor(pocket.mlm, layers=[1]), FeatureExtractor(pocket.mlm, pocket.untrained), pocket,
+              FeatureExtractor(replace(pocket.mlm, max_pixels=100))]  # fmt: skip
+    own, again = (FeatureExtractor(pocket.mlm).fingerprint for _ in range(2))
+    assert own == again and len({own, *(other.fingerprint for other in others)}) == 5
 
 
 def test_batch_keys_depend_on_pixels_and_prefix(pocket):
@@ -199,15 +162,10 @@ def test_features_that_overflow_half_precision_are_refused():
 
 
 def test_arguments_are_checked(pocket):
-    with pytest.raises(ParameterError):
-        FeatureExtractor(pocket.mlm, layers=[99])
-    with pytest.raises(ParameterError, match="batch_size"):
-        FeatureExtractor(pocket.mlm, batch_size=0)
-    with pytest.raises(ParameterError, match="encoder_original"):
-        FeatureExtractor(pocket.mlm, encoder_text=pocket.alignment.encoder_text)
-
-
-# --- pictures -----------------------------------------------------------------------------------------------
+    for options, message in (({"layers": [99]}, "layers"), ({"batch_size": 0}, "batch_size"),
+                             ({"encoder_text": pocket.alignment.encoder_text}, "encoder_original")):  # fmt: skip
+        with pytest.raises(ParameterError, match=message):
+            FeatureExtractor(pocket.mlm, **options)
 
 
 def test_maps_of_one_image_and_its_explorer(pocket, monkeypatch):
@@ -227,8 +185,6 @@ def test_maps_of_one_image_and_its_explorer(pocket, monkeypatch):
         widget.f("value.9", 0, 0)
 
 
-# --- texts --------------------------------------------------------------------------------------------------
-
 TEXTS = ["fish", "the red car"]
 
 
@@ -236,11 +192,9 @@ def test_text_scores_of_values_are_dot_products(pocket):
     features = pocket.images(ITEMS)[0]
     scores = pocket.text_scores(features, TEXTS)
     for mlm, prefix in ((pocket.mlm, ""), (pocket.untrained, "untrained.")):
-        texts = text_values(mlm, TEXTS)  # (texts, L, G, D)
+        texts = text_values(mlm, TEXTS).flatten(2)  # (texts, L, G * D)
         for layer in pocket.layers:
-            image = features.features[f"{prefix}value.{layer}"].float()
-            image = image.unflatten(1, (mlm.num_kv_heads, mlm.head_dim))
-            expected = torch.einsum("ngd,tgd->tn", image, texts[:, layer])
+            expected = texts[:, layer] @ features.features[f"{prefix}value.{layer}"].float().T
             torch.testing.assert_close(scores[f"{prefix}value.{layer}"], expected, rtol=1e-4, atol=1e-4)
     assert list(scores) == pocket.text_sources
 
@@ -248,8 +202,7 @@ def test_text_scores_of_values_are_dot_products(pocket):
 def test_projector_scores_are_those_of_the_input_embeddings(pocket):
     features = pocket.images(ITEMS)[0]
     ids = pocket.mlm.tokenizer("the red car")["input_ids"]
-    mean = pocket.mlm.model.get_input_embeddings().weight[ids].mean(0)
-    expected = features.features["projector"].float() @ mean
+    expected = features.features["projector"].float() @ pocket.mlm.model.get_input_embeddings().weight[ids].mean(0)
     torch.testing.assert_close(pocket.text_scores(features, TEXTS)["projector"][1], expected)
 
 
@@ -284,35 +237,31 @@ def test_encoders_have_text_scores_only_with_a_text_tower(pocket):
     plain = FeatureExtractor(pocket.mlm, encoder_original=pocket.encoder_original)
     assert not {"encoder", "encoder_original"} & set(plain.text_sources)
     other = siglip(hidden=48)  # another width than the MLM's tower: its head cannot read that tower
-    encoder = Encoder(other.vision_model, pocket.encoder_original.processor, "wide", "in memory")
-    wide = FeatureExtractor(pocket.mlm, encoder_original=encoder, encoder_text=SiglipText(other.text_model, pocket.mlm.tokenizer))
+    encoder, text = replace(pocket.encoder_original, model=other.vision_model), SiglipText(other.text_model, pocket.mlm.tokenizer)
+    wide = FeatureExtractor(pocket.mlm, encoder_original=encoder, encoder_text=text)
     assert "encoder_original" in wide.text_sources and "encoder" not in wide.text_sources
 
 
 def test_text_vectors_do_not_depend_on_other_texts(pocket):
-    fresh = FeatureExtractor(pocket.mlm)
-    both, alone = [fresh.alignment.text(text) for text in TEXTS][1], FeatureExtractor(pocket.mlm).alignment.text(TEXTS[1])
-    assert all(torch.equal(both[source], alone[source]) for source in fresh.text_sources)
+    first, second = FeatureExtractor(pocket.mlm).alignment, FeatureExtractor(pocket.mlm).alignment
+    both, alone = [first.text(text) for text in TEXTS][1], second.text(TEXTS[1])
+    assert all(torch.equal(both[source], alone[source]) for source in first.sources)
 
 
 def test_load_siglip_text(tmp_path):
     both = siglip()
     both.half().save_pretrained(tmp_path / "siglip")
     build_word_tokenizer(WORDS).save_pretrained(tmp_path / "siglip")
-    text = load_siglip_text(str(tmp_path / "siglip"))
-    expected = SiglipText(both.float().text_model, build_word_tokenizer(WORDS)).embed("fish")
-    torch.testing.assert_close(text.embed("fish"), expected)
-    assert text.embed("fish").norm() == pytest.approx(1)
+    found = load_siglip_text(str(tmp_path / "siglip")).embed("fish")
+    torch.testing.assert_close(found, SiglipText(both.float().text_model, build_word_tokenizer(WORDS)).embed("fish"))
+    assert found.norm() == pytest.approx(1)
     both.vision_model.save_pretrained(tmp_path / "vision")
     with pytest.raises(ModelError, match="siglip_vision_model.*not a SigLIP pair"):
         load_siglip_text(str(tmp_path / "vision"))
 
 
-# --- saliency -----------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl", "llava_next"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_saliency_is_the_attention_of_the_last_token(family):
     mlm, eager = tiny(family), tiny(family, attention="eager")
     image, question = picture(60, 40), "what colour is the fish"

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import tiny
+from tiny_models import score_table, tiny
 
-from kvutils import plots
 from kvutils.datasets import USES, class_names, open_dataset
 from kvutils.datasets.samples import YesNoSample
 from kvutils.errors import DataError, ParameterError
@@ -17,8 +16,7 @@ from kvutils.kvcache import capture
 from kvutils.metrics.statistics import choosing_half
 from kvutils.models import load_mlm
 from kvutils.readout.features import FeatureExtractor
-from kvutils.run.report import judge, load_claims
-from kvutils.store import Parts, read_json, to_json, write_json
+from kvutils.store import Parts, to_json
 from kvutils.tasks import prefix_answers
 from kvutils.tasks.base import ScoreTable
 from kvutils.tasks.prefix import MOVED, NOWHERE, DomainPrefix, ReferringPrefix, moved, prefix_picture, run_prefixes
@@ -46,9 +44,6 @@ class Letters(PrefixWriter):
         return sum(-(-len(word) // 3) for word in (prefix or "").split())
 
 
-# --- prefixes ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("make", [lambda writer: writer, lambda writer: Letters()])
 def test_all_controls_have_the_tokens_of_the_correct_prefix(writer, make):
     writer = make(writer)
@@ -66,20 +61,16 @@ def test_all_controls_have_the_tokens_of_the_correct_prefix(writer, make):
     assert len({writer.write(form("fish"), wrong, seed)["random"] for seed in range(20)}) > 10
 
 
-def test_reversed_is_the_last_word_first(writer):
-    assert writer.write("look for the fish", ["look for the car"], 0)["reversed"] == "fish the for look"
-
-
 def test_a_prefix_without_controls_of_its_length_has_none(writer):
+    assert writer.write("look for the fish", ["look for the car"], 0)["reversed"] == "fish the for look"
     assert writer.write("look for the fish", ["look for the red car"], 0) is None
     assert writer.write("look for the fish", ["look for the fish"], 0) is None  # the correct one is no control
 
 
 def test_bad_prefixes_are_errors(writer, mlm):
-    with pytest.raises(ParameterError, match="two words"):
-        writer.write("fish", ["car"], 0)
-    with pytest.raises(ParameterError, match="does not know"):
-        writer.write("look for the zeppelin", ["look for the car"], 0)
+    for correct, message in (("fish", "two words"), ("look for the zeppelin", "does not know")):
+        with pytest.raises(ParameterError, match=message):
+            writer.write(correct, ["look for the car"], 0)
     with pytest.raises(ParameterError, match="pocket, paper"):
         PrefixWriter(mlm, "coffee")
 
@@ -99,9 +90,6 @@ def test_values_of_the_first_layer_are_the_same_behind_any_prefix(family):
     assert behind.layout.slots[0] > plain.layout.slots[0]
 
 
-# --- data --------------------------------------------------------------------------------------------------
-
-
 def test_domain_scenes_are_of_their_domains_and_disjoint():
     scored = open_dataset("pocket-bdd-10k", scenes=12)
     train = open_dataset("pocket-bdd-10k-train", scenes=6)
@@ -114,27 +102,22 @@ def test_domain_scenes_are_of_their_domains_and_disjoint():
     assert USES["paper"]["04"]["domains"] == "bdd-10k"
 
 
-# --- readouts ----------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def domain_readouts(mlm, writer):
     extractor = FeatureExtractor(mlm, layers=[0, 5], keys=False)
     scored, train = open_dataset("pocket-bdd-10k", scenes=6), open_dataset("pocket-bdd-10k-train", scenes=30)
-    return extractor, {r: DomainPrefix(scored, train, class_names("pocket-bdd-10k-train"), extractor, writer, r) for r in ("text", "probe")}
+    names = class_names("pocket-bdd-10k-train")
+    return extractor, {r: DomainPrefix(scored, train, names, extractor, writer, r) for r in ("text", "probe")}
 
 
 @pytest.mark.parametrize("readout", ["text", "probe"])
 def test_domain_readouts_run_and_resume_with_the_same_bytes(domain_readouts, readout, tmp_path):
     extractor, readouts = domain_readouts
-    task = readouts[readout]
     parts = Parts(tmp_path, model="m")
-    table = run_prefixes(task, extractor, parts, progress=False, chunk=4)
+    table = run_prefixes(readouts[readout], extractor, parts, progress=False, chunk=4)
     assert table.sources[:3] == ["none.0", "none.5", "correct.0"] and len(table) == 6 and not table.skipped
-    files = sorted((parts.folder).rglob("*.safetensors"))
-    files[-1].unlink()
-    again = run_prefixes(task, extractor, parts, progress=False, chunk=4)
-    assert to_json(vars(again)) == to_json(vars(table))
+    sorted(parts.folder.rglob("*.safetensors"))[-1].unlink()
+    assert to_json(vars(run_prefixes(readouts[readout], extractor, parts, progress=False, chunk=4))) == to_json(vars(table))
     # Values of layer 0 cannot move, later ones do; without prefix nothing does.
     moves = {source: table.of(source)[:, -2:] for source in table.sources}
     assert (moves["correct.0"] == 0).all() and (moves["none.5"] == 0).all() and (moves["correct.5"] > 0).all()
@@ -180,22 +163,14 @@ def test_distance_moved_is_relative_and_weighted():
     assert moved(values, plain, np.array([0.5, 0.0, 0.0, 0.0])) == [(pytest.approx(1.0), pytest.approx(1.0 / 3.5))]
 
 
-# --- effects -----------------------------------------------------------------------------------------------
-
-
-def table_of(effects: dict[str, float], n: int = 80) -> ScoreTable:
+def table_of(effects: dict[str, float], n: int = 80):
     """IoU of 0.5 in layer 2, 0.4 in layer 1, 0.9 in layer 0; a condition adds its effect in layers 1 and 2."""
-    rng = np.random.default_rng(0)
-    sources = [f"{c}.{layer}" for c in CONDITIONS for layer in (0, 1, 2)]
-    level = {0: 0.9, 1: 0.4, 2: 0.5}
-    values = np.zeros((n, len(sources), 7))
-    for s, source in enumerate(sources):
-        condition, layer = source.split(".")
-        values[:, s, 3] = level[int(layer)] + (effects.get(condition, 0.0) if layer != "0" else 0.0)
-        values[:, s, 5:] = (0.2, 0.1) if condition != "none" else 0.0
-    values[:, :, 3] += rng.normal(0, 0.15, (n, 1)) + rng.normal(0, 0.01, (n, len(sources)))
-    return ScoreTable("referring_by_class_name", [f"i{i}" for i in range(n)], [f"g{i // 2}" for i in range(n)], sources,
-                      ["ap", "intersection", "union", "iou", "box", *MOVED], values)  # fmt: skip
+    level, reached = {0: 0.9, 1: 0.4, 2: 0.5}, (1, 2)
+    levels = {f"{c}.{layer}": level[layer] + (layer in reached) * effects.get(c, 0.0) for c in CONDITIONS for layer in level}
+    columns = ("ap", "intersection", "union", "iou", "box", *MOVED)
+    table = score_table("referring_by_class_name", levels, columns, n, column=3, shared=0.15, own=0.01)
+    table.values[:, len(level) :, 5:] = (0.2, 0.1)  # all but "none"
+    return table
 
 
 def statistic(weights, values):
@@ -211,39 +186,31 @@ def test_effects_are_the_planted_ones_in_a_layer_that_a_prefix_reaches():
         assert minus[condition]["mean"] == pytest.approx(wanted, abs=0.01)
         assert minus[condition]["high"] - minus[condition]["low"] < 0.02  # paired: what items differ by does not matter
     assert found["added"]["wrong"][1]["mean"] == pytest.approx(-0.02, abs=0.01)
-    assert found["moved"]["objects"]["correct"][0]["mean"] == pytest.approx(0.2)
-    assert found["moved"]["background"]["correct"][0]["mean"] == pytest.approx(0.1)
+    for part, distance in (("objects", 0.2), ("background", 0.1)):
+        assert found["moved"][part]["correct"][0]["mean"] == pytest.approx(distance)
     with pytest.raises(DataError, match="at least 4"):
         summarise_prefixes(table_of({}, n=6), statistic, 20)
 
 
-@pytest.mark.parametrize(
-    "effects, c7, x3",
-    [
-        ({"correct": 0.04}, "reproduced", "reproduced"),
-        # Better than no prefix, but so is every control: the token count does it.
-        ({name: 0.04 for name in CONDITIONS[1:]}, "inconclusive", "inconclusive"),
-        ({"correct": -0.04}, "not reproduced", "not reproduced"),
-        ({"correct": 0.04, "reversed": 0.04}, "reproduced", "inconclusive"),
-    ],
-)
-def test_verdicts(effects, c7, x3):
+@pytest.mark.parametrize("effects, c7, x3", [
+    ({"correct": 0.04}, "reproduced", "reproduced"),
+    # Better than no prefix, but so is every control: the token count does it.
+    ({name: 0.04 for name in CONDITIONS[1:]}, "inconclusive", "inconclusive"),
+    ({"correct": -0.04}, "not reproduced", "not reproduced"),
+    ({"correct": 0.04, "reversed": 0.04}, "reproduced", "inconclusive")])  # fmt: skip
+def test_verdicts(verdict, effects, c7, x3):
     found = summarise_prefixes(table_of(effects), statistic, 300)
     summaries = {"referring_by_class_name": found, "domain_by_probe": found}
-    claims = {"C7": claim_c7(summaries), "X3": claim_x3(summaries)}
-    assert len(claims["C7"]["entries"]) == 6 and len(claims["X3"]["entries"]) == 8
-    known = {claim["id"]: claim for claim in load_claims()}
-    assert {name: judge(known[name], claim)[0] for name, claim in claims.items()} == {"C7": c7, "X3": x3}
-    assert claims["C7"]["value"] == pytest.approx(100 * effects["correct"], abs=1)  # points
-
-
-# --- answers -----------------------------------------------------------------------------------------------
+    first, second = claim_c7(summaries), claim_x3(summaries)
+    assert len(first["entries"]) == 6 and len(second["entries"]) == 8
+    assert (verdict("C7", first), verdict("X3", second)) == (c7, x3)
+    assert first["value"] == pytest.approx(100 * effects["correct"], abs=1)  # points
 
 
 def questions(images: int = 6) -> list[YesNoSample]:
-    picture = Image.new("RGB", (32, 32))
+    picture, asked = Image.new("RGB", (32, 32)), (("fish", "yes"), ("car", "no"))
     return [YesNoSample(f"{i}-{subset}-{name}", f"image{i}", picture, f"is there a {name} ?", truth, subset)
-            for i in range(images) for subset in ("random", "popular") for name, truth in (("fish", "yes"), ("car", "no"))]  # fmt: skip
+            for i in range(images) for subset in ("random", "popular") for name, truth in asked]  # fmt: skip
 
 
 def test_answers_that_follow_the_prefix_are_counted(writer, mlm, monkeypatch, tmp_path):
@@ -259,10 +226,9 @@ def test_answers_that_follow_the_prefix_are_counted(writer, mlm, monkeypatch, tm
     table = prefix_answers.ask_behind_prefixes(questions(), mlm, writer, parts, progress=False)
     assert len(table) == 6 and table.of("none")[:, 4].tolist() == [2] * 6  # each wording once per image
     found = prefix_answers.summarise_prefix_answers(table, 50)
-    assert found["rates"]["accuracy"]["none"]["mean"] == 1 and found["minus_none"]["accuracy"]["wrong"]["mean"] == -0.5
-    assert found["minus_none"]["accuracy on the object named"]["wrong"]["mean"] == -1
-    assert found["minus_none"]["share of yes"]["wrong"]["mean"] == 0.5
-    assert found["rates"]["changed answers"]["correct"]["mean"] == 0
+    assert found["rates"]["accuracy"]["none"]["mean"] == 1 and found["rates"]["changed answers"]["correct"]["mean"] == 0
+    for rate, minus in {"accuracy": -0.5, "accuracy on the object named": -1, "share of yes": 0.5}.items():
+        assert found["minus_none"][rate]["wrong"]["mean"] == minus
     monkeypatch.setattr(prefix_answers, "answer_all", None)  # all is stored
     again = prefix_answers.ask_behind_prefixes(questions(), mlm, writer, parts, progress=False)
     assert to_json(vars(again)) == to_json(vars(table))
@@ -278,26 +244,21 @@ def test_questions_of_another_form_are_errors(writer, mlm):
         prefix_answers.ask_behind_prefixes(only_yes, mlm, writer, progress=False)
 
 
-# --- figures -----------------------------------------------------------------------------------------------
-
-
-def test_figures_need_only_the_results_file(tmp_path):
-    summary = summarise_prefixes(table_of({"correct": 0.04}), statistic, 30) | {"title": "Referring\nsegmentation", "metric": "mIoU"}
+def test_figures_need_only_the_results_file(redraw):
+    about = {"title": "Referring\nsegmentation", "metric": "mIoU"}
+    summary = summarise_prefixes(table_of({"correct": 0.04}), statistic, 30) | about
     rows = np.random.default_rng(0).integers(1, 4, (8, len(CONDITIONS), 6)).astype(float)
     ids = [f"i{i}" for i in range(8)]
     answers = ScoreTable("prefix_answers", ids, ids, list(CONDITIONS), list(prefix_answers.COLUMNS), rows)
     grid = np.random.default_rng(0).random((4, 4)).tolist()
     order = ["none", "correct", "wrong", "random"]
-    write_json(tmp_path / "04_prefix.json", {
+    figures = redraw("04_prefix", {
         "readouts": {name: summary for name in ("referring_by_class_name", "domain_by_text", "domain_by_probe")},
         "answers": prefix_answers.summarise_prefix_answers(answers, 30),
         "picture": {"image": encode_image(Image.new("RGB", (32, 32), "teal")), "size": [32, 32], "text": "the fish", "layer": 2,
                     "order": order, "maps": dict.fromkeys(order, grid), "ious": dict.fromkeys(order, 0.5),
-                    "prefixes": {"none": None, "correct": "look for the fish", "wrong": "look for the car", "random": "in there of nothing"}},
+                    "prefixes": {"none": None, "correct": "look for the fish", "wrong": "the car", "random": "in of it"}},
     })  # fmt: skip
-    paths = plots.draw_all(tmp_path, tmp_path / "figures")
-    assert len(paths) == 5 and all(np.asarray(Image.open(path).convert("L")).std() > 5 for path in paths)
-    figures = plots.DRAW["04_prefix"](read_json(tmp_path / "04_prefix.json"))
+    assert len(figures) == 5
     drawn = [line.get_xdata()[0] for line in figures["04_prefix_effects"].axes[0].lines if line.get_marker() == "X"]  # filler
     assert drawn == pytest.approx([100 * summary["best"]["correct_minus"]["filler"]["mean"]])
-    plots.plt.close("all")
