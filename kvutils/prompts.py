@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kvutils.errors import ParameterError
+from kvutils.errors import ModelError, ParameterError
 from kvutils.models import MLM, ONEVISION, QWEN
 from kvutils.vision import VisionInputs
 
@@ -39,6 +39,9 @@ def prepare_text(mlm: MLM, prompts: Sequence[str], vision: VisionInputs, images_
         text = head + "".join(token * len(one) + tail for one, tail in zip(layouts, tails, strict=True))
         ids = torch.tensor(tokenize(mlm, text))
         slots = (ids == mlm.image_token_id).nonzero().flatten()
+        if len(slots) != sum(map(len, layouts)):
+            raise ModelError(f"the tokenizer of {mlm.name} makes {len(slots)} image tokens (id {mlm.image_token_id}), the layout has "
+                             f"{sum(map(len, layouts))}: does every {token!r} become the image token of the model?")  # fmt: skip
         for part in slots.split([len(one) for one in layouts]):
             vision.layouts[first] = replace(vision.layouts[first], slots=part.numpy())
             first += 1

@@ -13,7 +13,7 @@ from kvutils.datasets.pocket.shapes import CLASSES
 from kvutils.datasets.pocket.world import COLOURS
 from kvutils.models import ENCODERS, load_mlm
 from kvutils.tasks.prefixes import WORDING
-from tests.tiny_models import TOWER, WORDS, tiny
+from tests.tiny_models import TOWER, WORDS, save, tiny
 
 
 def known_words() -> list[str]:
@@ -36,22 +36,17 @@ def save_tiny(family: str, folder: Path, **options) -> Path:
     """A tiny random model (see `tiny_models`) as `save_pretrained` writes it."""
     mlm = tiny(family, words=known_words(), seed=3, **options)  # not the seed of the untrained control
     mlm.model.config.text_config.update({"bos_token_id": None, "eos_token_id": None})  # Qwen's own are no tokens here
-    mlm.model.save_pretrained(folder)
-    mlm.processor.save_pretrained(folder)
-    return folder
+    return save(mlm, folder)
 
 
 def save_pocket_with_words(folder: Path) -> Path:
     """The pocket model with the words of the paper profile, which it has never read, behind its own."""
     mlm = load_mlm("pocket")
     own = sorted(mlm.tokenizer.get_vocab(), key=mlm.tokenizer.get_vocab().get)[4:]  # without the special tokens
-    processor = mlm.processor
-    processor.tokenizer = build_word_tokenizer(list(dict.fromkeys([*own, *known_words()])))
+    mlm.processor.tokenizer = build_word_tokenizer(list(dict.fromkeys([*own, *known_words()])))
     torch.manual_seed(0)
-    mlm.model.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
-    mlm.model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    mlm.model.resize_token_embeddings(len(mlm.tokenizer), mean_resizing=False)
+    return save(mlm, folder)
 
 
 def save_siglip(home: Path) -> Path:

@@ -6,8 +6,11 @@ window attention with some full-attention blocks, a first token that the tokeniz
 make by hand: a token grid, a table of scores.
 """
 
+from pathlib import Path
+
 import numpy as np
 import torch
+from PIL import Image
 from recipe.tokenizer import build_pocket_processor, build_word_tokenizer
 from tokenizers import processors
 from transformers import (
@@ -48,16 +51,8 @@ IN_ORDER = (
     "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %} assistant{% endif %}"
 )
-TEXT = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 8192,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-}
+TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 8192, "initializer_range": 0.2, "pad_token_id": 0}  # fmt: skip
 TOWER = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3}
 
 
@@ -69,9 +64,7 @@ def tiny_onevision(seed: int = 0, attention: str = "sdpa", words: list[str] = WO
     image_processor = LlavaOnevisionImageProcessorPil(
         size={"height": side, "width": side}, image_mean=[0.5] * 3, image_std=[0.5] * 3, image_grid_pinpoints=pinpoints
     )
-    processor = ImageOnlyLlavaOnevisionProcessor(
-        image_processor, tokenizer, (side // patch) ** 2, "full", chat_template=IMAGES_FIRST
-    )
+    processor = ImageOnlyLlavaOnevisionProcessor(image_processor, tokenizer, (side // patch) ** 2, "full", chat_template=IMAGES_FIRST)
     config = LlavaOnevisionConfig(
         vision_config=_siglip(side, patch),
         text_config=Qwen2Config(vocab_size=len(tokenizer), **TEXT | text),
@@ -89,20 +82,13 @@ def tiny_next(seed: int = 0, attention: str = "sdpa", words: list[str] = WORDS, 
     tokenizer = build_word_tokenizer([*words, "<bos>"])
     tokenizer.add_special_tokens({"bos_token": "<bos>"})
     start = [("<bos>", tokenizer.bos_token_id)]
-    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", pair="<bos> $A $B", special_tokens=start
-    )
-    image_processor = LlavaNextImageProcessorPil(
-        size={"shortest_edge": side}, crop_size={"height": side, "width": side}, image_grid_pinpoints=pinpoints
-    )
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", "<bos> $A $B", special_tokens=start)
+    square = {"height": side, "width": side}
+    image_processor = LlavaNextImageProcessorPil(size={"shortest_edge": side}, crop_size=square, image_grid_pinpoints=pinpoints)
     processor = LlavaNextProcessor(
-        image_processor,
-        tokenizer,
-        patch_size=patch,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
+        image_processor, tokenizer, patch_size=patch, vision_feature_select_strategy="default", num_additional_image_tokens=1,
         chat_template=IMAGES_FIRST,
-    )
+    )  # fmt: skip
     config = LlavaNextConfig(
         vision_config=CLIPVisionConfig(image_size=side, patch_size=patch, initializer_range=0.2, **TOWER),
         text_config=LlamaConfig(vocab_size=len(tokenizer), **TEXT | text),
@@ -118,33 +104,18 @@ def tiny_qwen(seed: int = 0, attention: str = "sdpa", words: list[str] = WORDS, 
     tokenizer = build_word_tokenizer(words)
     marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     tokenizer.add_special_tokens({"additional_special_tokens": marks})
-    image_processor = Qwen2VLImageProcessorPil(
-        patch_size=patch, merge_size=2, size={"shortest_edge": 16 * 16, "longest_edge": 128 * 128}
-    )
+    edges = {"shortest_edge": 16 * 16, "longest_edge": 128 * 128}
+    image_processor = Qwen2VLImageProcessorPil(patch_size=patch, merge_size=2, size=edges)
     processor = ImageOnlyQwen2_5_VLProcessor(image_processor, tokenizer, chat_template=IN_ORDER)
     start, end, image, video = tokenizer.convert_tokens_to_ids(marks)
     text_config = TEXT | {"vocab_size": len(tokenizer)} | text
     head_dim = text_config["hidden_size"] // text_config["num_attention_heads"]
     sections = [head_dim // 4, head_dim // 8, head_dim // 8]  # of the rotary half dimensions
     text_config["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections}
-    config = Qwen2_5_VLConfig(
-        vision_config={
-            "depth": 4,
-            "hidden_size": 24,
-            "intermediate_size": 48,
-            "num_heads": 3,
-            "patch_size": patch,
-            "window_size": 3 * 2 * patch,
-            "fullatt_block_indexes": [1, 3],
-            "out_hidden_size": text_config["hidden_size"],
-            "initializer_range": 0.2,
-        },
-        text_config=text_config,
-        image_token_id=image,
-        video_token_id=video,
-        vision_start_token_id=start,
-        vision_end_token_id=end,
-    )
+    vision = {"depth": 4, "hidden_size": 24, "intermediate_size": 48, "num_heads": 3, "patch_size": patch, "initializer_range": 0.2,
+              "window_size": 3 * 2 * patch, "fullatt_block_indexes": [1, 3], "out_hidden_size": text_config["hidden_size"]}  # fmt: skip
+    config = Qwen2_5_VLConfig(vision_config=vision, text_config=text_config, image_token_id=image, video_token_id=video,
+                              vision_start_token_id=start, vision_end_token_id=end)  # fmt: skip
     return _wrap(Qwen2_5_VLForConditionalGeneration, config, processor, seed, attention)
 
 
@@ -192,6 +163,24 @@ def score_table(task: str, levels: dict[str, float], columns, n=80, column=0, sh
     values[..., column] = list(levels.values()) + random.normal(0, shared, (n, 1)) + random.normal(0, own, (n, len(levels)))
     items, groups = [f"i{i}" for i in range(n)], [f"g{i // 2}" for i in range(n)]
     return ScoreTable(task, items, groups, list(levels), list(columns), values)
+
+
+def save(model: MLM | Encoder, folder: Path) -> Path:
+    """A folder as `save_pretrained` writes it."""
+    model.model.save_pretrained(folder)
+    model.processor.save_pretrained(folder)
+    return folder
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    rng = np.random.default_rng([seed, width, height])
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def hooks(mlm: MLM) -> dict:
+    """What patching would leave behind in the modules."""
+    modules = mlm.model.named_modules()
+    return {name: (tuple(m._forward_hooks), tuple(m._forward_pre_hooks), "forward" in vars(m)) for name, m in modules}
 
 
 def _siglip(side: int, patch: int) -> SiglipVisionConfig:
