@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from recipe.tokenizer import build_pocket_processor
-from tiny_models import FAMILIES, IMAGES_FIRST, WORDS, tiny, tiny_pocket, tiny_siglip
+from recipe.tokenizer import build_pocket_processor, build_word_tokenizer
+from tiny_models import FAMILIES, IMAGES_FIRST, WORDS, hooks, picture, save, tiny, tiny_pocket, tiny_siglip
 from transformers import DynamicCache, GenerationConfig
 
 import kvutils
+from kvutils.answer import ImageSession
 from kvutils.errors import ImageError, ModelError, ParameterError
 from kvutils.kvcache import capture, text_values
 from kvutils.language import resolve_layers
@@ -27,44 +28,27 @@ from kvutils.vision import encode_images, prepare_images
 ALL = [*FAMILIES, "pocket"]
 
 
-def picture(width, height, seed=0) -> Image.Image:
-    rng = np.random.default_rng([seed, width, height])
-    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
 IMAGES = [picture(50, 40), picture(40, 90), picture(130, 20)]
 
 
 def plain_cache(mlm, image, prefix=None, whole=False):
-    """(cache, inputs) of the published way: processor -> model.model -> DynamicCache."""
-    inputs = mlm.processor(text=[mlm.prompt(prefix=prefix)], images=[image], return_tensors="pt")
-    inputs = inputs.to(mlm.dtype)
-    if not whole:
-        end = (inputs["input_ids"][0] == mlm.image_token_id).nonzero().max() + 1
-        for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
-            if name in inputs:
-                inputs[name] = inputs[name][:, :end]
+    """(cache, token ids) of the published way: processor -> model.model -> DynamicCache, up to the last image token unless whole.
+
+    The pocket model is shown base views only: the class's several-images mode."""
+    if mlm.base_view_only:
+        square = mlm.processor.image_processor([image.resize((32, 32), Image.Resampling.BICUBIC)], return_tensors="pt")
+        inputs = mlm.tokenizer(mlm.prompt(prefix=prefix).replace("<image>", "<image>" * 17), return_tensors="pt")
+        inputs |= {"pixel_values": square["pixel_values"][:, :1], "image_sizes": torch.tensor([[32, 32]]), "batch_num_images": [2]}
+    else:
+        inputs = dict(mlm.processor(text=[mlm.prompt(prefix=prefix)], images=[image], return_tensors="pt"))
+    inputs["pixel_values"] = inputs["pixel_values"].to(mlm.dtype)
+    end = None if whole else (inputs["input_ids"][0] == mlm.image_token_id).nonzero().max() + 1
+    for name in {"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"} & set(inputs):
+        inputs[name] = inputs[name][:, :end]
     cache = DynamicCache()
     with torch.no_grad():
         mlm.model.model(**inputs, past_key_values=cache, use_cache=True)
-    return cache, inputs
-
-
-def pocket_cache(mlm, image, prefix=None, whole=False):
-    """The pocket model is shown base views only: the class's several-images mode."""
-    text = mlm.prompt(prefix=prefix).replace("<image>", "<image>" * 17)
-    ids = mlm.tokenizer(text, return_tensors="pt")["input_ids"]
-    ids = ids if whole else ids[:, : (ids[0] == mlm.image_token_id).nonzero().max() + 1]
-    square = mlm.processor.image_processor([image.resize((32, 32), Image.Resampling.BICUBIC)], return_tensors="pt")
-    cache = DynamicCache()
-    with torch.no_grad():
-        mlm.model.model(input_ids=ids, pixel_values=square["pixel_values"][:, :1].to(mlm.dtype), batch_num_images=[2],
-                        image_sizes=torch.tensor([[32, 32]]), past_key_values=cache, use_cache=True)  # fmt: skip
-    return cache, {"input_ids": ids}
-
-
-def reference(mlm, *args, **options):
-    return (pocket_cache if mlm.base_view_only else plain_cache)(mlm, *args, **options)
+    return cache, inputs["input_ids"]
 
 
 def looks(mlm):
@@ -88,8 +72,7 @@ def test_keys_and_values_are_those_of_the_plain_cache(family, dtype):
     mlm = tiny(family)
     mlm.model.to(dtype)
     for image in IMAGES:
-        cache, inputs = reference(mlm, image)
-        slots, keys, values = image_rows(cache, inputs["input_ids"], mlm)
+        slots, keys, values = image_rows(*plain_cache(mlm, image), mlm)
         one = capture(mlm, [image])[0]
         assert np.array_equal(one.layout.slots, slots.numpy())
         assert one.keys.shape == (mlm.num_layers, mlm.num_kv_heads, len(slots), mlm.head_dim)
@@ -99,9 +82,9 @@ def test_keys_and_values_are_those_of_the_plain_cache(family, dtype):
 @pytest.mark.parametrize("family", ALL)
 def test_the_text_after_the_image_does_not_matter(family):
     mlm = tiny(family)
-    cache, inputs = reference(mlm, IMAGES[0], whole=True)
-    assert inputs["input_ids"][0, -1] != mlm.image_token_id
-    _, keys, values = image_rows(cache, inputs["input_ids"], mlm)
+    cache, ids = plain_cache(mlm, IMAGES[0], whole=True)
+    assert ids[0, -1] != mlm.image_token_id
+    _, keys, values = image_rows(cache, ids, mlm)
     one = capture(mlm, [IMAGES[0]])[0]
     assert torch.allclose(one.keys, keys, atol=1e-5) and torch.allclose(one.values, values, atol=1e-5)
 
@@ -111,8 +94,7 @@ def test_token_ids_are_those_of_the_processor(family):
     mlm = tiny(family)
     prompts = [mlm.prompt("what is this?", prefix="a red fish"), mlm.prompt("yes")]
     for image, prompt in zip(IMAGES, prompts, strict=False):
-        vision = prepare_images(mlm, [image])
-        ours = prepare_text(mlm, [prompt], vision, images_only=False)
+        ours = prepare_text(mlm, [prompt], prepare_images(mlm, [image]), images_only=False)
         theirs = mlm.processor(text=[prompt], images=[image], return_tensors="pt")
         assert torch.equal(ours.input_ids, theirs["input_ids"])
     batch = prepare_text(mlm, prompts, prepare_images(mlm, IMAGES[:2]), images_only=False)
@@ -123,18 +105,16 @@ def test_token_ids_are_those_of_the_processor(family):
 @pytest.mark.parametrize("prefix", [None, "a red fish on the left"])
 def test_features_at_image_slots_are_the_scattered_projector_output(family, prefix):
     mlm = tiny(family)
-    seen = {}
-
-    def remember(module, args, kwargs):
-        seen["embeddings"] = kwargs["inputs_embeds"].clone()
-
-    hook = mlm.model.model.language_model.register_forward_pre_hook(remember, with_kwargs=True)
-    _, inputs = reference(mlm, IMAGES[1], prefix=prefix)
+    seen = []
+    hook = mlm.model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"].clone()), with_kwargs=True
+    )
+    _, ids = plain_cache(mlm, IMAGES[1], prefix=prefix)
     hook.remove()
     one = capture(mlm, [IMAGES[1]], prefix=prefix, keys=False, values=False)[0]
-    slots = (inputs["input_ids"][0] == mlm.image_token_id).nonzero().flatten()
+    slots = (ids[0] == mlm.image_token_id).nonzero().flatten()
     assert np.array_equal(one.layout.slots, slots.numpy())
-    assert torch.equal(one.projector, seen["embeddings"][0, slots])
+    assert torch.equal(one.projector, seen[0][0, slots])
     if family != "qwen2_5_vl":
         newline = one.layout.is_newline
         assert newline.any() and (one.encoder[newline] == 0).all()
@@ -168,7 +148,7 @@ def test_qwen_window_order_is_undone():
     outputs = {}
     hook = visual.merger.register_forward_hook(lambda module, args, output: outputs.update(states=args[0]))
     with torch.no_grad():
-        encoder, projector = encode_images(mlm, vision)
+        encoder, _ = encode_images(mlm, vision)
     hook.remove()
     # A merger that averages each group of four patches makes the projector output what `encoder` should be.
     states = outputs["states"]
@@ -246,8 +226,7 @@ def test_prefix_stands_before_the_image_and_is_seen_by_it(family):
     prompt = mlm.prompt(prefix=prefix)
     assert prompt.index(prefix) < prompt.index(mlm.processor.image_token)
     assert np.array_equal(one.layout.slots, without.layout.slots + len(words))
-    cache, inputs = reference(mlm, IMAGES[0], prefix=prefix)
-    slots, keys, values = image_rows(cache, inputs["input_ids"], mlm)
+    _, keys, values = image_rows(*plain_cache(mlm, IMAGES[0], prefix=prefix), mlm)
     assert torch.equal(one.keys, keys) and torch.equal(one.values, values)
     assert torch.equal(one.values[0], without.values[0])  # layer 0 has not looked around yet
     assert not torch.allclose(one.values[1], without.values[1], atol=1e-3)
@@ -256,8 +235,7 @@ def test_prefix_stands_before_the_image_and_is_seen_by_it(family):
 def test_pocket_prompt_is_items_joined_by_spaces():
     mlm = tiny_pocket()
     assert mlm.prompt("what is this?", prefix="a red fish") == "a red fish <image> what is this? :"
-    three = "first <image> second <image> third <image> same colour? :"
-    assert mlm.prompt("same colour?", images=3) == three
+    assert mlm.prompt("same colour?", images=3) == "first <image> second <image> third <image> same colour? :"
     assert mlm.prompt() == "<image> :"
 
 
@@ -275,9 +253,8 @@ def test_several_images_in_one_prompt(family):
     prompts = [mlm.prompt("what is this?", images=2), mlm.prompt("yes", prefix="a fish")]
     text = prepare_text(mlm, prompts, vision, images_only=False)
     for row, images in ((0, vision.layouts[:2]), (1, vision.layouts[2:])):
-        slots = np.concatenate([one.slots for one in images])
         expected = (text.input_ids[row] == mlm.image_token_id).nonzero().flatten().numpy()
-        assert np.array_equal(slots, expected)
+        assert np.array_equal(np.concatenate([one.slots for one in images]), expected)
     encoder, projector = encode_images(mlm, vision)
     assert [len(x) for x in projector] == [len(one) for one in vision.layouts] == [len(x) for x in encoder]
 
@@ -300,28 +277,32 @@ def test_prompt_errors():
         capture(mlm, [IMAGES[0]])
 
 
+@pytest.mark.parametrize("ask", [lambda mlm: capture(mlm, IMAGES), lambda mlm: ImageSession(mlm, IMAGES[0])])
+def test_a_tokenizer_with_other_image_tokens_is_an_error(ask):
+    mlm = tiny("llava_next")
+    mlm.processor.tokenizer = build_word_tokenizer([*WORDS, "other"])  # its image token has another id
+    mlm.model.config.image_token_id += 1
+    with pytest.raises(ModelError, match="tokenizer of tiny-llava_next makes 0 image tokens .* layout has"):
+        ask(mlm)
+
+
 # ---- the model is left as it was -----------------------------------------------------------------
 
 
 def fingerprint(mlm):
-    modules = dict(mlm.model.named_modules())
-    hooks = {name: (tuple(m._forward_hooks), tuple(m._forward_pre_hooks), "forward" in vars(m)) for name, m in modules.items()}
     weights = {name: (tensor.data_ptr(), tensor._version) for name, tensor in mlm.model.state_dict().items()}
-    inner = getattr(mlm.model.model, "rope_deltas", None)
-    rope = None if inner is None else inner.clone()
-    return hooks, weights, mlm.model.config.to_json_string(), mlm.model.training, rope
+    rope = getattr(mlm.model.model, "rope_deltas", None)
+    return hooks(mlm), weights, mlm.model.config.to_json_string(), mlm.model.training, None if rope is None else rope.tolist()
 
 
-def same(a, b):
-    assert a[:4] == b[:4]
-    assert (a[4] is None and b[4] is None) or torch.equal(a[4], b[4])
+def question_inputs(mlm):
+    image = picture(32, 32) if mlm.base_view_only else IMAGES[0]
+    return mlm.processor(text=[mlm.prompt("what is this?")], images=[image], return_tensors="pt")
 
 
+@torch.no_grad()
 def question_logits(mlm):
-    image = IMAGES[0] if not mlm.base_view_only else picture(32, 32)
-    inputs = mlm.processor(text=[mlm.prompt("what is this?")], images=[image], return_tensors="pt")
-    with torch.no_grad():
-        return mlm.model(**inputs).logits
+    return mlm.model(**question_inputs(mlm)).logits
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -330,9 +311,8 @@ def test_model_is_left_unmodified_also_after_an_exception(family, monkeypatch):
     before = question_logits(mlm)  # also installs the hooks that transformers keeps on the vision tower
     state = fingerprint(mlm)
     capture(mlm, IMAGES, prefix="a fish", layers=[1])
-    same(state, fingerprint(mlm))
     text_values(mlm, ["red fish"], layers=[1])
-    same(state, fingerprint(mlm))
+    assert fingerprint(mlm) == state
 
     def fail(index, item):
         raise RuntimeError("the callback failed")
@@ -344,7 +324,7 @@ def test_model_is_left_unmodified_also_after_an_exception(family, monkeypatch):
     monkeypatch.setattr("kvutils.language._ReadingCache.update", lambda *args: fail(0, None))
     with pytest.raises(RuntimeError):
         capture(mlm, IMAGES)
-    same(state, fingerprint(mlm))
+    assert fingerprint(mlm) == state
     assert torch.equal(question_logits(mlm), before)
 
 
@@ -352,8 +332,7 @@ def test_model_is_left_unmodified_also_after_an_exception(family, monkeypatch):
 def test_generation_is_not_disturbed_between_two_steps(family):
     """A conversation keeps state in the model (Qwen's rope_deltas); a capture must not touch it."""
     mlm = tiny(family)
-    image = IMAGES[0] if not mlm.base_view_only else picture(32, 32)
-    inputs = mlm.processor(text=[mlm.prompt("what is this?")], images=[image], return_tensors="pt")
+    inputs = question_inputs(mlm)
     settings = GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=None)
     first = mlm.model.generate(**inputs, generation_config=settings)
     rope = getattr(mlm.model.model, "rope_deltas", None)
@@ -362,19 +341,17 @@ def test_generation_is_not_disturbed_between_two_steps(family):
     assert torch.equal(mlm.model.generate(**inputs, generation_config=settings), first)
 
 
-@pytest.mark.parametrize("offload", ["everything", "nothing", "language model"])
+@pytest.mark.parametrize("offload", [
+    lambda model: accelerate.cpu_offload(model, execution_device="cpu"),
+    lambda model: accelerate.dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True),  # only aligns devices
+    lambda model: accelerate.cpu_offload(model.model.language_model, execution_device="cpu"),
+], ids=["everything", "nothing", "language model"])  # fmt: skip
 @pytest.mark.parametrize("family", ALL)
 def test_offloaded_models(family, offload):
     """Weights that accelerate keeps elsewhere are fetched by hooks, also around the early stop."""
-    expected = capture(tiny(family), IMAGES, layers=[1, 3])
-    texts = text_values(tiny(family), ["red fish"])
     mlm = tiny(family)
-    if offload == "everything":
-        accelerate.cpu_offload(mlm.model, execution_device="cpu")
-    elif offload == "nothing":  # hooks that only align devices
-        accelerate.dispatch_model(mlm.model, {"": "cpu"}, main_device="cpu", force_hooks=True)
-    else:
-        accelerate.cpu_offload(mlm.model.model.language_model, execution_device="cpu")
+    expected, texts = capture(mlm, IMAGES, layers=[1, 3]), text_values(mlm, ["red fish"])
+    offload(mlm.model)
     devices = {name: p.device.type for name, p in mlm.model.named_parameters()}
     for _ in range(2):
         for one, plain in zip(capture(mlm, IMAGES, layers=[1, 3]), expected, strict=True):
@@ -399,20 +376,16 @@ def retained_bytes(captures):
 def test_only_what_was_asked_for_is_kept(family, to):
     mlm = tiny(family)
     captures = capture(mlm, IMAGES, prefix="a red fish", layers=[1, 3], to=to)
-    kept, asked = retained_bytes(captures)
-    tokens = sum(len(c.layout) for c in captures)
-    per_token = 2 * 2 * mlm.num_kv_heads * mlm.head_dim + 24 + 32
-    assert kept == asked == 4 * tokens * per_token
-    kept_one, asked_one = retained_bytes(captures[1:2])
-    assert kept_one == asked_one  # images of a batch share nothing
+    for some in (captures, captures[1:2]):  # images of a batch share nothing
+        kept, asked = retained_bytes(some)
+        assert kept == asked == 4 * sum(len(c.layout) for c in some) * (2 * 2 * mlm.num_kv_heads * mlm.head_dim + 24 + 32)
     only = capture(mlm, IMAGES, layers=[2], keys=False, features=False)[0]
     assert only.keys is None and only.encoder is None and only.projector is None
 
 
 def test_streaming_keeps_one_batch_at_a_time():
     mlm = tiny_pocket()
-    alive, most = weakref.WeakSet(), []
-    indices = []
+    alive, most, indices = weakref.WeakSet(), [], []
 
     def receive(index, item):
         indices.append(index)
@@ -425,9 +398,8 @@ def test_streaming_keeps_one_batch_at_a_time():
 
 
 def test_results_can_be_used_with_autograd():
-    one = capture(tiny_pocket(), [IMAGES[0]])[0]
-    weight = torch.ones(one.value(0).shape[1], requires_grad=True)
-    (one.value(0) @ weight).sum().backward()
+    weight = torch.ones(16, requires_grad=True)
+    (capture(tiny_pocket(), [IMAGES[0]])[0].value(0) @ weight).sum().backward()
     assert weight.grad is not None
 
 
@@ -452,23 +424,19 @@ def test_reading_layers_heads_and_tokens():
         capture(mlm, [IMAGES[0]], values=False)[0].value(0)
 
 
-@pytest.mark.parametrize("layers", [5, [0, 9], [-6], [], "first", [1.5], ["2"], [None]])
-def test_layers_out_of_range(layers):
-    with pytest.raises(ParameterError, match="layer"):
-        capture(tiny_pocket(), [IMAGES[0]], layers=layers)
-
-
 @pytest.mark.parametrize(("family", "setting", "call", "said"), [
     ("pocket", {}, lambda mlm: capture(mlm, IMAGES, batch_size=0), "batch_size"),
     ("pocket", {}, lambda mlm: capture(mlm, "photo.jpg"), "list"),
     ("pocket", {"max_pixels": 1000}, lambda mlm: capture(mlm, IMAGES), "max_pixels for Qwen"),
     ("qwen2_5_vl", {"base_view_only": True}, lambda mlm: capture(mlm, IMAGES), "base_view_only is for the LLaVA"),
     ("qwen2_5_vl", {"max_pixels": 10}, lambda mlm: capture(mlm, IMAGES), "max_pixels .* at least 64"),
+    *[("pocket", {}, lambda mlm, layers=layers: capture(mlm, IMAGES, layers=layers), "layer")
+      for layers in (5, [0, 9], [-6], [], "first", [1.5], ["2"], [None])],
     ("pocket", {}, lambda mlm: text_values(mlm, "fish"), "list"),
     ("pocket", {}, lambda mlm: text_values(mlm, ["fish", " "]), "at least one word"),
     ("pocket", {}, lambda mlm: text_values(mlm, ["fish", "a <image>"]), "without the image token"),
 ])  # fmt: skip
-def test_other_arguments_out_of_range(family, setting, call, said):
+def test_arguments_out_of_range(family, setting, call, said):
     with pytest.raises(ParameterError, match=said):
         call(replace(tiny(family), **setting))
 
@@ -492,8 +460,7 @@ def test_bad_images_are_named(tmp_path):
 def test_extreme_images(family):
     mlm = tiny(family)
     sizes = [(1, 1), (2, 150)] if family == "qwen2_5_vl" else [(1, 1), (1, 5000), (5000, 1)]
-    for size in sizes:
-        one = capture(mlm, [picture(*size)])[0]
+    for size, one in zip(sizes, capture(mlm, [picture(*size) for size in sizes]), strict=True):
         assert torch.isfinite(one.values).all() and one.image_size == size and len(one.layout) > 0
 
 
@@ -545,12 +512,6 @@ def test_text_values_are_means_over_the_tokens_of_a_text(family):
 
 
 # ---- loading -------------------------------------------------------------------------------------
-
-
-def save(mlm, folder):
-    mlm.model.save_pretrained(folder)
-    mlm.processor.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
