@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "data" / "pocket")]
 
+import datasets  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -18,6 +19,7 @@ from transformers.utils import logging  # noqa: E402
 from kvutils import plots  # noqa: E402
 from kvutils.run.report import judge, load_claims  # noqa: E402
 from kvutils.store import read_json, write_json  # noqa: E402
+from tests import mini_data  # noqa: E402
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 logging.disable_progress_bar()
@@ -54,3 +56,18 @@ def redraw(tmp_path):
 
     yield drawn
     plots.plt.close("all")
+
+
+@pytest.fixture(scope="session")
+def rows_cache(tmp_path_factory):
+    """Rows of Parquet files are converted here, not in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("rows"))
+        yield
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory, rows_cache):
+    """A folder with every data set of the paper profile in its official layout, read only."""
+    sizes = {"msrc": 3, "coco": 4, "pope": 4, "davis-2017": 2}
+    return mini_data.write_data(tmp_path_factory.mktemp("whole"), **sizes)

@@ -2,9 +2,10 @@
 
 `write_data(folder)` makes `KVUTILS_DATA`: real class names, file names, colour codes, void labels, lists and sizes that
 differ from picture to picture. Everything follows from a seed. Only what a loader insists on has the official count:
-options as in `OPTIONS` say how much of it is there. `write_models` makes tiny models of the three families in folders.
+options as in `OPTIONS` say how much of it is there.
 """
 
+import dataclasses
 import json
 import os
 import pickle
@@ -32,6 +33,7 @@ SEED = 77_000  # scenes of no pocket set
 VOID = 255
 SIZES = ((128, 96), (96, 128), (150, 100), (112, 112), (125, 94), (84, 126))  # width, height; as mixed as flickr's
 OPTIONS = {"imagenet-s": {"max_images": 16}, "coco": {"count": 100}}  # what of these sets is written
+FEW = {"pascal-5i": {"per_fold": 1}, "msrc": {"images": 3}, "imagenet-s": {"max_images": 4}, "coco": {"count": 3}}  # to read
 SETS = ("pascal-5i", "msrc", "imagenet-s", "refcoco", "spair-71k", "davis-2017", "coco", "pope", "mme", "bdd-10k", "blink")
 
 
@@ -80,6 +82,16 @@ def save(image: Image.Image | np.ndarray, path: Path, palette: bool = False) -> 
     if palette:
         picture.putpalette([v for i in range(256) for v in (i * 37 % 256, i * 59 % 256, i * 83 % 256)])  # not the labels
     picture.save(path)
+
+
+def contents(found: object) -> object:
+    """Samples with every picture and mask read, to be compared; where a picture lies is not part of them."""
+    if dataclasses.is_dataclass(found):
+        fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found) if field.name != "picture"}
+        return [contents(value) for value in (*fields.values(), getattr(found, "image", None))]
+    if isinstance(found, Image.Image | np.ndarray):
+        return (found.size if isinstance(found, Image.Image) else found.shape), found.tobytes()
+    return [contents(one) for one in found] if hasattr(found, "__len__") and not isinstance(found, str) else found
 
 
 def write(path: Path, text: str | list | dict) -> None:
@@ -273,7 +285,7 @@ def write_coco(root: Path, seed: int, images: int = OPTIONS["coco"]["count"]) ->
 
 def write_pope(root: Path, seed: int, images: int = 8) -> None:
     lines: dict[str, list[dict]] = {split: [] for split in SPLITS}
-    for number, view in zip(sorted(POPE_IMAGES), views("pope", images, seed)):
+    for number, view in zip(sorted(POPE_IMAGES), views("pope", images, seed), strict=False):
         name, here = f"COCO_val2014_{number:012d}.jpg", view.scene.present_classes
         save(view.image, root / "val2014" / name)
         random = np.random.default_rng((SEED, seed, number))
@@ -297,8 +309,9 @@ def write_mme(root: Path, seed: int, images: int = 3) -> None:
             absent = next(c for c in range(len(CLASSES)) if c not in view.scene.present_classes)
             asked = [(f"Is there a {CLASSES[cls]} in this image? Please answer yes or no.", answer)
                      for cls, answer in ((there, "Yes"), (absent, "No"))]  # fmt: skip
-            save(view.image, folder / ("images" if nested else "") / f"{i:04d}.{'png' if i % 2 else 'jpg'}")
-            write(folder / ("questions_answers_YN" if nested else "") / f"{i:04d}.txt", "\n".join("\t".join(one) for one in asked))
+            save(view.image, folder / ("images" if nested else "") / f"{i:04d}.{('jpg', 'png', 'JPG')[i % 3]}")
+            ending = ("\n", " \r\n")[i % 2]  # both are in the release
+            write(folder / ("questions_answers_YN" if nested else "") / f"{i:04d}.txt", ending.join("\t".join(one) for one in asked))
 
 
 def write_blink(root: Path, seed: int, items: int = 12) -> None:

@@ -1,6 +1,8 @@
-"""Hub copies of POPE and MME, BLINK, and the rows they are read from: Parquet files written here, documented columns."""
+"""Copies of what the Hugging Face hub holds, written with the documented columns, and the rows they are read from."""
 
 import json
+import pickle
+import shutil
 from collections import Counter
 from dataclasses import replace
 
@@ -8,59 +10,119 @@ import datasets
 import numpy as np
 import pytest
 
-from kvutils.datasets import USES, blink, hub, open_dataset, pope
-from kvutils.errors import DataError
-from tests.mini_data import SAMPLES, needs_samples, noise, write_data, write_rows
+from kvutils import VOID
+from kvutils.datasets import blink, coco, data_sources, hub, open_dataset, pope
+from kvutils.datasets.coco import POPE_IMAGES
+from kvutils.datasets.refcoco import CATEGORIES
+from kvutils.errors import DataError, ParameterError
+from tests.mini_data import SAMPLES, contents, needs_samples, noise, write_rows
+
+pytestmark = pytest.mark.usefixtures("rows_cache")
+PICTURES = "images/mscoco/images/train2014"
+QUESTION = "which image has the same style as the first image ?"
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """Rows are converted into a folder of the test, not into the user's cache."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def question_row(one) -> dict:
+    return {"question": one.question, "answer": one.truth.title(), "image": one.image, "category": one.subset}
+
+
+def pope_rows(whole) -> list[dict]:
+    """As lmms-lab/POPE, where the splits come in another order."""
+    samples = open_dataset("pope", whole / "pope", max_images=2)
+    samples = [one for split in reversed(pope.SPLITS) for one in samples if one.subset == split]
+    return [{"question_id": one.id.split("-")[1], "image_source": one.image_id} | question_row(one) for one in samples]
+
+
+def mme_rows(whole) -> list[dict]:
+    """As lmms-lab/MME, where the images come in another order."""
+    samples = open_dataset("mme", whole / "mme", max_images=2)
+    pairs = [samples[i : i + 2] for i in range(0, len(samples), 2)]
+    return [{"question_id": f"{one.image_id}.png"} | question_row(one) for pair in reversed(pairs) for one in pair]
+
+
+def annotation_rows(whole) -> list[dict]:
+    """As jxu124/refcoco: one row per reference, annotations as JSON."""
+    home = whole / "refcoco" / "refcoco"
+    content = json.loads((home / "instances.json").read_text())
+    images = {image["id"]: image for image in content["images"]}
+    return [
+        one | {"raw_anns": json.dumps(annotation), "raw_image_info": json.dumps(images[one["image_id"]]), "image_path": "x"}
+        for one, annotation in zip(pickle.loads((home / "refs(unc).p").read_bytes()), content["annotations"], strict=True)
+    ]
+
+
+def refcoco_rows(whole) -> list[dict]:
+    """As jxu124/refcoco-benchmark: one row per image."""
+    rows: dict[int, dict] = {}
+    for one in annotation_rows(whole):
+        image, annotation = json.loads(one.pop("raw_image_info")), json.loads(one.pop("raw_anns"))
+        picture = {"bytes": (whole / "refcoco" / PICTURES / image["file_name"]).read_bytes(), "path": None}
+        row = rows.setdefault(image["id"], {"ref_list": [], "image_info": image, "image": picture})
+        row["ref_list"].append({"ann_info": annotation, "ref_info": one})
+    return list(rows.values())
+
+
+def coco_rows(whole=None) -> list[dict]:
+    """As detection-datasets/coco: rows in no order of their numbers, boxes as corners."""
+    return [{"image_id": number, "image": noise(number, (96, 72)), "width": 96, "height": 72, "objects": {
+        "bbox_id": [number], "category": [0], "bbox": [[24.2, 16.5, 79.6, 63.9]], "area": [7]}}
+        for number in (632, 139, min(POPE_IMAGES), 285)]  # fmt: skip
+
+
+def blink_rows(whole=None, subtask="Art_Style", images=3) -> list[dict]:
+    """As BLINK-Benchmark/BLINK."""
+    return [
+        {"idx": f"val_{subtask}_{number}", "sub_task": subtask, "question": QUESTION, "answer": "(A)" if number % 2 else "(B)",
+         "choices": ["the second image", "the third image"], "explanation": "",
+         "prompt": f"{QUESTION} (A) the second image (B) the third image"}
+        | {f"image_{i}": noise(10 * number + i) if i <= images else None for i in range(1, 5)} for number in (1, 2, 3, 4)
+    ]  # fmt: skip
+
+
+COLUMNS = [f"image_{i}" for i in range(1, 5)]
+COPIES = {  # rows, their file, columns of pictures
+    "pope": (pope_rows, "data/test", ["image"]),
+    "mme": (mme_rows, "data/test", ["image"]),
+    "refcoco": (refcoco_rows, "data/refcoco_unc_val", ["image"]),
+    "annotations": (annotation_rows, "data/validation", []),
+    "coco": (coco_rows, "data/val", ["image"]),
+    "blink": (blink_rows, "Art_Style/val", COLUMNS),
+}
+
+
+def write_copy(root, name, rows, part="00000-of-00001-ab12"):
+    _, file, columns = COPIES[name]
+    write_rows(root / f"{file}-{part}.parquet", rows, columns)
+
+
+@pytest.fixture(scope="module")
+def copies(whole, tmp_path_factory, rows_cache):
+    """Folders of all: POPE in two parts, RefCOCO with other splits, BLINK with subtasks of fewer images."""
+    home = tmp_path_factory.mktemp("copies")
+    for name, (rows_of, _, _) in COPIES.items():
+        rows = rows_of(whole)
+        if name == "pope":
+            write_copy(home / name, name, rows[:18], "00000-of-00002")
+            write_copy(home / name, name, rows[18:], "00001-of-00002")
+        else:
+            write_copy(home / name, name, rows)
+    write_rows(home / "refcoco/data/refcoco_google_test-00000-of-00001-ab.parquet", refcoco_rows(whole)[-1:])
+    write_rows(home / "annotations/data/test-00000-of-00001-x.parquet", annotation_rows(whole)[:1], [])
+    similar = [{key: value for key, value in row.items() if key != "image_4"} for row in blink_rows(subtask="Visual_Similarity")]
+    write_rows(home / "blink/Visual_Similarity/val-00000-of-00001.parquet", similar, COLUMNS[:3])
+    write_rows(home / "blink/Relative_Depth/val-00000-of-00001.parquet", blink_rows(subtask="Relative_Depth", images=1), COLUMNS)
+    return home
 
 
 # --- POPE and MME ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def official(tmp_path_factory):
-    """The samples of POPE and MME from their official files."""
-    root = write_data(tmp_path_factory.mktemp("official"), ["pope", "mme"], pope=2, mme=2)
-    return {name: open_dataset(name, root / name) for name in ("pope", "mme")}
-
-
-def hub_rows(samples, name) -> list[dict]:
-    """As lmms-lab/POPE, where the splits come in another order, and lmms-lab/MME, where the images do."""
-    if name == "pope":
-        samples = [one for split in reversed(pope.SPLITS) for one in samples if one.subset == split]
-        ids = [{"question_id": one.id.split("-")[1], "image_source": one.image_id} for one in samples]
-    else:
-        samples = [one for image in reversed(dict.fromkeys(one.image_id for one in samples)) for one in samples if one.image_id == image]
-        ids = [{"question_id": f"{one.image_id}.png"} for one in samples]
-    return [
-        {"question": one.question, "answer": one.truth.title(), "image": one.image, "category": one.subset, **each}
-        for one, each in zip(samples, ids, strict=True)
-    ]
-
-
-@pytest.fixture
-def copies(tmp_path, official):
-    """Folders of both, POPE in two parts."""
-    rows = hub_rows(official["pope"], "pope")
-    for part in range(2):
-        write_rows(tmp_path / "pope" / "data" / f"test-{part:05d}-of-00002.parquet", rows[part * 18 : part * 18 + 18])
-    write_rows(tmp_path / "mme" / "data" / "test-00000-of-00001-ab12.parquet", hub_rows(official["mme"], "mme"))
-    return tmp_path
-
-
-@pytest.mark.parametrize("name", ["pope", "mme"])
-def test_a_hub_copy_holds_the_official_samples(copies, official, name):
+@pytest.mark.parametrize(("name", "split"), [("pope", "popular"), ("mme", "count")])
+def test_a_hub_copy_holds_the_official_questions(whole, copies, name, split):
     found = open_dataset(name, copies / name)
-    assert [replace(s, picture=None) for s in found] == [replace(s, picture=None) for s in official[name]]
-    assert all(np.array_equal(one.image, other.image) for one, other in zip(found, official[name], strict=True))
+    assert contents(found) == contents(open_dataset(name, whole / name, max_images=2))
     assert len({s.picture for s in found}) == len({s.image_id for s in found})  # questions about one image share it
     assert replace(found[0], size=(4, 4)).image.size == (4, 4)
-    split = {"pope": "popular", "mme": "count"}[name]
     few = open_dataset(name, copies / name, split=split, max_images=1, suffix=" In one word.")
     assert {(s.subset, s.image_id) for s in few} == {(split, next(s.image_id for s in found if s.subset == split))}
     assert few[0].question.endswith("In one word.")
@@ -69,47 +131,60 @@ def test_a_hub_copy_holds_the_official_samples(copies, official, name):
 def test_pictures_of_rows_stay_on_disk(copies, monkeypatch):
     opened = []
     monkeypatch.setattr(hub, "picture_of", lambda value, name: opened.append(name) or (lambda: noise(0)))
-    samples = open_dataset("pope", copies / "pope")
+    samples, items = open_dataset("pope", copies / "pope"), open_dataset("blink", copies / "blink")
     assert not opened and samples[0].image.size == (64, 48) and len(opened) == 1
+    assert len(items[0].images) == 3 and items[1].images[2].size == (64, 48) and opened[1:] == ["BLINK Art_Style, row 1, image_3"]
+
+
+def row(number, **change):
+    return lambda rows: rows[number].update(change)
 
 
 @pytest.mark.parametrize(("name", "change", "message"), [
-    ("pope", {"category": "hard"}, "category of POPE hard, row 1 'hard'; expected one of random"),
-    ("pope", {"answer": "maybe"}, "POPE adversarial, row 1: .*'label' must be yes or no, found 'maybe'"),
-    ("pope", {"question_id": "1"}, "POPE adversarial, row 1: question_id 1 is that of row 0"),
-    ("pope", {"image_source": "../a"}, "row 1: .*'image' must be the name of a file"),
-    ("mme", {"answer": "maybe"}, "answer in MME code_reasoning/0001, row 1 'maybe'; expected one of yes, no"),
-    ("mme", {"question": " "}, "MME code_reasoning/0001, row 1: there is no question before"),
-    ("mme", {"question_id": "0007.png"}, "MME code_reasoning/0001: expected two rows, found 1"),
-    ("mme", {"question_id": None}, "MME, row 1: question_id, question, answer, category must be text"),
+    ("pope", row(1, category="hard"), "category of POPE hard, row 1 'hard'; expected one of random"),
+    ("pope", row(1, answer="maybe"), "POPE adversarial, row 1: .*'label' must be yes or no, found 'maybe'"),
+    ("pope", row(1, question_id="1"), "POPE adversarial, row 1: question_id 1 is that of row 0"),
+    ("pope", row(1, image_source="../a"), "row 1: .*'image' must be the name of a file"),
+    ("pope", lambda rows: [one.pop("answer") for one in rows], "expected the columns answer too, found question_id, image_source"),
+    ("mme", row(1, answer="maybe"), "answer in MME code_reasoning/0001, row 1 'maybe'; expected one of yes, no"),
+    ("mme", row(1, question=" "), "MME code_reasoning/0001, row 1: there is no question before"),
+    ("mme", row(1, question_id="0007.png"), "MME code_reasoning/0001: expected two rows, found 1"),
+    ("mme", row(1, question_id=None), "MME, row 1: question_id, question, answer, category must be text"),
+    ("mme", lambda rows: [rows.pop() for _ in range(4)], "MME existence: no row of that category among the 52"),
+    ("refcoco", lambda rows: rows[0]["ref_list"][1]["ann_info"].update(id=5), "reference 1: .*annotation and image are .5, 1."),
+    ("refcoco", lambda rows: rows[0]["ref_list"][0]["ref_info"].update(category_id=12), "category_id 12 is none of COCO's"),
+    ("refcoco", lambda rows: rows[0]["image_info"].update(width=65), "reference 0 is 128x96, but its annotation 65x96"),
+    ("annotations", row(0, raw_anns="{"), "validation, row 0: expected JSON in raw_anns and raw_image_info"),
+    ("annotations", row(0, raw_anns="[]"), "validation, row 0: expected an annotation with id .*TypeError"),
+    ("annotations", lambda rows: [one.pop("raw_anns") for one in rows], "a copy of jxu124/refcoco-benchmark .*lmms-lab/RefCOCO"),
+    ("coco", lambda rows: rows[1]["objects"].update(bbox=[[60, 50, 20, 10]]), "00139: expected boxes x_min, y_min, x_max, y_max"),
+    ("coco", row(1, height=71), "000000000139 is 96x72, but its annotation 96x71"),
+    ("blink", row(0, answer="hidden"), r"answer in BLINK Art_Style, row 0 'hidden'; expected one of \(A\), \(B\)"),
+    ("blink", row(0, choices=["x"]), "expected 2 to 5 choices"),
+    ("blink", row(0, prompt=" "), "idx, question and prompt must be text"),
+    ("blink", row(0, image_2=None), "images must fill image_1, image_2, ... in order, found image_1, image_3"),
+    ("blink", row(0, image_2={"bytes": b"no picture", "path": None}), "row 0, image_2: expected a picture, but it cannot"),
+    ("blink", row(0, idx="val_Art_Style_2"), "two rows have the same idx"),
 ])  # fmt: skip
-def test_rows_are_checked(tmp_path, official, name, change, message):
-    first, second, *rest = hub_rows(official[name], name)
-    write_rows(tmp_path / "data" / "test-00000-of-00001.parquet", [first, second | change, *rest])
+def test_rows_are_checked(whole, tmp_path, name, change, message):
+    rows = COPIES[name][0](whole)
+    change(rows)
+    write_copy(tmp_path, name, rows)
+    options = {"coco": {"count": 3}, "blink": {"subtasks": "Art_Style"}, "annotations": {"images": whole / "refcoco" / PICTURES}}
     with pytest.raises(DataError, match=message):
-        open_dataset(name, tmp_path)
+        contents(open_dataset(name.replace("annotations", "refcoco"), tmp_path, **options.get(name, {})))
 
 
-def test_categories_and_columns_that_are_not_there(tmp_path, official):
-    rows = [row for row in hub_rows(official["mme"], "mme") if row["category"] != "existence"]
-    write_rows(tmp_path / "mme" / "data" / "test-00000-of-00001.parquet", rows)
-    with pytest.raises(DataError, match="MME existence: no row of that category among the 52"):
-        open_dataset("mme", tmp_path / "mme")
-    write_rows(tmp_path / "pope" / "data" / "test-00000-of-00001.parquet", [{"image": noise(0), "question": ""}])
-    with pytest.raises(DataError, match="expected the columns answer, category, .* too, found image, question"):
-        open_dataset("pope", tmp_path / "pope")
-
-
-def test_a_copy_with_a_part_missing_is_refused(copies):
-    first = copies / "pope" / "data" / "test-00000-of-00002.parquet"
+def test_a_copy_with_a_part_missing_is_refused(copies, tmp_path):
+    first = shutil.copytree(copies / "pope", tmp_path / "pope") / "data" / "test-00000-of-00002.parquet"
     other = first.with_name("test-00000-of-00003.parquet")
     other.write_bytes(first.read_bytes())
     with pytest.raises(DataError, match="parts of more than one copy"):
-        open_dataset("pope", copies / "pope")
+        open_dataset("pope", tmp_path / "pope")
     other.unlink()
     first.unlink()
     with pytest.raises(DataError, match=r"POPE.*: 1 of the 2 Parquet files of a split are there: test-00001-of-00002.parquet in"):
-        open_dataset("pope", copies / "pope")
+        open_dataset("pope", tmp_path / "pope")
 
 
 def test_the_hub_is_asked_for_the_files_of_one_split(copies, monkeypatch):
@@ -129,36 +204,80 @@ def test_the_hub_is_asked_for_the_files_of_one_split(copies, monkeypatch):
     assert asked[1][1]["allow_patterns"] == ["Art_Style/val-*.parquet"]
 
 
+def test_where_data_were_read_from_is_told(monkeypatch, whole, copies):
+    assert data_sources(["pocket-msrc", "pocket-blink"]) == {}
+    monkeypatch.setattr("kvutils.datasets.revision_of", lambda repository: "0123abc")
+    options = {"davis-2017": {"root": whole / "davis-2017"}, "pope": {"root": "hub"}, "mme": {"root": copies / "mme"}}
+    assert data_sources(options, options) == {"data": {
+        "davis-2017": "files in the official layout", "pope": "hub: lmms-lab/POPE at 0123abc",
+        "mme": "copy of the hub's lmms-lab/MME"}}  # fmt: skip
+    with pytest.raises(DataError, match="no Parquet copy on the hub"):
+        data_sources(["msrc"], {"msrc": {"root": "hub"}})
+
+
+# --- RefCOCO -----------------------------------------------------------------------------------------------
+
+
+def test_both_hub_copies_of_refcoco_hold_the_official_samples(whole, copies, tmp_path):
+    official, images = open_dataset("refcoco", whole / "refcoco"), whole / "refcoco" / PICTURES
+    for name, options in (("refcoco", {}), ("annotations", {"images": images})):
+        found = open_dataset("refcoco", copies / name, **options)
+        assert contents([replace(s, class_name="") for s in found]) == contents([replace(s, class_name="") for s in official])
+        assert {s.class_name for s in found} <= {CATEGORIES[number] for number in range(1, 9)}  # by the ids of the pocket classes
+    first = [s.id for s in official if s.image_id == "1"]
+    assert [s.id for s in open_dataset("refcoco", copies / "refcoco", max_images=1)] == first
+    assert [s.image_id for s in open_dataset("refcoco", copies / "refcoco", split_by="google", split="test")][0] == "12"
+    both = open_dataset("refcoco", copies / "annotations", split=["val", "testA"], images=images)
+    assert [s.id for s in both] == [s.id for s in official] + [s.id for s in official][:2]
+    for name, options, error, message in (
+        ("refcoco", {"split": "train"}, ParameterError, "has no train split"),
+        ("refcoco", {"split": "testA"}, DataError, "no Parquet file of 'refcoco_unc_testA'"),
+        ("annotations", {"split_by": "google"}, ParameterError, "by UNC only"),
+        ("annotations", {"images": tmp_path}, DataError, "12 of the 12 images of COCO train2014 are missing"),
+    ):
+        with pytest.raises(error, match=message):
+            open_dataset("refcoco", copies / name, **options)
+    (tmp_path / "refcoco_unc_val-00000-of-00001.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="expected a Parquet file, but it cannot be read"):
+        open_dataset("refcoco", tmp_path)
+
+
+def test_category_names_are_those_of_coco():
+    assert len(CATEGORIES) == len(set(CATEGORIES.values())) == 80
+    assert {12, 26, 29, 30, 45, 66, 68, 69, 71, 83} == set(range(1, 91)) - set(CATEGORIES)
+    known = {1: "person", 17: "cat", 47: "cup", 63: "couch", 75: "remote", 84: "book", 86: "vase", 90: "toothbrush"}
+    assert {number: CATEGORIES[number] for number in known} == known
+
+
+# --- COCO --------------------------------------------------------------------------------------------------
+
+
+def test_coco_from_a_parquet_copy_and_from_the_stream(copies, monkeypatch):
+    images = open_dataset("coco", copies / "coco", count=3)
+    assert [one.id for one in images] == ["000000000139", "000000000285", "000000000632"]
+    expected = np.zeros((72, 96), np.uint8)
+    expected[16:64, 24:80] = 1
+    for one in images:
+        assert np.array_equal(one.image, noise(int(one.id), (96, 72))) and np.array_equal(one.mask, expected)
+    (bare,) = open_dataset("coco", copies / "coco", count=1, annotated=False)
+    assert np.array_equal(bare.mask, np.full((72, 96), VOID))
+    with pytest.raises(DataError, match="4 images are wanted, and .* has 3"):
+        open_dataset("coco", copies / "coco", count=4)
+    files = [str(path) for path in (copies / "coco").rglob("*.parquet")]
+    rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+    rows = rows.cast_column("image", datasets.Image(decode=False))
+    monkeypatch.setattr(coco, "open_rows", lambda *args, **options: rows)  # what the hub streams
+    assert contents(open_dataset("coco", "hub", count=2)) == contents(images[:2])
+    with pytest.raises(DataError, match="9 images are wanted, and the hub has 3"):
+        open_dataset("coco", "hub", count=9)
+
+
 # --- BLINK -------------------------------------------------------------------------------------------------
 
-QUESTION = "which image has the same style as the first image ?"
 
-
-def blink_row(number, subtask="Art_Style", images=3, answer="(B)", **other):
-    row = {f"image_{i}": noise(10 * number + i) if i <= images else None for i in range(1, 5)}
-    return row | {"idx": f"val_{subtask}_{number}", "sub_task": subtask, "question": QUESTION, "answer": answer,
-                  "choices": ["the second image", "the third image"], "explanation": "",
-                  "prompt": f"{QUESTION} (A) the second image (B) the third image"} | other  # fmt: skip
-
-
-def write_blink(root, subtask, rows, images=(1, 2, 3, 4)):
-    kept = [f"image_{i}" for i in images]
-    rows = [{key: value for key, value in row.items() if not key.startswith("image_") or key in kept} for row in rows]
-    write_rows(root / subtask / "val-00000-of-00001.parquet", rows, kept)
-
-
-@pytest.fixture
-def blink_copy(tmp_path):
-    root = tmp_path / "blink"
-    write_blink(root, "Art_Style", [blink_row(i, answer="(A)" if i % 2 else "(B)") for i in range(1, 5)])
-    write_blink(root, "Visual_Similarity", [blink_row(i, "Visual_Similarity") for i in range(1, 3)], images=(1, 2, 3))
-    write_blink(root, "Relative_Depth", [blink_row(1, "Relative_Depth", 1)])
-    return root
-
-
-def test_blink_items_are_asked_as_blink_asks_them(blink_copy):
-    items = open_dataset("blink", blink_copy)
-    assert Counter(item.subtask for item in items) == {"Art_Style": 4, "Visual_Similarity": 2}
+def test_blink_items_are_asked_as_blink_asks_them(copies):
+    items = open_dataset("blink", copies / "blink")
+    assert Counter(item.subtask for item in items) == {"Art_Style": 4, "Visual_Similarity": 4}
     first, last = items[0], items[-1]
     assert first.id == first.group == "val_Art_Style_1" and first.answer == "(A)" and first.options == ("(A)", "(B)")
     assert first.choices == ("the second image", "the third image") and first.question == QUESTION
@@ -166,42 +285,10 @@ def test_blink_items_are_asked_as_blink_asks_them(blink_copy):
     assert first.prompt.startswith("Disclaimer: This is not to make") and "gave you.\n\nwhich" in first.prompt
     assert last.prompt.startswith(QUESTION)
     assert len(first.images) == 3 and all(np.array_equal(image, noise(11 + i)) for i, image in enumerate(first.images))
-    few = open_dataset("blink", blink_copy, subtasks="Art_Style", max_items=2)
+    few = open_dataset("blink", copies / "blink", subtasks="Art_Style", max_items=2)
     assert [item.id for item in few] == [item.id for item in items[:2]]
-    (one,) = open_dataset("blink", blink_copy, subtasks=["Relative_Depth"])
-    assert len(one.images) == 1
-    assert USES["paper"]["05"]["choices"] == "blink" and set(blink.READABLE) < set(blink.SUBTASKS) and len(blink.SUBTASKS) == 14
-
-
-def test_blink_images_are_opened_when_they_are_asked_for(blink_copy, monkeypatch):
-    opened = []
-    monkeypatch.setattr(hub, "picture_of", lambda value, name: opened.append(name) or (lambda: noise(0)))
-    items = open_dataset("blink", blink_copy)
-    assert not opened and len(items[0].images) == 3
-    assert items[1].images[2].size == (64, 48) and opened == ["BLINK Art_Style, row 1, image_3"]
-
-
-def test_the_rows_of_blink_are_checked(tmp_path):
-    for number, (row, message) in enumerate([
-        (blink_row(1, answer="hidden"), r"answer in BLINK Art_Style, row 0 'hidden'; expected one of \(A\), \(B\)"),
-        (blink_row(1, choices=["x"]), "expected 2 to 5 choices"),
-        (blink_row(1, prompt=" "), "idx, question and prompt must be text"),
-        (blink_row(1, image_2=None), "images must fill image_1, image_2, ... in order, found image_1, image_3"),
-    ]):  # fmt: skip
-        write_blink(tmp_path / str(number), "Art_Style", [row, blink_row(2)])
-        with pytest.raises(DataError, match=message):
-            open_dataset("blink", tmp_path / str(number), subtasks="Art_Style")
-    write_blink(tmp_path / "twice", "Art_Style", [blink_row(1), blink_row(1)])
-    with pytest.raises(DataError, match="two rows have the same idx"):
-        open_dataset("blink", tmp_path / "twice", subtasks="Art_Style")
-
-
-def test_a_row_without_a_picture_names_itself(blink_copy):
-    rows = [blink_row(1) | {"image_2": {"bytes": b"no picture", "path": None}}]
-    write_blink(blink_copy, "Art_Style", rows)
-    (item,) = open_dataset("blink", blink_copy, subtasks="Art_Style")
-    with pytest.raises(DataError, match="BLINK Art_Style, row 0, image_2: expected a picture, but it cannot be read"):
-        _ = item.images[1]
+    assert len(open_dataset("blink", copies / "blink", subtasks=["Relative_Depth"])[0].images) == 1
+    assert set(blink.READABLE) < set(blink.SUBTASKS) and len(blink.SUBTASKS) == 14
 
 
 @needs_samples

@@ -1,21 +1,22 @@
-"""Pocket data sets: exact, seeded, disjoint; the DAVIS loader; the registry."""
+"""Pocket data sets: exact, seeded, disjoint; the twins of POPE and MME ask what is true and what the models know."""
 
-import os
+from collections import Counter, defaultdict
 from dataclasses import replace
 from itertools import pairwise
 
-import datasets
 import numpy as np
 import pytest
-from PIL import Image
 
 from kvutils import VOID
-from kvutils.datasets import data_sources, open_dataset
-from kvutils.datasets.davis import davis_clips
+from kvutils.datasets import mme, open_dataset, pope
 from kvutils.datasets.pocket import sets as pocket
+from kvutils.datasets.pocket import yes_no as pocket_questions
+from kvutils.datasets.pocket.questions import WORDS, ask, facts_of
+from kvutils.datasets.pocket.shapes import CLASSES
 from kvutils.datasets.pocket.world import PRESENT, Scene, Thing, render
 from kvutils.datasets.samples import LabelledImage
-from kvutils.errors import DataError, ImageError, ParameterError
+from kvutils.errors import ParameterError
+from tests.mini_data import contents
 
 SMALL = {
     "pocket-pascal-5i": {"per_fold": 2, "scenes": 30},
@@ -25,20 +26,23 @@ SMALL = {
     "pocket-refcoco": {"scenes": 4},
     "pocket-spair-71k": {"pairs": 6},
     "pocket-davis-2017": {"count": 2, "frames": 4},
+    "pocket-pope": {"scenes": 8},
+    "pocket-mme": {"images": 3},
 }
 
 
-def pictures(sample) -> dict:
-    """Every (image id, image) of a sample of any type."""
-    if hasattr(sample, "supports"):
-        return {one.id: one.image for one in (sample.query, *sample.supports)}
-    if hasattr(sample, "images"):
-        return {one.id: one.image for one in sample.images}
-    if hasattr(sample, "frames"):
-        return {f"{sample.id}/{i}": frame for i, frame in enumerate(sample.frames)}
-    if hasattr(sample, "target"):
-        return {sample.source_id: sample.source, sample.target_id: sample.target}
-    return {getattr(sample, "image_id", sample.id): sample.image}
+def pictures(samples) -> set[bytes]:
+    """Every image of samples of any type."""
+    found = []
+    for sample in samples:
+        if hasattr(sample, "supports"):
+            found += [one.image for one in (sample.query, *sample.supports)]
+        elif hasattr(sample, "images"):
+            found += [one.image for one in sample.images]
+        else:
+            found += [getattr(sample, name) for name in ("image", "source", "target") if hasattr(sample, name)]
+            found += getattr(sample, "frames", [])
+    return {image.tobytes() for image in found}
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -46,17 +50,13 @@ def test_same_seed_same_samples_other_seed_others(name):
     pocket.pocket_scene.cache_clear()
     first = open_dataset(name, **SMALL[name])
     pocket.pocket_scene.cache_clear()
-    again = open_dataset(name, **SMALL[name])
-    other = open_dataset(name, **SMALL[name], seed=30_000)
-    assert [s.id for s in first] == [s.id for s in again] and len({s.id for s in first}) == len(first)
-    bytes_of = [[image.tobytes() for image in pictures(s).values()] for s in first]
-    assert bytes_of == [[image.tobytes() for image in pictures(s).values()] for s in again]
-    assert bytes_of != [[image.tobytes() for image in pictures(s).values()] for s in other]
+    assert contents(first) == contents(open_dataset(name, **SMALL[name])) and len({s.id for s in first}) == len(first)
+    assert not pictures(first) & pictures(open_dataset(name, **SMALL[name], seed=30_000))
 
 
 def test_sets_share_no_scene():
-    names = [{name for s in open_dataset(set_name, **options) for name in pictures(s)} for set_name, options in SMALL.items()]
-    assert sum(map(len, names)) == len(set().union(*names))
+    found = [pictures(open_dataset(name, **options)) for name, options in SMALL.items()]
+    assert sum(map(len, found)) == len(set().union(*found))
 
 
 def test_scenes_are_not_those_of_training():
@@ -123,8 +123,7 @@ def test_pairs_correspond_and_a_larger_set_begins_with_the_smaller_one():
         x0, y0, x1, y1 = pair.target_box
         assert 0 <= x0 < x1 <= 96 and 0 <= y0 < y1 <= 96
         assert (pair.target_points >= (x0 - 6, y0 - 6)).all() and (pair.target_points <= (x1 + 6, y1 + 6)).all()
-    names = [name for pair in pairs for name in pictures(pair)]
-    assert len(names) == len(set(names))
+    assert len(pictures(pairs)) == 20
 
 
 def test_clips_start_with_all_objects_and_move_smoothly():
@@ -136,68 +135,18 @@ def test_clips_start_with_all_objects_and_move_smoothly():
             assert (before != after).mean() < 0.2
 
 
-@pytest.mark.parametrize(
-    "call", [lambda: pocket.clips(frames=2), lambda: pocket.named_masks(0), lambda: pocket.few_shot_episodes(shot=0)]
-)
-def test_impossible_sizes(call):
-    with pytest.raises(ParameterError):
-        call()
-
-
-# --- DAVIS --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def davis(tmp_path):
-    home = tmp_path / "DAVIS"
-    for kind in ("JPEGImages", "Annotations"):
-        (home / kind / "480p" / "cat").mkdir(parents=True)
-    (home / "ImageSets" / "2017").mkdir(parents=True)
-    (home / "ImageSets" / "2017" / "val.txt").write_text("cat\n")
-    for i in range(3):
-        mask = np.zeros((6, 9), np.uint8)
-        mask[1:3, i : i + 3], mask[5, 8] = 2, VOID
-        palette = Image.fromarray(mask)
-        palette.putpalette(sum(([i, i, i] for i in range(256)), []))
-        palette.save(home / "Annotations" / "480p" / "cat" / f"{i:05d}.png")
-        Image.fromarray(np.full((6, 9, 3), 40 * i, np.uint8)).save(home / "JPEGImages" / "480p" / "cat" / f"{i:05d}.jpg")
-    return home
-
-
-def test_davis_layout(davis):
-    for root in (davis, davis.parent):
-        (clip,) = open_dataset("davis-2017", root=root)
-        assert clip.id == "cat" and len(clip.frames) == 3 and clip.frames[0].size == (9, 6)
-        assert set(np.unique(clip.masks)) == {0, 2, VOID} and clip.masks[1][1, 1] == 2
-    (short,) = davis_clips(davis, max_frames=2)
-    assert len(short.frames) == 2
-
-
-def test_davis_frames_are_opened_when_they_are_asked_for(davis):
-    frame = davis / "JPEGImages" / "480p" / "cat" / "00002.jpg"
-    frame.write_bytes(frame.read_bytes()[:50])
-    (clip,) = davis_clips(davis)
-    assert len(clip.frames) == 3 and clip.frames[:2][1].size == (9, 6) and clip.frames[0] is not clip.frames[0]
-    with pytest.raises(ImageError, match="00002.jpg"):
-        _ = clip.frames[2]
-    with pytest.raises(ParameterError, match="max_frames"):
-        davis_clips(davis, max_frames=0)
-
-
-@pytest.mark.skipif("KVUTILS_SAMPLES" not in os.environ, reason="KVUTILS_SAMPLES names no folder with sample clips")
-def test_davis_sample_clips():
-    clips = open_dataset("davis-2017", root=os.path.join(os.environ["KVUTILS_SAMPLES"], "davis2017"))
-    assert [c.id for c in clips] == ["libby", "car-shadow"]
-    assert all(len(c.frames) == len(c.masks) == 11 and c.masks.max() == 1 for c in clips)
-
-
-# --- the registry -------------------------------------------------------------------------------------------
-
-
-def test_the_data_folder_is_found(monkeypatch, davis):
-    davis.parent.joinpath("davis-2017").symlink_to(davis)
-    monkeypatch.setenv("KVUTILS_DATA", str(davis.parent))
-    assert [clip.id for clip in open_dataset("davis-2017")] == ["cat"]
+@pytest.mark.parametrize(("name", "options", "message"), [
+    ("pocket-davis-2017", {"frames": 2}, "frames"),
+    ("pocket-imagenet-s", {"scenes": 0}, "at least 1"),
+    ("pocket-pascal-5i", {"shot": 0}, "at least 1"),
+    ("pocket-pope", {"scenes": 0}, "at least 1"),
+    ("pocket-mme", {"images": 0}, "at least 1"),
+    ("pocket-pope", {"scenes": 1, "split": "hard"}, "split of POPE 'hard'"),
+    ("pocket-mme", {"images": 1, "split": "perception"}, "split of MME 'perception'.*expected one of .*same_color, hallucination, all"),
+])  # fmt: skip
+def test_impossible_sizes_and_splits(name, options, message):
+    with pytest.raises(ParameterError, match=message):
+        open_dataset(name, **options)
 
 
 def test_opened_fields_are_values_or_functions():
@@ -215,14 +164,124 @@ def test_opened_fields_are_values_or_functions():
         lazy.image = "other"
 
 
-def test_where_data_were_read_from_is_told(monkeypatch, davis, tmp_path):
-    assert data_sources(["pocket-msrc", "pocket-blink"]) == {}
-    (tmp_path / "copy").mkdir()
-    datasets.Dataset.from_dict({"a": [1]}).to_parquet(tmp_path / "copy" / "test-00000-of-00001.parquet")
-    monkeypatch.setattr("kvutils.datasets.revision_of", lambda repository: "0123abc")
-    options = {"davis-2017": {"root": davis}, "pope": {"root": "hub"}, "mme": {"root": tmp_path / "copy"}}
-    assert data_sources(options, options) == {"data": {
-        "davis-2017": "files in the official layout", "pope": "hub: lmms-lab/POPE at 0123abc",
-        "mme": "copy of the hub's lmms-lab/MME"}}  # fmt: skip
-    with pytest.raises(DataError, match="no Parquet copy on the hub"):
-        data_sources(["msrc"], {"msrc": {"root": "hub"}})
+# --- POPE and MME ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pocket_pope():
+    return open_dataset("pocket-pope", scenes=60)
+
+
+@pytest.fixture(scope="module")
+def pocket_mme():
+    return open_dataset("pocket-mme", images=8)
+
+
+def facts_by_image(samples) -> dict:
+    """Scene description of each image id, drawn again from its name."""
+    found = {}
+    for name in {s.image_id for s in samples}:
+        stream, seed, index = name.split("-")
+        scene = pocket.pocket_scene(stream, int(index), int(seed))
+        found[name] = facts_of(scene.scene, scene.drawn)
+    return found
+
+
+def test_pocket_pope_is_balanced_in_every_scene_and_split(pocket_pope):
+    counts = defaultdict(Counter)
+    for sample in pocket_pope:
+        counts[sample.subset, sample.image_id][sample.truth] += 1
+    assert len(counts) == 3 * 60 and {c["yes"] - c["no"] for c in counts.values()} == {0}
+    assert {c["yes"] for c in counts.values()} == {1, 2, 3}
+    assert [s.truth for s in pocket_pope] == ["yes", "no"] * (len(pocket_pope) // 2)
+    by_split = {split: [s for s in pocket_pope if s.subset == split] for split in pope.SPLITS}
+    positives = [[(s.image_id, s.question) for s in by_split[split][::2]] for split in pope.SPLITS]
+    assert positives[0] == positives[1] == positives[2]
+    for samples in by_split.values():
+        assert len({(s.image_id, s.question) for s in samples}) == len(samples)
+
+
+def test_pocket_pope_tells_the_truth(pocket_pope):
+    facts = facts_by_image(pocket_pope)
+    for sample in pocket_pope:
+        cls = CLASSES.index(sample.question.split()[3])
+        shares = [thing[4] for thing in facts[sample.image_id].things if thing[0] == cls]
+        assert max(shares, default=0) >= PRESENT if sample.truth == "yes" else max(shares, default=0) <= 0.02
+
+
+def test_pocket_pope_chooses_negatives_as_pope_does(pocket_pope):
+    facts = facts_by_image(pocket_pope)
+    present = {name: {thing[0] for thing in f.present} for name, f in facts.items()}
+    often = Counter(cls for classes in present.values() for cls in classes)
+    together = Counter((a, b) for classes in present.values() for a in classes for b in classes if a != b)
+    asked = defaultdict(list)
+    for sample in pocket_pope:
+        asked[sample.subset, sample.image_id].append(CLASSES.index(sample.question.split()[3]))
+    differ = 0
+    for name, classes in present.items():
+        popular, adversarial = asked["popular", name][1::2], asked["adversarial", name][1::2]
+        absent = sorted(set(range(8)) - classes, key=lambda cls: -often[cls])
+        assert [often[cls] for cls in popular] == [often[cls] for cls in absent[: len(popular)]]
+        for step, (positive, negative) in enumerate(
+            zip(asked["adversarial", name][::2], adversarial, strict=True)
+        ):
+            free = set(absent) - set(adversarial[:step])
+            assert together[positive, negative] == max(together[positive, cls] for cls in free)
+        differ += set(popular) != set(adversarial) and set(asked["random", name][1::2]) != set(popular)
+    assert differ > 10
+    mean = {s: np.mean([often[c] for (split, _), a in asked.items() if split == s for c in a[1::2]])
+            for s in pope.SPLITS}  # fmt: skip
+    assert mean["popular"] > mean["adversarial"] > mean["random"]
+
+
+def test_hardly_visible_things_are_not_asked_about():
+    fish, corner = Thing(0, 0, 60, 60, 20, 0, False), Thing(6, 2, 1, 1, 16, 0, False)
+    scene = Scene((fish, corner), 0, 0, seed=5)
+    facts = facts_of(scene, render(scene))
+    assert 0.02 < facts.things[1][4] < PRESENT
+    assert pocket_questions._absent(facts) == [1, 2, 3, 4, 5, 7]
+    random = np.random.default_rng(0)
+    assert pocket_questions._count(facts, random) is None  # who knows how many cups there are
+    asked = {pocket_questions._existence(facts, random) for _ in range(200)}
+    assert {yes for yes, _ in asked} == {"is there a fish ?"} and len(asked) == 6
+    assert not any("cup" in question for pair in asked for question in pair)
+
+
+def test_pocket_mme_has_a_true_and_a_false_question_per_image(pocket_mme):
+    assert list(dict.fromkeys(s.subset for s in pocket_mme)) == list(pocket_questions.MME_FORMS)
+    pairs = defaultdict(dict)
+    for sample in pocket_mme:
+        pairs[sample.subset, sample.image_id][sample.truth] = sample.question
+    assert Counter(subset for subset, _ in pairs) == dict.fromkeys(pocket_questions.MME_FORMS, 8)
+    for (subset, _), pair in pairs.items():
+        yes, no = pair["yes"].split(), pair["no"].split()
+        if subset in ("position", "count"):  # the same question with the two classes exchanged
+            assert sorted(yes) == sorted(no)
+        if subset in ("existence", "color"):  # one word is another
+            assert sum(a != b for a, b in zip(yes, no, strict=True)) == 1
+        assert yes != no
+
+
+def test_pocket_questions_are_those_that_the_models_learned(pocket_pope, pocket_mme):
+    """Each with its answer is among the questions that are asked of the scene in training."""
+    random = np.random.default_rng(0)
+    samples = [*pocket_pope[:8], *pocket_mme]
+    facts, forms = facts_by_image(samples), {**pocket_questions.MME_FORMS, **dict.fromkeys(pope.SPLITS, "existence")}
+    asked = {(s.image_id, forms[s.subset]) for s in samples}
+    known = {(name, form): {ask(facts[name], form, random) for _ in range(600)} for name, form in sorted(asked, key=str)}
+    for sample in samples:
+        assert (sample.question, sample.truth) in known[sample.image_id, forms[sample.subset]]
+        assert set(sample.question.split()) <= set(WORDS)
+
+
+def test_larger_pocket_sets_begin_with_the_smaller_ones(pocket_pope, pocket_mme):
+    few = open_dataset("pocket-mme", images=3)
+    assert {s.id for s in few} < {s.id for s in pocket_mme}
+    fewer = open_dataset("pocket-pope", scenes=20, split="random")  # the other splits follow the set's frequencies
+    assert [(s.id, s.question) for s in fewer] == [(s.id, s.question) for s in pocket_pope][: len(fewer)]
+
+
+def test_pocket_options():
+    one = open_dataset("pocket-pope", scenes=30, per_scene=1, split="popular")
+    assert len(one) == 60 and {s.subset for s in one} == {"popular"}
+    assert {s.subset for s in open_dataset("pocket-mme", images=1, split="hallucination")} == set(mme.HALLUCINATION)
