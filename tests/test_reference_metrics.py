@@ -60,17 +60,22 @@ def one(statistic, rows):
     return float(statistic(np.ones((1, len(rows))), np.asarray(rows, dtype=float))[0])
 
 
+def of_case(arrays, case, *names):
+    """The arrays c<case>_<name> as tensors."""
+    return [torch.from_numpy(arrays[f"c{case['case']:02d}_{name}"]) for name in names]
+
+
 def numbered(arrays, case, n, *names):
     """For each name the list of arrays c<case>_<i>_<name>, i = 0..n-1; None where a file is missing."""
     keys = [[f"c{case:02d}_{i}_{name}" for i in range(n)] for name in names]
     return [[arrays[key] if key in arrays else None for key in row] for row in keys]
 
 
-# --- one check per folder: (case, arrays) ------------------------------------------------------------------
+# `check_<folder>(case, arrays)` checks one case of a folder of fixtures
 
 
-def fss_fgbg_iou(case, arrays):
-    prediction, true, ignore, classes = (arrays[f"c{case['case']:02d}_{name}"] for name in ("pred", "gt", "ignore", "class"))
+def check_fss_fgbg_iou(case, arrays):
+    prediction, true, ignore, classes = (each.numpy() for each in of_case(arrays, case, "pred", "gt", "ignore", "class"))
     pairs = zip(prediction, np.where(ignore, VOID, true), strict=True)
     counts = np.concatenate([counted(*pair) for pair in pairs])
     close(counts[:, :2].tolist(), case["inter_bg_fg"], what="I")
@@ -84,44 +89,39 @@ def fss_fgbg_iou(case, arrays):
         close(100 * one(foreground_background_iou, rows), case["fb_iou_percent"], what="FB-IoU")
 
 
-def fss_episodes(case, arrays):
+def check_fss_episodes(case, arrays):
     if not SAMPLES:
         pytest.skip("set KVUTILS_SAMPLES to the folder with pascal-5i/splits: episodes are drawn from its lists")
     path = Path(SAMPLES) / f"pascal-5i/splits/pascal/val/fold{case['fold']}.txt"
     entries = pascal5i_episodes.read_split(path, case["fold"])
     episodes = pascal5i_episodes.sample_episodes(entries, case["shot"], case["n_episodes"], case["seed"])
     episodes = [[query, list(supports), class_index] for query, supports, class_index in episodes]
-    assert len(entries) == case["n_queries"]
-    assert episodes[:20] == case["first20"]
-    assert episodes[-3:] == case["last3"]
-    digest = hashlib.sha256(json.dumps(episodes, separators=(",", ":")).encode()).hexdigest()
-    assert digest == case["sha256_all1000"]
+    assert (len(entries), episodes[:20], episodes[-3:]) == (case["n_queries"], case["first20"], case["last3"])
+    assert hashlib.sha256(json.dumps(episodes, separators=(",", ":")).encode()).hexdigest() == case["sha256_all1000"]
 
 
-def coseg_jaccard(case, arrays):
+def check_coseg_jaccard(case, arrays):
     pairs = zip(*numbered(arrays, case["case"], len(case["pixel_precision"]), "pred", "gt"), strict=True)
     jaccard, precision = masks.jaccard_and_precision(np.concatenate([counted(*pair) for pair in pairs]))
-    close(jaccard.tolist(), case["jaccard_zero_division1"])
-    close(jaccard.tolist(), case["davis_db_eval_iou"])
+    for name in ("jaccard_zero_division1", "davis_db_eval_iou"):
+        close(jaccard.tolist(), case[name])
     close(precision.tolist(), case["pixel_precision"])
-    close(jaccard.mean(), case["set_mean_jaccard_zd1"])
-    close(precision.mean(), case["set_mean_precision"])
+    close([jaccard.mean(), precision.mean()], [case["set_mean_jaccard_zd1"], case["set_mean_precision"]])
 
 
-def coseg_vote(case, arrays):
+def check_coseg_vote(case, arrays):
     labels, saliency = numbered(arrays, case["case"], case["n_images"], "labels", "saliency")
     options = case["num_labels"], case["thresh"], case["votes_percentage"]
     votes, salient = cosegmentation.salient_clusters(labels, saliency, *options)
-    assert votes.tolist() == case["votes"]
-    assert salient.tolist() == case["salient_labels"]
+    assert votes.tolist() == case["votes"] and salient.tolist() == case["salient_labels"]
 
 
-def kps_transfer(case, arrays):
-    source, target = (torch.from_numpy(arrays[f"c{case['case']:02d}_{name}"]) for name in ("d1", "d2"))
+def check_kps_transfer(case, arrays):
+    source, target = of_case(arrays, case, "d1", "d2")
     assert matching.match_nearest(source[case["patch_index"]], target).tolist() == case["nn"]
 
 
-def pck(case, arrays):
+def check_pck(case, arrays):
     pairs, expected = case["pairs"], case["expected"]
 
     def rows(alpha, category=None):  # the columns of the task that PCK of the box is made of
@@ -145,20 +145,19 @@ def pck(case, arrays):
             close(one(per_point, rows(alpha, name)), values[i], what=f"{name} @{alpha}")
 
 
-def davis_frame(case, arrays):
-    shape = tuple(arrays[f"c{case['case']:02d}_shape"])
+def check_davis_frame(case, arrays):
+    start = f"c{case['case']:02d}_"
+    shape = tuple(arrays[f"{start}shape"])
 
     def unpack(name):
-        return np.unpackbits(arrays[f"c{case['case']:02d}_{name}"])[: math.prod(shape)].reshape(shape).astype(bool)
+        return np.unpackbits(arrays[start + name])[: math.prod(shape)].reshape(shape).astype(bool)
 
-    prediction, true = unpack("pred"), unpack("gt")
-    if f"c{case['case']:02d}_void" in arrays:  # background in both
-        prediction, true = prediction & ~unpack("void"), true & ~unpack("void")
-    close(video.region_similarity(prediction, true), case["J"], what="J")
-    close(video.boundary_f(prediction, true), case["F"], what="F")
+    seen = ~unpack("void") if f"{start}void" in arrays else True  # void is background in both
+    prediction, true = unpack("pred") & seen, unpack("gt") & seen
+    close([video.region_similarity(prediction, true), video.boundary_f(prediction, true)], [case["J"], case["F"]])
 
 
-def davis_jf(case, arrays):
+def check_davis_jf(case, arrays):
     start = f"c{case['case']:02d}_"
     names = sorted(k[len(start) : -3] for k in arrays if k.startswith(start) and k.endswith("_gt"))
     pairs = {name: [arrays[f"{start}{name}_{kind}"] for kind in ("res", "gt")] for name in names}
@@ -168,8 +167,7 @@ def davis_jf(case, arrays):
         return
     for name, expected in case["per_frame"].items():
         j, f = video.davis_sequence(*pairs[name])
-        close(j.tolist(), expected["J_per_object_frame"], what=f"{name} J")
-        close(f.tolist(), expected["F_per_object_frame"], what=f"{name} F")
+        close([j.tolist(), f.tolist()], [expected["J_per_object_frame"], expected["F_per_object_frame"]], what=name)
     means = object_means(pairs)
     rows = np.array(list(means.values()))
     close({name: jf[0] for name, jf in means.items()}, case["J_per_object"])
@@ -186,23 +184,19 @@ def object_means(pairs):
     return found
 
 
-def label_propagation(case, arrays):
-    target, context, segs, out, norm, argmax = (
-        torch.from_numpy(arrays[f"c{case['case']:02d}_{name}"]) for name in ("tar", "ctx", "segs", "out", "norm", "argmax")
-    )
-    near = matching.restrict_neighborhood(
-        case["h"], case["w"], case["size_mask_neighborhood"] or max(case["h"], case["w"])
-    )  # 0: no window
-    soft = matching.propagate_step(
-        target, context.mT, segs.flatten(2).mT, near, topk=case["topk"], temperature=case["temperature"]
-    )
+def check_label_propagation(case, arrays):
+    target, context, segs, out, norm, argmax = of_case(arrays, case, "tar", "ctx", "segs", "out", "norm", "argmax")
+    h, w = case["h"], case["w"]
+    near = matching.restrict_neighborhood(h, w, case["size_mask_neighborhood"] or max(h, w))  # 0: no window
+    options = {"topk": case["topk"], "temperature": case["temperature"]}
+    soft = matching.propagate_step(target, context.mT, segs.flatten(2).mT, near, **options)
     planes = soft.T.reshape(out.shape[1:])
     torch.testing.assert_close(planes, out[0], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(matching.norm_mask(planes), norm, atol=1e-4, rtol=1e-4)
     assert torch.equal(matching.norm_mask(planes).argmax(0), argmax.long())
 
 
-def refseg_iou(case, arrays):
+def check_refseg_iou(case, arrays):
     n = len(case["lavt"]["ious"])
     rows = []
     for prediction, true in zip(*numbered(arrays, case["case"], n, "pred", "gt"), strict=True):
@@ -218,29 +212,27 @@ def refseg_iou(case, arrays):
     close(one(task.statistics["oIoU"], rows) if rows[:, UNION].any() else 0.0, lisa["cIoU"], 1e-4)
 
 
-def bdd_miou(case, arrays):
-    labels = range(19)
+def check_bdd_miou(case, arrays):
     rows = []
     for said, true in zip(*numbered(arrays, case["case"], case["n"], "pred", "gt"), strict=True):
         said = np.full(true.shape, 19) if said is None else said  # a missing file: wrong everywhere
-        rows.append(masks.class_counts(said, true, labels))
+        rows.append(masks.class_counts(said, true, range(19)))
     rows = np.array(rows, dtype=float)
     assert np.flatnonzero(rows[:, 19:38].sum(axis=0)).tolist() == case["gt_ids"]
     if case["gt_ids"]:
         close(100 * one(masks.class_mean_iou, rows), case["mIoU_percent"])
 
 
-def coco_masks_folder(case, arrays):
+def check_coco_masks(case, arrays):
     size = case["height"], case["width"]
     union = coco_masks.segmentation_mask(case["segmentation"], *size)
     assert np.array_equal(coco_masks.rle_decode(case["union_rle"], *size), union) and union.sum() == case["union_area"]
-    assert union.sum(axis=1).tolist() == case["union_rows"]
-    assert union.sum(axis=0).tolist() == case["union_cols"]
+    assert union.sum(axis=1).tolist() == case["union_rows"] and union.sum(axis=0).tolist() == case["union_cols"]
     parts = [case["segmentation"]] if isinstance(case["segmentation"], dict) else [[p] for p in case["segmentation"]]
     assert sum(coco_masks.segmentation_mask(part, *size).sum() for part in parts) == case["refer_area"]
 
 
-def pope(case, arrays):
+def check_pope(case, arrays):
     expected = case["expected_pope"]
     samples = [YesNoSample(str(i), str(i // 2), BLANK, "?", label, "random") for i, label in enumerate(case["labels"])]
     task = Pope(samples)
@@ -253,12 +245,10 @@ def pope(case, arrays):
     assert counts[:4].tolist() == [expected[name] for name in ("TP", "FP", "TN", "FN")]
 
 
-def mme(case, arrays):
+def check_mme(case, arrays):
     expected = case["expected_official"]
-    samples = [
-        YesNoSample(f"{subtask}-{i}", image, BLANK, question, truth.lower(), subtask)
-        for subtask, rows in case["rows"].items() for i, (image, question, truth, _) in enumerate(rows)
-    ]  # fmt: skip
+    samples = [YesNoSample(f"{subtask}-{i}", image, BLANK, question, truth.lower(), subtask)
+               for subtask, rows in case["rows"].items() for i, (image, question, truth, _) in enumerate(rows)]  # fmt: skip
     answers = [row[3] for rows in case["rows"].values() for row in rows]
     task = Mme(samples)
     for subtask, parsed in expected["parsed"].items():
@@ -273,11 +263,11 @@ def mme(case, arrays):
             close(scores[name]["score"]["mean"], expected[f"{name}_total"], what=name)
 
 
-def blink_extract(case, arrays):
+def check_blink_extract(case, arrays):
     assert answers.blink_extract(case["text"], case["choices"]) == case["blink_official"]
 
 
-def blink_accuracy(case, arrays):
+def check_blink_accuracy(case, arrays):
     scores = answers.blink_scores({k: [(row[1], row[3]) for row in rows] for k, rows in case["items"].items()})
     close({k.replace(" ", "_"): v for k, v in scores["accuracy"].items()}, case["accuracy"])
     assert scores["n"] == case["counts"]
@@ -288,8 +278,8 @@ def blink_accuracy(case, arrays):
                 assert extracted in possible, f"{subtask} {index}: {text!r}"
 
 
-def l2_variance(case, arrays):
-    keys = torch.from_numpy(arrays[f"c{case['case']:02d}_keys"])
+def check_l2_variance(case, arrays):
+    (keys,) = of_case(arrays, case, "keys")
     whole, first, second = KeyVariance().update(keys), KeyVariance(), KeyVariance()
     half = len(keys) // 2
     merged = first.update(keys[:half]).merge(second.update(keys[half:]))
@@ -298,14 +288,7 @@ def l2_variance(case, arrays):
     assert np.argsort(whole.result.numpy(), kind="stable").tolist() == case["rank_low_to_high"]
 
 
-CHECKS = {
-    check.__name__.removesuffix("_folder"): check
-    for check in (
-        bdd_miou, blink_accuracy, blink_extract, coco_masks_folder, coseg_jaccard, coseg_vote, davis_frame,
-        davis_jf, fss_episodes, fss_fgbg_iou, kps_transfer, l2_variance, label_propagation,
-        mme, pck, pope, refseg_iou,
-    )
-}  # fmt: skip
+CHECKS = {name.removeprefix("check_"): check for name, check in globals().items() if name.startswith("check_")}
 
 
 def read_cases(folder):
@@ -313,10 +296,8 @@ def read_cases(folder):
     cases, arrays = [], {}
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
-        named = content.items() if isinstance(content, dict) else enumerate(content)
-        for key, case in named:
-            name = f"{case.get('case', key)}" + (f"-{case['kind']}" if "kind" in case else "")
-            cases.append((name, case))
+        for key, case in content.items() if isinstance(content, dict) else enumerate(content):
+            cases.append((f"{case.get('case', key)}" + (f"-{case['kind']}" if "kind" in case else ""), case))
     for path in sorted(folder.glob("*.npz")):
         with np.load(path) as file:
             arrays |= {name: file[name] for name in file.files}
@@ -356,6 +337,6 @@ def test_osvos_on_real_davis_clips():
     true = {name: read(root / "DAVIS/Annotations/480p" / name) for name in names}
     pairs = {name: (read(root / "results_osvos" / name)[: len(true[name])], true[name]) for name in names}
     means = object_means(pairs)
-    close({name: j for name, (j, _) in means.items()}, expected["J"])
-    close({name: f for name, (_, f) in means.items()}, expected["F"])
+    for i, measure in enumerate("JF"):
+        close({name: jf[i] for name, jf in means.items()}, expected[measure])
     close(np.mean(list(means.values()), axis=0).tolist(), [expected["J_mean"], expected["F_mean"]])

@@ -305,50 +305,24 @@ def test_counts_and_precisions_are_of_annotated_pixels():
         assert precision == pytest.approx(average_precision_score(true, score[mask != VOID]))
 
 
-@pytest.fixture(scope="module")
-def real():
+def test_stored_parts_give_the_same_bytes_and_no_other_task_takes_them(tmp_path):
     """A tiny real model, and samples that share images."""
     mlm, untrained, samples = tiny_pocket(), tiny_pocket(seed=5), []
-    for e in episodes(6):
+    for e in episodes(3):
         other = Episode(f"{e.id} b", e.class_index, e.class_name, e.fold, e.supports[0], (e.query, *e.supports[1:]))
         samples += [e, other]
 
-    def scored(task, parts=None, **options):
-        return to_json(vars(run_task(task, FeatureExtractor(mlm, untrained, batch_size=2), parts, progress=False, **options)))
+    def scored(task, parts=None):
+        extractor = FeatureExtractor(mlm, untrained, batch_size=2)
+        return to_json(vars(run_task(task, extractor, parts, progress=False, chunk=2)))
 
-    return scored, samples
-
-
-class Stops(ForegroundSegmentation):
-    """Is interrupted at its n-th sample."""
-
-    left = 5
-
-    def score(self, sample, features, extractor):
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
-        return super().score(sample, features, extractor)
-
-
-def test_an_interrupted_run_ends_with_the_same_bytes(real, tmp_path):
-    scored, samples = real
-    whole = scored(ForegroundSegmentation(samples), Parts(tmp_path / "a", x=1), chunk=2)
-    parts = Parts(tmp_path / "b", x=1)
-    with pytest.raises(KeyboardInterrupt):
-        scored(Stops(samples), parts, chunk=2)
-    task = Stops(samples)  # the two finished chunks are not scored again: 4 + 8 samples would stop it a second time
-    task.left = 9
-    assert whole == scored(task, parts, chunk=2) == scored(ForegroundSegmentation(samples), chunk=2)
-    task.left = 1  # everything is stored: nothing is scored
-    assert whole == scored(task, parts, chunk=2)
-
-
-def test_stored_parts_of_other_settings_are_not_used(real, tmp_path):
-    scored, samples = real
-    tasks = ForegroundSegmentation(samples[:2]), ForegroundSegmentation(samples[:2], strength=1e-4)
-    first, other = (scored(task, Parts(tmp_path, x=1)) for task in tasks)
-    assert first != other
+    task, parts = ForegroundSegmentation(samples), Parts(tmp_path, x=1)
+    whole = scored(task, parts)
+    sorted(parts.folder.rglob("*.safetensors"))[1].unlink()  # as if the run had been stopped before
+    assert whole == scored(task, parts) == scored(task)
+    assert whole != scored(ForegroundSegmentation(samples, strength=1e-4), parts)
+    task.score = None  # everything is stored: nothing is scored
+    assert whole == scored(task, parts)
 
 
 def test_scores_do_not_depend_on_chunks():
