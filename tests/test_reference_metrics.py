@@ -308,12 +308,10 @@ def collect():
     if not ROOT:
         skip = pytest.mark.skip(reason="set KVUTILS_FIXTURES to the folder of reference values to check the metrics against them")
         return [pytest.param(None, None, None, marks=skip, id="no-fixtures")]
-    params = []
-    for name in sorted(CHECKS):
-        cases, arrays = read_cases(Path(ROOT) / name)
-        assert cases, f"no case in {ROOT}/{name}"
-        params += [pytest.param(name, case, arrays, id=f"{name}-{label}") for label, case in cases]
-    return params
+    folders = {name: read_cases(Path(ROOT) / name) for name in sorted(CHECKS)}
+    assert len(folders) == 17 and all(cases for cases, _ in folders.values()), f"a folder without a case in {ROOT}"
+    return [pytest.param(name, case, arrays, id=f"{name}-{label}")
+            for name, (cases, arrays) in folders.items() for label, case in cases]  # fmt: skip
 
 
 @pytest.mark.parametrize(("folder", "case", "arrays"), collect())
