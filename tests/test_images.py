@@ -13,81 +13,54 @@ RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
 
 
-def pixels(image) -> np.ndarray:
-    assert image.mode == "RGB"
-    return np.asarray(image)
+def pixels(image) -> list:
+    opened = open_image(image)
+    assert opened.mode == "RGB"
+    return np.asarray(opened).tolist()
+
+
+def saved(tmp_path, name, image, **options):
+    image.save(tmp_path / name, **options)
+    return tmp_path / name
 
 
 def test_paths_and_pil_images_agree(tmp_path):
-    path = tmp_path / "photo.png"
-    Image.fromarray(RGB).save(path)
+    path = saved(tmp_path, "photo.png", Image.fromarray(RGB))
     for image in (path, str(path), Image.open(path), Image.fromarray(RGB)):
-        assert np.array_equal(pixels(open_image(image)), RGB)
+        assert pixels(image) == RGB.tolist()
 
 
-def test_greyscale_becomes_rgb():
+def test_every_kind_of_picture_becomes_rgb(tmp_path):
     grey = RGB[..., 0]
-    expected = np.repeat(grey[..., None], 3, axis=2)
-    assert np.array_equal(pixels(open_image(Image.fromarray(grey))), expected)
-    assert np.array_equal(pixels(open_image(Image.fromarray(grey / np.float32(255)))), expected)
-    assert np.array_equal(pixels(open_image(Image.new("1", (2, 2), 1))), np.full((2, 2, 3), 255))
-
-
-def test_palette_and_transparent_palette(tmp_path):
+    expected = np.repeat(grey[..., None], 3, axis=2).tolist()
+    assert pixels(Image.fromarray(grey)) == pixels(Image.fromarray(grey / np.float32(255))) == expected
+    assert pixels(Image.new("1", (1, 1), 1)) == [[[255, 255, 255]]]
     palette = Image.new("P", (2, 1))
     palette.putpalette([255, 0, 0, 0, 0, 255] + [0] * 762)
     palette.putdata([0, 1])
-    assert pixels(open_image(palette)).tolist() == [[[255, 0, 0], [0, 0, 255]]]
-    path = tmp_path / "transparent.png"
-    palette.save(path, transparency=0)
-    assert pixels(open_image(path)).tolist() == [[[255, 255, 255], [0, 0, 255]]]
+    assert pixels(palette) == [[[255, 0, 0], [0, 0, 255]]]
+    assert pixels(saved(tmp_path, "transparent.png", palette, transparency=0)) == [[[255, 255, 255], [0, 0, 255]]]
+    assert pixels(saved(tmp_path, "print.tif", Image.new("CMYK", (1, 1), (0, 255, 255, 0)))) == [[[255, 0, 0]]]
+    for mode, colour in (("RGBA", (0, 0, 0)), ("LA", (0,))):  # transparency on white
+        for alpha, seen in ((0, (255,)), (128, (126, 127, 128))):
+            assert pixels(Image.new(mode, (1, 1), (*colour, alpha)))[0][0][0] in seen
+    deep = np.array([[0, 32896, 65535]], np.uint16)  # scaled, not clipped
+    for image in (saved(tmp_path, "deep.png", Image.fromarray(deep)), Image.fromarray(deep), Image.fromarray(deep.astype(np.int32))):
+        assert pixels(image) == [[[0] * 3, [128] * 3, [255] * 3]]
+    frames = [Image.new("RGB", (1, 1), colour) for colour in ("red", "blue")]
+    assert pixels(saved(tmp_path, "moving.gif", frames[0], save_all=True, append_images=frames[1:])) == [[[255, 0, 0]]]
 
 
-def test_cmyk(tmp_path):
-    path = tmp_path / "print.tif"
-    Image.new("CMYK", (2, 2), (0, 255, 255, 0)).save(path)
-    assert pixels(open_image(path))[0, 0].tolist() == [255, 0, 0]
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_transparency_is_composited_on_white(mode):
-    color = (0, 0, 0, 0) if mode == "RGBA" else (0, 0)
-    assert pixels(open_image(Image.new(mode, (2, 2), color))).min() == 255
-    half = (0, 0, 0, 128) if mode == "RGBA" else (0, 128)
-    assert abs(int(pixels(open_image(Image.new(mode, (2, 2), half)))[0, 0, 0]) - 127) <= 1
-
-
-def test_16_bit_is_scaled_not_clipped(tmp_path):
-    deep = np.array([[0, 32896, 65535]], np.uint16)
-    path = tmp_path / "deep.png"
-    Image.fromarray(deep).save(path)
-    for image in (path, Image.fromarray(deep), Image.fromarray(deep.astype(np.int32))):
-        assert pixels(open_image(image))[0, :, 0].tolist() == [0, 128, 255]
-
-
-def test_exif_orientation_is_applied(tmp_path):
-    path = tmp_path / "phone.jpg"
+def test_sizes_are_those_of_the_upright_picture(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: rows run right to left
-    Image.fromarray(RGB).save(path, exif=exif, quality=95)
-    assert open_image(path).size == (5, 7)  # (W, H) of the turned 7x5 picture
-
-
-def test_tiny_and_extreme_shapes():
+    assert open_image(saved(tmp_path, "phone.jpg", Image.fromarray(RGB), exif=exif)).size == (5, 7)  # (W, H) of the turned 7x5
     for size in ((1, 1), (1, 5000), (5000, 1)):
         assert open_image(Image.new("RGB", size)).size == size
 
 
-def test_first_frame_of_an_animation(tmp_path):
-    path = tmp_path / "moving.gif"
-    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
-    frames[0].save(path, save_all=True, append_images=frames[1:])
-    assert pixels(open_image(path))[0, 0].tolist() == [255, 0, 0]
-
-
 def test_size_is_capped_before_decoding(tmp_path):
-    path = tmp_path / "huge.png"
-    Image.new("1", (200, 100)).save(path)
+    path = saved(tmp_path, "huge.png", Image.new("1", (200, 100)))
     with pytest.raises(ImageError, match="huge.png.*200x100.*10,000"):
         open_image(path, max_pixels=10_000)
     with pytest.raises(ImageError, match=r"images\[2\].*allowed"):
@@ -97,21 +70,14 @@ def test_size_is_capped_before_decoding(tmp_path):
 def test_broken_files_name_the_file(tmp_path):
     buffer = io.BytesIO()
     Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(buffer, "PNG")
-    for name, data in (
-        ("cut.png", buffer.getvalue()[:600]),
-        ("header.png", buffer.getvalue()[:20]),
-        ("letter.jpg", b"Dear reader"),
-        ("empty.png", b""),
-    ):
+    damaged = {"cut.png": buffer.getvalue()[:600], "header.png": buffer.getvalue()[:20], "letter.jpg": b"Dear reader", "empty.png": b""}
+    for name, data in damaged.items():
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(ImageError, match=name):
-            open_image(tmp_path / name)
-    for path in (tmp_path / "missing.png", tmp_path):
+    for path in (*(tmp_path / name for name in damaged), tmp_path / "missing.png", tmp_path):
         with pytest.raises(ImageError, match=path.name):
             open_image(path)
-    lazy = Image.open(tmp_path / "cut.png")
     with pytest.raises(ImageError, match=r"images\[0\]"):
-        open_image(lazy, name="images[0]")
+        open_image(Image.open(tmp_path / "cut.png"), name="images[0]")  # decoded only now
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1.5, -0.1])

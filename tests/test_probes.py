@@ -82,22 +82,15 @@ def test_agrees_with_scikit_learn(name, balanced):
 
 
 @pytest.mark.parametrize("strength", [1e-3, 0.1, 10.0, 100.0])
-def test_regularisation_strength_is_that_of_scikit_learn(strength):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_strength_and_sample_weights_are_those_of_scikit_learn(strength, weighted):
     X, y = make_episode(S=2, N=300, C=20, signal=0.4)
-    probe = fit_linear_probe(X, y, strength=strength).require_converged()
+    weight = np.random.default_rng(1).uniform(0.1, 3, 300) if weighted else None
+    probe = fit_linear_probe(X, y, strength=strength, class_balanced=not weighted, sample_weight=weight).require_converged()
     for i, x in enumerate(X):
-        model, z = reference(x, y, strength=strength)
-        best = objective(model.coef_, model.intercept_, z, y, True, strength)
+        model, z = reference(x, y, not weighted, strength, weight)
+        best = objective(model.coef_, model.intercept_, z, y, not weighted, strength, weight)
         assert float(probe.loss[i]) == pytest.approx(best, rel=1e-3)
-
-
-def test_sample_weights_act_as_in_scikit_learn():
-    X, y = make_episode(S=2, N=300, C=20, signal=0.4)
-    weight = np.random.default_rng(1).uniform(0.1, 3, 300)
-    probe = fit_linear_probe(X.double(), y, class_balanced=False, sample_weight=weight, tol=1e-8)
-    for i, x in enumerate(X):
-        model, _ = reference(x, y, False, sample_weight=weight)
-        np.testing.assert_allclose(probe.weight[i].numpy(), model.coef_, atol=2e-4)
 
 
 def test_rows_of_weight_zero_are_as_if_absent():
@@ -113,17 +106,14 @@ def test_rows_of_weight_zero_are_as_if_absent():
     torch.testing.assert_close(masked.logits(X), plain.logits(X), rtol=0, atol=0.02)
 
 
-def test_float64_is_solved_in_float64_to_any_tolerance():
+def test_float64_is_solved_in_float64_to_any_tolerance_and_half_precision_in_float32():
     X, y = make_episode(S=2, N=200, C=12, signal=0.5)
-    probe = fit_linear_probe(X.double(), y, tol=1e-13).require_converged()
-    assert probe.weight.dtype == torch.float64
-    for i, x in enumerate(X):
-        model, _ = reference(x, y)
-        np.testing.assert_allclose(probe.weight[i].numpy(), model.coef_, atol=1e-4)
-
-
-def test_half_precision_is_solved_in_float32():
-    X, y = make_episode(S=2, N=200, C=12)
+    weight = np.random.default_rng(1).uniform(0.1, 3, 200)
+    for options in ({}, {"sample_weight": weight}):
+        probe = fit_linear_probe(X.double(), y, tol=1e-13, **options).require_converged()
+        assert probe.weight.dtype == torch.float64
+        for i, x in enumerate(X):
+            np.testing.assert_allclose(probe.weight[i].numpy(), reference(x, y, **options)[0].coef_, atol=1e-4)
     assert fit_linear_probe(X.bfloat16(), y).require_converged().weight.dtype == torch.float32
 
 
@@ -184,34 +174,31 @@ def test_non_finite_features_name_their_source(value, monkeypatch):
         fit_linear_probe(X, y)
 
 
-def test_other_bad_input():
-    X, y = make_episode(S=2, N=60, C=5)
-    with pytest.raises(ParameterError, match="two classes.*source 0"):
-        fit_linear_probe(X, torch.zeros(60, dtype=torch.long))
-    with pytest.raises(ParameterError, match="two classes.*source 1"):
-        fit_linear_probe(X, torch.stack([y, torch.ones_like(y)]))
-    for labels in (y - 1, y * 255):
-        with pytest.raises(ParameterError, match="labels 0..1"):
-            fit_linear_probe(X, labels)
-    with pytest.raises(ParameterError, match="labels 0..1"):
-        fit_linear_probe(X, y - 1, sample_weight=torch.ones(60))
-    with pytest.raises(ParameterError, match="y of shape"):
-        fit_linear_probe(X, y[:-1])
-    with pytest.raises(ParameterError, match="sample weights"):
-        fit_linear_probe(X, y, sample_weight=-torch.ones(60))
-    with pytest.raises(ParameterError, match="strength"):
-        fit_linear_probe(X, y, strength=0)
-    with pytest.raises(ParameterError, match="X of shape"):
-        fit_linear_probe(X[:, :0], y[:0])
-    with pytest.raises(ParameterError, match="logits: expected"):
-        fit_linear_probe(X, y).logits(X[:1])
+X, Y = make_episode(S=2, N=60, C=5)
 
 
-def test_input_is_left_as_it_was():
-    X, y = make_episode(S=2, N=60, C=5)
+@pytest.mark.parametrize(("x", "y", "options", "said"), [
+    (X, torch.zeros(60, dtype=torch.long), {}, "two classes.*source 0"),
+    (X, torch.stack([Y, torch.ones_like(Y)]), {}, "two classes.*source 1"),
+    (X, Y - 1, {}, "labels 0..1"),
+    (X, Y * 255, {}, "labels 0..1"),
+    (X, Y - 1, {"sample_weight": torch.ones(60)}, "labels 0..1"),
+    (X, Y[:-1], {}, "y of shape"),
+    (X, Y, {"sample_weight": -torch.ones(60)}, "sample weights"),
+    (X, Y, {"strength": 0}, "strength"),
+    (X[:, :0], Y[:0], {}, "X of shape"),
+])  # fmt: skip
+def test_other_bad_input(x, y, options, said):
+    with pytest.raises(ParameterError, match=said):
+        fit_linear_probe(x, y, **options)
+
+
+def test_input_is_left_as_it_was_and_logits_need_all_sources():
     before = X.clone()
-    fit_linear_probe(X, y, sample_weight=torch.arange(60) > 3)
+    probe = fit_linear_probe(X, Y, sample_weight=torch.arange(60) > 3)
     assert torch.equal(X, before)
+    with pytest.raises(ParameterError, match="logits: expected"):
+        probe.logits(X[:1])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
