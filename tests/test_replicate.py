@@ -17,7 +17,9 @@ from kvutils.run.cli import main
 from kvutils.run.notebook import PROFILES, Run, check_parameters
 from kvutils.store import Parts
 
-WRITE = '''
+REPOSITORY = str(notebook.ROOT)
+STUB, RESULTS = "notebooks/01_stub.ipynb", "data/results/pocket/pocket/01_stub.json"
+WRITE = """
 import json, os
 from pathlib import Path
 folder = Path(os.environ["KVUTILS_OUT"], "data", "results", profile, model)
@@ -25,50 +27,61 @@ folder.mkdir(parents=True, exist_ok=True)
 entries = [{"name": str(i), "value": 0.1, "low": LOW, "high": 0.2, "n": 5} for i in range(6)]
 found = {"claims": {"C1": {"entries": entries}}, "parameters": {"seed": seed}}
 (folder / "01_stub.json").write_text(json.dumps(found))
-'''
+"""
+CLAIM = {"id": "C1", "section": "3", "statement": "It is so.", "paper": 6, "unit": "tasks", "notebook": "01_stub",
+         "rule": {"kind": "entries_above", "at_least": 6}}  # fmt: skip
 
 
-def book(body: str = "print(seed)", write: str = WRITE.replace("LOW", "0.05")) -> nbformat.NotebookNode:
+def write_book(path, body: str = "print(seed)", low: str = "0.05") -> nbformat.NotebookNode:
     """A notebook without kvutils, so that it starts quickly."""
-    code = nbformat.v4.new_code_cell
-    cells = [nbformat.v4.new_markdown_cell("# Stub", id="a"),
-             code('profile = "pocket"\nmodel = "pocket"\nseed = 0', id="b",
-                  metadata={"tags": ["parameters"]}),
-             code(body, id="c"), code(write, id="d")]
-    kernel = {"name": "another", "display_name": "Another", "language": "python"}
-    return nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+    new = nbformat.v4
+    settings = new.new_code_cell('profile = "pocket"\nmodel = "pocket"\nseed = 0', id="b", metadata={"tags": ["parameters"]})
+    cells = [new.new_markdown_cell("# Stub", id="a"), settings, new.new_code_cell(body, id="c"),
+             new.new_code_cell(WRITE.replace("LOW", low), id="d")]  # fmt: skip
+    made = new.new_notebook(cells=cells, metadata={"kernelspec": {"name": "another", "display_name": "Another", "language": "python"}})
+    nbformat.write(made, path)
+    return made
 
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     """A repository with a notebook 01, elsewhere."""
     (tmp_path / "notebooks").mkdir()
+    (tmp_path / "pyproject.toml").write_text("[tool.kvutils]\nrepository = ''\n")
     monkeypatch.setattr(notebook, "ROOT", tmp_path)
-    monkeypatch.setattr(report, "load_claims", lambda: [
-        {"id": "C1", "section": "3", "statement": "It is so.", "paper": 6, "unit": "tasks",
-         "notebook": "01_stub", "rule": {"kind": "entries_above", "at_least": 6}}])
+    monkeypatch.setattr(report, "load_claims", lambda: [CLAIM])
     monkeypatch.setenv("KVUTILS_OUT", str(tmp_path))
     monkeypatch.delenv("KVUTILS_CACHE", raising=False)
-    nbformat.write(book(), tmp_path / "notebooks" / "01_stub.ipynb")
-    (tmp_path / "pyproject.toml").write_text("[tool.kvutils]\nrepository = ''\n")
+    write_book(tmp_path / STUB)
     return tmp_path
 
 
+OUTPUTS = """
+import sys
+from IPython.display import display
+from ipywidgets import IntSlider
+from matplotlib import pyplot
+from tqdm import tqdm
+print(sys.executable)
+print('a', flush=True)
+print('b')
+print({path!r})
+for i in tqdm(range(3)): pass
+bar = tqdm(unit='image'); bar.update(); bar.close()
+display(IntSlider())
+pyplot.plot([1, 2]); pyplot.show()
+"""
+
+
 def test_a_run_is_clean_and_the_same_again(root, capsys):
-    path = root / "notebooks" / "01_stub.ipynb"
-    nbformat.write(book(
-        "import sys\nprint(sys.executable)\nprint('a', flush=True)\nprint('b')\n"
-        f"print({str(root / 'data' / 'x')!r})\n"
-        "from tqdm import tqdm\nfor i in tqdm(range(3)): pass\n"
-        "bar = tqdm(unit='image'); bar.update(); bar.close()\n"
-        "from ipywidgets import IntSlider\nfrom IPython.display import display\ndisplay(IntSlider())\n"
-        "import matplotlib.pyplot as plt\nplt.plot([1, 2]); plt.show()"), path)
+    path = root / STUB
+    write_book(path, OUTPUTS.format(path=str(root / "data" / "x")))
     assert main(["replicate"]) == 0
     first = path.read_bytes()
     done = nbformat.reads(first.decode(), as_version=4)
     nbformat.validate(done)
-    assert done.metadata == {"kernelspec": {"name": "python3", "display_name": "Python 3 (ipykernel)",
-                                            "language": "python"}, "language_info": {"name": "python"}}
+    assert done.metadata == {"kernelspec": {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"},
+                             "language_info": {"name": "python"}}  # fmt: skip
     assert [cell.get("execution_count") for cell in done.cells] == [None, 1, 2, 3]
     assert all(set(cell.metadata) <= {"tags"} for cell in done.cells)
     stream, picture = done.cells[2].outputs
@@ -76,20 +89,17 @@ def test_a_run_is_clean_and_the_same_again(root, capsys):
     assert "image/png" in picture.data
     printed = capsys.readouterr().out
     assert "01_stub  done in" in printed and "C1  reproduced      6 tasks" in printed
-    assert main(["replicate"]) == 0
-    assert path.read_bytes() == first
+    assert main(["replicate"]) == 0 and path.read_bytes() == first
     assert "25 numbers as committed, 0 differ" in capsys.readouterr().out
-    claims = json.loads((root / "data" / "results" / "pocket" / "pocket" / "claims.json").read_text())
-    assert claims[0]["verdict"] == "reproduced"
+    assert json.loads((root / RESULTS).with_name("claims.json").read_text())[0]["verdict"] == "reproduced"
 
 
 def test_notebooks_that_fail_stay_as_they_were_and_the_others_are_run(root, capsys):
     """A failing cell; an error of the library, without its traceback; a dead kernel."""
     bodies = {"01_stub": "def f():\n    return 1 / 0\nf()", "03_stub": "import os; os._exit(9)",
               "02_stub": "class DataError(Exception): pass\nraise DataError('DAVIS is missing')"}
-    for name, body in bodies.items():
-        nbformat.write(book(body), root / "notebooks" / f"{name}.ipynb")
-    nbformat.write(book(), root / "notebooks" / "04_stub.ipynb")
+    for name, body in {**bodies, "04_stub": "print(seed)"}.items():
+        write_book(root / "notebooks" / f"{name}.ipynb", body)
     before = {name: (root / "notebooks" / f"{name}.ipynb").read_bytes() for name in bodies}
     assert main(["replicate"]) == 1
     assert {name: (root / "notebooks" / f"{name}.ipynb").read_bytes() for name in bodies} == before
@@ -101,15 +111,13 @@ def test_notebooks_that_fail_stay_as_they_were_and_the_others_are_run(root, caps
     assert any(output.output_type == "error" for cell in kept.cells for output in cell.get("outputs", []))
 
 
-def test_parameters_write_elsewhere(root, capsys):
-    path = root / "notebooks" / "01_stub.ipynb"
-    before = path.read_bytes()
+def test_parameters_write_elsewhere(root):
+    before = (root / STUB).read_bytes()
     assert main(["replicate", "-p", "seed", "3"]) == 0
-    assert path.read_bytes() == before and not (root / "data" / "results").exists()
+    assert (root / STUB).read_bytes() == before and not (root / "data" / "results").exists()
     out = root / "data" / "cache" / "runs" / "seed_3"
-    results = json.loads((out / "data/results/pocket/pocket/01_stub.json").read_text())
-    assert results["parameters"]["seed"] == 3
-    done = nbformat.read(out / "notebooks" / "01_stub.ipynb", as_version=4)
+    assert json.loads((out / RESULTS).read_text())["parameters"]["seed"] == 3
+    done = nbformat.read(out / STUB, as_version=4)
     assert done.cells[2].metadata.tags == ["injected-parameters"]
 
 
@@ -118,7 +126,7 @@ def test_another_profile_writes_beside_its_results_once_everything_is_there(root
         assert what == ("paper", "big", ["01"], None)
         raise DataError("Nothing was started: this is missing.")
 
-    before = (root / "notebooks" / "01_stub.ipynb").read_bytes()
+    before = (root / STUB).read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(plan, "check_ready", missing)
         assert main(["replicate", "--profile", "paper", "--model", "big"]) == 2
@@ -126,16 +134,16 @@ def test_another_profile_writes_beside_its_results_once_everything_is_there(root
     assert said.err == "error: Nothing was started: this is missing.\n" and not said.out and not (root / "data").exists()
     monkeypatch.setattr(plan, "check_ready", lambda *_: None)
     assert main(["replicate", "--profile", "paper", "--model", "big"]) == 0
-    assert (root / "notebooks" / "01_stub.ipynb").read_bytes() == before
-    assert (root / "data" / "results" / "paper" / "big" / "01_stub.ipynb").exists()
+    assert (root / STUB).read_bytes() == before and (root / "data/results/paper/big/01_stub.ipynb").exists()
 
 
-REPOSITORY = str(notebook.ROOT)
-ELSEWHERE = """\
+ELSEWHERE = """
 import sys
 from pathlib import Path
 from kvutils.run import cli, notebook, report
 notebook.ROOT = Path({root!r})
+report.load_claims = lambda: []
+sys.exit(cli.main(['replicate']))
 """
 SHARED = """
 import os, time
@@ -149,40 +157,40 @@ seed = sum(i for i, _ in done)
 """
 
 
+def elsewhere(root) -> tuple[str, dict]:
+    """(script, environment) of a `kvutils replicate` of another process in `root`."""
+    (root / "run.py").write_text(ELSEWHERE.format(root=str(root)))
+    return str(root / "run.py"), os.environ | {"PYTHONPATH": REPOSITORY, "OMP_NUM_THREADS": "1", "KVUTILS_CACHE": str(root / "cache")}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
 def test_accelerate_launch_shares_the_parts_and_writes_once(root, processes):
     """A real `accelerate launch` (its processes find no GPU, and do without): each runs the notebook, the first writes."""
-    path = root / "notebooks" / "01_stub.ipynb"
-    nbformat.write(book(SHARED), path)
-    script = root / "run.py"
-    script.write_text(f"{ELSEWHERE.format(root=str(root))}report.load_claims = lambda: []\nsys.exit(cli.main(['replicate']))\n")
-    environment = os.environ | {"PYTHONPATH": REPOSITORY, "OMP_NUM_THREADS": "1",
-                                "KVUTILS_CACHE": str(root / "cache")}  # fmt: skip
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes),
-              "--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no",
-              str(script)]  # fmt: skip
-    run = subprocess.run(launch, cwd=root, env=environment, capture_output=True, text=True, timeout=240)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count("01_stub  done in") == 1  # one process speaks
+    write_book(root / STUB, SHARED)
+    script, environment = elsewhere(root)
+    options = {"num_processes": processes, "num_machines": 1, "main_process_port": 0, "mixed_precision": "no", "dynamo_backend": "no"}
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", *(f"--{name}={value}" for name, value in options.items())]
+
+    def run(*command: str, **more: str) -> tuple[bytes, str]:
+        done = subprocess.run([sys.executable, *command, script], cwd=root, env=environment | more, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return (root / RESULTS).read_bytes(), done.stdout
+
+    shared, said = run(*launch)
+    assert said.count("01_stub  done in") == 1  # one process speaks
     parts = Parts(root / "elsewhere")
     (parts.folder,) = (root / "cache").glob("*/part/..")
     by_rank = [parts.load(f"part/{i}")[1] for i in range(12)]
     assert len(by_rank) == 12 and set(by_rank) == {str(i) for i in range(processes)}, by_rank
-    shared = (root / "data/results/pocket/pocket/01_stub.json").read_bytes()
-    assert json.loads(shared)["parameters"]["seed"] == 66
-    alone = subprocess.run([sys.executable, str(script)], cwd=root, env=environment | {"RANK": "0"}, capture_output=True,
-                           text=True, timeout=240)  # fmt: skip
-    assert alone.returncode == 0, alone.stdout + alone.stderr
-    assert (root / "data/results/pocket/pocket/01_stub.json").read_bytes() == shared
+    assert json.loads(shared)["parameters"]["seed"] == 66 and run(RANK="0")[0] == shared
 
 
 def test_a_process_beside_the_first_writes_no_results(root, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
-    before = (root / "notebooks" / "01_stub.ipynb").read_bytes()
-    assert main(["replicate"]) == 0
-    assert not (root / "data" / "results").exists() and not capsys.readouterr().out
-    assert (root / "notebooks" / "01_stub.ipynb").read_bytes() == before
+    before = (root / STUB).read_bytes()
+    assert main(["replicate"]) == 0 and not capsys.readouterr().out
+    assert not (root / "data" / "results").exists() and (root / STUB).read_bytes() == before
 
 
 @pytest.mark.parametrize(("arguments", "code", "message"), [
@@ -197,24 +205,20 @@ def test_mistakes_are_said(root, capsys, arguments, code, message):
 
 def test_check_compares_with_the_committed_verdicts(root, capsys):
     exec(WRITE.replace("LOW", "0.05"), {"profile": "pocket", "model": "pocket", "seed": 0})
-    committed = (root / "data" / "results" / "pocket" / "pocket" / "01_stub.json").read_bytes()
-    assert main(["replicate", "--check"]) == 0
-    assert "the verdicts are those in" in capsys.readouterr().out
-    nbformat.write(book(write=WRITE.replace("LOW", "-0.05")), root / "notebooks" / "01_stub.ipynb")
-    assert main(["replicate", "--check"]) == 1
-    assert "C1: reproduced in" in capsys.readouterr().out
-    assert (root / "data" / "results" / "pocket" / "pocket" / "01_stub.json").read_bytes() == committed
+    committed = (root / RESULTS).read_bytes()
+    for low, code, said in (("0.05", 0, "the verdicts are those in"), ("-0.05", 1, "C1: reproduced in")):
+        write_book(root / STUB, low=low)
+        assert main(["replicate", "--check"]) == code and said in capsys.readouterr().out
+    assert (root / RESULTS).read_bytes() == committed
 
 
 def test_an_interrupted_run_leaves_the_notebook_and_runs_again(root):
-    path, mark = root / "notebooks" / "01_stub.ipynb", root / "mark"
-    nbformat.write(book(f"import time, pathlib\np = pathlib.Path({str(mark)!r})\n"
-                        "if not p.exists():\n    p.touch(); time.sleep(60)"), path)
+    path, mark = root / STUB, root / "mark"
+    write_book(path, f"import time, pathlib\np = pathlib.Path({str(mark)!r})\nif not p.exists():\n    p.touch(); time.sleep(60)")
     before = path.read_bytes()
-    environment = os.environ | {"PYTHONPATH": REPOSITORY}
-    code = f"{ELSEWHERE.format(root=str(root))}sys.exit(cli.main(['replicate']))"
-    run = subprocess.Popen([sys.executable, "-c", code], cwd=root, env=environment, start_new_session=True, text=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    script, environment = elsewhere(root)
+    run = subprocess.Popen([sys.executable, script], cwd=root, env=environment, start_new_session=True, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
     for _ in range(1200):  # two minutes, on a busy machine
         if mark.exists() or run.poll() is not None:
             break
@@ -223,12 +227,11 @@ def test_an_interrupted_run_leaves_the_notebook_and_runs_again(root):
     os.killpg(run.pid, signal.SIGINT)  # as Ctrl-C does
     said = run.communicate(timeout=60)[0]
     assert run.returncode == 130 and "the same command goes on" in said, said
-    assert path.read_bytes() == before
-    assert main(["replicate"]) == 0
+    assert path.read_bytes() == before and main(["replicate"]) == 0
 
 
-def test_colab_cells_follow_the_address():
-    made = book()
+def test_colab_cells_follow_the_address(tmp_path):
+    made = write_book(tmp_path / "01_stub.ipynb")
     for address, count in (("", 4), ("https://github.com/example/name", 6), ("https://github.com/example/name", 6), ("", 4)):
         replicate.set_colab_cells(made, "01_stub", address)
         assert len(made.cells) == count
@@ -281,7 +284,7 @@ def test_the_environment_is_said_without_what_differs_between_two_machines(capsy
     assert notebook.provenance()["machine"]["commit"] == "c0ffee"
 
 
-CLAIM = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9, "unit": "F1", "entries": [
+MEASURED = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9, "unit": "F1", "entries": [
     {"name": "a minus b", "value": 0.1, "low": 0.05, "high": 0.2, "n": 5},
     {"name": "c", "value": None, "low": None, "high": None, "n": 1, "reason": "no item"}]}
 
@@ -289,15 +292,15 @@ CLAIM = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9, "unit": "F1", "entries":
 def test_the_last_cells(root, monkeypatch, capsys):
     """Verdicts, tables and `finish`: the results are apart from what differs between machines."""
     run = Run("01_stub")
-    run.verdicts({"C1": CLAIM})
+    run.verdicts({"C1": MEASURED})
     assert capsys.readouterr().out == "C1: inconclusive (1 of 2 comparisons hold)\n"
-    assert run.claims_table({"C1": CLAIM}).data.splitlines()[2:] == [
+    assert run.claims_table({"C1": MEASURED}).data.splitlines()[2:] == [
         "| **C1** | F1 | **+0.500 [+0.400, +0.600]** | 9 |", "| C1 | a minus b | +0.100 [+0.050, +0.200] | 5 |",
         "| C1 | c | not defined: no item | 1 |"]
     assert "| heads | together |" in run.choices({"heads": "together"}).data
     drawn = []
     monkeypatch.setattr("kvutils.plots.draw_all", lambda *folders: drawn.append(folders))
-    run.finish(None, "It works.", parameters={"seed": 1}, claims={"C1": CLAIM}, sources={"data": "toy"}, choices={"a": "b"})
+    run.finish(None, "It works.", parameters={"seed": 1}, claims={"C1": MEASURED}, sources={"data": "toy"}, choices={"a": "b"})
     assert capsys.readouterr().out == "It works.\n" and drawn == [(run.folder, run.figures)]
     stored = json.loads(run.results.read_text())
     assert stored.keys() == {"notebook", "profile", "model", "parameters", "claims", "finding", "choices"}
@@ -317,14 +320,13 @@ def test_numbers_are_compared_with_the_committed_ones(after, said):
 
 
 def test_what_is_committed_counts_not_what_an_interrupted_run_left(root):
-    path = root / "data" / "results" / "pocket" / "pocket" / "01_stub.json"
+    path = root / RESULTS
     assert compare.committed(path) == {}
     path.parent.mkdir(parents=True)
     path.write_text('{"a": 1}')
     assert compare.committed(path) == {"a": 1}
-    git = ["git", "-C", str(root), "-c", "user.name=x", "-c", "user.email=x"]
     for command in (["init", "-q"], ["add", "data"], ["commit", "-qm", "x"]):
-        subprocess.run([*git, *command], check=True)
+        subprocess.run(["git", "-C", str(root), "-c", "user.name=x", "-c", "user.email=x", *command], check=True)
     path.write_text('{"a": 2}')
     assert compare.committed(path) == {"a": 1}
 
