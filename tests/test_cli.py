@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,22 +11,18 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_models import tiny_pocket
 
 from kvutils.kvcache import capture
 from kvutils.models import load_mlm
 from kvutils.run import cli
 from kvutils.run.cli import VERBS, main
 from kvutils.run.notebook import ROOT
+from tests.mini_models import save_tiny
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "pocket"
-    mlm = tiny_pocket()
-    mlm.model.save_pretrained(path)
-    mlm.processor.save_pretrained(path)
-    return str(path)
+    return str(save_tiny("llava_onevision", tmp_path_factory.mktemp("models") / "tiny"))
 
 
 @pytest.fixture
@@ -52,12 +47,10 @@ def test_help_names_every_verb_and_is_light():
 @pytest.mark.parametrize(("arguments", "said"), [
     (["replicat"], "unknown verb 'replicat' (did you mean 'replicate'?); expected one of capture, "),
     (["plan", "--notebooks", "07"], "unknown notebook '07'"),
-    (["data", "davis-2016"], "did you mean 'davis-2017'?"),
 ])
 def test_a_misspelt_word_is_answered(arguments, said, capsys):
     assert main(arguments) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith("error: ") and said in captured.err and not captured.out
+    assert capsys.readouterr().err.startswith(f"error: {said}")
 
 
 def test_ctrl_c_is_answered_in_words(monkeypatch, capsys):
@@ -118,8 +111,3 @@ def test_capture_from_the_shell(tmp_path):
     explained = shell("-m", "kvutils", "capture", "--help").stdout
     for word in ("keys", "values", "encoder", "projector", "slots", "rects", "is_newline", "--layers", "0,3,5-7"):
         assert word in explained
-
-
-def test_there_is_one_command():
-    found = [path for path in Path(ROOT, "kvutils").rglob("*.py") if "def main(" in path.read_text(encoding="utf-8")]
-    assert [path.name for path in found] == ["cli.py"]
