@@ -103,16 +103,11 @@ def test_norm_mask_leaves_constant_channels():
     torch.testing.assert_close(matching.norm_mask(labels), expected)
 
 
-def blobs(images=4, sizes=(30, 12), channels=16):
-    """Tokens of images with grids of different size: background and object directions with a little noise."""
-    random = np.random.default_rng(0)
-    directions = random.normal(size=(2, channels))
-    truth = [(random.random(sizes[0] + i) < sizes[1] / sizes[0]).astype(int) for i in range(images)]
-    return [directions[t] * random.uniform(1, 9) + 0.1 * random.normal(size=(len(t), channels)) for t in truth], truth
-
-
 def test_clusters_are_found_by_direction_and_the_elbow_stops():
-    tokens, truth = blobs()
+    random = np.random.default_rng(0)
+    directions = random.normal(size=(2, 16))  # of background and object; grids of different size, a little noise
+    truth = [(random.random(30 + i) < 0.4).astype(int) for i in range(4)]
+    tokens = [directions[t] * random.uniform(1, 9) + 0.1 * random.normal(size=(len(t), 16)) for t in truth]
     clusters = cosegmentation.cluster_tokens(tokens)
     assert [len(labels) for labels in clusters.labels] == [30, 31, 32, 33]
     assert clusters.inertias[1] < 0.1 * clusters.inertias[0] and clusters.num_clusters <= cosegmentation.MAX_CLUSTERS

@@ -18,15 +18,11 @@ def mask(rows):
     return np.array([[int(c) if c != "v" else VOID for c in row] for row in rows.split()], dtype=np.uint8)
 
 
-def counts(prediction, true):
-    return masks.binary_counts(torch.from_numpy(prediction == 1)[None], true)
-
-
 def test_void_pixels_count_nowhere():
-    found = counts(mask("1100 1100"), mask("1v00 00v1"))
-    assert found.tolist() == [[2, 1, 5, 4]]
-    assert masks.jaccard_and_precision(found) == (1 / 4, 3 / 6)
-    assert masks.jaccard_and_precision(counts(mask("00 00"), mask("00 0v"))) == (1, 1)
+    for said, true, found, scores in (
+        ("1100 1100", "1v00 00v1", [2, 1, 5, 4], (1 / 4, 3 / 6)), ("00 00", "00 0v", [3, 0, 3, 0], (1, 1))):  # fmt: skip
+        counts = masks.binary_counts(torch.from_numpy(mask(said) == 1)[None], mask(true))
+        assert counts.tolist() == [found] and masks.jaccard_and_precision(counts) == scores
 
 
 def test_few_shot_scores_are_summed_within_classes_and_folds():
@@ -120,7 +116,7 @@ def test_chunks_of_resamples_do_not_change_the_numbers(monkeypatch):
     whole = statistics.bootstrap_ci(scores, n_boot=300)
     monkeypatch.setattr("kvutils.metrics.statistics._CHUNK", 1000)
     chunked = statistics.bootstrap_ci(scores, n_boot=300)
-    assert len(whole) == 3 and [a.low for a in whole] == pytest.approx([b.low for b in chunked])
+    assert len(whole) == 3 and np.allclose([(a.low, a.high) for a in whole], [(b.low, b.high) for b in chunked])
 
 
 def test_paired_difference_uses_the_pairing():
@@ -144,22 +140,11 @@ def test_peak_then_degrade(curve, builds, degrades):
         assert result["best"] == 2 and result["peak"] == {"mean": 2, "low": 2, "high": 2, "n": 120}
 
 
-def test_peak_then_degrade_of_a_ratio():
-    random = np.random.default_rng(8)
-    union = random.integers(50, 100, (40, 4))
-    counts = np.stack([union * [0.2, 0.5, 0.7, 0.4] * random.uniform(0.8, 1, (40, 4)), union], axis=2)
-    result = statistics.peak_then_degrade(counts, statistic=statistics.column_ratio(0, 1), n_boot=200)
-    assert (result["best"], result["builds"], result["degrades"]) == (2, True, True)
-
-
 def test_selection_and_test_halves_do_not_share_a_group():
     """On noise, testing on the items the layer was chosen on would find a peak; a held-out half does not."""
-    found = 0
-    for seed in range(60):
-        scores = np.random.default_rng(seed).normal(size=(40, 12))
-        result = statistics.peak_then_degrade(scores, seed=seed, n_boot=200)
-        found += result["builds"] and result["degrades"]
-    assert found <= 4
+    noise = [np.random.default_rng(seed).normal(size=(40, 12)) for seed in range(60)]
+    found = [statistics.peak_then_degrade(scores, seed=seed, n_boot=200) for seed, scores in enumerate(noise)]
+    assert sum(each["builds"] and each["degrades"] for each in found) <= 4
 
 
 @pytest.mark.parametrize("scores, options, error, message", [

@@ -325,12 +325,10 @@ def test_osvos_on_real_davis_clips():
         pytest.skip("set KVUTILS_SAMPLES to the folder of sample data")
     root = Path(SAMPLES) / "davis2017"
     expected = json.loads((root / "expected_osvos.json").read_text(encoding="utf-8"))
-    names = [line for line in (root / "DAVIS/ImageSets/2017/val.txt").read_text(encoding="utf-8").split() if line]
+    names = (root / "DAVIS/ImageSets/2017/val.txt").read_text(encoding="utf-8").split()
 
     def read(folder):
-        files = sorted(folder.glob("*.png"))
-        assert files, f"no PNG in {folder}"
-        return np.stack([np.array(Image.open(file)) for file in files])
+        return np.stack([np.array(Image.open(file)) for file in sorted(folder.glob("*.png"))])
 
     true = {name: read(root / "DAVIS/Annotations/480p" / name) for name in names}
     pairs = {name: (read(root / "results_osvos" / name)[: len(true[name])], true[name]) for name in names}
