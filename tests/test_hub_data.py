@@ -142,12 +142,9 @@ def row(number, **change):
 
 @pytest.mark.parametrize(("name", "change", "message"), [
     ("pope", row(1, category="hard"), "category of POPE hard, row 1 'hard'; expected one of random"),
-    ("pope", row(1, answer="maybe"), "POPE adversarial, row 1: .*'label' must be yes or no, found 'maybe'"),
     ("pope", row(1, question_id="1"), "POPE adversarial, row 1: question_id 1 is that of row 0"),
-    ("pope", row(1, image_source="../a"), "row 1: .*'image' must be the name of a file"),
-    ("pope", lambda rows: [one.pop("answer") for one in rows], "expected the columns answer too, found question_id, image_source"),
+    ("pope", lambda rows: [one.pop("answer") for one in rows], "expected the columns answer too, found question_id, image"),
     ("mme", row(1, answer="maybe"), "answer in MME code_reasoning/0001, row 1 'maybe'; expected one of yes, no"),
-    ("mme", row(1, question=" "), "MME code_reasoning/0001, row 1: there is no question before"),
     ("mme", row(1, question_id="0007.png"), "MME code_reasoning/0001: expected two rows, found 1"),
     ("mme", row(1, question_id=None), "MME, row 1: question_id, question, answer, category must be text"),
     ("mme", lambda rows: [rows.pop() for _ in range(4)], "MME existence: no row of that category among the 52"),

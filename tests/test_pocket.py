@@ -130,34 +130,25 @@ def test_lookups_ask_about_every_thing():
 def test_yes_and_no_are_right_and_balanced(pool):
     rng = np.random.default_rng(0)
     for kind in ("existence", "existence_colour", "relation", "hop_same", "hop_more"):
-        answers = []
-        for row in range(len(pool)):
-            facts = pool.facts(row)
-            found = q.ask(facts, kind, rng)
-            if found is None:
-                continue
-            answers.append(found[1])
-            if kind == "existence":
-                cls = CLASSES.index(found[0].split()[3])
-                assert (found[1] == "yes") == any(t[0] == cls for t in facts.things)
-        assert 0.3 < np.mean([a == "yes" for a in answers]) < 0.7, kind
+        asked = [(facts, found) for facts in map(pool.facts, range(len(pool))) if (found := q.ask(facts, kind, rng))]
+        assert 0.3 < np.mean([answer == "yes" for _, (_, answer) in asked]) < 0.7, kind
+        for facts, (question, answer) in asked if kind == "existence" else ():
+            cls = CLASSES.index(question.split()[3])
+            assert (answer == "yes") == any(thing[0] == cls for thing in facts.things)
 
 
 def test_nothing_is_asked_about_things_that_hardly_show():
     facts = q.Facts(((0, 0, 20.0, 20.0, 0.2), (2, 1, 70.0, 70.0, 1.0)), 0, 0)
     rng = np.random.default_rng(0)
-    for kind in q.KINDS:
-        for _ in range(30):
-            found = q.ask(facts, kind, rng)
-            assert found is None or "fish" not in found[0] + found[1], (kind, found)
+    asked = [q.ask(facts, kind, rng) for kind in q.KINDS for _ in range(30)]
+    assert any(asked) and not any("fish" in "".join(found) for found in asked if found)
 
 
 def test_referring_expressions_name_one_thing():
     facts = _facts(("fish", "red", 20, 20), ("fish", "blue", 70, 20), ("car", "red", 50, 70))
+    twins, close = (_facts(("fish", "red", 20, 20), ("fish", "red", *place)) for place in ((70, 20), (22, 60)))
     assert [q.referring_expression(facts, i) for i in range(3)] == ["the red fish", "the blue fish", "the car"]
-    twins = _facts(("fish", "red", 20, 20), ("fish", "red", 70, 20))
     assert [q.referring_expression(twins, i) for i in range(2)] == ["the left fish", "the right fish"]
-    close = _facts(("fish", "red", 20, 20), ("fish", "red", 22, 60))
     assert q.referring_expression(close, 0) is None
 
 
@@ -176,9 +167,8 @@ def test_every_word_is_in_the_vocabulary(pool):
 def _of_the_class(mlm, pixels):
     """Image features of the class's own code in its several-images mode, which tiles nothing."""
     padded = torch.cat((pixels, pixels[:1]))  # a single image would be tiled
-    found = mlm.model.get_image_features(
-        padded[:, None], torch.tensor([[96, 96]] * len(padded)), batch_num_images=torch.tensor([len(padded)])
-    )
+    sizes, number = torch.tensor([[96, 96]] * len(padded)), torch.tensor([len(padded)])
+    found = mlm.model.get_image_features(padded[:, None], sizes, batch_num_images=number)
     return list(getattr(found, "pooler_output", found))[: len(pixels)]
 
 
@@ -193,10 +183,8 @@ def test_a_packed_block_is_the_prompt_the_model_meets_at_inference(pool, mlm):
     pixels = pixel_batch(pool, packed.images)
     with torch.no_grad():
         found = answer_logits(mlm, packed, image_embeddings(mlm, pixels))
-        start = first_image = 0
-        for sample in samples:
-            images = pixels[first_image : first_image + len(sample.images)]
-            first_image += len(sample.images)
+        start = 0
+        for sample, images in zip(samples, (pixels[:1], pixels[1:]), strict=True):
             for _, question, answer in sample.blocks:
                 prompt = wrapped.prompt(question, sample.prefix or None, images=len(sample.images))
                 text = f"{prompt} {answer}".replace("<image>", " ".join(["<image>"] * IMAGE_SLOTS))
@@ -317,18 +305,16 @@ def test_triples_and_pairs_have_one_right_answer(pool):
         style = [int(pool.style[row]) for row in sample.images]
         assert (style[1] == style[0]) != (style[2] == style[0])
         assert sample.blocks[0][2] == ("(a)" if style[1] == style[0] else "(b)")
+
+    def part_at(row, mark):
+        return int(np.hypot(*(pool.keypoints[row, 0, :, :2] - mark[1:]).T).argmin())
+
     for sample in sampler.draw("correspondence", 40, rng):
-        reference, candidates = sample.marks
-
-        def part_at(image, mark):
-            return int(np.hypot(*(pool.keypoints[sample.images[image], 0, :, :2] - mark[1:]).T).argmin())
-
         for kind, question, answer in sample.blocks:
-            if kind not in ("correspondence", "counterpart"):
-                continue
-            asked = [m for m in reference if kind == "correspondence" or f"({m[0]})" in question]
-            given = [m for m in candidates if f"({m[0]})" == answer]
-            assert part_at(0, *asked) == part_at(1, *given)
+            if kind in ("correspondence", "counterpart"):
+                (asked,) = [mark for mark in sample.marks[0] if kind == "correspondence" or f"({mark[0]})" in question]
+                (given,) = [mark for mark in sample.marks[1] if f"({mark[0]})" == answer]
+                assert part_at(sample.images[0], asked) == part_at(sample.images[1], given)
 
 
 def test_balanced_questions_have_every_answer_equally_often(pool, mlm):
