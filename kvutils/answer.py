@@ -122,10 +122,9 @@ class SessionBatch(contextlib.AbstractContextManager):
         return [[of(row, layout) for layout in layouts] for row, layouts in enumerate(self._layouts)]
 
     @torch.no_grad()
-    def answer(
-        self, questions: Sequence[Sequence[str]], options: Options | Sequence[Sequence[Options]] | None = None,
-        max_new_tokens: int = MAX_NEW_TOKENS, block: KeySelection | None = None, queries: str = "after",
-    ) -> list[list[Answer]]:  # fmt: skip
+    def answer(self, questions: Sequence[Sequence[str]], options: Options | Sequence[Sequence[Options]] | None = None,
+               max_new_tokens: int = MAX_NEW_TOKENS, block: KeySelection | None = None,
+               queries: str = "after") -> list[list[Answer]]:
         """Answers to the questions of every prompt: answers[row][i] belongs to questions[row][i].
 
         options: texts to score (or label -> spellings whose probabilities add up) for all questions, or options[row][i] for
@@ -133,13 +132,10 @@ class SessionBatch(contextlib.AbstractContextManager):
         the last image; the cached image is used) or from "all" (image tokens too: the prompt is read anew under the block).
         Raises ParameterError, and what `block_keys` raises.
         """
-        self._open()
+        prefix = self._open()
         at_least("max_new_tokens (or 0 with options)", max_new_tokens, 1 if options is None else 0)
         asked = self._asked(questions, options)
-        with contextlib.ExitStack() as stack:
-            prefix = self._prefix
-            if block is not None:
-                stack.enter_context(block_keys(self.mlm, block, self.slots, queries=queries))
+        with contextlib.nullcontext() if block is None else block_keys(self.mlm, block, self.slots, queries):
             if block is not None and queries == "all":
                 # Later tokens never change earlier ones, so a full blocked prefill is this and what follows it.
                 prefix = prefill(self.mlm, self._embeddings, self._text)
@@ -205,11 +201,10 @@ class ImageSession(SessionBatch):
         return torch.tensor([list(answer.scores.values()) for answer in answers])
 
 
-def answer_all(
-    mlm: MLM, samples: Iterable[tuple[str, Pictures, Sequence[str]]], blocks: Mapping[str, KeySelection | None] | None = None, *,
-    options: Options | None = None, max_new_tokens: int = MAX_NEW_TOKENS, prefix: str | None = None, batch_size: int = 16,
-    progress: bool = False,
-) -> Iterator[tuple[str, dict[str, list[Answer]]]]:  # fmt: skip
+def answer_all(mlm: MLM, samples: Iterable[tuple[str, Pictures, Sequence[str]]],
+               blocks: Mapping[str, KeySelection | None] | None = None, *, options: Options | None = None,
+               max_new_tokens: int = MAX_NEW_TOKENS, prefix: str | None = None, batch_size: int = 16,
+               progress: bool = False) -> Iterator[tuple[str, dict[str, list[Answer]]]]:
     """(image id, intervention -> its answers), in order, for samples (image id, image or images, questions).
 
     Each image is read once for all its questions and all `blocks` (name -> selection, None for no block; by default only

@@ -43,7 +43,13 @@ def block_keys(mlm: MLM, selection: KeySelection, slots: Slots, queries: str = "
     """
     one_of("queries", queries, QUERIES)
     rows = _slot_rows(slots)
-    _check_fit(mlm, selection, rows.shape[1])
+    _, heads, tokens = selection.mask.shape
+    if max(selection.layers, default=0) >= mlm.num_layers or heads != mlm.num_kv_heads:
+        raise ParameterError(f"{selection.name} chooses among {heads} key-value heads of layers {selection.layers}; {mlm.name} "
+                             f"has {mlm.num_kv_heads} in layers 0..{mlm.num_layers - 1}")  # fmt: skip
+    if tokens != rows.shape[1]:
+        raise DataError(f"{selection.name} chooses among {tokens} image tokens, not {rows.shape[1]} as given")
+    check_masks(mlm, selection.layers)
     with ExitStack() as stack:
         for layer, mask in zip(selection.layers, selection.mask, strict=True):
             if mask.any():
@@ -71,16 +77,6 @@ def _slot_rows(slots: Slots) -> np.ndarray:
         raise DataError("slots must be integers (N,) or (B, N), different positions from 0 on, counted from the start of the "
                         f"sequence; found {rows.dtype} {rows.shape}")  # fmt: skip
     return rows.astype(np.int64)
-
-
-def _check_fit(mlm: MLM, selection: KeySelection, tokens: int) -> None:
-    _, heads, chosen_among = selection.mask.shape
-    if max(selection.layers, default=0) >= mlm.num_layers or heads != mlm.num_kv_heads:
-        raise ParameterError(f"{selection.name} chooses among {heads} key-value heads of layers {selection.layers}; {mlm.name} "
-                             f"has {mlm.num_kv_heads} in layers 0..{mlm.num_layers - 1}")  # fmt: skip
-    if chosen_among != tokens:
-        raise DataError(f"{selection.name} chooses among {chosen_among} image tokens, not {tokens} as given")
-    check_masks(mlm, selection.layers)
 
 
 def _by_query_head(mlm: MLM, mask: torch.Tensor, rows: np.ndarray) -> torch.Tensor:

@@ -58,11 +58,8 @@ class KeyVariance:
                             "give every image the same token grid (same resize)")  # fmt: skip
         if not torch.isfinite(keys).all():
             raise DataError("keys hold NaN or infinite values; run the model in bfloat16 or float32 instead of float16")
-        if self.mean is None and len(keys):
-            self.mean = torch.zeros(keys.shape[1:], dtype=torch.float64, device=keys.device)
-            self.sum_squares = torch.zeros(keys.shape[1:-1], dtype=torch.float64, device=keys.device)
-            self.sum_norms = torch.zeros_like(self.sum_squares)
         for image in keys:
+            self._begin(image)
             image = image.to(self.mean)
             delta = image - self.mean
             self.count += 1
@@ -75,11 +72,7 @@ class KeyVariance:
         """Add the images another stream (another process, another shard) has seen. Returns itself."""
         if other.count == 0:
             return self
-        if self.count == 0:
-            self.count = other.count
-            for name in _SUMS:
-                setattr(self, name, getattr(other, name).clone())
-            return self
+        self._begin(other.mean)
         total = self.count + other.count
         delta = other.mean.to(self.mean) - self.mean
         self.mean += delta * (other.count / total)
@@ -92,18 +85,22 @@ class KeyVariance:
     @property
     def result(self) -> torch.Tensor:
         """L2 variance (...) in float64, divisor n: zero for one image. DataError before the first image."""
-        self._check_seen()
-        return self.sum_squares / self.count
+        return self._per_image(self.sum_squares)
 
     @property
     def mean_norm(self) -> torch.Tensor:
         """(...) float64: the L2 norm of each key, averaged over images."""
-        self._check_seen()
-        return self.sum_norms / self.count
+        return self._per_image(self.sum_norms)
 
-    def _check_seen(self) -> None:
+    def _begin(self, key: torch.Tensor) -> None:
+        if self.mean is None:
+            self.mean = torch.zeros_like(key, dtype=torch.float64)
+            self.sum_squares, self.sum_norms = self.mean.new_zeros(2, *key.shape[:-1])
+
+    def _per_image(self, sums: torch.Tensor | None) -> torch.Tensor:
         if self.count == 0:
             raise DataError("no key has been seen yet: call update(keys) first")
+        return sums / self.count
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All it holds as tensors on the CPU, such as `Parts` keeps."""
@@ -130,16 +127,13 @@ class SameGrid:
         """DataError unless the image `name` has the token grid of the first one."""
         self.layout = self.layout or layout
         if layout.grids != self.layout.grids or len(layout) != len(self.layout):
-            raise DataError(
-                f"{name} ({layout.image_size[0]}x{layout.image_size[1]}) has the token grids {layout.grids}, the images before "
-                f"it {self.layout.grids}: resize all images to one size, or use dataclasses.replace(mlm, base_view_only=True)"
-            )
+            width, height = layout.image_size
+            raise DataError(f"{name} ({width}x{height}) has the token grids {layout.grids}, the images before it {self.layout.grids}: "
+                            "resize all images to one size, or use dataclasses.replace(mlm, base_view_only=True)")
 
 
-def key_variance(
-    mlm: MLM, images: Iterable[ImageLike], layers: str | int | Iterable[int] = "all", *,
-    prefix: str | None = None, batch_size: int = 8, progress: bool = False,
-) -> KeyVariance:  # fmt: skip
+def key_variance(mlm: MLM, images: Iterable[ImageLike], layers: str | int | Iterable[int] = "all", *, prefix: str | None = None,
+                 batch_size: int = 8, progress: bool = False) -> KeyVariance:
     """Variance and mean norm (L, G, N) of the image keys of any number of images with one token grid.
 
     Row i belongs to the i-th of the increasing layer numbers. Memory stays that of one batch, so `images` may be a

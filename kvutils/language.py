@@ -108,8 +108,7 @@ def prefill(mlm: MLM, embeddings: torch.Tensor, text: TextInputs) -> Prefix:
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
     read_layers(mlm, embeddings, text, range(mlm.num_layers), lambda layer, keys, values: kept.append((keys, values)))
     mask = text.attention_mask.bool()
-    furthest = text.position_ids.amax(0) if text.position_ids.ndim == 3 else text.position_ids
-    return Prefix(kept, mask, furthest.masked_fill(~mask, 0).amax(-1) + 1)
+    return Prefix(kept, mask, text.position_ids.view(-1, *mask.shape).amax(0).masked_fill(~mask, 0).amax(-1) + 1)
 
 
 @dataclass(frozen=True)
@@ -145,27 +144,21 @@ class Continuation:
 
     def extend(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """Append pieces and return the last hidden state of each of their tokens, (tokens, C), in order."""
-        filled = [0] * len(self.owner)
+        rows: list[list[tuple]] = [[] for _ in self.owner]  # id, position after the prefix, owner, branch of each token
         places = []  # row, first and last column of each piece
         for piece in pieces:
-            start, filled[piece.row] = filled[piece.row], filled[piece.row] + len(piece.ids)
-            places.append((piece.row, slice(start, filled[piece.row])))
-        # ids, position after the prefix, owner, branch: all S tokens of a row, padded on the right
-        table = np.zeros((4, len(filled), max(filled)), dtype=np.int64)
-        table[2] = _PADDING
-        for piece, (row, columns) in zip(pieces, places, strict=True):
-            table[:2, row, columns] = piece.ids, range(piece.offset, piece.offset + len(piece.ids))
-            table[2, row, columns], table[3, row, columns] = piece.owner, piece.branch
-        ids, offsets, owner, branch = torch.from_numpy(table).to(self.owner.device)
+            row = rows[piece.row]
+            places.append((piece.row, slice(len(row), len(row) + len(piece.ids))))
+            row += [(token, piece.offset + i, piece.owner, piece.branch) for i, token in enumerate(piece.ids)]
+        longest = max(map(len, rows))  # S; shorter rows are padded on the right
+        table = torch.tensor([row + [(0, 0, _PADDING, 0)] * (longest - len(row)) for row in rows], device=self.owner.device)
+        ids, offsets, owner, branch = table.unbind(-1)
         self.owner, self.branch = torch.cat([self.owner, owner], dim=1), torch.cat([self.branch, branch], dim=1)
         positions = self.prefix.next_position[:, None] + offsets
+        positions = positions.expand(3, -1, -1) if self.mlm.family == QWEN else positions
         output = self.mlm.model.model.language_model(
-            inputs_embeds=self.mlm.model.get_input_embeddings()(ids),
-            attention_mask=self._mask(ids.shape[1]),
-            position_ids=positions.expand(3, -1, -1) if self.mlm.family == QWEN else positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
+            inputs_embeds=self.mlm.model.get_input_embeddings()(ids), attention_mask=self._mask(longest), position_ids=positions,
+            past_key_values=self.cache, use_cache=True)  # fmt: skip
         return torch.cat([output.last_hidden_state[place] for place in places])
 
     def _mask(self, new: int) -> torch.Tensor:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
-from transformers.image_utils import ChannelDimension
 
 from kvutils import VOID
 from kvutils.errors import DataError, ModelError, ParameterError, one_of
@@ -205,7 +204,7 @@ def build_layout(mlm, image_size: tuple[int, int], grid: tuple[int, int] | None 
         rest = _cells(rows, columns + 1)
         down, across = np.moveaxis(centers.reshape(rows, columns, 2), 2, 0)
         blank = np.broadcast_to(np.uint8(0), (3, *image_size[::-1]))  # only its shape is read
-        high, broad = get_patch_output_size(blank, (tall, wide), input_data_format=ChannelDimension.FIRST)
+        high, broad = get_patch_output_size(blank, (tall, wide), input_data_format="channels_first")
         intervals[TILES] = [
             _tile_intervals(across[0] if rows else [], g, patch, side, wide, broad, image_size[0]),
             _tile_intervals(down[:, 0] if columns else [], g, patch, side, tall, high, image_size[1]),

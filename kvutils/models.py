@@ -21,7 +21,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from kvutils import data_folder
 from kvutils.errors import MemoryLimitError, ModelError, ParameterError, one_of
 from kvutils.layout import build_layout
-from kvutils.processors import image_backend, load_processor, quiet_transformers
+from kvutils.processors import load_processor, quiet_transformers
 
 ONEVISION, QWEN, NEXT = FAMILIES = ("llava_onevision", "qwen2_5_vl", "llava_next")  # config.model_type
 _POCKET = data_folder() / "pocket"
@@ -91,25 +91,27 @@ class MLM:
     base_view_only: bool = False
     max_pixels: int | None = None
 
+    def __post_init__(self):  # L, H, G, D of the vocabulary
+        text = self.text_config = self.model.config.get_text_config()
+        self.num_layers, self.num_heads = text.num_hidden_layers, text.num_attention_heads
+        self.num_kv_heads = text.num_key_value_heads
+        self.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self.tokenizer, self.image_token_id = self.processor.tokenizer, self.model.config.image_token_id
+        # Which code resizes the pictures.
+        self.image_backend = "pil" if type(self.processor.image_processor).__name__.endswith("Pil") else "torchvision"
+
     def __repr__(self) -> str:
         heads = f"{self.num_heads} query and {self.num_kv_heads} key-value heads of {self.head_dim}"
         return (f"MLM {self.name} ({self.family}, {self.revision})\n  {self.num_layers} layers, {heads}, {self.dtype} on {self.device}, "
                 f"{self.attention}{', base view only' if self.base_view_only else ''}")  # fmt: skip
 
-    # L, H, G of the vocabulary, from the configuration
-    tokenizer = property(lambda self: self.processor.tokenizer)
-    text_config = property(lambda self: self.model.config.get_text_config())
-    num_layers = property(lambda self: self.text_config.num_hidden_layers)
-    num_heads = property(lambda self: self.text_config.num_attention_heads)
-    num_kv_heads = property(lambda self: self.text_config.num_key_value_heads)
-    image_token_id = property(lambda self: self.model.config.image_token_id)
-    dtype = property(lambda self: self.model.dtype)
-    image_backend = property(lambda self: image_backend(self.processor))  # which code resizes: "pil" or "torchvision"
-    attention = property(lambda self: self.text_config._attn_implementation)  # "sdpa", "eager" or a flash variant
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
 
     @property
-    def head_dim(self) -> int:  # D
-        return getattr(self.text_config, "head_dim", None) or self.text_config.hidden_size // self.num_heads
+    def attention(self) -> str:  # "sdpa", "eager" or a flash variant
+        return self.text_config._attn_implementation
 
     @property
     def device(self) -> torch.device:
@@ -158,10 +160,8 @@ class Encoder:
         return f"Encoder {self.name} ({self.revision})\n  {size}, {self.model.dtype} on {self.model.device}"
 
 
-def load_mlm(
-    name: str, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None, attention: str = "sdpa",
-    device_map: str | dict | None = None, untrained: bool = False, seed: int = 0,
-) -> MLM:  # fmt: skip
+def load_mlm(name: str, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
+             attention: str = "sdpa", device_map: str | dict | None = None, untrained: bool = False, seed: int = 0) -> MLM:
     """Load a model by its name in `MODELS`, a folder, or a hub id of one of the three families ("id@revision" for a commit).
 
     device: default CUDA if there is one, of several processes to each its own. dtype: default float32 on CPU and for

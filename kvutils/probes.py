@@ -145,8 +145,8 @@ def fit_linear_probe(X: Tensor, y: Tensor, num_classes: int = 2, strength: float
     with torch.inference_mode():  # less bookkeeping per operation than no_grad: it counts for small features
         solved = [_fit_chunk(flat[i:j], onehot[i:j], s[i:j], None if keep is None else keep[i:j], strength, tol, max_iter, i)
                   for i, j in ((int(c[0]), int(c[-1]) + 1) for c in chunks)]
-    joined = [torch.cat(parts).unflatten(0, lead) if lead else torch.cat(parts)[0] for parts in zip(*solved, strict=True)]
-    return LinearProbe(**{field.name: value for field, value in zip(fields(LinearProbe), joined, strict=True)})
+    joined = map(torch.cat, zip(*solved, strict=True))
+    return LinearProbe(*(value.unflatten(0, lead) if lead else value[0] for value in joined))
 
 
 def _standardise(X: Tensor, keep: Tensor | None, dtype: torch.dtype, first: int) -> tuple[Tensor, Tensor, Tensor]:

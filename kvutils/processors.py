@@ -2,7 +2,7 @@
 
 The published OneVision and Qwen2.5-VL processors own a video processor, which needs torchvision. This project
 only shows images, so `ImageOnly...` leave video out and use the PIL image processors of `transformers`. The
-torchvision path resizes slightly differently; `image_backend` says which one a processor has.
+torchvision path resizes slightly differently; `MLM.image_backend` says which one a model has.
 """
 
 from collections.abc import Iterator
@@ -20,14 +20,12 @@ from transformers.utils import logging
 class ImageOnlyLlavaOnevisionProcessor(LlavaOnevisionProcessor):
     """`LlavaOnevisionProcessor` without video, hence without torchvision."""
 
-    def __init__(  # transformers reads the names of the settings from this signature
-        self, image_processor=None, tokenizer=None, num_image_tokens=None, vision_feature_select_strategy=None,
-        chat_template=None, image_token="<image>", vision_aspect_ratio="anyres_max_9",
-    ):  # fmt: skip
-        super().__init__(
-            image_processor, tokenizer, num_image_tokens=num_image_tokens, chat_template=chat_template, image_token=image_token,
-            vision_feature_select_strategy=vision_feature_select_strategy, vision_aspect_ratio=vision_aspect_ratio,
-        )  # fmt: skip
+    # transformers reads the names of the settings from this signature
+    def __init__(self, image_processor=None, tokenizer=None, num_image_tokens=None, vision_feature_select_strategy=None,
+                 chat_template=None, image_token="<image>", vision_aspect_ratio="anyres_max_9"):
+        super().__init__(image_processor, tokenizer, num_image_tokens=num_image_tokens, chat_template=chat_template,
+                         vision_feature_select_strategy=vision_feature_select_strategy, image_token=image_token,
+                         vision_aspect_ratio=vision_aspect_ratio)
         # A tokenizer without "<video>" maps it to its unknown token, which the parent would count in texts.
         self.video_token = self.video_token_id = None
 
@@ -62,11 +60,6 @@ def load_processor(source: str | Path, family: str, revision: str = "main"):
     image_processor = pil_class.from_pretrained(source, revision=revision)
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     return image_only.from_args_and_dict([image_processor, tokenizer], settings)
-
-
-def image_backend(processor) -> str:
-    """Which code resizes the images of this processor: "pil" or "torchvision"."""
-    return "pil" if type(processor.image_processor).__name__.endswith("Pil") else "torchvision"
 
 
 @contextmanager

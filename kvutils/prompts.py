@@ -49,9 +49,8 @@ def prepare_text(mlm: MLM, prompts: Sequence[str], vision: VisionInputs, images_
     text = pad(mlm, rows)
     if mlm.family == QWEN:
         kinds = (text.input_ids == mlm.image_token_id).int()
-        text.position_ids, _ = mlm.model.model.get_rope_index(
-            text.input_ids, mm_token_type_ids=kinds, image_grid_thw=vision.grids, attention_mask=text.attention_mask
-        )
+        text.position_ids, _ = mlm.model.model.get_rope_index(text.input_ids, mm_token_type_ids=kinds, image_grid_thw=vision.grids,
+                                                              attention_mask=text.attention_mask)
     return text
 
 

@@ -226,18 +226,15 @@ def _checksum(tensors: Mapping[str, torch.Tensor], value: object) -> str:
     return found.hexdigest()
 
 
-def in_chunks(
-    parts: Parts | None, name: str, items: Sequence, compute: Callable[[list], object], size: int, depends: object = (), *,
-    of: Callable[[object], object] = lambda item: item.id, unit: str = "sample", progress: bool = True,
-) -> Iterator[object]:  # fmt: skip
+def in_chunks(parts: Parts | None, name: str, items: Sequence, compute: Callable[[list], object], size: int, depends: object = (),
+              *, of: Callable[[object], object] = lambda item: item.id, unit: str = "sample", progress: bool = True) -> Iterator:
     """`compute(some)` for `size` items at a time, in order: the long work of every task.
 
     With `parts`, finished chunks are kept under `name` and all that they depend on, `depends` and `of(item)` of their items (both
     JSON-able): a run that was stopped goes on, and several processes share the chunks. unit: an item, beside the progress bar.
     """
     at_least("chunk", size)
-    starts = range(0, len(items), size)
-    jobs = []
+    jobs, starts = [], range(0, len(items), size)
     for start in starts:
         some = [items[i] for i in range(start, min(start + size, len(items)))]
         jobs.append((f"{name}/{start:06d}-{digest([depends, [of(one) for one in some]])}", partial(compute, some)))

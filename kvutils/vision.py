@@ -32,9 +32,8 @@ def over_images(run: Callable[..., list[R]], images: Iterable[ImageLike], batch_
     return in_batches(lambda some: run(*zip(*some, strict=True)), opened, batch_size, progress, total)
 
 
-def in_batches(
-    run: Callable[[Sequence[T]], list[R]], items: Iterable[T], batch_size: int, progress: bool = False, total: int | None = None
-) -> Iterator[R]:
+def in_batches(run: Callable[[Sequence[T]], list[R]], items: Iterable[T], batch_size: int, progress: bool = False,
+               total: int | None = None) -> Iterator[R]:
     """The results of run(items), one per item and in order: `batch_size` items at a time, fewer as `in_halves`."""
     at_least("batch_size", batch_size)
     source = iter(items)
@@ -60,10 +59,9 @@ def in_halves(run: Callable[[Sequence[T]], list[R]], items: Sequence[T]) -> list
     # Out of the handler: it would hold the frames, and with them the tensors, of what has failed.
     clear_device_cache(garbage_collection=True)
     if len(items) == 1:
-        raise MemoryLimitError(
-            f"one image does not fit the memory that is left ({said}). Free the device of other work, use a smaller model, fewer "
-            "layers, a larger device, or dataclasses.replace(mlm, base_view_only=True) for LLaVA, max_pixels=... for Qwen."
-        )
+        raise MemoryLimitError(f"one image does not fit the memory that is left ({said}). Free the device of other work, use a "
+                               "smaller model, fewer layers, a larger device, or dataclasses.replace(mlm, base_view_only=True) "
+                               "for LLaVA, max_pixels=... for Qwen.")
     half = len(items) // 2
     log.warning("a batch of %d does not fit the memory: taken in halves (%s)", len(items), said)
     return in_halves(run, items[:half]) + in_halves(run, items[half:])
@@ -187,10 +185,7 @@ def compact(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _awake(module: torch.nn.Module) -> Iterator[None]:
-    """Load a module's own offloaded weights, as accelerate's hook does around `forward`.
-
-    `get_image_features` reads `image_newline` without going through `forward`.
-    """
+    """A module's own offloaded weights, as in `forward`: `get_image_features` reads `image_newline` without going through it."""
     hook = getattr(module, "_hf_hook", None)
     if hook:
         hook.pre_forward(module)

@@ -25,9 +25,9 @@ def test_every_published_model_has_its_numbers():
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("change", "said"), [
-    (lambda m: setattr(m.model.config, "image_token_id", 7), "image token .* says id 7"),
-    (lambda m: setattr(m.text_config, "num_hidden_layers", 9), r"says \(9, .*found \(5, "),
-    (lambda m: setattr(m.text_config, "num_key_value_heads", 4), "width of keys and values"),
+    (lambda m: setattr(m, "image_token_id", 7), "image token .* says id 7"),
+    (lambda m: setattr(m, "num_layers", 9), r"says \(9, .*found \(5, "),
+    (lambda m: setattr(m, "num_kv_heads", 4), "width of keys and values"),
 ])  # fmt: skip
 def test_what_differs_is_named(family, change, said):
     mlm = tiny(family)
