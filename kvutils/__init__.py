@@ -40,12 +40,11 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 VOID = 255  # value of mask pixels without annotation: excluded from training and from every score
-_HOMES = {
-    "models": ["load_mlm", "load_encoder"], "kvcache": ["capture", "Capture", "text_values"], "layout": ["TokenLayout"],
-    "keys": ["KeyVariance", "key_variance", "KeySelection"], "block": ["block_keys"], "answer": ["ImageSession"],
-    "probes": ["fit_linear_probe"], "datasets": ["open_dataset"], "readout.maps": ["explore"],
+_HOME = {
+    "load_mlm": "models", "load_encoder": "models", "capture": "kvcache", "Capture": "kvcache", "text_values": "kvcache",
+    "TokenLayout": "layout", "KeyVariance": "keys", "key_variance": "keys", "KeySelection": "keys", "block_keys": "block",
+    "ImageSession": "answer", "fit_linear_probe": "probes", "open_dataset": "datasets", "explore": "readout.maps",
 }  # fmt: skip
-_HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = list(_HOME)
 
 

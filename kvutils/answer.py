@@ -22,8 +22,8 @@ import torch
 from PIL import Image
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from kvutils.block import block_keys
-from kvutils.errors import DataError, ImageError, ParameterError, at_least
+from kvutils.block import block_keys, slot_rows
+from kvutils.errors import ImageError, ParameterError, at_least
 from kvutils.images import ImageLike, open_image
 from kvutils.keys import KeySelection
 from kvutils.language import Continuation, Piece, Prefix, check_masks, embed, prefill
@@ -81,8 +81,7 @@ class SessionBatch(contextlib.AbstractContextManager):
         self._text = prepare_text(mlm, [self.tokens.up_to_images(len(row)) for row in rows], vision)
         placed = iter(vision.layouts)
         self._layouts = [list(itertools.islice(placed, len(row))) for row in rows]
-        _, projected = encode_images(mlm, vision)
-        self._embeddings = embed(mlm, self._text.input_ids, projected)
+        self._embeddings = embed(mlm, self._text.input_ids, encode_images(mlm, vision)[1])
         self._prefix: Prefix | None = prefill(mlm, self._embeddings, self._text)
 
     def __exit__(self, *exception) -> None:
@@ -104,12 +103,7 @@ class SessionBatch(contextlib.AbstractContextManager):
     @property
     def slots(self) -> np.ndarray:
         """(B, N) sequence slots of the image tokens, as `block_keys` takes them; DataError where N differs between prompts."""
-        rows = [np.concatenate([layout.slots for layout in row]) for row in self._layouts]
-        counts = sorted({len(row) for row in rows})
-        if len(counts) > 1:
-            raise DataError(f"a selection of keys needs one token grid, and these prompts have {counts} image tokens: "
-                            "resize the images to one size, or use a session for each")  # fmt: skip
-        return np.stack(rows)
+        return slot_rows([np.concatenate([layout.slots for layout in row]) for row in self._layouts])
 
     def image_values(self) -> list[list[torch.Tensor]]:
         """values[row][image] (L, G, N, D): the values that the cache holds at the tokens of `layouts[row][image]`."""

@@ -20,7 +20,6 @@ from kvutils.language import check_masks
 from kvutils.layout import TokenLayout
 from kvutils.models import MLM
 
-QUERIES = ("after", "all")
 Slots = TokenLayout | Sequence[TokenLayout] | np.ndarray | torch.Tensor | Sequence[int]
 
 
@@ -41,8 +40,8 @@ def block_keys(mlm: MLM, selection: KeySelection, slots: Slots, queries: str = "
     together. At the end, or after an exception, the model is as it was. Raises ModelError (attention that takes no mask),
     DataError, ParameterError; inside, ParameterError for a slot beyond the sequence or a batch that the rows do not fit.
     """
-    one_of("queries", queries, QUERIES)
-    rows = _slot_rows(slots)
+    one_of("queries", queries, ("after", "all"))
+    rows = slot_rows(slots)
     _, heads, tokens = selection.mask.shape
     if max(selection.layers, default=0) >= mlm.num_layers or heads != mlm.num_kv_heads:
         raise ParameterError(f"{selection.name} chooses among {heads} key-value heads of layers {selection.layers}; {mlm.name} "
@@ -59,18 +58,17 @@ def block_keys(mlm: MLM, selection: KeySelection, slots: Slots, queries: str = "
         yield
 
 
-def _slot_rows(slots: Slots) -> np.ndarray:
-    """(rows, N) int64 of any form of `slots`."""
+def slot_rows(slots: Slots) -> np.ndarray:
+    """(rows, N) int64 of any form of `slots` in `block_keys`; DataError for another, or where N differs between sequences."""
     if isinstance(slots, TokenLayout):
         slots = slots.slots
     elif isinstance(slots, torch.Tensor):
         slots = slots.cpu().numpy()
-    elif len(slots) and isinstance(slots[0], TokenLayout):
-        sizes = sorted({len(layout) for layout in slots})
-        if len(sizes) > 1:
-            raise DataError(f"the layouts have {sizes} image tokens, but one selection fits one token grid; give every image "
-                            "the same size")  # fmt: skip
-        slots = [layout.slots for layout in slots]
+    elif len(slots) and isinstance(slots[0], TokenLayout | np.ndarray):
+        slots = [one.slots if isinstance(one, TokenLayout) else one for one in slots]
+        if len(sizes := sorted({len(one) for one in slots})) > 1:
+            raise DataError(f"the sequences have {sizes} image tokens, but one selection of keys fits one token grid: resize the "
+                            "images to one size, or take each by itself")  # fmt: skip
     rows = np.atleast_2d(slots)
     different = rows.size and rows.ndim == 2 and rows.dtype.kind in "iu" and rows.min() >= 0
     if not different or (np.diff(np.sort(rows, axis=1), axis=1) == 0).any():

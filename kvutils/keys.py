@@ -25,6 +25,7 @@ from kvutils.models import MLM
 _SUMS = ("mean", "sum_squares", "sum_norms")
 
 
+@dataclass(eq=False, repr=False)
 class KeyVariance:
     """Streaming, mergeable L2 variance and mean norm of keys in float64.
 
@@ -36,12 +37,10 @@ class KeyVariance:
     tensor([1., 1.], dtype=torch.float64)
     """
 
-    def __init__(self) -> None:
-        self.count = 0  # images seen
-        self.mean: torch.Tensor | None = None  # (..., D) float64
-        # (...) float64, sums over images: of the squared L2 distance to the mean, and of the norm
-        self.sum_squares: torch.Tensor | None = None
-        self.sum_norms: torch.Tensor | None = None
+    count: int = 0  # images seen
+    mean: torch.Tensor | None = None  # (..., D) float64
+    sum_squares: torch.Tensor | None = None  # (...) float64, over images: of the squared L2 distance to the mean
+    sum_norms: torch.Tensor | None = None  # (...) float64, over images: of the norm
 
     def __repr__(self) -> str:
         if not self.count:
@@ -110,18 +109,14 @@ class KeyVariance:
     @classmethod
     def from_state(cls, state: Mapping[str, torch.Tensor]) -> KeyVariance:
         """The stream that `state_dict` described, to go on with or to merge."""
-        self = cls()
-        self.count = int(state["count"])
-        for name in _SUMS if self.count else ():
-            setattr(self, name, state[name].double().clone())
-        return self
+        return cls(int(state["count"]), *(state[name].double().clone() for name in _SUMS if name in state))
 
 
+@dataclass
 class SameGrid:
     """Compares the layouts of images that are to be averaged position by position."""
 
-    def __init__(self) -> None:
-        self.layout: TokenLayout | None = None
+    layout: TokenLayout | None = None  # of the first one
 
     def check(self, layout: TokenLayout, name: str) -> None:
         """DataError unless the image `name` has the token grid of the first one."""

@@ -42,18 +42,13 @@ class Capture:
     prefix: str | None = None
 
     def __repr__(self) -> str:
-        (width, height), layers = self.image_size, self.layers
+        (width, height), layers = self.layout.image_size, self.layers
         in_a_row = layers and layers == tuple(range(layers[0], layers[-1] + 1))
         layers = f"layers {layers[0]} to {layers[-1]}" if in_a_row else f"layers {', '.join(map(str, layers)) or 'none'}"
         found = [f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in self._tensors().items()]
         prefix = f" behind {self.prefix!r}" if self.prefix else ""
         about = f"{len(self.layout)} image tokens of a {width}x{height} picture{prefix}, {layers}"
         return f"Capture({about},\n        {', '.join(found).replace('torch.', '')})"
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(W, H) of the original upright image."""
-        return self.layout.image_size
 
     def value(self, layer: int, head: int | None = None) -> torch.Tensor:
         """(N, G*D) values of a layer, heads concatenated; (N, D) of one key-value head."""
@@ -100,22 +95,21 @@ def capture(mlm: MLM, images: Iterable[ImageLike], prefix: str | None = None, la
     layers = resolve_layers(mlm, layers) if keys or values else ()
     prompt = mlm.prompt(prefix=prefix)
     device = mlm.device if to is None else torch.device(to)
-    wanted = {"keys": keys, "values": values}
+    wanted = ["keys"] * keys + ["values"] * values
 
     def run(pictures: Sequence[Image.Image], names: Sequence[str]) -> list[Capture]:
         vision = prepare_images(mlm, pictures, names)
         text = prepare_text(mlm, [prompt] * len(pictures), vision)
         encoder, projector = encode_images(mlm, vision)
         slots = [torch.from_numpy(layout.slots).to(mlm.device) for layout in vision.layouts]
-        rows: list[dict[str, torch.Tensor]] = [{} for _ in slots]
+        shapes = [(len(layers), mlm.num_kv_heads, len(slot), mlm.head_dim) for slot in slots]
+        rows = [{name: torch.empty(shape, dtype=mlm.dtype, device=device) for name in wanted} for shape in shapes]
 
         def store(position: int, *keys_and_values: torch.Tensor) -> None:
-            for (name, asked), states in zip(wanted.items(), keys_and_values, strict=True):
-                for row, states_of_one, slot in zip(rows, states if asked else (), slots, strict=asked):
-                    image_rows = states_of_one.index_select(1, slot.to(states.device))  # (G, N, D)
-                    if name not in row:  # allocated once at the size asked for
-                        row[name] = torch.empty(len(layers), *image_rows.shape, dtype=states.dtype, device=device)
-                    row[name][position].copy_(image_rows)
+            for name, states in zip(("keys", "values"), keys_and_values, strict=True):
+                for row, one, slot in zip(rows, states, slots, strict=True):
+                    if name in row:
+                        row[name][position].copy_(one.index_select(1, slot.to(one.device)))
 
         if layers:
             read_layers(mlm, embed(mlm, text.input_ids, projector), text, layers, store)

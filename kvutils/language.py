@@ -85,8 +85,7 @@ def read_layers(mlm: MLM, embeddings: torch.Tensor, text: TextInputs, layers: Se
     # accelerate's hooks put offloaded weights away after a forward, which the modules left early missed.
     layer = language_model.layers[max(layers)]
     for module in (layer.self_attn, layer, language_model):
-        hook = getattr(module, "_hf_hook", None)
-        if hook is not None:
+        if hook := getattr(module, "_hf_hook", None):
             hook.post_forward(module, None)
 
 

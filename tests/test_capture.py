@@ -410,7 +410,7 @@ def test_reading_layers_heads_and_tokens():
     mlm = tiny("llava_onevision")
     one = capture(mlm, [IMAGES[0]], layers=[3, 1, 3, -1])[0]
     n, g, d = len(one.layout), mlm.num_kv_heads, mlm.head_dim
-    assert one.layers == (1, 3, 4) and one.image_size == (50, 40)
+    assert one.layers == (1, 3, 4) and one.layout.image_size == (50, 40)
     assert one.value(3).shape == (n, g * d) and one.key(3, head=1).shape == (n, d)
     assert torch.equal(one.value(4)[:, d:], one.value(4, head=1)) and torch.equal(one.values[2, 1], one.value(4, 1))
     tiles = one.select(one.layout.spatial())
@@ -461,7 +461,7 @@ def test_extreme_images(family):
     mlm = tiny(family)
     sizes = [(1, 1), (2, 150)] if family == "qwen2_5_vl" else [(1, 1), (1, 5000), (5000, 1)]
     for size, one in zip(sizes, capture(mlm, [picture(*size) for size in sizes]), strict=True):
-        assert torch.isfinite(one.values).all() and one.image_size == size and len(one.layout) > 0
+        assert torch.isfinite(one.values).all() and one.layout.image_size == size and len(one.layout) > 0
 
 
 def test_max_pixels_of_qwen():

@@ -176,7 +176,7 @@ def test_token_counts_of_the_published_sizes():
         (onevision, LlavaOnevisionImageProcessorPil(), (40, 54), 2929),
         (following, LlavaNextImageProcessorPil(size={"shortest_edge": 336}), (36, 48), 2340),
     ):
-        layout = build_layout(wrap_mlm(model, SimpleNamespace(image_processor=processor)), photo.size)
+        layout = build_layout(wrap_mlm(model, SimpleNamespace(image_processor=processor, tokenizer=None)), photo.size)
         assert (layout.grids["tiles"], len(layout)) == (grid, total)
     _, rows, columns = Qwen2VLImageProcessorPil()([photo])["image_grid_thw"][0]
     assert (rows // 2, columns // 2) == (17, 23)

@@ -156,7 +156,7 @@ def capture(chosen: argparse.Namespace) -> int:
         tensors |= {f"{i}.{name}": getattr(one, name).contiguous() for name in ("keys", "values", "encoder", "projector")}
         tensors |= {f"{i}.{name}": torch.from_numpy(np.ascontiguousarray(getattr(one.layout, name)))
                     for name in ("slots", "rects", "cells", "view", "is_newline")}  # fmt: skip
-    lists = {"layers": found[0].layers, "files": chosen.photos, "image_sizes": [one.image_size for one in found],
+    lists = {"layers": found[0].layers, "files": chosen.photos, "image_sizes": [one.layout.image_size for one in found],
              "grids": [one.layout.grids for one in found]}  # fmt: skip
     metadata = {name: json.dumps(each) for name, each in lists.items()} | {
         "model": chosen.model, "revision": mlm.revision, "family": mlm.family, "prefix": chosen.prefix or "",
