@@ -66,14 +66,14 @@ def image_rows(cache, ids, mlm):
 # ---- the same numbers as the plain model ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "prefix"), [(torch.float32, None), (torch.bfloat16, None), (torch.float32, "a red fish")])
 @pytest.mark.parametrize("family", ALL)
-def test_keys_and_values_are_those_of_the_plain_cache(family, dtype):
+def test_keys_and_values_are_those_of_the_plain_cache(family, dtype, prefix):
     mlm = tiny(family)
     mlm.model.to(dtype)
     for image in IMAGES:
-        slots, keys, values = image_rows(*plain_cache(mlm, image), mlm)
-        one = capture(mlm, [image])[0]
+        slots, keys, values = image_rows(*plain_cache(mlm, image, prefix), mlm)
+        one = capture(mlm, [image], prefix=prefix)[0]
         assert np.array_equal(one.layout.slots, slots.numpy())
         assert one.keys.shape == (mlm.num_layers, mlm.num_kv_heads, len(slots), mlm.head_dim)
         assert torch.equal(one.keys, keys) and torch.equal(one.values, values)
@@ -125,16 +125,14 @@ def test_features_at_image_slots_are_the_scattered_projector_output(family, pref
 def test_projecting_the_encoder_features_gives_the_projector_features(family):
     for mlm in looks(tiny(family)):
         one = capture(mlm, [IMAGES[0]], keys=False, values=False)[0]
-        real = ~one.layout.is_newline
+        projector, real = mlm.model.model.multi_modal_projector, ~one.layout.is_newline
         with torch.no_grad():
-            projected = mlm.model.model.multi_modal_projector(one.encoder[real])
-        assert torch.allclose(projected, one.projector[real], atol=1e-5)
+            assert torch.allclose(projector(one.encoder[real]), one.projector[real], atol=1e-5)
 
 
 def test_shrunk_encoder_features_follow_the_models_own_path():
     mlm = tiny("llava_onevision")
-    linear = torch.nn.Linear(24, 32, bias=False)  # a linear projector commutes with the bilinear shrinking
-    mlm.model.model.multi_modal_projector = linear
+    linear = mlm.model.model.multi_modal_projector = torch.nn.Linear(24, 32, bias=False)  # commutes with the bilinear shrinking
     one = capture(mlm, [picture(300, 251)], keys=False, values=False)[0]
     assert one.layout.grids["tiles"][0] < 20
     real = ~one.layout.is_newline
@@ -143,23 +141,18 @@ def test_shrunk_encoder_features_follow_the_models_own_path():
 
 def test_qwen_window_order_is_undone():
     mlm = tiny("qwen2_5_vl")
-    visual = mlm.model.model.visual
+    merger, states = mlm.model.model.visual.merger, []
     vision = prepare_images(mlm, IMAGES)
-    outputs = {}
-    hook = visual.merger.register_forward_hook(lambda module, args, output: outputs.update(states=args[0]))
     with torch.no_grad():
+        hook = merger.register_forward_hook(lambda module, args, output: states.append(args[0].unflatten(0, (-1, 4)).mean(1)))
         encoder, _ = encode_images(mlm, vision)
-    hook.remove()
-    # A merger that averages each group of four patches makes the projector output what `encoder` should be.
-    states = outputs["states"]
-    visual.merger.forward = lambda x: x.unflatten(0, (-1, 4)).mean(1)
-    with torch.no_grad():
+        hook.remove()
+        # A merger that averages each group of four patches makes the projector output what `encoder` should be.
+        merger.forward = lambda x: x.unflatten(0, (-1, 4)).mean(1)
         _, averaged = encode_images(mlm, vision)
-    for ours, expected in zip(encoder, averaged, strict=True):
-        assert torch.equal(ours, expected)
-    grouped = states.unflatten(0, (-1, 4)).mean(1)
-    assert not torch.equal(torch.cat(encoder), grouped)  # the windows did reorder
-    assert torch.equal(torch.cat(encoder).sort(0).values, grouped.sort(0).values)
+    ours, grouped = torch.cat(encoder), states[0]
+    assert torch.equal(ours, torch.cat(averaged))
+    assert not torch.equal(ours, grouped) and torch.equal(ours.sort(0).values, grouped.sort(0).values)  # the windows did reorder
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -191,22 +184,16 @@ def test_early_stop_runs_no_later_layer_and_no_head():
 
 
 @pytest.mark.parametrize("family", ALL)
-def test_batch_equals_single(family):
-    mlm = tiny(family)
+def test_batch_equals_single_and_eager_equals_sdpa(family):
+    mlm, slow = tiny(family), tiny(family, attention="eager")
     batched = capture(mlm, IMAGES, prefix="a fish", batch_size=3)
-    for image, one in zip(IMAGES, batched, strict=True):
+    eager = capture(slow, IMAGES, prefix="a fish")
+    for image, one, other in zip(IMAGES, batched, eager, strict=True):
         alone = capture(mlm, [image], prefix="a fish")[0]
         for name in ("keys", "values", "encoder", "projector"):
             assert torch.allclose(getattr(one, name), getattr(alone, name), atol=1e-5, rtol=1e-5), name
+            assert torch.allclose(getattr(one, name), getattr(other, name), atol=1e-4), name
         assert np.array_equal(one.layout.slots, alone.layout.slots)
-
-
-@pytest.mark.parametrize("family", ALL)
-def test_eager_equals_sdpa(family):
-    slow = tiny(family, attention="eager")
-    assert slow.attention == "eager"
-    for a, b in zip(capture(tiny(family), IMAGES), capture(slow, IMAGES), strict=True):
-        assert torch.allclose(a.keys, b.keys, atol=1e-4) and torch.allclose(a.values, b.values, atol=1e-4)
 
 
 def test_image_tokens_are_embedded_in_one_place():
@@ -219,15 +206,11 @@ def test_image_tokens_are_embedded_in_one_place():
 
 @pytest.mark.parametrize("family", ALL)
 def test_prefix_stands_before_the_image_and_is_seen_by_it(family):
-    mlm = tiny(family)
-    prefix = "a red fish"
-    words = mlm.tokenizer(prefix, add_special_tokens=False)["input_ids"]
-    without, one = capture(mlm, [IMAGES[0]])[0], capture(mlm, [IMAGES[0]], prefix=prefix)[0]
+    mlm, prefix = tiny(family), "a red fish"
     prompt = mlm.prompt(prefix=prefix)
     assert prompt.index(prefix) < prompt.index(mlm.processor.image_token)
-    assert np.array_equal(one.layout.slots, without.layout.slots + len(words))
-    _, keys, values = image_rows(*plain_cache(mlm, IMAGES[0], prefix=prefix), mlm)
-    assert torch.equal(one.keys, keys) and torch.equal(one.values, values)
+    without, one = capture(mlm, [IMAGES[0]])[0], capture(mlm, [IMAGES[0]], prefix=prefix)[0]
+    assert np.array_equal(one.layout.slots, without.layout.slots + 3)
     assert torch.equal(one.values[0], without.values[0])  # layer 0 has not looked around yet
     assert not torch.allclose(one.values[1], without.values[1], atol=1e-3)
 
@@ -441,12 +424,9 @@ def test_arguments_out_of_range(family, setting, call, said):
         call(replace(tiny(family), **setting))
 
 
-def test_nothing_in_nothing_out():
-    assert capture(tiny_pocket(), []) == [] and text_values(tiny_pocket(), []).shape[0] == 0
-
-
-def test_bad_images_are_named(tmp_path):
+def test_bad_images_are_named_and_none_are_none(tmp_path):
     mlm = tiny_pocket()
+    assert capture(mlm, []) == [] and text_values(mlm, []).shape[0] == 0
     (tmp_path / "note.txt").write_text("not a picture")
     with pytest.raises(ImageError, match="note.txt"):
         capture(mlm, [IMAGES[0], tmp_path / "note.txt"])
@@ -557,24 +537,27 @@ def test_encoder_loads_from_a_folder(tmp_path):
     assert torch.equal(capture_encoder(loaded, mlm, IMAGES)[1], capture_encoder(encoder, mlm, IMAGES)[1])
 
 
-def test_loading_errors(folder, tmp_path):
-    with pytest.raises(ModelError, match="llava-onevision-7b"):
-        load_mlm("llava-onevision-7")
-    with pytest.raises(ModelError, match="known|expected one of.*pocket"):
-        load_mlm("gpt")
-    with pytest.raises(ModelError, match="config.json"):
-        load_mlm(str(tmp_path))
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(ModelError, match="bert"):
-        load_mlm(str(tmp_path))
-    for options in ({"dtype": "float3"}, {"dtype": "int8"}, {"device": "abacus"}, {"attention": "none"},
-                    {"device_map": "auto", "device": "cpu"}):  # fmt: skip
-        with pytest.raises(ParameterError):
-            load_mlm(str(folder), **options)
-    with pytest.raises(ModelError, match="siglip-so400m"):
-        load_encoder("siglip")
-    with pytest.raises(ModelError, match="model family"):
-        wrap_mlm(tiny_siglip().model, None)
+@pytest.mark.parametrize(("load", "said"), [
+    (lambda folder: load_mlm("llava-onevision-7"), "llava-onevision-7b"),
+    (lambda folder: load_mlm("gpt"), "expected one of.*pocket"),
+    (lambda folder: load_mlm(str(folder / "empty")), "config.json"),
+    (lambda folder: load_mlm(str(folder / "bert")), "bert"),
+    (lambda folder: load_encoder("siglip"), "siglip-so400m"),
+    (lambda folder: wrap_mlm(tiny_siglip().model, None), "model family"),
+])  # fmt: skip
+def test_what_cannot_be_loaded(tmp_path, load, said):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(ModelError, match=said):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("options", [{"dtype": "float3"}, {"dtype": "int8"}, {"device": "abacus"}, {"attention": "none"},
+                                     {"device_map": "auto", "device": "cpu"}])  # fmt: skip
+def test_options_of_loading_are_checked(folder, options):
+    with pytest.raises(ParameterError):
+        load_mlm(str(folder), **options)
 
 
 def test_missing_weights_are_an_error(folder, tmp_path):
