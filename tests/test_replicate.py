@@ -164,8 +164,7 @@ def elsewhere(root) -> tuple[str, dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 3])
-def test_accelerate_launch_shares_the_parts_and_writes_once(root, processes):
+def test_accelerate_launch_shares_the_parts_and_writes_once(root, processes=3):
     """A real `accelerate launch` (its processes find no GPU, and do without): each runs the notebook, the first writes."""
     write_book(root / STUB, SHARED)
     script, environment = elsewhere(root)

@@ -209,11 +209,8 @@ def test_an_image_that_does_not_fit_says_what_to_do(mlm):
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory():
-    def run(items):
-        raise RuntimeError("shapes do not fit")
-
-    with pytest.raises(RuntimeError, match="shapes"):
-        in_halves(run, [1, 2])
+    with pytest.raises(ZeroDivisionError):
+        in_halves(lambda items: [1 / 0], [1, 2])
 
 
 @pytest.mark.parametrize("raised", [NotImplementedError("no such operator on this device"), Timeout("another lock")])
@@ -224,6 +221,5 @@ def test_what_a_part_raises_is_not_taken_for_a_lock(tmp_path, raised):
 
     parts = Parts(tmp_path, x=1)
     with pytest.raises(type(raised)) as error:
-        list(parts.make_all([("part", fails), ("next", lambda: {"i": 1})]))
-    assert error.value is raised
-    assert list(parts.make_all([("part", lambda: {"i": 0})])) == [{"i": 0}]  # the lock was given back
+        list(parts.make_all([("part", fails), ("next", lambda: 1)]))
+    assert error.value is raised and list(parts.make_all([("part", lambda: 0)])) == [0]  # the lock was given back
