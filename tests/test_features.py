@@ -87,8 +87,8 @@ def test_every_family_gives_one_full_grid(family):
         assert len(one.layout) == rows * columns
         assert one.layout.to_pixels(one.features["value.3"].float().T).shape[1:] == image.size[::-1]
     assert extractor.sources == ["pixels", "encoder", "projector", "value.1", "value.3"]
-    assert set(extractor.text_sources) >= {"projector", "value.1", "lens.value.3"}
-    scores = extractor.text_scores(one, ["fish", "red car"])
+    assert set(extractor.alignment.sources) >= {"projector", "value.1", "lens.value.3"}
+    scores = extractor.alignment.scores(one.features, ["fish", "red car"])
     assert all(score.shape == (2, len(one.layout)) for score in scores.values())
     assert 0 <= extractor.saliency(items[0]).min() and extractor.saliency(items[0]).max() == 1
 
@@ -181,7 +181,7 @@ TEXTS = ["fish", "the red car"]
 
 def test_text_scores_are_dot_products_with_values_and_embeddings(pocket):
     features = pocket.images(ITEMS)[0]
-    scores = pocket.text_scores(features, TEXTS)
+    scores = pocket.alignment.scores(features.features, TEXTS)
     for mlm, prefix in ((pocket.mlm, ""), (pocket.untrained, "untrained.")):
         texts = text_values(mlm, TEXTS).flatten(2)  # (texts, L, G * D)
         for layer in pocket.layers:
@@ -190,7 +190,7 @@ def test_text_scores_are_dot_products_with_values_and_embeddings(pocket):
     ids = pocket.mlm.tokenizer("the red car")["input_ids"]
     expected = features.features["projector"].float() @ pocket.mlm.model.get_input_embeddings().weight[ids].mean(0)
     torch.testing.assert_close(scores["projector"][1], expected)
-    assert list(scores) == pocket.text_sources
+    assert list(scores) == pocket.alignment.sources
 
 
 @torch.no_grad()
@@ -204,13 +204,13 @@ def test_the_lens_is_what_the_modules_give(pocket):
     added = language_model.layers[layer].self_attn.o_proj(torch.cat(per_query_head))
     logits = mlm.model.lm_head(language_model.norm(added))
     expected = logits[mlm.tokenizer("the red car")["input_ids"]].mean()
-    torch.testing.assert_close(pocket.text_scores(features, TEXTS)[f"lens.value.{layer}"][1, token], expected)
+    torch.testing.assert_close(pocket.alignment.scores(features.features, TEXTS)[f"lens.value.{layer}"][1, token], expected)
 
 
 @torch.no_grad()
 def test_encoder_scores_use_the_pooling_head_on_single_patches(pocket):
     features = pocket.images(ITEMS)[0]
-    scores = pocket.text_scores(features, TEXTS)
+    scores = pocket.alignment.scores(features.features, TEXTS)
     vision, text = pocket.encoder_original.model, pocket.alignment.encoder_text
     ids = torch.tensor([text.tokenizer.encode("a red car") + [0] * 5])  # the template, padded to the full length
     words = normalize(text.model(input_ids=ids).pooler_output[0], dim=-1)
@@ -222,11 +222,11 @@ def test_encoder_scores_use_the_pooling_head_on_single_patches(pocket):
 
 def test_encoders_have_text_scores_only_with_a_text_tower(pocket):
     plain = FeatureExtractor(pocket.mlm, encoder_original=pocket.encoder_original)
-    assert not {"encoder", "encoder_original"} & set(plain.text_sources)
+    assert not {"encoder", "encoder_original"} & set(plain.alignment.sources)
     other = siglip(hidden=48)  # another width than the MLM's tower: its head cannot read that tower
     encoder, text = replace(pocket.encoder_original, model=other.vision_model), SiglipText(other.text_model, pocket.mlm.tokenizer)
     wide = FeatureExtractor(pocket.mlm, encoder_original=encoder, encoder_text=text)
-    assert "encoder_original" in wide.text_sources and "encoder" not in wide.text_sources
+    assert "encoder_original" in wide.alignment.sources and "encoder" not in wide.alignment.sources
 
 
 def test_load_siglip_text(tmp_path):

@@ -3,6 +3,8 @@
 A stand-in for the extractor gives hand-made features: `value.0` from the truth, `value.1` noise.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -50,10 +52,10 @@ class Extractor:
 
     layers, batch_size, fingerprint = (0, 1), 2, "stand-in"
     sources = ["value.0", "value.1", "wide.0"]
-    text_sources = ["value.0", "value.1"]
 
     def __init__(self, truth, texts=()):
         self.truth, self.words = truth, list(texts)
+        self.alignment = SimpleNamespace(sources=["value.0", "value.1"], scores=self.text_scores)
 
     def batch_key(self, items, prefix=None):
         return "/".join(name for name, _ in items)
@@ -74,7 +76,7 @@ class Extractor:
 
     def text_scores(self, features, texts):
         index = [self.words.index(text) for text in texts]
-        return {source: features.features[source].float().T[index] for source in self.text_sources}
+        return {source: features[source].float().T[index] for source in self.alignment.sources}
 
     def saliency(self, item):
         return (self.one(*item).features["value.0"][:, 1] > 0.5).float()

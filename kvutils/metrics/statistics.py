@@ -135,11 +135,7 @@ def standard_error(scores, statistic: Statistic = mean_statistic, n_boot: int = 
     """() or (L,) bootstrap standard error, from the resamples of `bootstrap_ci`; NaN with fewer than two defined ones."""
     scores = _scores(scores)
     _, draws = _resample(lambda w: statistic(w, scores), len(scores), n_boot, seed, groups)
-    defined = np.isfinite(draws)
-    n = defined.sum(axis=0)
-    mean = np.where(defined, draws, 0).sum(axis=0) / np.maximum(n, 1)
-    squares = np.where(defined, (draws - mean) ** 2, 0).sum(axis=0)
-    return np.where(n < 2, np.nan, np.sqrt(squares / np.maximum(n - 1, 1)))[()]
+    return np.ma.filled(np.ma.masked_invalid(draws).std(axis=0, ddof=1), np.nan)[()]
 
 
 def detectable(error, power: float = 0.8) -> np.ndarray:

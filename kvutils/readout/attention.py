@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from PIL import Image
@@ -56,12 +56,10 @@ def attention_mass(
                 raise ParameterError(f"the chat template of {mlm.name} does not put the question {question!r} behind the image")
         return [(_received(mlm, vision, texts, end), len(batch) * len(questions))]
 
-    total, seen = None, 0
-    for mass, count in over_images(run, images, batch_size, progress=False):
-        total, seen = mass if total is None else total + mass, seen + count
-    if total is None:
+    found = list(over_images(run, images, batch_size, progress=False))
+    if not found:
         raise DataError("a mean over images needs images, found none")
-    return total / seen
+    return sum(mass for mass, _ in found) / sum(count for _, count in found)
 
 
 @torch.no_grad()
@@ -77,7 +75,7 @@ def _received(mlm: MLM, vision: VisionInputs, texts: Sequence[TextInputs], end: 
     """(L, G, N) the mean weight of the queries from `end` on, on the image tokens, summed over all sequences of the texts.
 
     What lies before `end`, alike in all texts, is read once with the model's own attention; only the rest runs with eager
-    attention, which shows its weights, so no T x T map is ever held.
+    attention, the only backend that returns its weights, so no T x T map is ever held.
     """
     language_model, cache, first = mlm.model.model.language_model, DynamicCache(), texts[0]
     columns = torch.from_numpy(vision.layouts[0].slots)
@@ -95,21 +93,12 @@ def _received(mlm: MLM, vision: VisionInputs, texts: Sequence[TextInputs], end: 
         return hook
 
     run(embed(mlm, first.input_ids[:, :end], encode_images(mlm, vision)[1]), first.position_ids[..., :end], cache)
-    with _eager_attention(language_model), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        stack.callback(language_model.set_attn_implementation, language_model.config._attn_implementation)
+        language_model.set_attn_implementation("eager")
         for layer, row in zip(language_model.layers, mass, strict=True):
             stack.callback(layer.self_attn.register_forward_hook(record(row)).remove)
         for text in texts:
             embeddings = mlm.model.get_input_embeddings()(text.input_ids[:, end:])
             run(embeddings, text.position_ids[..., end:], copy.deepcopy(cache))
     return mass
-
-
-@contextlib.contextmanager
-def _eager_attention(language_model: torch.nn.Module) -> Iterator[None]:
-    """Eager attention, the only backend that returns its weights, for the time of the block."""
-    before = language_model.config._attn_implementation
-    language_model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        language_model.set_attn_implementation(before)

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from sklearn.cluster import KMeans
@@ -18,20 +17,9 @@ MAX_CLUSTERS = 14
 ELBOW = 0.975  # k grows while the inertia falls below this share of the one before
 
 
-@dataclass(frozen=True)
-class Clusters:
-    """labels: one (N_i,) int array per image; inertias[j]: mean squared distance with j + 1 clusters."""
-
-    labels: list[np.ndarray]
-    inertias: tuple[float, ...]
-
-    @property
-    def num_clusters(self) -> int:
-        return len(self.inertias)
-
-
-def cluster_tokens(tokens: Sequence[np.ndarray], n_init: int = 10, seed: int = 0) -> Clusters:
-    """Joint k-means of the tokens (N_i, C) of all images of a group; grids may differ.
+def cluster_tokens(tokens: Sequence[np.ndarray], n_init: int = 10, seed: int = 0) -> tuple[list[np.ndarray], list[float]]:
+    """Joint k-means of the tokens (N_i, C) of all images of a group, whose grids may differ: labels (N_i,) int per image,
+    and inertias, the mean squared distance with 1, 2, ... clusters, as many as labels.
 
     k grows from 1 until inertia(k) > ELBOW * inertia(k - 1), at most MAX_CLUSTERS; that last k is the one used, as in the
     reference. scikit-learn's k-means, of n_init starts per k, stands in for faiss, so labels are not bit-identical.
@@ -45,7 +33,7 @@ def cluster_tokens(tokens: Sequence[np.ndarray], n_init: int = 10, seed: int = 0
         inertias.append(float(np.square(points - model.cluster_centers_[labels]).sum(axis=1).mean()))
         if k > 1 and inertias[-1] > ELBOW * inertias[-2]:
             break
-    return Clusters(np.split(labels.astype(np.int64), np.cumsum([len(t) for t in tokens])[:-1]), tuple(inertias))
+    return np.split(labels.astype(np.int64), np.cumsum([len(t) for t in tokens])[:-1]), inertias
 
 
 def salient_clusters(

@@ -56,6 +56,10 @@ class ImageFeatures:
         shown = ", ".join(f"{source} {count}" for source, count in channels.items())
         return f"ImageFeatures({len(self.layout)} image tokens of a {width}x{height} picture; channels: {shown})"
 
+    @property
+    def nbytes(self) -> int:
+        return sum(tokens.nbytes for tokens in self.features.values())
+
     def stack(self, sources: Sequence[str]) -> torch.Tensor:
         """(S, N, C) float32 of sources with the same number of channels, on `device`."""
         return torch.stack([self.features[source] for source in sources]).to(self.device).float()
@@ -103,23 +107,15 @@ class FeatureExtractor:
     """Features of images and texts from one MLM and its baselines; see the module for the sources.
 
     layers: of values and keys ("all" or numbers). encoder_text: the text tower of encoder_original, for text scores of the
-    encoders. Batches are kept in memory up to `memory_bytes` (default: a third of what is free, shared by the processes of
+    encoders. `alignment` scores texts. Batches are kept in memory up to `memory_bytes` (default: a third of what is free, shared by the processes of
     this machine). to: where features live (None: the model's device).
     """
 
     def __init__(
-        self,
-        mlm: MLM,
-        untrained: MLM | None = None,
-        encoder_original: Encoder | None = None,
-        *,
-        encoder_text: SiglipText | None = None,
-        layers: str | int | Iterable[int] = "all",
-        keys: bool = True,
-        batch_size: int = 8,
-        memory_bytes: int | None = None,
-        to: str | torch.device | None = "cpu",
-    ):
+        self, mlm: MLM, untrained: MLM | None = None, encoder_original: Encoder | None = None, *,
+        encoder_text: SiglipText | None = None, layers: str | int | Iterable[int] = "all", keys: bool = True,
+        batch_size: int = 8, memory_bytes: int | None = None, to: str | torch.device | None = "cpu",
+    ):  # fmt: skip
         at_least("batch_size", batch_size)
         self.mlm, self.untrained, self.encoder_original = mlm, untrained, encoder_original
         self.layers, self.keys, self.batch_size, self.to = resolve_layers(mlm, layers), keys, batch_size, to
@@ -143,18 +139,12 @@ class FeatureExtractor:
         return names + [f"{family}.{layer}" for family in families for layer in self.layers]
 
     @property
-    def text_sources(self) -> list[str]:
-        """The ids of the sources that also score texts."""
-        return self.alignment.sources
-
-    @property
     def fingerprint(self) -> str:
         """16 hex digits of everything that the features depend on besides the code and the libraries."""
         text = self.alignment.encoder_text
         models = [m and [m.name, m.revision, str(m.model.dtype)] for m in (self.mlm, self.untrained, self.encoder_original)]
         views = [self.mlm.base_view_only, self.mlm.max_pixels]
-        about = [models, text and [text.name, text.template], self.layers, views, self.batch_size]
-        return digest(about)
+        return digest([models, text and [text.name, text.template], self.layers, views, self.batch_size])
 
     def images(self, items: Sequence[Item], prefix: str | None = None) -> list[ImageFeatures]:
         """Features of images, in consecutive batches of `batch_size`. prefix: text before the image."""
@@ -173,14 +163,10 @@ class FeatureExtractor:
             self._memory.move_to_end(key)
             return self._memory[key]
         batch = self._memory[key] = self._extract(items, prefix)
-        self._held += _bytes(batch)
+        self._held += sum(one.nbytes for one in batch)
         while self._held > self.memory_bytes and len(self._memory) > 1:
-            self._held -= _bytes(self._memory.popitem(last=False)[1])
+            self._held -= sum(one.nbytes for one in self._memory.popitem(last=False)[1])
         return batch
-
-    def text_scores(self, features: ImageFeatures, texts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Per text-aligned source the scores (len(texts), N) of the texts on the image's tokens."""
-        return self.alignment.scores(features.features, texts)
 
     def saliency(self, item: Item, question: str = QUESTION) -> torch.Tensor:
         """(N,) float32 attention of the last prompt token, scaled to 0..1 over the image's tokens (0 if constant)."""
@@ -222,7 +208,3 @@ class FeatureExtractor:
                 raise ModelError(f"image {item[0]}: the features of {source} are not finite in half precision (largest "
                                  f"{features[source].abs().max():.3g}); leave this source's layer out")  # fmt: skip
         return ImageFeatures(grid.layout, rounded, self.mlm.device)
-
-
-def _bytes(batch: list[ImageFeatures]) -> int:
-    return sum(t.numel() * t.element_size() for one in batch for t in one.features.values())

@@ -40,9 +40,6 @@ def soft_argmax(similarity: Tensor, centers: Tensor, temperature: float, radius:
     return (similarity / temperature).masked_fill(far, -torch.inf).softmax(dim=-1) @ centers
 
 
-# --- a video -----------------------------------------------------------------------------------------------
-
-
 def restrict_neighborhood(h: int, w: int, radius: int, device: torch.device | None = None) -> Tensor:
     """(h*w, h*w) bool: cells at most `radius` rows and columns apart."""
     row, column = (torch.arange(n, device=device) for n in (h, w))

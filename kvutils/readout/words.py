@@ -78,13 +78,13 @@ class TextAlignment:
         self.encoder, self.encoder_text = encoder, encoder_text
         self.sources = []
         if encoder_text is not None:
-            self.sources += ["encoder_original"]
+            self.sources.append("encoder_original")
             # The finetuned tower can use the original head only if it is the same kind of tower.
             own = mlm.model.config.vision_config
             width = getattr(own, "hidden_size", None)
             if own.model_type == "siglip_vision_model" and width == encoder.model.config.hidden_size:
-                self.sources += ["encoder"]
-        self.sources += ["projector"]
+                self.sources.append("encoder")
+        self.sources.append("projector")
         families = ["value", *(["untrained.value"] if untrained else []), "lens.value"]
         self.sources += [f"{family}.{layer}" for family in families for layer in self.layers]
         self._texts: dict[str, dict[str, torch.Tensor]] = {}
@@ -121,7 +121,13 @@ class TextAlignment:
         if source.startswith("lens.value."):
             return self._lens(features[source.removeprefix("lens.")], int(source.rsplit(".", 1)[1]))
         image = features[source].float()
-        return self._pooled(image) if source.startswith("encoder") else image
+        if not source.startswith("encoder"):
+            return image
+        # Each patch (N, C_v), as the projector reads it, alone through last norm and pooling head.
+        model = self.encoder.model
+        tower = getattr(model, "vision_model", model)
+        patches = image.unsqueeze(1).to(model.device, model.dtype)
+        return normalize(tower.head(tower.post_layernorm(patches)).float(), dim=-1).to(image.device)
 
     def _values(self, family: str, mlm: MLM, text: str) -> dict[str, torch.Tensor]:
         values = text_values(mlm, [text], layers=self.layers)[0]
@@ -135,13 +141,6 @@ class TextAlignment:
         by_head = values.unflatten(-1, (mlm.num_kv_heads, mlm.head_dim)).repeat_interleave(group, dim=-2)
         states = output(by_head.flatten(-2).to(mlm.device, mlm.dtype))
         return language_model.norm(states).float().to(values.device)
-
-    def _pooled(self, states: torch.Tensor) -> torch.Tensor:
-        """Each patch (N, C_v), as the projector reads it, alone through last norm and pooling head."""
-        model = self.encoder.model
-        tower = getattr(model, "vision_model", model)
-        patches = states.unsqueeze(1).to(model.device, model.dtype)
-        return normalize(tower.head(tower.post_layernorm(patches)).float(), dim=-1).to(states.device)
 
 
 def otsu(scores: np.ndarray | torch.Tensor) -> float:

@@ -65,14 +65,14 @@ class CoSegmentation(Task):
         counts = []
         for source in order:
             tokens = [one.features[source].float().cpu().numpy() for one in per_image]
-            found = cluster_tokens(tokens, N_INIT, SEED)
+            clusters, inertias = cluster_tokens(tokens, N_INIT, SEED)
+            counts.append(k := len(inertias))
             rules = (
-                salient_clusters(found.labels, saliency, found.num_clusters)[1],
-                oracle_clusters(found.labels, inside, area, found.num_clusters)[0],
-                salient_clusters(found.labels, relative, found.num_clusters, threshold=1.0)[1],
+                salient_clusters(clusters, saliency, k)[1],
+                oracle_clusters(clusters, inside, area, k)[0],
+                salient_clusters(clusters, relative, k, threshold=1.0)[1],
             )
-            chosen += [[np.isin(labels, rule) for labels in found.labels] for rule in rules]
-            counts.append(found.num_clusters)
+            chosen += [[np.isin(labels, rule) for labels in clusters] for rule in rules]
         rows = []
         for i, (image, one) in enumerate(zip(sample.images, per_image, strict=True)):
             foreground = torch.from_numpy(np.stack([masks[i] for masks in chosen])).float()

@@ -61,7 +61,7 @@ class TextSegmentation(Task):
         self._wrong = _wrong_texts(samples)
 
     def sources(self, extractor: FeatureExtractor) -> list[str]:
-        names = extractor.text_sources
+        names = extractor.alignment.sources
         return names + [SHUFFLED + name for name in names if name.startswith(CONTROLLED)]
 
     def images(self, sample: NamedMask) -> list[Item]:
@@ -72,7 +72,7 @@ class TextSegmentation(Task):
         if not (mask == 1).any():
             return []
         image, order = features[sample.image_id], self.sources(extractor)
-        scores = extractor.text_scores(image, [sample.text, self._wrong[sample.id]])
+        scores = extractor.alignment.scores(image.features, [sample.text, self._wrong[sample.id]])
         right = {source: pair[0] for source, pair in scores.items()}
         wrong = {SHUFFLED + source: pair[1] for source, pair in scores.items()}
         maps = image.layout.to_pixels(torch.stack([(right | wrong)[source] for source in order]))
