@@ -11,7 +11,8 @@ import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -73,10 +74,25 @@ class ScoreTable:
         found = (re.fullmatch(re.escape(name) + r"\.(\d+)", source) for source in self.sources)
         return sorted((int(match[1]), match[0]) for match in found if match)
 
+    def held_out(self, seed: int = 0) -> ScoreTable:
+        """The rows of the half of the groups that chooses no layer, see `choosing_half`."""
+        kept = np.flatnonzero(~choosing_half(self.groups, seed))
+        ids, groups = ([names[i] for i in kept] for names in (self.ids, self.groups))
+        return replace(self, ids=ids, groups=groups, values=self.values[kept])
+
+    def interval(self, source: str, statistic: Statistic, n_boot: int, seed: int) -> dict:
+        """A statistic of a source, with its interval; JSON-able."""
+        return bootstrap_ci(self.of(source), statistic, n_boot, seed, self.groups).as_dict()
+
+    def difference(self, source: str, other: str, statistic: Statistic, n_boot: int, seed: int) -> dict:
+        """That of a source minus that of another, paired; JSON-able."""
+        return paired_difference(self.of(source), self.of(other), statistic, n_boot, seed, self.groups).as_dict()
+
 
 class Task(ABC):
     """One task over its samples. `columns` are the numbers per row and source; `control` prefixes the control sources;
-    `statistic` is the headline metric of values (n, k) for each row of weights (n_boot, n), called `metric`."""
+    `statistic` is the headline metric of values (n, k) for each row of weights (n_boot, n), called `metric`;
+    `parameters` (JSON-able) are all that changes the scores but the samples."""
 
     name: ClassVar[str]
     title: ClassVar[str]
@@ -86,11 +102,14 @@ class Task(ABC):
     chunk: ClassVar[int] = 25  # samples that are scored, and kept, together
     statistic: ClassVar[Statistic]
     statistics: ClassVar[Mapping[str, Statistic]] = {}  # the other metrics, by name
-    samples: Sequence[Any]
+    parameters: Mapping[str, Any] = {}
 
-    @abstractmethod
+    def __init__(self, samples: Sequence[Any]):
+        self.samples = samples
+
     def sources(self, extractor: FeatureExtractor) -> list[str]:
         """The sources of this task's rows, in order."""
+        return extractor.sources
 
     @abstractmethod
     def images(self, sample: Any) -> list[Item]:
@@ -99,10 +118,6 @@ class Task(ABC):
     @abstractmethod
     def score(self, sample: Any, features: Mapping[str, ImageFeatures], extractor: FeatureExtractor) -> list[Row]:
         """Rows of a sample from the features of its images; none if it cannot be scored. Depends on nothing else."""
-
-    def parameters(self) -> dict:
-        """Everything but the samples that changes the scores; JSON-able."""
-        return {}
 
     def prepare(self, extractor: FeatureExtractor) -> None:  # noqa: B027
         """Work before the first sample, such as fitting a probe; left out when every part is stored."""
@@ -132,14 +147,11 @@ def run_task(
     Bytes do not depend on interruptions. Raises DataError when no sample can be scored.
     """
     sources = task.sources(extractor)
-    depends = [task.name, task.parameters(), sources, list(task.columns), extractor.fingerprint]
-    ready = False
+    depends = [task.name, task.parameters, sources, list(task.columns), extractor.fingerprint]
+    prepare = cache(task.prepare)  # once, before the first chunk that is not stored
 
     def compute(samples: list) -> dict:
-        nonlocal ready
-        if not ready:
-            task.prepare(extractor)
-            ready = True
+        prepare(extractor)
         items = [task.images(sample) for sample in samples]  # once: it may decode files
         batches = _Batches(extractor, (item for each in items for item in each))
         done: dict = {"rows": [], "skipped": []}
@@ -168,17 +180,12 @@ def summarise(table: ScoreTable, task: Task, n_boot: int = 2000, seed: int = 0) 
     with at least 4 groups.
     """
     summary: dict = {
-        "task": table.task,
-        "title": task.title,
-        "metric": task.metric,
-        "n": len(table),
-        "groups": len(set(table.groups)),
-        "skipped": len(table.skipped),
-        "parameters": task.parameters(),
+        "task": table.task, "title": task.title, "metric": task.metric,
+        "n": len(table), "groups": len(set(table.groups)), "skipped": len(table.skipped), "parameters": task.parameters,
         "sources": _intervals(table, task.statistic, n_boot, seed),
         "secondary": {name: _intervals(table, s, n_boot, seed) for name, s in task.statistics.items()},
         "build_then_degrade": {},
-    }
+    }  # fmt: skip
     if summary["groups"] < 4:
         return summary
     for family in sorted({re.sub(r"\.\d+$", "", s) for s in table.sources if re.search(r"\.\d+$", s)}):
@@ -186,21 +193,16 @@ def summarise(table: ScoreTable, task: Task, n_boot: int = 2000, seed: int = 0) 
         if len(numbers) > 1:
             curve = np.stack([table.of(source) for source in sources], axis=1)
             found = peak_then_degrade(curve, table.groups, seed, task.statistic, n_boot)
-            summary["build_then_degrade"][family] = {
-                **found,
-                "layers": list(numbers),
-                "best_layer": numbers[found["best"]],
-                "peak_layer": numbers[int(found["peak"]["mean"])],
-                "peak_layer_low": numbers[int(found["peak"]["low"])],
-                "peak_layer_high": numbers[int(found["peak"]["high"])],
-            }
+            peak, low, high = (numbers[int(found["peak"][name])] for name in ("mean", "low", "high"))
+            summary["build_then_degrade"][family] = found | {
+                "layers": list(numbers), "best_layer": numbers[found["best"]],
+                "peak_layer": peak, "peak_layer_low": low, "peak_layer_high": high,
+            }  # fmt: skip
     if "value" in summary["build_then_degrade"]:
         best = f"value.{summary['build_then_degrade']['value']['best_layer']}"
-        held_out = ~choosing_half(table.groups, seed)
-        options = (task.statistic, n_boot, seed, [group for group, kept in zip(table.groups, held_out, strict=True) if kept])
-        mine, others = table.of(best)[held_out], {s: table.of(s)[held_out] for s in table.sources if s != best}
-        minus = {source: paired_difference(mine, other, *options).as_dict() for source, other in others.items()}
-        score = bootstrap_ci(mine, *options).as_dict()
+        rest, options = table.held_out(seed), (task.statistic, n_boot, seed)
+        minus = {source: rest.difference(best, source, *options) for source in table.sources if source != best}
+        score = rest.interval(best, *options)
         summary["value_best"] = {"source": best, "score": score, "minus": minus, "control": task.control + best}
     return summary
 

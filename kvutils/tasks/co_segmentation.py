@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -40,14 +40,7 @@ class CoSegmentation(Task):
     statistics = {"J, oracle": column_mean(_J_ORACLE), "J, relative threshold": column_mean(_J_RELATIVE),
                   "P": column_mean(_PRECISION), "clusters": column_mean(_CLUSTERS)}  # fmt: skip
 
-    def __init__(self, samples: Sequence[ImageGroup]):
-        self.samples = samples
-
-    def parameters(self) -> dict:
-        return {"n_init": N_INIT, "max_clusters": MAX_CLUSTERS, "question": QUESTION, "seed": SEED}
-
-    def sources(self, extractor: FeatureExtractor) -> list[str]:
-        return extractor.sources
+    parameters = {"n_init": N_INIT, "max_clusters": MAX_CLUSTERS, "question": QUESTION, "seed": SEED}
 
     def images(self, sample: ImageGroup) -> list[Item]:
         return [(one.id, one.image) for one in sample.images]

@@ -5,7 +5,7 @@ Task 6: temporal correspondence (DAVIS-2017), a mask carried through a video (pa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -56,14 +56,7 @@ class SemanticCorrespondence(Task):
         "soft PCK@0.1 of the image": mean_over_pairs(_SOFT_IMAGE),
     }
 
-    def __init__(self, samples: Sequence[KeypointPair]):
-        self.samples = samples
-
-    def parameters(self) -> dict:
-        return {"alpha": ALPHA, "temperature": TEMPERATURE, "radius": RADIUS}
-
-    def sources(self, extractor: FeatureExtractor) -> list[str]:
-        return extractor.sources
+    parameters = {"alpha": ALPHA, "temperature": TEMPERATURE, "radius": RADIUS}
 
     def images(self, sample: KeypointPair) -> list[Item]:
         return [(sample.source_id, sample.source), (sample.target_id, sample.target)]
@@ -121,11 +114,7 @@ class TemporalCorrespondence(Task):
     statistics = {"J": column_mean(_J), "F": column_mean(_F), "J, nearest neighbour": column_mean(_J_NEAREST),
                   "F, nearest neighbour": column_mean(_F_NEAREST)}  # fmt: skip
 
-    def __init__(self, samples: Sequence[Clip]):
-        self.samples = samples
-
-    def parameters(self) -> dict:
-        return {"n_last": N_LAST, "radius": NEAR, "topk": TOPK, "rule": "area"}
+    parameters = {"n_last": N_LAST, "radius": NEAR, "topk": TOPK, "rule": "area"}
 
     def sources(self, extractor: FeatureExtractor) -> list[str]:
         return [COPY_FIRST, *extractor.sources]

@@ -59,10 +59,8 @@ class ForegroundSegmentation(Task):
     statistics = {"FB-IoU": foreground_background_iou, "converged": column_mean(_CONVERGED)}
 
     def __init__(self, samples: Sequence[Episode], strength: float = 0.01, max_iter: int = 1000):
-        self.samples, self.strength, self.max_iter = samples, strength, max_iter
-
-    def parameters(self) -> dict:
-        return {"strength": self.strength, "max_iter": self.max_iter}
+        super().__init__(samples)
+        self.parameters = {"strength": strength, "max_iter": max_iter}
 
     def sources(self, extractor: FeatureExtractor) -> list[str]:
         return extractor.sources + [f"{SHUFFLED}value.{layer}" for layer in extractor.layers]
@@ -83,8 +81,7 @@ class ForegroundSegmentation(Task):
             controlled = [i for i, name in enumerate(names) if name.startswith("value.")]
             rows = [*range(len(names)), *controlled]  # the control reads the same features under other labels
             y = torch.stack([labels] * len(names) + [shuffled] * len(controlled)).to(train.device)
-            probe = fit_linear_probe(train[rows], y, strength=self.strength, sample_weight=known.to(train.device),
-                                     max_iter=self.max_iter)  # fmt: skip
+            probe = fit_linear_probe(train[rows], y, sample_weight=known.to(train.device), **self.parameters)
             fitted = [*names, *(SHUFFLED + names[i] for i in controlled)]
             logits |= dict(zip(fitted, probe.logits(query.stack(names)[rows]), strict=True))
             converged |= dict(zip(fitted, probe.converged.tolist(), strict=True))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,7 +21,7 @@ from kvutils.datasets.samples import DomainImage, LabelledImage, NamedMask
 from kvutils.errors import DataError
 from kvutils.images import encode_image
 from kvutils.metrics.masks import class_counts, class_mean_iou
-from kvutils.metrics.statistics import column_mean
+from kvutils.metrics.statistics import Statistic, column_mean
 from kvutils.probes import LinearProbe, fit_linear_probe, join_probes
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, token_means
 from kvutils.readout.maps import to_grid
@@ -42,7 +43,8 @@ class PrefixReadout(ABC):
 
     name: ClassVar[str]
     title: ClassVar[str]
-    metric: ClassVar[str]
+    metric = "mIoU"
+    statistic: ClassVar[Statistic]  # the metric of values (n, k), for each row of weights (n_boot, n)
     columns: Sequence[str]
     samples: Sequence[Any]
 
@@ -56,10 +58,6 @@ class PrefixReadout(ABC):
     @abstractmethod
     def score(self, sample: Any, values: torch.Tensor, image: ImageFeatures, condition: str) -> list[tuple[float, ...]]:
         """`columns` of each layer's values (L, N, C) of a sample under a condition."""
-
-    @abstractmethod
-    def statistic(self, weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """The metric of values (n, k), for each row of weights (n_boot, n)."""
 
     def fit(self, extractor: FeatureExtractor) -> None:  # noqa: B027
         """Work before the first sample, such as fitting a probe; left out when every part is stored."""
@@ -81,7 +79,7 @@ class ReferringPrefix(PrefixReadout):
 
     wrong: the prefix of a thing of another image whose class this image does not show (of all samples' classes)."""
 
-    metric = "mIoU"
+    statistic = staticmethod(column_mean(IOU))
     columns = (*COLUMNS, *MOVED)
 
     def __init__(self, samples: Sequence[NamedMask], extractor: FeatureExtractor, writer: PrefixWriter, kind: str, seed: int = 0):
@@ -109,9 +107,6 @@ class ReferringPrefix(PrefixReadout):
         maps = image.layout.to_pixels(torch.einsum("lnc,lc->ln", values, vectors))
         return map_scores(maps, sample.mask, [otsu(one) for one in maps])
 
-    def statistic(self, weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-        return column_mean(IOU)(weights, values)
-
 
 class DomainPrefix(PrefixReadout):
     """Semantic segmentation of one domain with the domain's name before the image; mIoU over the classes that occur.
@@ -121,7 +116,7 @@ class DomainPrefix(PrefixReadout):
     with its own prefix of that condition, for the classes (and background) that their tokens show: it says no other.
     Objects, for how far values move, are all classes but `STUFF`."""
 
-    metric = "mIoU"
+    statistic = staticmethod(lambda weights, values: class_mean_iou(weights, values[:, : -len(MOVED)]))
 
     def __init__(
         self, samples: Sequence[DomainImage], train: Sequence[DomainImage], class_names: Sequence[str],
@@ -189,9 +184,6 @@ class DomainPrefix(PrefixReadout):
         labels, true = range(self._first, len(self.class_names) + 1), np.asarray(sample.mask)
         return [tuple(class_counts(one, true, labels).astype(float).tolist()) for one in said]
 
-    def statistic(self, weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-        return class_mean_iou(weights, values[:, : -len(MOVED)])
-
 
 def _values(image: ImageFeatures, layers: Sequence[int]) -> torch.Tensor:
     return image.stack([f"value.{layer}" for layer in layers])
@@ -229,13 +221,10 @@ def run_prefixes(
     depends = [readout.name, sources, list(readout.columns), extractor.fingerprint]
     items = [(sample, readout.prefixes(sample)) for sample in readout.samples]
     skipped = [sample.id for sample, prefixes in items if prefixes is None]
-    ready = False
+    fit = cache(readout.fit)  # once, before the first chunk that is not stored
 
     def compute(some: list) -> list:
-        nonlocal ready
-        if not ready:
-            readout.fit(extractor)
-            ready = True
+        fit(extractor)
         return _rows(readout, extractor, [(sample, prefixes) for sample, prefixes in some if prefixes is not None])
 
     chunks = in_chunks(parts, f"prefix/{readout.name}", items, compute, chunk, depends, progress=progress,

@@ -11,7 +11,7 @@ from kvutils.answer import answer_all
 from kvutils.datasets.samples import YesNoSample
 from kvutils.errors import DataError
 from kvutils.metrics.answers import pope_parse
-from kvutils.metrics.statistics import bootstrap_ci, column_ratio, paired_difference
+from kvutils.metrics.statistics import column_ratio
 from kvutils.models import MLM
 from kvutils.store import Parts, in_chunks
 from kvutils.tasks.base import ScoreTable, sample_seed
@@ -103,9 +103,7 @@ def summarise_prefix_answers(table: ScoreTable, n_boot: int = 2000, seed: int = 
     found: dict = {"images": len(table), "questions": int(table.of("none")[:, COLUMNS.index("asked")].sum()),
                    "skipped": len(table.skipped), "rates": {}, "minus_none": {}}  # fmt: skip
     for name, ends in RATES.items():
-        statistic = column_ratio(*(COLUMNS.index(end) for end in ends))
-        found["rates"][name] = {c: bootstrap_ci(table.of(c), statistic, n_boot, seed).as_dict() for c in CONDITIONS}
-        found["minus_none"][name] = {
-            c: paired_difference(table.of(c), table.of("none"), statistic, n_boot, seed).as_dict() for c in CONDITIONS[1:]
-        }
+        options = (column_ratio(*(COLUMNS.index(end) for end in ends)), n_boot, seed)
+        found["rates"][name] = {c: table.interval(c, *options) for c in CONDITIONS}
+        found["minus_none"][name] = {c: table.difference(c, "none", *options) for c in CONDITIONS[1:]}
     return found

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from kvutils.errors import DataError
-from kvutils.metrics.statistics import UNDEFINED, Interval, Statistic, bootstrap_ci, choosing_half, column_mean, paired_difference, peak_then_degrade
+from kvutils.metrics.statistics import UNDEFINED, Interval, Statistic, bootstrap_ci, column_mean, peak_then_degrade
 from kvutils.tasks.base import ScoreTable
 from kvutils.tasks.prefix import MOVED
 from kvutils.tasks.prefixes import CONDITIONS
@@ -26,30 +26,19 @@ def summarise_prefixes(table: ScoreTable, statistic: Statistic, n_boot: int = 20
     reached = [layer for layer in layers if layer > 0]
     plain = np.stack([table.of(f"none.{layer}") for layer in reached], axis=1)
     best = reached[peak_then_degrade(plain, table.groups, seed, statistic, n_boot)["best"]]
-    held_out = ~choosing_half(table.groups, seed)
-    groups = [group for group, kept in zip(table.groups, held_out, strict=True) if kept]
-
-    def at_best(condition: str) -> np.ndarray:
-        return table.of(f"{condition}.{best}")[held_out]
-
-    def every(condition: str, layer: int) -> np.ndarray:
-        return table.of(f"{condition}.{layer}")
-
-    whole, half = (statistic, n_boot, seed, table.groups), (statistic, n_boot, seed, groups)
+    rest, options = table.held_out(seed), (statistic, n_boot, seed)
     first = len(table.columns) - len(MOVED)
     return {
-        "n": len(table), "groups": len(set(table.groups)), "held_out": int(held_out.sum()), "skipped": len(table.skipped),
+        "n": len(table), "groups": len(set(table.groups)), "held_out": len(rest), "skipped": len(table.skipped),
         "layers": layers, "best_layer": best,
-        "scores": {c: [bootstrap_ci(every(c, layer), *whole).as_dict() for layer in layers] for c in CONDITIONS},
-        "added": {c: [paired_difference(every(c, layer), every("none", layer), *whole).as_dict() for layer in layers]
-                  for c in CONDITIONS[1:]},
+        "scores": {c: [table.interval(f"{c}.{layer}", *options) for layer in layers] for c in CONDITIONS},
+        "added": {c: [table.difference(f"{c}.{layer}", f"none.{layer}", *options) for layer in layers] for c in CONDITIONS[1:]},
         "best": {
-            "scores": {c: bootstrap_ci(at_best(c), *half).as_dict() for c in CONDITIONS},
-            "correct_minus": {c: paired_difference(at_best("correct"), at_best(c), *half).as_dict()
-                              for c in CONDITIONS if c != "correct"},
+            "scores": {c: rest.interval(f"{c}.{best}", *options) for c in CONDITIONS},
+            "correct_minus": {c: rest.difference(f"correct.{best}", f"{c}.{best}", *options) for c in CONDITIONS if c != "correct"},
         },
         "moved": {
-            part: {c: [_where_shown(every(c, layer)[:, first + i], table.groups, n_boot, seed) for layer in layers]
+            part: {c: [_where_shown(table.of(f"{c}.{layer}")[:, first + i], table.groups, n_boot, seed) for layer in layers]
                    for c in CONDITIONS[1:]}
             for i, part in enumerate(("objects", "background"))
         },

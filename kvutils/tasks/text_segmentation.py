@@ -56,8 +56,10 @@ class TextSegmentation(Task):
     columns = COLUMNS
     control = SHUFFLED
 
+    threshold = staticmethod(otsu)  # of a map (H, W): foreground is above it
+
     def __init__(self, samples: Sequence[NamedMask]):
-        self.samples = samples
+        super().__init__(samples)
         self._wrong = _wrong_texts(samples)
 
     def sources(self, extractor: FeatureExtractor) -> list[str]:
@@ -72,12 +74,16 @@ class TextSegmentation(Task):
         if not (mask == 1).any():
             return []
         image, order = features[sample.image_id], self.sources(extractor)
-        scores = extractor.alignment.scores(image.features, [sample.text, self._wrong[sample.id]])
-        right = {source: pair[0] for source, pair in scores.items()}
-        wrong = {SHUFFLED + source: pair[1] for source, pair in scores.items()}
-        maps = image.layout.to_pixels(torch.stack([(right | wrong)[source] for source in order]))
-        values = map_scores(maps, mask, [otsu(one) for one in maps])
+        scores = self.token_scores(sample, image, extractor)
+        maps = image.layout.to_pixels(torch.stack([scores[source] for source in order]))
+        values = map_scores(maps, mask, [self.threshold(one) for one in maps])
         return [Row(sample.id, sample.group, dict(zip(order, values, strict=True)))]
+
+    def token_scores(self, sample: NamedMask, image: ImageFeatures, extractor: FeatureExtractor) -> dict[str, torch.Tensor]:
+        """Source -> (N,) score of every token of the image."""
+        scores = extractor.alignment.scores(image.features, [sample.text, self._wrong[sample.id]])
+        wrong = {SHUFFLED + source: pair[1] for source, pair in scores.items()}
+        return {source: pair[0] for source, pair in scores.items()} | wrong
 
 
 def _wrong_texts(samples: Sequence[NamedMask]) -> dict[str, str]:
@@ -120,6 +126,7 @@ class SemanticSegmentationProbe(SemanticSegmentation):
 
     name = "semantic_segmentation_probe"
     title = "Semantic segmentation, by probe"
+    threshold = staticmethod(lambda scores: 0.0)
 
     def __init__(self, samples: Sequence[NamedMask], train: Sequence[LabelledImage], class_names: Sequence[str],
                  strength: float = 0.01, max_iter: int = 1000):  # fmt: skip
@@ -127,12 +134,9 @@ class SemanticSegmentationProbe(SemanticSegmentation):
         if {image.id for image in train} & {sample.image_id for sample in samples}:
             raise DataError("training and scored images overlap; pass labelled images that are not scored")
         self.train, self.class_names = train, list(class_names)
-        self.strength, self.max_iter = strength, max_iter
+        self.fitting = {"strength": strength, "max_iter": max_iter}
+        self.parameters = self.fitting | {"train": [image.id for image in train], "classes": self.class_names}
         self._probes: list[tuple[list[str], LinearProbe]] = []
-
-    def parameters(self) -> dict:
-        about = {"train": [image.id for image in self.train], "classes": self.class_names}
-        return {"strength": self.strength, "max_iter": self.max_iter, **about}
 
     def sources(self, extractor: FeatureExtractor) -> list[str]:
         return extractor.sources + [f"{SHUFFLED}value.{layer}" for layer in extractor.layers]
@@ -153,26 +157,19 @@ class SemanticSegmentationProbe(SemanticSegmentation):
             for group, y, prefix in ((sources, labels, ""), (values, shuffled, SHUFFLED)):
                 if group:
                     X = torch.cat([one.stack(group) for one in images], dim=1)
-                    probe = fit_linear_probe(X, y.to(X.device), len(names), self.strength, sample_weight=known.to(X.device),
-                                             max_iter=self.max_iter)  # fmt: skip
+                    probe = fit_linear_probe(X, y.to(X.device), len(names), sample_weight=known.to(X.device), **self.fitting)
                     self._probes.append(([prefix + source for source in group], probe.require_converged()))
 
-    def score(self, sample: NamedMask, features: Mapping[str, ImageFeatures], extractor: FeatureExtractor) -> list[Row]:
-        mask = sample.mask
-        if not (mask == 1).any():
-            return []
+    def token_scores(self, sample: NamedMask, image: ImageFeatures, extractor: FeatureExtractor) -> dict[str, torch.Tensor]:
         one_of(f"class of {sample.id}", sample.class_name, self.class_names)
-        image, number = features[sample.image_id], self.class_names.index(sample.class_name) + 1
+        number = self.class_names.index(sample.class_name) + 1
         odds = {}
         for names, probe in self._probes:
             logits = probe.logits(image.stack([name.removeprefix(SHUFFLED) for name in names]))
             others = [k for k in range(logits.shape[-1]) if k != number]
             scores = logits[..., number] - logits[..., others].logsumexp(-1)
             odds |= dict(zip(names, scores, strict=True))
-        order = self.sources(extractor)
-        maps = image.layout.to_pixels(torch.stack([odds[source] for source in order]))
-        values = map_scores(maps, mask, [0.0] * len(order))
-        return [Row(sample.id, sample.group, dict(zip(order, values, strict=True)))]
+        return odds
 
 
 class ReferringSegmentation(TextSegmentation):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from kvutils.datasets import USES, class_names, open_dataset
 from kvutils.errors import ParameterError, one_of
-from kvutils.metrics.statistics import UNDEFINED, Interval, bootstrap_ci, choosing_half, claim_of_parts, paired_difference, undefined
+from kvutils.metrics.statistics import UNDEFINED, Interval, claim_of_parts, undefined
 from kvutils.models import load_encoder, load_mlm, original_encoder
 from kvutils.readout.features import FeatureExtractor
 from kvutils.readout.words import load_siglip_text
@@ -90,20 +90,14 @@ def compare_along_chain(table: ScoreTable, task: Task, n_boot: int = 2000, seed:
     if "value_best" not in summary:
         raise ParameterError(f"{table.task}: {summary['groups']} units are too few to choose a layer; at least 4 are needed")
     best = summary["value_best"]["source"]
-    held_out = ~choosing_half(table.groups, seed)
-    groups = [group for group, kept in zip(table.groups, held_out, strict=True) if kept]
-    there = [name for name in CHAIN if name != "encoder" or name in table.sources]
-    values = {name: table.of(best if name == "value" else name)[held_out] for name in there}
-    options = (task.statistic, n_boot, seed, groups)
-    scores, steps = dict.fromkeys(CHAIN, UNDEFINED), dict.fromkeys(STEPS, UNDEFINED)
-    scores |= {name: bootstrap_ci(value, *options) for name, value in values.items()}
-    steps |= {name: paired_difference(values[after], values[before], *options)
-              for name, (before, after) in STEPS.items() if {before, after} <= values.keys()}  # fmt: skip
-    return {
-        "title": task.title, "metric": task.metric, "n": int(held_out.sum()), "groups": len(set(groups)), "best": best,
-        "scores": {name: found.as_dict() for name, found in scores.items()},
-        "steps": {name: found.as_dict() for name, found in steps.items()},
-    }  # fmt: skip
+    rest, options = table.held_out(seed), (task.statistic, n_boot, seed)
+    there = {name: best if name == "value" else name for name in CHAIN if name != "encoder" or name in table.sources}
+    scores, steps = (dict.fromkeys(names, UNDEFINED.as_dict()) for names in (CHAIN, STEPS))
+    scores |= {name: rest.interval(source, *options) for name, source in there.items()}
+    steps |= {name: rest.difference(there[after], there[before], *options)
+              for name, (before, after) in STEPS.items() if {before, after} <= there.keys()}  # fmt: skip
+    return {"title": task.title, "metric": task.metric, "n": len(rest), "groups": len(set(rest.groups)), "best": best,
+            "scores": scores, "steps": steps}  # fmt: skip
 
 
 def claim_c4(chains: Mapping[str, Mapping]) -> dict:
