@@ -195,7 +195,7 @@ def test_scale_of_layers_and_heads_cannot_fake_two_modes():
     factor = torch.ones(6, 2, 1, dtype=torch.float64)
     factor[3:], factor[:, 1] = 10, factor[:, 1] * 10
     table = table_of(log_normal(6, 2, 145) * factor.square(), norm=factor.expand(6, 2, 145).clone())
-    assert variance_threshold(table.variance[..., table.real]).two_modes, "the artefact itself"
+    assert variance_threshold(table.variance[..., table.real])["two_modes"], "the artefact itself"
     assert not thresholds(table)["scale_free"]["two_modes"]
     seen = modes(table, n_boot=20)
     assert seen["median"]["low"] == 0 and seen["pooled"]["raw"]["two_modes"]
@@ -259,16 +259,15 @@ def two_modes(low=0.0, high=4.0, spread=0.5, share=0.3, shape=(6, 2, 100), seed=
 def test_the_threshold_is_the_valley_between_two_modes():
     variance = two_modes()
     found = variance_threshold(variance)
-    assert found.two_modes and found.method == "valley"
-    assert found.separation == pytest.approx(4 / 0.5, rel=0.05)
-    assert np.log(found.modes) == pytest.approx([0, 4], abs=0.1)
-    assert found.shares == pytest.approx((0.3, 0.7), abs=0.03)
+    assert found["two_modes"] and found["method"] == "valley"
+    assert found["separation"] == pytest.approx(4 / 0.5, rel=0.05)
+    assert np.log(found["modes"]) == pytest.approx([0, 4], abs=0.1)
+    assert found["shares"] == pytest.approx((0.3, 0.7), abs=0.03)
     # Equal spreads: the density is lowest somewhat on the side of the smaller mode.
-    assert 1.5 < np.log(found.value) < 2.1
-    assert ((variance < found.value).double().mean() - 0.3).abs() < 0.03
-    assert variance_threshold(variance * 1000).value == pytest.approx(1000 * found.value, rel=1e-3)
+    assert 1.5 < np.log(found["value"]) < 2.1
+    assert ((variance < found["value"]).double().mean() - 0.3).abs() < 0.03
+    assert variance_threshold(variance * 1000)["value"] == pytest.approx(1000 * found["value"], rel=1e-3)
     assert found == variance_threshold(variance)
-    assert found.as_dict()["value"] == found.value
 
 
 def test_without_two_modes_the_threshold_is_a_stated_quantile():
@@ -276,9 +275,9 @@ def test_without_two_modes_the_threshold_is_a_stated_quantile():
     outliers = two_modes(low=-9.0, share=0.004)
     for variance in (one, close, outliers):
         found = variance_threshold(variance)
-        assert not found.two_modes and found.method == "quantile 0.1"
-        assert found.value == pytest.approx(variance.quantile(0.1).item())
-    assert variance_threshold(close).separation < 2 < variance_threshold(outliers).separation
+        assert not found["two_modes"] and found["method"] == "quantile 0.1"
+        assert found["value"] == pytest.approx(variance.quantile(0.1).item())
+    assert variance_threshold(close)["separation"] < 2 < variance_threshold(outliers)["separation"]
     with pytest.raises(DataError, match="10 different variances"):
         variance_threshold(torch.ones(3, 2, 50, dtype=torch.float64))
 
@@ -286,11 +285,11 @@ def test_without_two_modes_the_threshold_is_a_stated_quantile():
 def test_the_threshold_of_the_paper_of_many_keys_and_of_zeros():
     variance = two_modes()
     found = variance_threshold(variance, "llava-onevision-7b")
-    assert (found.value, found.method, found.two_modes) == (450.0, "paper", True)
+    assert (found["value"], found["method"], found["two_modes"]) == (450.0, "paper", True)
     few, many = variance_threshold(variance, "pocket"), variance_threshold(two_modes(shape=(60, 2, 100)))
-    assert few.method == "valley" and many.two_modes and np.log(many.value) == pytest.approx(np.log(few.value), abs=0.2)
+    assert few["method"] == "valley" and many["two_modes"] and np.log(many["value"]) == pytest.approx(np.log(few["value"]), abs=0.2)
     spoiled = torch.cat([variance.flatten(), torch.zeros(5)])
-    assert variance_threshold(spoiled).value == pytest.approx(few.value)
+    assert variance_threshold(spoiled)["value"] == pytest.approx(few["value"])
 
 
 def test_what_the_foreground_explains_is_taken_out():

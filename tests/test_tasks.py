@@ -344,4 +344,4 @@ def test_summary_tests_the_best_layer_on_the_other_half():
 
 def test_layers_are_ordered_by_number():
     table = score_table("t", dict.fromkeys(["value.10", "value.2", "pixels"], 0.0), ["x"], n=1)
-    assert table.family("value") == [(2, "value.2"), (10, "value.10")]
+    assert by_layer(table.sources, "value") == [(2, "value.2"), (10, "value.10")]

@@ -40,6 +40,12 @@ def shuffled_labels(labels: torch.Tensor, seed: int, known: torch.Tensor) -> tor
     return out
 
 
+def by_layer(sources: Iterable[str], family: str) -> list[tuple[int, str]]:
+    """(layer, source) of the sources `<family>.<layer>`, by layer."""
+    found = (re.fullmatch(re.escape(family) + r"\.(\d+)", source) for source in sources)
+    return sorted((int(match[1]), match[0]) for match in found if match)
+
+
 @dataclass(frozen=True)
 class Row:
     """Scores of one scored item: its id, its group (the unit of resampling), and per source its `columns`."""
@@ -68,11 +74,6 @@ class ScoreTable:
         """(n, k) values of a source."""
         one_of(f"source of {self.task}", source, self.sources)
         return self.values[:, self.sources.index(source)]
-
-    def family(self, name: str) -> list[tuple[int, str]]:
-        """(layer, source) of the sources `<name>.<layer>`, by layer."""
-        found = (re.fullmatch(re.escape(name) + r"\.(\d+)", source) for source in self.sources)
-        return sorted((int(match[1]), match[0]) for match in found if match)
 
     def held_out(self, seed: int = 0) -> ScoreTable:
         """The rows of the half of the groups that chooses no layer, see `choosing_half`."""
@@ -189,7 +190,7 @@ def summarise(table: ScoreTable, task: Task, n_boot: int = 2000, seed: int = 0) 
     if summary["groups"] < 4:
         return summary
     for family in sorted({re.sub(r"\.\d+$", "", s) for s in table.sources if re.search(r"\.\d+$", s)}):
-        numbers, sources = zip(*table.family(family), strict=True)
+        numbers, sources = zip(*by_layer(table.sources, family), strict=True)
         if len(numbers) > 1:
             curve = np.stack([table.of(source) for source in sources], axis=1)
             found = peak_then_degrade(curve, table.groups, seed, task.statistic, n_boot)

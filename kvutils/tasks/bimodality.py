@@ -7,8 +7,6 @@ of them. `variance_threshold` asks this of all keys of a model, once; `separatio
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-
 import numpy as np
 import torch
 from sklearn.mixture import GaussianMixture
@@ -23,32 +21,15 @@ _MOST = 5_000  # numbers that are fitted; evenly spaced ranks stand for more
 Fit = tuple[np.ndarray, np.ndarray, np.ndarray]  # means, standard deviations, shares: (R, 2) each, lower first
 
 
-@dataclass(frozen=True)
-class Threshold:
-    """Below which variance a key is input-agnostic, and whether the keys fall into two groups at all.
+def variance_threshold(variance: torch.Tensor, model: str | None = None) -> dict:
+    """Below which variance a key is input-agnostic, and whether the keys fall into two groups at all; JSON-able.
 
-    value: squared key units; method: "paper", "valley" (between two modes) or "quantile ...". two_modes: two normal
-    distributions describe the log-variance better than one (BIC), Ashman's D is above 2, the density has a valley between
-    them, and each has 1 % of the keys. separation: Ashman's D; modes and shares: exp(m) and weight of the two, lower first.
-    """
-
-    value: float
-    two_modes: bool
-    separation: float
-    method: str
-    modes: tuple[float, float]
-    shares: tuple[float, float]
-
-    def as_dict(self) -> dict:
-        return asdict(self)
-
-
-def variance_threshold(variance: torch.Tensor, model: str | None = None) -> Threshold:
-    """The paper's threshold for its own model; else the valley of the log-variance; else a quantile (ours).
-
-    variance: of any keys, pooled; model: a name in `MODELS`. The valley is the lowest density between the means of a
-    mixture of two normal distributions. Without two modes the value is the `QUANTILE` of the variances. A variance of
-    exactly zero counts for the quantile only. Raises DataError for variances all alike.
+    variance: of any keys, pooled; zeros count for the quantile only. model: a name in `MODELS`. value: squared key units,
+    the paper's for its own model, else the valley of the log-variance (lowest density between the means of a mixture of two
+    normal distributions), else, without two modes, the `QUANTILE` (ours); method: "paper", "valley" or "quantile ...".
+    two_modes: two normal distributions describe the log-variance better than one (BIC), Ashman's D is above 2, the density
+    has a valley between them, and each has 1 % of the keys. separation: Ashman's D; modes and shares: exp(m) and weight of
+    the two, lower first. Raises DataError for variances all alike.
     """
     values = variance.flatten().numpy()
     logs = np.log(values[values > 0])
@@ -69,7 +50,8 @@ def variance_threshold(variance: torch.Tensor, model: str | None = None) -> Thre
         value, method = float(np.exp(grid[valley])), "valley"
     else:
         value, method = float(np.quantile(values, QUANTILE)), f"quantile {QUANTILE:g}"
-    return Threshold(value, two_modes, distance, method, tuple(np.exp(means).tolist()), tuple(shares.tolist()))
+    return {"value": value, "two_modes": two_modes, "separation": distance, "method": method,
+            "modes": np.exp(means).tolist(), "shares": shares.tolist()}  # fmt: skip
 
 
 def separation(values: np.ndarray, start: Fit | None = None) -> tuple[np.ndarray, Fit]:

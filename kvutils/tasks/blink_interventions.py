@@ -17,8 +17,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from kvutils.metrics.statistics import Interval, bootstrap_ci, mean_statistic, paired_difference, ratio
-from kvutils.tasks.blink_tables import TITLES, choose_layer, halves, other_sources
+from kvutils.metrics.statistics import Interval, bootstrap_ci, column_ratio, mean_statistic, paired_difference, ratio
+from kvutils.tasks.blink_tables import choose_layer, halves, other_sources
 from kvutils.tasks.choices import ChoiceTable, some_items
 
 WEIGHTS = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # nats per standard deviation of the readout
@@ -70,11 +70,7 @@ def fit_gate(found: Evidence, fit: np.ndarray) -> Callable[[Evidence], np.ndarra
         return lambda new: new.value.argmax(axis=1) if trusted else new.said
     gate = make_pipeline(StandardScaler(), LogisticRegression())
     gate.fit(_margins(found)[use], value_right)
-
-    def answer(new: Evidence) -> np.ndarray:
-        return np.where(gate.predict(_margins(new)), new.value.argmax(axis=1), new.said)
-
-    return answer
+    return lambda new: np.where(gate.predict(_margins(new)), new.value.argmax(axis=1), new.said)
 
 
 def _margins(found: Evidence) -> np.ndarray:
@@ -97,12 +93,9 @@ def interventions(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dict
     weight = choose_weight(found, fit)
     readout = found.value.argmax(axis=1)
     answers = {
-        DECIDES: readout,
-        ADDED: add_values(found, weight),
-        GATE: fit_gate(found, fit)(found),
-        "option scores alone": add_values(found, 0.0),
-        "either right": np.where(readout == found.gold, readout, found.said),
-    }
+        DECIDES: readout, ADDED: add_values(found, weight), GATE: fit_gate(found, fit)(found),
+        "option scores alone": add_values(found, 0.0), "either right": np.where(readout == found.gold, readout, found.said),
+    }  # fmt: skip
     rest = some_items(table, report)
     right = {name: each[report] == rest.gold for name, each in answers.items()}
     others = {}
@@ -111,7 +104,7 @@ def interventions(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dict
         added = add_values(instead, choose_weight(instead, fit))[report] == rest.gold
         others[other] = _change(rest, added, n_boot, seed)["change"]
     return {
-        "title": TITLES[table.subtask], "source": source, "weight": weight, "n": len(rest), "others": others, "groups": rest.groups,
+        "title": table.title, "source": source, "weight": weight, "n": len(rest), "others": others, "groups": rest.groups,
         "model": bootstrap_ci(rest.model_right, mean_statistic, n_boot, seed, rest.groups).as_dict(),
         "changes": {name: _change(rest, each, n_boot, seed) for name, each in right.items()},
         "differences": {name: (each.astype(int) - rest.model_right).tolist() for name, each in right.items()},
@@ -120,14 +113,9 @@ def interventions(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dict
 
 def _change(table: ChoiceTable, right: np.ndarray, n_boot: int, seed: int) -> dict:
     """Accuracy, paired change and cost of answers that are `right` (n,) bool where the model is `table.model_right`."""
-    options = (n_boot, seed, table.groups)
-    model = table.model_right
+    options, model = (n_boot, seed, table.groups), table.model_right
     lost = model & ~right
-
-    def cost(weights: np.ndarray, both: np.ndarray) -> np.ndarray:
-        return ratio(*(weights @ both).T)
-
-    of_right = bootstrap_ci(np.stack([lost, model], axis=1).astype(float), cost, *options)
+    of_right = bootstrap_ci(np.stack([lost, model], axis=1), column_ratio(0, 1), *options)
     return {
         "accuracy": bootstrap_ci(right, mean_statistic, *options).as_dict(),
         "change": paired_difference(right, model, mean_statistic, *options).as_dict(),

@@ -21,13 +21,6 @@ from kvutils.metrics.statistics import Interval, bootstrap_ci, choosing_half, me
 from kvutils.tasks.choices import UNRESOLVED, ChoiceTable, some_items
 
 CELLS = ("both", "value_only", "model_only", "neither")  # who is right
-TITLES = {
-    "Art_Style": "art style",
-    "Visual_Similarity": "visual similarity",
-    "Semantic_Correspondence": "semantic correspondence",
-    "Functional_Correspondence": "functional correspondence",
-    "Visual_Correspondence": "visual correspondence",
-}
 SINGLE = ("pixels", "encoder_original", "encoder", "projector")  # sources without layers
 FAMILIES = ("alone.value", "untrained.value")
 FOLDS = 5
@@ -74,12 +67,8 @@ def describe_table(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dic
     scored = replace(rest, said=rest.option_scores.argmax(axis=1))
     folds, by_fold = _cross_validated(table, seed)
     return {
-        "subtask": table.subtask,
-        "title": TITLES[table.subtask],
-        "n": len(table),
-        "groups": len(set(table.groups)),
-        "options": table.options,
-        "chance": 1 / table.options,
+        "subtask": table.subtask, "title": table.title, "n": len(table), "groups": len(set(table.groups)),
+        "options": table.options, "chance": 1 / table.options,
         "model": {
             "accuracy": accuracy(table.model_right),
             "unresolved": accuracy(table.said == UNRESOLVED),
@@ -88,8 +77,7 @@ def describe_table(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dic
         },
         "readouts": {name: {source: accuracy(table.right(source, name)) for source in table.sources} for name in table.readouts},
         "chosen": {
-            "source": chosen,
-            "readout": table.readouts[0],
+            "source": chosen, "readout": table.readouts[0],
             "accuracy_where_chosen": float(table.right(chosen)[choosing].mean()),
             "said": np.bincount(table.says(chosen), minlength=table.options).tolist(),
         },
@@ -97,10 +85,8 @@ def describe_table(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dic
             **table_of_two(rest, rest.says(chosen), n_boot, seed),
             "others": {source: _other(rest, source, chosen, n_boot, seed) for source in other_sources(table, choosing)},
             "by_option_scores": table_of_two(scored, rest.says(chosen), n_boot, seed),
-            "readouts": {
-                name: table_of_two(rest, rest.says(choose_layer(table, choosing, "value", name), name), n_boot, seed)
-                for name in table.readouts[1:]
-            },
+            "readouts": {name: table_of_two(rest, rest.says(choose_layer(table, choosing, "value", name), name), n_boot, seed)
+                         for name in table.readouts[1:]},
         },
         "cross_validated": {**table_of_two(table, folds, n_boot, seed), "layers": by_fold},
     }  # fmt: skip
@@ -205,13 +191,9 @@ def describe_example(item: MultipleChoice, table: ChoiceTable, source: str) -> d
         points[0], points[1] = [list(map(float, item.reference_point))], np.asarray(item.candidate_points, dtype=float).tolist()
     scale = [min(1.0, 320 / max(image.size)) for image in item.images]  # as `encode_image` shrinks them
     return {
-        "id": item.id,
-        "prompt": item.prompt.removeprefix(DISCLAIMER),  # which is the same for all items
+        "id": item.id, "prompt": item.prompt.removeprefix(DISCLAIMER),  # which is the same for all items
         "images": [encode_image(image) for image in item.images],
         "points": [(np.array(each) * factor).tolist() if each else [] for each, factor in zip(points, scale, strict=True)],
-        "layer": int(source.rsplit(".", 1)[1]),
-        "value": table.of(source)[row].tolist(),
-        "model": table.option_scores[row].tolist(),
-        "gold": int(table.gold[row]),
-        "said": int(table.said[row]),
-    }
+        "layer": int(source.rsplit(".", 1)[1]), "value": table.of(source)[row].tolist(),
+        "model": table.option_scores[row].tolist(), "gold": int(table.gold[row]), "said": int(table.said[row]),
+    }  # fmt: skip

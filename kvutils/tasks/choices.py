@@ -21,6 +21,7 @@ from kvutils.metrics.answers import LETTERS, blink_extract
 from kvutils.models import MLM, QWEN, Encoder
 from kvutils.readout.features import FeatureExtractor, image_tokens
 from kvutils.store import Parts, in_chunks
+from kvutils.tasks.base import by_layer
 from kvutils.tasks.value_readouts import POINTS, READOUTS, check_points, mean_similarity, point_similarity, style_similarity
 from kvutils.vision import in_halves
 
@@ -51,6 +52,10 @@ class ChoiceTable:
         return len(self.ids)
 
     @property
+    def title(self) -> str:
+        return self.subtask.replace("_", " ").lower()
+
+    @property
     def options(self) -> int:
         return self.option_scores.shape[1]
 
@@ -73,8 +78,7 @@ class ChoiceTable:
 
     def layers(self, family: str = "value") -> list[str]:
         """The sources `<family>.<layer>`, by layer."""
-        found = [s for s in self.sources if s.startswith(f"{family}.") and s[len(family) + 1 :].isdigit()]
-        return sorted(found, key=lambda source: int(source.rsplit(".", 1)[1]))
+        return [source for _, source in by_layer(self.sources, family)]
 
 
 def check_items(items: Sequence[MultipleChoice]) -> dict[str, list[MultipleChoice]]:
@@ -101,16 +105,9 @@ def check_items(items: Sequence[MultipleChoice]) -> dict[str, list[MultipleChoic
 
 
 def read_items(
-    mlm: MLM,
-    items: Sequence[MultipleChoice],
-    parts: Parts | None = None,
-    *,
-    encoder_original: Encoder | None = None,
-    untrained: MLM | None = None,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    batch_size: int = 16,
-    progress: bool = True,
-) -> dict[str, ChoiceTable]:
+    mlm: MLM, items: Sequence[MultipleChoice], parts: Parts | None = None, *, encoder_original: Encoder | None = None,
+    untrained: MLM | None = None, max_new_tokens: int = MAX_NEW_TOKENS, batch_size: int = 16, progress: bool = True,
+) -> dict[str, ChoiceTable]:  # fmt: skip
     """subtask -> answers and readouts of its items.
 
     Sources: value.l, from the cache that the model answers from; alone.value.l, of each image in a prompt of its own

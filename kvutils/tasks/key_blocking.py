@@ -24,7 +24,7 @@ from kvutils.tasks.key_selections import (
     select_lowest,
     select_random,
     select_random_matched_mass,
-    select_same_positions,
+    select_same_positions,  # fmt: skip
     selected_mass,
 )
 from kvutils.tasks.key_statistics import agnostic
@@ -44,9 +44,8 @@ def last_layers(layers: int) -> tuple[int, ...]:
     return tuple(range(layers - -(-layers // 3), layers))
 
 
-def conditions(
-    table: KeyTable, thresholds: dict, reading: Sequence[int], layers: Sequence[int] | None = None, draws: int = 20, seed: int = 0
-) -> tuple[dict[str, KeySelection | None], dict]:
+def conditions(table: KeyTable, thresholds: dict, reading: Sequence[int], layers: Sequence[int] | None = None, draws: int = 20,
+               seed: int = 0) -> tuple[dict[str, KeySelection | None], dict]:  # fmt: skip
     """(name -> selection, what they are) of the experiment: no block, the block, every control.
 
     layers: where keys are blocked (default `last_layers`). thresholds: as in `agnostic`; where no key of these layers is
@@ -129,18 +128,15 @@ def ask_under_blocks(
         found = answer_all(mlm, samples, blocks, batch_size=batch_size, progress=progress)
         return [{name: [answer.text for answer in said] for name, said in answers.items()} for _, answers in found]
 
-    depends = [mlm.name, mlm.base_view_only, mlm.max_pixels, {name: _digest(block) for name, block in blocks.items()}]
+    # Of what is blocked, not of its name.
+    blocked = {name: "" if each is None else digest([list(each.layers), each.mask.int().tolist()]) for name, each in blocks.items()}
+    depends = [mlm.name, mlm.base_view_only, mlm.max_pixels, blocked]
     chunks = in_chunks(parts, f"blocked/{task.name}", items, compute, chunk, depends, of=list, unit="image", progress=progress)
     replies: dict[tuple[str, str, str], str] = {}
     for (image, questions), answers in zip(items, chain.from_iterable(chunks), strict=True):
         for name, texts in answers.items():
             replies |= {(name, image, question): text for question, text in zip(questions, texts, strict=True)}
     return {name: [replies[name, s.image_id, s.question] for s in task.samples] for name in blocks}
-
-
-def _digest(block: KeySelection | None) -> str:
-    """Of what is blocked, not of its name."""
-    return "" if block is None else digest([list(block.layers), block.mask.int().tolist()])
 
 
 def effects(task: YesNoTask, answers: Mapping[str, Sequence[str]], n_boot: int = 2000, seed: int = 0) -> dict:
@@ -150,24 +146,16 @@ def effects(task: YesNoTask, answers: Mapping[str, Sequence[str]], n_boot: int =
     draws: the headline difference of each draw. versus: block minus family. as_large: share of a family's draws
     that change the headline at least as much as the block, upwards. Intervals are over images, not draws.
     """
-    sets = _by_family(answers)
-    families, versus = {}, {}
-    for name, texts in sets.items():
-        found = compare_answers(task, texts, answers[NONE], n_boot, seed)
-        if len(texts) > 1:
-            found["draws"] = [_headline(task, each, answers[NONE]) for each in texts]
-        families[name] = found
-    mine = families[BLOCK]["headline"]["mean"]
+    sets, plain = _by_family(answers), answers[NONE]
+    families = {name: compare_answers(task, texts, plain, n_boot, seed) for name, texts in sets.items()}
+    mine, versus = families[BLOCK]["headline"]["mean"], {}
     for name, texts in sets.items():
         if name != BLOCK:
             versus[name] = compare_answers(task, answers[BLOCK], texts, n_boot, seed)["headline"]
         if len(texts) > 1:
-            versus[name]["as_large"] = float(np.mean(np.array(families[name]["draws"]) >= mine))
-    return {"plain": summarise_answers(task, answers[NONE], n_boot, seed), "families": families, "versus": versus}
-
-
-def _headline(task: YesNoTask, answers: Sequence[str], baseline: Sequence[str]) -> float:
-    return compare_answers(task, answers, baseline, n_boot=2)["headline"]["mean"]
+            draws = families[name]["draws"] = [compare_answers(task, each, plain, 2)["headline"]["mean"] for each in texts]
+            versus[name]["as_large"] = float(np.mean(np.array(draws) >= mine))
+    return {"plain": summarise_answers(task, plain, n_boot, seed), "families": families, "versus": versus}
 
 
 def power_statement(found: Mapping, wanted: float) -> dict:
@@ -198,9 +186,8 @@ def sweep(
         depths = sorted({1, len(last_layers(total)), -(-total // 2), -(-2 * total // 3), total})
     chosen = choosing_half([s.image_id for s in task.samples], seed)
     halves = [type(task)([s for s, c in zip(task.samples, chosen, strict=True) if c == side]) for side in (True, False)]
-    cells = {
-        f"{share:g} {depth}": select_lowest(table, share, range(total - depth, total)) for share in shares for depth in depths
-    }
+    cells = {f"{share:g} {depth}": select_lowest(table, share, range(total - depth, total))
+             for share in shares for depth in depths}  # fmt: skip
     answers = ask_under_blocks(halves[0], mlm, {NONE: None} | cells, parts, **options)
     headlines = [compare_answers(halves[0], answers[cell], answers[NONE], n_boot, seed)["headline"] for cell in cells]
     grid = [headlines[row * len(depths) : (row + 1) * len(depths)] for row in range(len(shares))]

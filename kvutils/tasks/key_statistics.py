@@ -55,22 +55,22 @@ def modes(table: KeyTable, n_boot: int = 200, seed: int = 0) -> dict:
         "median": percentile_interval(np.median(value), np.median(draws, axis=1), n).as_dict(),
         "best": {"layer": best} | percentile_interval(again, again_draws, n).as_dict(),
         "pooled": {
-            name: variance_threshold(each[..., table.real]).as_dict()
+            name: variance_threshold(each[..., table.real])
             for name, each in (("raw", table.variance), ("scale_free", table.scale_free))
         },
     }
 
 
 def thresholds(table: KeyTable, model: str | None = None) -> dict:
-    """What counts as input-agnostic, on each of the `SCALES`: `Threshold.as_dict`, a list of them per layer.
+    """What counts as input-agnostic, on each of the `SCALES`: a `variance_threshold`, a list of them per layer.
 
     model: a name in `MODELS`; the paper's threshold holds for the raw variance of its own model.
     """
     variance, scale_free = table.variance[..., table.real], table.scale_free[..., table.real]
     return {
-        "raw": variance_threshold(variance, model).as_dict(),
-        "per_layer": [variance_threshold(each).as_dict() for each in variance],
-        "scale_free": variance_threshold(scale_free).as_dict(),
+        "raw": variance_threshold(variance, model),
+        "per_layer": [variance_threshold(each) for each in variance],
+        "scale_free": variance_threshold(scale_free),
         "near_constant": {"value": NEAR_CONSTANT, "two_modes": None, "method": "fixed"},
     }
 
@@ -89,12 +89,8 @@ def describe_keys(table: KeyTable, model: str | None = None, n_boot: int = 2000,
     chosen = {scale: agnostic(table, found, scale) for scale in SCALES}
     real = table.real
     return {
-        "model": table.name,
-        "images": table.images,
-        "mass_images": table.mass_images,
-        "layers": len(table.variance),
-        "heads": table.variance.shape[1],
-        "positions": int(real.sum()),
+        "model": table.name, "images": table.images, "mass_images": table.mass_images,
+        "layers": len(table.variance), "heads": table.variance.shape[1], "positions": int(real.sum()),
         "thresholds": found,
         "modes": modes(table, mode_draws, seed),
         "reliability": _correlations(table.halves[0][..., real].log(), table.halves[1][..., real].log()),
@@ -106,7 +102,7 @@ def describe_keys(table: KeyTable, model: str | None = None, n_boot: int = 2000,
         "foreground": foreground(table, chosen["raw"], found["raw"]["value"], n_boot, seed),
         "histograms": histograms(table),
         "maps": maps(table, chosen["raw"]),
-    }
+    }  # fmt: skip
 
 
 def shares(table: KeyTable, mask: torch.Tensor, n_boot: int = 2000, seed: int = 0) -> dict:
@@ -133,8 +129,7 @@ def sinks(table: KeyTable, mask: torch.Tensor, n_boot: int = 2000, seed: int = 0
         def difference(weights: np.ndarray, packed: np.ndarray) -> np.ndarray:
             sums = np.tensordot(weights, packed, 1)
             with np.errstate(invalid="ignore", divide="ignore"):
-                gap = sums[:, 0] / sums[:, 1] - sums[:, 2] / sums[:, 3]  # (n_boot, L, G)
-            return _over_heads(gap)
+                return _over_heads(sums[:, 0] / sums[:, 1] - sums[:, 2] / sums[:, 3])  # of (n_boot, L, G)
 
         result[name] = _all_and_layers(packed, difference, n_boot, seed)
     return result
@@ -175,9 +170,8 @@ def foreground(table: KeyTable, mask: torch.Tensor, threshold: float, n_boot: in
 def compare_trained(trained: KeyTable, untrained: KeyTable, found: dict, n_boot: int = 2000, seed: int = 0) -> dict:
     """X4: share of input-agnostic keys, trained minus untrained, with intervals over positions; JSON-able.
 
-    Both are measured with the trained model's threshold. Keys of random weights are short, so that under an
-    absolute threshold (raw) all of them vary little; the other two are free of that.
-    """
+    Both are measured with the trained model's threshold. Keys of random weights are short, so that under an absolute
+    threshold (raw) all of them vary little; the other two are free of that."""
     result = {}
     for scale in ("raw", "scale_free", "near_constant"):
         masks = [agnostic(each, found, scale) for each in (trained, untrained)]
@@ -243,23 +237,21 @@ def histograms(table: KeyTable) -> dict:
     for name, each in (("raw", table.variance), ("scale_free", table.scale_free)):
         logs = each[..., table.real].clamp(min=1e-30).log10().numpy()
         edges = np.linspace(logs.min(), logs.max() + 1e-9, _BINS + 1)
-        counts = [np.histogram(layer, edges)[0].tolist() for layer in logs]
-        found[name] = {"log10_edges": edges.tolist(), "layers": counts}
+        found[name] = {"log10_edges": edges.tolist(), "layers": [np.histogram(layer, edges)[0].tolist() for layer in logs]}
     return found
 
 
 def maps(table: KeyTable, mask: torch.Tensor) -> dict:
     """Layer x rows x columns of the base view: mean over heads of log10 variance, of attention (multiples of the
     average key's), share of heads that hold the key; foreground frequency (rows, columns)."""
-    layout = table.layout
-    places = layout.spatial("base")
-    cells = layout.cells[places]
+    places = table.layout.spatial("base")
+    cells = table.layout.cells[places]
     rows, columns = cells.max(axis=0) + 1
 
     def grid(values: np.ndarray) -> list:
-        out = np.full((*values.shape[:-1], rows, columns), np.nan)
-        out[..., cells[:, 0], cells[:, 1]] = values[..., places]
-        return np.where(np.isnan(out), None, out.round(4)).tolist()
+        out = np.full((*values.shape[:-1], rows, columns), None)
+        out[..., cells[:, 0], cells[:, 1]] = values[..., places].round(4)
+        return out.tolist()
 
     mass = table.mass / table.mass[..., table.real].mean(-1, keepdim=True).clamp(min=1e-300)
     return {
@@ -267,5 +259,5 @@ def maps(table: KeyTable, mask: torch.Tensor) -> dict:
         "mass": grid(mass.mean(1).numpy()),
         "agnostic": grid(mask.double().mean(1).numpy()),
         "foreground": grid(table.foreground),
-        "size": list(layout.image_size),
+        "size": list(table.layout.image_size),
     }

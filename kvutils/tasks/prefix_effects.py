@@ -8,7 +8,7 @@ import numpy as np
 
 from kvutils.errors import DataError
 from kvutils.metrics.statistics import UNDEFINED, Interval, Statistic, bootstrap_ci, column_mean, peak_then_degrade
-from kvutils.tasks.base import ScoreTable
+from kvutils.tasks.base import ScoreTable, by_layer
 from kvutils.tasks.prefix import MOVED
 from kvutils.tasks.prefixes import CONDITIONS
 
@@ -20,7 +20,7 @@ def summarise_prefixes(table: ScoreTable, statistic: Statistic, n_boot: int = 20
     values no prefix can reach); `best` is measured on the other half: score per condition, and `correct_minus` every
     other. added: per condition and layer, its score minus that without prefix, over all samples. moved: per condition and
     layer, over the samples that show objects or background; None where none does. Raises DataError for fewer than four groups."""
-    layers = [layer for layer, _ in table.family("none")]
+    layers = [layer for layer, _ in by_layer(table.sources, "none")]
     if len(set(table.groups)) < 4:
         raise DataError(f"{table.task}: {len(set(table.groups))} groups are too few to choose a layer; at least 4 are needed")
     reached = [layer for layer in layers if layer > 0]

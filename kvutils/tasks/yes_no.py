@@ -105,14 +105,8 @@ class Pope(YesNoTask):
 
 def _pope_scores(sums: np.ndarray) -> dict[str, np.ndarray]:
     tp, fp, _, fn, right, yes, unknown, n = sums.T
-    return {
-        "f1": 2 * tp / np.maximum(2 * tp + fp + fn, 1),
-        "accuracy": ratio(right, n),
-        "precision": ratio(tp, tp + fp),
-        "recall": ratio(tp, tp + fn),
-        "yes_ratio": ratio(yes, n),
-        "unknown": ratio(unknown, n),
-    }
+    return {"f1": 2 * tp / np.maximum(2 * tp + fp + fn, 1), "accuracy": ratio(right, n), "precision": ratio(tp, tp + fp),
+            "recall": ratio(tp, tp + fn), "yes_ratio": ratio(yes, n), "unknown": ratio(unknown, n)}  # fmt: skip
 
 
 class Mme(YesNoTask):
@@ -177,13 +171,8 @@ def summarise_answers(task: YesNoTask, answers: Sequence[str], n_boot: int = 200
     how many answers say neither yes nor no; they are scored as the authors do, never dropped.
     """
     keys, statistic = _statistic(task)
-    scores = _scores(task, keys, bootstrap_ci(_values(task, [answers]), statistic, n_boot, seed))
-    return {
-        **_about(task),
-        "unknown": int(task.unknown(answers).sum()),
-        "headline": scores[task.metric[0]][task.metric[1]],
-        "scores": scores,
-    }
+    found = _report(task, keys, bootstrap_ci(_values(task, [answers]), statistic, n_boot, seed))
+    return found | {"unknown": int(task.unknown(answers).sum())}
 
 
 def compare_answers(
@@ -204,23 +193,15 @@ def compare_answers(
         return statistic(weights, both[:, : len(now)]) - statistic(weights, both[:, len(now) :])
 
     both = np.concatenate([_values(task, each) for each in (now, before)], axis=1)
-    scores = _scores(task, keys, bootstrap_ci(both, paired, n_boot, seed))
+    found = _report(task, keys, bootstrap_ci(both, paired, n_boot, seed))
     visible = detectable(standard_error(both, paired, n_boot, seed), POWER)
     for (subset, metric), size in zip(keys, visible.tolist(), strict=True):
-        scores[subset][metric]["detectable"] = None if math.isnan(size) else size
+        found["scores"][subset][metric]["detectable"] = None if math.isnan(size) else size
     is_right, was_right = (np.mean([task.right(each) for each in sets], axis=0) for sets in (now, before))  # (n,) shares
     gained, lost = is_right * (1 - was_right), (1 - is_right) * was_right
-    return {
-        **_about(task),
-        "sets": [len(now), len(before)],
-        "power": POWER,
-        "headline": scores[task.metric[0]][task.metric[1]],
-        "scores": scores,
-        "changed": {
-            subset: {"now_right": float(gained[mine].mean()), "now_wrong": float(lost[mine].mean())}
-            for subset, mine in zip(task.subsets, task.member.T, strict=True)
-        },
-    }
+    changed = {subset: {"now_right": float(gained[mine].mean()), "now_wrong": float(lost[mine].mean())}
+               for subset, mine in zip(task.subsets, task.member.T, strict=True)}  # fmt: skip
+    return found | {"sets": [len(now), len(before)], "power": POWER, "changed": changed}
 
 
 def _values(task: YesNoTask, sets: Sequence[Sequence[str]]) -> np.ndarray:
@@ -247,22 +228,14 @@ def _statistic(task: YesNoTask) -> tuple[list[tuple[str, str]], Statistic]:
     return keys, statistic
 
 
-def _about(task: YesNoTask) -> dict:
-    return {
-        "task": task.name,
-        "title": task.title,
-        "metric": ".".join(task.metric),
-        "convention": task.convention,
-        "n": len(task.samples),
-        "images": len(task.images),
-        "questions": task.questions,
-    }
-
-
-def _scores(task: YesNoTask, keys: Sequence[tuple[str, str]], intervals: Sequence[Interval]) -> dict:
-    """subset -> metric -> mean, low, high and n, the number of questions."""
+def _report(task: YesNoTask, keys: Sequence[tuple[str, str]], intervals: Sequence[Interval]) -> dict:
+    """What was measured; scores: subset -> metric -> mean, low, high and n, the number of questions; the headline of them."""
     scores: dict[str, dict[str, dict]] = {}
     for (subset, metric), interval in zip(keys, intervals, strict=True):
         n = sum(task.questions[name] for name in task.members(subset))
         scores.setdefault(subset, {})[metric] = interval.as_dict() | {"n": n}
-    return scores
+    return {
+        "task": task.name, "title": task.title, "metric": ".".join(task.metric), "convention": task.convention,
+        "n": len(task.samples), "images": len(task.images), "questions": task.questions,
+        "headline": scores[task.metric[0]][task.metric[1]], "scores": scores,
+    }  # fmt: skip
