@@ -19,7 +19,7 @@ from kvutils.metrics.statistics import choosing_half
 from kvutils.probes import ConvergenceError
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, token_means
 from kvutils.store import Parts, to_json
-from kvutils.tasks.base import run_task, summarise
+from kvutils.tasks.base import by_layer, run_task, summarise
 from kvutils.tasks.co_segmentation import CoSegmentation
 from kvutils.tasks.correspondence import COPY_FIRST, SemanticCorrespondence, TemporalCorrespondence
 from kvutils.tasks.foreground_segmentation import ForegroundSegmentation, support_labels
