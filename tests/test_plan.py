@@ -17,7 +17,7 @@ from kvutils.errors import DataError, ModelError
 from kvutils.models import MODELS, ModelSpec, check_mlm, find_model
 from kvutils.run import plan
 from kvutils.run.notebook import ROOT
-from kvutils.run.plan import NOTEBOOKS, Found, check_ready, data_of, look_for_model, rehearsal_file, table, weights_on_gpu
+from kvutils.run.plan import NOTEBOOKS, check_ready, data_of, look_for_model, rehearsal_file, table, weights_on_gpu
 from kvutils.store import write_json
 from tests.tiny_models import tiny, tiny_siglip
 
@@ -57,9 +57,9 @@ def test_every_data_set_of_a_notebook_is_looked_for():
 
 
 def test_the_plan_says_what_is_there(monkeypatch):
-    monkeypatch.setattr(plan, "look_for_model", lambda spec: Found(spec.name, "", 16.1))
+    monkeypatch.setattr(plan, "look_for_model", lambda spec: ("", 16.1))
     monkeypatch.setattr(plan, "look_for_data", lambda names, options=None: {
-        name: Found(name, "" if name == "davis-2017" else f"{name} is missing\nin full", 1.0) for name in names})
+        name: f"{name} is missing\nin full" for name in names if name != "davis-2017"})
     text = table("paper", "llava-onevision-7b")
     rows = {line[:2]: line for line in text.splitlines() if line[:2] in NOTEBOOKS}
     assert set(rows) == set(NOTEBOOKS) and "[msrc]" in rows["01"] and " davis-2017" in rows["01"] and "no: data" in rows["01"]
@@ -85,13 +85,12 @@ def test_a_checkpoint_is_looked_for_in_the_cache(monkeypatch, tmp_path):
     (snapshot / "config.json").write_text("{}")
     monkeypatch.setattr(plan, "try_to_load_from_cache", lambda *_, **__: str(snapshot / "config.json"))
     spec = find_model("qwen2.5-vl-3b")
-    assert "HF_HUB_OFFLINE" in look_for_model(spec).problem  # the tests run offline
+    assert "HF_HUB_OFFLINE" in look_for_model(spec)[0]  # the tests run offline
     (snapshot / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "one", "b": "two"}}))
     (snapshot / "one").touch()
-    assert look_for_model(spec).problem, "half a checkpoint is none"
+    assert look_for_model(spec)[0], "half a checkpoint is none"
     (snapshot / "two").touch()
-    assert not look_for_model(spec).problem
-    assert not look_for_model(ModelSpec("mine", "", str(tmp_path), "custom")).problem
+    assert look_for_model(spec) == look_for_model(ModelSpec("mine", "", str(tmp_path), "custom")) == ("", 0)
 
 
 def test_the_hub_tells_the_size(monkeypatch):
@@ -99,13 +98,13 @@ def test_the_hub_tells_the_size(monkeypatch):
     monkeypatch.setattr(plan, "try_to_load_from_cache", lambda *_, **__: None)
     monkeypatch.setattr(plan.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(plan, "HfApi", lambda: SimpleNamespace(model_info=lambda *_, **__: SimpleNamespace(siblings=files)))
-    assert look_for_model(find_model("qwen2.5-vl-3b")) == Found("qwen2.5-vl-3b", "", 3.0)
+    assert look_for_model(find_model("qwen2.5-vl-3b")) == ("", 3.0)
 
     def unreachable(*_, **__):
         raise RuntimeError("Name or service not known")
 
     monkeypatch.setattr(plan, "HfApi", lambda: SimpleNamespace(model_info=unreachable))
-    assert "Name or service not known" in look_for_model(find_model("qwen2.5-vl-3b")).problem
+    assert "Name or service not known" in look_for_model(find_model("qwen2.5-vl-3b"))[0]
 
 
 def test_what_is_missing_is_said_before_anything_starts(monkeypatch, tmp_path):
@@ -113,12 +112,12 @@ def test_what_is_missing_is_said_before_anything_starts(monkeypatch, tmp_path):
         check_ready("paper", "llava-onevision-7b", NOTEBOOKS)
     assert all(part in str(error.value) for part in SCREEN) and len(str(error.value).splitlines()) <= 30
     monkeypatch.setenv("KVUTILS_DATA", str(tmp_path))
-    monkeypatch.setattr(plan, "look_for_model", lambda spec: Found(spec.name, ""))
+    monkeypatch.setattr(plan, "look_for_model", lambda spec: ("", 0.0))
     with pytest.raises(DataError) as error:  # a single set is told in full
         check_ready("paper", "qwen2.5-vl-3b", ["05"])
     assert all(part in str(error.value) for part in ("BLINK", "0.6 GB", "Apache-2.0", f"{tmp_path}/blink/Art_Style/val-00000"))
     monkeypatch.setattr(plan, "look_for_data", lambda names, options=None: {
-        name: Found(name, "" if name == "blink" else f"{name}: 3 of 5 files are missing") for name in names})
+        name: f"{name}: 3 of 5 files are missing" for name in names if name != "blink"})
     (tmp_path / "coco").mkdir()
     with pytest.raises(DataError, match=r'What can run now: .*NOTEBOOKS="05"') as error:
         check_ready("paper", "qwen2.5-vl-3b", ["03", "05"])

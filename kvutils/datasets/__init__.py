@@ -1,7 +1,5 @@
 """Data sets by name. Real ones are read from their official layout, `pocket-*` ones are generated from a seed."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -15,38 +13,25 @@ from kvutils.datasets.pocket import choices, yes_no
 from kvutils.datasets.pocket import sets as pocket
 from kvutils.errors import DataError, one_of
 
-# Each pocket set is the generated twin of the real one it is named after.
-_GENERATED: dict[str, Callable[..., Iterable]] = {
-    "pocket-pascal-5i": pocket.few_shot_episodes,
-    "pocket-msrc": pocket.image_groups,
-    "pocket-imagenet-s": pocket.named_masks,
-    "pocket-imagenet-s-train": pocket.training_maps,
-    "pocket-refcoco": pocket.referring_masks,
-    "pocket-spair-71k": pocket.keypoint_pairs,
-    "pocket-davis-2017": pocket.clips,
-    "pocket-pope": yes_no.pocket_pope,
-    "pocket-mme": yes_no.pocket_mme,
-    "pocket-blink": choices.pocket_blink,
-    "pocket-coco": pocket.key_images,
-    "pocket-bdd-10k": pocket.domain_scenes,
-    "pocket-bdd-10k-train": partial(pocket.domain_scenes, scenes=100, stream="domain-training"),
-    "pocket-questions": yes_no.questions_of_every_kind,
-}
-_ON_DISK: dict[str, Callable[..., Iterable]] = {
-    "pascal-5i": pascal5i.pascal5i_episodes,
-    "msrc": msrc.msrc_groups,
-    "imagenet-s": imagenet_s.imagenet_s_masks,
-    "imagenet-s-train": imagenet_s.imagenet_s_training,
-    "coco": coco.coco_images,
-    "davis-2017": davis.davis_clips,
-    "pope": pope.pope_questions,
-    "mme": mme.mme_questions,
-    "refcoco": refcoco.refcoco_masks,
-    "spair-71k": spair.spair_pairs,
-    "bdd-10k": bdd10k.bdd10k_images,
-    "bdd-10k-train": partial(bdd10k.bdd10k_images, part="training", balance=False, images=100),
-    "blink": blink.blink_items,
-}
+# The loader of each real data set and of its generated twin, which is named pocket-* after it.
+_LOADERS: dict[str, tuple[Callable[..., Iterable], Callable[..., Iterable]]] = {
+    "pascal-5i": (pascal5i.pascal5i_episodes, pocket.few_shot_episodes),
+    "msrc": (msrc.msrc_groups, pocket.image_groups),
+    "imagenet-s": (imagenet_s.imagenet_s_masks, pocket.named_masks),
+    "imagenet-s-train": (imagenet_s.imagenet_s_training, pocket.training_maps),
+    "refcoco": (refcoco.refcoco_masks, pocket.referring_masks),
+    "spair-71k": (spair.spair_pairs, pocket.keypoint_pairs),
+    "davis-2017": (davis.davis_clips, pocket.clips),
+    "pope": (pope.pope_questions, yes_no.pocket_pope),
+    "mme": (mme.mme_questions, yes_no.pocket_mme),
+    "blink": (blink.blink_items, choices.pocket_blink),
+    "coco": (coco.coco_images, pocket.key_images),
+    "bdd-10k": (bdd10k.bdd10k_images, pocket.domain_scenes),
+    "bdd-10k-train": (partial(bdd10k.bdd10k_images, part="training", balance=False, images=100),
+                      partial(pocket.domain_scenes, scenes=100, stream="domain-training")),
+}  # fmt: skip
+_ON_DISK = {name: real for name, (real, _) in _LOADERS.items()}
+_GENERATED = {f"pocket-{name}": twin for name, (_, twin) in _LOADERS.items()} | {"pocket-questions": yes_no.questions_of_every_kind}
 DATASETS = (*_GENERATED, *_ON_DISK)
 FOLDERS = {"imagenet-s-train": "imagenet-s", "bdd-10k-train": "bdd-10k"}  # where it is not the data set's name
 _SIX_TASKS = {
@@ -66,18 +51,9 @@ _PAPER = {
     "05": {"choices": "blink"},
 }
 # profile -> notebook, by its number -> use -> the data set that is read for it
-USES = {
-    "paper": _PAPER,
-    "pocket": {number: {use: f"pocket-{name}" for use, name in uses.items()} for number, uses in _PAPER.items()},
-}
+USES = {"paper": _PAPER,
+        "pocket": {number: {use: f"pocket-{name}" for use, name in uses.items()} for number, uses in _PAPER.items()}}  # fmt: skip
 USES["pocket"]["03"]["reading"] = "pocket-questions"  # of every kind; the paper profile has no such set
-# data set -> the names of its classes 1, 2, ...: given, or read from the data set with its loader's options
-_CLASS_NAMES: dict[str, tuple[str, ...] | Callable[..., Sequence[str]]] = {
-    "pocket-imagenet-s-train": pocket.CLASS_NAMES,
-    "imagenet-s-train": imagenet_s.class_names,
-    "pocket-bdd-10k-train": pocket.CLASS_NAMES,
-    "bdd-10k-train": bdd10k.CLASS_NAMES,
-}
 
 
 def open_dataset(name: str, root: str | Path | None = None, **options) -> Sequence:
@@ -135,10 +111,8 @@ def data_sources(names: Iterable[str], options: Mapping[str, Mapping] | None = N
     return {"data": found} if found else {}
 
 
-def class_names(name: str, root: str | Path | None = None, **options) -> tuple[str, ...]:
-    """The names of the classes 1, 2, ... in the label maps of a data set that a probe is fitted on. options: its loader's."""
-    known = _CLASS_NAMES[name]
-    if not callable(known):
-        return known
-    wanted = inspect.signature(known).parameters
-    return tuple(known(root=find_root(name, root), **{key: value for key, value in options.items() if key in wanted}))
+def class_names(name: str, root: str | Path | None = None, variant: int = 50, **_: object) -> tuple[str, ...]:
+    """The names of the classes 1, 2, ... in the label maps of a data set that a probe is fitted on, with its loader's options."""
+    if name == "imagenet-s-train":
+        return imagenet_s.class_names(find_root(name, root), variant)
+    return bdd10k.CLASS_NAMES if name == "bdd-10k-train" else pocket.CLASS_NAMES

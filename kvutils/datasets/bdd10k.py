@@ -8,13 +8,10 @@ Label maps here are the file's number + 1, as 0 is background and BDD has none. 
 from the detection labels of the 100K images, which lack about 4,000 of these 10,000 (bdd100k issues 22 and 120); some
 labels are wrong (issue 20). Images of images/10k/test have no masks.
 
-What the paper read as "night and highway" is not published further. Ours: every image of train and val that its
-labels call night and highway, and as control, so that there is a wrong domain to name, as many by day on a highway.
-Images whose names begin alike (one recording) go either to those that are scored or to those that a probe is fitted
-on.
+What the paper read as "night and highway" is not published further. Ours: every image of train and val that its labels call
+night and highway, and as control, so that there is a wrong domain to name, as many by day on a highway. Images whose names
+begin alike (one recording) go either to those that are scored or to those that a probe is fitted on.
 """
-
-from __future__ import annotations
 
 import hashlib
 import logging
@@ -35,8 +32,8 @@ from kvutils.images import open_image
 log = logging.getLogger(__name__)
 # Of the labels 1, 2, ...: Cityscapes' train ids plus 1; "Semantic Segmentation" in doc/source/format.rst of BDD100K.
 CLASS_NAMES = (
-    "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
-    "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
+    "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain", "sky",
+    "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
 )  # fmt: skip
 # The attributes of format.rst, and the word for each time of day: one token in most vocabularies, as prefixes of a
 # wrong domain must have as many tokens as the right one.
@@ -50,10 +47,8 @@ _LABEL = np.full(256, VOID, np.uint8)  # number in the file -> label; adding 1 w
 _LABEL[: len(CLASS_NAMES)] = np.arange(1, len(CLASS_NAMES) + 1)
 
 
-def bdd10k_images(
-    root: str | Path, domains: Sequence[Sequence[str]] = DOMAINS, split: str | Sequence[str] = _SPLITS, part: str = "scored",
-    balance: bool = True, images: int | None = None
-) -> list[DomainImage]:  # fmt: skip
+def bdd10k_images(root: str | Path, domains: Sequence[Sequence[str]] = DOMAINS, split: str | Sequence[str] = _SPLITS,
+                  part: str = "scored", balance: bool = True, images: int | None = None) -> list[DomainImage]:  # fmt: skip
     """Images of the domains, by name; `domain` is in words, such as "night highway".
 
     domains: (time of day, scene) as BDD spells them, "" for any scene. split: train, val or both, as few images of
@@ -78,10 +73,8 @@ def bdd10k_images(
     names = sorted(chosen)
     folder = home / "labels/sem_seg/masks"
     masks = need("bdd-10k", "masks", [folder / pictures[name].parent.name / f"{name}.png" for name in names])
-    return [
-        DomainImage(name, partial(open_image, pictures[name]), partial(read_mask, mask, pictures[name]), chosen[name])
-        for name, mask in zip(names, masks, strict=True)
-    ]
+    return [DomainImage(name, partial(open_image, pictures[name]), partial(read_mask, mask, pictures[name]), chosen[name])
+            for name, mask in zip(names, masks, strict=True)]  # fmt: skip
 
 
 def _check_domains(domains: Sequence[Sequence[str]]) -> dict[tuple[str, str], str]:
@@ -136,9 +129,8 @@ def _attributes(entry: dict, where: str) -> dict:
     return found
 
 
-def _choose(
-    known: dict[str, dict], words: dict[tuple[str, str], str], part: str, balance: bool, images: int | None
-) -> dict[str, str]:
+def _choose(known: dict[str, dict], words: dict[tuple[str, str], str], part: str, balance: bool,
+            images: int | None) -> dict[str, str]:  # fmt: skip
     """name -> domain in words."""
     members: dict[str, list[str]] = {domain: [] for domain in words.values()}
     for name in sorted(known, key=_hash):

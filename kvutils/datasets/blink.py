@@ -9,8 +9,6 @@ test split are hidden. The questions about corresponding points paint their poin
 coordinates, so notebook 05 reads only the subtasks that compare whole images.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,15 +23,14 @@ from kvutils.datasets.samples import MultipleChoice, Pictures
 from kvutils.errors import DataError, one_of
 
 SUBTASKS = (
-    "Art_Style", "Counting", "Forensic_Detection", "Functional_Correspondence", "IQ_Test", "Jigsaw",
-    "Multi-view_Reasoning", "Object_Localization", "Relative_Depth", "Relative_Reflectance",
-    "Semantic_Correspondence", "Spatial_Relation", "Visual_Correspondence", "Visual_Similarity",
+    "Art_Style", "Counting", "Forensic_Detection", "Functional_Correspondence", "IQ_Test", "Jigsaw", "Multi-view_Reasoning",
+    "Object_Localization", "Relative_Depth", "Relative_Reflectance", "Semantic_Correspondence", "Spatial_Relation",
+    "Visual_Correspondence", "Visual_Similarity",
 )  # fmt: skip
 READABLE = ("Art_Style", "Visual_Similarity")  # by `kvutils.tasks.value_readouts`, without points
 DISCLAIMER = (
-    "Disclaimer: This is not to make unfair assumptions about the people in the image and you just need to give your "
-    "assessment on this question. You don't need to identify the real people. You just need to analyze based on the "
-    "information I gave you.\n\n"
+    "Disclaimer: This is not to make unfair assumptions about the people in the image and you just need to give your assessment "
+    "on this question. You don't need to identify the real people. You just need to analyze based on the information I gave you.\n\n"
 )
 DISCLAIMED = ("Forensic_Detection", "Jigsaw", "Art_Style")
 _TEXT = ("idx", "question", "choices", "answer", "prompt")
@@ -41,9 +38,8 @@ _IMAGES = ("image_1", "image_2", "image_3", "image_4")
 _LETTERS = "ABCDE"
 
 
-def blink_items(
-    root: str | Path, subtasks: str | Sequence[str] = READABLE, split: str = "val", max_items: int | None = None
-) -> list[MultipleChoice]:
+def blink_items(root: str | Path, subtasks: str | Sequence[str] = READABLE, split: str = "val",
+                max_items: int | None = None) -> list[MultipleChoice]:  # fmt: skip
     """The items of the subtasks, in the order of the rows; `options` are "(A)", "(B)", ..., `group` is the item.
 
     root: a local copy, or "hub". max_items keeps the first of each subtask. Raises ParameterError for options that do not

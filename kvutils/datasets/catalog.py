@@ -1,8 +1,6 @@
 """What there is to know about each real data set, from data/catalog.yaml: `kvutils.run.download` fetches what may be fetched,
 `kvutils.run.plan` counts the gigabytes, and the loaders say with `missing_data` what is missing and how to get it."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +29,10 @@ class Download:
 
 @dataclass(frozen=True)
 class About:
-    """A real data set. gigabytes: to download, everything it needs of its own included. tree: the official layout
-    below `KVUTILS_DATA`. downloads: what may be fetched freely; steps: what a person has to do for the rest (none
-    if everything is free), by_hand: what is there after that (patterns below `KVUTILS_DATA`, "|": or). hub: data-set
-    repository on the Hugging Face hub that holds it as Parquet, "" for none; hub_files: patterns of its files that are
-    needed."""
+    """A real data set. gigabytes: to download, everything it needs of its own included. tree: the official layout below
+    `KVUTILS_DATA`. downloads: what may be fetched freely; steps: what a person has to do for the rest (none if everything is
+    free), by_hand: what is there after that (patterns below `KVUTILS_DATA`, "|": or). hub: data-set repository on the Hugging
+    Face hub that holds it as Parquet, "" for none; hub_files: patterns of its files that are needed."""
 
     name: str
     title: str
@@ -83,7 +80,5 @@ def missing_data(name: str, what: str) -> DataError:
     tree = "\n".join(f"    {data_root() or '<KVUTILS_DATA>'}/{line}" for line in about.tree.splitlines())
     get = f'make data DATASETS="{name}"' if about.downloads or about.hub else "by hand, " + " ".join(about.steps)
     hub = f"\n  hub copy    {about.hub}" if about.hub else ""
-    return DataError(
-        f"{about.title}: {what}\n  get it      {get}\n  from        {about.source}{hub}\n  size        {about.to_get:.2g} GB to "
-        f"download\n  licence     {about.licence}\n  expected\n{tree}"
-    )
+    return DataError(f"{about.title}: {what}\n  get it      {get}\n  from        {about.source}{hub}\n  size        {about.to_get:.2g} GB "
+                     f"to download\n  licence     {about.licence}\n  expected\n{tree}")  # fmt: skip

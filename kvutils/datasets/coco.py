@@ -8,8 +8,6 @@ height, objects with bbox as x_min, y_min, x_max, y_max). That copy has boxes bu
 apart: its foreground is coarse, the inside of the boxes. The images are the same.
 """
 
-from __future__ import annotations
-
 import heapq
 import logging
 from collections import defaultdict
@@ -66,8 +64,8 @@ def _choose(numbers: Sequence[int], count: int, where: str) -> list[int]:
 
 
 def _from_json(root: Path, folder: Path, count: int) -> list[LabelledImage]:
-    path = find("coco", root / "annotations" / "instances_val2017.json",
-                hint=": it says where the objects are (annotated=False does without)")  # fmt: skip
+    hint = ": it says where the objects are (annotated=False does without)"
+    path = find("coco", root / "annotations" / "instances_val2017.json", hint=hint)
     images, objects = _read_annotations(path)
     chosen = _choose(list(images), count, str(path))
     pictures = need("coco", f"images in {folder}", [folder / images[number]["file_name"] for number in chosen])
@@ -106,11 +104,8 @@ def _unannotated(folder: Path, count: int) -> list[LabelledImage]:
     pictures = {int(path.stem): path for path in folder.iterdir() if path.stem.isdigit()}
     if len(pictures) != IMAGES:
         log.warning("%s holds %d images, val2017 has %d: the lowest numbers may be others.", folder, len(pictures), IMAGES)
-    chosen = _choose(list(pictures), count, str(folder))
-    return [
-        LabelledImage(f"{number:012d}", opened := partial(open_image, pictures[number]), partial(_void, opened))
-        for number in chosen
-    ]
+    opened = {number: partial(open_image, pictures[number]) for number in _choose(list(pictures), count, str(folder))}
+    return [LabelledImage(f"{number:012d}", each, partial(_void, each)) for number, each in opened.items()]
 
 
 def _void(picture: Callable[[], Image.Image]) -> np.ndarray:

@@ -4,8 +4,6 @@ Run lengths are column-major and start with a run of zeros. A polygon is drawn a
 edges are walked on a grid five times finer, the crossings of pixel-column centres toggle inside and outside.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -6,8 +6,6 @@
 Annotations are palette images whose index is the object (from 1), 255 is void.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -20,9 +18,8 @@ from kvutils.datasets.samples import Clip, Pictures
 from kvutils.images import open_image
 
 
-def davis_clips(
-    root: str | Path, split: str = "val", sequences: Sequence[str] | None = None, resolution: str = "480p", max_frames: int | None = None
-) -> list[Clip]:
+def davis_clips(root: str | Path, split: str = "val", sequences: Sequence[str] | None = None, resolution: str = "480p",
+                max_frames: int | None = None) -> list[Clip]:  # fmt: skip
     """Clips of a split (or the named `sequences`) in its order; `max_frames` keeps the first frames of each.
 
     root: the folder `DAVIS` or the one that holds it. That every frame has its annotation, and that the first of each

@@ -1,8 +1,6 @@
 """What the loaders of official files share: the one place for "N of M files are missing", for text that cannot be read, for
 options that do not exist, and for label images (exact values, over the pixels of the picture that `open_image` shows)."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,22 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 
 from kvutils import VOID
 from kvutils.datasets.catalog import missing_data
 from kvutils.errors import DataError, ParameterError, at_least, one_of
-
-# EXIF orientation -> what turns the stored pixels upright, as PIL.ImageOps.exif_transpose does
-_TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
-    2: np.fliplr,
-    3: lambda a: np.rot90(a, 2),
-    4: np.flipud,
-    5: lambda a: a.swapaxes(0, 1),
-    6: lambda a: np.rot90(a, -1),
-    7: lambda a: np.rot90(a.swapaxes(0, 1), 2),
-    8: np.rot90,
-}
 
 
 @contextmanager
@@ -80,12 +67,11 @@ def every(name: str, folder: Path, pattern: str, hint: str = "") -> list[Path]:
 def need(name: str, what: str, *choices: Iterable[Path], hint: str = "") -> list[Path]:
     """The first of several lists of files that is complete. Raises DataError about the one that lacks the fewest."""
     lacking: list[tuple[list[Path], int]] = []
-    for choice in choices:
-        files = list(choice)
+    for files in map(list, choices):
         absent = [file for file in dict.fromkeys(files) if not file.is_file()]
         if files and not absent:
             return files
-        lacking.append((absent, len(dict.fromkeys(files))))
+        lacking.append((absent, len(set(files))))
     absent, total = min(lacking, key=lambda each: len(each[0]))
     first = f" (first: {absent[0]})" if absent else ""
     raise missing_data(name, f"{len(absent)} of the {total} {what} are missing{first}{hint}")
@@ -144,7 +130,9 @@ def upright_labels(labels: np.ndarray, picture: Path, name: str) -> np.ndarray:
     with reading(picture, f"the picture of {name}"), Image.open(picture) as image:
         (width, height), orientation = image.size, image.getexif().get(ExifTags.Base.Orientation, 1)
     if labels.shape[:2] == (height, width):
-        return np.ascontiguousarray(_TURNS[orientation](labels)) if orientation in _TURNS else labels
+        stored = Image.fromarray(labels)
+        stored.getexif()[ExifTags.Base.Orientation] = orientation
+        return np.array(ImageOps.exif_transpose(stored))
     turned = orientation in (5, 6, 7, 8) and labels.shape[:2] == (width, height)
     expect(turned, f"{name}: expected {width}x{height} pixels as its picture {picture}, found {labels.shape[1]}x{labels.shape[0]}")
     return labels
@@ -158,6 +146,6 @@ def class_mask(labels: np.ndarray, wanted: int, void: int) -> np.ndarray:
 def annotated_picture(opener: Callable[[], Image.Image], size: tuple[int, int], name: str) -> Image.Image:
     """The picture, of the (width, height) that its annotation has. Raises DataError."""
     image = opener()
-    found, annotated = (f"{width}x{height}" for width, height in (image.size, size))
-    expect(image.size == size, f"{name} is {found}, but its annotation {annotated}: is this the published image, unscaled?")
+    annotated = f"{size[0]}x{size[1]}: is this the published image, unscaled?"
+    expect(image.size == size, f"{name} is {image.width}x{image.height}, but its annotation {annotated}")
     return image

@@ -6,8 +6,6 @@ first is written down and used ever after, so that two runs read the same rows; 
 Pictures stay encoded until they are asked for.
 """
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Callable, Sequence
@@ -46,7 +44,10 @@ def open_rows(name: str, root: str | Path, split: str, columns: Sequence[str], p
         if streaming:
             rows = datasets.load_dataset(repository, config, split=split, revision=revision_of(repository), streaming=True)
         else:
-            files = _parts(name, _downloaded(repository, split, config) if str(root) == HUB else Path(root), split, config)
+            if str(root) == HUB:
+                pattern = f"{config or 'data'}/{split}-*.parquet"
+                root = snapshot_download(repository, repo_type="dataset", revision=revision_of(repository), allow_patterns=[pattern])
+            files = _parts(name, Path(root), split, config)
             rows = datasets.load_dataset("parquet", data_files=files, split="train")
     except DataError:
         raise
@@ -58,11 +59,6 @@ def open_rows(name: str, root: str | Path, split: str, columns: Sequence[str], p
     for column in pictures:
         rows = rows.cast_column(column, datasets.Image(decode=False))
     return rows
-
-
-def _downloaded(repository: str, split: str, config: str | None) -> Path:
-    pattern = f"{config or 'data'}/{split}-*.parquet"
-    return Path(snapshot_download(repository, repo_type="dataset", revision=revision_of(repository), allow_patterns=[pattern]))
 
 
 def _parts(name: str, root: Path, split: str, config: str | None) -> list[str]:

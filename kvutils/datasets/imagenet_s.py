@@ -15,12 +15,11 @@ official lists say which they are. ILSVRC/imagenet-1k on the Hugging Face hub is
 label, and the lists go by file name.
 """
 
-from __future__ import annotations
-
 import ast
+import itertools
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -37,18 +36,15 @@ VARIANTS = {50: 752, 300: 4097, 919: 12419}  # classes -> images of the validati
 IGNORED = 1000
 
 
-def imagenet_s_masks(
-    root: str | Path, variant: int = 50, max_images: int | None = None, classes: Sequence[str] | None = None,
-    imagenet: str | Path | None = None
-) -> list[NamedMask]:  # fmt: skip
+def imagenet_s_masks(root: str | Path, variant: int = 50, max_images: int | None = None, classes: Sequence[str] | None = None,
+                     imagenet: str | Path | None = None) -> list[NamedMask]:  # fmt: skip
     """The validation split: per image the class of its folder, its name and its pixels (1, `VOID` ignored, 0 else).
 
-    variant: 50, 300 or 919 classes. max_images takes the first image of every class, then the second, and so on: a
-    part in which as many classes occur as can. classes: only these (names or WordNet ids). An image may show more
-    classes than the one of its folder; which is only known when its mask is decoded, and they count as background
-    here. imagenet: where ImageNet is, if not in the folder `imagenet` of root, for images that are not in
-    ImageNetS50/validation. Two of the 919 classes have the same name (crane). Raises ParameterError, and DataError
-    for missing files before anything is opened.
+    variant: 50, 300 or 919 classes. max_images takes the first image of every class, then the second, and so on: a part in which
+    as many classes occur as can. classes: only these (names or WordNet ids). An image may show more classes than the one of its
+    folder; which is only known when its mask is decoded, and they count as background here. imagenet: where ImageNet is, if not
+    in the folder `imagenet` of root, for images that are not in ImageNetS50/validation. Two of the 919 classes have the same
+    name (crane). Raises ParameterError, and DataError for missing files before anything is opened.
     """
     limits(max_images=max_images)
     lists, wnids = _lists(Path(root), variant)
@@ -71,9 +67,8 @@ def imagenet_s_masks(
     return samples
 
 
-def imagenet_s_training(
-    root: str | Path, variant: int = 50, per_class: int = 1, imagenet: str | Path | None = None
-) -> list[LabelledImage]:
+def imagenet_s_training(root: str | Path, variant: int = 50, per_class: int = 1,
+                        imagenet: str | Path | None = None) -> list[LabelledImage]:  # fmt: skip
     """Images of train-semi to fit a probe on: label maps with class index + 1, 0 background, `VOID` ignored.
 
     They are of ImageNet's training split, so none is in `imagenet_s_masks`. per_class: the first of each class's ten
@@ -93,10 +88,8 @@ def imagenet_s_training(
             raise ParameterError(f"per_class={per_class}, but {path} lists {len(of_class[wnid])} images of {wnid}")
     chosen = [entry for wnid in wnids for entry in of_class[wnid][:per_class]]
     files = zip(chosen, *_find_files(Path(root), variant, "train-semi", imagenet, chosen), strict=True)
-    return [
-        LabelledImage(Path(name).name, partial(open_image, picture), partial(_read_mask, mask, picture, len(wnids)))
-        for (_, name), picture, mask in files
-    ]
+    return [LabelledImage(Path(name).name, partial(open_image, picture), partial(_read_mask, mask, picture, len(wnids)))
+            for (_, name), picture, mask in files]  # fmt: skip
 
 
 def class_names(root: str | Path, variant: int = 50) -> tuple[str, ...]:
@@ -156,18 +149,13 @@ def _read_list(path: Path, wnids: Sequence[str]) -> _Entries:
 
 def _spread(entries: _Entries, count: int | None) -> _Entries:
     """The first `count` entries when the classes take turns, in their own order again."""
-    turn: dict[str, int] = defaultdict(int)
-    ranked = []
-    for place, (_, name) in enumerate(entries):
-        wnid = name.split("/")[0]
-        ranked.append((turn[wnid], place))
-        turn[wnid] += 1
-    return [entries[place] for place in sorted(place for _, place in sorted(ranked)[:count])]
+    turns: dict[str, Iterator[int]] = defaultdict(itertools.count)
+    ranked = sorted((next(turns[name.split("/")[0]]), place) for place, (_, name) in enumerate(entries))
+    return [entries[place] for place in sorted(place for _, place in ranked[:count])]
 
 
-def _find_files(
-    root: Path, variant: int, split: str, imagenet: str | Path | None, entries: _Entries
-) -> tuple[list[Path], list[Path]]:
+def _find_files(root: Path, variant: int, split: str, imagenet: str | Path | None,
+                entries: _Entries) -> tuple[list[Path], list[Path]]:  # fmt: skip
     """Pictures, all in the folder of ImageNet-S or all in one of ImageNet's (by class, or flat), and masks."""
     own = f"ImageNetS{variant}"
     home = root if root.name == own else find("imagenet-s", root / own)

@@ -10,10 +10,10 @@ The hub copy lmms-lab/MME (Parquet, split test; question_id "code_reasoning/0020
 category) holds the same questions, two rows per image: samples have the same ids and texts.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
+
+from PIL import Image
 
 from kvutils.datasets.catalog import missing_data
 from kvutils.datasets.files import every, expect, find, limits, read_lines, some_of
@@ -27,11 +27,12 @@ HALLUCINATION = PERCEPTION[:4]  # the subset of the papers on hallucination
 SUBTASKS = PERCEPTION + COGNITION
 GROUPS = {"all": SUBTASKS, "perception": PERCEPTION, "cognition": COGNITION, "hallucination": HALLUCINATION}
 _PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+# subtask, stem of the file names, picture, (question, answer, where) of the two questions, how an error about them begins
+_Pair = tuple[str, str, Path | Callable[[], Image.Image], list[tuple[str, str, str]], str]
 
 
-def mme_questions(
-    root: str | Path, split: str | Sequence[str] = "all", max_images: int | None = None, suffix: str = ""
-) -> Iterator[YesNoSample]:
+def mme_questions(root: str | Path, split: str | Sequence[str] = "all", max_images: int | None = None,
+                  suffix: str = "") -> Iterator[YesNoSample]:  # fmt: skip
     """The questions of the named subtasks, subtask by subtask, the two of an image next to each other.
 
     root: the release folder, the one that holds it, a copy of lmms-lab/MME or "hub". split: a subtask, several, or
@@ -41,18 +42,10 @@ def mme_questions(
     """
     subtasks = mme_subtasks(split)
     limits(max_images=max_images)
-    if holds_parquet(root):
-        yield from _hub_questions(root, subtasks, max_images, suffix)
-        return
-    release = Path(root) / "MME_Benchmark_release_version"
-    homes = [release, release / "MME_Benchmark", Path(root) / "MME_Benchmark", Path(root)]
-    home = find("mme", *(place / subtask for place in homes for subtask in SUBTASKS)).parent
-    here = [name for name in SUBTASKS if (home / name).is_dir()]
-    if absent := [name for name in subtasks if name not in here]:
-        raise missing_data("mme", f"MME {', '.join(absent)}: no such folder in {home}, which holds {', '.join(here)}; extract the whole "
-                                  "release, or name in split= the subtasks to read")  # fmt: skip
-    for subtask in subtasks:
-        yield from _subtask_questions(home / subtask, subtask, max_images, suffix)
+    for subtask, stem, picture, pair, expected in (_hub_pairs if holds_parquet(root) else _file_pairs)(root, subtasks, max_images):
+        name = f"{subtask}/{stem}"
+        for number, (question, truth) in enumerate(_checked(pair, expected), start=1):
+            yield YesNoSample(f"{name}-{number}", name, picture, question + suffix, truth, subtask)
 
 
 def mme_subtasks(split: str | Sequence[str], known: Sequence[str] = SUBTASKS) -> tuple[str, ...]:
@@ -62,20 +55,27 @@ def mme_subtasks(split: str | Sequence[str], known: Sequence[str] = SUBTASKS) ->
     return tuple(dict.fromkeys(subtask for name in named for subtask in groups.get(name, (name,))))
 
 
-def _subtask_questions(folder: Path, subtask: str, max_images: int | None, suffix: str) -> Iterator[YesNoSample]:
-    texts, pictures = folder / "questions_answers_YN", folder / "images"
-    if not texts.is_dir():
-        texts = pictures = folder
-    files = every("mme", texts, "*.txt", ", files of questions: is MME extracted whole?")[:max_images]
-    found = {path.stem: path for path in sorted(pictures.glob("*")) if path.suffix.lower() in _PICTURES}
-    if missing := [path.stem for path in files if path.stem not in found]:
-        raise missing_data("mme", f"MME {subtask}: {len(missing)} of the {len(files)} images in {pictures} are missing (first: "
-                                  f"{missing[0]}.jpg)")  # fmt: skip
-    for path in files:
-        name = f"{subtask}/{path.stem}"
-        pair = [(*line.rpartition("\t")[::2], where) for where, line in read_lines(path)]
-        for number, (question, truth) in enumerate(_checked(pair, f"{path}: expected two lines of a question, a tab, and Yes or No")):
-            yield YesNoSample(f"{name}-{number + 1}", name, found[path.stem], question + suffix, truth, subtask)
+def _file_pairs(root: str | Path, subtasks: Sequence[str], max_images: int | None) -> Iterator[_Pair]:
+    release = Path(root) / "MME_Benchmark_release_version"
+    homes = [release, release / "MME_Benchmark", Path(root) / "MME_Benchmark", Path(root)]
+    home = find("mme", *(place / subtask for place in homes for subtask in SUBTASKS)).parent
+    here = [name for name in SUBTASKS if (home / name).is_dir()]
+    if absent := [name for name in subtasks if name not in here]:
+        raise missing_data("mme", f"MME {', '.join(absent)}: no such folder in {home}, which holds {', '.join(here)}; extract the whole "
+                                  "release, or name in split= the subtasks to read")  # fmt: skip
+    for subtask in subtasks:
+        folder = home / subtask
+        texts, pictures = folder / "questions_answers_YN", folder / "images"
+        if not texts.is_dir():
+            texts = pictures = folder
+        files = every("mme", texts, "*.txt", ", files of questions: is MME extracted whole?")[:max_images]
+        found = {path.stem: path for path in sorted(pictures.glob("*")) if path.suffix.lower() in _PICTURES}
+        if missing := [path.stem for path in files if path.stem not in found]:
+            raise missing_data("mme", f"MME {subtask}: {len(missing)} of the {len(files)} images in {pictures} are missing (first: "
+                                      f"{missing[0]}.jpg)")  # fmt: skip
+        for path in files:
+            pair = [(*line.rpartition("\t")[::2], where) for where, line in read_lines(path)]
+            yield subtask, path.stem, found[path.stem], pair, f"{path}: expected two lines of a question, a tab, and Yes or No"
 
 
 def _checked(pair: Sequence[tuple[str, str, str]], expected: str) -> list[tuple[str, str]]:
@@ -90,8 +90,8 @@ def _checked(pair: Sequence[tuple[str, str, str]], expected: str) -> list[tuple[
     return found
 
 
-def _hub_questions(root: str | Path, subtasks: Sequence[str], max_images: int | None, suffix: str) -> Iterator[YesNoSample]:
-    """The same questions from the rows of lmms-lab/MME, images in the order of their names."""
+def _hub_pairs(root: str | Path, subtasks: Sequence[str], max_images: int | None) -> Iterator[_Pair]:
+    """The same from the rows of lmms-lab/MME, images in the order of their names."""
     text = ["question_id", "question", "answer", "category"]
     rows = open_rows("mme", root, "test", text, pictures=("image",))
     found: dict[str, dict[str, list[tuple[int, dict]]]] = {}
@@ -105,5 +105,4 @@ def _hub_questions(root: str | Path, subtasks: Sequence[str], max_images: int | 
             name = f"{subtask}/{stem}"
             pair = [(row["question"], row["answer"], f"MME {name}, row {index}") for index, row in found[subtask][stem]]
             picture = picture_at(rows, found[subtask][stem][0][0], "image", f"MME {name}")
-            for number, (question, truth) in enumerate(_checked(pair, f"MME {name}: expected two rows")):
-                yield YesNoSample(f"{name}-{number + 1}", name, picture, question + suffix, truth, subtask)
+            yield subtask, stem, picture, pair, f"MME {name}: expected two rows"

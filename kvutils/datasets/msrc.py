@@ -8,8 +8,6 @@ database has 591 images. Protocol of Amir et al. (Deep ViT Features, MSRC7): sev
 is not said there; here they are the first, by number, of the set that shows most of the class.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections import defaultdict
@@ -28,11 +26,10 @@ from kvutils.images import open_image
 
 log = logging.getLogger(__name__)
 COLOURS = {  # the database's own colours; every channel is 0, 64, 128 or 192
-    "building": (128, 0, 0), "grass": (0, 128, 0), "tree": (128, 128, 0), "cow": (0, 0, 128),
-    "horse": (128, 0, 128), "sheep": (0, 128, 128), "sky": (128, 128, 128), "mountain": (64, 0, 0),
-    "plane": (192, 0, 0), "water": (64, 128, 0), "face": (192, 128, 0), "car": (64, 0, 128),
-    "bicycle": (192, 0, 128), "flower": (64, 128, 128), "sign": (192, 128, 128), "bird": (0, 64, 0),
-    "book": (128, 64, 0), "chair": (0, 192, 0), "road": (128, 64, 128), "cat": (0, 192, 128),
+    "building": (128, 0, 0), "grass": (0, 128, 0), "tree": (128, 128, 0), "cow": (0, 0, 128), "horse": (128, 0, 128),
+    "sheep": (0, 128, 128), "sky": (128, 128, 128), "mountain": (64, 0, 0), "plane": (192, 0, 0), "water": (64, 128, 0),
+    "face": (192, 128, 0), "car": (64, 0, 128), "bicycle": (192, 0, 128), "flower": (64, 128, 128), "sign": (192, 128, 128),
+    "bird": (0, 64, 0), "book": (128, 64, 0), "chair": (0, 192, 0), "road": (128, 64, 128), "cat": (0, 192, 128),
     "dog": (128, 192, 128), "body": (64, 64, 0), "boat": (192, 64, 0),
 }  # fmt: skip
 MSRC7 = ("bird", "car", "cat", "cow", "dog", "plane", "sheep")
@@ -40,14 +37,13 @@ IMAGES = 591
 _NAMES = list(COLOURS)
 _UNKNOWN = len(COLOURS) + 1  # label of a colour that is no class; void is 0, classes are 1..
 _LABEL = np.full(256, _UNKNOWN, np.uint8)  # by code: two bits per channel, see `_labels`
+_CODE = (16, 4, 1)
 _LABEL[0] = 0
-for _number, (_r, _g, _b) in enumerate(COLOURS.values(), start=1):
-    _LABEL[_r // 64 * 16 + _g // 64 * 4 + _b // 64] = _number
+_LABEL[np.array([*COLOURS.values()]) // 64 @ _CODE] = np.arange(1, _UNKNOWN)
 
 
-def msrc_groups(
-    root: str | Path, classes: Sequence[str] = MSRC7, images: int | None = 10, unknown_colours: str = "error"
-) -> list[ImageGroup]:
+def msrc_groups(root: str | Path, classes: Sequence[str] = MSRC7, images: int | None = 10,
+                unknown_colours: str = "error") -> list[ImageGroup]:  # fmt: skip
     """One group per class: masks are 1 on the class, `VOID` where the ground truth is black, 0 elsewhere.
 
     images: how many per group, the first by number; None takes all that show the class, of the set (first number of the
@@ -69,16 +65,14 @@ def msrc_groups(
         covered: dict[int, float] = defaultdict(float)
         for number, share in shares.items():
             covered[number[0]] += share[label]
-        own = max(covered, key=lambda number: covered[number])
+        own = max(covered, key=covered.__getitem__)
         chosen = [files[number] for number, share in shares.items() if share[label] and number[0] == own][:images]
         if len(chosen) < (images or 1):
             raise missing_data("msrc", f"only {len(chosen)} of {len(files)} images in {root} can be taken for the class {name!r}, "
                                        f"expected {images or 'at least 1'}")  # fmt: skip
-        images_of_class = [
+        groups.append(ImageGroup(name, name, tuple(
             LabelledImage(picture.stem, partial(open_image, picture), partial(_read_mask, picture, truth, label, unknown_colours))
-            for picture, truth in chosen
-        ]
-        groups.append(ImageGroup(name, name, tuple(images_of_class)))
+            for picture, truth in chosen)))  # fmt: skip
     return groups
 
 
@@ -100,9 +94,8 @@ def _find_files(root: Path) -> dict[tuple[int, int], tuple[Path, Path]]:
 def _labels(picture: Path, truth: Path) -> tuple[np.ndarray, np.ndarray]:
     """(H, W) labels: 0 void, 1.. classes in the order of `COLOURS`, or `_UNKNOWN`; and the (H, W, 3) colours."""
     colours = read_labels(truth, picture, ("RGB",), "a colour-coded ground truth (RGB)")
-    codes = colours[..., 0] // 64 * 16 + colours[..., 1] // 64 * 4 + colours[..., 2] // 64
     exact = (colours % 64 == 0).all(axis=-1)
-    return np.where(exact, _LABEL[codes], _UNKNOWN), colours
+    return np.where(exact, _LABEL[colours // 64 @ _CODE], _UNKNOWN), colours
 
 
 def _read_mask(picture: Path, truth: Path, label: int, unknown_colours: str) -> np.ndarray:
@@ -111,8 +104,6 @@ def _read_mask(picture: Path, truth: Path, label: int, unknown_colours: str) -> 
     strange = labels == _UNKNOWN
     if strange.any() and unknown_colours == "error":
         first = tuple(colours[strange][0].tolist())
-        raise DataError(
-            f"{truth}: the colour {first} is no class of MSRC v2 ({int(strange.sum())} such pixels); was the file "
-            "smoothed or converted? unknown_colours='void' leaves such pixels out"
-        )
+        raise DataError(f"{truth}: the colour {first} is no class of MSRC v2 ({int(strange.sum())} such pixels); was the file "
+                        "smoothed or converted? unknown_colours='void' leaves such pixels out")  # fmt: skip
     return np.where((labels == 0) | strange, VOID, labels == label).astype(np.uint8)

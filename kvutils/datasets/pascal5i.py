@@ -12,8 +12,6 @@ single channel, SegmentationClass a palette image; both hold class numbers, 0 ba
 Copies on the Hugging Face hub are not read: nateraw/pascal-voc-2012 has only image and mask, the lists go by name.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -28,16 +26,13 @@ from kvutils.datasets.samples import Episode, LabelledImage
 from kvutils.errors import ParameterError
 from kvutils.images import open_image
 
-CLASS_NAMES = (
-    "aeroplane bicycle bird boat bottle bus car cat chair cow "
-    "diningtable dog horse motorbike person pottedplant sheep sofa train tvmonitor"
-).split()
+CLASS_NAMES = ("aeroplane bicycle bird boat bottle bus car cat chair cow "
+               "diningtable dog horse motorbike person pottedplant sheep sofa train tvmonitor").split()  # fmt: skip
 FOLDS, CLASSES_PER_FOLD = 4, 5
 
 
-def sample_episodes(
-    entries: Sequence[tuple[str, int]], shot: int = 5, n_episodes: int = 1000, seed: int = 0
-) -> list[tuple[str, tuple[str, ...], int]]:
+def sample_episodes(entries: Sequence[tuple[str, int]], shot: int = 5, n_episodes: int = 1000,
+                    seed: int = 0) -> list[tuple[str, tuple[str, ...], int]]:  # fmt: skip
     """[(query, supports, class index)] of one fold, as HSNet (data/pascal.py) draws them. entries: (image name, class
     index) in list order.
 
@@ -64,10 +59,8 @@ def sample_episodes(
     return episodes
 
 
-def pascal5i_episodes(
-    root: str | Path, folds: Sequence[int] = tuple(range(FOLDS)), per_fold: int = 1000, shot: int = 5, seed: int = 0,
-    image_size: int | None = None
-) -> list[Episode]:  # fmt: skip
+def pascal5i_episodes(root: str | Path, folds: Sequence[int] = tuple(range(FOLDS)), per_fold: int = 1000, shot: int = 5,
+                      seed: int = 0, image_size: int | None = None) -> list[Episode]:  # fmt: skip
     """HSNet's test episodes, fold by fold: masks 1 on the class, 0 elsewhere, `VOID` on the annotators' borders.
 
     per_fold keeps the first episodes of each fold's 1,000. image_size: side of the square to which pictures and
@@ -94,12 +87,12 @@ def pascal5i_episodes(
         opened = partial(_read_mask, mask, picture, class_index, image_size)
         return LabelledImage(name, partial(_read_picture, picture, image_size), opened)
 
-    return [
-        Episode(f"fold{fold}-{i:04d}", class_index, CLASS_NAMES[class_index], fold, labelled(query, class_index),
-                tuple(labelled(name, class_index) for name in supports))  # fmt: skip
-        for fold, each in drawn.items()
-        for i, (query, supports, class_index) in enumerate(each)
-    ]
+    episodes = []
+    for fold, each in drawn.items():
+        for i, (query, supports, index) in enumerate(each):
+            shown = tuple(labelled(name, index) for name in supports)
+            episodes.append(Episode(f"fold{fold}-{i:04d}", index, CLASS_NAMES[index], fold, labelled(query, index), shown))
+    return episodes
 
 
 def read_split(path: Path, fold: int) -> list[tuple[str, int]]:

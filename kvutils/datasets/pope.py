@@ -9,8 +9,6 @@ The hub copy lmms-lab/POPE (Parquet, split test; question_id, question, answer, 
 the same questions with their images: samples have the same ids, order and texts.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -26,16 +24,14 @@ SPLITS = ("random", "popular", "adversarial")
 _Lines = dict[str, list[tuple[str, dict]]]  # by split: where a question stands, and its fields
 
 
-def pope_questions(
-    root: str | Path, split: str = "all", images: str | Path | None = None, max_images: int | None = None, suffix: str = ""
-) -> Iterator[YesNoSample]:
+def pope_questions(root: str | Path, split: str = "all", images: str | Path | None = None, max_images: int | None = None,
+                   suffix: str = "") -> Iterator[YesNoSample]:  # fmt: skip
     """The questions of a split, or of all three, in the order of the lists.
 
-    root: the repository's folder, the one with the lists, a copy of lmms-lab/POPE or "hub". images: the folder of the
-    COCO images (default: val2014 in root, or coco/val2014 in root or beside it); they are opened when they are asked
-    for. max_images keeps the first images of each list. suffix is added to every question, as lmms-eval adds
-    "\\nAnswer the question using a single word or phrase.".
-    Raises ParameterError for an unknown split, DataError for a missing list or image and, with file and line
+    root: the repository's folder, the one with the lists, a copy of lmms-lab/POPE or "hub". images: the folder of the COCO images
+    (default: val2014 in root, or coco/val2014 in root or beside it); they are opened when they are asked for. max_images keeps
+    the first images of each list. suffix is added to every question, as lmms-eval adds "\\nAnswer the question using a single
+    word or phrase.". Raises ParameterError for an unknown split, DataError for a missing list or image and, with file and line
     number, a malformed line.
     """
     splits = pope_splits(split)

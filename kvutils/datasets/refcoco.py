@@ -17,8 +17,6 @@ reference ("..._9.jpg") is no file: images go by their id. On the Hugging Face h
 A local copy is told by its columns. No copy has category names, only COCO's ids: their names are here.
 """
 
-from __future__ import annotations
-
 import json
 import pickle
 from collections.abc import Callable, Iterator, Sequence
@@ -43,13 +41,12 @@ WHOLE, ANNOTATIONS = "jxu124/refcoco-benchmark", "jxu124/refcoco"
 # Of jxu124/refcoco: its own names of the UNC splits.
 _ANNOTATION_SPLITS = {"train": "train", "val": "validation", "testA": "test", "testB": "testB"}
 _NAMES = (
-    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, -, stop "
-    "sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, -, backpack, "
-    "umbrella, -, -, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball "
-    "glove, skateboard, surfboard, tennis racket, bottle, -, wine glass, cup, fork, knife, spoon, bowl, banana, "
-    "apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, -, "
-    "dining table, -, -, toilet, -, tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, "
-    "sink, refrigerator, -, book, clock, vase, scissors, teddy bear, hair drier, toothbrush"
+    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, -, stop sign, parking meter, "
+    "bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, -, backpack, umbrella, -, -, handbag, tie, suitcase, "
+    "frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, -, "
+    "wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, "
+    "chair, couch, potted plant, bed, -, dining table, -, -, toilet, -, tv, laptop, mouse, remote, keyboard, cell phone, microwave, "
+    "oven, toaster, sink, refrigerator, -, book, clock, vase, scissors, teddy bear, hair drier, toothbrush"
 ).split(", ")
 CATEGORIES = {number: name for number, name in enumerate(_NAMES, start=1) if name != "-"}  # COCO's 80, of ids 1 to 90
 
@@ -70,10 +67,8 @@ class _Reference:
     open: Callable[[], Image.Image] | None = None
 
 
-def refcoco_masks(
-    root: str | Path, split: str | Sequence[str] = "val", split_by: str = "unc", images: str | Path | None = None,
-    max_images: int | None = None
-) -> list[NamedMask]:  # fmt: skip
+def refcoco_masks(root: str | Path, split: str | Sequence[str] = "val", split_by: str = "unc", images: str | Path | None = None,
+                  max_images: int | None = None) -> list[NamedMask]:  # fmt: skip
     """One sample per sentence of a split (or several), in the order of the references.
 
     root: the toolkit's data folder, a local copy of a hub repository, or "hub". split_by: "unc" (val, testA: people,

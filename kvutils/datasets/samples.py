@@ -60,6 +60,14 @@ class LabelledImage:
     image: Image.Image = Opened()
     mask: np.ndarray = Opened()
 
+    def resized(self, size: tuple[int, int]) -> "LabelledImage":
+        """The same, brought to (width, height) when it is asked for: image bicubic, mask nearest."""
+
+        def mask() -> np.ndarray:
+            return np.asarray(Image.fromarray(np.asarray(self.mask, np.uint8)).resize(size, Image.Resampling.NEAREST))
+
+        return LabelledImage(self.id, lambda: self.image.resize(size, Image.Resampling.BICUBIC), mask)
+
 
 @dataclass(frozen=True)
 class DomainImage(LabelledImage):
@@ -196,22 +204,3 @@ class YesNoSample:
         """The upright RGB image; a file is opened anew each time. Raises ImageError."""
         image = open_image(self.picture() if callable(self.picture) else self.picture, self.image_id)
         return image if self.size is None else image.resize(self.size, Image.Resampling.BICUBIC)
-
-
-@dataclass(frozen=True, eq=False)
-class ResizedImages(Sequence):
-    """Labelled images, each brought to one (width, height) when it is asked for: image bicubic, mask nearest."""
-
-    images: Sequence[LabelledImage]
-    size: tuple[int, int]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> LabelledImage:
-        one = self.images[index]
-
-        def mask() -> np.ndarray:
-            return np.asarray(Image.fromarray(np.asarray(one.mask, np.uint8)).resize(self.size, Image.Resampling.NEAREST))
-
-        return LabelledImage(one.id, lambda: one.image.resize(self.size, Image.Resampling.BICUBIC), mask)

@@ -7,8 +7,6 @@
 File systems of Windows allow no ":" in a name. Where an unzipper wrote "_" or "%3A" instead, that file is taken.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -29,10 +27,8 @@ SPLITS, LAYOUTS = ("trn", "val", "test"), ("large", "small")
 _COLONS = (":", "_", "%3A")  # the colon of a file name, and what unzippers make of it
 
 
-def spair_pairs(
-    root: str | Path, split: str = "test", layout: str = "large", categories: Sequence[str] | None = None,
-    per_category: int | None = None, max_pairs: int | None = None, progress: bool = True
-) -> list[KeypointPair]:  # fmt: skip
+def spair_pairs(root: str | Path, split: str = "test", layout: str = "large", categories: Sequence[str] | None = None,
+                per_category: int | None = None, max_pairs: int | None = None, progress: bool = True) -> list[KeypointPair]:  # fmt: skip
     """The pairs of a split in the order of its list; the default is the benchmark's, all 12,234 of large/test.
 
     root: the folder SPair-71k or the one that holds it. categories: only these. per_category: so many pairs of each,
@@ -72,13 +68,11 @@ def _read_layout(path: Path) -> list[tuple[str, str]]:
 
 
 def _spread(pairs: list[tuple[str, str]], count: int) -> list[tuple[str, str]]:
-    by_category: dict[str, list[int]] = {}
-    for index, (_, category) in enumerate(pairs):
-        by_category.setdefault(category, []).append(index)
-    kept = set()
-    for mine in by_category.values():
-        kept |= {mine[i * len(mine) // count] for i in range(count)} if len(mine) > count else set(mine)
-    return [pair for index, pair in enumerate(pairs) if index in kept]
+    kept: set[tuple[str, str]] = set()
+    for category in {category for _, category in pairs}:
+        mine = [pair for pair in pairs if pair[1] == category]
+        kept |= {mine[i * len(mine) // count] for i in range(count)}
+    return [pair for pair in pairs if pair in kept]
 
 
 def _read_pair(folder: Path, name: str, category: str, file: Path) -> tuple[KeypointPair, list[Path]]:

@@ -6,8 +6,8 @@ rehearse`, which measures whole items); without one there are none.
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import psutil
@@ -27,20 +27,8 @@ GIB = 2**30
 SIZES = {"llava-onevision-7b": 8.03, "llava-onevision-0.5b": 0.89, "qwen2.5-vl-7b": 8.29, "qwen2.5-vl-3b": 3.75,
          "llava-next-llama3-8b": 8.36}  # billions of weights, as published
 _ONE_MODEL = ("04",)  # the others load a second one with random weights, as a control
+_NO_ENCODER = ("03", "04")  # the others compare with SigLIP
 _GET = "with network it comes by itself; without, `hf download {}` elsewhere and copy HF_HOME"
-
-
-@dataclass(frozen=True)
-class Found:
-    """What is missing of a data set or model ("" where nothing is), as a whole message, and the gigabytes to download."""
-
-    name: str
-    problem: str
-    gigabytes: float = 0.0
-
-    @property
-    def reason(self) -> str:
-        return self.problem.partition("\n")[0]
 
 
 def data_of(notebook: str, profile: str) -> list[str]:
@@ -48,84 +36,80 @@ def data_of(notebook: str, profile: str) -> list[str]:
     return [*dict.fromkeys(USES[profile][notebook].values())]
 
 
-def look_for_data(names: Sequence[str], options: Mapping[str, Mapping] | None = None) -> dict[str, Found]:
-    """Whether each data set opens; its loader looks for every file that it will read."""
-    found = {}
-    for name in names:
+def look_for_data(names: Iterable[str], options: Mapping[str, Mapping] | None = None) -> dict[str, str]:
+    """What is said of each data set that does not open; its loader looks for every file that it will read."""
+    missing = {}
+    for name in dict.fromkeys(names):
         try:
             open_dataset(name, **(options or {}).get(name, {}))
-            found[name] = Found(name, "")
         except DataError as error:
-            found[name] = Found(name, str(error), CATALOG[FOLDERS.get(name, name)].to_get)
-    return found
+            missing[name] = str(error)
+    return missing
 
 
-def look_for_model(spec: ModelSpec) -> Found:
-    """Whether a checkpoint is on this machine, or can be fetched."""
-    get = _GET.format(spec.source)
+def look_for_model(spec: ModelSpec) -> tuple[str, float]:
+    """What is said of a checkpoint that is neither on this machine nor can be fetched, else ""; the gigabytes that loading it fetches."""
     if Path(spec.source).is_dir():
-        return Found(spec.name, "")
+        return "", 0.0
     config = try_to_load_from_cache(spec.source, "config.json", revision=spec.revision)
-    if isinstance(config, str) and _weights_beside(Path(config)):
-        return Found(spec.name, "")
+    if isinstance(config, str):
+        index = Path(config).with_name("model.safetensors.index.json")
+        names = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+        if all(index.with_name(name).is_file() for name in names):
+            return "", 0.0
+    get = _GET.format(spec.source)
     if constants.HF_HUB_OFFLINE:
-        return Found(spec.name, f"{spec.source} is not in the local cache, and HF_HUB_OFFLINE is set\n  {get}")
+        return f"{spec.source} is not in the local cache, and HF_HUB_OFFLINE is set\n  {get}", 0.0
     try:
         info = ask_hub(spec.source, lambda: HfApi().model_info(spec.source, revision=spec.revision, timeout=10, files_metadata=True))
     except DataError as error:
-        return Found(spec.name, f"not in the local cache; {error}\n  {get}")
-    size = sum(file.size or 0 for file in info.siblings or () if file.rfilename.endswith(".safetensors"))
-    return Found(spec.name, "", size / 1e9)  # comes by itself when it is loaded
-
-
-def _weights_beside(config: Path) -> bool:
-    index = config.with_name("model.safetensors.index.json")
-    names = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-    return all(config.with_name(name).is_file() for name in names)
+        return f"not in the local cache; {error}\n  {get}", 0.0
+    return "", sum(file.size or 0 for file in info.siblings or () if file.rfilename.endswith(".safetensors")) / 1e9
 
 
 def check_ready(profile: str, model: str, notebooks: Sequence[str], options: Mapping[str, Mapping] | None = None) -> None:
     """Raises DataError, one screen of what is missing and how to get it, unless every notebook can run to its end."""
     wanted = {number: data_of(number, profile) for number in notebooks}
-    data = look_for_data([*dict.fromkeys(name for names in wanted.values() for name in names)], options)
-    models = [look_for_model(find_model(model))]
-    models += [look_for_model(ENCODERS[original_encoder(model)])] if set(notebooks) - {"03", "04"} else []
-    missing = [each for each in (*models, *data.values()) if each.problem]
+    data = look_for_data(chain(*wanted.values()), options)
+    specs = [find_model(model), *([ENCODERS[original_encoder(model)]] if set(notebooks) - set(_NO_ENCODER) else [])]
+    models = [problem for problem, _ in map(look_for_model, specs) if problem]
+    missing = [*models, *data.values()]
     if not missing:
         return
     if len(missing) == 1:
-        raise DataError(f"Nothing was started.\n{missing[0].problem}")
-    lines = ["Nothing was started: this is missing.", ""]
-    lines += [f"  model     {each.reason}" for each in models if each.problem]
-    if any(each.problem for each in models):
-        lines += [f"            {_GET.format('<id>')}", ""]
-    for name, each in {FOLDERS.get(name, name): each for name, each in data.items() if each.problem}.items():
+        raise DataError(f"Nothing was started.\n{missing[0]}")
+    lines = ["Nothing was started: this is missing.", "", *(f"  model     {problem.splitlines()[0]}" for problem in models)]
+    lines += [f"            {_GET.format('<id>')}", ""] if models else []
+    for name, problem in _by_folder(data).items():
         about = CATALOG[name]
         lines.append(f"  {name:<12}{about.to_get:5.2g} GB  {about.how:<14} {about.licence}")
         if data_root() and (data_root() / name).is_dir():  # something is there, but not all
-            lines.append(f"      {each.reason}")
+            lines.append(f"      {problem.splitlines()[0]}")
     lines += ["", *_next(data)]
-    ready = [n for n in notebooks if not any(data[name].problem for name in wanted[n]) and not any(m.problem for m in models)]
-    if ready:
+    if ready := [number for number in notebooks if not models and not data.keys() & wanted[number]]:
         lines += ["", f'  What can run now:  make replicate PROFILE={profile} MODEL={model} NOTEBOOKS="{" ".join(ready)}"']
     lines += ["", f"  make plan PROFILE={profile} MODEL={model}    the same with gigabytes, memory and hours per notebook",
               "  make replicate                        the pocket profile: no data, no network, minutes"]  # fmt: skip
     raise DataError("\n".join(lines))
 
 
-def _next(data: Mapping[str, Found]) -> list[str]:
+def _by_folder(missing: Mapping[str, str]) -> dict[str, str]:
+    """What is missing, by the names of the catalog: two data sets may share a folder."""
+    return {FOLDERS.get(name, name): problem for name, problem in missing.items()}
+
+
+def _next(missing: Mapping[str, str]) -> list[str]:
     """The command that gets what is missing, [] where nothing is."""
-    folders = dict.fromkeys(FOLDERS.get(name, name) for name, each in data.items() if each.problem)
     known = [] if os.environ.get("KVUTILS_DATA") else ["  KVUTILS_DATA is not set: export KVUTILS_DATA=/a/folder/with/space, then"]
-    get = [f'  make data DATASETS="{" ".join(folders)}"', "    fetches what is free and says what to do for the rest"]
-    return [*known, *get] if folders else []
+    get = f'  make data DATASETS="{" ".join(_by_folder(missing))}"'
+    return [*known, get, "    fetches what is free and says what to do for the rest"] if missing else []
 
 
 def weights_on_gpu(spec: ModelSpec, notebook: str) -> float | None:
     """GiB of the weights that a notebook loads, in bfloat16 (SigLIP: 0.8); None for a model that is not a published one."""
     size = {known.source: SIZES.get(name) for name, known in MODELS.items()}.get(spec.source)
     models = 1 if notebook in _ONE_MODEL else 2
-    return size and (2e9 * models * size + (0 if notebook in ("03", "04") else 0.86e9)) / GIB
+    return size and (2e9 * models * size + (0 if notebook in _NO_ENCODER else 0.86e9)) / GIB
 
 
 def device_name() -> str:
@@ -138,34 +122,30 @@ def rehearsal_file(model: str) -> Path:
     return cache_root() / "rehearsal" / f"{model}.json"
 
 
-def rehearsed(model: str) -> dict:
-    """The stored rehearsal of a model on such a device, {} without one."""
-    report = read_json(rehearsal_file(model)) if rehearsal_file(model).is_file() else {}
-    return report if report.get("device") == device_name() else {}
-
-
-def table(profile: str, model: str, notebooks: Sequence[str] = NOTEBOOKS, options: Mapping[str, Mapping] | None = None) -> str:
-    """The plan as text."""
-    spec, measured = find_model(model), rehearsed(model)
-    data = look_for_data([*dict.fromkeys(name for n in notebooks for name in data_of(n, profile))], options)
-    found = [look_for_model(spec), look_for_model(ENCODERS[original_encoder(model)])]
+def table(profile: str, model: str, notebooks: Sequence[str] = NOTEBOOKS) -> str:
+    """The plan as text; hours and memory where a rehearsal of the model on such a device is stored."""
+    spec, report = find_model(model), rehearsal_file(model)
+    measured = read_json(report) if report.is_file() else {}
+    measured = measured if measured.get("device") == device_name() else {}
+    data = look_for_data(name for number in notebooks for name in data_of(number, profile))
+    models = {each.name: look_for_model(each) for each in (spec, ENCODERS[original_encoder(model)])}
     gpus = f"{torch.cuda.device_count()} x {torch.cuda.get_device_properties(0).total_memory / GIB:.0f} GiB, " if torch.cuda.is_available() else ""
     lines = [f"make replicate PROFILE={profile} MODEL={model}", "",
              f"device   {device_name()}, {gpus}{psutil.virtual_memory().total / GIB:.0f} GiB of main memory"]  # fmt: skip
-    for each in found:
-        state = each.reason or ("there" if not each.gigabytes else f"{each.gigabytes:.1f} GB to download, by itself")
-        lines.append(f"model    {each.name}: {state}")
+    for name, (problem, gigabytes) in models.items():
+        state = problem.splitlines()[0] if problem else f"{gigabytes:.1f} GB to download, by itself" if gigabytes else "there"
+        lines.append(f"model    {name}: {state}")
     lines += ["hours    " + ("as a rehearsal measured them, on one such device" if measured else
               f"run `make rehearse MODEL={model}` for hours and for the memory of images in flight"), "",
               f"{'':<4}{'GB to get':>10}{'GPU GiB':>9}{'hours':>8}  {'can run now':<20}data sets (missing ones in brackets)"]  # fmt: skip
     for number in notebooks:
         names = data_of(number, profile)
-        absent = [name for name in names if data[name].problem]
-        gigabytes = sum(CATALOG[name].to_get for name in {FOLDERS.get(name, name) for name in absent})
+        absent = {name: data[name] for name in names if name in data}
+        gigabytes = sum(CATALOG[name].to_get for name in _by_folder(absent))
         weights = weights_on_gpu(spec, number)
         memory = f"{measured['peak'][number]:.0f}" if measured else f"> {weights:.0f}" if weights else "?"
         hours = f"{measured['hours'][number]:,.1f}" if measured else "?"
-        lacks = " and ".join(["model"] * bool(found[0].problem) + ["data"] * bool(absent))
+        lacks = " and ".join(["model"] * bool(models[spec.name][0]) + ["data"] * bool(absent))
         named = " ".join(f"[{name}]" if name in absent else name for name in names)
         lines.append(f"{number:<4}{gigabytes:>10.1f}{memory:>9}{hours:>8}  {f'no: {lacks}' if lacks else 'yes':<20}{named}")
     return "\n".join([*lines, "", "Notebook 02 reads what 01 has stored.", *_next(data)])

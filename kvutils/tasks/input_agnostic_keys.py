@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from kvutils.datasets import USES, open_dataset
-from kvutils.datasets.samples import ResizedImages, YesNoSample
+from kvutils.datasets.samples import YesNoSample
 from kvutils.errors import ParameterError, one_of
 from kvutils.metrics.statistics import Interval, claim_of_parts, undefined
 from kvutils.tasks.key_blocking import BLOCK, CONTROLS
@@ -40,7 +40,7 @@ def open_data(profile: str, options: Mapping[str, Mapping] | None = None, size: 
         one_of(f"data set of profile {profile}", name, names.values())
     found = {use: open_dataset(name, **options.get(name, {})) for use, name in names.items()}
     if size is not None:
-        found["keys"] = ResizedImages(found["keys"], size)
+        found["keys"] = [one.resized(size) for one in found["keys"]]
         found |= {use: [replace(sample, size=size) for sample in found[use]] for use in ("pope", "mme")}
     if "reading" not in found:
         found["reading"] = as_questions(_first_images([*found["pope"], *found["mme"]], READING_IMAGES))

@@ -8,8 +8,6 @@ Everything follows from a seed, and a larger set begins with the smaller one. Ev
 items are independent. The right option is each letter equally often (in every run of as many items as there are options).
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 
@@ -121,10 +119,8 @@ def _semantic_correspondence(items: int, seed: int) -> list[MultipleChoice]:
 def _item(subtask, number, scenes, pictures, prompt, choices, right, **points) -> MultipleChoice:
     """The prompt is the question with its options, as the models were trained on it."""
     question, group = prompt.split(" ?")[0] + " ?", "+".join(scene.id for scene in scenes)
-    return MultipleChoice(
-        f"{subtask}-{number:04d}", subtask, tuple(map(Image.fromarray, pictures)), question, choices, q.OPTIONS[right].upper(),
-        prompt, q.OPTIONS[: len(choices)], group, **points,
-    )  # fmt: skip
+    return MultipleChoice(f"{subtask}-{number:04d}", subtask, tuple(map(Image.fromarray, pictures)), question, choices,
+                          q.OPTIONS[right].upper(), prompt, q.OPTIONS[: len(choices)], group, **points)  # fmt: skip
 
 
 def _balanced(seed: int, subtask: str, number: int, options: int) -> int:
@@ -133,9 +129,5 @@ def _balanced(seed: int, subtask: str, number: int, options: int) -> int:
     return int(random.permutation(options)[number % options])
 
 
-_MAKE: dict[str, Callable[[int, int], list[MultipleChoice]]] = {
-    "Art_Style": _art_style,
-    "Visual_Similarity": _visual_similarity,
-    "Semantic_Correspondence": _semantic_correspondence,
-}
+_MAKE = {"Art_Style": _art_style, "Visual_Similarity": _visual_similarity, "Semantic_Correspondence": _semantic_correspondence}
 SUBTASKS = tuple(_MAKE)

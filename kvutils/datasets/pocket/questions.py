@@ -244,25 +244,11 @@ def _list_sides(facts, rng):
 # Kinds that look one thing up: every question of the kind that a scene allows.
 LOOKUPS = {"class": _classes, "colour": _colours, "position": _positions, "relation": _relations}
 KINDS = {
-    "existence": _existence,
-    "existence_colour": _existence_colour,
-    "class": _classes,
-    "colour": _colours,
-    "count": _count,
-    "count_class": _count_class,
-    "style": _style,
-    "domain": _domain,
-    "position": _positions,
-    "relation": _relations,
-    "hop_colour": _hop_colour,
-    "hop_class": _hop_class,
-    "hop_same": _hop_same,
-    "hop_more": _hop_more,
-    "hop_match": _hop_match,
-    "caption": _caption,
-    "list_colours": _list_colours,
-    "list_sides": _list_sides,
-}
+    "existence": _existence, "existence_colour": _existence_colour, "class": _classes, "colour": _colours,
+    "count": _count, "count_class": _count_class, "style": _style, "domain": _domain, "position": _positions,
+    "relation": _relations, "hop_colour": _hop_colour, "hop_class": _hop_class, "hop_same": _hop_same, "hop_more": _hop_more,
+    "hop_match": _hop_match, "caption": _caption, "list_colours": _list_colours, "list_sides": _list_sides,
+}  # fmt: skip
 DESCRIPTIONS = ("caption", "list_colours", "list_sides")  # several words: trained on, not scored
 SCORED = tuple(kind for kind in KINDS if kind not in DESCRIPTIONS)
 

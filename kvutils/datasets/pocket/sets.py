@@ -7,9 +7,7 @@ trained on (the recipe draws those from seeds 1 and 2). `group` in every sample 
 A thing counts as present from a visible share of `PRESENT` on. Below that it is ambiguous and its pixels are `VOID`.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -20,7 +18,7 @@ from kvutils import VOID
 from kvutils.datasets.pascal5i import sample_episodes
 from kvutils.datasets.pocket.questions import facts_of, referring_expression
 from kvutils.datasets.pocket.shapes import CLASSES
-from kvutils.datasets.pocket.world import DOMAINS, PRESENT, Rendered, Scene, render, sample_clip, sample_scene
+from kvutils.datasets.pocket.world import DOMAINS, PRESENT, Rendered, Scene, Thing, render, sample_clip, sample_scene
 from kvutils.datasets.samples import Clip, DomainImage, Episode, ImageGroup, KeypointPair, LabelledImage, NamedMask
 from kvutils.errors import ParameterError, at_least, one_of
 
@@ -57,17 +55,17 @@ class PocketScene:
 
     def class_mask(self, cls: int, ambiguous: int = VOID) -> np.ndarray:
         """(96, 96) uint8: 1 on the present things of a class, `ambiguous` on hardly visible ones, else 0."""
-        values = np.zeros(len(self.scene.things) + 1, np.uint8)
-        for i, thing in enumerate(self.scene.things):
-            if thing.cls == cls:
-                values[i + 1] = 1 if self.drawn.visible[i] >= PRESENT else ambiguous
-        return values[self.drawn.mask]
+        return self._labels(lambda thing: int(thing.cls == cls), ambiguous)
 
     def class_map(self) -> np.ndarray:
         """(96, 96) uint8: class index + 1 of the present things, `VOID` on ambiguous ones, 0 background."""
+        return self._labels(lambda thing: thing.cls + 1, VOID)
+
+    def _labels(self, label: Callable[[Thing], int], ambiguous: int) -> np.ndarray:
+        """label(thing) over the pixels of each thing; where that is not 0, `ambiguous` on hardly visible ones."""
         values = np.zeros(len(self.scene.things) + 1, np.uint8)
         for i, thing in enumerate(self.scene.things):
-            values[i + 1] = thing.cls + 1 if self.drawn.visible[i] >= PRESENT else VOID
+            values[i + 1] = label(thing) and (label(thing) if self.drawn.visible[i] >= PRESENT else ambiguous)
         return values[self.drawn.mask]
 
     def thing_box(self, index: int) -> np.ndarray:
@@ -88,11 +86,10 @@ def pocket_scene(stream: str, index: int, seed: int = SEED, kind: str = "mixed")
     return PocketScene(f"{stream}-{seed}-{index:05d}", scene, render(scene))
 
 
-def _scenes(stream: str, wanted: int, seed: int, kind: str = "mixed") -> Iterator[PocketScene]:
-    """Scenes of a stream in order; ends in an error instead of searching for ever."""
-    for index in range(MAX_TRIES * max(wanted, 1)):
-        yield pocket_scene(stream, index, seed, kind)
-    raise ParameterError(f"{wanted} samples of {stream!r} were not found among {MAX_TRIES * wanted} scenes")
+def tries(wanted: int, what: str) -> Iterator[int]:
+    """0, 1, ...: the scenes that are looked at for `wanted` of `what`; ends in a ParameterError instead of searching for ever."""
+    yield from range(MAX_TRIES * wanted)
+    raise ParameterError(f"{wanted} {what} were not found among {MAX_TRIES * wanted} scenes")
 
 
 def few_shot_episodes(per_fold: int = 50, scenes: int = 240, shot: int = 5, seed: int = SEED) -> list[Episode]:
@@ -125,7 +122,8 @@ def image_groups(per_class: int = 2, images: int = 8, seed: int = SEED) -> list[
     at_least("images", images)
     sets: dict[int, list[list[PocketScene]]] = {c: [[] for _ in range(per_class)] for c in range(len(CLASSES))}
     open_places = len(CLASSES) * per_class * images
-    for scene in _scenes("groups", open_places, seed):
+    for index in tries(open_places, "scenes of all classes"):
+        scene = pocket_scene("groups", index, seed)
         # The class that lacks most takes the scene, so that rare classes fill up.
         takers = [(sum(len(g) for g in sets[c]), c) for c in scene.present_classes]
         takers = [(filled, c) for filled, c in takers if filled < per_class * images]
@@ -135,11 +133,8 @@ def image_groups(per_class: int = 2, images: int = 8, seed: int = SEED) -> list[
             open_places -= 1
         if not open_places:
             break
-    return [
-        ImageGroup(f"{CLASSES[c]}-{number}", CLASSES[c], tuple(LabelledImage(s.id, s.image, s.class_mask(c)) for s in members))
-        for c, groups in sets.items()
-        for number, members in enumerate(groups)
-    ]
+    return [ImageGroup(f"{CLASSES[c]}-{number}", CLASSES[c], tuple(LabelledImage(s.id, s.image, s.class_mask(c)) for s in members))
+            for c, groups in sets.items() for number, members in enumerate(groups)]  # fmt: skip
 
 
 def named_masks(scenes: int = 100, seed: int = SEED) -> list[NamedMask]:
@@ -156,7 +151,11 @@ def named_masks(scenes: int = 100, seed: int = SEED) -> list[NamedMask]:
 def training_maps(scenes: int = 60, seed: int = SEED) -> list[LabelledImage]:
     """Labelled scenes to fit a class probe on: class index + 1; disjoint from `named_masks`."""
     at_least("scenes", scenes)
-    drawn = (pocket_scene("training", i, seed) for i in range(scenes))
+    return _labelled("training", scenes, seed)
+
+
+def _labelled(stream: str, count: int, seed: int) -> list[LabelledImage]:
+    drawn = (pocket_scene(stream, i, seed) for i in range(count))
     return [LabelledImage(s.id, s.image, s.class_map()) for s in drawn]
 
 
@@ -168,17 +167,16 @@ def referring_masks(scenes: int = 60, seed: int = SEED) -> list[NamedMask]:
     """
     at_least("scenes", scenes)
     samples, used = [], 0
-    for scene in _scenes("referring", scenes, seed):
+    for number in tries(scenes, "scenes with two things of a class"):
+        scene = pocket_scene("referring", number, seed)
         if len(scene.present_classes) == len(scene.present):
             continue
         facts = facts_of(scene.scene, scene.drawn)
         for index in scene.present:
-            text = referring_expression(facts, index)
-            if text:
+            if text := referring_expression(facts, index):
                 mask = (scene.drawn.mask == index + 1).astype(np.uint8)
                 name = CLASSES[scene.scene.things[index].cls]
-                sample_id = f"{scene.id}-{index}"
-                samples.append(NamedMask(sample_id, scene.id, scene.image, text, mask, scene.id, name))
+                samples.append(NamedMask(f"{scene.id}-{index}", scene.id, scene.image, text, mask, scene.id, name))
         used += 1
         if used == scenes:
             break
@@ -191,29 +189,17 @@ def keypoint_pairs(pairs: int = 160, seed: int = SEED, min_points: int = 2) -> l
     at_least("min_points", min_points)
     waiting: dict[int, PocketScene] = {}
     samples: list[KeypointPair] = []
-    for scene in _scenes("pairs", pairs, seed, kind="portrait"):
+    for index in tries(pairs, "pairs of scenes"):
+        scene = pocket_scene("pairs", index, seed, "portrait")
         cls = scene.scene.things[0].cls
-        first = waiting.pop(cls, None)
-        if first is None:
-            waiting[cls] = scene
-            continue
+        first = waiting.pop(cls, scene)
         both = first.drawn.keypoint_seen[0] & scene.drawn.keypoint_seen[0]
-        if both.sum() < min_points:
+        if first is scene or both.sum() < min_points:
             waiting[cls] = scene
             continue
-        samples.append(
-            KeypointPair(
-                id=f"{first.id}-{scene.id}",
-                category=CLASSES[cls],
-                source_id=first.id,
-                source=first.image,
-                source_points=first.drawn.keypoints[0][both],
-                target_id=scene.id,
-                target=scene.image,
-                target_points=scene.drawn.keypoints[0][both],
-                target_box=scene.thing_box(0),
-            )
-        )
+        source_points, target_points = (each.drawn.keypoints[0][both] for each in (first, scene))
+        samples.append(KeypointPair(f"{first.id}-{scene.id}", CLASSES[cls], first.id, first.image, source_points, scene.id, scene.image,
+                                    target_points, scene.thing_box(0)))  # fmt: skip
         if len(samples) == pairs:
             break
     return samples
@@ -224,7 +210,7 @@ def clips(count: int = 24, frames: int = 12, seed: int = SEED) -> list[Clip]:
     at_least("count", count)
     at_least("frames", frames, 3)  # the first is given, the last not scored
     samples: list[Clip] = []
-    for index in range(MAX_TRIES * count):
+    for index in tries(count, "clips with visible things"):
         scenes = sample_clip(np.random.default_rng((seed, _STREAMS["clips"], index)), frames)
         first = render(scenes[0])
         if first.visible.min() < PRESENT:
@@ -233,8 +219,8 @@ def clips(count: int = 24, frames: int = 12, seed: int = SEED) -> list[Clip]:
         images = tuple(Image.fromarray(d.image) for d in drawn)
         samples.append(Clip(f"clips-{seed}-{index:05d}", images, np.stack([d.mask for d in drawn])))
         if len(samples) == count:
-            return samples
-    raise ParameterError(f"{count} clips with visible things were not found among {MAX_TRIES * count}")
+            break
+    return samples
 
 
 def key_images(count: int = 1000, seed: int = SEED) -> list[LabelledImage]:
@@ -243,13 +229,11 @@ def key_images(count: int = 1000, seed: int = SEED) -> list[LabelledImage]:
     Label maps as in `training_maps`: 0 is background. The real set may open its images when they are asked for.
     """
     at_least("count", count)
-    drawn = (pocket_scene("keys", i, seed) for i in range(count))
-    return [LabelledImage(s.id, s.image, s.class_map()) for s in drawn]
+    return _labelled("keys", count, seed)
 
 
-def domain_scenes(
-    scenes: int = 160, stream: str = "domains", domains: Sequence[str] = ("night", "fog"), seed: int = SEED
-) -> list[DomainImage]:
+def domain_scenes(scenes: int = 160, stream: str = "domains", domains: Sequence[str] = ("night", "fog"),
+                  seed: int = SEED) -> list[DomainImage]:  # fmt: skip
     """Twin of BDD-10K split by domain: labelled scenes of these lights only, label maps as in `training_maps`.
 
     stream "domain-training" gives scenes of the same kind to fit a probe on.
@@ -260,11 +244,11 @@ def domain_scenes(
         one_of("domain", name, DOMAINS)
     one_of("stream", stream, ("domains", "domain-training"))
     samples: list[DomainImage] = []
-    for index in range(MAX_TRIES * scenes):
+    for index in tries(scenes, f"scenes with {' or '.join(domains)}"):
         name = DOMAINS[describe_scene(stream, index, seed).domain]
         if name in domains:
             scene = pocket_scene(stream, index, seed)
             samples.append(DomainImage(scene.id, scene.image, scene.class_map(), name))
         if len(samples) == scenes:
-            return samples
-    raise ParameterError(f"{scenes} scenes with {' or '.join(domains)} were not found among {MAX_TRIES * scenes}")
+            break
+    return samples

@@ -18,15 +18,9 @@ MAX_OBJECTS = 4
 PORTRAITS = 0.2  # share of scenes with one large thing: they carry the part and correspondence questions
 PRESENT = 0.4  # an object counts as present from this visible share on; below it, it is neither present nor absent
 PALETTE = {
-    "red": (212, 46, 42),
-    "orange": (240, 138, 28),
-    "yellow": (238, 222, 62),
-    "green": (58, 164, 68),
-    "cyan": (60, 200, 212),
-    "blue": (48, 78, 212),
-    "purple": (138, 58, 180),
-    "pink": (246, 140, 190),
-}
+    "red": (212, 46, 42), "orange": (240, 138, 28), "yellow": (238, 222, 62), "green": (58, 164, 68),
+    "cyan": (60, 200, 212), "blue": (48, 78, 212), "purple": (138, 58, 180), "pink": (246, 140, 190),
+}  # fmt: skip
 COLOURS = tuple(PALETTE)
 STYLES = ("plain", "mosaic", "sketch", "dotted", "striped")
 DOMAINS = ("day", "night", "fog")
@@ -94,10 +88,7 @@ def sample_scene(rng: np.random.Generator, kind: str = "mixed") -> Scene:
     for _ in range(count):
         cls = _sample_class(rng, things)
         for _ in range(12):
-            if kind == "portrait":
-                radius, margin = rng.uniform(26, 36), 36.0
-            else:
-                radius, margin = rng.uniform(15, 28), 6.0
+            radius, margin = (rng.uniform(26, 36), 36.0) if kind == "portrait" else (rng.uniform(15, 28), 6.0)
             x, y = rng.uniform(margin, SIZE - margin, size=2)
             if all((x - t.x) ** 2 + (y - t.y) ** 2 > (0.62 * (radius + t.radius)) ** 2 for t in things):
                 angle = float(rng.uniform(-np.pi / 9, np.pi / 9))
@@ -258,12 +249,10 @@ def sample_clip(rng: np.random.Generator, frames: int = 12) -> list[Scene]:
     scenes, things = [], list(first.things)
     for _ in range(frames):
         scenes.append(replace(first, things=tuple(things)))
-        moved = []
         for i, thing in enumerate(things):
             x, y = thing.x + speed[i, 0], thing.y + speed[i, 1]
             for axis, value in enumerate((x, y)):  # turn back at the border
                 if not 8 < value < SIZE - 8:
                     speed[i, axis] *= -1
-            moved.append(replace(thing, x=x, y=y, angle=thing.angle + turn[i], radius=thing.radius * grow[i]))
-        things = moved
+            things[i] = replace(thing, x=x, y=y, angle=thing.angle + turn[i], radius=thing.radius * grow[i])
     return scenes

@@ -5,9 +5,7 @@ shared with training or with another set. A class is present in a scene if a sha
 things is visible, absent if at most 2 % of any is, as in `Facts`; any other class is not asked about.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import permutations
 
 import numpy as np
@@ -15,12 +13,12 @@ from PIL import Image
 
 from kvutils.datasets.mme import mme_subtasks
 from kvutils.datasets.pocket.questions import MARGIN, SCORED, SIDES, Facts, balanced_questions, facts_of, pick
-from kvutils.datasets.pocket.sets import MAX_TRIES, SEED, PocketScene, describe_scene, pocket_scene
+from kvutils.datasets.pocket.sets import SEED, PocketScene, describe_scene, pocket_scene, tries
 from kvutils.datasets.pocket.shapes import CLASSES, PLURALS
 from kvutils.datasets.pocket.world import CLASS_PRIOR, COLOURS, render, sample_kind, sample_scene
 from kvutils.datasets.pope import pope_splits
 from kvutils.datasets.samples import Question, YesNoSample
-from kvutils.errors import ParameterError, at_least, one_of
+from kvutils.errors import at_least, one_of
 
 _POSITIVES, _NEGATIVES, _PAIRS = 1, 2, 3  # what a seed is for, beside the scene; pairs: and on
 
@@ -45,14 +43,12 @@ def pocket_pope(scenes: int = 600, split: str = "all", per_scene: int = 3, seed:
     at_least("per_scene", per_scene)
     splits = pope_splits(split)
     found: list[tuple[int, PocketScene]] = []
-    for index in range(MAX_TRIES * scenes):
+    for index in tries(scenes, "scenes with a visible thing"):
         scene = pocket_scene("pope", index, seed)
         if scene.present:
             found.append((index, scene))
         if len(found) == scenes:
             break
-    else:
-        raise ParameterError(f"{scenes} scenes with a visible thing were not found in {MAX_TRIES * scenes}")
     presence = np.array([np.isin(np.arange(len(CLASSES)), s.present_classes) for _, s in found], dtype=int)
     together = presence.T @ presence  # (8, 8) scenes that show both classes; on the diagonal, that show it
 
@@ -61,8 +57,7 @@ def pocket_pope(scenes: int = 600, split: str = "all", per_scene: int = 3, seed:
         for index, scene in found:
             positives = _draw(scene.present_classes, (seed, index, _POSITIVES))[:per_scene]
             absent = _absent(facts_of(scene.scene, scene.drawn))
-            order = _draw(absent, (seed, index, _NEGATIVES))
-            negatives = _negatives(name, positives, order, together)
+            negatives = _negatives(name, positives, _draw(absent, (seed, index, _NEGATIVES)), together)
             for number, cls in enumerate(c for pair in zip(positives, negatives, strict=True) for c in pair):
                 question, truth = f"is there a {CLASSES[cls]} ?", "no" if number % 2 else "yes"
                 samples.append(YesNoSample(f"{name}-{scene.id}-{number}", scene.id, scene.image, question, truth, name))
@@ -87,16 +82,10 @@ def _absent(facts: Facts) -> list[int]:
 
 # --- MME ---------------------------------------------------------------------------------------------------
 
-# Subtask of MME -> the form of question (`kvutils.datasets.pocket.questions.KINDS`) that stands for it. MME counts by
-# number ("are there two dogs"); the pocket models know only yes-no questions that compare two counts. same_color,
-# which compares the colours of two things, is no subtask of MME and in none of its totals.
-MME_FORMS = {
-    "existence": "existence",
-    "count": "hop_more",
-    "position": "relation",
-    "color": "existence_colour",
-    "same_color": "hop_same",
-}
+# Subtask of MME -> the form of question (`kvutils.datasets.pocket.questions.KINDS`) that stands for it. MME counts by number ("are
+# there two dogs"); the pocket models know only yes-no questions that compare two counts. same_color, which compares the colours
+# of two things, is no subtask of MME and in none of its totals.
+MME_FORMS = {"existence": "existence", "count": "hop_more", "position": "relation", "color": "existence_colour", "same_color": "hop_same"}
 
 
 def pocket_mme(images: int = 300, split: str | Sequence[str] = "all", seed: int = SEED) -> list[YesNoSample]:
@@ -109,10 +98,10 @@ def pocket_mme(images: int = 300, split: str | Sequence[str] = "all", seed: int 
     at_least("images", images)
     subtasks = mme_subtasks(split, tuple(MME_FORMS))
     samples: dict[str, list[YesNoSample]] = {name: [] for name in subtasks}
-    for index in range(MAX_TRIES * images):
+    for index in tries(images, "scenes for each subtask"):
         lacking = [name for name in subtasks if len(samples[name]) < 2 * images]
         if not lacking:
-            return [sample for name in subtasks for sample in samples[name]]
+            break
         described = describe_scene("mme", index, seed)
         facts = Facts(tuple((t.cls, t.colour, t.x, t.y, 1.0) for t in described.things), 0, 0)
         if not any(_pair(name, facts, seed, index) for name in lacking):
@@ -124,7 +113,7 @@ def pocket_mme(images: int = 300, split: str | Sequence[str] = "all", seed: int 
             for truth, question in zip(("yes", "no"), pair, strict=False):
                 sample_id = f"{name}-{scene.id}-{truth}"
                 samples[name].append(YesNoSample(sample_id, scene.id, scene.image, question, truth, name))
-    raise ParameterError(f"{images} scenes for each subtask were not found in {MAX_TRIES * images}")
+    return [sample for name in subtasks for sample in samples[name]]
 
 
 def _pair(subtask: str, facts: Facts, seed: int, index: int) -> tuple[str, str] | None:
@@ -185,13 +174,7 @@ def _same_colour(facts: Facts, random: np.random.Generator) -> tuple[str, str] |
     return chosen[0], chosen[1]
 
 
-_PAIR_OF: dict[str, Callable[[Facts, np.random.Generator], tuple[str, str] | None]] = {
-    "existence": _existence,
-    "count": _count,
-    "position": _position,
-    "color": _colour,
-    "same_color": _same_colour,
-}
+_PAIR_OF = {"existence": _existence, "count": _count, "position": _position, "color": _colour, "same_color": _same_colour}
 
 
 def _only_ones(facts: Facts) -> list[tuple]:
@@ -212,9 +195,8 @@ def _draw(items: Sequence[int], seed: tuple[int, ...]) -> list[int]:
 # --- questions of every kind --------------------------------------------------------------------------------------------
 
 
-def questions_of_every_kind(
-    per_kind: int = 200, scenes: int = 1200, kinds: tuple[str, ...] = SCORED, seed: int = SEED
-) -> list[Question]:
+def questions_of_every_kind(per_kind: int = 200, scenes: int = 1200, kinds: tuple[str, ...] = SCORED,
+                            seed: int = SEED) -> list[Question]:  # fmt: skip
     """About `per_kind` questions of each kind, every answer equally often as far as `scenes` scenes allow.
 
     The scenes are those of a training pool of this seed, so no model was trained on them and no other set has them. The
