@@ -6,8 +6,7 @@
 
 `SessionBatch` does the same for several prompts at once, `answer_all` for any number of images. Prompts are those of
 `MLM.prompt`, and the numbers are those of a full prefill of each. Decoding is greedy; of the model's generation settings
-the end tokens and the repetition penalty apply, as in `generate(do_sample=False)`.
-"""
+the end tokens and the repetition penalty apply, as in `generate(do_sample=False)`."""
 
 from __future__ import annotations
 
@@ -46,8 +45,7 @@ class Answer:
     """What a model says to a question.
 
     text: greedy, without special tokens; tokens: its ids; complete: the model ended it, not max_new_tokens. scores: option
-    -> log-probability (natural) that the answer begins with it.
-    """
+    -> log-probability (natural) that the answer begins with it."""
 
     question: str
     text: str
@@ -65,8 +63,7 @@ class SessionBatch(contextlib.AbstractContextManager):
     """B prompts, each of one image or a sequence of images, read up to their last image exactly once.
 
     prefix as in `capture`; `tokens` of an earlier session of the same model and prefix saves tokenising its questions again.
-    Memory is held until `close()` or the end of `with`. Raises ImageError, ModelError, ParameterError.
-    """
+    Memory is held until `close()` or the end of `with`. Raises ImageError, ModelError, ParameterError."""
 
     @torch.no_grad()
     def __init__(self, mlm: MLM, images: Sequence[Pictures], prefix: str | None = None, tokens: PromptTokens | None = None):
@@ -124,8 +121,7 @@ class SessionBatch(contextlib.AbstractContextManager):
         options: texts to score (or label -> spellings whose probabilities add up) for all questions, or options[row][i] for
         each. max_new_tokens: 0 for scores alone, with options. block: image keys hidden from queries="after" (what follows
         the last image; the cached image is used) or from "all" (image tokens too: the prompt is read anew under the block).
-        Raises ParameterError, and what `block_keys` raises.
-        """
+        Raises ParameterError, and what `block_keys` raises."""
         prefix = self._open()
         at_least("max_new_tokens (or 0 with options)", max_new_tokens, 1 if options is None else 0)
         asked = self._asked(questions, options)
@@ -164,8 +160,7 @@ class SessionBatch(contextlib.AbstractContextManager):
 class ImageSession(SessionBatch):
     """One prompt with one image, or several: `prefix + images` is read once, then questions are asked.
 
-    Arguments and errors as for `SessionBatch`; every method takes `block` and `queries` of its `answer`.
-    """
+    Arguments and errors as for `SessionBatch`; every method takes `block` and `queries` of its `answer`."""
 
     def __init__(self, mlm: MLM, images: Pictures, prefix: str | None = None):
         super().__init__(mlm, [_as_list(images)], prefix)
@@ -203,8 +198,7 @@ def answer_all(mlm: MLM, samples: Iterable[tuple[str, Pictures, Sequence[str]]],
 
     Each image is read once for all its questions and all `blocks` (name -> selection, None for no block; by default only
     {"none": None}), `batch_size` images together, or fewer where memory does not suffice. The other arguments are those of
-    `SessionBatch.answer`. `samples` may be a generator.
-    """
+    `SessionBatch.answer`. `samples` may be a generator."""
     blocks = blocks or {"none": None}
     tokens = PromptTokens(mlm, prefix)
 
@@ -226,8 +220,7 @@ def _as_list(images) -> list:
 class _Asked:
     """A question of a prompt (`row`) as tokens, and what comes of it: the fields of its `Answer`.
 
-    head: ids before the question, one per image; ids: of the question; options: label -> spellings.
-    """
+    head: ids before the question, one per image; ids: of the question; options: label -> spellings."""
 
     row: int
     question: str
@@ -265,8 +258,7 @@ def _answer_together(mlm: MLM, prefix: Prefix, asked: Sequence[_Asked], max_new_
 def _score(mlm: MLM, state: Continuation, asked: Sequence[_Asked], logits: torch.Tensor) -> None:
     """Sum the log-probabilities of each spelling's tokens; spellings of one label add their probabilities.
 
-    First tokens are read from `logits`; the others from one pass in which each longer spelling is a branch.
-    """
+    First tokens are read from `logits`; the others from one pass in which each longer spelling is a branch."""
     spelled = [(owner, label, ids) for owner, one in enumerate(asked)
                for label, spellings in one.options.items() for ids in spellings]  # fmt: skip
     owners, first = torch.tensor([(owner, ids[0]) for owner, _, ids in spelled], device=logits.device).T

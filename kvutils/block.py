@@ -5,8 +5,7 @@
 
 The weights, the cache and the keys themselves stay as they are. Each chosen layer's attention gets a mask of its own,
 (B, H, queries, keys), in which the query heads h = g*H/G .. (g+1)*H/G - 1 that KV head g serves do not see the keys chosen
-for g; the softmax runs over the rest.
-"""
+for g; the softmax runs over the rest."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -38,8 +37,7 @@ def block_keys(mlm: MLM, selection: KeySelection, slots: Slots, queries: str = "
     Exact for prefill, for a continued or static cache, and for decoding, with "sdpa" and "eager" attention. A forward pass
     whose queries all come before is untouched, and so is every layer without a selected key. Blocks inside each other act
     together. At the end, or after an exception, the model is as it was. Raises ModelError (attention that takes no mask),
-    DataError, ParameterError; inside, ParameterError for a slot beyond the sequence or a batch that the rows do not fit.
-    """
+    DataError, ParameterError; inside, ParameterError for a slot beyond the sequence or a batch that the rows do not fit."""
     one_of("queries", queries, ("after", "all"))
     rows = slot_rows(slots)
     _, heads, tokens = selection.mask.shape
@@ -88,8 +86,7 @@ def _by_query_head(mlm: MLM, mask: torch.Tensor, rows: np.ndarray) -> torch.Tens
 def _blocking_hook(mlm: MLM, by_slot: torch.Tensor, last: np.ndarray, queries: str) -> Callable:
     """A forward pre-hook for one `self_attn` that edits its attention mask.
 
-    by_slot (rows, H, S) as from `_by_query_head`; last (rows,), the slot of each row's last image token.
-    """
+    by_slot (rows, H, S) as from `_by_query_head`; last (rows,), the slot of each row's last image token."""
 
     def hook(module, args, kwargs):
         check_masks(mlm, ())

@@ -18,8 +18,7 @@ def open_image(image: ImageLike, name: str = "image", max_pixels: int = MAX_PIXE
 
     EXIF orientation is applied, transparency is composited on white, 16-bit greyscale is scaled to 8 bits, CMYK,
     palette and greyscale become RGB; of an animation the first frame is taken. `name` says in errors which argument
-    is meant (paths name themselves). Raises `ImageError`.
-    """
+    is meant (paths name themselves). Raises `ImageError`."""
     if not isinstance(image, ImageLike):
         raise ImageError(f"{name}: expected a path or a PIL.Image, not {type(image).__name__}; PIL.Image.fromarray makes one of an array")
     name = name if isinstance(image, Image.Image) else fspath(image)

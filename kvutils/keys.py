@@ -5,8 +5,7 @@ An image key that hardly changes from image to image is *input-agnostic*. The st
     variance[l, g, n] = mean over images i of || key_i[l, g, n] - mean_i key_i[l, g, n] ||^2
 
 in squared key units (divisor: the number of images). Rotary position encoding rotates the keys of one position alike in
-every image, so it leaves this number unchanged. `block_keys` hides the keys of a `KeySelection` from the text.
-"""
+every image, so it leaves this number unchanged. `block_keys` hides the keys of a `KeySelection` from the text."""
 
 from __future__ import annotations
 
@@ -50,8 +49,7 @@ class KeyVariance:
     def update(self, keys: torch.Tensor) -> KeyVariance:
         """Add B images and return itself. keys: (B, ..., D), any float type, every call the same (..., D).
 
-        Raises DataError for another shape and for keys that are not finite (half precision may have overflowed).
-        """
+        Raises DataError for another shape and for keys that are not finite (half precision may have overflowed)."""
         if self.mean is not None and keys.shape[1:] != self.mean.shape:
             raise DataError(f"keys of shape (B, *{tuple(self.mean.shape)}) were expected, found {tuple(keys.shape)}; "
                             "give every image the same token grid (same resize)")  # fmt: skip
@@ -155,8 +153,7 @@ class KeySelection:
     """Which image keys are chosen, such as those that `block_keys` blocks.
 
     mask (L, G, N) bool: mask[i] belongs to layer layers[i], different numbers from 0 on; N counts an image's tokens in the
-    order of its `TokenLayout`, newlines included. Raises DataError for another mask, ParameterError for other layers.
-    """
+    order of its `TokenLayout`, newlines included. Raises DataError for another mask, ParameterError for other layers."""
 
     name: str
     mask: torch.Tensor

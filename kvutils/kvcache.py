@@ -4,8 +4,7 @@
     captures[0].value(7)  # (N, G*D) image value tokens of layer 7, one row per `captures[0].layout` token
 
 From the command line: `kvutils capture PHOTO... --out FILE.safetensors` (see --help). Beside it what image values are
-compared with: the values of words.
-"""
+compared with: the values of words."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -30,8 +29,7 @@ class Capture:
     """What one image became; tensors that were not asked for are None.
 
     keys, values (L, G, N, D) of `layers`, keys after rotary embedding as cached; encoder (N, C_v), the vision tower's features;
-    projector (N, C_h), what enters the language model. In newline rows encoder is zero and projector the newline embedding.
-    """
+    projector (N, C_h), what enters the language model. In newline rows encoder is zero and projector the newline embedding."""
 
     layout: TokenLayout
     layers: tuple[int, ...]
@@ -90,8 +88,7 @@ def capture(mlm: MLM, images: Iterable[ImageLike], prefix: str | None = None, la
     last requested layer only (not at all without keys and values). How it looks at pictures is a setting of the `MLM`.
     features adds encoder and projector. to: where results go (None: the model's device). With on_capture(index, capture)
     nothing is kept and None is returned, and `images` may be a generator: memory stays constant. A batch that does not fit
-    the device is halved. Raises ImageError, ParameterError, MemoryLimitError.
-    """
+    the device is halved. Raises ImageError, ParameterError, MemoryLimitError."""
     layers = resolve_layers(mlm, layers) if keys or values else ()
     prompt = mlm.prompt(prefix=prefix)
     device = mlm.device if to is None else torch.device(to)
@@ -131,8 +128,7 @@ def text_values(mlm: MLM, texts: Sequence[str], layers: str | int | Iterable[int
     """(len(texts), L, G, D) float32 on the CPU: the values of each text, averaged over its tokens.
 
     Every text is read on its own, without image or chat template: section 3.1 needs a vector in the space of the image
-    values. Special tokens that the tokenizer adds, such as a first token, are not averaged.
-    """
+    values. Special tokens that the tokenizer adds, such as a first token, are not averaged."""
     for text in texts:
         if isinstance(texts, str) or not text.strip() or mlm.processor.image_token in text:
             raise ParameterError("texts must be a list of texts of at least one word each, without the image token; found "

@@ -3,8 +3,7 @@
 A cached prompt prefix is continued by many questions at once without one copy of the cache per question. A row of the batch
 is one prompt: its prefix (text and images) is cached once, and all its questions are appended to that row side by side. A
 mask lets every token see the prefix and its own question, nothing of the others, and positions continue after the prefix
-for each question anew: each is computed as if it were alone.
-"""
+for each question anew: each is computed as if it were alone."""
 
 from __future__ import annotations
 
@@ -76,8 +75,7 @@ class _ReadingCache(DynamicCache):
 def read_layers(mlm: MLM, embeddings: torch.Tensor, text: TextInputs, layers: Sequence[int], store: Store) -> None:
     """Run the language model on embeddings (B, T, C) up to the last of the layers; no head.
 
-    store(position in `layers`, keys (B, G, T, D), values (B, G, T, D)) is called layer after layer.
-    """
+    store(position in `layers`, keys (B, G, T, D), values (B, G, T, D)) is called layer after layer."""
     language_model = mlm.model.model.language_model
     with contextlib.suppress(_LastLayerReached):
         language_model(inputs_embeds=embeddings, attention_mask=text.attention_mask, position_ids=text.position_ids,
@@ -94,8 +92,7 @@ class Prefix:
     """The cache of B prompts up to their last image token, P tokens padded on the right.
 
     keys_values: per layer the keys and the values (B, G, P, D); mask (B, P) bool, False on padding; next_position (B,): the
-    position of the first token after the prefix.
-    """
+    position of the first token after the prefix."""
 
     keys_values: list[tuple[torch.Tensor, torch.Tensor]]
     mask: torch.Tensor
@@ -115,8 +112,7 @@ class Piece:
     """Consecutive tokens of one question: `owner` is the question's number, `row` its prompt.
 
     offset: tokens between the end of the prefix and this piece. Pieces of one owner see each other in order; a piece with a
-    `branch` other than 0 (an answer option) sees branch 0 and itself.
-    """
+    `branch` other than 0 (an answer option) sees branch 0 and itself."""
 
     row: int
     owner: int

@@ -3,8 +3,7 @@
 LLaVA-OneVision and LLaVA-NeXT: base view (the image squashed to a square), then the tiles (the image resized into the best
 resolution, padded, cut) row by row, a newline after every row. Qwen2.5-VL: one grid of merged 2x2 patches, no newlines.
 Token order, unpadding and OneVision's shrinking above anyres_max_9 are not re-implemented: grid coordinates are packed by
-the model's own `pack_image_features` in place of features.
-"""
+the model's own `pack_image_features` in place of features."""
 
 from dataclasses import dataclass, replace
 
@@ -26,8 +25,7 @@ class TokenLayout:
     slots (N,) int64 positions in the token sequence; rects (N, 4) float64 x0, y0, x1, y1 in pixels of the original upright
     image, clipped to it (NaN for newlines; empty for tokens that see only padding); cells (N, 2) int64 row and column
     within the view's grid (a newline has column = number of columns); view (N,) int64 `BASE` or `TILES`; is_newline (N,)
-    bool; image_size (W, H); grids: view name -> (rows, columns).
-    """
+    bool; image_size (W, H); grids: view name -> (rows, columns)."""
 
     slots: np.ndarray
     rects: np.ndarray
@@ -68,8 +66,7 @@ class TokenLayout:
         """Class of every token: the majority of the pixels in its rectangle (see `pixel_sums`), `VOID` pixels left out.
 
         mask (H, W) int. Returns labels (N,) int64 (-1: newline, padding, or only void pixels; the smaller class on a tie)
-        and coverage (N,) float64, the share of the rectangle's pixels that carry the label.
-        """
+        and coverage (N,) float64, the share of the rectangle's pixels that carry the label."""
         mask = np.asarray(mask)
         if mask.shape != self.image_size[::-1]:
             raise DataError(f"the mask must be (H, W) = {self.image_size[::-1]} like its image, not {mask.shape}")
@@ -84,8 +81,7 @@ class TokenLayout:
 
     def pixel_sums(self, planes: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sums (n, ...) of pixel planes (H, W, ...) over the pixels whose centre is in each token's rectangle, and their number
-        (n,). A rectangle without a pixel centre (an enlarged image) takes the pixel under its middle.
-        """
+        (n,). A rectangle without a pixel centre (an enlarged image) takes the pixel under its middle."""
         low, high = np.ceil(self.rects[tokens] - 0.5).astype(int).reshape(-1, 2, 2).swapaxes(0, 1)
         under = np.minimum(np.floor(self.centers[tokens]).astype(int), np.array(self.image_size) - 1)
         thin = high <= low
@@ -97,8 +93,7 @@ class TokenLayout:
         """(K,) index of the token of the finest (or given) view under each point.
 
         points (K, 2) x, y in image pixels, clipped to the image. Pixels that no token sees (the rim that patches do not
-        divide) go to the nearest one.
-        """
+        divide) go to the nearest one."""
         points = np.asarray(points, dtype=np.float64).reshape(-1, 2)
         if not np.isfinite(points).all():
             raise DataError("points must be finite x, y pixel coordinates")
@@ -161,8 +156,7 @@ def tiling(mlm, image_size: tuple[int, int]) -> tuple[int, int]:
 def pack_crops(mlm, crops: list[torch.Tensor], image_sizes: list[tuple[int, int]], newline: torch.Tensor) -> list[torch.Tensor]:
     """The model's own unpadding, shrinking and newline insertion, for any features of the LLaVA families.
 
-    crops: per image (P, g*g, C), base view first; image_sizes (W, H); newline (C,). Returns per image (N, C).
-    """
+    crops: per image (P, g*g, C), base view first; image_sizes (W, H); newline (C,). Returns per image (N, C)."""
     option = "vision_aspect_ratio" if mlm.family == "llava_onevision" else "vision_feature_select_strategy"
     options = {option: getattr(mlm.model.config, option)}
     sizes = [(height, width) for width, height in image_sizes]
@@ -173,8 +167,7 @@ def pack_crops(mlm, crops: list[torch.Tensor], image_sizes: list[tuple[int, int]
 def build_layout(mlm, image_size: tuple[int, int], grid: tuple[int, int] | None = None) -> TokenLayout:
     """Layout of one image of `image_size` (W, H), with slots 0..N-1.
 
-    grid: (rows, columns) of merged patches of Qwen2.5-VL, as its image processor chose them.
-    """
+    grid: (rows, columns) of merged patches of Qwen2.5-VL, as its image processor chose them."""
     if mlm.family == "qwen2_5_vl":
         edges = [np.linspace(0, size, count + 1) for size, count in zip(image_size, grid[::-1], strict=True)]
         intervals = {BASE: [np.stack([ends[:-1], ends[1:]], axis=1) for ends in edges]}
@@ -223,8 +216,7 @@ def _tile_intervals(centers, g: int, patch: int, side: int, canvas: int, resized
 
     centers: patch coordinates on the padded canvas, fractional where the model shrank the grid; every token nominally
     covers the spacing around its centre. The last pixels of a tile may belong to no patch. resized: of `canvas` pixels those
-    that show the image, with its aspect kept; size: of the image.
-    """
+    that show the image, with its aspect kept; size: of the image."""
     centers = np.asarray(centers, dtype=np.float64)
     spacing = (centers[-1] - centers[0]) / (len(centers) - 1) if len(centers) > 1 else 1.0
     low, high = centers + 0.5 - spacing / 2, centers + 0.5 + spacing / 2

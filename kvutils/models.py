@@ -80,8 +80,7 @@ class MLM:
     """A multimodal language model with its processor; all sizes come from the configuration.
 
     How it looks at pictures (`dataclasses.replace(mlm, ...)` for another way, the weights are shared): base_view_only
-    (LLaVA), only the picture squashed to a square, no tiles; max_pixels (Qwen2.5-VL), pictures are scaled down to so many.
-    """
+    (LLaVA), only the picture squashed to a square, no tiles; max_pixels (Qwen2.5-VL), pictures are scaled down to so many."""
 
     model: PreTrainedModel
     processor: Any
@@ -167,8 +166,7 @@ def load_mlm(name: str, device: str | torch.device | None = None, dtype: str | t
     device: default CUDA if there is one, of several processes to each its own. dtype: default float32 on CPU and for
     pocket models, else bfloat16 (float16 on GPUs that have none). device_map: as in accelerate, not with `device`; default
     `placement`. untrained: the same configuration with the random initialisation of its class under `seed` (control). Only
-    safetensors are read. Raises ModelError also where `check_mlm` finds the model to be another than the code expects.
-    """
+    safetensors are read. Raises ModelError also where `check_mlm` finds the model to be another than the code expects."""
     spec = find_model(name)
     one_of("attention", attention, ("sdpa", "eager", "flash_attention_2", "flash_attention_3"))
     if device_map is not None and (device is not None or untrained):

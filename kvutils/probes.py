@@ -11,8 +11,7 @@ penalised, s_i = sample weight * total weight / (classes * weight of the class),
 Dozens of sources share one set of rows, so the solver runs them side by side and passes over the features, the largest array,
 only twice per iteration. Each step minimises F over the plane spanned by the preconditioned gradient and the last few steps
 (sequential subspace optimisation, Narkiss and Zibulevsky 2005). The logits of these directions are kept, hence the Newton
-step inside the plane costs little. The preconditioner is F's Hessian, estimated from a part of the rows and seldom renewed.
-"""
+step inside the plane costs little. The preconditioner is F's Hessian, estimated from a part of the rows and seldom renewed."""
 
 from __future__ import annotations
 
@@ -42,8 +41,7 @@ class LinearProbe:
     """A fitted probe per source; S stands for the leading dimensions of the fitted X (none, one or several).
 
     K' is 1 for two classes (one logit, positive for class 1), else num_classes. weight applies to standardised features. A
-    class without training rows has bias -inf. loss is F (see the module) at the solution.
-    """
+    class without training rows has bias -inf. loss is F (see the module) at the solution."""
 
     weight: Tensor  # (S, K', C)
     bias: Tensor  # (S, K')
@@ -153,8 +151,7 @@ def _standardise(X: Tensor, keep: Tensor | None, dtype: torch.dtype, first: int)
     """Standardised rows with a column of ones (S, N, C+1), mean and std (S, C); X (S, N, C), keep (S, N) bool or None.
 
     One source at a time: passes over one source stay in the cache and need little scratch space, where passes over all
-    sources would cost as much as the optimisation.
-    """
+    sources would cost as much as the optimisation."""
     S, N, C = X.shape
     A, mean, std = (X.new_empty(shape, dtype=dtype) for shape in ((S, N, C + 1), (S, C), (S, C)))
     scratch, share, eps = A.new_empty(N, C), A.new_full((1, N), 1 / N), torch.finfo(dtype).eps
@@ -234,8 +231,7 @@ def _factorise(A: Tensor, curvature: Tensor, ridge: Tensor, evenly: bool) -> Ten
     """Cholesky factor (S, P, P) of about A' diag(curvature) A + diag(ridge); A (S, N, P), curvature (S, N).
 
     Only some rows enter: every n-th while all have about the same curvature (evenly), else those with most of it, for late
-    in the optimisation a few rows near the boundary carry nearly all.
-    """
+    in the optimisation a few rows near the boundary carry nearly all."""
     S, N, P = A.shape
     count, index = min(N, ROWS_PER_CHANNEL * P), None
     if evenly:

@@ -2,8 +2,7 @@
 
 The published OneVision and Qwen2.5-VL processors own a video processor, which needs torchvision. This project
 only shows images, so `ImageOnly...` leave video out and use the PIL image processors of `transformers`. The
-torchvision path resizes slightly differently; `MLM.image_backend` says which one a model has.
-"""
+torchvision path resizes slightly differently; `MLM.image_backend` says which one a model has."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,8 +49,7 @@ def load_processor(source: str | Path, family: str, revision: str = "main"):
     """Processor of a checkpoint, by explicit class: of an unknown one `AutoProcessor` gives the tokenizer.
 
     Images are resized as the checkpoint was made: by torchvision for published ones if it is installed, by PIL for
-    processors saved by this project (so that its results do not depend on what else is installed).
-    """
+    processors saved by this project (so that its results do not depend on what else is installed)."""
     published, image_only, pil_class = _CLASSES[family]
     settings, _ = image_only.get_processor_dict(source, revision=revision)
     ours = settings.get("processor_class", "").startswith("ImageOnly")

@@ -28,8 +28,7 @@ def prepare_text(mlm: MLM, prompts: Sequence[str], vision: VisionInputs, images_
     """Tokenise prompts and place the layouts' slots; images belong to the prompts' image tokens in order.
 
     images_only ends every sequence after its last image token: attention is causal, so what follows cannot change the
-    image tokens.
-    """
+    image tokens."""
     token, rows, first = mlm.processor.image_token, [], 0
     for prompt in prompts:
         head, *tails = prompt.split(token)
@@ -96,8 +95,7 @@ class PromptTokens:
     def tail(self, question: str, images: int) -> list[int]:
         """Token ids behind the last image of the whole prompt with this question.
 
-        ParameterError where the prompt up to there is not what every other question shares.
-        """
+        ParameterError where the prompt up to there is not what every other question shares."""
         if not isinstance(question, str) or not question.strip():
             raise ParameterError(f"a question must be a text of at least one word, not {question!r}")
         if (question, images) not in self._prompts:
@@ -113,8 +111,7 @@ class PromptTokens:
         """Label -> token ids of each spelling, as the model would begin its turn with them.
 
         options: texts, or label -> spellings. Spellings with equal tokens count once, those with tokens unknown to the
-        model not at all; ParameterError where an option has no other.
-        """
+        model not at all; ParameterError where an option has no other."""
         texts = [] if isinstance(options, str) else [one for one in options or () if isinstance(one, str)]
         if not texts or len(set(texts)) < len(options):
             raise ParameterError(f"options must be a list of different texts, at least one, not {options!r}")

@@ -2,8 +2,7 @@
 
 Every write goes to a file of its own in the same folder, which is then renamed over the target. A killed run or a full disk
 leaves the previous file; two runs in one folder each write whole files and share the parts between them (`Parts.make_all`):
-that is also how several processes, GPUs and nodes with a common file system work on one run.
-"""
+that is also how several processes, GPUs and nodes with a common file system work on one run."""
 
 import ast
 import hashlib
@@ -184,8 +183,7 @@ class Parts:
 
         Processes that run the same jobs in this folder share them: a part is computed by the one that locks it first, and while
         one waits for a part of another it computes those that come later. The operating system gives back the lock of a process
-        that dies, so its part is computed by another.
-        """
+        that dies, so its part is computed by another."""
         ahead = 0  # everything before it was finished or somebody's when it was last looked at
         for place, (key, compute) in enumerate(jobs):
             ahead = max(ahead, place + 1)
@@ -231,8 +229,7 @@ def in_chunks(parts: Parts | None, name: str, items: Sequence, compute: Callable
     """`compute(some)` for `size` items at a time, in order: the long work of every task.
 
     With `parts`, finished chunks are kept under `name` and all that they depend on, `depends` and `of(item)` of their items (both
-    JSON-able): a run that was stopped goes on, and several processes share the chunks. unit: an item, beside the progress bar.
-    """
+    JSON-able): a run that was stopped goes on, and several processes share the chunks. unit: an item, beside the progress bar."""
     at_least("chunk", size)
     jobs, starts = [], range(0, len(items), size)
     for start in starts:

@@ -48,8 +48,7 @@ def in_halves(run: Callable[[Sequence[T]], list[R]], items: Sequence[T]) -> list
     """run(items), one result per item; where memory does not suffice, the results of its halves, one after the other.
 
     A smaller batch may change the last bits of a result (as another GPU does), so it is logged. Raises MemoryLimitError
-    where a single item does not fit.
-    """
+    where a single item does not fit."""
     try:
         return run(items)
     except RuntimeError as error:
@@ -73,8 +72,7 @@ class VisionInputs:
 
     pixels: LLaVA families (crops of all images, 3, S, S), the base view of an image first; Qwen2.5-VL (patches of all
     images, patch values). layouts: one per image; `prepare_text` places their slots. crops: crops per image (LLaVA).
-    grids (n, 3): temporal, rows and columns of unmerged patches (Qwen).
-    """
+    grids (n, 3): temporal, rows and columns of unmerged patches (Qwen)."""
 
     pixels: torch.Tensor
     layouts: list[TokenLayout]
@@ -123,8 +121,7 @@ def encode_images(mlm: MLM, vision: VisionInputs) -> tuple[list[torch.Tensor], l
 
     The tower features are what the projector reads: the configured feature layer, unpadded, shrunk and packed like the
     tokens (newline rows are zeros). Qwen2.5-VL merges 2x2 patches in its projector: its tower features are the mean of
-    each 2x2 group, in image order (the tower itself works in window order).
-    """
+    each 2x2 group, in image order (the tower itself works in window order)."""
     with _awake(mlm.model.model):
         states, projected = (_encode_qwen if mlm.family == QWEN else _encode_llava)(mlm, vision)
     for layout, tower, tokens in zip(vision.layouts, states, projected, strict=True):
