@@ -41,7 +41,7 @@ from pathlib import Path
 __version__ = "0.1.0"
 VOID = 255  # value of mask pixels without annotation: excluded from training and from every score
 _HOME = {
-    "load_mlm": "models", "load_encoder": "models", "capture": "kvcache", "Capture": "kvcache", "text_values": "kvcache",
+    "load_mlm": "models", "load_encoder": "models", "capture": "kvcache", "Capture": "kvcache", "text_values": "readout.words",
     "TokenLayout": "layout", "KeyVariance": "keys", "key_variance": "keys", "KeySelection": "keys", "block_keys": "block",
     "ImageSession": "answer", "fit_linear_probe": "probes", "open_dataset": "datasets", "explore": "readout.maps",
 }  # fmt: skip

@@ -3,8 +3,7 @@
     captures = capture(load_mlm("pocket"), ["photo.jpg"], layers=[3, 7])
     captures[0].value(7)  # (N, G*D) image value tokens of layer 7, one row per `captures[0].layout` token
 
-From the command line: `kvutils capture PHOTO... --out FILE.safetensors` (see --help). Beside it what image values are
-compared with: the values of words."""
+From the command line: `kvutils capture PHOTO... --out FILE.safetensors` (see --help)."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from kvutils.images import ImageLike
 from kvutils.language import embed, read_layers, resolve_layers
 from kvutils.layout import TokenLayout
 from kvutils.models import MLM
-from kvutils.prompts import pad, prepare_text
+from kvutils.prompts import prepare_text
 from kvutils.vision import compact, encode_images, over_images, prepare_images
 
 _TENSORS = ("keys", "values", "encoder", "projector")
@@ -121,30 +120,3 @@ def capture(mlm: MLM, images: Iterable[ImageLike], prefix: str | None = None, la
     for index, one in enumerate(captures):
         on_capture(index, one)
     return None
-
-
-@torch.no_grad()
-def text_values(mlm: MLM, texts: Sequence[str], layers: str | int | Iterable[int] = "all", batch_size: int = 64) -> torch.Tensor:
-    """(len(texts), L, G, D) float32 on the CPU: the values of each text, averaged over its tokens.
-
-    Every text is read on its own, without image or chat template: section 3.1 needs a vector in the space of the image
-    values. Special tokens that the tokenizer adds, such as a first token, are not averaged."""
-    for text in texts:
-        if isinstance(texts, str) or not text.strip() or mlm.processor.image_token in text:
-            raise ParameterError("texts must be a list of texts of at least one word each, without the image token; found "
-                                 + repr(texts if isinstance(texts, str) else text))  # fmt: skip
-    layers = resolve_layers(mlm, layers)
-    result = torch.empty(len(texts), len(layers), mlm.num_kv_heads, mlm.head_dim)
-    for start in range(0, len(texts), batch_size):
-        tokens = [mlm.tokenizer(text, return_special_tokens_mask=True) for text in texts[start : start + batch_size]]
-        read = pad(mlm, [torch.tensor(one["input_ids"]) for one in tokens])
-        special = pad(mlm, [torch.tensor(one["special_tokens_mask"]) for one in tokens]).input_ids
-        weight = (read.attention_mask * (1 - special)).float()
-        weight = weight / weight.sum(1, keepdim=True)
-
-        def store(position: int, _: torch.Tensor, values: torch.Tensor, start=start, weight=weight) -> None:
-            mean = torch.einsum("bgtd,bt->bgd", values.float(), weight.to(values.device))
-            result[start : start + len(mean), position] = mean.cpu()
-
-        read_layers(mlm, mlm.model.get_input_embeddings()(read.input_ids), read, layers, store)
-    return result

@@ -17,12 +17,13 @@ from transformers import DynamicCache, GenerationConfig
 import kvutils
 from kvutils.answer import ImageSession
 from kvutils.errors import ImageError, ModelError, ParameterError
-from kvutils.kvcache import capture, text_values
+from kvutils.kvcache import capture
 from kvutils.language import resolve_layers
 from kvutils.models import load_encoder, load_mlm, wrap_mlm
 from kvutils.processors import load_processor
 from kvutils.prompts import prepare_text
 from kvutils.readout.encoders import capture_encoder
+from kvutils.readout.words import text_values
 from kvutils.vision import encode_images, prepare_images
 
 ALL = [*FAMILIES, "pocket"]

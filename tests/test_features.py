@@ -11,14 +11,14 @@ from torch.nn.functional import normalize
 from transformers import SiglipConfig, SiglipModel, SiglipTextConfig
 
 from kvutils.errors import ModelError, ParameterError
-from kvutils.kvcache import capture, text_values
+from kvutils.kvcache import capture
 from kvutils.models import Encoder
 from kvutils.readout.attention import prompt_saliency
 from kvutils.readout.encoders import capture_encoder
 from kvutils.readout.features import FeatureExtractor, image_tokens, pixel_features, token_means
 from kvutils.readout.maps import explore
 from kvutils.readout.maps import picture as picture_of
-from kvutils.readout.words import SiglipText, load_siglip_text
+from kvutils.readout.words import SiglipText, load_siglip_text, text_values
 from tests.tiny_models import FAMILIES, WORDS, grid_layout, tiny, tiny_onevision, tiny_pocket, tiny_siglip
 
 RNG = np.random.default_rng(0)

@@ -14,7 +14,7 @@ All scores are dot products (paper, section 3.1; sources beyond value.l are ours
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +24,10 @@ from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoTokenizer, SiglipModel, SiglipTextModel
 
 from kvutils.errors import ModelError, ParameterError
-from kvutils.kvcache import text_values
+from kvutils.language import read_layers, resolve_layers
 from kvutils.models import ENCODERS, MLM, Encoder
 from kvutils.processors import quiet_transformers
+from kvutils.prompts import pad
 
 # SigLIP learned captions, not bare names; a leading "the " of an expression gives way to it.
 SIGLIP_TEMPLATE = "a {}"
@@ -65,6 +66,33 @@ def load_siglip_text(name: str, device: str | torch.device = "cpu") -> SiglipTex
     except (OSError, ValueError) as error:
         raise ModelError(f"{name}: no SigLIP text tower and tokenizer at {source}: {error}") from error
     return SiglipText(model.to(device).eval(), tokenizer, name)
+
+
+@torch.no_grad()
+def text_values(mlm: MLM, texts: Sequence[str], layers: str | int | Iterable[int] = "all", batch_size: int = 64) -> torch.Tensor:
+    """(len(texts), L, G, D) float32 on the CPU: the values of each text, averaged over its tokens.
+
+    Every text is read on its own, without image or chat template: section 3.1 needs a vector in the space of the image
+    values. Special tokens that the tokenizer adds, such as a first token, are not averaged."""
+    for text in texts:
+        if isinstance(texts, str) or not text.strip() or mlm.processor.image_token in text:
+            raise ParameterError("texts must be a list of texts of at least one word each, without the image token; found "
+                                 + repr(texts if isinstance(texts, str) else text))  # fmt: skip
+    layers = resolve_layers(mlm, layers)
+    result = torch.empty(len(texts), len(layers), mlm.num_kv_heads, mlm.head_dim)
+    for start in range(0, len(texts), batch_size):
+        tokens = [mlm.tokenizer(text, return_special_tokens_mask=True) for text in texts[start : start + batch_size]]
+        read = pad(mlm, [torch.tensor(one["input_ids"]) for one in tokens])
+        special = pad(mlm, [torch.tensor(one["special_tokens_mask"]) for one in tokens]).input_ids
+        weight = (read.attention_mask * (1 - special)).float()
+        weight = weight / weight.sum(1, keepdim=True)
+
+        def store(position: int, _: torch.Tensor, values: torch.Tensor, start=start, weight=weight) -> None:
+            mean = torch.einsum("bgtd,bt->bgd", values.float(), weight.to(values.device))
+            result[start : start + len(mean), position] = mean.cpu()
+
+        read_layers(mlm, mlm.model.get_input_embeddings()(read.input_ids), read, layers, store)
+    return result
 
 
 class TextAlignment:
