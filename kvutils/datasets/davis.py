@@ -48,8 +48,7 @@ def _open_clip(home: Path, name: str, resolution: str, max_frames: int | None) -
 def _read_masks(paths: Sequence[Path], pictures: Sequence[Path]) -> np.ndarray:
     masks = [_read_mask(path, picture) for path, picture in zip(paths, pictures, strict=True)]
     for path, mask in zip(paths, masks, strict=True):
-        shapes = f"(height, width) {mask.shape}, but the first annotation of its sequence {masks[0].shape}"
-        expect(mask.shape == masks[0].shape, f"{path} has {shapes}")
+        expect(mask.shape == masks[0].shape, f"{path} has (height, width) {mask.shape}, but the first annotation of its sequence {masks[0].shape}")
     return np.stack(masks)
 
 

@@ -89,8 +89,7 @@ def _read_pair(folder: Path, name: str, category: str, file: Path) -> tuple[Keyp
         sizes = [tuple(int(number) for number in content[key][:2]) for key in ("src_imsize", "trg_imsize")]
     paths = [folder / f"{one}.jpg" for one in named]
     source, target = (partial(annotated_picture, partial(open_image, path), size, str(path)) for path, size in zip(paths, sizes, strict=True))
-    pair = KeypointPair(name, category, named[0], source, points[0], named[1], target, points[1], box)
-    return pair, paths
+    return KeypointPair(name, category, named[0], source, points[0], named[1], target, points[1], box), paths
 
 
 def _numbers(value: object, shape: tuple[int, ...], key: str) -> np.ndarray:
