@@ -1,8 +1,7 @@
 """Co-segmentation by clustering tokens of a group of images together, after Amir et al. (dino-vit-features).
 
-1. `cluster_tokens`: k-means over the L2-normalised tokens of all images, k grown until the inertia stops falling.
-2. `salient_clusters`: clusters that are salient in most images are the common object. An MLM has no class token whose
-   attention gives saliency, so `oracle_clusters` reports beside it the best that any choice of clusters could do.
+Clusters that are salient in most images are the common object. An MLM has no class token whose attention gives saliency,
+so `oracle_clusters` reports beside it the best that any choice of clusters could do.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ ELBOW = 0.975  # k grows while the inertia falls below this share of the one bef
 
 
 def cluster_tokens(tokens: Sequence[np.ndarray], n_init: int = 10, seed: int = 0) -> tuple[list[np.ndarray], list[float]]:
-    """Joint k-means of the tokens (N_i, C) of all images of a group, whose grids may differ: labels (N_i,) int per image,
+    """Joint k-means of the L2-normalised tokens (N_i, C) of all images of a group, whose grids may differ: labels (N_i,) int per image,
     and inertias, the mean squared distance with 1, 2, ... clusters, as many as labels.
 
     k grows from 1 until inertia(k) > ELBOW * inertia(k - 1), at most MAX_CLUSTERS; that last k is the one used, as in the

@@ -57,12 +57,10 @@ def picture(
     """What the figures of one image need, JSON-able: thumbnail, token rectangles, PCA colours and similarity maps.
 
     The principal components are those of the image's and the `context` images' tokens together."""
-    items = [(name, image), *context.items()]
-    found = extractor.images(items)
+    found = extractor.images([(name, image), *context.items()])
     layout = found[0].layout
-    sources = [s for s in extractor.sources if s in SHOWN or s.startswith("value.")]
     pca, similarity = {}, {}
-    for source in sources:
+    for source in (s for s in extractor.sources if s in SHOWN or s.startswith("value.")):
         colours = pca_colours([f.features[source].float().numpy() for f in found])[0]
         pca[source] = to_grid(layout, colours).tolist()
         similarity[source] = to_grid(layout, similarity_to_point(found[0], source, point).astype(float)).round(3).tolist()

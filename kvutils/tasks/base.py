@@ -110,7 +110,8 @@ class Task(ABC):
 
     def sources(self, extractor: FeatureExtractor) -> list[str]:
         """The sources of this task's rows, in order."""
-        return extractor.sources
+        shuffled = [f"{SHUFFLED}value.{layer}" for layer in extractor.layers] if self.control == SHUFFLED else []
+        return extractor.sources + shuffled
 
     @abstractmethod
     def images(self, sample: Any) -> list[Item]:

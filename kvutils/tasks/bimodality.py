@@ -101,20 +101,16 @@ def _climb(values: np.ndarray, parts, steps: int) -> tuple[Fit, np.ndarray]:
     for _ in range(steps):
         sums = [np.maximum(part.sum(1), 1e-9) for part in parts]
         means = [(part * values).sum(1) / n for part, n in zip(parts, sums, strict=True)]
-        spread = [
-            np.maximum(np.sqrt((part * (values - mean[:, None]) ** 2).sum(1) / n), floor)
-            for part, mean, n in zip(parts, means, sums, strict=True)
-        ]
+        spread = [np.maximum(np.sqrt((part * (values - mean[:, None]) ** 2).sum(1) / n), floor)
+                  for part, mean, n in zip(parts, means, sums, strict=True)]  # fmt: skip
         fit = tuple(np.stack(each, axis=1) for each in (means, spread, [n / values.shape[1] for n in sums]))
         parts, likelihood = _responsible(values, fit)
     return fit, likelihood
 
 
 def _responsible(values: np.ndarray, fit: Fit) -> tuple[list[np.ndarray], np.ndarray]:
-    logs = [
-        np.log(share[:, None]) - np.log(sd[:, None]) - 0.5 * ((values - mean[:, None]) / sd[:, None]) ** 2
-        for mean, sd, share in zip(*(each.T for each in fit), strict=True)
-    ]
+    logs = [np.log(share[:, None]) - np.log(sd[:, None]) - 0.5 * ((values - mean[:, None]) / sd[:, None]) ** 2
+            for mean, sd, share in zip(*(each.T for each in fit), strict=True)]  # fmt: skip
     total = np.logaddexp(*logs)
     return [np.exp(each - total) for each in logs], total.mean(axis=1)
 

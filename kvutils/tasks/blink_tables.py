@@ -175,11 +175,9 @@ def claim_c8(described: Mapping[str, Mapping]) -> dict:
     give on the same items (`at_guess`).
     """
     headline = described.get("Art_Style") or next(iter(described.values()))
-    entries = [
-        Interval.of(each["held_out"]["above_guess"]).scaled(100).claim(
-            f"{each['title']}: {each['chosen']['source']} right, model wrong, minus guessing")
-        for each in described.values()
-    ]  # fmt: skip
+    above = {f"{each['title']}: {each['chosen']['source']} right, model wrong, minus guessing": each["held_out"]["above_guess"]
+             for each in described.values()}  # fmt: skip
+    entries = [Interval.of(found).scaled(100).claim(name) for name, found in above.items()]
     return Interval.of(headline["held_out"]["shares"]["value_only"]).scaled(100).claim(unit="% of items", entries=entries)
 
 

@@ -60,11 +60,8 @@ class CoSegmentation(Task):
             tokens = [one.features[source].float().cpu().numpy() for one in per_image]
             clusters, inertias = cluster_tokens(tokens, N_INIT, SEED)
             counts.append(k := len(inertias))
-            rules = (
-                salient_clusters(clusters, saliency, k)[1],
-                oracle_clusters(clusters, inside, area, k)[0],
-                salient_clusters(clusters, relative, k, threshold=1.0)[1],
-            )
+            rules = (salient_clusters(clusters, saliency, k)[1], oracle_clusters(clusters, inside, area, k)[0],
+                     salient_clusters(clusters, relative, k, threshold=1.0)[1])  # fmt: skip
             chosen += [[np.isin(labels, rule) for labels in clusters] for rule in rules]
         rows = []
         for i, (image, one) in enumerate(zip(sample.images, per_image, strict=True)):

@@ -138,7 +138,5 @@ class TemporalCorrespondence(Task):
                 scores[name] = [np.concatenate(davis_sequence(result, masks)) for result in results]
         means = {source: np.stack([one.mean(axis=1) for one in both]) for source, both in scores.items()}
         objects = len(copied) // 2
-        return [
-            Row(f"{sample.id}_{i + 1}", sample.id, {s: tuple(mean[:, [i, objects + i]].ravel().tolist()) for s, mean in means.items()})
-            for i in range(objects)
-        ]
+        return [Row(f"{sample.id}_{i + 1}", sample.id, {s: tuple(mean[:, [i, objects + i]].ravel().tolist()) for s, mean in means.items()})
+                for i in range(objects)]  # fmt: skip

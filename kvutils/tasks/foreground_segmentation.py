@@ -62,9 +62,6 @@ class ForegroundSegmentation(Task):
         super().__init__(samples)
         self.parameters = {"strength": strength, "max_iter": max_iter}
 
-    def sources(self, extractor: FeatureExtractor) -> list[str]:
-        return extractor.sources + [f"{SHUFFLED}value.{layer}" for layer in extractor.layers]
-
     def images(self, sample: Episode) -> list[Item]:
         return [(one.id, one.image) for one in (*sample.supports, sample.query)]
 

@@ -54,11 +54,9 @@ def modes(table: KeyTable, n_boot: int = 200, seed: int = 0) -> dict:
         "layers": [each.as_dict() for each in percentile_interval(value, draws, n)],
         "median": percentile_interval(np.median(value), np.median(draws, axis=1), n).as_dict(),
         "best": {"layer": best} | percentile_interval(again, again_draws, n).as_dict(),
-        "pooled": {
-            name: variance_threshold(each[..., table.real])
-            for name, each in (("raw", table.variance), ("scale_free", table.scale_free))
-        },
-    }
+        "pooled": {name: variance_threshold(each[..., table.real])
+                   for name, each in (("raw", table.variance), ("scale_free", table.scale_free))},
+    }  # fmt: skip
 
 
 def thresholds(table: KeyTable, model: str | None = None) -> dict:
@@ -176,10 +174,8 @@ def compare_trained(trained: KeyTable, untrained: KeyTable, found: dict, n_boot:
     for scale in ("raw", "scale_free", "near_constant"):
         masks = [agnostic(each, found, scale) for each in (trained, untrained)]
         gap = (masks[0].double() - masks[1].double())[..., trained.real].movedim(-1, 0).numpy()
-        result[scale] = {
-            "difference": _all_and_layers(_over_heads(gap), mean_statistic, n_boot, seed),
-            "untrained": shares(untrained, masks[1], n_boot, seed),
-        }
+        result[scale] = {"difference": _all_and_layers(_over_heads(gap), mean_statistic, n_boot, seed),
+                         "untrained": shares(untrained, masks[1], n_boot, seed)}  # fmt: skip
     return result
 
 

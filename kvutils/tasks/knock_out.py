@@ -94,8 +94,16 @@ def knock_out(
     blocked, tokens = blocked_layers(mlm.num_layers), PromptTokens(mlm, None)
 
     def run(some: Sequence[list[Question]]) -> list[list]:
+        questions = [[s.text for s in asked] for asked in some]
+        choices = [[options[s.kind] for s in asked] for asked in some]
+        rows: list[list[list]] = [[[] for _ in asked] for asked in some]  # [scene][question][condition] -> [right, loss]
         with SessionBatch(mlm, [asked[0].images for asked in some], tokens=tokens) as session:
-            return _ask(session, some, options, blocked)
+            for layers in blocked.values():
+                block = select_all(layers, mlm.num_kv_heads, session.slots.shape[1]) if layers else None
+                for asked, found, mine in zip(some, session.answer(questions, choices, 0, block), rows, strict=True):
+                    for sample, answer, row in zip(asked, found, mine, strict=True):
+                        row.append([float(answer.best == sample.answer), -answer.scores[sample.answer]])
+        return rows
 
     def compute(some: list[list[Question]]) -> list:
         return [row for rows in in_halves(run, some) for row in rows]
@@ -107,21 +115,6 @@ def knock_out(
     ordered = [sample for asked in scenes.values() for sample in asked]
     return KnockOut(mlm.num_layers, list(blocked), [s.kind for s in ordered], [s.group or s.id for s in ordered],
                     np.array(rows, dtype=float))  # fmt: skip
-
-
-def _ask(session: SessionBatch, batch: Sequence[list[Question]], options: dict, blocked: dict) -> list[list]:
-    """[scene][question][condition] -> [right, loss]."""
-    questions = [[s.text for s in asked] for asked in batch]
-    choices = [[options[s.kind] for s in asked] for asked in batch]
-    heads, count = session.mlm.num_kv_heads, session.slots.shape[1]
-    rows: list[list[list]] = [[[] for _ in asked] for asked in batch]
-    for layers in blocked.values():
-        block = select_all(layers, heads, count) if layers else None
-        answers = session.answer(questions, choices, 0, block)
-        for asked, found, mine in zip(batch, answers, rows, strict=True):
-            for sample, answer, row in zip(asked, found, mine, strict=True):
-                row.append([float(answer.best == sample.answer), -answer.scores[sample.answer]])
-    return rows
 
 
 def _options(samples: Sequence[Question]) -> dict[str, list[str]]:
@@ -157,9 +150,8 @@ def summarise_knock_out(table: KnockOut, n_boot: int = 2000, seed: int = 0) -> d
             return mean_statistic(weights * balance, packed)
 
         intervals = [each.as_dict() for each in bootstrap_ci(packed, statistic, n_boot, seed, groups)]
-        by_condition = {
-            condition: dict(zip(names, intervals[4 * i : 4 * i + 4], strict=True)) for i, condition in enumerate(table.conditions)
-        }
+        by_condition = {condition: dict(zip(names, intervals[4 * i : 4 * i + 4], strict=True))
+                        for i, condition in enumerate(table.conditions)}  # fmt: skip
         found: dict = {"n": int(mine.sum()), "scenes": len(set(groups)), "none": by_condition["none"]}
         for family in FAMILIES:
             found[family] = [by_condition[condition_of(family, layer, table.layers)] for layer in range(table.layers)]

@@ -93,9 +93,8 @@ class ReferringPrefix(PrefixReadout):
         self._things = sorted({(self._text(sample), sample.class_name) for sample in samples})
 
     def _text(self, sample: NamedMask) -> str:
-        if self.kind == "class_name":
-            return self.writer.wording.class_name.format(sample.class_name)
-        return self.writer.wording.expression.format(sample.text)
+        named = sample.class_name if self.kind == "class_name" else sample.text
+        return getattr(self.writer.wording, self.kind).format(named)
 
     def prefixes(self, sample: NamedMask) -> Prefixes | None:
         wrong = [text for text, name in self._things if name not in self._shown[sample.image_id]]
@@ -191,11 +190,9 @@ def _values(image: ImageFeatures, layers: Sequence[int]) -> torch.Tensor:
 
 def _read(extractor: FeatureExtractor, items: Sequence[tuple], prefixes: Sequence[str | None]) -> list[ImageFeatures]:
     """Features of images, each behind its own prefix: images with one prefix are run together."""
-    by_prefix: dict[str | None, list[int]] = {}
-    for index, prefix in enumerate(prefixes):
-        by_prefix.setdefault(prefix, []).append(index)
     found: dict[int, ImageFeatures] = {}
-    for prefix, members in by_prefix.items():
+    for prefix in dict.fromkeys(prefixes):
+        members = [index for index, each in enumerate(prefixes) if each == prefix]
         found |= dict(zip(members, extractor.images([items[i] for i in members], prefix), strict=True))
     return [found[index] for index in range(len(items))]
 

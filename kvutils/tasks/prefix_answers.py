@@ -69,11 +69,10 @@ def ask_behind_prefixes(
 
     def answers(some: list[str]) -> dict[str, list[str]]:
         (condition,) = some
-        by_prefix: dict[str | None, list[str]] = {}
-        for name, prefixes in plans.items():
-            by_prefix.setdefault(prefixes[condition], []).append(name)
+        behind = {name: prefixes[condition] for name, prefixes in plans.items()}
         found = {}
-        for prefix, members in by_prefix.items():
+        for prefix in dict.fromkeys(behind.values()):
+            members = [name for name, each in behind.items() if each == prefix]
             rows = [(name, next(iter(asked[name].values())).image, list(asked[name])) for name in members]
             for name, blocks in answer_all(mlm, rows, prefix=prefix, batch_size=batch_size):
                 found[name] = [answer.text for answer in blocks["none"]]

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from PIL import Image
 
 from kvutils.datasets.samples import LabelledImage, NamedMask
 from kvutils.errors import DataError, one_of
@@ -33,17 +34,12 @@ def map_scores(maps: torch.Tensor, mask: np.ndarray, thresholds: Sequence[float]
     said = maps > torch.tensor(thresholds, dtype=torch.float64, device=maps.device)[:, None, None]
     precision = average_precisions(maps, mask)
     counts = binary_counts(said, mask)[:, [1, 3]]
-    true_box = _bounding_box(mask == 1)
+    true_box = Image.fromarray(mask == 1).getbbox()
     boxes = [largest_region_box(one) for one in said.cpu().numpy()]
     return [
         (float(ap), float(i), float(u), float(i / max(u, 1)), float(box_iou(box, true_box) >= 0.5))
         for ap, (i, u), box in zip(precision, counts, boxes, strict=True)
     ]
-
-
-def _bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 class TextSegmentation(Task):
@@ -127,6 +123,7 @@ class SemanticSegmentationProbe(SemanticSegmentation):
     name = "semantic_segmentation_probe"
     title = "Semantic segmentation, by probe"
     threshold = staticmethod(lambda scores: 0.0)
+    sources = Task.sources  # of every feature, not only those that texts are compared with
 
     def __init__(self, samples: Sequence[NamedMask], train: Sequence[LabelledImage], class_names: Sequence[str],
                  strength: float = 0.01, max_iter: int = 1000):  # fmt: skip
@@ -137,9 +134,6 @@ class SemanticSegmentationProbe(SemanticSegmentation):
         self.fitting = {"strength": strength, "max_iter": max_iter}
         self.parameters = self.fitting | {"train": [image.id for image in train], "classes": self.class_names}
         self._probes: list[tuple[list[str], LinearProbe]] = []
-
-    def sources(self, extractor: FeatureExtractor) -> list[str]:
-        return extractor.sources + [f"{SHUFFLED}value.{layer}" for layer in extractor.layers]
 
     def prepare(self, extractor: FeatureExtractor) -> None:
         """Fit the probes. DataError if no token shows some class, ConvergenceError if a fit does not converge."""

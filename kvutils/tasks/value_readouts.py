@@ -55,7 +55,10 @@ def point_similarity(
     """
     read = []
     for tokens, layout, points in zip(images, layouts, (reference, candidates), strict=True):
-        weights = torch.from_numpy(_point_weights(layout, points, around)).to(tokens.device)
+        at = layout.token_at(check_points(points, layout.image_size, "a point readout"))
+        distance = np.abs(layout.cells[at][:, None] - layout.cells[None]).max(axis=-1)  # (K, N) rows or columns away
+        near = (distance <= (1 if around else 0)).astype(float)  # which tokens stand for each point
+        weights = torch.from_numpy(near / near.sum(axis=1, keepdims=True)).to(tokens.device)
         tokens = tokens.double()
         read.append(weights @ (tokens - tokens.mean(dim=-2, keepdim=True)))  # (S, points, C)
     return cosine_similarity(*read)[..., 0, :]
@@ -70,14 +73,6 @@ def check_points(points, size: tuple[int, int], where: str) -> np.ndarray:
         raise DataError(f"{where}: the point ({x:g}, {y:g}) is outside its image of {size[0]} x {size[1]} pixels; "
                         "points are x, y in pixels of the original image")  # fmt: skip
     return points
-
-
-def _point_weights(layout: TokenLayout, points, around: bool) -> np.ndarray:
-    """(K, N) float64, rows that sum to one: which tokens stand for each point."""
-    at = layout.token_at(check_points(points, layout.image_size, "a point readout"))
-    distance = np.abs(layout.cells[at][:, None] - layout.cells[None]).max(axis=-1)  # (K, N) rows or columns away
-    near = (distance <= (1 if around else 0)).astype(float)
-    return near / near.sum(axis=1, keepdims=True)
 
 
 def _with_first(vectors: Sequence[Tensor]) -> Tensor:
