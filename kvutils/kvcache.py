@@ -38,6 +38,10 @@ class Capture:
     projector: torch.Tensor | None = None
     prefix: str | None = None
 
+    def __post_init__(self):
+        for name, tensor in self._tensors().items():
+            assert tensor.shape[-2] == len(self.layout), f"{name} does not fit the layout"
+
     def __repr__(self) -> str:
         (width, height), layers = self.layout.image_size, self.layers
         in_a_row = layers and layers == tuple(range(layers[0], layers[-1] + 1))

@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from tqdm import tqdm
 
 from kvutils.errors import StoreError, at_least
@@ -168,9 +168,9 @@ class Parts:
         if not path.exists():
             return None
         try:
-            with safe_open(path, "pt") as file:
-                about = json.loads(file.metadata()["kvutils"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            content = path.read_bytes()  # once: another process may put a new file in its place meanwhile
+            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+            about, tensors = json.loads(header["__metadata__"]["kvutils"]), load(content)
             if about["sha256"] != _checksum(tensors, about["value"]):
                 raise ValueError("its content does not match its checksum")
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
