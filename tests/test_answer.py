@@ -3,12 +3,11 @@
 import math
 import weakref
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from tiny_models import FAMILIES, WORDS, tiny, tiny_pocket
 
 from kvutils.answer import YES_NO, ImageSession, SessionBatch, answer_all
 from kvutils.block import block_keys
@@ -17,24 +16,16 @@ from kvutils.keys import KeySelection
 from kvutils.models import wrap_mlm
 from kvutils.prompts import prepare_text
 from kvutils.vision import encode_images, prepare_images
+from tests.tiny_models import FAMILIES, WORDS, hooks, picture, tiny, tiny_pocket
 
 ALL = [*FAMILIES, "pocket"]
 QUESTIONS = ["is a red fish on the left ?", "yes", "what colour is the car on the right of this picture ?"]
-
-
-def picture(width, height, seed=0) -> Image.Image:
-    rng = np.random.default_rng([seed, width, height])
-    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
 IMAGES = [picture(50, 40), picture(40, 90), picture(130, 20)]
 
 
-def scrambled(mlm, **settings):
+def scrambled(mlm):
     """Generation ends at two tokens that random models often say, and otherwise where the limit is."""
     mlm.model.generation_config.eos_token_id = [mlm.tokenizer.eos_token_id, 9]
-    for name, value in settings.items():
-        setattr(mlm.model.generation_config, name, value)
     return mlm
 
 
@@ -111,22 +102,15 @@ def test_a_session_is_a_full_prefill(family, attention, image, prefix):
     mlm = scrambled(tiny(family, attention=attention))
     with ImageSession(mlm, IMAGES[image], prefix=prefix) as session:
         assert_same(mlm, session, [IMAGES[image]], prefix)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_scores_of_the_reference_differ_between_questions_and_images(family):
-    """What the comparison above would miss: a model that ignores its input."""
-    mlm = tiny(family)
+    # what this would miss: a model that ignores its input
     logits = [full_logits(mlm, [IMAGES[0]], question)[0] for question in QUESTIONS]
     logits.append(full_logits(mlm, [IMAGES[1]], QUESTIONS[0])[0])
-    for i, one in enumerate(logits):
-        assert all((one - other).abs().max() > 1e-2 for other in logits[:i])
+    assert all((one - other).abs().max() > 1e-2 for one, other in combinations(logits, 2))
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_several_images_of_one_prompt(count):
-    mlm = scrambled(tiny_pocket())
-    images = IMAGES[:count]
+@pytest.mark.parametrize("family, count", [("pocket", 2), ("pocket", 3), ("llava_next", 2), ("qwen2_5_vl", 2)])
+def test_several_images_of_one_prompt(family, count):
+    mlm, images = scrambled(tiny(family)), IMAGES[:count]
     with ImageSession(mlm, images) as session:
         assert len(session.layouts) == count
         assert_same(mlm, session, images)
@@ -134,22 +118,14 @@ def test_several_images_of_one_prompt(count):
         assert (swapped - vocabulary_scores(session, QUESTIONS)[0]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl"])
-def test_several_images_with_tiles_and_grids(family):
-    mlm = scrambled(tiny(family))
-    with ImageSession(mlm, IMAGES[:2]) as session:
-        assert_same(mlm, session, IMAGES[:2], questions=QUESTIONS[:2])
-
-
 @pytest.mark.parametrize("family", ALL)
 def test_prompts_of_different_length_in_one_batch(family):
     mlm = scrambled(tiny(family))
-    images = [IMAGES[0], IMAGES[1], IMAGES[2]]
     asked = [QUESTIONS, QUESTIONS[:1], QUESTIONS[1:3]]
-    with SessionBatch(mlm, images, prefix="the car") as batch:
+    with SessionBatch(mlm, IMAGES, prefix="the car") as batch:
         answers = batch.answer(asked, options=["red", "yes"], max_new_tokens=3)
         assert [[a.question for a in row] for row in answers] == asked
-        for image, row in zip(images, answers, strict=True):
+        for image, row in zip(IMAGES, answers, strict=True):
             alone = ImageSession(mlm, image, prefix="the car")
             for answer in row:
                 (one,) = alone.choose([answer.question], ["red", "yes"], max_new_tokens=3)
@@ -213,21 +189,12 @@ def test_the_repetition_penalty_of_the_model_is_that_of_generate(family):
     mlm = scrambled(tiny(family))
     session = ImageSession(mlm, IMAGES[0])
     plain = session.ask(QUESTIONS, 6)
-    scrambled(mlm, repetition_penalty=3.0)
+    mlm.model.generation_config.repetition_penalty = 3.0
     penalised = session.ask(QUESTIONS, 6)
     assert [a.tokens for a in plain] != [a.tokens for a in penalised]
     for question, answer in zip(QUESTIONS, penalised, strict=True):
         assert list(answer.tokens) == generated(mlm, [IMAGES[0]], question)
 
-
-def test_one_token_answers_take_one_pass(monkeypatch):
-    mlm = scrambled(tiny_pocket())
-    session = ImageSession(mlm, IMAGES[0])
-    passes = []
-    hook = mlm.model.model.language_model.register_forward_hook(lambda *_: passes.append(1))
-    session.yes_no(QUESTIONS * 3, max_new_tokens=1)
-    hook.remove()
-    assert len(passes) == 1
 
 
 # ---- scores --------------------------------------------------------------------------------------
@@ -302,48 +269,32 @@ def test_a_blocked_session_is_a_blocked_full_prefill(family, queries, attention)
                 tokens = generated(mlm, [image], question, "a red fish", limit=4)
             assert torch.allclose(score, expected, atol=1e-5)
             assert list(answer.tokens) == tokens
-        # nothing is left behind, neither in the model nor in the cache
+        # nothing is left behind, neither in the model nor in the cache; an empty block changes no bit
         assert torch.equal(vocabulary_scores(session, QUESTIONS)[0], plain)
+        nothing = selection(mlm, len(layout), share=0)
+        assert torch.equal(vocabulary_scores(session, QUESTIONS, block=nothing, queries=queries)[0], plain)
 
 
-def test_after_and_all_differ():
-    mlm = tiny("llava_onevision")
-    session = ImageSession(mlm, IMAGES[0])
-    block = selection(mlm, len(session.layouts[0]))
-    after, _ = vocabulary_scores(session, QUESTIONS, block=block)
-    everything, _ = vocabulary_scores(session, QUESTIONS, block=block, queries="all")
-    assert (after - everything).abs().max() > 1e-3
-
-
-def test_after_reads_the_image_once_and_all_reads_it_again():
+def test_how_often_text_and_images_are_read():
+    """With queries="after" the image is read once for all blocks, with "all" again by the text model alone."""
     mlm = scrambled(tiny_pocket())
     lengths, pictures = [], []
-    language_model, tower = mlm.model.model.language_model, mlm.model.model.vision_tower
-    hooks = [
-        language_model.register_forward_pre_hook(
-            lambda _, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
-        ),
-        tower.register_forward_pre_hook(lambda *_: pictures.append(1)),
-    ]
+    inner = mlm.model.model
+
+    def passed(_, args, kwargs):
+        lengths.append(kwargs["inputs_embeds"].shape[1])
+
+    inner.language_model.register_forward_pre_hook(passed, with_kwargs=True)
+    inner.vision_tower.register_forward_pre_hook(lambda *_: pictures.append(1))
     session = ImageSession(mlm, IMAGES[0])
+    assert lengths == [17]
+    session.yes_no(QUESTIONS * 3, max_new_tokens=1)
+    assert len(lengths) == 2, "one token is one pass"
     block = selection(mlm, len(session.layouts[0]))
-    assert lengths == [17] and len(pictures) == 1
     session.score(QUESTIONS, ["yes"], block=block)
-    assert len(lengths) == 2
+    assert len(lengths) == 3
     session.score(QUESTIONS, ["yes"], block=block, queries="all")
-    assert lengths[2] == 17 and len(lengths) == 4 and len(pictures) == 1
-    for hook in hooks:
-        hook.remove()
-
-
-def test_an_empty_block_changes_no_bit():
-    mlm = scrambled(tiny("qwen2_5_vl"))
-    session = ImageSession(mlm, IMAGES[0])
-    block = selection(mlm, len(session.layouts[0]), share=0)
-    for queries in ("after", "all"):
-        assert torch.equal(
-            session.score(QUESTIONS, ["yes"]), session.score(QUESTIONS, ["yes"], block=block, queries=queries)
-        )
+    assert lengths[3] == 17 and len(lengths) == 5 and len(pictures) == 1
 
 
 def test_blocks_over_several_images_and_in_batches():
@@ -379,7 +330,7 @@ def test_the_model_is_as_it_was(family):
     inner = mlm.model.model
     marker = torch.tensor([[7]])
     ImageSession(mlm, IMAGES[0]).close()  # transformers gives the vision tower hooks of its own, to stay
-    hooks = [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in mlm.model.modules()]
+    hooked = hooks(mlm)
     before = None if family == "pocket" else full_logits(mlm, [IMAGES[0]], QUESTIONS[0])
     if family == "qwen2_5_vl":
         inner.rope_deltas = marker  # as some other prompt left it
@@ -391,58 +342,31 @@ def test_the_model_is_as_it_was(family):
             session.ask(QUESTIONS, block=selection(mlm, 3))
     if family == "qwen2_5_vl":
         assert inner.rope_deltas is marker
-    assert [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in mlm.model.modules()] == hooks
+    assert hooks(mlm) == hooked
     assert mlm.attention == "sdpa" and not mlm.model.training
     if before is not None:
         assert torch.equal(full_logits(mlm, [IMAGES[0]], QUESTIONS[0]), before)
 
 
-def test_questions_leave_the_cache_as_it_is():
-    mlm = scrambled(tiny("llava_next"))
-    session = ImageSession(mlm, IMAGES[0])
-    tensors = [tensor for pair in session._prefix.keys_values for tensor in pair]
-    before = [tensor.clone() for tensor in tensors]
-    first = session.choose(QUESTIONS, ["yes", "a red fish"])
-    assert all(torch.equal(*pair) for pair in zip(before, tensors, strict=True))
-    assert session.choose(QUESTIONS, ["yes", "a red fish"]) == first
-
-
 def test_closing_frees_the_memory():
     mlm = scrambled(tiny("llava_onevision"))
-    with ImageSession(mlm, IMAGES[0]) as session:
+    with pytest.raises(ParameterError, match="at least one"), ImageSession(mlm, IMAGES[0]) as session:
         session.choose(QUESTIONS, ["yes", "a red fish"], 2)
-        batch = session
-        tensors = [tensor for pair in batch._prefix.keys_values for tensor in pair] + [batch._embeddings]
+        tensors = [tensor for pair in session._prefix.keys_values for tensor in pair] + [session._embeddings]
         references = [weakref.ref(tensor) for tensor in tensors]
-        del tensors, batch
+        del tensors
         assert all(reference() is not None for reference in references)
-    assert all(reference() is None for reference in references)
-    with pytest.raises(ParameterError, match="closed"):
-        session.ask(QUESTIONS)
-    with pytest.raises(ParameterError, match="closed"):
-        session.score(QUESTIONS, ["yes"])
-    session.close()  # twice is fine
-    assert len(session.layouts) == 1
-
-
-def test_sessions_say_what_they_hold():
-    mlm = tiny_pocket()
-    session, batch = ImageSession(mlm, IMAGES[0]), SessionBatch(mlm, [IMAGES[:2], IMAGES[2]])
-    assert repr(session) == f"ImageSession({mlm.name}: 17 tokens)"
-    assert repr(batch) == f"SessionBatch({mlm.name}: 17 tokens and 17 tokens; 17 tokens)"
-    session.close()
-    assert repr(session).endswith("; closed)")
-
-
-def test_an_exception_inside_frees_the_memory_too():
-    mlm = tiny_pocket()
-    with pytest.raises(ParameterError), ImageSession(mlm, IMAGES[0]) as session:
-        reference = weakref.ref(session._embeddings)
         session.ask([])
-    assert reference() is None
+    assert all(reference() is None for reference in references)
+    for ask in (session.ask, lambda asked: session.score(asked, ["yes"])):
+        with pytest.raises(ParameterError, match="closed"):
+            ask(QUESTIONS)
+    session.close()  # twice is fine
+    assert len(session.layouts) == 1 and repr(session).endswith("; closed)")
+    mlm = tiny_pocket()
+    with SessionBatch(mlm, [IMAGES[:2], IMAGES[2]]) as batch:
+        assert repr(batch) == f"SessionBatch({mlm.name}: 17 tokens and 17 tokens; 17 tokens)"
 
-
-# ---- prompts that cannot share an image ----------------------------------------------------------
 
 QUESTION_FIRST = (
     "{% for m in messages %}{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] }} {% endfor %}"
@@ -455,19 +379,12 @@ QUESTION_TWICE = (
 )
 
 
-def test_a_question_before_the_image_is_an_error():
+@pytest.mark.parametrize("template, message", [(QUESTION_FIRST, "behind the image"), (QUESTION_TWICE, "cached")])
+def test_prompts_that_cannot_share_an_image(template, message):
     mlm = tiny_pocket()
-    mlm.processor.chat_template = QUESTION_FIRST
-    with pytest.raises(ParameterError, match="behind the image"):
-        ImageSession(mlm, IMAGES[0])
-
-
-def test_a_prompt_that_does_not_begin_with_the_cached_tokens_is_an_error():
-    mlm = tiny_pocket()
-    mlm.processor.chat_template = QUESTION_TWICE
-    session = ImageSession(mlm, IMAGES[0])
-    with pytest.raises(ParameterError, match="cached"):
-        session.ask(["red car ?"])
+    mlm.processor.chat_template = template
+    with pytest.raises(ParameterError, match=message):
+        ImageSession(mlm, IMAGES[0]).ask(["red car ?"])
 
 
 # ---- many images ---------------------------------------------------------------------------------
@@ -526,34 +443,33 @@ def test_bad_questions_and_options():
     mlm = tiny_pocket()
     session, batch = ImageSession(mlm, IMAGES[0]), SessionBatch(mlm, IMAGES[:2])
     cases = [
-        (lambda: session.ask([]), ParameterError, "at least one"),
-        (lambda: session.ask("what is this ?"), ParameterError, "list"),
-        (lambda: session.ask(["  "]), ParameterError, "at least one word"),
-        (lambda: session.ask([None]), ParameterError, "None"),
-        (lambda: session.ask(["what is <image> ?"]), ParameterError, "<image>"),
-        (lambda: session.ask(QUESTIONS, max_new_tokens=0), ParameterError, "max_new_tokens"),
-        (lambda: session.ask(QUESTIONS, max_new_tokens=-1), ParameterError, "max_new_tokens"),
-        (lambda: session.ask(QUESTIONS, queries="before", block=selection(mlm, 17)), ParameterError, "before"),
-        (lambda: session.score(QUESTIONS, []), ParameterError, "at least one"),
-        (lambda: session.score(QUESTIONS, {}), ParameterError, "at least one"),
-        (lambda: session.score(QUESTIONS, "yes"), ParameterError, "list"),
-        (lambda: session.score(QUESTIONS, ["yes", " "]), ParameterError, "no tokens"),
-        (lambda: session.score(QUESTIONS, ["yes", "zebra"]), ParameterError, "zebra"),
-        (lambda: session.score(QUESTIONS, ["yes", "yes"]), ParameterError, "different"),
-        (lambda: session.score(QUESTIONS, {"yes": []}), ParameterError, "no tokens"),
-        (lambda: session.choose(QUESTIONS, [["yes"], ["no"]]), ParameterError, "options for"),
-        (lambda: session.choose(QUESTIONS[:1], [[]]), ParameterError, "at least one"),
-        (lambda: batch.answer([QUESTIONS]), ParameterError, "2 prompts"),
-        (lambda: batch.answer("ab"), ParameterError, "2 prompts"),
-        (lambda: batch.answer([QUESTIONS, []]), ParameterError, "at least one"),
-        (lambda: batch.answer([QUESTIONS[:1]] * 2, [[["yes"]]]), ParameterError, "options for"),
-        (lambda: batch.answer([["yes"]] * 2, ["yes", ["no"]]), ParameterError, "options must"),
-        (lambda: list(answer_all(mlm, [], batch_size=0)), ParameterError, "batch_size"),
-        (lambda: session.ask(QUESTIONS, block=selection(mlm, 5)), DataError, "17"),
+        (lambda: session.ask([]), "at least one"),
+        (lambda: session.ask("what is this ?"), "list"),
+        (lambda: session.ask(["  "]), "at least one word"),
+        (lambda: session.ask([None]), "None"),
+        (lambda: session.ask(["what is <image> ?"]), "<image>"),
+        (lambda: session.ask(QUESTIONS, max_new_tokens=0), "max_new_tokens"),
+        (lambda: session.ask(QUESTIONS, queries="before", block=selection(mlm, 17)), "before"),
+        (lambda: session.score(QUESTIONS, []), "at least one"),
+        (lambda: session.score(QUESTIONS, "yes"), "list"),
+        (lambda: session.score(QUESTIONS, ["yes", " "]), "no tokens"),
+        (lambda: session.score(QUESTIONS, ["yes", "zebra"]), "zebra"),
+        (lambda: session.score(QUESTIONS, ["yes", "yes"]), "different"),
+        (lambda: session.score(QUESTIONS, {"yes": []}), "no tokens"),
+        (lambda: session.choose(QUESTIONS, [["yes"], ["no"]]), "options for"),
+        (lambda: session.choose(QUESTIONS[:1], [[]]), "at least one"),
+        (lambda: batch.answer([QUESTIONS]), "2 prompts"),
+        (lambda: batch.answer("ab"), "2 prompts"),
+        (lambda: batch.answer([QUESTIONS, []]), "at least one"),
+        (lambda: batch.answer([QUESTIONS[:1]] * 2, [[["yes"]]]), "options for"),
+        (lambda: batch.answer([["yes"]] * 2, ["yes", ["no"]]), "options must"),
+        (lambda: list(answer_all(mlm, [], batch_size=0)), "batch_size"),
     ]
-    for call, error, words in cases:
-        with pytest.raises(error, match=words):
+    for call, words in cases:
+        with pytest.raises(ParameterError, match=words):
             call()
+    with pytest.raises(DataError, match="17"):
+        session.ask(QUESTIONS, block=selection(mlm, 5))
     assert session.ask(QUESTIONS, 2) and math.isfinite(session.score(QUESTIONS[:1], ["yes"])[0, 0])
     assert list(answer_all(mlm, [])) == []
 

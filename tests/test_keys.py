@@ -1,12 +1,11 @@
 """Key variance (definition, streaming, precision), its threshold, and the selections and their controls."""
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from tiny_models import FAMILIES, tiny
 
 from kvutils.errors import DataError, ImageError, ParameterError
 from kvutils.keys import KeySelection, KeyVariance, key_variance
@@ -23,6 +22,7 @@ from kvutils.tasks.key_selections import (
     selected_mass,
 )
 from kvutils.vision import encode_images, prepare_images
+from tests.tiny_models import FAMILIES, hooks, picture, tiny
 
 
 def keys(images=20, shape=(3, 2, 5, 8), seed=0):
@@ -52,8 +52,9 @@ def test_merging_shards_in_any_order_equals_one_stream():
     x = keys()
     a, b, c = (KeyVariance().update(part) for part in x.split([2, 11, 7]))
     merged = KeyVariance().merge(c).merge(KeyVariance()).merge(a).merge(b)
-    assert merged.count == 20
+    assert merged.count == 20 and merged.mean_norm.shape == (3, 2, 5)
     torch.testing.assert_close(merged.result, direct(x))
+    torch.testing.assert_close(merged.mean_norm, x.double().norm(dim=-1).mean(0))
     torch.testing.assert_close(c.result, direct(x[13:]))  # the merged stream is left as it was
 
 
@@ -61,13 +62,6 @@ def test_merging_shards_in_any_order_equals_one_stream():
 def test_a_large_common_offset_does_not_drown_the_variance(dtype):
     x = (keys(50, (4, 16)) + 100).to(dtype)
     torch.testing.assert_close(KeyVariance().update(x).result, direct(x))
-
-
-def test_the_mean_norm_is_streamed_along():
-    x = keys()
-    a, b = (KeyVariance().update(part) for part in x.split([4, 16]))
-    torch.testing.assert_close(a.merge(b).mean_norm, x.double().norm(dim=-1).mean(0))
-    assert KeyVariance().merge(a).mean_norm.shape == (3, 2, 5)
 
 
 def test_a_stream_can_be_stored_and_go_on(tmp_path):
@@ -85,37 +79,34 @@ def test_a_stream_can_be_stored_and_go_on(tmp_path):
 
 
 def test_bad_input_is_one_clear_error():
-    with pytest.raises(DataError, match="no key"):
-        _ = KeyVariance().result
-    with pytest.raises(DataError, match="same token grid"):
-        KeyVariance().update(keys()).update(keys(shape=(3, 2, 6, 8)))
-    broken = keys()
+    broken, variance = keys(), KeyVariance()
     broken[3, 0, 0, 0, 0] = torch.inf
-    variance = KeyVariance()
-    with pytest.raises(DataError, match="NaN or infinite"):
-        variance.update(broken)
-    assert variance.count == 0
+    for call, message in (
+        (lambda: variance.result, "no key"),
+        (lambda: variance.update(broken), "NaN or infinite"),
+        (lambda: KeyVariance().update(keys()).update(keys(shape=(3, 2, 6, 8))), "same token grid"),
+    ):
+        with pytest.raises(DataError, match=message):
+            call()
     assert repr(variance) == "KeyVariance(no image yet)"
 
 
 # ---- over images ---------------------------------------------------------------------------------
 
 
-def pictures(count, size=(40, 32), seed=0):
-    rng = np.random.default_rng(seed)
-    for _ in range(count):
-        yield Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+def pictures(count, size=(40, 32)):
+    return [picture(*size, seed) for seed in range(count)]
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "pocket"])
 def test_the_variance_of_the_keys_of_images(family):
     mlm = tiny(family)
-    captured = torch.stack([one.keys for one in capture(mlm, list(pictures(7)), layers=[1, 4])])
-    found = key_variance(mlm, pictures(7), layers=[4, 1], batch_size=3)
+    captured = torch.stack([one.keys for one in capture(mlm, pictures(7), layers=[1, 4])])
+    found = key_variance(mlm, iter(pictures(7)), layers=[4, 1], batch_size=3)
     assert found.count == 7
     torch.testing.assert_close(found.result, direct(captured), rtol=1e-5, atol=1e-9)
     torch.testing.assert_close(found.mean_norm, captured.double().norm(dim=-1).mean(0), rtol=1e-5, atol=0)
-    halves = [key_variance(mlm, list(pictures(7))[part], [1, 4]) for part in (slice(3), slice(3, None))]
+    halves = [key_variance(mlm, pictures(7)[part], [1, 4]) for part in (slice(3), slice(3, None))]
     torch.testing.assert_close(halves[0].merge(halves[1]).result, found.result, rtol=1e-5, atol=1e-9)
     assert key_variance(mlm, pictures(2)).result.shape[:2] == (mlm.num_layers, mlm.num_kv_heads)
 
@@ -127,7 +118,7 @@ def test_the_rotary_embedding_leaves_the_variance_of_a_position_alone():
     hook = projection.register_forward_hook(lambda module, args, output: unrotated.append(output[0]))
     found = key_variance(mlm, pictures(6), layers=2, batch_size=1).result[0]
     hook.remove()
-    slots = torch.from_numpy(capture(mlm, list(pictures(1)))[0].layout.slots)
+    slots = torch.from_numpy(capture(mlm, pictures(1))[0].layout.slots)
     keys = torch.stack(unrotated)[:, slots].unflatten(-1, (mlm.num_kv_heads, -1)).transpose(1, 2)
     torch.testing.assert_close(found, direct(keys), rtol=1e-5, atol=1e-9)
 
@@ -138,9 +129,8 @@ def test_images_must_share_one_token_grid_and_there_must_be_some():
     with pytest.raises(DataError, match=r"images\[2\] \(90x40\) has the token grids .* one size"):
         key_variance(mlm, images)
     assert key_variance(replace(mlm, base_view_only=True), images).count == 3
-    tall, wide = [next(pictures(1, size)) for size in ((36, 72), (72, 36))]
     with pytest.raises(DataError, match="token grids"):
-        key_variance(tiny("qwen2_5_vl"), [tall, wide])  # as many tokens, differently arranged
+        key_variance(tiny("qwen2_5_vl"), [picture(36, 72), picture(72, 36)])  # as many tokens, differently arranged
     with pytest.raises(DataError, match="needs images, found none"):
         key_variance(mlm, [])
     with pytest.raises(ImageError, match="missing.png"):
@@ -157,24 +147,21 @@ def test_images_must_share_one_token_grid_and_there_must_be_some():
 def test_attention_mass_is_the_mean_weight_of_the_text_behind_the_image(family):
     mlm, questions = tiny(family), ["what is this?", "yes"]
     eager = tiny(family, attention="eager")
-    images = list(pictures(3))
+    images = pictures(3)
+    group = mlm.num_heads // mlm.num_kv_heads
     expected = torch.zeros(mlm.num_layers, mlm.num_kv_heads, len(capture(mlm, images[:1])[0].layout)).double()
-    for image in images:
-        for question in questions:
-            vision = prepare_images(eager, [image])
-            text = prepare_text(eager, [eager.prompt(question, "a red fish")], vision, images_only=False)
-            ids, slots = text.input_ids, torch.from_numpy(vision.layouts[0].slots)
-            embeddings = eager.model.get_input_embeddings()(ids)
-            at_image = (ids == eager.image_token_id).unsqueeze(-1)
-            embeddings = embeddings.masked_scatter(at_image, encode_images(eager, vision)[1][0])
-            output = eager.model.model.language_model(
-                inputs_embeds=embeddings, position_ids=text.position_ids, output_attentions=True
-            )
-            for layer, weights in enumerate(output.attentions):  # (1, H, T, T)
-                behind = weights[0, :, slots.max() + 1 :][..., slots].double()
-                for head in range(mlm.num_heads):
-                    group = mlm.num_heads // mlm.num_kv_heads
-                    expected[layer, head // group] += behind[head].mean(0) / group / 6
+    for image, question in product(images, questions):
+        vision = prepare_images(eager, [image])
+        text = prepare_text(eager, [eager.prompt(question, "a red fish")], vision, images_only=False)
+        ids, slots = text.input_ids, torch.from_numpy(vision.layouts[0].slots)
+        embeddings = eager.model.get_input_embeddings()(ids)
+        at_image = (ids == eager.image_token_id).unsqueeze(-1)
+        embeddings = embeddings.masked_scatter(at_image, encode_images(eager, vision)[1][0])
+        language_model = eager.model.model.language_model
+        output = language_model(inputs_embeds=embeddings, position_ids=text.position_ids, output_attentions=True)
+        for layer, weights in enumerate(output.attentions):  # (1, H, T, T)
+            behind = weights[0, :, slots.max() + 1 :][..., slots].double()
+            expected[layer] += behind.mean(1).unflatten(0, (-1, group)).mean(1) / 6
     found = attention_mass(mlm, iter(images), questions, prefix="a red fish", batch_size=2)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
     assert (found.sum(-1) < 1).all() and (found >= 0).all()
@@ -182,24 +169,20 @@ def test_attention_mass_is_the_mean_weight_of_the_text_behind_the_image(family):
 
 def test_attention_mass_leaves_the_model_alone_and_refuses_what_cannot_be(monkeypatch):
     mlm = tiny("llava_next")
-    layers = mlm.model.model.language_model.layers
-
-    def untouched():
-        return mlm.attention == "sdpa" and not any(layer.self_attn._forward_hooks for layer in layers)
-
+    capture(mlm, pictures(1))  # transformers gives the vision tower hooks of its own, to stay
+    before = hooks(mlm)
     attention_mass(mlm, pictures(1), ["yes"])
-    assert untouched()
-    monkeypatch.setattr("kvutils.readout.attention.copy.deepcopy", lambda cache: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    assert hooks(mlm) == before and mlm.attention == "sdpa"
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr("kvutils.readout.attention.copy.deepcopy", lambda cache: 1 / 0)
         attention_mass(mlm, pictures(1), ["yes"])
-    assert untouched()
+    assert hooks(mlm) == before and mlm.attention == "sdpa"
     for questions in ("yes", []):
         with pytest.raises(ParameterError, match="list of at least one text"):
             attention_mass(mlm, pictures(1), questions)
-    with pytest.raises(DataError, match="needs images, found none"):
-        attention_mass(mlm, [], ["yes"])
-    with pytest.raises(DataError, match=r"images\[1\] \(90x40\) has the token grids"):
-        attention_mass(mlm, [*pictures(1), *pictures(1, (90, 40))], ["yes"])
+    for images, message in (([], "needs images, found none"), ([picture(40, 32), picture(90, 40)], r"images\[1\] \(90x40\)")):
+        with pytest.raises(DataError, match=message):
+            attention_mass(mlm, images, ["yes"])
     mlm.processor.chat_template = "{% for c in messages[0]['content'] %}{{ c.get('text', '') }}{% endfor %}<image>"
     with pytest.raises(ParameterError, match="behind the image"):
         attention_mass(mlm, pictures(1), ["yes"])
@@ -208,21 +191,12 @@ def test_attention_mass_leaves_the_model_alone_and_refuses_what_cannot_be(monkey
 # ---- selections ----------------------------------------------------------------------------------
 
 
-def some(name="some", layers=(3, 7, 9), heads=2, tokens=11, seed=0, share=0.3):
-    generator = torch.Generator().manual_seed(seed)
-    return KeySelection(name, torch.rand(len(layers), heads, tokens, generator=generator) < share, layers)
-
-
 def test_a_selection_says_which_keys_of_which_layer():
-    chosen = some()
+    chosen = agnostic()
     part = chosen.restrict([9, 3])
     assert part.layers == (9, 3) and torch.equal(part.mask, chosen.mask[[2, 0]])
     assert chosen.restrict([]).layers == () and chosen.restrict([]).mask.shape == (0, 2, 11)
-    count = int(chosen.mask.sum())
-    assert repr(chosen) == f"KeySelection('some': {count} of 66 keys, layers [3, 7, 9], 2 heads, 11 tokens)"
-
-
-def test_a_selection_that_cannot_be_is_refused():
+    assert repr(chosen) == f"KeySelection('some': {int(chosen.mask.sum())} of 66 keys, layers [3, 7, 9], 2 heads, 11 tokens)"
     mask = torch.ones(2, 2, 5, dtype=torch.bool)
     for bad, layers in ((mask.float(), (0, 1)), (mask[0], (0, 1)), (mask, (0, 1, 2))):
         with pytest.raises(DataError, match="bool of shape"):
@@ -231,19 +205,19 @@ def test_a_selection_that_cannot_be_is_refused():
         with pytest.raises(ParameterError, match="different numbers"):
             KeySelection("x", mask, layers)
     with pytest.raises(ParameterError, match="unknown layer of the selection 'some' 4.*3, 7, 9"):
-        some().restrict([4])
+        chosen.restrict([4])
 
 
 REAL = torch.arange(11) % 4 != 3  # 9 of 11; the others are newlines
 
 
-def random_variance(layers=3, heads=2, tokens=11, seed=5):
-    return torch.rand(layers, heads, tokens, generator=torch.Generator().manual_seed(seed)).double()
+def random_variance(tokens=11, seed=5):
+    return torch.rand(3, 2, tokens, generator=torch.Generator().manual_seed(seed)).double()
 
 
 def agnostic(variance=None, real=REAL):
     variance = random_variance() if variance is None else variance
-    return KeySelection("input-agnostic", (variance < 0.4) & real, (3, 7, 9))
+    return KeySelection("some", (variance < 0.4) & real, (3, 7, 9))
 
 
 def test_random_keys_match_the_count_and_follow_the_seed():
@@ -259,7 +233,7 @@ def test_random_keys_match_the_count_and_follow_the_seed():
     assert (share - expected).abs().max() < 0.15  # no position is preferred
 
 
-def test_keys_of_highest_variance_match_the_count():
+def test_keys_of_highest_variance_all_keys_and_the_same_positions_in_early_layers():
     like, variance = agnostic(), random_variance()
     variance[..., ~REAL] = 99
     chosen = select_highest(like, variance, REAL)
@@ -267,22 +241,17 @@ def test_keys_of_highest_variance_match_the_count():
     for layer, head in np.ndindex(3, 2):
         kept, rest = chosen.mask[layer, head], ~chosen.mask[layer, head] & REAL
         assert not kept.any() or variance[layer, head, kept].min() > variance[layer, head, rest].max()
-
-
-def test_all_keys_and_the_same_positions_in_early_layers():
-    like = agnostic()
     everything = select_all(range(2, 4), 2, 11)
     assert everything.layers == (2, 3) and everything.mask.all() and everything.mask.shape == (2, 2, 11)
-    early = select_same_positions(like, [2, 0, 1])
-    assert early.layers == (0, 1, 2) and torch.equal(early.mask, like.mask)
-    swapped = select_same_positions(like.restrict([9, 3, 7]), (0, 1, 2))
-    assert torch.equal(swapped.mask, like.mask)
+    for one, layers in ((like, [2, 0, 1]), (like.restrict([9, 3, 7]), (0, 1, 2))):
+        early = select_same_positions(one, layers)
+        assert early.layers == (0, 1, 2) and torch.equal(early.mask, like.mask)
 
 
 def test_random_keys_that_match_the_attention_mass():
     tokens = 400
     real = torch.arange(tokens) % 20 != 19
-    variance, mass = random_variance(tokens=tokens), random_variance(tokens=tokens, seed=6)
+    variance, mass = random_variance(tokens), random_variance(tokens, seed=6)
     mass /= mass.sum(-1, keepdim=True)
     mass = torch.where(variance < 0.4, mass * 3, mass)  # the keys of interest are looked at more
     like = agnostic(variance, real)
