@@ -3,24 +3,21 @@
 import json
 import weakref
 from dataclasses import replace
-from pathlib import Path
 
 import accelerate
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from recipe.tokenizer import build_pocket_processor, build_word_tokenizer
+from recipe.tokenizer import build_word_tokenizer
 from tiny_models import FAMILIES, IMAGES_FIRST, WORDS, hooks, picture, save, tiny, tiny_pocket, tiny_siglip
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache
 
-import kvutils
 from kvutils.answer import ImageSession
 from kvutils.errors import ImageError, ModelError, ParameterError
 from kvutils.kvcache import capture
 from kvutils.language import resolve_layers
 from kvutils.models import load_encoder, load_mlm, wrap_mlm
-from kvutils.processors import load_processor
 from kvutils.prompts import prepare_text
 from kvutils.readout.encoders import capture_encoder
 from kvutils.readout.words import text_values
@@ -43,7 +40,7 @@ def plain_cache(mlm, image, prefix=None, whole=False):
     else:
         inputs = dict(mlm.processor(text=[mlm.prompt(prefix=prefix)], images=[image], return_tensors="pt"))
     inputs["pixel_values"] = inputs["pixel_values"].to(mlm.dtype)
-    end = None if whole else (inputs["input_ids"][0] == mlm.image_token_id).nonzero().max() + 1
+    end = None if whole else image_slots(mlm, inputs["input_ids"]).max() + 1
     for name in {"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"} & set(inputs):
         inputs[name] = inputs[name][:, :end]
     cache = DynamicCache()
@@ -57,37 +54,28 @@ def looks(mlm):
     return mlm, replace(mlm, base_view_only=True)
 
 
-def image_rows(cache, ids, mlm):
-    slots = (ids[0] == mlm.image_token_id).nonzero().flatten()
-    keys = torch.stack([layer.keys[0][:, slots] for layer in cache.layers])
-    values = torch.stack([layer.values[0][:, slots] for layer in cache.layers])
-    return slots, keys, values
+def image_slots(mlm, ids):
+    return (ids[0] == mlm.image_token_id).nonzero().flatten()
 
 
-# ---- the same numbers as the plain model ---------------------------------------------------------
-
-
-@pytest.mark.parametrize(("dtype", "prefix"), [(torch.float32, None), (torch.bfloat16, None), (torch.float32, "a red fish")])
+@pytest.mark.parametrize(("dtype", "prefix", "whole"), [
+    (torch.float32, None, False), (torch.bfloat16, None, False), (torch.float32, "a red fish", False), (torch.float32, None, True),
+])  # fmt: skip
 @pytest.mark.parametrize("family", ALL)
-def test_keys_and_values_are_those_of_the_plain_cache(family, dtype, prefix):
+def test_keys_and_values_are_those_of_the_plain_cache(family, dtype, prefix, whole):
+    """To the last bit; the text after the image does not matter."""
     mlm = tiny(family)
     mlm.model.to(dtype)
     for image in IMAGES:
-        slots, keys, values = image_rows(*plain_cache(mlm, image, prefix), mlm)
+        cache, ids = plain_cache(mlm, image, prefix, whole)
+        assert (ids[0, -1] != mlm.image_token_id) == whole
+        slots = image_slots(mlm, ids)
         one = capture(mlm, [image], prefix=prefix)[0]
         assert np.array_equal(one.layout.slots, slots.numpy())
         assert one.keys.shape == (mlm.num_layers, mlm.num_kv_heads, len(slots), mlm.head_dim)
-        assert torch.equal(one.keys, keys) and torch.equal(one.values, values)
-
-
-@pytest.mark.parametrize("family", ALL)
-def test_the_text_after_the_image_does_not_matter(family):
-    mlm = tiny(family)
-    cache, ids = plain_cache(mlm, IMAGES[0], whole=True)
-    assert ids[0, -1] != mlm.image_token_id
-    _, keys, values = image_rows(cache, ids, mlm)
-    one = capture(mlm, [IMAGES[0]])[0]
-    assert torch.allclose(one.keys, keys, atol=1e-5) and torch.allclose(one.values, values, atol=1e-5)
+        for name in ("keys", "values"):
+            plain = torch.stack([getattr(layer, name)[0][:, slots] for layer in cache.layers])
+            torch.testing.assert_close(getattr(one, name), plain, rtol=0, atol=1e-5 if whole else 0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -113,31 +101,24 @@ def test_features_at_image_slots_are_the_scattered_projector_output(family, pref
     _, ids = plain_cache(mlm, IMAGES[1], prefix=prefix)
     hook.remove()
     one = capture(mlm, [IMAGES[1]], prefix=prefix, keys=False, values=False)[0]
-    slots = (ids[0] == mlm.image_token_id).nonzero().flatten()
-    assert np.array_equal(one.layout.slots, slots.numpy())
-    assert torch.equal(one.projector, seen[0][0, slots])
+    assert torch.equal(one.projector, seen[0][0, image_slots(mlm, ids)])
     if family != "qwen2_5_vl":
         newline = one.layout.is_newline
         assert newline.any() and (one.encoder[newline] == 0).all()
         assert torch.equal(one.projector[newline], mlm.model.model.image_newline.detach().expand(newline.sum(), -1))
 
 
-@pytest.mark.parametrize("family", ["llava_onevision", "llava_next"])
-def test_projecting_the_encoder_features_gives_the_projector_features(family):
+@pytest.mark.parametrize(("family", "size"), [("llava_onevision", (50, 40)), ("llava_next", (50, 40)), ("llava_onevision", (300, 251))])
+def test_projecting_the_encoder_features_gives_the_projector_features(family, size):
+    shrunk = max(size) > 200
     for mlm in looks(tiny(family)):
-        one = capture(mlm, [IMAGES[0]], keys=False, values=False)[0]
+        if shrunk:
+            mlm.model.model.multi_modal_projector = torch.nn.Linear(24, 32, bias=False)  # commutes with the bilinear shrinking
+        one = capture(mlm, [picture(*size)], keys=False, values=False)[0]
+        assert mlm.base_view_only or one.layout.grids["tiles"][0] < 20
         projector, real = mlm.model.model.multi_modal_projector, ~one.layout.is_newline
         with torch.no_grad():
-            assert torch.allclose(projector(one.encoder[real]), one.projector[real], atol=1e-5)
-
-
-def test_shrunk_encoder_features_follow_the_models_own_path():
-    mlm = tiny("llava_onevision")
-    linear = mlm.model.model.multi_modal_projector = torch.nn.Linear(24, 32, bias=False)  # commutes with the bilinear shrinking
-    one = capture(mlm, [picture(300, 251)], keys=False, values=False)[0]
-    assert one.layout.grids["tiles"][0] < 20
-    real = ~one.layout.is_newline
-    assert torch.allclose(linear(one.encoder[real]), one.projector[real], atol=1e-4)
+            assert torch.allclose(projector(one.encoder[real]), one.projector[real], atol=1e-4 if shrunk else 1e-5)
 
 
 def test_qwen_window_order_is_undone():
@@ -197,25 +178,6 @@ def test_batch_equals_single_and_eager_equals_sdpa(family):
         assert np.array_equal(one.layout.slots, alone.layout.slots)
 
 
-def test_image_tokens_are_embedded_in_one_place():
-    found = [path.name for path in Path(kvutils.__file__).parent.rglob("*.py") if "masked_scatter(" in path.read_text()]
-    assert found == ["language.py"]
-
-
-# ---- prefix and prompt ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", ALL)
-def test_prefix_stands_before_the_image_and_is_seen_by_it(family):
-    mlm, prefix = tiny(family), "a red fish"
-    prompt = mlm.prompt(prefix=prefix)
-    assert prompt.index(prefix) < prompt.index(mlm.processor.image_token)
-    without, one = capture(mlm, [IMAGES[0]])[0], capture(mlm, [IMAGES[0]], prefix=prefix)[0]
-    assert np.array_equal(one.layout.slots, without.layout.slots + 3)
-    assert torch.equal(one.values[0], without.values[0])  # layer 0 has not looked around yet
-    assert not torch.allclose(one.values[1], without.values[1], atol=1e-3)
-
-
 def test_pocket_prompt_is_items_joined_by_spaces():
     mlm = tiny_pocket()
     assert mlm.prompt("what is this?", prefix="a red fish") == "a red fish <image> what is this? :"
@@ -224,23 +186,12 @@ def test_pocket_prompt_is_items_joined_by_spaces():
 
 
 @pytest.mark.parametrize("prefix", ["user", "s", "a red fish "])
-def test_prefix_words_of_the_template_itself_do_not_confuse(prefix):
-    prompt = tiny("llava_onevision").prompt("yes", prefix=prefix)
-    assert prompt.split("<image>")[0] == f"user {prefix}\n"
-
-
-@pytest.mark.parametrize("family", ALL)
-def test_several_images_in_one_prompt(family):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prefix_stands_before_the_image(family, prefix):
+    """Also one of words that the template itself writes."""
     mlm = tiny(family)
-    mlm = mlm if family in ("qwen2_5_vl", "llava_next") else replace(mlm, base_view_only=True)
-    vision = prepare_images(mlm, IMAGES)
-    prompts = [mlm.prompt("what is this?", images=2), mlm.prompt("yes", prefix="a fish")]
-    text = prepare_text(mlm, prompts, vision, images_only=False)
-    for row, images in ((0, vision.layouts[:2]), (1, vision.layouts[2:])):
-        expected = (text.input_ids[row] == mlm.image_token_id).nonzero().flatten().numpy()
-        assert np.array_equal(np.concatenate([one.slots for one in images]), expected)
-    encoder, projector = encode_images(mlm, vision)
-    assert [len(x) for x in projector] == [len(one) for one in vision.layouts] == [len(x) for x in encoder]
+    before = mlm.prompt("yes", prefix=prefix).split(mlm.processor.image_token)[0]
+    assert before == f"user {prefix}" + ("<|vision_start|>" if family == "qwen2_5_vl" else "\n")
 
 
 def test_prompt_errors():
@@ -268,9 +219,6 @@ def test_a_tokenizer_with_other_image_tokens_is_an_error(ask):
     mlm.model.config.image_token_id += 1
     with pytest.raises(ModelError, match="tokenizer of tiny-llava_next makes 0 image tokens .* layout has"):
         ask(replace(mlm))  # which reads the token's id anew
-
-
-# ---- the model is left as it was -----------------------------------------------------------------
 
 
 def fingerprint(mlm):
@@ -312,19 +260,6 @@ def test_model_is_left_unmodified_also_after_an_exception(family, monkeypatch):
     assert torch.equal(question_logits(mlm), before)
 
 
-@pytest.mark.parametrize("family", ALL)
-def test_generation_is_not_disturbed_between_two_steps(family):
-    """A conversation keeps state in the model (Qwen's rope_deltas); a capture must not touch it."""
-    mlm = tiny(family)
-    inputs = question_inputs(mlm)
-    settings = GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=None)
-    first = mlm.model.generate(**inputs, generation_config=settings)
-    rope = getattr(mlm.model.model, "rope_deltas", None)
-    capture(mlm, [picture(33, 70)], layers=[0])
-    assert getattr(mlm.model.model, "rope_deltas", None) is rope
-    assert torch.equal(mlm.model.generate(**inputs, generation_config=settings), first)
-
-
 @pytest.mark.parametrize("offload", [
     lambda model: accelerate.cpu_offload(model, execution_device="cpu"),
     lambda model: accelerate.dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True),  # only aligns devices
@@ -343,9 +278,6 @@ def test_offloaded_models(family, offload):
                 assert torch.equal(getattr(one, name), getattr(plain, name)), name
         assert torch.equal(text_values(mlm, ["red fish"]), texts)
         assert {name: p.device.type for name, p in mlm.model.named_parameters()} == devices
-
-
-# ---- memory --------------------------------------------------------------------------------------
 
 
 def retained_bytes(captures):
@@ -385,9 +317,6 @@ def test_results_can_be_used_with_autograd():
     weight = torch.ones(16, requires_grad=True)
     (capture(tiny_pocket(), [IMAGES[0]])[0].value(0) @ weight).sum().backward()
     assert weight.grad is not None
-
-
-# ---- reading a capture ---------------------------------------------------------------------------
 
 
 def test_reading_layers_heads_and_tokens():
@@ -452,13 +381,11 @@ def test_max_pixels_of_qwen():
     assert small.layout.image_size == large.layout.image_size == (120, 96)
 
 
-# ---- other towers and texts ----------------------------------------------------------------------
-
-
-def test_the_models_own_tower_as_another_encoder_gives_its_own_features():
-    mlm = tiny("llava_onevision")
-    encoder = tiny_siglip()
+def test_the_models_own_tower_loaded_as_another_encoder_gives_its_own_features(tmp_path):
+    mlm, encoder = tiny("llava_onevision"), tiny_siglip()
     encoder.model.load_state_dict(mlm.model.model.vision_tower.state_dict())
+    encoder = load_encoder(str(save(encoder, tmp_path)), device="cpu")
+    assert encoder.revision.startswith("sha256:")
     images = [*IMAGES, picture(300, 251)]
     for model in looks(mlm):
         ours = capture_encoder(encoder, model, images, batch_size=2)
@@ -492,9 +419,6 @@ def test_text_values_are_means_over_the_tokens_of_a_text(family):
             assert torch.allclose(ours[position], expected, atol=1e-5)
 
 
-# ---- loading -------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return save(tiny_pocket(), tmp_path_factory.mktemp("models") / "pocket")
@@ -511,54 +435,43 @@ def test_a_saved_folder_loads_and_captures_the_same(family, tmp_path):
 
 
 def test_ways_to_load_a_folder(folder):
-    mlm = load_mlm(str(folder), device="cpu")
+    """Placed on the CPU or by accelerate, in another precision, and untrained under a seed."""
+
+    def loaded(**options):
+        mlm = load_mlm(str(folder), **options)
+        return mlm, capture(mlm, IMAGES[:1])[0].values
+
+    (mlm, trained), (placed, same) = loaded(device="cpu"), loaded(device_map="auto")
     assert mlm.revision.startswith("sha256:") and len(mlm.revision) == 23 and mlm.image_backend == "pil"
-    assert mlm.revision == load_mlm(str(folder), device="cpu").revision
+    assert torch.equal(same, trained) and placed.revision == mlm.revision
     eager = load_mlm(str(folder), device="cpu", dtype="bfloat16", attention="eager")
     assert (eager.dtype, eager.attention) == (torch.bfloat16, "eager")
-    placed = load_mlm(str(folder), device_map="auto")
-    assert torch.equal(capture(placed, IMAGES[:1])[0].values, capture(mlm, IMAGES[:1])[0].values)
-
-
-def test_untrained_control_is_seeded_and_has_the_same_shape(folder):
     state = torch.random.get_rng_state()
-    a, b, c = (load_mlm(str(folder), device="cpu", untrained=True, seed=seed) for seed in (1, 1, 2))
-    assert torch.equal(torch.random.get_rng_state(), state)
-    first, second, third = (capture(mlm, IMAGES[:1])[0].values for mlm in (a, b, c))
-    assert torch.equal(first, second) and not torch.allclose(first, third)
-    trained = capture(load_mlm(str(folder), device="cpu"), IMAGES[:1])[0].values
-    assert trained.shape == first.shape and not torch.allclose(trained, first)
-    assert a.revision == "untrained seed 1"
+    (mlm, first), (_, again), (_, other) = (loaded(device="cpu", untrained=True, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), state) and mlm.revision == "untrained seed 1"
+    assert torch.equal(first, again) and first.shape == trained.shape
+    assert not torch.allclose(first, other) and not torch.allclose(first, trained)
 
 
-def test_encoder_loads_from_a_folder(tmp_path):
-    encoder, mlm = tiny_siglip(), tiny("llava_onevision")
-    loaded = load_encoder(str(save(encoder, tmp_path)), device="cpu")
-    assert loaded.revision.startswith("sha256:")
-    assert torch.equal(capture_encoder(loaded, mlm, IMAGES)[1], capture_encoder(encoder, mlm, IMAGES)[1])
-
-
-@pytest.mark.parametrize(("load", "said"), [
-    (lambda folder: load_mlm("llava-onevision-7"), "llava-onevision-7b"),
-    (lambda folder: load_mlm("gpt"), "expected one of.*pocket"),
-    (lambda folder: load_mlm(str(folder / "empty")), "config.json"),
-    (lambda folder: load_mlm(str(folder / "bert")), "bert"),
-    (lambda folder: load_encoder("siglip"), "siglip-so400m"),
-    (lambda folder: wrap_mlm(tiny_siglip().model, None), "model family"),
+@pytest.mark.parametrize(("load", "error", "said"), [
+    (lambda folder: load_mlm("llava-onevision-7"), ModelError, "llava-onevision-7b"),
+    (lambda folder: load_mlm("gpt"), ModelError, "expected one of.*pocket"),
+    (lambda folder: load_mlm(str(folder / "empty")), ModelError, "config.json"),
+    (lambda folder: load_mlm(str(folder / "bert")), ModelError, "bert"),
+    (lambda folder: load_encoder("siglip"), ModelError, "siglip-so400m"),
+    (lambda folder: wrap_mlm(tiny_siglip().model, None), ModelError, "model family"),
+    (lambda folder: load_mlm("pocket", dtype="float3"), ParameterError, "dtype"),
+    (lambda folder: load_mlm("pocket", dtype="int8"), ParameterError, "dtype"),
+    (lambda folder: load_mlm("pocket", device="abacus"), ParameterError, "abacus"),
+    (lambda folder: load_mlm("pocket", attention="none"), ParameterError, "attention"),
+    (lambda folder: load_mlm("pocket", device_map="auto", device="cpu"), ParameterError, "pass no device"),
 ])  # fmt: skip
-def test_what_cannot_be_loaded(tmp_path, load, said):
+def test_what_cannot_be_loaded(tmp_path, load, error, said):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(error, match=said):
         load(tmp_path)
-
-
-@pytest.mark.parametrize("options", [{"dtype": "float3"}, {"dtype": "int8"}, {"device": "abacus"}, {"attention": "none"},
-                                     {"device_map": "auto", "device": "cpu"}])  # fmt: skip
-def test_options_of_loading_are_checked(folder, options):
-    with pytest.raises(ParameterError):
-        load_mlm(str(folder), **options)
 
 
 def test_missing_weights_are_an_error(folder, tmp_path):
@@ -571,20 +484,8 @@ def test_missing_weights_are_an_error(folder, tmp_path):
         load_mlm(str(tmp_path), device="cpu")
 
 
-def test_pocket_processor_round_trip(tmp_path):
-    processor = build_pocket_processor(WORDS)
-    processor.save_pretrained(tmp_path)
-    again = load_processor(tmp_path, "llava_onevision")
-    text = "What is a red fish, on the left? zebra <image>"
-    ids = processor.tokenizer(text)["input_ids"]
-    assert again.tokenizer(text)["input_ids"] == ids and ids[-2:] == [1, 3]
-    assert [processor.tokenizer.convert_tokens_to_ids(t) for t in ("<pad>", "<unk>", "<eos>", "<image>")] == [0, 1, 2, 3]
-    assert processor.tokenizer.decode(ids[:5]) == "what is a red fish"
-    assert again.chat_template == processor.chat_template and type(again.image_processor).__name__.endswith("Pil")
-    a, b = (p.image_processor(IMAGES, return_tensors="pt")["pixel_values"] for p in (processor, again))
-    assert torch.equal(a, b) and a.shape[-1] == 96
-    for bad in (["two words"], ["Upper"], [""]):
-        with pytest.raises(ParameterError):
-            build_pocket_processor(bad)
-    with pytest.raises(ParameterError, match="multiple"):
-        build_pocket_processor(WORDS, image_size=90)
+def test_the_pocket_tokenizer_splits_words_and_punctuation():
+    tokenizer = tiny_pocket().tokenizer
+    ids = tokenizer("What is a red fish, on the left? zebra <image>")["input_ids"]
+    assert ids[-2:] == [1, 3] and tokenizer.decode(ids[:5]) == "what is a red fish"
+    assert tokenizer.convert_tokens_to_ids(["<pad>", "<unk>", "<eos>", "<image>"]) == [0, 1, 2, 3]
