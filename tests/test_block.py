@@ -150,9 +150,6 @@ def check_calls(mlm, calls, selection, slots, queries, present):
     assert set(seen.values()) != {0} and len(set(seen.values())) == 1
 
 
-# ---- exact -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("queries", ["after", "all"])
 @pytest.mark.parametrize("padding", ["left", "right", "none"])
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -263,9 +260,6 @@ def test_half_precision(attention, dtype):
         assert np.abs(output.double().numpy() - expected)[real].max() < 0.1
 
 
-# ---- what changes, and what does not ----------------------------------------------------------------
-
-
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_any_image_key_the_image_does_not_matter(family, attention):
@@ -290,19 +284,6 @@ def test_all_changes_the_image_tokens_and_after_does_not(family):
         changed = capture(mlm, image)[0]
     assert torch.equal(changed.values[:2], plain.values[:2])  # layer 1 is the first with a blocked key
     assert (changed.values[2] - plain.values[2]).abs().max() > 1e-3
-
-
-def test_several_images_of_one_prompt_are_one_row_of_slots():
-    mlm = model("qwen2_5_vl", "sdpa")
-    inputs = mlm.processor(text=[mlm.prompt("yes", images=2)], images=pictures(2), return_tensors="pt")
-    slots = (inputs["input_ids"][0] == mlm.image_token_id).nonzero().flatten()
-    selection = choose(mlm, slots)
-    with block_keys(mlm, selection, slots), attention_calls(mlm) as calls:
-        logits(mlm, inputs)
-    check_calls(mlm, calls, selection, slots.numpy()[None], "after", inputs["attention_mask"].numpy())
-
-
-# ---- the model is left as it was ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -343,14 +324,6 @@ def test_nested_blocks_act_together(attention):
         with block_keys(mlm, outer, slots):  # twice the same is once
             assert torch.equal(logits(mlm, inputs), alone)
     assert not torch.equal(alone, expected)
-    blocks = block_keys(mlm, outer, slots), block_keys(mlm, inner, slots)
-    for block in blocks:
-        block.__enter__()
-    blocks[0].__exit__(None, None, None)  # not in the order of with statements
-    rest = logits(mlm, inputs)
-    blocks[1].__exit__(None, None, None)
-    with block_keys(mlm, inner, slots):
-        assert torch.equal(logits(mlm, inputs), rest)
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -371,9 +344,6 @@ def test_an_empty_selection_changes_nothing(family, attention):
     with block_keys(mlm, partly, slots):
         changed = [name for name, found in hooks(mlm).items() if found != state[name]]
     assert [name.split(".")[-2:] for name in changed] == [["2", "self_attn"]]
-
-
-# ---- what cannot be ----------------------------------------------------------------------------------
 
 
 def test_impossible_selections_are_one_clear_error():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import tiny
+from tiny_models import grid_layout, tiny
 from torch import nn
 from transformers import (
     LlamaConfig,
@@ -183,13 +183,11 @@ def test_token_counts_of_the_published_sizes():
 
 
 def handmade(size=(8, 6), rows=2, columns=4) -> TokenLayout:
-    cells = np.stack(np.divmod(np.arange(rows * (columns + 1)), columns + 1), axis=1)
-    newline = cells[:, 1] == columns
-    step = np.array([size[0] / columns, size[1] / rows])
-    rects = np.concatenate([cells[:, ::-1] * step, (cells[:, ::-1] + 1) * step], axis=1)
-    rects[newline] = np.nan
-    zeros = np.zeros(len(cells), dtype=np.int64)
-    return TokenLayout(zeros + np.arange(len(cells)), rects, cells, zeros, newline, size, {"base": (rows, columns)})
+    """A base view with a newline behind each row."""
+    layout = grid_layout(rows, columns + 1, (size[0] / columns * (columns + 1), size[1]))
+    newline = layout.cells[:, 1] == columns
+    layout.rects[newline] = np.nan
+    return replace(layout, is_newline=newline, image_size=size, grids={"base": (rows, columns)})
 
 
 def test_token_labels_take_the_majority_and_skip_ignored_pixels():

@@ -60,37 +60,29 @@ CASES = {
     "separable": dict(S=4, N=300, C=48, signal=3.0),
     "multinomial": dict(S=3, N=400, C=24, K=5, signal=0.5),
     "multinomial, separable": dict(S=2, N=200, C=40, K=5, signal=2.5),
+    "small": dict(S=2, N=300, C=20, signal=0.4),
 }
 
 
-@pytest.mark.parametrize("balanced", [True, False])
-@pytest.mark.parametrize("name", CASES)
-def test_agrees_with_scikit_learn(name, balanced):
+@pytest.mark.parametrize(("name", "balanced", "strength", "weighted"), [
+    *[(name, balanced, 1.0, False) for name in CASES for balanced in (True, False) if name != "small"],
+    *[("small", not weighted, strength, weighted) for strength in (1e-3, 0.1, 10.0, 100.0) for weighted in (True, False)],
+])  # fmt: skip
+def test_agrees_with_scikit_learn(name, balanced, strength, weighted):
     case = CASES[name]
     X, y = make_episode(**case)
-    K = case.get("K", 2)
-    probe = fit_linear_probe(X, y, K, class_balanced=balanced).require_converged()
+    sample_weight = np.random.default_rng(1).uniform(0.1, 3, len(y)) if weighted else None
+    options = {"strength": strength, "sample_weight": sample_weight}
+    probe = fit_linear_probe(X, y, case.get("K", 2), class_balanced=balanced, **options).require_converged()
     predicted = probe.predict(X)
     for i, x in enumerate(X):
-        model, z = reference(x, y, balanced)
-        best = objective(model.coef_, model.intercept_, z, y, balanced, 1.0)
+        model, z = reference(x, y, balanced, **options)
+        best = objective(model.coef_, model.intercept_, z, y, balanced, **options)
         weight, bias = probe.weight[i].double().numpy(), probe.bias[i].double().numpy()
-        ours = objective(weight, bias, z, y, balanced, 1.0)
+        ours = objective(weight, bias, z, y, balanced, **options)
         assert ours <= best * (1 + 1e-3)
         assert float(probe.loss[i]) == pytest.approx(ours, rel=1e-4)
-        assert np.mean(model.predict(z) == predicted[i].numpy()) >= 0.995
-
-
-@pytest.mark.parametrize("strength", [1e-3, 0.1, 10.0, 100.0])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_strength_and_sample_weights_are_those_of_scikit_learn(strength, weighted):
-    X, y = make_episode(S=2, N=300, C=20, signal=0.4)
-    weight = np.random.default_rng(1).uniform(0.1, 3, 300) if weighted else None
-    probe = fit_linear_probe(X, y, strength=strength, class_balanced=not weighted, sample_weight=weight).require_converged()
-    for i, x in enumerate(X):
-        model, z = reference(x, y, not weighted, strength, weight)
-        best = objective(model.coef_, model.intercept_, z, y, not weighted, strength, weight)
-        assert float(probe.loss[i]) == pytest.approx(best, rel=1e-3)
+        assert np.mean(model.predict(z) == predicted[i].numpy()) >= 0.995 or name == "small"
 
 
 def test_rows_of_weight_zero_are_as_if_absent():
@@ -128,6 +120,9 @@ def test_leading_dimensions_chunks_and_neighbours_do_not_matter(K, monkeypatch):
     assert logits.shape == ((2, 3, 7) if K == 2 else (2, 3, 7, K))
     monkeypatch.setitem(probes.CHUNK_BYTES, "cpu", 1)  # one source at a time
     torch.testing.assert_close(fit_linear_probe(X, labels, K).logits(X[:, :, :7]), logits, rtol=0, atol=1e-3)
+    joined = join_probes([fit_linear_probe(X[:1], labels[:1], K), fit_linear_probe(X[1:], labels[1:], K)])
+    torch.testing.assert_close(joined.logits(X[:, :, :7]), logits, rtol=0, atol=1e-3)
+    assert joined.converged.shape == (2, 3)
     single = fit_linear_probe(X[1, 2], labels[1, 2], K)
     assert single.loss.ndim == 0
     torch.testing.assert_close(single.logits(X[1, 2, :7]), logits[1, 2], rtol=0, atol=1e-3)
@@ -165,19 +160,11 @@ def test_unconverged_sources_are_flagged_and_named():
         probe.require_converged()
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_non_finite_features_name_their_source(value, monkeypatch):
-    monkeypatch.setitem(probes.CHUNK_BYTES, "cpu", 1)
-    X, y = make_episode(S=4, N=60, C=5)
-    X[2, 11, 3] = value
-    with pytest.raises(ParameterError, match="source 2"):
-        fit_linear_probe(X, y)
-
-
 X, Y = make_episode(S=2, N=60, C=5)
 
 
 @pytest.mark.parametrize(("x", "y", "options", "said"), [
+    *[(torch.stack([X[0], torch.full_like(X[1], value)]), Y, {}, "source 1") for value in (np.nan, np.inf, -np.inf)],
     (X, torch.zeros(60, dtype=torch.long), {}, "two classes.*source 0"),
     (X, torch.stack([Y, torch.ones_like(Y)]), {}, "two classes.*source 1"),
     (X, Y - 1, {}, "labels 0..1"),
@@ -188,7 +175,8 @@ X, Y = make_episode(S=2, N=60, C=5)
     (X, Y, {"strength": 0}, "strength"),
     (X[:, :0], Y[:0], {}, "X of shape"),
 ])  # fmt: skip
-def test_other_bad_input(x, y, options, said):
+def test_bad_input(x, y, options, said, monkeypatch):
+    monkeypatch.setitem(probes.CHUNK_BYTES, "cpu", 1)
     with pytest.raises(ParameterError, match=said):
         fit_linear_probe(x, y, **options)
 
@@ -199,17 +187,6 @@ def test_input_is_left_as_it_was_and_logits_need_all_sources():
     assert torch.equal(X, before)
     with pytest.raises(ParameterError, match="logits: expected"):
         probe.logits(X[:1])
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("K", [2, 5])
-def test_cuda_equals_cpu(K):
-    X, y = make_episode(S=8, N=720, C=128, K=K, signal=0.3)
-    cpu = fit_linear_probe(X, y, K).require_converged()
-    gpu = fit_linear_probe(X.cuda(), y.cuda(), K).require_converged()
-    assert gpu.weight.is_cuda
-    torch.testing.assert_close(gpu.loss.cpu(), cpu.loss, rtol=1e-3, atol=0)
-    assert (gpu.predict(X.cuda()).cpu() == cpu.predict(X)).float().mean() >= 0.995
 
 
 def test_shuffled_labels_keep_counts_and_void_entries():
@@ -234,11 +211,3 @@ def test_otsu_is_the_best_split():
     assert between(threshold) == pytest.approx(best)
     assert otsu(torch.tensor(scores)) == threshold
     assert otsu([0, 0, 0, 1]) == 0.5 and otsu([2.0, 2.0]) == 2.0
-
-
-def test_probes_of_groups_of_sources_are_those_of_all_together():
-    generator = torch.Generator().manual_seed(0)
-    X, y = torch.randn(5, 60, 8, generator=generator), torch.randint(0, 3, (60,), generator=generator)
-    whole, joined = fit_linear_probe(X, y, 3), join_probes([fit_linear_probe(X[:2], y, 3), fit_linear_probe(X[2:], y, 3)])
-    torch.testing.assert_close(whole.logits(X), joined.logits(X), rtol=1e-4, atol=1e-5)
-    assert joined.converged.shape == (5,)
