@@ -3,7 +3,6 @@
 from dataclasses import replace
 from itertools import product
 
-import numpy as np
 import pytest
 import torch
 
@@ -12,15 +11,7 @@ from kvutils.keys import KeySelection, KeyVariance, key_variance
 from kvutils.kvcache import capture
 from kvutils.prompts import prepare_text
 from kvutils.readout.attention import attention_mass
-from kvutils.store import Parts
-from kvutils.tasks.key_selections import (
-    select_all,
-    select_highest,
-    select_random,
-    select_random_matched_mass,
-    select_same_positions,
-    selected_mass,
-)
+from kvutils.tasks.key_selections import select_random, select_random_matched_mass, selected_mass
 from kvutils.vision import encode_images, prepare_images
 from tests.tiny_models import FAMILIES, hooks, picture, tiny
 
@@ -64,20 +55,6 @@ def test_a_large_common_offset_does_not_drown_the_variance(dtype):
     torch.testing.assert_close(KeyVariance().update(x).result, direct(x))
 
 
-def test_a_stream_can_be_stored_and_go_on(tmp_path):
-    x = keys()
-    parts = Parts(tmp_path)
-    for seen in (0, 12):
-        parts.save(f"keys {seen}", KeyVariance().update(x[:seen]).state_dict())
-        again = KeyVariance.from_state(parts.load(f"keys {seen}")).update(x[seen:])
-        whole = KeyVariance().update(x)
-        assert again.count == 20
-        assert torch.equal(again.result, whole.result) and torch.equal(again.mean_norm, whole.mean_norm)
-    state = whole.state_dict()
-    KeyVariance.from_state(state).update(x)
-    assert torch.equal(KeyVariance.from_state(state).result, whole.result)  # the state is a copy
-
-
 def test_bad_input_is_one_clear_error():
     broken, variance = keys(), KeyVariance()
     broken[3, 0, 0, 0, 0] = torch.inf
@@ -89,9 +66,6 @@ def test_bad_input_is_one_clear_error():
         with pytest.raises(DataError, match=message):
             call()
     assert repr(variance) == "KeyVariance(no image yet)"
-
-
-# ---- over images ---------------------------------------------------------------------------------
 
 
 def pictures(count, size=(40, 32)):
@@ -137,9 +111,6 @@ def test_images_must_share_one_token_grid_and_there_must_be_some():
         key_variance(mlm, ["missing.png"])
     with pytest.raises(ParameterError):
         key_variance(mlm, images, layers=[9])
-
-
-# ---- attention that they receive -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "pocket"])
@@ -188,9 +159,6 @@ def test_attention_mass_leaves_the_model_alone_and_refuses_what_cannot_be(monkey
         attention_mass(mlm, pictures(1), ["yes"])
 
 
-# ---- selections ----------------------------------------------------------------------------------
-
-
 def test_a_selection_says_which_keys_of_which_layer():
     chosen = agnostic()
     part = chosen.restrict([9, 3])
@@ -231,21 +199,6 @@ def test_random_keys_match_the_count_and_follow_the_seed():
     share = torch.stack([one.mask for one in draws]).double().mean(0)[..., REAL]
     expected = like.mask.sum(-1, keepdim=True) / REAL.sum()
     assert (share - expected).abs().max() < 0.15  # no position is preferred
-
-
-def test_keys_of_highest_variance_all_keys_and_the_same_positions_in_early_layers():
-    like, variance = agnostic(), random_variance()
-    variance[..., ~REAL] = 99
-    chosen = select_highest(like, variance, REAL)
-    assert torch.equal(chosen.mask.sum(-1), like.mask.sum(-1)) and not chosen.mask[..., ~REAL].any()
-    for layer, head in np.ndindex(3, 2):
-        kept, rest = chosen.mask[layer, head], ~chosen.mask[layer, head] & REAL
-        assert not kept.any() or variance[layer, head, kept].min() > variance[layer, head, rest].max()
-    everything = select_all(range(2, 4), 2, 11)
-    assert everything.layers == (2, 3) and everything.mask.all() and everything.mask.shape == (2, 2, 11)
-    for one, layers in ((like, [2, 0, 1]), (like.restrict([9, 3, 7]), (0, 1, 2))):
-        early = select_same_positions(one, layers)
-        assert early.layers == (0, 1, 2) and torch.equal(early.mask, like.mask)
 
 
 def test_random_keys_that_match_the_attention_mass():
