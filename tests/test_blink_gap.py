@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from PIL import Image
 from recipe.packing import encode, pack
 from recipe.pool import make_pool
 from recipe.samples import Sampler
@@ -440,8 +439,8 @@ def test_figures_need_only_the_results_file(items, redraw):
 @pytest.mark.parametrize("family", [*tiny_models.FAMILIES])
 def test_every_family_reads_items_in_their_official_form(family):
     """Photographs of different sizes, options "(A)" or "A", several images as base views or as grids of their own."""
-    mlm, random = tiny_models.tiny(family, words=list(q.WORDS)), np.random.default_rng(0)
-    pictures = [Image.fromarray(random.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in ((50, 40), (40, 60), (64, 48))]
+    mlm = tiny_models.tiny(family, words=list(q.WORDS))
+    pictures = [tiny_models.picture(*size) for size in ((50, 40), (40, 60), (64, 48))]
     about = {"question": "which image ?", "prompt": "which image ? (A) (B)", "options": ("(A)", "(B)"), "choices": ("A", "B")}
     style = MultipleChoice(id="s", subtask="Art_Style", images=tuple(pictures), answer="(B)", group="s", **about)
     points = {"reference_point": np.array([45.0, 5]), "candidate_points": np.array([[3.0, 55], [39, 3]])}

@@ -129,7 +129,7 @@ def softmax_reference(query, key, value, allowed):
     return output
 
 
-def check_calls(mlm, calls, selection, slots, queries, present):
+def check_calls(mlm, calls, selection, slots, queries, present, tolerance=1e-5):
     """Every recorded call equals the reference, in the output and, where keys are blocked, in the mask."""
     seen = dict.fromkeys(range(mlm.num_layers), 0)
     for layer, query, key, value, mask, output in calls:
@@ -138,14 +138,13 @@ def check_calls(mlm, calls, selection, slots, queries, present):
         allowed = allowed_keys(mlm, selection, layer, slots, queries, here, seen[layer], length)
         expected = softmax_reference(query, key, value, allowed)
         real = ~np.isnan(expected[:, :, 0, 0])
-        assert np.abs(output.numpy() - expected)[real].max() < 1e-5
+        assert np.abs(output.double().numpy() - expected)[real].max() < tolerance
         last = seen[layer] + length - 1
         if layer in selection.layers and (queries == "all" or last > slots.max(axis=1).min()):
             assert mask.shape == (len(query), mlm.num_heads, length, key.shape[2])
             given = mask if mask.dtype == torch.bool else mask == 0
             assert mask.dtype == torch.bool or set(mask.unique().tolist()) == {0, torch.finfo(mask.dtype).min}
-            assert np.array_equal(given.numpy()[real.nonzero()[0], :, real.nonzero()[1]],
-                                  allowed[real.nonzero()[0], :, real.nonzero()[1]])  # fmt: skip
+            assert np.array_equal(given.numpy().swapaxes(1, 2)[real], allowed.swapaxes(1, 2)[real])
         seen[layer] += length
     assert set(seen.values()) != {0} and len(set(seen.values())) == 1
 
@@ -251,13 +250,10 @@ def test_half_precision(attention, dtype):
     mlm.model.to(dtype)
     inputs, slots = batch(mlm)
     inputs = inputs.to(dtype)
-    with block_keys(mlm, everything(mlm, slots), slots, "all"), attention_calls(mlm) as calls:
+    selection = everything(mlm, slots)
+    with block_keys(mlm, selection, slots, "all"), attention_calls(mlm) as calls:
         assert torch.isfinite(logits(mlm, inputs)[inputs["attention_mask"].bool()]).all()
-    for _, query, key, value, mask, output in calls:
-        allowed = (mask if mask.dtype == torch.bool else mask == 0).numpy()
-        expected = softmax_reference(query, key, value, allowed)
-        real = ~np.isnan(expected)
-        assert np.abs(output.double().numpy() - expected)[real].max() < 0.1
+    check_calls(mlm, calls, selection, slots, "all", inputs["attention_mask"].numpy(), tolerance=0.1)
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -301,8 +297,6 @@ def test_restored_to_the_last_bit_also_after_an_exception(family, attention):
     with pytest.raises(RuntimeError, match="inside"), block_keys(mlm, choose(mlm, slots), slots, "all"):
         logits(mlm, inputs)
         raise RuntimeError("inside")
-    with pytest.raises(ParameterError), block_keys(mlm, choose(mlm, slots), slots + 99):
-        logits(mlm, inputs)
     assert hooks(mlm) == state
     assert torch.equal(logits(mlm, inputs), before) and torch.equal(generate(mlm, inputs), text)
     assert {name: tensor._version for name, tensor in mlm.model.state_dict().items()} == weights
@@ -348,7 +342,7 @@ def test_an_empty_selection_changes_nothing(family, attention):
 
 def test_impossible_selections_are_one_clear_error():
     mlm = model("llava_onevision", "sdpa")
-    inputs, slots = batch(mlm, questions=QUESTIONS[:1])
+    _, slots = batch(mlm, questions=QUESTIONS[:1])
     state, tokens = hooks(mlm), slots.shape[1]
 
     def refuse(error, match, selection, slots=slots, queries="after"):
@@ -362,11 +356,8 @@ def test_impossible_selections_are_one_clear_error():
     refuse(ParameterError, r"4 key-value heads .* tiny-llava_onevision has 2", heads)
     refuse(DataError, f"{tokens} image tokens, not {tokens - 1}", chosen, slots[:, 1:])
     refuse(ParameterError, "'before'; expected one of after, all", chosen, queries="before")
-    refuse(DataError, "integers", chosen, slots.astype(float))
-    refuse(DataError, "integers", chosen, slots[None])
-    refuse(DataError, "integers", chosen, [])
-    refuse(DataError, "different positions", chosen, np.zeros_like(slots))
-    refuse(DataError, "different positions", chosen, slots - slots.min() - 1)
+    for bad in (slots.astype(float), slots[None], [], np.zeros_like(slots), slots - slots.min() - 1):
+        refuse(DataError, "integers .* different positions", chosen, bad)
     captures = capture(mlm, [pictures(1)[0], pictures(1)[0].resize((90, 40))], keys=False, values=False)
     refuse(DataError, "one token grid", chosen, [one.layout for one in captures])
 

@@ -221,17 +221,25 @@ def test_token_at_and_centers():
         layout.token_at([[np.nan, 1]])
 
 
-def test_token_at_is_the_nearest_rectangle():
-    """The one around the point, and in the unseen rim of a tile the next one."""
-    mlm = tiny("llava_onevision")
-    for size in ((131, 67), (300, 251)):
-        layout = prepare_images(mlm, [Image.new("RGB", size)]).layouts[0]
-        for view in ("base", "tiles"):
-            rects = layout.rects[layout.spatial(view)]
-            for point in RNG.random((200, 2)) * size:
-                gaps = np.maximum(rects[:, :2] - point, point - rects[:, 2:]).clip(min=0).max(1)
-                own = gaps[np.searchsorted(layout.spatial(view), layout.token_at([point], view)[0])]
-                assert own <= gaps.min() + 1e-6
+@pytest.mark.parametrize(("family", "size"), [
+    ("llava_onevision", (131, 67)), ("llava_onevision", (300, 251)), ("llava_next", (131, 67)), ("qwen2_5_vl", (131, 67)),
+])  # fmt: skip
+def test_points_and_pixels_find_their_token(family, size):
+    """A point that of the nearest rectangle (in the unseen rim of a tile the next one), the highest score that of its token."""
+    layout = prepare_images(tiny(family), [Image.new("RGB", size)]).layouts[0]
+    for view in layout.grids:
+        rects = layout.rects[layout.spatial(view)]
+        for point in RNG.random((200, 2)) * size:
+            gaps = np.maximum(rects[:, :2] - point, point - rects[:, 2:]).clip(min=0).max(1)
+            own = gaps[np.searchsorted(layout.spatial(view), layout.token_at([point], view)[0])]
+            assert own <= gaps.min() + 1e-6
+    tokens, cells = layout.spatial(), layout.cells[layout.spatial()]
+    inner = ((cells > 0) & (cells < cells.max(0))).all(1)  # at the border scores are continued: ties
+    for token in RNG.choice(tokens[inner], 5):
+        scores = torch.zeros(len(layout))
+        scores[token] = 1
+        row, column = np.unravel_index(int(layout.to_pixels(scores).argmax()), size[::-1])
+        assert layout.token_at([[column + 0.5, row + 0.5]]).tolist() == [token]
 
 
 def test_to_pixels_is_bilinear_between_token_centres():
@@ -243,18 +251,6 @@ def test_to_pixels_is_bilinear_between_token_centres():
     assert torch.allclose(pixels[0, :, 0], torch.tensor(5.0)) and torch.allclose(pixels[1], torch.tensor(2.0))
     with pytest.raises(ParameterError, match="N = "):
         layout.to_pixels(torch.zeros(3))
-
-
-def test_to_pixels_peaks_in_the_token():
-    for family in ("llava_onevision", "llava_next", "qwen2_5_vl"):
-        layout = prepare_images(tiny(family), [Image.new("RGB", (131, 67))]).layouts[0]
-        tokens, cells = layout.spatial(), layout.cells[layout.spatial()]
-        inner = ((cells > 0) & (cells < cells.max(0))).all(1)  # at the border scores are continued: ties
-        for token in RNG.choice(tokens[inner], 5):
-            scores = torch.zeros(len(layout))
-            scores[token] = 1
-            row, column = np.unravel_index(int(layout.to_pixels(scores).argmax()), (67, 131))
-            assert layout.token_at([[column + 0.5, row + 0.5]]).tolist() == [token]
 
 
 def test_select_keeps_positions():
