@@ -128,9 +128,6 @@ def test_answers_are_extracted_as_blink_does(items):
     assert [said(official, text) for text in ("(B)", "A", "Both are nice. The answer is (B)", "(a)")] == [1, 0, 1, UNRESOLVED]
 
 
-GRID = tiny_models.grid_layout(5, 5, (40, 40))
-
-
 def test_style_scores_by_hand():
     images = [torch.tensor([[[1.0, 0], [0, 1]]]), torch.tensor([[[2.0, 0], [0, 2]]]), torch.tensor([[[1.0, 1], [-1, -1]]])]
     assert mean_similarity(images[:2]).tolist() == [[pytest.approx(1)]]
@@ -139,17 +136,17 @@ def test_style_scores_by_hand():
 
 
 def test_point_scores_by_hand():
-    reference, tokens = torch.zeros(2, 1, 25, 2)
+    grids, (reference, tokens) = [tiny_models.grid_layout(5, 5, (40, 40))] * 2, torch.zeros(2, 1, 25, 2)
     reference[0, 12] = torch.tensor([1.0, 0])  # row 2, column 2
     tokens[0, 6] = torch.tensor([1.0, 0])  # row 1, column 1: a neighbour of row 2, column 2 only
     tokens[0, 24] = torch.tensor([0.0, 1])  # row 4, column 4, whose neighbourhood has 4 tokens
     mean, points = 1 / 25, [[20, 20], [36, 36]]  # of each channel, subtracted
     for around, read in ((False, [(-mean, -mean), (-mean, 1 - mean)]), (True, [(1 / 9 - mean, -mean), (-mean, 1 / 4 - mean)])):
         expected = [x / np.hypot(x, y) for x, y in read]  # the reference is along the first channel
-        found = point_similarity([reference, tokens], [GRID] * 2, [20, 20], points, around)
+        found = point_similarity([reference, tokens], grids, [20, 20], points, around)
         assert found.tolist() == [pytest.approx(expected, rel=1e-5)]
     with pytest.raises(DataError, match=r"the point \(40, 2\) is outside its image of 40 x 40 pixels"):
-        point_similarity([reference, tokens], [GRID] * 2, [20, 20], [[1, 1], [40, 2]])
+        point_similarity([reference, tokens], grids, [20, 20], [[1, 1], [40, 2]])
 
 
 def test_sources_of_different_width_are_scored_apart(items):

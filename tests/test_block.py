@@ -47,10 +47,8 @@ def choose(mlm, slots, layers=(1, 3), share=0.5, seed=0):
     return KeySelection("some", mask, layers)
 
 
-def everything(mlm, slots, layers=None):
-    layers = tuple(range(mlm.num_layers)) if layers is None else layers
-    shape = (len(layers), mlm.num_kv_heads, slots.shape[-1])
-    return KeySelection("all", torch.ones(shape, dtype=torch.bool), layers)
+def everything(mlm, slots):
+    return choose(mlm, slots, tuple(range(mlm.num_layers)), share=2)
 
 
 def union(a, b):

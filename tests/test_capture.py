@@ -205,14 +205,10 @@ def fingerprint(mlm):
     return hooks(mlm), weights, mlm.model.config.to_json_string(), mlm.model.training, None if rope is None else rope.tolist()
 
 
-def question_inputs(mlm):
-    image = picture(32, 32) if mlm.base_view_only else IMAGES[0]
-    return mlm.processor(text=[mlm.prompt("what is this?")], images=[image], return_tensors="pt")
-
-
 @torch.no_grad()
 def question_logits(mlm):
-    return mlm.model(**question_inputs(mlm)).logits
+    image = picture(32, 32) if mlm.base_view_only else IMAGES[0]
+    return mlm.model(**mlm.processor(text=[mlm.prompt("what is this?")], images=[image], return_tensors="pt")).logits
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -397,11 +393,6 @@ def test_text_values_are_means_over_the_tokens_of_a_text(family):
             assert torch.allclose(ours[position], expected, atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save(tiny_pocket(), tmp_path_factory.mktemp("models") / "pocket")
-
-
 @pytest.mark.parametrize("family", ALL)
 def test_a_saved_folder_loads_and_captures_the_same(family, tmp_path):
     original = tiny(family)
@@ -412,8 +403,9 @@ def test_a_saved_folder_loads_and_captures_the_same(family, tmp_path):
     assert mlm.prompt("yes", "a fish") == original.prompt("yes", "a fish")
 
 
-def test_ways_to_load_a_folder(folder):
+def test_ways_to_load_a_folder(tmp_path):
     """Placed on the CPU or by accelerate, in another precision, and untrained under a seed."""
+    folder = save(tiny_pocket(), tmp_path)
 
     def loaded(**options):
         mlm = load_mlm(str(folder), **options)
@@ -452,12 +444,11 @@ def test_what_cannot_be_loaded(tmp_path, load, error, said):
         load(tmp_path)
 
 
-def test_missing_weights_are_an_error(folder, tmp_path):
-    mlm = load_mlm(str(folder), device="cpu")
-    weights = mlm.model.state_dict()
-    name = next(name for name in weights if "linear_2.weight" in name)
-    mlm.model.save_pretrained(tmp_path, state_dict={k: v for k, v in weights.items() if k != name})
-    mlm.processor.save_pretrained(tmp_path)
+def test_missing_weights_are_an_error(tmp_path):
+    mlm = tiny_pocket()
+    weights = {name: one for name, one in mlm.model.state_dict().items() if "linear_2.weight" not in name}
+    save(mlm, tmp_path)
+    mlm.model.save_pretrained(tmp_path, state_dict=weights)
     with pytest.raises(ModelError, match="linear_2.weight"):
         load_mlm(str(tmp_path), device="cpu")
 

@@ -108,13 +108,9 @@ def episodes(n: int = 6) -> list[Episode]:
     return made
 
 
-def episode_masks(samples) -> dict:
-    return {one.id: one.mask for e in samples for one in (e.query, *e.supports)}
-
-
 def test_foreground_ceiling_chance_and_control():
     task = ForegroundSegmentation(episodes())
-    truth = one_hot(episode_masks(task.samples), 2)
+    truth = one_hot({one.id: one.mask for e in task.samples for one in (e.query, *e.supports)}, 2)
     table = run(task, truth)
     assert table.sources == ["value.0", "value.1", "wide.0", "shuffled.value.0", "shuffled.value.1"]
     score = means(table, task)
