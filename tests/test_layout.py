@@ -60,9 +60,9 @@ def pixel_steps(mlm, layout):
 def changed_tokens(mlm, size, blocks):
     """(layout, blocks, bool (blocks, N)): random blocks of a picture, and which tokens change when their pixels do."""
     pixels = RNG.integers(40, 90, (size[1], size[0], 3), dtype=np.uint8)
-    corners = RNG.integers(0, size, (blocks, 2))
     extents = RNG.integers(1, np.maximum(2, np.array(size) // 3), (blocks, 2))
-    blocks, images = np.hstack([corners, np.minimum(corners + extents, size)]), [pixels]
+    corners = RNG.integers(0, size - extents + 1)
+    blocks, images = np.hstack([corners, corners + extents]), [pixels]
     for x0, y0, x1, y1 in blocks:
         images.append(pixels.copy())
         images[-1][y0:y1, x0:x1] = 255 - pixels[y0:y1, x0:x1]
