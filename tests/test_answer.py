@@ -14,9 +14,7 @@ from kvutils.block import block_keys
 from kvutils.errors import DataError, ImageError, KVUtilsError, ModelError, ParameterError
 from kvutils.keys import KeySelection
 from kvutils.models import wrap_mlm
-from kvutils.prompts import prepare_text
-from kvutils.vision import encode_images, prepare_images
-from tests.tiny_models import FAMILIES, WORDS, hooks, picture, tiny, tiny_pocket
+from tests.tiny_models import FAMILIES, WORDS, embedded, hooks, picture, tiny, tiny_pocket
 
 ALL = [*FAMILIES, "pocket"]
 QUESTIONS = ["is a red fish on the left ?", "yes", "what colour is the car on the right of this picture ?"]
@@ -35,11 +33,7 @@ def full(mlm, images, question, prefix=None, answer=""):
     prompt = f"{mlm.prompt(question, prefix=prefix, images=len(images))} {answer}".strip()
     if not mlm.base_view_only:
         return dict(mlm.processor(text=[prompt], images=images, return_tensors="pt"))
-    vision = prepare_images(mlm, images)
-    text = prepare_text(mlm, [prompt], vision, images_only=False)
-    embeddings = mlm.model.get_input_embeddings()(text.input_ids)
-    _, tokens = encode_images(mlm, vision)
-    embeddings[text.input_ids == mlm.image_token_id] = torch.cat(tokens)
+    embeddings, text, _ = embedded(mlm, images, prompt)
     return {"inputs_embeds": embeddings, "attention_mask": text.attention_mask}
 
 
@@ -417,18 +411,15 @@ def test_bad_questions_and_options():
     assert list(answer_all(mlm, [])) == []
 
 
-def test_a_block_needs_one_token_grid():
+def test_a_block_needs_one_token_grid_and_several_images_base_views():
     mlm = tiny("llava_onevision")
     with SessionBatch(mlm, IMAGES[:2]) as batch:
         counts = [len(row[0]) for row in batch.layouts]
         with pytest.raises(DataError, match=f"{min(counts)}, {max(counts)}"):
             batch.answer([QUESTIONS[:1]] * 2, block=selection(mlm, counts[0]))
-
-
-def test_images_that_the_family_cannot_show():
     with pytest.raises(ParameterError, match="base views"):
-        ImageSession(tiny("llava_onevision"), IMAGES[:2])
-    with ImageSession(replace(tiny("llava_onevision"), base_view_only=True), IMAGES[:2]) as session:
+        ImageSession(mlm, IMAGES[:2])
+    with ImageSession(replace(mlm, base_view_only=True), IMAGES[:2]) as session:
         assert len(session.layouts) == 2 and len(session.ask(QUESTIONS, 2)) == 3
 
 

@@ -20,14 +20,12 @@ from kvutils.datasets.pocket.world import draw_mark
 from kvutils.datasets.samples import MultipleChoice
 from kvutils.errors import DataError, ParameterError
 from kvutils.metrics.statistics import choosing_half
-from kvutils.prompts import prepare_text
 from kvutils.store import Parts
 from kvutils.tasks import blink_interventions, blink_tables, choices
 from kvutils.tasks.blink_interventions import DECIDES, GATE, HEADLINE, Evidence, add_values, choose_weight, interventions
 from kvutils.tasks.blink_tables import CELLS, claim_c8, describe_example, describe_table, table_of_two
 from kvutils.tasks.choices import UNRESOLVED, ChoiceTable, check_items, read_items, said, score_options
 from kvutils.tasks.value_readouts import mean_similarity, point_similarity, style_similarity
-from kvutils.vision import encode_images, prepare_images
 
 FEW = 8  # items of each subtask
 KIND_OF = {"Art_Style": "style_match", "Visual_Similarity": "class_match", "Semantic_Correspondence": "correspondence"}
@@ -162,10 +160,7 @@ def test_readouts_are_those_of_a_plain_full_prompt(items, mlm):
     chosen = [items[0], items[1], items[2 * FEW], items[2 * FEW + 1]]
     tables = read_items(mlm, chosen, progress=False, batch_size=2)
     for item in chosen:
-        vision = prepare_images(mlm, item.images)
-        text = prepare_text(mlm, [mlm.prompt(item.prompt, images=len(item.images))], vision, images_only=False)
-        embeddings = mlm.model.get_input_embeddings()(text.input_ids)
-        embeddings[text.input_ids == mlm.image_token_id] = torch.cat(encode_images(mlm, vision)[1])
+        embeddings, text, vision = tiny_models.embedded(mlm, item.images, mlm.prompt(item.prompt, images=len(item.images)))
         with torch.no_grad():
             output = mlm.model(inputs_embeds=embeddings, attention_mask=text.attention_mask, use_cache=True)
         images = []

@@ -27,7 +27,7 @@ from kvutils.tasks.key_statistics import agnostic, compare_trained, describe_key
 from kvutils.tasks.key_table import KeyTable, measure_keys
 from kvutils.tasks.knock_out import KnockOut, blocked_layers, condition_of, knock_out, reading_layers, summarise_knock_out
 from kvutils.tasks.yes_no import Mme, Pope
-from tests.tiny_models import picture, tiny_pocket
+from tests.tiny_models import noisy, picture, tiny_pocket
 
 BLANK = picture(32, 32)
 CLAIMS = {claim["id"]: claim for claim in load_claims()}
@@ -265,9 +265,9 @@ def questions(images=5):
             for i in range(images) for kind, (text, options) in kinds.items()]  # fmt: skip
 
 
-def test_every_condition_is_that_block(mlm):
-    asked = questions(3)
-    table = knock_out(mlm, asked, batch_size=2, progress=False)
+def test_every_condition_is_that_block(mlm, tmp_path):
+    asked, parts = questions(3), Parts(tmp_path, seed=0)
+    table = knock_out(mlm, asked, parts, batch_size=2, progress=False)
     assert len(table.conditions) == 1 + 3 * 5 - 3 and table.values.shape == (6, 13, 2)
     assert table.groups == ["scene0", "scene0", "scene1", "scene1", "scene2", "scene2"]
     blocked = blocked_layers(5)
@@ -283,6 +283,13 @@ def test_every_condition_is_that_block(mlm):
                 assert right == (answer.best == sample.answer)
     same = [condition_of("until", 0, 5), condition_of("from", 4, 5), condition_of("until", 4, 5)]
     assert same == ["one 0", "one 4", "from 0"]
+    files = {path: path.stat().st_mtime_ns for path in parts.folder.rglob("knock_out/*")}
+    again = knock_out(mlm, asked, parts, batch_size=2, progress=False)
+    assert len(files) == 2 and np.array_equal(table.values, again.values)
+    assert files == {path: path.stat().st_mtime_ns for path in parts.folder.rglob("knock_out/*")}
+    for bad, message in (([], "none"), ([replace(asked[0], options=())], "right or wrong")):
+        with pytest.raises(DataError, match=message):
+            knock_out(mlm, bad, progress=False)
 
 
 def test_a_layer_that_reads_nothing_can_be_knocked_out():
@@ -315,18 +322,6 @@ def test_the_curve_and_the_reading_layers():
     found = reading_layers(table, 2)
     assert found["layers"] == [1, 2] and found["held_out"] == pytest.approx(3, abs=0.05)
     assert json.loads(to_json(summary)) == summary
-
-
-def test_what_was_knocked_out_is_stored_and_bad_questions_are_refused(mlm, tmp_path):
-    parts = Parts(tmp_path, seed=0)
-    stored = knock_out(mlm, questions(3), parts, batch_size=2, progress=False)
-    files = {path: path.stat().st_mtime_ns for path in parts.folder.rglob("knock_out/*")}
-    again = knock_out(mlm, questions(3), parts, batch_size=2, progress=False)
-    assert len(files) == 2 and np.array_equal(stored.values, again.values)
-    assert files == {path: path.stat().st_mtime_ns for path in parts.folder.rglob("knock_out/*")}
-    for asked, message in (([], "none"), ([replace(questions(1)[0], options=())], "right or wrong")):
-        with pytest.raises(DataError, match=message):
-            knock_out(mlm, asked, progress=False)
 
 
 def experiment(draws=3):
@@ -404,22 +399,16 @@ def test_answers_under_blocks(mlm, tmp_path, monkeypatch):
     assert len(calls) == 4, "another block under the same name is another answer"
 
 
-def answered(task, accuracy, seed):
-    right = np.random.default_rng(seed).random(len(task.samples)) < accuracy
-    flip = {"yes": "no", "no": "yes"}
-    return [s.truth if fine else flip[s.truth] for s, fine in zip(task.samples, right, strict=True)]
-
-
 def corrected(task, answers, every):
     return [s.truth if i % every == 0 else text for i, (s, text) in enumerate(zip(task.samples, answers, strict=True))]
 
 
 def test_effects_and_claims():
     task = Pope([replace(s, image_id=f"im{i // 4}", picture=BLANK) for i, s in enumerate(yes_no(100))])
-    answers = {NONE: answered(task, 0.75, 0)}
+    answers = {NONE: noisy(task, 0.75, 0)}
     answers[BLOCK] = corrected(task, answers[NONE], 3)
     for name in CONTROLS[:2]:
-        answers |= {f"{name}/{draw:02d}": answered(task, 0.75, draw + 1) for draw in range(4)}
+        answers |= {f"{name}/{draw:02d}": noisy(task, 0.75, draw + 1) for draw in range(4)}
     answers |= dict.fromkeys(CONTROLS[2:], answers[NONE])
     found = effects(task, answers, 400)
     assert set(found["families"]) == {BLOCK, *CONTROLS} and set(found["versus"]) == set(CONTROLS)
@@ -429,7 +418,7 @@ def test_effects_and_claims():
     assert gain["low"] > 0 and found["versus"][CONTROLS[2]]["mean"] == pytest.approx(gain["mean"])
     mme = Mme([YesNoSample(f"{i}{t}", f"im{i}", BLANK, f"{t} {i}", t, "existence")
                for i in range(80) for t in ("yes", "no")])  # fmt: skip
-    plain = answered(mme, 0.7, 5)
+    plain = noisy(mme, 0.7, 5)
     other = effects(mme, {NONE: plain, BLOCK: corrected(mme, plain, 4)}, 400)
     claim = claim_c6(found, other)
     assert judge(CLAIMS["C6"], claim) == ("reproduced", 2)
@@ -449,7 +438,7 @@ def test_the_sweep_reports_on_the_other_half(monkeypatch):
 
     def answer(half, mlm, blocks, parts, **options):
         seen.append((half.images, list(blocks)))
-        right, wrong = answered(half, 0.95, 9), answered(half, 0.6, len(seen))
+        right, wrong = noisy(half, 0.95, 9), noisy(half, 0.6, len(seen))
         return {name: right if name == "0.2 3" else wrong for name in blocks}
 
     monkeypatch.setattr(key_blocking, "ask_under_blocks", answer)
@@ -468,7 +457,7 @@ def test_figures_come_from_stored_results_alone(redraw):
     names, groups = list(blocked_layers(6)), [str(i // 4) for i in range(40)]
     curve = KnockOut(6, names, ["colour", "count"] * 20, groups, np.random.default_rng(0).random((40, len(names), 2)))
     pope, mme = Pope(yes_no(10)), Mme(yes_no(10, ("existence", "count")))
-    found = [effects(task, {name: answered(task, 0.8, i) for i, name in enumerate(blocks)}, 20) for task in (pope, mme)]
+    found = [effects(task, {name: noisy(task, 0.8, i) for i, name in enumerate(blocks)}, 20) for task in (pope, mme)]
     interval = {"mean": 0.01, "low": -0.01, "high": 0.02, "n": 4}
     results = {
         "keys": {"trained": described[0], "untrained": described[1],

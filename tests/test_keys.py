@@ -9,11 +9,9 @@ import torch
 from kvutils.errors import DataError, ImageError, ParameterError
 from kvutils.keys import KeySelection, KeyVariance, key_variance
 from kvutils.kvcache import capture
-from kvutils.prompts import prepare_text
 from kvutils.readout.attention import attention_mass
 from kvutils.tasks.key_selections import select_random, select_random_matched_mass, selected_mass
-from kvutils.vision import encode_images, prepare_images
-from tests.tiny_models import FAMILIES, hooks, picture, tiny
+from tests.tiny_models import FAMILIES, embedded, hooks, picture, tiny
 
 
 def keys(images=20, shape=(3, 2, 5, 8), seed=0):
@@ -122,12 +120,8 @@ def test_attention_mass_is_the_mean_weight_of_the_text_behind_the_image(family):
     group = mlm.num_heads // mlm.num_kv_heads
     expected = torch.zeros(mlm.num_layers, mlm.num_kv_heads, len(capture(mlm, images[:1])[0].layout)).double()
     for image, question in product(images, questions):
-        vision = prepare_images(eager, [image])
-        text = prepare_text(eager, [eager.prompt(question, "a red fish")], vision, images_only=False)
-        ids, slots = text.input_ids, torch.from_numpy(vision.layouts[0].slots)
-        embeddings = eager.model.get_input_embeddings()(ids)
-        at_image = (ids == eager.image_token_id).unsqueeze(-1)
-        embeddings = embeddings.masked_scatter(at_image, encode_images(eager, vision)[1][0])
+        embeddings, text, vision = embedded(eager, [image], eager.prompt(question, "a red fish"))
+        slots = torch.from_numpy(vision.layouts[0].slots)
         language_model = eager.model.model.language_model
         output = language_model(inputs_embeds=embeddings, position_ids=text.position_ids, output_attentions=True)
         for layer, weights in enumerate(output.attentions):  # (1, H, T, T)

@@ -14,10 +14,10 @@ from kvutils.errors import DataError
 from kvutils.metrics.statistics import bootstrap_ci, detectable, paired_difference, standard_error
 from kvutils.store import to_json
 from kvutils.tasks.yes_no import Mme, Pope, compare_answers, summarise_answers
+from tests.tiny_models import noisy
 
 BLANK = Image.new("RGB", (4, 4))
 SPLITS = ("random", "popular", "adversarial")
-FLIP = {"yes": "no", "no": "yes"}
 
 
 def pope_samples(images=40, splits=SPLITS):
@@ -30,13 +30,6 @@ def pope_samples(images=40, splits=SPLITS):
 def mme_samples(images=20, subtasks=("existence", "count", "position", "color")):
     return [YesNoSample(f"{subtask}-{i}-{truth}", f"im{i}", BLANK, f"{subtask} {truth} ?", truth, subtask)
             for subtask in subtasks for i in range(images) for truth in ("yes", "no")]  # fmt: skip
-
-
-def noisy(task, accuracy, seed, start=None):
-    """The truth (or `start`), turned round with probability 1 - accuracy."""
-    random = np.random.default_rng(seed)
-    words = [s.truth for s in task.samples] if start is None else start
-    return [word if random.random() < accuracy else FLIP[word] for word in words]
 
 
 def f1_statistic(weights, counts):

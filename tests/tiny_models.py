@@ -3,7 +3,7 @@
 They keep what makes the families hard: grouped-query attention (4 query, 2 key-value heads), several tile
 resolutions, newline tokens, patches that do not divide the tile, shrinking above anyres_max_9, a CLS token,
 window attention with some full-attention blocks, a first token that the tokenizer adds. Beside them what else the tests
-make by hand: a token grid, a table of scores.
+make by hand: a token grid, a table of scores, answers of a given accuracy.
 """
 
 from pathlib import Path
@@ -35,7 +35,9 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from kvutils.layout import TokenLayout
 from kvutils.models import MLM, Encoder, wrap_mlm
 from kvutils.processors import ImageOnlyLlavaOnevisionProcessor, ImageOnlyQwen2_5_VLProcessor
+from kvutils.prompts import TextInputs, prepare_text
 from kvutils.tasks.base import ScoreTable
+from kvutils.vision import VisionInputs, encode_images, prepare_images
 
 WORDS = "a red blue fish car on the left right what is colour of this picture user assistant yes no :".split()
 
@@ -175,6 +177,24 @@ def save(model: MLM | Encoder, folder: Path) -> Path:
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     rng = np.random.default_rng([seed, width, height])
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def noisy(task, accuracy: float, seed: int, start: list[str] | None = None) -> list[str]:
+    """Answers to yes/no questions: the truth (or `start`), turned round with probability 1 - accuracy."""
+    right = np.random.default_rng(seed).random(len(task.samples)) < accuracy
+    flip = {"yes": "no", "no": "yes"}
+    words = [sample.truth for sample in task.samples] if start is None else start
+    return [word if fine else flip[word] for word, fine in zip(words, right, strict=True)]
+
+
+@torch.no_grad()
+def embedded(mlm: MLM, images: list, prompt: str) -> tuple[torch.Tensor, TextInputs, VisionInputs]:
+    """(1, tokens, hidden) embeddings of a prompt with its images, read without a cache; its tokens; its images."""
+    vision = prepare_images(mlm, images)
+    text = prepare_text(mlm, [prompt], vision, images_only=False)
+    embeddings = mlm.model.get_input_embeddings()(text.input_ids)
+    embeddings[text.input_ids == mlm.image_token_id] = torch.cat(encode_images(mlm, vision)[1])
+    return embeddings, text, vision
 
 
 def hooks(mlm: MLM) -> dict:
