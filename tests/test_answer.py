@@ -73,8 +73,8 @@ def assert_same(mlm, session, images, prefix=None, questions=QUESTIONS):
 def assert_alone(mlm, images, answers, options, limit, prefix=None, **intervention):
     """The answers of a batch are those of one session for each of its prompts."""
     for image, row in zip(images, answers, strict=True):
-        with ImageSession(mlm, image, prefix=prefix) as session:
-            alone = session.choose([answer.question for answer in row], options, limit, **intervention)
+        session = ImageSession(mlm, image, prefix=prefix)
+        alone = session.choose([answer.question for answer in row], options, limit, **intervention)
         for one, other in zip(row, alone, strict=True):
             assert (one.tokens, one.text, one.complete) == (other.tokens, other.text, other.complete)
             assert one.scores == pytest.approx(other.scores, abs=1e-5)

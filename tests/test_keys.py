@@ -40,11 +40,14 @@ def test_is_the_mean_squared_distance_to_the_mean_key_whatever_the_batch_size():
 def test_merging_shards_in_any_order_equals_one_stream():
     x = keys()
     a, b, c = (KeyVariance().update(part) for part in x.split([2, 11, 7]))
-    merged = KeyVariance().merge(c).merge(KeyVariance()).merge(a).merge(b)
+    stored, nothing = (KeyVariance.from_state(one.state_dict()) for one in (c, KeyVariance()))
+    merged = KeyVariance().merge(stored).merge(nothing).merge(a).merge(b)
     assert merged.count == 20 and merged.mean_norm.shape == (3, 2, 5)
     torch.testing.assert_close(merged.result, direct(x))
     torch.testing.assert_close(merged.mean_norm, x.double().norm(dim=-1).mean(0))
-    torch.testing.assert_close(c.result, direct(x[13:]))  # the merged stream is left as it was
+    torch.testing.assert_close(stored.result, direct(x[13:]))  # the merged stream is left as it was
+    assert torch.equal(stored.update(x).result, KeyVariance().update(x[13:]).update(x).result)
+    torch.testing.assert_close(c.result, direct(x[13:]))  # a state is a copy
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
