@@ -126,8 +126,6 @@ def rle_encode(mask: np.ndarray) -> list[int]:
     return np.diff([0, *(np.flatnonzero(np.diff([0, *flat]))), flat.size]).tolist()
 
 
-# --- segmentation ------------------------------------------------------------------------------------------
-
 VOC = (12, 3, 7, 4, 16, 11, 5, 20)  # VOC's number (from 1) of each pocket class: every fold has some of its five
 
 
@@ -218,9 +216,6 @@ def write_bdd(root: Path, seed: int, images: int = 40) -> None:
     write(home / "labels" / "det_20" / "det_val.json", [])
 
 
-# --- things and points -------------------------------------------------------------------------------------
-
-
 def write_refcoco(root: Path, seed: int, images: int = 12) -> None:
     references, photos, annotations = [], [], []
     several = views("referring", images, seed, wanted=lambda scene: len(scene.present) > 1)
@@ -278,9 +273,6 @@ def write_coco(root: Path, seed: int, images: int = OPTIONS["coco"]["count"]) ->
             shape = {"size": list(view.size[::-1]), "counts": rle_encode(view.things == index + 1)} if crowd else view.polygons(index)
             objects.append({"id": len(objects) + 1, "image_id": number, "category_id": 1, "iscrowd": int(crowd), "segmentation": shape})
     write(root / "annotations" / "instances_val2017.json", {"images": photos, "annotations": objects})
-
-
-# --- questions ---------------------------------------------------------------------------------------------
 
 
 def write_pope(root: Path, seed: int, images: int = 8) -> None:

@@ -6,14 +6,15 @@ import http.server
 import io
 import json
 import os
-import subprocess
-import sys
 import tarfile
 import threading
+import time
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from kvutils.datasets import hub
 from kvutils.datasets.catalog import CATALOG, About, Download
@@ -49,11 +50,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return
 
 
-def serve(handler, body, cut=None, ranges=True, kind="application/octet-stream"):
-    """Answer with `body`, as a good server does unless told otherwise. cut: hang up after so many bytes."""
+def serve(handler, body, cut=None, ranges=True, earlier=0, kind="application/octet-stream"):
+    """As a good server does unless told to hang up (`cut`) after so many bytes, or to begin so many bytes too early."""
     asked, start = handler.headers.get("Range"), 0
     if asked and ranges:
-        start = int(asked.removeprefix("bytes=").removesuffix("-"))
+        start = int(asked.removeprefix("bytes=").removesuffix("-")) - earlier
         handler.send_response(206)
         handler.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
     else:
@@ -65,21 +66,11 @@ def serve(handler, body, cut=None, ranges=True, kind="application/octet-stream")
     handler.close_connection = True
 
 
-def cut(after):
-    return lambda handler, body: serve(handler, body, cut=after)
+CUT = partial(serve, cut=200_000)
 
 
 def status(code):
     return lambda handler, body: handler.send_error(code)
-
-
-def without_ranges(handler, body):
-    serve(handler, body, ranges=False)
-
-
-def from_elsewhere(handler, body):
-    handler.headers.replace_header("Range", "bytes=7-")
-    serve(handler, body)
 
 
 @pytest.fixture
@@ -142,20 +133,17 @@ def test_a_file_arrives_is_compared_and_recorded_and_a_second_run_does_nothing(s
     assert sorted(path.name for path in place.parent.iterdir()) == ["list.bin", "list.bin.fetched.json"]
     assert "list.bin: 0.5 MB, sha256 as published" in capsys.readouterr().out
     assert main("toy") == DONE and len(server.asked) == 1 and "all there already" in capsys.readouterr().out
-
-
-def test_without_a_published_checksum_it_says_so_and_writes_down_what_came(toy, capsys):
-    place = toy(size=None, checksum="")
-    assert main("toy") == DONE and record(place)["compared"].startswith("no checksum")
+    place = toy("unknown", size=None, checksum="")
+    assert main("unknown") == DONE and record(place)["compared"].startswith("no checksum")
     out = capsys.readouterr().out
     assert "no checksum is published, nothing to compare with" in out and sha256(BODY)[7:] in out
 
 
 @pytest.mark.parametrize(("plan", "resumed", "said"), [
-    ([cut(300_000), cut(100_000)], [False, True, True], "trying again"),
-    ([cut(200_000), without_ranges], [False, True], "trying again"),
-    ([cut(200_000), from_elsewhere], [False, True, False], "from the start"),
-    ([cut(200_000), status(416)], [False, True, False], "from the start"),
+    ([partial(serve, cut=300_000), partial(serve, cut=100_000)], [False, True, True], "trying again"),
+    ([CUT, partial(serve, ranges=False)], [False, True], "trying again"),
+    ([CUT, partial(serve, earlier=1)], [False, True, False], "from the start"),
+    ([CUT, status(416)], [False, True, False], "from the start"),
     ([status(429), status(500), status(503)], [False] * 4, "trying again"),
 ])
 def test_a_file_arrives_whole_in_spite_of_its_server(server, toy, capsys, plan, resumed, said):
@@ -167,7 +155,7 @@ def test_a_file_arrives_whole_in_spite_of_its_server(server, toy, capsys, plan, 
 
 @pytest.mark.parametrize(("answer", "said"), [
     (status(404), "404 Not Found: the file may have moved, or want a login"), (status(403), "403"),
-    (lambda handler, body: serve(handler, body, kind="text/html"), "answers a web page"),
+    (partial(serve, kind="text/html"), "answers a web page"),
 ])
 def test_answers_that_no_patience_mends(server, toy, capsys, answer, said):
     place, server.plan = toy(), [answer]
@@ -193,7 +181,7 @@ class Full(io.FileIO):
     ("open", lambda path, mode: Full(path, mode), FAILED, "the disk is full; what has arrived is kept"),
 ])
 def test_what_has_arrived_serves_the_next_run(server, toy, monkeypatch, capsys, name, replacement, code, said):
-    place, server.plan = toy(), [cut(200_000)] + [status(503)] * (transfer.TRIES - 1)
+    place, server.plan = toy(), [CUT] + [status(503)] * (transfer.TRIES - 1)
     with monkeypatch.context() as patch:
         patch.setattr(f"kvutils.run.download.{name}", replacement, raising=False)
         assert main("toy") == code and not place.exists() and said in "".join(capsys.readouterr())
@@ -208,7 +196,7 @@ def test_halves_of_two_versions_are_never_taken_for_one_file(server, toy, capsys
     other = BODY[::-1]
 
     def change(handler, body):
-        serve(handler, body, cut=200_000)
+        CUT(handler, body)
         server.files["list.bin"] = other
 
     place, server.plan = toy(checksum=sha256(other)), [change]
@@ -239,13 +227,10 @@ def test_another_file_is_put_aside_and_can_be_accepted(server, toy, capsys):
     assert main("changed", "--accept-changed") == DONE and place.read_bytes() == b"new"
     assert "NOT the published file: expected size 512000, found 3" in capsys.readouterr().out
     assert main("changed") == DONE, "accepted once"
-
-
-def test_a_list_of_another_version_is_replaced_and_kept(toy, capsys):
-    place = toy()
-    place.parent.mkdir(parents=True)
+    place = toy("older", body=BODY)
+    place.parent.mkdir()
     place.write_bytes(b"an older list")
-    assert main("toy") == DONE and place.read_bytes() == BODY
+    assert main("older") == DONE and place.read_bytes() == BODY
     assert place.with_name("list.bin.bad").read_bytes() == b"an older list" and "is now list.bin.bad" in capsys.readouterr().out
 
 
@@ -407,25 +392,19 @@ def test_names_and_folder_are_checked_first(root, capsys, monkeypatch):
     assert main("davis-2017") == MISUSED and 'make data DATASETS="davis-2017" KVUTILS_DATA=' in capsys.readouterr().err
 
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from filelock import FileLock
-with FileLock(sys.argv[1]):
-    print("held", flush=True)
-    time.sleep(0.5)
-    Path(sys.argv[2]).touch()
-"""
-
-
-def test_a_second_command_waits_for_the_first(server, toy, root, tmp_path, capsys):
-    place, ended, seen = toy(), tmp_path / "ended", []
+def test_a_second_command_waits_for_the_first(server, toy, root, capsys):
+    place, seen, held, ended = toy(), [], threading.Event(), threading.Event()
     root.mkdir(parents=True)
-    server.plan = [lambda handler, body: (seen.append(ended.exists()), serve(handler, body))]
-    command = [sys.executable, "-c", HOLD, root / ".download.lock", ended]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as first:
-        assert first.stdout.readline() == b"held\n"
-        assert main("toy") == DONE and seen == [True], "did not wait"
+
+    def hold():
+        with FileLock(root / ".download.lock"):
+            held.set()
+            time.sleep(0.5)
+            ended.set()
+
+    threading.Thread(target=hold).start()
+    server.plan = [lambda handler, body: (seen.append(ended.is_set()), serve(handler, body))]
+    assert held.wait(10) and main("toy") == DONE and seen == [True], "did not wait"
     assert "waiting until it is done" in capsys.readouterr().out and place.read_bytes() == BODY
 
 

@@ -114,9 +114,6 @@ def copies(whole, tmp_path_factory, rows_cache):
     return home
 
 
-# --- POPE and MME ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("name", "split"), [("pope", "popular"), ("mme", "count")])
 def test_a_hub_copy_holds_the_official_questions(whole, copies, name, split):
     found = open_dataset(name, copies / name)
@@ -212,9 +209,6 @@ def test_where_data_were_read_from_is_told(monkeypatch, whole, copies):
         data_sources(["msrc"], {"msrc": {"root": "hub"}})
 
 
-# --- RefCOCO -----------------------------------------------------------------------------------------------
-
-
 def test_both_hub_copies_of_refcoco_hold_the_official_samples(whole, copies, tmp_path):
     official, images = open_dataset("refcoco", whole / "refcoco"), whole / "refcoco" / PICTURES
     for name, options in (("refcoco", {}), ("annotations", {"images": images})):
@@ -246,9 +240,6 @@ def test_category_names_are_those_of_coco():
     assert {number: CATEGORIES[number] for number in known} == known
 
 
-# --- COCO --------------------------------------------------------------------------------------------------
-
-
 def test_coco_from_a_parquet_copy_and_from_the_stream(copies, monkeypatch):
     images = open_dataset("coco", copies / "coco", count=3)
     assert [one.id for one in images] == ["000000000139", "000000000285", "000000000632"]
@@ -267,9 +258,6 @@ def test_coco_from_a_parquet_copy_and_from_the_stream(copies, monkeypatch):
     assert contents(open_dataset("coco", "hub", count=2)) == contents(images[:2])
     with pytest.raises(DataError, match="9 images are wanted, and the hub has 3"):
         open_dataset("coco", "hub", count=9)
-
-
-# --- BLINK -------------------------------------------------------------------------------------------------
 
 
 def test_blink_items_are_asked_as_blink_asks_them(copies):

@@ -40,9 +40,6 @@ def values(mask):
     return set(np.unique(mask).tolist())
 
 
-# --- what they share ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_labels_turn_with_their_picture(tmp_path, orientation):
     stored = np.arange(5 * 9, dtype=np.uint8).reshape(5, 9)
@@ -93,9 +90,6 @@ def test_files_are_found_where_people_keep_them(whole, copy, name, moves, option
             path.rename(target)
     found = open_dataset(name, root, **FEW.get(name, {}), **{option: root / folder for option, folder in options.items()})
     assert contents(found) == contents(open_dataset(name, whole / name, **FEW.get(name, {})))
-
-
-# --- Pascal-5i ---------------------------------------------------------------------------------------------
 
 
 def test_pascal_episodes_are_those_of_hsnet(whole):
@@ -163,9 +157,6 @@ def test_the_published_pascal_lists(tmp_path):
         assert same_mask(one.mask, stored == case.class_index + 1, stored == 255)
 
 
-# --- MSRC --------------------------------------------------------------------------------------------------
-
-
 def test_msrc_groups_take_the_set_of_the_class(copy, caplog):
     root = copy("msrc")
     home = root / "MSRC_ObjCategImageDatabase_v2"
@@ -213,9 +204,6 @@ def test_an_unknown_msrc_colour_is_named(copy, colour):
     with pytest.raises(DataError, match=rf"5_2_s_GT.bmp: the colour \({colour[0]}, .* is no class of MSRC v2 \(3 such pixels\)"):
         _ = group.images[1].mask
     assert same_mask(left.images[1].mask, (stored == msrc.COLOURS["cow"]).all(-1), (stored == 0).all(-1))
-
-
-# --- ImageNet-S --------------------------------------------------------------------------------------------
 
 
 def class_ids(path):
@@ -293,9 +281,6 @@ def test_the_official_imagenet_s_lists():
         open_dataset("imagenet-s", root)
 
 
-# --- COCO --------------------------------------------------------------------------------------------------
-
-
 def test_coco_takes_the_lowest_numbers_that_pope_does_not_use(copy):
     root = copy("coco")
     path = root / "annotations" / "instances_val2017.json"
@@ -339,9 +324,6 @@ def test_a_real_coco_image_and_the_images_of_pope(tmp_path):
     lists = (SAMPLES / "pope" / "output" / "coco").glob("coco_pope_*.json")
     named = {int(Path(json.loads(line)["image"]).stem.split("_")[-1]) for path in lists for line in path.open()}
     assert named == POPE_IMAGES
-
-
-# --- RefCOCO -----------------------------------------------------------------------------------------------
 
 
 def test_refcoco_has_one_sample_per_sentence(copy):
@@ -412,9 +394,6 @@ def test_refcoco_sample_records():
     assert {one["id"]: one["name"] for one in categories}.items() <= CATEGORIES.items()
 
 
-# --- SPair-71k ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("colon", "ending"), [(":", ""), ("_", ""), ("%3A", ".json")])
 def test_spair_reads_the_list_in_its_order(copy, colon, ending):
     root = copy("spair-71k")
@@ -448,9 +427,6 @@ def test_spair_sample_records():
         assert (one.source_points < one.source.size).all() and (one.target_points < one.target.size).all()
 
 
-# --- DAVIS -------------------------------------------------------------------------------------------------
-
-
 def test_davis_layout_whose_frames_are_opened_when_they_are_asked_for(copy):
     root = copy("davis-2017")
     clips = open_dataset("davis-2017", root)
@@ -473,9 +449,6 @@ def test_davis_sample_clips():
     clips = open_dataset("davis-2017", root=SAMPLES / "davis2017")
     assert [c.id for c in clips] == ["libby", "car-shadow"]
     assert all(len(c.frames) == len(c.masks) == 11 and c.masks.max() == 1 for c in clips)
-
-
-# --- POPE and MME ------------------------------------------------------------------------------------------
 
 
 def test_pope_reads_the_lists_in_their_order(copy, caplog):
@@ -525,9 +498,6 @@ def test_mme_reads_both_forms_and_every_subtask(whole):
     chosen = open_dataset("mme", root, split=("color", "hallucination"), suffix="!")
     assert list(dict.fromkeys(s.subset for s in chosen)) == ["color", "existence", "count", "position"]
     assert chosen[0].question.endswith("no.!")
-
-
-# --- BDD-10K -----------------------------------------------------------------------------------------------
 
 
 def set_attributes(root, attributes):

@@ -35,9 +35,6 @@ def mlm():
     return build_mlm().eval()
 
 
-# --- world -----------------------------------------------------------------------------------------------------------
-
-
 def test_the_pool_is_the_same_however_the_work_is_split_and_allows_the_questions_of_its_scenes(pool):
     other = make_pool(40, seed=9, processes=2, chunk=7, quiet=True)
     assert all(np.array_equal(array, getattr(pool, name)[:40]) for name, array in vars(other).items())
@@ -82,9 +79,6 @@ def test_colour_does_not_give_the_class_and_positions_are_flat():
     x = np.array([t.x for s in scenes for t in s.things if len(s.things) <= 2])
     counts = np.histogram(x, bins=4, range=(6, 90))[0]
     assert counts.min() > 0.75 * counts.max()
-
-
-# --- questions -------------------------------------------------------------------------------------------------------
 
 
 def _facts(*things, style=0, domain=0):
@@ -159,9 +153,6 @@ def test_every_word_is_in_the_vocabulary(pool):
             for _, question, answer in sample.blocks:
                 assert encode(question) and encode(answer)
             encode(sample.prefix)
-
-
-# --- packing and model -----------------------------------------------------------------------------------------------
 
 
 def _of_the_class(mlm, pixels):
@@ -330,9 +321,6 @@ def test_gates_say_what_is_missed():
     report = {"existence": {"accuracy": dict(mean=0.6, low=0.55), "blind": dict(mean=0.5, high=0.56), "majority": 0.5}}
     missed = missed_gates(report)
     assert len(missed) == 2 and "gate 0.85" in missed[0] and "not clearly above blind" in missed[1]
-
-
-# --- training --------------------------------------------------------------------------------------------------------
 
 
 def _train(stage, steps, monkeypatch, folder):

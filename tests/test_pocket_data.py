@@ -164,9 +164,6 @@ def test_opened_fields_are_values_or_functions():
         lazy.image = "other"
 
 
-# --- POPE and MME ------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def pocket_pope():
     return open_dataset("pocket-pope", scenes=60)
