@@ -147,15 +147,6 @@ def test_point_scores_by_hand():
         point_similarity([reference, tokens], grids, [20, 20], [[1, 1], [40, 2]])
 
 
-def test_sources_of_different_width_are_scored_apart(items):
-    features = [{"a": torch.rand(16, 4), "b": torch.rand(16, 7), "c": torch.rand(16, 4)} for _ in range(3)]
-    found = score_options(items[0], features, [tiny_models.grid_layout(4, 4, (40, 40))] * 3)
-    assert list(found) == ["style", "mean"]
-    for source in "abc":
-        alone = style_similarity([image[source][None] for image in features])[0]
-        assert found["style"][source] == pytest.approx(alone.tolist(), abs=1e-6)
-
-
 def test_readouts_are_those_of_a_plain_full_prompt(items, mlm):
     chosen = [items[0], items[1], items[2 * FEW], items[2 * FEW + 1]]
     tables = read_items(mlm, chosen, progress=False, batch_size=2)

@@ -3,9 +3,11 @@
 from collections import Counter, defaultdict
 from dataclasses import replace
 from itertools import pairwise
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from recipe.pool import make_pool
 
 from kvutils import VOID
 from kvutils.datasets import mme, open_dataset, pope
@@ -54,16 +56,10 @@ def test_same_seed_same_samples_other_seed_others(name):
     assert not pictures(first) & pictures(open_dataset(name, **SMALL[name], seed=30_000))
 
 
-def test_sets_share_no_scene():
+def test_sets_share_no_scene_with_each_other_or_with_training():
     found = [pictures(open_dataset(name, **options)) for name, options in SMALL.items()]
     assert sum(map(len, found)) == len(set().union(*found))
-
-
-def test_scenes_are_not_those_of_training():
-    from recipe.pool import make_pool
-
-    pool = make_pool(4, 1, processes=1, quiet=True)
-    seen = {image.tobytes() for image in pool.images}
+    seen = {image.tobytes() for image in make_pool(4, 1, processes=1, quiet=True).images}
     assert all(pocket.pocket_scene("named", i).drawn.image.tobytes() not in seen for i in range(4))
 
 
@@ -89,15 +85,11 @@ def test_a_class_mask_covers_all_its_things_and_voids_hardly_visible_ones():
     assert (scene.class_map() == np.select([np.isin(owner, (1, 4)), owner == 2, owner == 3], [1, VOID, 7])).all()
 
 
-def test_groups_share_their_class_and_no_scene():
+def test_groups_share_no_scene_and_masks_show_the_class_that_is_named():
     groups = open_dataset("pocket-msrc", per_class=2, images=3)
-    assert len(groups) == 16
-    names = [image.id for group in groups for image in group.images]
-    assert len(names) == len(set(names)) == 48
-    assert all((image.mask == 1).any() for group in groups for image in group.images)
-
-
-def test_named_masks_say_what_is_there():
+    images = [image for group in groups for image in group.images]
+    assert len(groups) == 16 and len(images) == len({image.id for image in images}) == 48
+    assert all((image.mask == 1).any() for image in images)
     for sample in open_dataset("pocket-imagenet-s", scenes=10):
         assert sample.text == sample.class_name in pocket.CLASS_NAMES
         assert sample.group == sample.image_id and (sample.mask == 1).any()
@@ -150,14 +142,9 @@ def test_impossible_sizes_and_splits(name, options, message):
 
 
 def test_opened_fields_are_values_or_functions():
-    opened = []
-
-    def image():
-        opened.append(1)
-        return "picture"
-
-    lazy, plain = LabelledImage("a", image, np.zeros(2)), LabelledImage("a", "picture", np.zeros(2))
-    assert not opened and lazy.image == plain.image == "picture" and lazy.image == "picture" and len(opened) == 2
+    opened = Mock(return_value="picture")
+    lazy, plain = (LabelledImage("a", image, np.zeros(2)) for image in (opened, "picture"))
+    assert not opened.called and lazy.image == plain.image == lazy.image == "picture" and opened.call_count == 2
     with pytest.raises(TypeError):
         LabelledImage("a")
     with pytest.raises(AttributeError):
@@ -184,7 +171,7 @@ def facts_by_image(samples) -> dict:
     return found
 
 
-def test_pocket_pope_is_balanced_in_every_scene_and_split(pocket_pope):
+def test_pocket_pope_is_balanced_in_every_scene_and_split_and_tells_the_truth(pocket_pope):
     counts = defaultdict(Counter)
     for sample in pocket_pope:
         counts[sample.subset, sample.image_id][sample.truth] += 1
@@ -194,9 +181,6 @@ def test_pocket_pope_is_balanced_in_every_scene_and_split(pocket_pope):
     asked = [[(s.image_id, s.question) for s in pocket_pope if s.subset == split] for split in pope.SPLITS]
     assert asked[0][::2] == asked[1][::2] == asked[2][::2]
     assert all(len(set(each)) == len(each) for each in asked)
-
-
-def test_pocket_pope_tells_the_truth(pocket_pope):
     facts = facts_by_image(pocket_pope)
     for sample in pocket_pope:
         cls = CLASSES.index(sample.question.split()[3])
@@ -227,16 +211,12 @@ def test_pocket_pope_chooses_negatives_as_pope_does(pocket_pope):
 
 
 def test_hardly_visible_things_are_not_asked_about():
-    fish, corner = Thing(0, 0, 60, 60, 20, 0, False), Thing(6, 2, 1, 1, 16, 0, False)
-    scene = Scene((fish, corner), 0, 0, seed=5)
-    facts = facts_of(scene, render(scene))
+    scene = Scene((Thing(0, 0, 60, 60, 20, 0, False), Thing(6, 2, 1, 1, 16, 0, False)), 0, 0, seed=5)  # a fish, a cup in the corner
+    facts, random = facts_of(scene, render(scene)), np.random.default_rng(0)
     assert 0.02 < facts.things[1][4] < PRESENT
-    assert pocket_questions._absent(facts) == [1, 2, 3, 4, 5, 7]
-    random = np.random.default_rng(0)
     assert pocket_questions._count(facts, random) is None  # who knows how many cups there are
     asked = {pocket_questions._existence(facts, random) for _ in range(200)}
-    assert {yes for yes, _ in asked} == {"is there a fish ?"} and len(asked) == 6
-    assert not any("cup" in question for pair in asked for question in pair)
+    assert {yes for yes, _ in asked} == {"is there a fish ?"} and len(asked) == 6 and "cup" not in str(asked)
 
 
 def test_pocket_mme_has_a_true_and_a_false_question_per_image(pocket_mme):
@@ -271,7 +251,6 @@ def test_larger_pocket_sets_begin_with_the_smaller_ones_and_take_parts(pocket_po
     assert {s.id for s in few} < {s.id for s in pocket_mme}
     fewer = open_dataset("pocket-pope", scenes=20, split="random")  # the other splits follow the set's frequencies
     assert [(s.id, s.question) for s in fewer] == [(s.id, s.question) for s in pocket_pope][: len(fewer)]
-
     one = open_dataset("pocket-pope", scenes=30, per_scene=1, split="popular")
     assert len(one) == 60 and {s.subset for s in one} == {"popular"}
     assert {s.subset for s in open_dataset("pocket-mme", images=1, split="hallucination")} == set(mme.HALLUCINATION)
