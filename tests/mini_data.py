@@ -34,7 +34,6 @@ VOID = 255
 SIZES = ((128, 96), (96, 128), (150, 100), (112, 112), (125, 94), (84, 126))  # width, height; as mixed as flickr's
 OPTIONS = {"imagenet-s": {"max_images": 16}, "coco": {"count": 100}}  # what of these sets is written
 FEW = {"pascal-5i": {"per_fold": 1}, "msrc": {"images": 3}, "imagenet-s": {"max_images": 4}, "coco": {"count": 3}}  # to read
-SETS = ("pascal-5i", "msrc", "imagenet-s", "refcoco", "spair-71k", "davis-2017", "coco", "pope", "mme", "bdd-10k", "blink")
 
 
 class View:
@@ -204,8 +203,7 @@ def write_bdd(root: Path, seed: int, images: int = 40) -> None:
     for i, view in enumerate(views("domains", images, seed, [(160, 90)])):
         split, name = ("val" if i % 5 == 0 else "train"), f"{i // 2:08x}-{i:08x}"  # two of each recording
         labels = view.classes(lambda cls: BDD[cls])
-        labels[(labels == 0) & (np.arange(90)[:, None] >= 45)] = 0  # the lower half: road (0), the upper: sky (10)
-        labels[(view.things == 0) & (np.arange(90)[:, None] < 45)] = 10
+        labels[(view.things == 0) & (np.arange(90)[:, None] < 45)] = 10  # the upper half: sky; the lower stays road (0)
         image = view.image if i // 2 % 2 else view.image.point(lambda value: value // 3)
         save(image, home / "images" / "10k" / split / f"{name}.jpg")
         save(labels, home / "labels" / "sem_seg" / "masks" / split / f"{name}.png")
@@ -294,8 +292,7 @@ def write_pope(root: Path, seed: int, images: int = 8) -> None:
 def write_mme(root: Path, seed: int, images: int = 3) -> None:
     home = root / "MME_Benchmark_release_version"
     for number, subtask in enumerate(SUBTASKS):
-        nested = subtask in ("artwork", "celebrity", "landmark", "posters", "scene")
-        folder = home / subtask
+        nested, folder = subtask in ("artwork", "celebrity", "landmark", "posters", "scene"), home / subtask
         for i, view in enumerate(views("mme", images, seed + number)):
             there = view.scene.present_classes[0]
             absent = next(c for c in range(len(CLASSES)) if c not in view.scene.present_classes)
@@ -311,9 +308,9 @@ def write_blink(root: Path, seed: int, items: int = 12) -> None:
         rows = []
         for i, item in enumerate(pocket_blink(items, subtask, SEED + seed)):
             pictures = [image.resize(SIZES[(i + j) % len(SIZES)], Image.Resampling.BICUBIC) for j, image in enumerate(item.images)]
-            choices = list(item.choices)
-            prompt = "\n".join([item.question, "Select from the following choices.", *(f"({c}) {t}" for c, t in zip("AB", choices, strict=True))])
-            rows.append({"idx": f"val_{subtask}_{i + 1}", "question": item.question, "sub_task": subtask, "choices": choices,
+            choices = [f"({letter}) {text}" for letter, text in zip("AB", item.choices, strict=True)]
+            prompt = "\n".join([item.question, "Select from the following choices.", *choices])
+            rows.append({"idx": f"val_{subtask}_{i + 1}", "question": item.question, "sub_task": subtask, "choices": list(item.choices),
                          "answer": item.answer, "prompt": prompt, "image_4": None}
                         | {f"image_{j}": picture for j, picture in enumerate(pictures, start=1)})  # fmt: skip
         write_rows(root / subtask / "val-00000-of-00001.parquet", rows, [f"image_{j}" for j in range(1, 5)])
@@ -326,7 +323,7 @@ WRITE = {
 }  # fmt: skip
 
 
-def write_data(root: Path, names=SETS, seed: int = 0, **sizes: int) -> Path:
+def write_data(root: Path, names=tuple(WRITE), seed: int = 0, **sizes: int) -> Path:
     """Write the named sets below a folder; `sizes`, such as `pope=4`, say how many pictures, pairs, clips or items."""
     datasets.disable_progress_bars()
     for name in names:

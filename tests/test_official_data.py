@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -109,8 +110,11 @@ def test_pascal_episodes_are_those_of_hsnet(whole):
     assert len({(one.id, number) for one, number in ones}) > len({one.id for one, _ in ones})  # one image, two masks
     assert [e.id for e in open_dataset("pascal-5i", root, per_fold=2, folds=(3, 1))] == [
         "fold3-0000", "fold3-0001", "fold1-0000", "fold1-0001"]  # fmt: skip
-    (short, *_) = open_dataset("pascal-5i", root, per_fold=1, shot=1)
+    (short, *_) = open_dataset("pascal-5i", root, per_fold=1, shot=1, image_size=40)
     assert [s.id for s in short.supports] == [episodes[0].supports[0].id]
+    small, mask = short.query, episodes[0].query.mask
+    rows, columns = (np.arange(40) * length // 40 for length in mask.shape)  # torch's nearest rounds down
+    assert small.image.size == (40, 40) and np.array_equal(small.mask, mask[np.ix_(rows, columns)])
 
 
 def test_pascal_takes_the_folder_of_masks_that_is_whole(whole, copy):
@@ -123,14 +127,6 @@ def test_pascal_takes_the_folder_of_masks_that_is_whole(whole, copy):
     (official.with_name("SegmentationClassAug") / f"{names[1]}.png").unlink()
     with pytest.raises(DataError, match=rf"1 of the \d+ masks .* \(first: .*SegmentationClassAug/{names[1]}.png\)"):
         open_dataset("pascal-5i", root, **options)
-
-
-def test_pascal_at_the_size_of_hsnet(whole):
-    (one, *_), (small, *_) = (open_dataset("pascal-5i", whole / "pascal-5i", per_fold=1, image_size=size) for size in (None, 40))
-    assert small.query.image.size == (40, 40) and small.query.mask.shape == (40, 40)
-    height, width = one.query.mask.shape
-    rows, columns = np.arange(40) * height // 40, np.arange(40) * width // 40  # torch's nearest rounds down
-    np.testing.assert_array_equal(small.query.mask, one.query.mask[np.ix_(rows, columns)])
 
 
 @needs_samples
@@ -179,8 +175,17 @@ def test_msrc_groups_take_the_set_of_the_class(copy, caplog):
     assert [each.id for each in two.images] == ["2_1_s", "2_4_s"] and len(own.images) == 3
 
 
-def test_every_colour_of_msrc_is_its_own(copy):
+def test_every_colour_of_msrc_is_its_own_and_an_unknown_one_is_named(copy):
     root = copy("msrc")
+    (path,) = root.glob("*/GroundTruth/5_2_s_GT.bmp")
+    stored = pixels(path)
+    shown = stored.copy()
+    shown[0, :3] = (64, 64, 64)  # where it was black
+    save(shown, path)
+    (group,), (left,) = (open_dataset("msrc", root, classes=("cow",), images=3, unknown_colours=u) for u in ("error", "void"))
+    with pytest.raises(DataError, match=r"5_2_s_GT.bmp: the colour \(64, 64, 64\) is no class of MSRC v2 \(3 such pixels\)"):
+        _ = group.images[1].mask
+    assert same_mask(left.images[1].mask, (stored == msrc.COLOURS["cow"]).all(-1), (stored == 0).all(-1))
     for path in root.glob("*/GroundTruth/*"):
         shown = np.zeros_like(pixels(path))
         shown[: len(msrc.COLOURS)] = np.array(list(msrc.COLOURS.values()))[:, None]
@@ -190,20 +195,6 @@ def test_every_colour_of_msrc_is_its_own(copy):
         (one,) = group.images
         number = np.arange(one.mask.shape[0])[:, None].repeat(one.mask.shape[1], axis=1)
         assert same_mask(one.mask, number == row, number >= 23)
-
-
-@pytest.mark.parametrize("colour", [(0, 0, 127), (192, 192, 192), (64, 64, 64)])
-def test_an_unknown_msrc_colour_is_named(copy, colour):
-    root = copy("msrc")
-    (path,) = root.glob("*/GroundTruth/5_2_s_GT.bmp")
-    stored = pixels(path)
-    shown = stored.copy()
-    shown[0, :3] = colour  # where it was black
-    save(shown, path)
-    (group,), (left,) = (open_dataset("msrc", root, classes=("cow",), images=3, unknown_colours=u) for u in ("error", "void"))
-    with pytest.raises(DataError, match=rf"5_2_s_GT.bmp: the colour \({colour[0]}, .* is no class of MSRC v2 \(3 such pixels\)"):
-        _ = group.images[1].mask
-    assert same_mask(left.images[1].mask, (stored == msrc.COLOURS["cow"]).all(-1), (stored == 0).all(-1))
 
 
 def class_ids(path):
@@ -228,12 +219,11 @@ def test_imagenet_s_takes_the_class_of_the_folder(whole):
         open_dataset("imagenet-s", root, max_images=3, classes=(wnids[4], names[1]))
 
 
-@pytest.mark.parametrize(("number", "colour"), [(1, (1, 0, 0)), (255, (255, 0, 0)), (256, (0, 1, 0)), (919, (151, 3, 0))])
-def test_class_ids_beyond_a_byte(tmp_path, number, colour):
+def test_class_ids_beyond_a_byte(tmp_path):
     path = tmp_path / "a.png"
-    save(np.array([[colour, (232, 3, 0)]]), path)
-    assert imagenet_s._read_mask(path, path, 919, number).tolist() == [[1, VOID]]
-    assert imagenet_s._read_mask(path, path, 919, number % 919 + 1).tolist() == [[0, VOID]]
+    save(np.array([[(1, 0, 0), (255, 0, 0), (0, 1, 0), (151, 3, 0), (232, 3, 0)]]), path)
+    for place, number in enumerate((1, 255, 256, 919)):
+        assert imagenet_s._read_mask(path, path, 919, number).tolist() == [[*np.eye(4)[place], VOID]]
 
 
 def test_imagenet_s_training_maps(copy):
@@ -281,7 +271,7 @@ def test_the_official_imagenet_s_lists():
         open_dataset("imagenet-s", root)
 
 
-def test_coco_takes_the_lowest_numbers_that_pope_does_not_use(copy):
+def test_coco_takes_the_lowest_numbers_that_pope_does_not_use_with_or_without_annotations(copy, caplog):
     root = copy("coco")
     path = root / "annotations" / "instances_val2017.json"
     content, numbers = json.loads(path.read_text()), [100, 417, 734, 2000]
@@ -300,11 +290,7 @@ def test_coco_takes_the_lowest_numbers_that_pope_does_not_use(copy):
             inside[each["iscrowd"]] |= segmentation_mask(each["segmentation"], *inside.shape[1:])
         np.testing.assert_array_equal(one.mask, np.select([inside[0], inside[1]], [1, VOID], 0))
     assert set.union(*(values(one.mask) for one in images)) == {0, 1, VOID}
-
-
-def test_coco_without_annotations(copy, caplog):
-    root = copy("coco")
-    (root / "annotations" / "instances_val2017.json").unlink()
+    path.unlink()
     save(np.zeros((4, 4, 3)), root / "val2017" / f"{min(POPE_IMAGES):012d}.jpg")
     images = open_dataset("coco", root, count=4, annotated=False)
     assert [int(one.id) for one in images] == [100, 417, 734, 1051] and "val2017 has 5000" in caplog.text
@@ -356,22 +342,17 @@ class Runs:
         return self.call
 
 
-@pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_a_hostile_pickle_runs_nothing(tmp_path, protocol):
+def test_a_hostile_or_truncated_pickle_is_an_error_and_runs_nothing(whole, tmp_path):
     victim, path = tmp_path / "victim", tmp_path / "refs(unc).p"
-    calls = [(os.system, f"touch {victim}"), (eval, f"open({str(victim)!r}, 'w')"), (open, str(victim), "w")]
-    for function, *arguments in calls:
-        path.write_bytes(pickle.dumps([{"ref_id": 1}, Runs(function, *arguments)], protocol))
+    calls = [Runs(os.system, f"touch {victim}"), Runs(eval, f"open({str(victim)!r}, 'w')"), Runs(open, str(victim), "w")]
+    for protocol, call in product((0, 2, 4), calls):
+        path.write_bytes(pickle.dumps([{"ref_id": 1}, call], protocol))
         with pytest.raises(DataError, match=r"refs\(unc\).p is not a list .*needs no class or function"):
             read_references(path)
         assert not victim.exists()
         pickle.loads(path.read_bytes())  # it would have
         assert victim.exists()
         victim.unlink()
-
-
-def test_a_truncated_pickle_is_an_error(whole, tmp_path):
-    path = tmp_path / "refs(unc).p"
     raw = (whole / "refcoco" / "refcoco" / path.name).read_bytes()
     for length in (0, 1, 10, len(raw) // 2, len(raw) - 1):
         path.write_bytes(raw[:length])
@@ -419,12 +400,15 @@ def test_spair_reads_the_list_in_its_order(copy, colon, ending):
 
 
 @needs_samples
-def test_spair_sample_records():
+def test_spair_and_davis_sample_records():
     pairs = open_dataset("spair-71k", SAMPLES / "SPair-71k")
     assert pairs[0].id == "000006-2008_002719-2008_007604:aeroplane" and len({p.category for p in pairs}) == 3
     assert pairs[0].target_points[0].tolist() == [62, 462] and pairs[0].target.size == (333, 500)
     for one in pairs:
         assert (one.source_points < one.source.size).all() and (one.target_points < one.target.size).all()
+    clips = open_dataset("davis-2017", root=SAMPLES / "davis2017")
+    assert [c.id for c in clips] == ["libby", "car-shadow"]
+    assert all(len(c.frames) == len(c.masks) == 11 and c.masks.max() == 1 for c in clips)
 
 
 def test_davis_layout_whose_frames_are_opened_when_they_are_asked_for(copy):
@@ -442,13 +426,6 @@ def test_davis_layout_whose_frames_are_opened_when_they_are_asked_for(copy):
     assert len(clip.frames) == 5 and clip.frames[:2][1].size == (96, 80)
     with pytest.raises(ImageError, match="00002.jpg"):
         _ = clip.frames[2]
-
-
-@needs_samples
-def test_davis_sample_clips():
-    clips = open_dataset("davis-2017", root=SAMPLES / "davis2017")
-    assert [c.id for c in clips] == ["libby", "car-shadow"]
-    assert all(len(c.frames) == len(c.masks) == 11 and c.masks.max() == 1 for c in clips)
 
 
 def test_pope_reads_the_lists_in_their_order(copy, caplog):
@@ -517,8 +494,7 @@ def test_bdd_domains_come_from_the_detection_labels(copy, caplog):
     found = open_dataset("bdd-10k", root, part="all")
     assert {one.id: one.domain for one in found} == {a: "night highway", b: "day highway"}
     assert "1 of 40 images have no attributes" in caplog.text
-    domains = [("night", ""), ("dawn/dusk", "residential")]
-    any_scene = open_dataset("bdd-10k", root, part="all", domains=domains, balance=False)
+    any_scene = open_dataset("bdd-10k", root, part="all", domains=[("night", ""), ("dawn/dusk", "residential")], balance=False)
     assert {one.id: one.domain for one in any_scene} == {a: "night", c: "night", e: "dusk residential"}
 
 

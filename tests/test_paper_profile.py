@@ -57,7 +57,7 @@ def data(tmp_path_factory):
 
 
 def test_the_data_are_whole_and_the_same_again(data, tmp_path):
-    assert {FOLDERS.get(name, name) for name in NAMES} == set(mini_data.SETS)
+    assert {FOLDERS.get(name, name) for name in NAMES} == set(mini_data.WRITE)
     assert look_for_data(NAMES, mini_data.OPTIONS) == {}
     for name in ("davis-2017", "refcoco"):
         mini_data.write_data(tmp_path, [name])

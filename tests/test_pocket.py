@@ -44,29 +44,29 @@ def test_the_pool_is_the_same_however_the_work_is_split_and_allows_the_questions
         assert pool.facts(row) == q.facts_of(scene, render(scene))
 
 
-def test_every_class_has_its_key_points_on_or_near_its_silhouette():
+def drawn(*things):
+    return render(Scene(tuple(Thing(*thing) for thing in things), 0, 0, 1))
+
+
+def test_key_points_are_on_or_near_the_silhouette_and_move_with_the_object():
     assert set(SILHOUETTES) == set(KEYPOINTS) == set(CLASSES)
     for index, name in enumerate(CLASSES):
-        drawn = render(Scene((Thing(index, 0, 48, 48, 30, 0.0, False),), 0, 0, 1))
-        rows, columns = np.nonzero(drawn.mask)
-        for part, (x, y) in zip(PARTS, drawn.keypoints[0], strict=True):
+        found = drawn((index, 0, 48, 48, 30, 0.0, False))
+        rows, columns = np.nonzero(found.mask)
+        for part, (x, y) in zip(PARTS, found.keypoints[0], strict=True):
             nearest = np.hypot(columns - x, rows - y).min()
             assert nearest < 4, f"{part} of {name} is {nearest:.1f} px off"
-
-
-def test_rotation_and_mirroring_move_key_points_with_the_object():
-    plain, mirrored, turned = (render(Scene((Thing(0, 0, 48, 48, 30, angle, flip),), 0, 0, 1)).keypoints[0]
-                               for angle, flip in ((0.0, False), (0.0, True), (0.3, False)))  # fmt: skip
+    ways = ((0.0, False), (0.0, True), (0.3, False))
+    plain, mirrored, turned = (drawn((0, 0, 48, 48, 30, *way)).keypoints[0] for way in ways)
     assert np.allclose(mirrored[:, 0] - 48, 48 - plain[:, 0]) and np.allclose(mirrored[:, 1], plain[:, 1])
     assert np.allclose(np.hypot(*(turned - 48).T), np.hypot(*(plain - 48).T))
     assert turned[0, 1] > plain[0, 1]  # the front, to the right, goes down: y points down, angles are clockwise
 
 
 def test_visibility_is_the_share_of_the_whole_silhouette():
-    whole, half = (render(Scene((Thing(3, 0, x, 48, 20, 0.0, False),), 0, 0, 1)).visible[0] for x in (48, 0))
-    assert whole == 1.0 and 0.3 < half < 0.7
-    covered = render(Scene((Thing(6, 0, 48, 48, 16, 0.0, False), Thing(5, 1, 48, 48, 28, 0.0, False)), 0, 0, 1))
-    assert covered.visible[0] < 0.2 and covered.visible[1] == 1.0
+    whole, half = (drawn((3, 0, x, 48, 20, 0.0, False)).visible[0] for x in (48, 0))
+    behind, before = drawn((6, 0, 48, 48, 16, 0.0, False), (5, 1, 48, 48, 28, 0.0, False)).visible
+    assert whole == before == 1.0 and 0.3 < half < 0.7 and behind < 0.2
 
 
 def test_colour_does_not_give_the_class_and_positions_are_flat():
@@ -86,29 +86,26 @@ def _facts(*things, style=0, domain=0):
     return q.Facts(rows, style, domain)
 
 
-@pytest.mark.parametrize(
-    ("kind", "expected"),
-    [
-        ("class", {"what is the red thing ?": "fish", "what is the blue thing ?": "car"}),
-        ("colour", {"what colour is the fish ?": "red", "what colour is the car ?": "blue"}),
-        ("count", {"how many things are there ?": "two"}),
-        ("hop_colour", {"what colour is the thing left of the car ?": "red", "what colour is the thing above the car ?": "red",
-                        "what colour is the thing right of the fish ?": "blue", "what colour is the thing below the fish ?": "blue"}),
-        ("hop_class", {"what is the thing left of the car ?": "fish", "what is the thing above the car ?": "fish",
-                       "what is the thing right of the fish ?": "car", "what is the thing below the fish ?": "car"}),
-        ("position", {"is the fish left or right ?": "left", "is the car left or right ?": "right",
-                      "is the fish top or bottom ?": "top", "is the car top or bottom ?": "bottom"}),
-        ("caption", {"describe the image .": "a red fish and a blue car"}),
-        ("list_colours", {"what colour are the things ?": "fish red , car blue"}),
-        ("list_sides", {"are the things left or right ?": "fish left , car right",
-                        "are the things top or bottom ?": "fish top , car bottom"}),
-    ],
-)  # fmt: skip
+PLACES = (("left of", "car", "fish", "red"), ("above", "car", "fish", "red"),
+          ("right of", "fish", "car", "blue"), ("below", "fish", "car", "blue"))  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "expected"), [
+    ("class", {"what is the red thing ?": "fish", "what is the blue thing ?": "car"}),
+    ("colour", {"what colour is the fish ?": "red", "what colour is the car ?": "blue"}),
+    ("count", {"how many things are there ?": "two"}),
+    ("hop_colour", {f"what colour is the thing {where} the {cls} ?": colour for where, cls, _, colour in PLACES}),
+    ("hop_class", {f"what is the thing {where} the {cls} ?": other for where, cls, other, _ in PLACES}),
+    ("position", {"is the fish left or right ?": "left", "is the car left or right ?": "right",
+                  "is the fish top or bottom ?": "top", "is the car top or bottom ?": "bottom"}),
+    ("caption", {"describe the image .": "a red fish and a blue car"}),
+    ("list_colours", {"what colour are the things ?": "fish red , car blue"}),
+    ("list_sides", {"are the things left or right ?": "fish left , car right",
+                    "are the things top or bottom ?": "fish top , car bottom"}),
+])  # fmt: skip
 def test_answers_follow_from_the_facts(kind, expected):
-    facts = _facts(("fish", "red", 20, 20), ("car", "blue", 70, 70))
-    rng = np.random.default_rng(0)
-    asked = dict(found for _ in range(60) if (found := q.ask(facts, kind, rng)))
-    assert asked == expected
+    facts, rng = _facts(("fish", "red", 20, 20), ("car", "blue", 70, 70)), np.random.default_rng(0)
+    assert dict(found for _ in range(60) if (found := q.ask(facts, kind, rng))) == expected
 
 
 def test_lookups_ask_about_every_thing():
@@ -308,16 +305,13 @@ def test_triples_and_pairs_have_one_right_answer(pool):
                 assert part_at(sample.images[0], asked) == part_at(sample.images[1], given)
 
 
-def test_balanced_questions_have_every_answer_equally_often(pool, mlm):
+def test_evaluation_balances_the_answers_and_says_which_gates_are_missed(pool, mlm):
     samples = balanced_samples(pool, "existence", 60, seed=1)
     answers = [s.blocks[0][2] for s in samples]
     assert answers.count("yes") == answers.count("no") > 20
     with torch.no_grad():
         right = answer_blocks(mlm, samples, lambda images: image_embeddings(mlm, pixel_batch(pool, images)), IMAGE_SLOTS)
     assert len(right) == len(samples) and not all(r[0] for r in right)
-
-
-def test_gates_say_what_is_missed():
     report = {"existence": {"accuracy": dict(mean=0.6, low=0.55), "blind": dict(mean=0.5, high=0.56), "majority": 0.5}}
     missed = missed_gates(report)
     assert len(missed) == 2 and "gate 0.85" in missed[0] and "not clearly above blind" in missed[1]
@@ -331,16 +325,13 @@ def _train(stage, steps, monkeypatch, folder):
     return torch.load(folder / stage / "checkpoint.pt", weights_only=True)
 
 
-def test_what_a_stage_needs_is_said(tmp_path, monkeypatch):
+def test_stages_say_what_they_need_follow_each_other_and_resume(tmp_path, monkeypatch):
     with pytest.raises(ParameterError, match="'language' must be trained first"):
         _train("projector", 1, monkeypatch, tmp_path)
     with pytest.raises(ParameterError, match="needs one stage"):
         train.main(["--start-from", str(tmp_path)])
     with pytest.raises(ParameterError, match="config.json is missing"):
         train.main(["--stage", "all", "--start-from", str(tmp_path)])
-
-
-def test_stages_follow_each_other_and_resume(tmp_path, monkeypatch):
     small = {name: replace(stage, scenes=4, horizon=20) for name, stage in trainer.STAGES.items()}
     monkeypatch.setattr(trainer, "STAGES", small)
     monkeypatch.setattr(train, "quick_accuracy", lambda *a, **k: {"existence": 0.5})
@@ -351,8 +342,8 @@ def test_stages_follow_each_other_and_resume(tmp_path, monkeypatch):
     straight = _train("all", 4, monkeypatch, tmp_path)
     assert resumed["step"] == straight["step"] == 4
     assert all(torch.allclose(resumed["model"][k], v, atol=1e-6) for k, v in straight["model"].items())
-    frozen = torch.load(tmp_path / "projector" / "checkpoint.pt", weights_only=True)["model"]
-    language = torch.load(tmp_path / "language" / "checkpoint.pt", weights_only=True)["model"]
+    stored = (torch.load(tmp_path / stage / "checkpoint.pt", weights_only=True) for stage in ("projector", "language"))
+    frozen, language = (each["model"] for each in stored)
     key = "mlm.model.language_model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(frozen[key], language[key]) and not torch.equal(straight["model"][key], language[key])
     assert json.loads((tmp_path / "all" / "curve.json").read_text())
