@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from unittest.mock import DEFAULT, Mock
 
 import numpy as np
 import pytest
@@ -28,7 +29,6 @@ from kvutils.tasks.choices import UNRESOLVED, ChoiceTable, check_items, read_ite
 from kvutils.tasks.value_readouts import mean_similarity, point_similarity, style_similarity
 
 FEW = 8  # items of each subtask
-KIND_OF = {"Art_Style": "style_match", "Visual_Similarity": "class_match", "Semantic_Correspondence": "correspondence"}
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +82,12 @@ def test_exactly_one_option_is_right(items):
 
 def test_prompts_are_those_of_training(items, mlm):
     sampler = Sampler(make_pool(300, seed=3, processes=1, quiet=True))
-    for item in items[::FEW]:
-        (trained,) = sampler.draw(KIND_OF[item.subtask], 1, np.random.default_rng(0), hints=False)
+    for item, kind in zip(items[::FEW], ("style_match", "class_match", "correspondence"), strict=True):
+        (trained,) = sampler.draw(kind, 1, np.random.default_rng(0), hints=False)
         ((_, question, answer),) = trained.blocks
         assert item.prompt == question and answer in item.options and len(item.images) == len(trained.images)
-        slots = 5
-        packed = pack([trained], slots).tokens[0].tolist()
-        prompt = mlm.prompt(item.prompt, images=len(item.images)).replace("<image>", " ".join(["<image>"] * slots))
-        assert packed == list(encode(f"{prompt} {answer}"))
+        prompt = mlm.prompt(item.prompt, images=len(item.images)).replace("<image>", " ".join(["<image>"] * 5))
+        assert pack([trained], 5).tokens[0].tolist() == list(encode(f"{prompt} {answer}"))
 
 
 def test_a_larger_set_begins_with_the_smaller_one(items):
@@ -126,14 +124,11 @@ def test_answers_are_extracted_as_blink_does(items):
     assert [said(official, text) for text in ("(B)", "A", "Both are nice. The answer is (B)", "(a)")] == [1, 0, 1, UNRESOLVED]
 
 
-def test_style_scores_by_hand():
+def test_scores_by_hand():
     images = [torch.tensor([[[1.0, 0], [0, 1]]]), torch.tensor([[[2.0, 0], [0, 2]]]), torch.tensor([[[1.0, 1], [-1, -1]]])]
     assert mean_similarity(images[:2]).tolist() == [[pytest.approx(1)]]
     # Candidate 2: mean 0 (cosine 0); its Gram is all ones, the reference's is half the identity.
     assert style_similarity(images).tolist() == [[pytest.approx(1), pytest.approx(1 / np.sqrt(2) / 2)]]
-
-
-def test_point_scores_by_hand():
     grids, (reference, tokens) = [tiny_models.grid_layout(5, 5, (40, 40))] * 2, torch.zeros(2, 1, 25, 2)
     reference[0, 12] = torch.tensor([1.0, 0])  # row 2, column 2
     tokens[0, 6] = torch.tensor([1.0, 0])  # row 1, column 1: a neighbour of row 2, column 2 only
@@ -186,19 +181,12 @@ def test_every_source_is_read_and_no_more_depends_on_the_other_images_than_shoul
 
 def test_a_stopped_run_goes_on_and_gives_the_same(items, mlm, tmp_path, monkeypatch):
     plain = read_items(mlm, items, progress=False, batch_size=4)
-    read, calls = choices._read_batch, []
-
-    def stops(*arguments):
-        calls.append(arguments)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return read(*arguments)
-
+    stops = Mock(wraps=choices._read_batch, side_effect=[DEFAULT] * 3 + [KeyboardInterrupt] + [DEFAULT] * 9)
     monkeypatch.setattr(choices, "_read_batch", stops)
     with pytest.raises(KeyboardInterrupt):
         read_items(mlm, items, Parts(tmp_path, model="x"), progress=False, batch_size=4)
     resumed = read_items(mlm, items, Parts(tmp_path, model="x"), progress=False, batch_size=4)
-    assert len(calls) == 4 + 3  # six batches, three of them stored before the fourth was stopped
+    assert stops.call_count == 4 + 3  # six batches, three of them stored before the fourth was stopped
     for subtask, table in plain.items():
         assert all(np.array_equal(value, getattr(resumed[subtask], name)) for name, value in vars(table).items())
     with pytest.raises(ParameterError, match="batch_size"):
@@ -326,7 +314,7 @@ def uncertain(n=400) -> ChoiceTable:
     return table
 
 
-def test_a_gate_that_can_help_helps_and_costs_nothing():
+def test_a_gate_that_can_help_helps_and_costs_nothing_and_others_do_not_help():
     found = interventions(uncertain(), n_boot=300)
     gate, decides = found["changes"][GATE], found["changes"][DECIDES]
     assert gate["accuracy"]["mean"] == 1 and gate["change"]["low"] > 0.2 and gate["cost"]["mean"] == 0
@@ -336,12 +324,8 @@ def test_a_gate_that_can_help_helps_and_costs_nothing():
     either, scores = found["changes"]["either right"], found["changes"]["option scores alone"]
     assert either["accuracy"]["mean"] == 1 and scores["change"]["mean"] == 0 and found["weight"] > 0 and found["n"] == 200
     assert found["others"]["pixels"]["mean"] < found["changes"][HEADLINE]["change"]["mean"]
-
-
-def test_values_that_know_nothing_do_not_help():
-    random = np.random.default_rng(1)
-    table = table_of(random.random(400) < 0.8, {"value.0": random.random(400) < 0.5})
-    found = interventions(table, n_boot=300)
+    random = np.random.default_rng(1)  # values that know nothing
+    found = interventions(table_of(random.random(400) < 0.8, {"value.0": random.random(400) < 0.5}), n_boot=300)
     assert found["changes"][GATE]["change"]["high"] <= 0.02 and found["changes"][HEADLINE]["change"]["high"] <= 0.02
     assert found["changes"][DECIDES]["change"]["high"] < 0 and found["changes"][DECIDES]["cost"]["low"] > 0.3
 

@@ -12,6 +12,7 @@ import time
 import zipfile
 from functools import partial
 from pathlib import Path
+from unittest.mock import DEFAULT, Mock
 
 import pytest
 from filelock import FileLock
@@ -279,16 +280,8 @@ def test_archives_join_what_is_there_also_behind_a_link(tmp_path):
 @pytest.mark.parametrize(("function", "call"), [("zipfile.ZipFile.extractall", 1), ("shutil.move", 2)])
 def test_an_interrupted_extraction_leaves_nothing_half(server, archive, monkeypatch, capsys, function, call):
     folder = archive({f"{folder}/{i}.txt": "x" for folder in ("a", "b", "c") for i in range(3)}, "a")
-    calls = []
-
-    def interrupted(source, *target):
-        calls.append(source)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        return os.replace(source, *target)
-
     with monkeypatch.context() as patch:
-        patch.setattr(function, interrupted)
+        patch.setattr(function, Mock(wraps=os.replace, side_effect=[DEFAULT] * (call - 1) + [KeyboardInterrupt]))
         assert main("toy") == STOPPED
     assert not (folder / "set.zip.fetched.json").exists() and main() == DONE
     assert any("toy " in line and "missing" in line for line in capsys.readouterr().out.splitlines())
@@ -373,22 +366,18 @@ def test_the_hub_copy_at_its_fixed_revision(root, monkeypatch, capsys):
     assert "no route to the hub; the same command goes on" in out and "1. Instead of the hub copy" in out
 
 
-def test_the_list_fits_on_a_screen(root, capsys, monkeypatch):
+def test_the_list_fits_on_a_screen_and_names_and_folder_are_checked_first(root, capsys, monkeypatch):
     assert main() == DONE
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 24 and max(map(len, lines[1:])) <= 118
     assert {line.split()[0] for line in lines if line.split()[1:2] == ["missing"]} == set(CATALOG)
-    monkeypatch.delenv("KVUTILS_DATA")
-    assert main() == DONE and "is not set" in capsys.readouterr().out
-
-
-def test_names_and_folder_are_checked_first(root, capsys, monkeypatch):
     assert main("davis-2016", "bdd-10k") == MISUSED
     captured = capsys.readouterr()
     assert "did you mean 'davis-2017'?" in captured.err and captured.out == "" and not root.exists()
     assert main("bdd") == BY_HAND and capsys.readouterr().out.startswith("bdd-10k: ")
     assert main("p") == MISUSED and "unknown data set 'p'" in capsys.readouterr().err  # pascal-5i or pope
     monkeypatch.delenv("KVUTILS_DATA")
+    assert main() == DONE and "is not set" in capsys.readouterr().out
     assert main("davis-2017") == MISUSED and 'make data DATASETS="davis-2017" KVUTILS_DATA=' in capsys.readouterr().err
 
 

@@ -37,13 +37,10 @@ def pictures(samples) -> set[bytes]:
     """Every image of samples of any type."""
     found = []
     for sample in samples:
-        if hasattr(sample, "supports"):
-            found += [one.image for one in (sample.query, *sample.supports)]
-        elif hasattr(sample, "images"):
-            found += [one.image for one in sample.images]
-        else:
-            found += [getattr(sample, name) for name in ("image", "source", "target") if hasattr(sample, name)]
-            found += getattr(sample, "frames", [])
+        parts = (sample.query, *sample.supports) if hasattr(sample, "supports") else getattr(sample, "images", [sample])
+        for one in parts:
+            found += [getattr(one, name) for name in ("image", "source", "target") if hasattr(one, name)]
+            found += getattr(one, "frames", [])
     return {image.tobytes() for image in found}
 
 
@@ -96,10 +93,9 @@ def test_groups_share_no_scene_and_masks_show_the_class_that_is_named():
 
 
 def test_expressions_name_one_of_several():
-    samples = open_dataset("pocket-refcoco", scenes=10)
-    by_image: dict = {}
+    samples, by_image = open_dataset("pocket-refcoco", scenes=10), defaultdict(list)
     for sample in samples:
-        by_image.setdefault(sample.image_id, []).append(sample)
+        by_image[sample.image_id].append(sample)
     assert len(by_image) <= 10 and any(len(s) > 1 for s in by_image.values())
     for mine in by_image.values():
         assert len({s.text for s in mine}) == len(mine)

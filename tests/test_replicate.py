@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import nbformat
 import pytest
@@ -125,15 +126,13 @@ def test_parameters_write_elsewhere_and_a_process_beside_the_first_nowhere(root,
 
 
 def test_another_profile_writes_beside_its_results_once_everything_is_there(root, monkeypatch, capsys):
-    def missing(*what):
-        assert what == ("paper", "big", ["01"], None)
-        raise DataError("Nothing was started: this is missing.")
-
+    missing = Mock(side_effect=DataError("Nothing was started: this is missing."))
     before = (root / STUB).read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(plan, "check_ready", missing)
         assert main(["replicate", "--profile", "paper", "--model", "big"]) == 2
     said = capsys.readouterr()
+    missing.assert_called_once_with("paper", "big", ["01"], None)
     assert said.err == "error: Nothing was started: this is missing.\n" and not said.out and not (root / "data").exists()
     monkeypatch.setattr(plan, "check_ready", lambda *_: None)
     assert main(["replicate", "--profile", "paper", "--model", "big"]) == 0
@@ -277,10 +276,11 @@ def test_the_last_cells(root, monkeypatch, capsys):
         "| **C1** | F1 | **+0.500 [+0.400, +0.600]** | 9 |", "| C1 | a minus b | +0.100 [+0.050, +0.200] | 5 |",
         "| C1 | c | not defined: no item | 1 |"]
     assert "| heads | together |" in run.choices({"heads": "together"}).data
-    drawn = []
-    monkeypatch.setattr("kvutils.plots.draw_all", lambda *folders: drawn.append(folders))
+    drawn = Mock()
+    monkeypatch.setattr("kvutils.plots.draw_all", drawn)
     run.finish(None, "It works.", parameters={"seed": 1}, claims={"C1": MEASURED}, sources={"data": "toy"}, choices={"a": "b"})
-    assert capsys.readouterr().out == "It works.\n" and drawn == [(run.folder, run.figures)]
+    assert capsys.readouterr().out == "It works.\n"
+    drawn.assert_called_once_with(run.folder, run.figures)
     stored = json.loads(run.results.read_text())
     assert stored.keys() == {"notebook", "profile", "model", "parameters", "claims", "finding", "choices"}
     about = json.loads((run.folder / "provenance" / "01_stub.json").read_text())
