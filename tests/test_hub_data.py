@@ -255,12 +255,12 @@ def test_coco_from_a_parquet_copy_and_from_the_stream(copies, monkeypatch):
 def test_blink_items_are_asked_as_blink_asks_them(copies):
     items = open_dataset("blink", copies / "blink")
     assert Counter(item.subtask for item in items) == {"Art_Style": 4, "Visual_Similarity": 4}
-    first, last = items[0], items[-1]
+    first = items[0]
     assert first.id == first.group == "val_Art_Style_1" and first.answer == "(A)" and first.options == ("(A)", "(B)")
     assert first.choices == ("the second image", "the third image") and first.question == QUESTION
     assert first.prompt == blink.DISCLAIMER + f"{QUESTION} (A) the second image (B) the third image"
     assert first.prompt.startswith("Disclaimer: This is not to make") and "gave you.\n\nwhich" in first.prompt
-    assert last.prompt.startswith(QUESTION)
+    assert items[-1].prompt.startswith(QUESTION)
     assert len(first.images) == 3 and all(np.array_equal(image, noise(11 + i)) for i, image in enumerate(first.images))
     few = open_dataset("blink", copies / "blink", subtasks="Art_Style", max_items=2)
     assert [item.id for item in few] == [item.id for item in items[:2]]

@@ -72,8 +72,7 @@ def test_visibility_is_the_share_of_the_whole_silhouette():
 def test_colour_does_not_give_the_class_and_positions_are_flat():
     scenes = [sample_scene(np.random.default_rng((1, i))) for i in range(3000)]
     pairs = np.array([(t.cls, t.colour) for s in scenes for t in s.things])
-    table = np.zeros((8, 8))
-    np.add.at(table, (pairs[:, 0], pairs[:, 1]), 1)
+    table = np.histogram2d(*pairs.T, bins=np.arange(9))[0]
     share = table / table.sum(1, keepdims=True)
     assert np.abs(share - 1 / 8).max() < 0.07
     x = np.array([t.x for s in scenes for t in s.things if len(s.things) <= 2])
@@ -152,14 +151,6 @@ def test_every_word_is_in_the_vocabulary(pool):
             encode(sample.prefix)
 
 
-def _of_the_class(mlm, pixels):
-    """Image features of the class's own code in its several-images mode, which tiles nothing."""
-    padded = torch.cat((pixels, pixels[:1]))  # a single image would be tiled
-    sizes, number = torch.tensor([[96, 96]] * len(padded)), torch.tensor([len(padded)])
-    found = mlm.model.get_image_features(padded[:, None], sizes, batch_num_images=number)
-    return list(getattr(found, "pooler_output", found))[: len(pixels)]
-
-
 def test_a_packed_block_is_the_prompt_the_model_meets_at_inference(pool, mlm):
     """Logits of every block of a packed batch equal those of `prefix + image + question` through the chat template,
     the processor and the model's own forward, one at a time."""
@@ -172,15 +163,17 @@ def test_a_packed_block_is_the_prompt_the_model_meets_at_inference(pool, mlm):
     with torch.no_grad():
         found = answer_logits(mlm, packed, image_embeddings(mlm, pixels))
         start = 0
-        for sample, images in zip(samples, (pixels[:1], pixels[1:]), strict=True):
+        sizes, number = torch.tensor([[96, 96]] * len(pixels)), torch.tensor([len(pixels)])  # several images are not tiled
+        features = mlm.model.get_image_features(pixels[:, None], sizes, batch_num_images=number)
+        features = torch.stack(list(getattr(features, "pooler_output", features)))
+        for sample, images in zip(samples, (features[:1], features[1:]), strict=True):
             for _, question, answer in sample.blocks:
                 prompt = wrapped.prompt(question, sample.prefix or None, images=len(sample.images))
                 text = f"{prompt} {answer}".replace("<image>", " ".join(["<image>"] * IMAGE_SLOTS))
                 ids = wrapped.tokenizer(text, return_tensors="pt").input_ids
                 tokens = mlm.get_input_embeddings()(ids)
-                tokens = tokens.masked_scatter((ids == TOKEN["<image>"])[..., None], torch.stack(_of_the_class(mlm, images)))
-                outputs = mlm(inputs_embeds=tokens)
-                wanted = outputs.logits[0, -len(answer.split()) - 1 :]
+                tokens = tokens.masked_scatter((ids == TOKEN["<image>"])[..., None], images)
+                wanted = mlm(inputs_embeds=tokens).logits[0, -len(answer.split()) - 1 :]
                 assert torch.allclose(found[start : start + len(wanted)], wanted, atol=1e-4)
                 start += len(wanted)
     assert start == len(found)
