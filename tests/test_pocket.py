@@ -187,7 +187,7 @@ def test_question_first_samples_answer_behind_the_image():
     assert [words[int(t)] for t in packed.labels[0] if t != IGNORE] == ["one", "<eos>"]
 
 
-def test_marks_that_read_as_their_letters_lose_nothing(mlm):
+def test_marks_that_read_as_their_letters_and_tokens_that_hold_their_place_lose_nothing(mlm):
     words, images = mlm.get_input_embeddings(), [(0, []), (1, [("a", 20.0, 30.0), ("r", 95.9, 0.0)])]
     tokens = torch.zeros(2, IMAGE_SLOTS, words.embedding_dim)
     flat = mark_loss(words, tokens, images)
@@ -198,9 +198,6 @@ def test_marks_that_read_as_their_letters_lose_nothing(mlm):
     assert right < 0.05 < mark_loss(words, tokens, [(0, []), (1, [("b", 20.0, 30.0), ("r", 95.9, 0.0)])])
     assert right < 0.05 < mark_loss(words, tokens, [(0, []), (1, [("a", 28.0, 30.0), ("r", 95.9, 0.0)])])
     assert mark_loss(words, tokens, [(0, []), (1, [])]) == 0
-
-
-def test_tokens_that_hold_their_place_lose_nothing():
     columns, rows = torch.randn(2, 6, 128, generator=torch.Generator().manual_seed(0))
     told = torch.zeros(2, IMAGE_SLOTS, 128)
     assert place_loss(columns, rows, told) > 3
