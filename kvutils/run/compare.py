@@ -20,9 +20,11 @@ def compare_verdicts(old: Path, new: Path, names: list[str]) -> list[str]:
 
 def committed(path: Path) -> dict:
     """A results file as git has it in HEAD; without git or before its first commit as it lies there; {} if it does not."""
-    shown = subprocess.run(["git", "-C", str(notebook.ROOT), "show", f"HEAD:./{path.relative_to(notebook.ROOT).as_posix()}"],
-                           capture_output=True, text=True)  # fmt: skip
-    return json.loads(shown.stdout) if shown.returncode == 0 else read_json(path) if path.exists() else {}
+    command = ["git", "-C", str(notebook.ROOT), "show", f"HEAD:./{path.relative_to(notebook.ROOT).as_posix()}"]
+    try:
+        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    except (OSError, subprocess.CalledProcessError):
+        return read_json(path) if path.exists() else {}
 
 
 def numbers(value: object, place: str = "") -> Iterator[tuple[str, float]]:
