@@ -3,6 +3,7 @@
 import json
 import weakref
 from dataclasses import replace
+from unittest.mock import Mock
 
 import accelerate
 import numpy as np
@@ -220,14 +221,12 @@ def test_model_is_left_unmodified_also_after_an_exception(family, monkeypatch):
     text_values(mlm, ["red fish"], layers=[1])
     assert fingerprint(mlm) == state
 
-    def fail(index, item):
-        raise RuntimeError("the callback failed")
-
+    fail = Mock(side_effect=RuntimeError("the callback failed"))
     with pytest.raises(RuntimeError, match="callback"):
         capture(mlm, IMAGES, on_capture=fail)
     with pytest.raises(ImageError):
         capture(mlm, [IMAGES[0], "missing.png"], batch_size=1)
-    monkeypatch.setattr("kvutils.language._ReadingCache.update", lambda *args: fail(0, None))
+    monkeypatch.setattr("kvutils.language._ReadingCache.update", fail)
     with pytest.raises(RuntimeError):
         capture(mlm, IMAGES)
     assert fingerprint(mlm) == state

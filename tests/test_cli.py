@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -54,10 +55,7 @@ def test_a_misspelt_word_is_answered(arguments, said, capsys):
 
 
 def test_ctrl_c_is_answered_in_words(monkeypatch, capsys):
-    def stop(_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cli, "run", stop)
+    monkeypatch.setattr(cli, "run", Mock(side_effect=KeyboardInterrupt))
     assert main(["report"]) == 130 and "the same command goes on" in capsys.readouterr().err
 
 

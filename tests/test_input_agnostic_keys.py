@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -88,11 +89,8 @@ def test_the_table_is_what_its_parts_measure(mlm):
 
 
 def test_a_stopped_measurement_goes_on(mlm, tmp_path):
-    def unreadable():
-        raise KeyboardInterrupt
-
     stopped = labelled(6)
-    stopped[4] = LabelledImage(stopped[4].id, unreadable, stopped[4].mask)
+    stopped[4] = LabelledImage(stopped[4].id, Mock(side_effect=KeyboardInterrupt), stopped[4].mask)
     plain = measure_keys(mlm, labelled(6), QUESTIONS[:1], chunk=2, progress=False)
     parts = Parts(tmp_path, seed=0)
     with pytest.raises(KeyboardInterrupt):

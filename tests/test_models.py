@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -112,9 +113,7 @@ def test_every_process_takes_its_own_gpu(monkeypatch):
 
 
 def test_weights_that_do_not_fit_say_so(folder, monkeypatch):
-    def full(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
+    full = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory."))
     monkeypatch.setattr(models.AutoModelForImageTextToText, "from_config", full)
     with pytest.raises(MemoryLimitError, match="device_map='auto'"):
         load_mlm(str(folder), device="cpu", untrained=True)

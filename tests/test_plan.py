@@ -2,6 +2,7 @@
 
 import json
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import rehearse
@@ -43,9 +44,6 @@ def test_architectures_have_the_published_size_structure_and_image_tokens(name):
     assert (ids == narrow.image_token_id).sum() == MODELS[name].sizes[4]
     with pytest.raises(ModelError, match="llava-onevision-7b"):
         architecture("gpt")
-
-
-# --- plan ---------------------------------------------------------------------------------------------------
 
 
 def test_every_data_set_of_a_notebook_is_looked_for():
@@ -99,10 +97,7 @@ def test_the_hub_tells_the_size(monkeypatch):
     monkeypatch.setattr(plan.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(plan, "HfApi", lambda: SimpleNamespace(model_info=lambda *_, **__: SimpleNamespace(siblings=files)))
     assert look_for_model(find_model("qwen2.5-vl-3b")) == ("", 3.0)
-
-    def unreachable(*_, **__):
-        raise RuntimeError("Name or service not known")
-
+    unreachable = Mock(side_effect=RuntimeError("Name or service not known"))
     monkeypatch.setattr(plan, "HfApi", lambda: SimpleNamespace(model_info=unreachable))
     assert "Name or service not known" in look_for_model(find_model("qwen2.5-vl-3b"))[0]
 
@@ -138,9 +133,6 @@ def test_the_readme_has_the_computed_numbers():
     assert f"about {5 * round(total / 5):.0f} GB of" in " ".join(lines)
 
 
-# --- rehearsal ----------------------------------------------------------------------------------------------
-
-
 def test_a_rehearsal_times_whole_items_of_every_notebook(monkeypatch, capsys):
     monkeypatch.setattr(rehearse, "random_mlm", lambda *_, seed=0: tiny("llava_onevision", seed=seed, words=list(WORDS)))
     monkeypatch.setattr(rehearse, "random_encoder", lambda *_: tiny_siglip())
@@ -162,9 +154,5 @@ def test_a_rehearsal_times_whole_items_of_every_notebook(monkeypatch, capsys):
 
 def test_a_rehearsal_answers_misuse_and_ctrl_c_in_words(monkeypatch, capsys):
     assert rehearse.main(["--samples", "0"]) == 1 and "--samples must be" in capsys.readouterr().err
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Rehearsal, "run", interrupted)
+    monkeypatch.setattr(Rehearsal, "run", Mock(side_effect=KeyboardInterrupt))
     assert rehearse.main([]) == 130 and "Interrupted" in capsys.readouterr().err

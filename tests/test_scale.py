@@ -7,6 +7,7 @@ import signal
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -216,10 +217,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
 @pytest.mark.parametrize("raised", [NotImplementedError("no such operator on this device"), Timeout("another lock")])
 def test_what_a_part_raises_is_not_taken_for_a_lock(tmp_path, raised):
     """torch raises NotImplementedError, and a download within the part may wait for a lock of its own."""
-    def fails():
-        raise raised
-
     parts = Parts(tmp_path, x=1)
     with pytest.raises(type(raised)) as error:
-        list(parts.make_all([("part", fails), ("next", lambda: 1)]))
+        list(parts.make_all([("part", Mock(side_effect=raised)), ("next", lambda: 1)]))
     assert error.value is raised and list(parts.make_all([("part", lambda: 0)])) == [0]  # the lock was given back
