@@ -45,7 +45,7 @@ def save_pocket_with_words(folder: Path) -> Path:
     own = sorted(mlm.tokenizer.get_vocab(), key=mlm.tokenizer.get_vocab().get)[4:]  # without the special tokens
     mlm.processor.tokenizer = build_word_tokenizer(list(dict.fromkeys([*own, *known_words()])))
     torch.manual_seed(0)
-    mlm.model.resize_token_embeddings(len(mlm.tokenizer), mean_resizing=False)
+    mlm.model.resize_token_embeddings(len(mlm.processor.tokenizer), mean_resizing=False)
     return save(mlm, folder)
 
 
