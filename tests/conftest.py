@@ -20,6 +20,7 @@ from kvutils import plots  # noqa: E402
 from kvutils.run.report import judge, load_claims  # noqa: E402
 from kvutils.store import read_json, write_json  # noqa: E402
 from tests import mini_data  # noqa: E402
+from tests.published import published_model  # noqa: E402
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 logging.disable_progress_bar()
@@ -56,6 +57,14 @@ def redraw(tmp_path):
 
     yield drawn
     plots.plt.close("all")
+
+
+@pytest.fixture
+def published():
+    """family -> narrow random model with the published tokenizer, chat template and processor."""
+    if not os.environ.get("KVUTILS_PUBLISHED"):
+        pytest.skip("set KVUTILS_PUBLISHED to the folder of published tokenizers and configurations")
+    return published_model
 
 
 @pytest.fixture(scope="session")
