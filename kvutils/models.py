@@ -105,6 +105,14 @@ class MLM:
                 f"{self.attention}{', base view only' if self.base_view_only else ''}")  # fmt: skip
 
     @property
+    def settings(self) -> dict:
+        """All that results of this model depend on, JSON-able: stored parts are reused only where it is the same, and the
+        provenance of results shows it."""
+        return {"model": self.name, "family": self.family, "revision": self.revision, "dtype": str(self.dtype).removeprefix("torch."),
+                "attention": self.attention, "image_backend": self.image_backend, "base_view_only": self.base_view_only,
+                "max_pixels": self.max_pixels}  # fmt: skip
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
@@ -153,6 +161,11 @@ class Encoder:
     processor: Any
     name: str
     revision: str
+
+    @property
+    def settings(self) -> dict:
+        """All that its features depend on, as of an `MLM`."""
+        return {"encoder": self.name, "revision": self.revision, "dtype": str(self.model.dtype).removeprefix("torch.")}
 
     def __repr__(self) -> str:
         size = f"{self.model.config.num_hidden_layers} layers of {self.model.config.hidden_size} channels"

@@ -19,6 +19,7 @@ from kvutils.readout.features import FeatureExtractor, image_tokens, pixel_featu
 from kvutils.readout.maps import explore
 from kvutils.readout.maps import picture as picture_of
 from kvutils.readout.words import SiglipText, load_siglip_text, text_values
+from kvutils.run.notebook import Run
 from tests.tiny_models import FAMILIES, WORDS, grid_layout, tiny, tiny_onevision, tiny_pocket, tiny_siglip
 
 RNG = np.random.default_rng(0)
@@ -129,6 +130,28 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch, pocket):
     quarter = FeatureExtractor(pocket.mlm).memory_bytes
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     assert 3 < FeatureExtractor(pocket.mlm).memory_bytes / quarter < 5
+
+
+@pytest.mark.parametrize("change", [{"name": "x"}, {"revision": "x"}, {"base_view_only": False}, {"max_pixels": 100},
+                                    "dtype", "attention", "image_backend"])  # fmt: skip
+def test_features_and_parts_depend_on_every_setting_of_the_model(change, tmp_path, monkeypatch):
+    monkeypatch.setenv("KVUTILS_CACHE", str(tmp_path))
+    mlm = tiny_pocket()
+
+    def stored():
+        return FeatureExtractor(mlm).fingerprint, Run("01").parts(mlm, seed=0).folder, mlm.settings
+
+    before = stored()
+    assert before == stored() and before[2].keys() >= {"dtype", "attention", "image_backend"}
+    if change == "dtype":
+        mlm.model.to(torch.bfloat16)
+    elif change == "attention":
+        mlm.model.set_attn_implementation("eager")
+    elif change == "image_backend":  # read from the processor when an MLM is made
+        mlm.image_backend = "torchvision"
+    else:
+        mlm = replace(mlm, **change)
+    assert all(old != new for old, new in zip(before, stored(), strict=True))
 
 
 def test_the_fingerprint_names_what_features_depend_on(pocket):

@@ -142,9 +142,8 @@ class FeatureExtractor:
     def fingerprint(self) -> str:
         """16 hex digits of everything that the features depend on besides the code and the libraries."""
         text = self.alignment.encoder_text
-        models = [m and [m.name, m.revision, str(m.model.dtype)] for m in (self.mlm, self.untrained, self.encoder_original)]
-        views = [self.mlm.base_view_only, self.mlm.max_pixels]
-        return digest([models, text and [text.name, text.template], self.layers, views, self.batch_size])
+        models = [m and m.settings for m in (self.mlm, self.untrained, self.encoder_original)]
+        return digest([models, text and [text.name, text.template], self.layers, self.batch_size])
 
     def images(self, items: Sequence[Item], prefix: str | None = None) -> list[ImageFeatures]:
         """Features of images, in consecutive batches of `batch_size`. prefix: text before the image."""

@@ -27,8 +27,8 @@ what the file holds, for photo number i (0, 1, ... in the order given):
   i.cells            (N, 2)        row, column in the token grid
   i.view             (N,)          0: base view of the whole photo, 1: tiles
   i.is_newline       (N,)          True for the tokens that end a row
-metadata (strings, lists as JSON): model, revision, family, layers, prefix, files, image_sizes (width,
-height), grids, dtype, attention, image_backend, kvutils, torch, transformers
+metadata (strings, all else as JSON): model, revision, family, layers, prefix, files, image_sizes (width,
+height), grids, dtype, attention, image_backend, base_view_only, max_pixels, kvutils, torch, transformers
 
 example:
   kvutils capture cat.jpg dog.png --model pocket --layers 0,3,5-7 --out animals.safetensors
@@ -159,8 +159,8 @@ def capture(chosen: argparse.Namespace) -> int:
     lists = {"layers": found[0].layers, "files": chosen.photos, "image_sizes": [one.layout.image_size for one in found],
              "grids": [one.layout.grids for one in found]}  # fmt: skip
     metadata = {name: json.dumps(each) for name, each in lists.items()} | {
-        "model": chosen.model, "revision": mlm.revision, "family": mlm.family, "prefix": chosen.prefix or "",
-        "dtype": str(mlm.dtype).removeprefix("torch."), "attention": mlm.attention, "image_backend": mlm.image_backend,
+        **{name: value if isinstance(value, str) else json.dumps(value) for name, value in mlm.settings.items()},
+        "model": chosen.model, "prefix": chosen.prefix or "",
         "kvutils": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     with atomic(chosen.out) as temporary:  # no reader ever sees half a file
         save_file(tensors, temporary, metadata=metadata)

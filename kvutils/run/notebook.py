@@ -15,9 +15,10 @@ from IPython.display import Markdown
 
 from kvutils.errors import ParameterError, one_of
 from kvutils.metrics.statistics import interval_text
+from kvutils.models import MLM
 from kvutils.run import DEFAULT, report
 from kvutils.run import PROFILES as PROFILES
-from kvutils.store import write_json
+from kvutils.store import Parts, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,10 +57,9 @@ class Run:
         """The folder of the figures; only the committed run draws into figures/ itself."""
         return (output_root() if (self.profile, self.model) == DEFAULT else self.folder) / "figures"
 
-    @property
-    def cache(self) -> Path:
-        """The folder of finished parts, for `Parts`."""
-        return cache_root() / self.profile / self.folder.name
+    def parts(self, mlm: MLM, **depends: object) -> Parts:
+        """The finished parts of this profile and model under the model's settings and whatever else they depend on (JSON-able)."""
+        return Parts(cache_root() / self.profile / self.folder.name / "parts", mlm=mlm.settings, profile=self.profile, **depends)
 
     def verdicts(self, claims: Mapping[str, Mapping]) -> dict[str, int]:
         """Print the verdict of each claim of this notebook, `C1: reproduced (6 of 6 comparisons hold)`; -> how many hold."""
@@ -84,7 +84,7 @@ class Run:
         """The choices made where the paper is silent."""
         return table(("what", "our choice"), choices.items())
 
-    def finish(self, mlm: object, finding: str, *, parameters: Mapping, claims: Mapping, sources: Mapping | None = None,
+    def finish(self, mlm: MLM, finding: str, *, parameters: Mapping, claims: Mapping, sources: Mapping | None = None,
                **sections: object) -> None:
         """Write the results, draw every figure from them, print the finding.
 
@@ -139,19 +139,18 @@ def code_commit() -> str:
         return "unknown"
 
 
-def provenance(mlm: object = None, **more: object) -> dict:
-    """What a result came from: revision, dtype, attention and resizer of an `MLM`; commit, device and versions under "machine"."""
+def provenance(mlm: MLM | None = None, **more: object) -> dict:
+    """What a result came from: the settings of an `MLM`; commit, device and versions under "machine"."""
     device = torch.device(getattr(mlm, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu"))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     versions = {package: version(package) for package in ("torch", "transformers", "numpy", "scikit-learn")}
     about = {"machine": {"commit": code_commit(), "device": f"{device.type} ({name})", "python": platform.python_version(), **versions}}
     if mlm is not None:
-        about |= {"model": mlm.name, "family": mlm.family, "revision": mlm.revision,
-                  "dtype": str(mlm.dtype).removeprefix("torch."), "attention": mlm.attention, "image_backend": mlm.image_backend}
+        about |= mlm.settings
     return about | more
 
 
-def environment_table(mlm: object = None, **more: object) -> None:
+def environment_table(mlm: MLM | None = None, **more: object) -> None:
     """Print `provenance`, without what differs between two machines of a kind."""
     about = provenance(mlm, **more)
     machine = about.pop("machine")

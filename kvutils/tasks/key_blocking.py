@@ -130,7 +130,7 @@ def ask_under_blocks(
 
     # Of what is blocked, not of its name.
     blocked = {name: "" if each is None else digest([list(each.layers), each.mask.int().tolist()]) for name, each in blocks.items()}
-    depends = [mlm.name, mlm.base_view_only, mlm.max_pixels, blocked]
+    depends = [mlm.settings, blocked]
     chunks = in_chunks(parts, f"blocked/{task.name}", items, compute, chunk, depends, of=list, unit="image", progress=progress)
     replies: dict[tuple[str, str, str], str] = {}
     for (image, questions), answers in zip(items, chain.from_iterable(chunks), strict=True):

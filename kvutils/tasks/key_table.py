@@ -88,7 +88,7 @@ def measure_keys(
         return found
 
     chunks = in_chunks(parts, "keys", range(len(images)), compute, chunk,
-                       [mlm.name, list(questions), mlm.base_view_only, mlm.max_pixels],
+                       [mlm.settings, list(questions)],
                        of=lambda i: [images[i].id, i < mass_images], unit="image", progress=progress)  # fmt: skip
     for number, found in enumerate(chunks):
         foreground, mass = foreground + found["foreground"], mass + found.get("mass", 0.0)

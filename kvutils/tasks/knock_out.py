@@ -109,7 +109,7 @@ def knock_out(
         return [row for rows in in_halves(run, some) for row in rows]
 
     chunks = in_chunks(parts, "knock_out", list(scenes.values()), compute, batch_size,
-                       [mlm.name, mlm.base_view_only, mlm.max_pixels, options], unit="image", progress=progress,
+                       [mlm.settings, options], unit="image", progress=progress,
                        of=lambda asked: [[s.group, s.id, s.text, s.answer] for s in asked])  # fmt: skip
     rows = [row for chunk in chunks for row in chunk]
     ordered = [sample for asked in scenes.values() for sample in asked]

@@ -78,7 +78,7 @@ def ask_behind_prefixes(
                 found[name] = [answer.text for answer in blocks["none"]]
         return found
 
-    depends = [mlm.revision, plans, {name: list(asked[name]) for name in plans}]
+    depends = [mlm.settings, plans, {name: list(asked[name]) for name in plans}]
     chunks = in_chunks(parts, "prefix/answers", CONDITIONS, answers, 1, depends, of=str, unit="condition", progress=progress)
     texts = dict(zip(CONDITIONS, chunks, strict=True))
     rows = [[_counts(asked[name], texts[c][name], texts["none"][name], plans[name], c) for c in CONDITIONS] for name in plans]
