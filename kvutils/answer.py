@@ -6,7 +6,7 @@
 
 `SessionBatch` does the same for several prompts at once, `answer_all` for any number of images. Prompts are those of
 `MLM.prompt`, and the numbers are those of a full prefill of each. Decoding is greedy; of the model's generation settings
-the end tokens and the repetition penalty apply, as in `generate(do_sample=False)`."""
+the end tokens and the repetition penalty apply, as in `generate(do_sample=False)`, and the chat template's end of a turn."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from kvutils.keys import KeySelection
 from kvutils.language import Continuation, Piece, Prefix, check_masks, embed, prefill
 from kvutils.layout import TokenLayout
 from kvutils.models import MLM
-from kvutils.prompts import Options, PromptTokens, for_all, per_question, prepare_text
+from kvutils.prompts import Options, PromptTokens, end_tokens, for_all, per_question, prepare_text
 from kvutils.vision import encode_images, in_batches, prepare_images
 
 Pictures = ImageLike | Sequence[ImageLike]  # of one prompt
@@ -248,7 +248,7 @@ def _answer_together(mlm: MLM, prefix: Prefix, asked: Sequence[_Asked], max_new_
     state = Continuation(mlm, prefix)
     hidden = state.extend([Piece(one.row, owner, one.ids) for owner, one in enumerate(asked)])
     ends = torch.tensor([len(one.ids) for one in asked]).cumsum(0) - 1
-    logits = mlm.model.lm_head(hidden[ends.to(hidden.device)]).float()  # (questions, vocabulary)
+    logits = state.logits(hidden[ends.to(hidden.device)])  # (questions, vocabulary)
     if any(one.options for one in asked):
         _score(mlm, state, asked, logits)
     if max_new_tokens:
@@ -266,11 +266,12 @@ def _score(mlm: MLM, state: Continuation, asked: Sequence[_Asked], logits: torch
     longer = [(branch, *each) for branch, each in enumerate(spelled) if len(each[2]) > 1]
     if longer:
         pieces = [Piece(asked[owner].row, owner, ids[:-1], len(asked[owner].ids), branch + 1) for branch, owner, _, ids in longer]
-        hidden = state.fork().extend(pieces)
+        branches = state.fork()
+        hidden = branches.extend(pieces)
         targets = torch.tensor([token for *_, ids in longer for token in ids[1:]])
         rest: list[float] = []
         for part, wanted in zip(hidden.split(_LOGITS_AT_ONCE), targets.split(_LOGITS_AT_ONCE), strict=True):
-            found = mlm.model.lm_head(part).float().log_softmax(-1)
+            found = branches.logits(part).log_softmax(-1)
             rest += found.gather(1, wanted.to(found.device)[:, None])[:, 0].tolist()
         following = iter(rest)
         for branch, _, _, ids in longer:
@@ -281,10 +282,8 @@ def _score(mlm: MLM, state: Continuation, asked: Sequence[_Asked], logits: torch
 
 
 def _decode(mlm: MLM, state: Continuation, asked: Sequence[_Asked], logits: torch.Tensor, max_new_tokens: int) -> None:
-    """Greedy decoding; an answer ends at one of the model's end tokens."""
-    settings = mlm.model.generation_config
-    ends = np.atleast_1d(settings.eos_token_id).tolist()  # a token, several, or None
-    going = list(enumerate(asked))
+    """Greedy decoding; an answer ends at one of `end_tokens`."""
+    settings, ends, going = mlm.model.generation_config, end_tokens(mlm), list(enumerate(asked))
     while going:
         if settings.repetition_penalty not in (None, 1):
             said = [one.head + one.ids + one.tokens for _, one in going]
@@ -298,4 +297,4 @@ def _decode(mlm: MLM, state: Continuation, asked: Sequence[_Asked], logits: torc
         going = [(owner, one) for owner, one in going if not one.complete and len(one.tokens) < max_new_tokens]
         if going:
             pieces = [Piece(one.row, owner, one.tokens[-1:], len(one.ids) + len(one.tokens) - 1) for owner, one in going]
-            logits = mlm.model.lm_head(state.extend(pieces)).float()
+            logits = state.logits(state.extend(pieces))

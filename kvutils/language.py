@@ -156,6 +156,27 @@ class Continuation:
             past_key_values=self.cache, use_cache=True)  # fmt: skip
         return torch.cat([output.last_hidden_state[place] for place in places])
 
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(tokens, vocabulary) float32 of last hidden states (tokens, C).
+
+        ModelError where one is not finite: a NaN has a largest logit as well, and its token would pass for an answer."""
+        logits = self.mlm.model.lm_head(hidden).float()
+        if logits.isfinite().all():
+            return logits
+        raise ModelError(f"{self.mlm.name} in {str(self.mlm.dtype).removeprefix('torch.')} has logits that are not finite, first "
+                         f"because of {self._first_not_finite()}. Load it with dtype=\"bfloat16\" or \"float32\" (float16 ends at "
+                         "65,504); if that is what it has, its weights are damaged: fetch the checkpoint again.")  # fmt: skip
+
+    def _first_not_finite(self) -> str:
+        """Where the first number came from that is not finite, as the cache shows it: a layer's input spoils its keys and values."""
+        for number, layer in enumerate(self.cache.layers):
+            keys, values = (not each.isfinite().all() for each in (layer.keys, layer.values))
+            if keys and values:
+                return f"the output of layer {number - 1}" if number else "the embeddings of text and images (vision tower or projector)"
+            if keys or values:
+                return f"the {'keys' if keys else 'values'} of layer {number}"
+        return f"the output of layer {self.mlm.num_layers - 1}, the last, or of the output head"
+
     def _mask(self, new: int) -> torch.Tensor:
         """(B, 1, S, T) for the S newest of T tokens: bool for sdpa, additive for eager attention."""
         owner, branch = self.owner[:, None], self.branch[:, None]  # of the keys (B, 1, T)

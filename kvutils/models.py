@@ -176,8 +176,8 @@ def load_mlm(name: str, device: str | torch.device | None = None, dtype: str | t
              attention: str = "sdpa", device_map: str | dict | None = None, untrained: bool = False, seed: int = 0) -> MLM:
     """Load a model by its name in `MODELS`, a folder, or a hub id of one of the three families ("id@revision" for a commit).
 
-    device: default CUDA if there is one, of several processes to each its own. dtype: default float32 on CPU and for
-    pocket models, else bfloat16 (float16 on GPUs that have none). device_map: as in accelerate, not with `device`; default
+    device: default CUDA if there is one, of several processes to each its own. dtype: default float32 on CPU and for pocket
+    models, else bfloat16 (on GPUs that have none float16, Qwen2.5-VL float32). device_map: as in accelerate, not with `device`; default
     `placement`. untrained: the same configuration with the random initialisation of its class under `seed` (control). Only
     safetensors are read. Raises ModelError also where `check_mlm` finds the model to be another than the code expects."""
     spec = find_model(name)
@@ -185,10 +185,10 @@ def load_mlm(name: str, device: str | torch.device | None = None, dtype: str | t
     if device_map is not None and (device is not None or untrained):
         raise ParameterError("device_map places a trained checkpoint itself: pass no device and no untrained")
     chosen, device = device, _device(device)
-    options = {"dtype": _dtype(dtype, spec, device), "attn_implementation": attention}
     with _reading(spec, device):
         config = AutoConfig.from_pretrained(spec.source, revision=spec.revision)
         one_of(f"family of {spec.name}", config.model_type, FAMILIES, ModelError)
+        options = {"dtype": _dtype(dtype, replace(spec, family=config.model_type), device), "attn_implementation": attention}
         if chosen is None and device_map is None:
             device_map = placement(config, options["dtype"], device)
         processor = load_processor(spec.source, config.model_type, spec.revision)
@@ -274,12 +274,14 @@ def _dtype(dtype: str | torch.dtype | None, spec: ModelSpec, device: torch.devic
     if dtype is not None:
         name = str(dtype).removeprefix("torch.")
         one_of("dtype", name, ("float32", "bfloat16", "float16", "float64"))
+        if (spec.family, name) == (QWEN, "float16"):
+            raise ParameterError(f'the vision tower of {spec.name} exceeds float16, and it answers "!!!!": take bfloat16 or float32')
         return getattr(torch, name)
     if device.type == "cpu" or spec.profile == "pocket":
         return torch.float32
     # GPUs before Ampere, such as the T4, only emulate bfloat16, many times slower.
     emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.float16 if emulated else torch.bfloat16
+    return torch.bfloat16 if not emulated else torch.float32 if spec.family == QWEN else torch.float16
 
 
 def _revision(spec: ModelSpec) -> str:

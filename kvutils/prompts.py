@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from kvutils.errors import ModelError, ParameterError
@@ -66,6 +67,17 @@ def pad(mlm: MLM, rows: list[torch.Tensor]) -> TextInputs:
     lengths = torch.tensor([len(row) for row in rows])
     mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(mlm.device)
     return TextInputs(ids.to(mlm.device), mask, (mask.cumsum(-1) - 1).clamp(min=0))
+
+
+def end_tokens(mlm: MLM) -> set[int]:
+    """Ids that end an answer: those of the generation settings, and the one that the chat template writes behind a turn of the
+    model, such as `<|im_end|>` or `<|eot_id|>`, which the settings of a published checkpoint may lack."""
+    ends = set(np.atleast_1d(mlm.model.generation_config.eos_token_id).tolist()) - {None}  # a token, several, or None
+    turns = [{"role": role, "content": [{"type": "text", "text": _QUESTION + role}]} for role in ("user", "assistant")]
+    rendered = mlm.processor.apply_chat_template(turns, tokenize=False)
+    behind = mlm.tokenizer(rendered.partition(_QUESTION + "assistant")[2].lstrip(), add_special_tokens=False)["input_ids"][:1]
+    added = mlm.tokenizer.added_tokens_decoder
+    return ends | {token for token in behind if token in added and added[token].special}
 
 
 class PromptTokens:

@@ -14,6 +14,7 @@ from kvutils.block import block_keys
 from kvutils.errors import DataError, ImageError, KVUtilsError, ModelError, ParameterError
 from kvutils.keys import KeySelection
 from kvutils.models import wrap_mlm
+from kvutils.prompts import end_tokens
 from tests.tiny_models import FAMILIES, WORDS, embedded, hooks, picture, tiny, tiny_pocket
 
 ALL = [*FAMILIES, "pocket"]
@@ -431,3 +432,42 @@ def test_attention_that_takes_no_mask():
     sliding = tiny_pocket(use_sliding_window=True, sliding_window=8, max_window_layers=2)
     with pytest.raises(ModelError, match="sliding"):
         ImageSession(wrap_mlm(sliding.model, sliding.processor), IMAGES[0])
+
+
+@pytest.mark.parametrize("named", [None, 7, [8, 9]])
+@pytest.mark.parametrize("family, end", [("llava_onevision", "<|im_end|>"), ("llava_next", "<|eot_id|>"), ("qwen2_5_vl", "<|im_end|>")])
+def test_published_models_end_where_their_template_ends_a_turn(published, monkeypatch, family, end, named):
+    """generation_config of LLaVA-NeXT may name 128001, 128009, or be missing; the template writes <|eot_id|>."""
+    mlm = published(family)
+    monkeypatch.setattr(mlm.model.generation_config, "eos_token_id", named)
+    end = mlm.tokenizer.convert_tokens_to_ids(end)
+    assert end_tokens(mlm) == {end, *np.atleast_1d(named)} - {None}
+    said, step = mlm.tokenizer("No", add_special_tokens=False)["input_ids"] + [end] * 2, iter(range(9))
+
+    def always(module, inputs, output):
+        return torch.nn.functional.one_hot(torch.tensor([said[next(step)]] * len(output)), output.shape[-1]).float()
+
+    hook = mlm.model.lm_head.register_forward_hook(always)
+    try:
+        with ImageSession(replace(mlm, base_view_only=family == "llava_onevision"), picture(30, 30)) as session:
+            (answer,) = session.ask(["Is it?"])
+    finally:
+        hook.remove()
+    assert (answer.text, answer.complete, len(answer.tokens)) == ("No", True, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("broken, named", [
+    ("vision", "embeddings of text and images"), ("layer", "output of layer 1"), ("keys", "keys of layer 2"), ("last", "layer 4, the last"),
+])  # fmt: skip
+def test_logits_that_are_not_finite_are_no_answer(broken, named, dtype):
+    """They would be "!!!!", and POPE's reading of that is yes."""
+    mlm = tiny("llava_onevision")
+    layers = mlm.model.model.language_model.layers
+    module = {"vision": mlm.model.model.multi_modal_projector.linear_2, "layer": layers[1].mlp.down_proj,
+              "keys": layers[2].self_attn.k_proj, "last": layers[4].mlp.down_proj}[broken]  # fmt: skip
+    module.register_forward_hook(lambda *parts: parts[-1] * 1e5 * torch.finfo(dtype).max)
+    mlm.model.to(dtype)
+    for options, limit in ((None, 2), (YES_NO, 0)):
+        with pytest.raises(ModelError, match=f"{str(dtype)[6:]} has logits that are not finite.*{named}.*bfloat16"):
+            ImageSession(mlm, IMAGES[0]).choose(QUESTIONS[:1], options, limit)

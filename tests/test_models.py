@@ -9,7 +9,7 @@ import torch
 from accelerate import dispatch_model
 
 from kvutils import models
-from kvutils.errors import MemoryLimitError, ModelError
+from kvutils.errors import MemoryLimitError, ModelError, ParameterError
 from kvutils.kvcache import capture
 from kvutils.models import FAMILIES, MODELS, check_mlm, load_encoder, load_mlm, placement
 from tests.tiny_models import picture, save, tiny, tiny_pocket
@@ -127,6 +127,16 @@ def test_float16_where_bfloat16_is_only_emulated(monkeypatch):
         assert models._dtype(None, paper, cuda) == dtype
     assert models._dtype(None, paper, torch.device("cpu")) == torch.float32
     assert models._dtype(None, MODELS["pocket"], cuda) == torch.float32
+    assert models._dtype(None, MODELS["qwen2.5-vl-7b"], cuda) == torch.float32  # bfloat16 is only emulated here
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.float16])
+def test_qwen_is_refused_in_float16(tmp_path, dtype):
+    """Its vision tower exceeds it, and the answers are "!!!!". A folder names its family only in its configuration."""
+    folder = save(tiny("qwen2_5_vl"), tmp_path / "tiny")
+    with pytest.raises(ParameterError, match="tiny exceeds float16.*bfloat16 or float32"):
+        load_mlm(str(folder), device="cpu", dtype=dtype)
+    assert load_mlm(str(folder), device="cpu", dtype="bfloat16").dtype == torch.bfloat16
 
 
 def test_what_does_not_fit_is_placed_by_accelerate(folder, monkeypatch):
