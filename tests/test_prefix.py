@@ -9,11 +9,13 @@ from PIL import Image
 from tiny_models import score_table
 
 from kvutils.datasets import class_names, open_dataset
+from kvutils.datasets.refcoco import CATEGORIES
 from kvutils.datasets.samples import YesNoSample
 from kvutils.errors import DataError, ParameterError
 from kvutils.images import encode_image
 from kvutils.metrics.statistics import choosing_half
-from kvutils.models import load_mlm
+from kvutils.models import FAMILIES, load_mlm
+from kvutils.prompts import tokenize
 from kvutils.readout.features import FeatureExtractor
 from kvutils.store import Parts, to_json
 from kvutils.tasks import prefix_answers
@@ -60,6 +62,29 @@ def test_a_prefix_without_controls_of_its_length_has_none(writer):
     assert writer.write("look for the fish", ["look for the car"], 0)["reversed"] == "fish the for look"
     assert writer.write("look for the fish", ["look for the red car"], 0) is None
     assert writer.write("look for the fish", ["look for the fish"], 0) is None  # the correct one is no control
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_controls_under_the_published_tokenizers(published, family):
+    """Every class name of COCO, domain and sentence has all controls, in as many tokens of the whole prompt; what has none is named."""
+    writer = PrefixWriter(published(family), "paper")
+    texts = {
+        "class_name": list(CATEGORIES.values()),
+        "domain": ["night highway", "day highway"],
+        "expression": ["left cat", "the cat on the left", "very first one on the left.", "man, #13", "remote in the middle", "cat in the middle", "guy's 2 cups",
+                       "right cat", "the cup on the right", "very last one on the right"],
+    }  # fmt: skip
+    for kind, names in texts.items():
+        correct = [writer.correct(kind, name) for name in names]
+        for seed, each in enumerate(correct):
+            found = writer.write(each, correct, seed)
+            if found is not None:
+                ids = {c: tokenize(writer.mlm, writer.mlm.prompt("what?", found[c])) for c in CONDITIONS[1:]}
+                assert {i.index(writer.mlm.image_token_id) for i in ids.values()} == {writer.tokens(each)}, found
+                assert len(set(map(len, ids.values()))) == 1 and len(set(found.values())) == len(CONDITIONS)
+                assert found["reversed"].split() == each.split()[::-1] and found["wrong"] in correct
+    assert not writer.unmatched
+    assert writer.write(correct[0], [], 0) is None and writer.unmatched[correct[0]] == ["wrong"]
 
 
 def test_bad_prefixes_are_errors(writer, mlm):

@@ -10,6 +10,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache
+from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
@@ -93,8 +94,7 @@ class ReferringPrefix(PrefixReadout):
         self._things = sorted({(self._text(sample), sample.class_name) for sample in samples})
 
     def _text(self, sample: NamedMask) -> str:
-        named = sample.class_name if self.kind == "class_name" else sample.text
-        return getattr(self.writer.wording, self.kind).format(named)
+        return self.writer.correct(self.kind, sample.class_name if self.kind == "class_name" else sample.text)
 
     def prefixes(self, sample: NamedMask) -> Prefixes | None:
         wrong = [text for text, name in self._things if name not in self._shown[sample.image_id]]
@@ -141,7 +141,7 @@ class DomainPrefix(PrefixReadout):
         return (mask > 0) & (mask != VOID) & ~np.isin(mask, stuff)
 
     def prefixes(self, sample: DomainImage) -> Prefixes | None:
-        texts = {name: self.writer.wording.domain.format(name) for name in self.domains}
+        texts = {name: self.writer.correct("domain", name) for name in self.domains}
         wrong = [text for name, text in texts.items() if name != sample.domain]
         return self.writer.write(texts[sample.domain], wrong, sample_seed(str(self.seed), "domain", sample.id))
 
@@ -259,8 +259,10 @@ def with_controls(readout: PrefixReadout, start: int = 0) -> int:
     order = [*range(min(start, count), count), *range(min(start, count))]
     found = next((number for number in order if readout.prefixes(readout.samples[number]) is not None), None)
     if found is None:
+        absent = sorted(set(chain(*readout.writer.unmatched.values())))
         raise DataError(f"{readout.name}: none of {count} samples has prefixes of equal length in every condition for "
-                        f"{readout.writer.mlm.name}; its tokenizer needs other wordings (kvutils/tasks/prefixes.py)")  # fmt: skip
+                        f"{readout.writer.mlm.name}; there is no {', no '.join(absent)} for any. Read more samples or other domains, "
+                        "or word the prefixes anew (kvutils/tasks/prefixes.py)")  # fmt: skip
     return found
 
 

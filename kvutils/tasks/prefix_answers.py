@@ -54,11 +54,12 @@ def ask_behind_prefixes(
     for name in names:
         objects = {truth: [object_of(q) for q, s in asked[name].items() if s.truth == truth] for truth in ("yes", "no")}
         number = sample_seed(str(seed), "answers", name)
-        prefixes = None
-        if objects["yes"] and objects["no"]:
-            present = objects["yes"][number % len(objects["yes"])]
-            form = writer.wording.class_name.format
-            prefixes = writer.write(form(present), [form(absent) for absent in objects["no"]], number)
+        absent = [writer.correct("class_name", name) for name in objects["no"]]
+        first, prefixes = number % max(1, len(objects["yes"])), None
+        for present in (objects["yes"][first:] + objects["yes"][:first]) if absent else ():
+            prefixes = writer.write(writer.correct("class_name", present), absent, number)
+            if prefixes:
+                break
         if prefixes is None:
             skipped.append(name)
         else:

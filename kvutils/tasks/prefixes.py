@@ -8,13 +8,15 @@
     unrelated   a piece of an ordinary sentence about something else
     filler      one token repeated: nothing but the shift of all image tokens
 
-All but none have the same number of tokens, counted in the whole prompt as the model reads it.
+All but none have the same number of tokens, counted in the whole prompt as the model reads it. In byte-pair tokenizers the
+tokens of a word depend on what touches it: "umbrella" at the start of a line is two, " umbrella" one, and ".\\n" is one where
+the template ends the line. So prefixes of published models begin with a space and end in a word: then the tokens of a text
+are those of its words, in any order.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,11 +27,13 @@ from kvutils.prompts import tokenize
 
 CONDITIONS = ("none", "correct", "wrong", "random", "reversed", "unrelated", "filler")
 _TRIES = 300  # draws of random words before they are given up
+_PUNCTUATION = " .,;:!?\"'()"
 
 
 @dataclass(frozen=True)
 class Wording:
-    """Templates with one {} for the name, the words that random prefixes are made of, ordinary sentences, a filler."""
+    """Templates with one {} for the name, the words that random prefixes are made of, ordinary sentences, a filler, and what
+    every prefix begins with."""
 
     class_name: str
     expression: str
@@ -37,6 +41,7 @@ class Wording:
     words: tuple[str, ...]
     sentences: tuple[str, ...]
     filler: str
+    lead: str = ""
 
 
 WORDING = {
@@ -50,15 +55,16 @@ WORDING = {
         filler=",",
     ),
     "paper": Wording(
-        class_name="Look for the {}.",
-        expression="Look for {}.",
-        domain="A photo of a street in {} conditions.",
+        class_name="Look for the {}",
+        expression="Look for {}",
+        domain="A photo of a street in {} conditions",
         words=tuple("paper river seven music window under letter quickly market because yellow number walk station later "
                     "garden silver open table winter between simple finger ocean early circle happy bread engine always "
                     "village lesson cloud never pocket travel reason stone kitchen answer".split()),
         sentences=("The committee will meet again on Thursday to talk about next year's budget and the new library.",
                    "My grandmother used to bake a loaf of bread every Sunday before the rest of the family woke up."),
-        filler=" and",
+        filler="and",
+        lead=" ",
     ),
 }  # fmt: skip
 
@@ -66,7 +72,10 @@ WORDING = {
 class PrefixWriter:
     """Writes prefixes for one model in the wording of a profile.
 
-    >>> PrefixWriter(mlm, "pocket").write("look for the fish", ["look for the car"], seed=0)["reversed"]
+    unmatched: correct prefix -> the controls that do not exist in its number of tokens, of all that were written.
+
+    >>> writer = PrefixWriter(mlm, "pocket")
+    >>> writer.write(writer.correct("class_name", "fish"), ["look for the car"], seed=0)["reversed"]
     'fish the for look'
     """
 
@@ -74,7 +83,12 @@ class PrefixWriter:
         if profile not in WORDING:
             raise ParameterError(f"no prefixes are worded for profile {profile!r}; expected one of {', '.join(WORDING)}")
         self.mlm, self.wording = mlm, WORDING[profile]
+        self.unmatched: dict[str, list[str]] = {}
         self._lengths: dict[str, int] = {}
+
+    def correct(self, kind: str, named: str) -> str:
+        """The prefix about a class_name, expression or domain; punctuation around the name is left out."""
+        return self.wording.lead + getattr(self.wording, kind).format(" ".join(named.split()).strip(_PUNCTUATION))
 
     def tokens(self, prefix: str | None) -> int:
         """Tokens of the prompt before the image (chat template included), with this prefix."""
@@ -88,46 +102,42 @@ class PrefixWriter:
         return self._lengths[key]
 
     def write(self, correct: str, wrong: Sequence[str], seed: int) -> dict[str, str | None] | None:
-        """A prefix per condition, or None where some control of the same number of tokens does not exist.
+        """A prefix per condition, or None where some control of the same number of tokens does not exist (`unmatched`).
 
-        wrong: candidates, of which one is drawn. seed: of all draws. Raises ParameterError for a correct prefix of
-        one word, which cannot be reversed."""
+        correct, wrong: as `correct` writes them; of the candidates wrong, one is drawn. seed: of all draws. Raises
+        ParameterError for a correct prefix of one word, which cannot be reversed."""
         words = correct.split()
         if len(words) < 2:
             raise ParameterError(f"the prefix {correct!r} must have at least two words, so that they can be reversed")
-        length, rng = self.tokens(correct), np.random.default_rng(seed)
-        found = {
-            "none": None,
-            "correct": correct,
-            "wrong": self._first(length, (wrong[i] for i in rng.permutation(len(wrong)) if wrong[i] != correct)),
-            "random": self._first(length, self._random(rng, len(words))),
-            "reversed": self._first(length, _backwards(words)),
-            "unrelated": self._first(length, self._pieces(rng)),
-            "filler": self._first(length, (" ".join([self.wording.filler.strip()] * n) for n in range(1, 4 * len(words) + 8))),
+        rng = np.random.default_rng(seed)
+        candidates = {
+            "wrong": (wrong[i] for i in rng.permutation(len(wrong)) if wrong[i] != correct),
+            "random": self._random(rng, len(words)),
+            "reversed": self._led([words[::-1]]),
+            "unrelated": self._pieces(rng),
+            "filler": self._led([self.wording.filler] * n for n in range(1, 4 * len(words) + 8)),
         }
-        return None if any(found[name] is None for name in CONDITIONS[1:]) else found
+        found = {"none": None, "correct": correct}
+        found |= {name: self._first(self.tokens(correct), texts) for name, texts in candidates.items()}
+        if absent := [name for name in CONDITIONS[1:] if found[name] is None]:
+            self.unmatched[correct] = absent
+            return None
+        return found
 
-    def _first(self, length: int, candidates) -> str | None:
+    def _first(self, length: int, candidates: Iterable[str]) -> str | None:
         return next((text for text in candidates if self.tokens(text) == length), None)
 
-    def _random(self, rng: np.random.Generator, words: int):
-        for attempt in range(_TRIES):
-            count = max(1, words + (attempt % 5) - 2 if attempt > 4 else words)
-            yield " ".join(rng.choice(self.wording.words, size=count))
+    def _led(self, texts: Iterable[Sequence[str]]) -> Iterator[str]:
+        return (self.wording.lead + " ".join(words) for words in texts)
 
-    def _pieces(self, rng: np.random.Generator):
+    def _random(self, rng: np.random.Generator, words: int) -> Iterator[str]:
+        """As many words as the correct prefix has, then more (of which a name in several tokens takes the place), then fewer."""
+        counts = (1 + (words - 1 + attempt) % (3 * words + 8) for attempt in range(_TRIES))
+        return self._led(rng.choice(self.wording.words, size=count) for count in counts)
+
+    def _pieces(self, rng: np.random.Generator) -> Iterator[str]:
         """Whole sentences first, then ever shorter beginnings of them, then beginnings of several in a row."""
-        order = [self.wording.sentences[i] for i in rng.permutation(len(self.wording.sentences))]
-        lines = [*order, " ".join(order)]
-        for size in range(max(len(line.split()) for line in lines), 0, -1):
-            for line in lines:
-                if size <= len(line.split()):
-                    yield " ".join(line.split()[:size])
-
-
-def _backwards(words: Sequence[str]):
-    """Last word first; where that has another number of tokens, any other order of the words."""
-    yield " ".join(reversed(words))
-    for order in itertools.islice(itertools.permutations(reversed(words)), 1, 50):
-        if list(order) != list(words):
-            yield " ".join(order)
+        order = [self.wording.sentences[i].split() for i in rng.permutation(len(self.wording.sentences))]
+        lines = [*order, sum(order, [])]
+        sizes = range(max(map(len, lines)), 0, -1)
+        yield from self._led(line[:size] for size in sizes for line in lines if size <= len(line))
