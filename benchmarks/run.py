@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=benches, metavar="NAME",
                         help=f"some of: {', '.join(benches)}")
     chosen = parser.parse_args(arguments).only or list(benches)
-    sys.path.insert(0, str(FOLDER.parent))  # kvutils need not be installed
+    sys.path[:0] = [str(FOLDER.parent), str(FOLDER)]  # kvutils need not be installed; benches share modules
 
     results = {"machine": describe_machine(), "versions": describe_versions(), "figures": [], "errors": {}}
     if RESULTS.exists() and len(chosen) < len(benches):  # keep the others' figures if comparable
