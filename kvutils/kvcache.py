@@ -18,7 +18,7 @@ from kvutils.language import embed, read_layers, resolve_layers
 from kvutils.layout import TokenLayout
 from kvutils.models import MLM
 from kvutils.prompts import prepare_text
-from kvutils.vision import compact, encode_images, over_images, prepare_images
+from kvutils.vision import VisionInputs, compact, encode_images, over_images, prepare_images
 
 _TENSORS = ("keys", "values", "encoder", "projector")
 
@@ -92,31 +92,11 @@ def capture(mlm: MLM, images: Iterable[ImageLike], prefix: str | None = None, la
     features adds encoder and projector. to: where results go (None: the model's device). With on_capture(index, capture)
     nothing is kept and None is returned, and `images` may be a generator: memory stays constant. A batch that does not fit
     the device is halved. Raises ImageError, ParameterError, MemoryLimitError."""
-    layers = resolve_layers(mlm, layers) if keys or values else ()
-    prompt = mlm.prompt(prefix=prefix)
-    device = mlm.device if to is None else torch.device(to)
-    wanted = ["keys"] * keys + ["values"] * values
+    layers = resolve_layers(mlm, layers)
 
     def run(pictures: Sequence[Image.Image], names: Sequence[str]) -> list[Capture]:
-        vision = prepare_images(mlm, pictures, names)
-        text = prepare_text(mlm, [prompt] * len(pictures), vision)
-        encoder, projector = encode_images(mlm, vision)
-        slots = [torch.from_numpy(layout.slots).to(mlm.device) for layout in vision.layouts]
-        shapes = [(len(layers), mlm.num_kv_heads, len(slot), mlm.head_dim) for slot in slots]
-        rows = [{name: torch.empty(shape, dtype=mlm.dtype, device=device) for name in wanted} for shape in shapes]
-
-        def store(position: int, *keys_and_values: torch.Tensor) -> None:
-            for name, states in zip(("keys", "values"), keys_and_values, strict=True):
-                for row, one, slot in zip(rows, states, slots, strict=True):
-                    if name in row:
-                        row[name][position].copy_(one.index_select(1, slot.to(one.device)))
-
-        if layers:
-            read_layers(mlm, embed(mlm, text.input_ids, projector), text, layers, store)
-        if features:
-            for row, seen, entered in zip(rows, encoder, projector, strict=True):
-                row |= {"encoder": compact(seen, device), "projector": compact(entered, device)}
-        return [Capture(layout, layers, prefix=prefix, **row) for layout, row in zip(vision.layouts, rows, strict=True)]
+        return capture_prepared(mlm, prepare_images(mlm, pictures, names), prefix, layers, keys=keys, values=values,
+                                features=features, to=to)  # fmt: skip
 
     captures = over_images(run, images, batch_size, progress)
     if on_capture is None:
@@ -124,3 +104,30 @@ def capture(mlm: MLM, images: Iterable[ImageLike], prefix: str | None = None, la
     for index, one in enumerate(captures):
         on_capture(index, one)
     return None
+
+
+@torch.no_grad()
+def capture_prepared(mlm: MLM, vision: VisionInputs, prefix: str | None, layers: tuple[int, ...], *, keys: bool = True,
+                     values: bool = True, features: bool = True, to: str | torch.device | None = None) -> list[Capture]:
+    """As `capture`, of one batch of pictures whose pixels are ready: two models of one kind read the same ones."""
+    layers = layers if keys or values else ()
+    device = mlm.device if to is None else torch.device(to)
+    wanted = ["keys"] * keys + ["values"] * values
+    text = prepare_text(mlm, [mlm.prompt(prefix=prefix)] * len(vision.layouts), vision)
+    encoder, projector = encode_images(mlm, vision)
+    slots = [torch.from_numpy(layout.slots).to(mlm.device) for layout in vision.layouts]
+    shapes = [(len(layers), mlm.num_kv_heads, len(slot), mlm.head_dim) for slot in slots]
+    rows = [{name: torch.empty(shape, dtype=mlm.dtype, device=device) for name in wanted} for shape in shapes]
+
+    def store(position: int, *keys_and_values: torch.Tensor) -> None:
+        for name, states in zip(("keys", "values"), keys_and_values, strict=True):
+            for row, one, slot in zip(rows, states, slots, strict=True):
+                if name in row:
+                    row[name][position].copy_(one.index_select(1, slot.to(one.device)))
+
+    if layers:
+        read_layers(mlm, embed(mlm, text.input_ids, projector), text, layers, store)
+    if features:
+        for row, seen, entered in zip(rows, encoder, projector, strict=True):
+            row |= {"encoder": compact(seen, device), "projector": compact(entered, device)}
+    return [Capture(layout, layers, prefix=prefix, **row) for layout, row in zip(vision.layouts, rows, strict=True)]

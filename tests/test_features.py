@@ -1,6 +1,7 @@
 """Feature sources, text-aligned scores and saliency, each against a direct computation."""
 
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from recipe.tokenizer import build_word_tokenizer
 from torch.nn.functional import normalize
 from transformers import SiglipConfig, SiglipModel, SiglipTextConfig
 
+from kvutils.datasets.samples import KeypointPair
 from kvutils.errors import ModelError, ParameterError
 from kvutils.kvcache import capture
 from kvutils.models import Encoder
@@ -20,6 +22,8 @@ from kvutils.readout.maps import explore
 from kvutils.readout.maps import picture as picture_of
 from kvutils.readout.words import SiglipText, load_siglip_text, text_values
 from kvutils.run.notebook import Run
+from kvutils.tasks.base import run_task
+from kvutils.tasks.correspondence import SemanticCorrespondence
 from tests.tiny_models import FAMILIES, WORDS, grid_layout, tiny, tiny_onevision, tiny_pocket, tiny_siglip
 
 RNG = np.random.default_rng(0)
@@ -45,7 +49,7 @@ def pocket():
     mlm, both = tiny_pocket(), siglip()
     encoder = Encoder(both.vision_model, tiny_siglip(side=32).processor, "tiny", "in memory")
     text = SiglipText(both.text_model, build_word_tokenizer(WORDS))
-    return FeatureExtractor(mlm, tiny_pocket(seed=7), encoder, encoder_text=text, batch_size=2)
+    return FeatureExtractor(mlm, tiny_pocket(seed=7), encoder, encoder_text=text)
 
 
 def test_sources_and_shapes(pocket):
@@ -107,7 +111,7 @@ def test_token_means_of_tokens_smaller_than_a_pixel():
 
 
 def test_memory_is_limited_and_gives_the_same_bytes(pocket):
-    plain, small = (FeatureExtractor(pocket.mlm, layers=[0, 2], batch_size=2, memory_bytes=most) for most in (None, 1))
+    plain, small = (FeatureExtractor(pocket.mlm, layers=[0, 2], memory_bytes=most) for most in (None, 1))
     for _ in range(2):  # what was dropped comes back the same
         for one, other in zip(plain.images(ITEMS), small.images(ITEMS), strict=True):
             assert all(torch.equal(one.features[s], other.features[s]) for s in one.features)
@@ -161,22 +165,46 @@ def test_the_fingerprint_names_what_features_depend_on(pocket):
     assert own == again and len({own, *(other.fingerprint for other in others)}) == 5
 
 
-def test_batch_keys_depend_on_pixels_and_prefix(pocket):
-    keys = [pocket.batch_key(ITEMS[:2]), pocket.batch_key(ITEMS[1:]), pocket.batch_key(ITEMS[:2], "a fish")]
-    renamed = [("another name", image) for _, image in ITEMS[:2]]
-    assert len(set(keys)) == 3 and pocket.batch_key(renamed) == keys[0]
+def test_a_picture_is_read_once_whatever_its_name_and_prefixes_apart(pocket, monkeypatch):
+    calls = mock.Mock(wraps=pocket._read)
+    monkeypatch.setattr(pocket, "_read", calls)
+    fresh = picture()
+    found = pocket.images([("a", fresh), ("b", fresh.copy())], sources=["value.1"])
+    assert found[0] is found[1] and list(found[0].features) == ["value.1"] and calls.call_count == 1
+    pocket.images([("a", fresh)], "a fish", ["value.1"])
+    assert calls.call_count == 2 and len(pocket.images([("a", fresh)])[0].features) == len(pocket.sources) and calls.call_count == 3
 
 
-def test_features_that_overflow_half_precision_are_refused():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_exceeds_half_precision_is_kept_as_the_model_wrote_it(dtype):
+    mlm = tiny("qwen2_5_vl")
+    with torch.no_grad():
+        mlm.model.model.visual.blocks[-1].mlp.down_proj.weight[3] *= 3e6  # one channel, as massive activations are
+    mlm.model.to(dtype)
+    (one,) = FeatureExtractor(mlm).images(ITEMS[:1])
+    assert one.features["encoder"].dtype == dtype and one.features["encoder"].abs().max() > 65504
+    assert one.features["value.0"].dtype == torch.float16 and not one.not_finite
+    image = ITEMS[0][1]
+    pair = KeypointPair("p", "cat", "a", image, np.array([[3.0, 3]]), "b", image, np.array([[3.0, 3]]), np.array([0, 0, 32, 32.0]))
+    table = run_task(SemanticCorrespondence([pair]), FeatureExtractor(mlm), progress=False)
+    assert table.of("encoder")[0, 1] == 1 and not table.left_out
+
+
+def test_a_source_that_is_not_finite_is_left_out_and_the_others_are_not():
     mlm = tiny_pocket()
     with torch.no_grad():
-        mlm.model.model.language_model.layers[1].self_attn.v_proj.weight.mul_(1e7)
-    with pytest.raises(ModelError, match="image 0.*value.1"):
+        mlm.model.model.language_model.layers[-1].self_attn.v_proj.weight.fill_(torch.nan)
+    with pytest.raises(ModelError, match=r"image 0: value.\d of .* NaN or Inf in torch.float32"):
         FeatureExtractor(mlm, keys=False).images(ITEMS[:1])
+    point, box = np.array([[3.0, 3]]), np.array([0, 0, 32, 32.0])
+    pairs = [KeypointPair(name, "cat", name, image, point, ITEMS[0][0], ITEMS[0][1], point, box) for name, image in ITEMS]
+    table = run_task(SemanticCorrespondence(pairs), FeatureExtractor(mlm), progress=False)
+    last = f"value.{mlm.num_layers - 1}"
+    assert table.left_out == {last: 3} and last not in table.sources and len(table) == 3 and not table.skipped
 
 
 def test_arguments_are_checked(pocket):
-    for options, message in (({"layers": [99]}, "layers"), ({"batch_size": 0}, "batch_size"),
+    for options, message in (({"layers": [99]}, "layers"),
                              ({"encoder_text": pocket.alignment.encoder_text}, "encoder_original")):  # fmt: skip
         with pytest.raises(ParameterError, match=message):
             FeatureExtractor(pocket.mlm, **options)

@@ -72,7 +72,7 @@ def measure(mlm, folder: Path, out: Path, pause: float = 0) -> None:
     keys = [LabelledImage(s.id, lambda s=s: slowly(s), s.mask) for s in samples]
     table = measure_keys(mlm, keys, QUESTIONS, parts, chunk=2, progress=False)
     episodes = [Episode(f"e{i}", i % 2, "fish", 0, samples[i], tuple(samples[i - 2 : i])) for i in range(2, 8)]
-    extractor = FeatureExtractor(mlm, batch_size=2)
+    extractor = FeatureExtractor(mlm)
     scores = run_task(ForegroundSegmentation(episodes), extractor, parts, progress=False, chunk=1)
     asked = [YesNoSample(f"{s.id}-{k}", s.id, s.image, text, "yes" if k else "no", "random")
              for s in samples[:6] for k, text in enumerate(QUESTIONS)]  # fmt: skip

@@ -15,7 +15,6 @@ from kvutils.datasets.samples import Clip, Episode, ImageGroup, KeypointPair, La
 from kvutils.errors import DataError, ParameterError
 from kvutils.metrics.masks import average_precisions
 from kvutils.metrics.statistics import choosing_half
-from kvutils.probes import ConvergenceError
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, token_means
 from kvutils.store import Parts, to_json
 from kvutils.tasks.base import by_layer, run_task, summarise
@@ -45,21 +44,18 @@ def box_mask(size: tuple[int, int], seed: int, value: int = 1) -> np.ndarray:
 class Extractor:
     """`value.0`: what `truth(image id, layout)` (N, C) says, a little noisy; `value.1`: noise; `wide.0`: the truth, wider."""
 
-    layers, batch_size, fingerprint = (0, 1), 2, "stand-in"
+    layers, fingerprint = (0, 1), "stand-in"
     sources = ["value.0", "value.1", "wide.0"]
 
     def __init__(self, truth, texts=()):
         self.truth, self.words = truth, list(texts)
         self.alignment = SimpleNamespace(sources=["value.0", "value.1"], scores=self.text_scores)
 
-    def batch_key(self, items, prefix=None):
-        return "/".join(name for name, _ in items)
+    def image(self, name, key, opened, sources=None):
+        return self.one(name, opened())
 
-    def batch(self, key, items, prefix=None):
-        return [self.one(name, image) for name, image in items]
-
-    def images(self, items, prefix=None):
-        return self.batch("", items)
+    def images(self, items, checked=True):
+        return [self.one(*item) for item in items]
 
     def one(self, name, image) -> ImageFeatures:
         layout = grid_layout(image.height // CELL, image.width // CELL, image.size)
@@ -163,8 +159,8 @@ def test_segmentation_by_text():
     empty = NamedMask("empty", "n0", samples[0].image, "bird", np.zeros_like(samples[0].mask), "n0", "bird")
     task, truth = SemanticSegmentation([empty, *samples]), one_hot(maps, 4)
     table = run(task, truth, WORDS)
-    assert table.skipped == ["empty"] and len(table) == 6
-    with pytest.raises(DataError, match="none of 1"):
+    assert list(table.skipped) == ["empty"] and len(table) == 6
+    with pytest.raises(DataError, match="1 of 1 samples could not be scored .empty: nothing"):
         run(SemanticSegmentation([empty]), truth, WORDS)
     ap, iou = means(table, task), means(table, task, "IoU")
     assert ap["value.0"] > 0.97 and iou["value.0"] > 0.8
@@ -200,10 +196,10 @@ def test_segmentation_by_probe():
     score = means(scored(train, WORDS[1:]), SemanticSegmentationProbe)
     assert min(score["value.0"], score["wide.0"]) > 0.95
     assert max(score["value.1"], score["shuffled.value.0"]) < 0.4
-    with pytest.raises(ConvergenceError):
+    with pytest.raises(DataError, match="no source has.*converged"):
         scored(train, WORDS[1:], max_iter=1)
-    with pytest.raises(DataError, match="car"):
-        scored(train[:2], WORDS[1:])
+    skipped = scored(train[:2], WORDS[1:]).skipped
+    assert list(skipped) == ["sample 2.0", "sample 5.0"] and "no training token shows car" in skipped["sample 2.0"]
     with pytest.raises(DataError, match="overlap"):
         scored([LabelledImage("n0", train[0].image, train[0].mask)], WORDS[1:])
     with pytest.raises(ParameterError, match="'fish'"):
@@ -241,7 +237,7 @@ def test_missing_key_points():
     made[0].target_points[1] = np.nan
     made[1].source_points[:] = np.nan
     table = run(SemanticCorrespondence(made), place_code)
-    assert table.skipped == ["pair 1"] and table.of("value.0")[:, 0].tolist() == [3, 4]
+    assert list(table.skipped) == ["pair 1"] and table.of("value.0")[:, 0].tolist() == [3, 4]
     assert means(table, SemanticCorrespondence)["value.0"] == 1
 
 
@@ -268,9 +264,11 @@ def test_temporal_ceiling_chance_and_baseline():
     assert score[COPY_FIRST] < 0.6 and score["value.1"] < 0.6
     assert (table.of(COPY_FIRST)[:, :2] == table.of(COPY_FIRST)[:, 2:]).all()
     clip = task.samples[0]
-    frames = (*clip.frames[:5], clip.frames[5].resize((60, 48)))
-    with pytest.raises(DataError, match="clip0.*grids"):
-        run(TemporalCorrespondence([Clip("clip0", frames, clip.masks)]), lambda name, layout: np.ones((len(layout), 2)))
+    wide = (*clip.frames[:5], clip.frames[5].resize((60, 48)))
+    broken = [Clip("wide", wide, clip.masks), Clip("half", clip.frames, clip.masks[:, ::2, ::2]), Clip("two", clip.frames[:2], clip.masks[:2])]
+    skipped = run(TemporalCorrespondence([clip, *broken]), lambda name, layout: np.ones((len(layout), 2))).skipped
+    assert list(skipped) == ["wide", "half", "two"] and "frames >= 3" in skipped["two"]
+    assert "frame 5: a picture of (60, 48) and a mask of (48, 48)" in skipped["wide"] and "frame 0" in skipped["half"]
 
 
 def test_average_precisions_are_of_annotated_pixels():
@@ -291,7 +289,7 @@ def test_stored_parts_give_the_same_bytes_and_no_other_task_takes_them(tmp_path)
         samples += [e, other]
 
     def scored(task, parts=None):
-        extractor = FeatureExtractor(mlm, untrained, batch_size=2)
+        extractor = FeatureExtractor(mlm, untrained)
         return to_json(vars(run_task(task, extractor, parts, progress=False, chunk=2)))
 
     task, parts = ForegroundSegmentation(samples), Parts(tmp_path, x=1)

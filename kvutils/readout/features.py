@@ -7,9 +7,9 @@
     value.l, key.l     image values and keys of layer l, heads concatenated (keys after rotary embedding)
     untrained.value.l  the same of a model of the same architecture with random weights (control)
 
-Features are rounded to half precision when they are made, so that they are the same numbers whether they come from memory
-or from the model. Images are run in fixed batches: a batch of another composition may differ in its last bits, and a
-resumed run must not.
+A picture is read alone: its features depend on no other, on no batch and on no interruption, and each is made once while
+memory allows. They are rounded to float16 when they are made. A source of a picture that exceeds float16 (65,504, as the
+tower of Qwen2.5-VL does for some) is kept as the model wrote it, in bfloat16 or float32.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import hashlib
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,8 +26,8 @@ import psutil
 import torch
 from PIL import Image
 
-from kvutils.errors import ModelError, at_least, one_of
-from kvutils.kvcache import Capture, capture
+from kvutils.errors import MemoryLimitError, ModelError, one_of
+from kvutils.kvcache import capture_prepared
 from kvutils.language import resolve_layers
 from kvutils.layout import TokenLayout
 from kvutils.models import MLM, Encoder
@@ -35,20 +35,25 @@ from kvutils.readout.attention import QUESTION, prompt_saliency
 from kvutils.readout.encoders import capture_encoder
 from kvutils.readout.words import SiglipText, TextAlignment
 from kvutils.store import digest
+from kvutils.vision import in_halves, prepare_images
 
 STACK_BYTES = 2**31  # of features, in float32, that a task computes with at once
+FULL = 2 / 3  # of a GPU's memory: the features of further pictures live in main memory
 Item = tuple[str, Image.Image]  # image id (for errors) and upright RGB image
+Opener = Callable[[], Image.Image]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageFeatures:
     """One image: the full grid of its finest view, no newlines, no padding; features: source -> (N, C).
 
-    device: where stacks are made, so that a GPU computes with features that the main memory holds."""
+    device: where stacks are made, so that a GPU computes with features that the main memory holds. not_finite: sources that
+    the model itself filled with NaN or Inf; zeros stand in for them, and a task counts them as without a score."""
 
     layout: TokenLayout
     features: dict[str, torch.Tensor]
     device: torch.device | None = None
+    not_finite: frozenset[str] = frozenset()
 
     def __repr__(self) -> str:
         width, height = self.layout.image_size
@@ -62,7 +67,11 @@ class ImageFeatures:
 
     def stack(self, sources: Sequence[str]) -> torch.Tensor:
         """(S, N, C) float32 of sources with the same number of channels, on `device`."""
-        return torch.stack([self.features[source] for source in sources]).to(self.device).float()
+        found = [self.features[source] for source in sources]
+        # Moved as they are kept, and widened there: half as much goes over the bus.
+        if len({each.dtype for each in found}) == 1:
+            return torch.stack(found).to(self.device).float()
+        return torch.stack([each.to(self.device).float() for each in found])
 
     def by_width(self, sources: Iterable[str], rows: int = 0) -> list[list[str]]:
         """The sources in groups of equal C, each of which can be stacked; order is kept within a group.
@@ -107,29 +116,27 @@ class FeatureExtractor:
     """Features of images and texts from one MLM and its baselines; see the module for the sources.
 
     layers: of values and keys ("all" or numbers). encoder_text: the text tower of encoder_original, for text scores of the
-    encoders. `alignment` scores texts. Batches are kept in memory up to `memory_bytes` (default: a third of what is free, shared by the processes of
-    this machine). to: where features live (None: the model's device).
+    encoders. `alignment` scores texts. Pictures are kept up to `memory_bytes`, the least recently used goes first (default: a
+    third of what is free, shared by the processes of this machine): on the model's device until that is `FULL`, then in main
+    memory. to: where all of them live instead.
     """
 
     def __init__(
         self, mlm: MLM, untrained: MLM | None = None, encoder_original: Encoder | None = None, *,
         encoder_text: SiglipText | None = None, layers: str | int | Iterable[int] = "all", keys: bool = True,
-        batch_size: int = 8, memory_bytes: int | None = None, to: str | torch.device | None = "cpu",
+        memory_bytes: int | None = None, to: str | torch.device | None = None,
     ):  # fmt: skip
-        at_least("batch_size", batch_size)
         self.mlm, self.untrained, self.encoder_original = mlm, untrained, encoder_original
-        self.layers, self.keys, self.batch_size, self.to = resolve_layers(mlm, layers), keys, batch_size, to
-        share = psutil.virtual_memory().available // (3 * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        self.memory_bytes = share if memory_bytes is None else memory_bytes
+        self.layers, self.keys, self.to = resolve_layers(mlm, layers), keys, to
+        self.memory_bytes = _free(mlm.device) // 3 if memory_bytes is None else memory_bytes
         self.alignment = TextAlignment(mlm, self.layers, untrained, encoder_original, encoder_text)
-        self._memory: OrderedDict[str, list[ImageFeatures]] = OrderedDict()
+        self._memory: OrderedDict[str, ImageFeatures] = OrderedDict()
         self._held = 0
         self._saliency: dict[str, torch.Tensor] = {}
 
     def __repr__(self) -> str:
-        held = sum(len(batch) for batch in self._memory.values())
         layers = f"{self.layers[0]}-{self.layers[-1]}" if len(self.layers) > 1 else self.layers[0]
-        return f"FeatureExtractor({self.mlm.name}, {len(self.sources)} sources, layers {layers}, {held} images in memory)"
+        return f"FeatureExtractor({self.mlm.name}, {len(self.sources)} sources, layers {layers}, {len(self._memory)} images in memory)"
 
     @property
     def sources(self) -> list[str]:
@@ -143,33 +150,39 @@ class FeatureExtractor:
         """16 hex digits of everything that the features depend on besides the code and the libraries."""
         text = self.alignment.encoder_text
         models = [m and m.settings for m in (self.mlm, self.untrained, self.encoder_original)]
-        return digest([models, text and [text.name, text.template], self.layers, self.batch_size])
+        return digest([models, text and [text.name, text.template], self.layers])
 
-    def images(self, items: Sequence[Item], prefix: str | None = None) -> list[ImageFeatures]:
-        """Features of images, in consecutive batches of `batch_size`. prefix: text before the image."""
-        batches = [items[i : i + self.batch_size] for i in range(0, len(items), self.batch_size)]
-        return [features for batch in batches for features in self.batch(self.batch_key(batch, prefix), batch, prefix)]
+    def images(self, items: Iterable[Item], prefix: str | None = None, sources: Iterable[str] | None = None,
+               checked: bool = True) -> list[ImageFeatures]:  # fmt: skip
+        """Features of images. prefix: text before the image. sources: only these. checked: ModelError where the model gives NaN or
+        Inf, which else is said by `not_finite`."""
+        found = []
+        for name, image in items:
+            found.append(self.image(name, picture_key(image), lambda image=image: image, prefix, sources))
+            if checked and (lacking := sorted(found[-1].not_finite)):
+                raise ModelError(f"image {name}: {', '.join(lacking[:3])} of {self.mlm.name} hold NaN or Inf in {self.mlm.dtype}; "
+                                 "load it in bfloat16 or float32")  # fmt: skip
+        return found
 
-    def batch_key(self, items: Sequence[Item], prefix: str | None = None) -> str:
-        """Name of a batch: it depends on the pixels of all its images and on the prefix."""
-        pixels = [f"{image.mode}{image.size}".encode() + image.tobytes() for _, image in items]
-        digests = [hashlib.sha256(each).hexdigest() for each in pixels]
-        return hashlib.sha256("\n".join([str(prefix), *digests]).encode()).hexdigest()[:32]
-
-    def batch(self, key: str, items: Sequence[Item], prefix: str | None = None) -> list[ImageFeatures]:
-        """Features of a batch under its `batch_key`, from memory or the models."""
-        if key in self._memory:
-            self._memory.move_to_end(key)
-            return self._memory[key]
-        batch = self._memory[key] = self._extract(items, prefix)
-        self._held += sum(one.nbytes for one in batch)
+    def image(self, name: str, key: str, opened: Opener, prefix: str | None = None, sources: Iterable[str] | None = None) -> ImageFeatures:
+        """Features of the image of this `picture_key` from memory, or from the models, for which it is opened."""
+        wanted = set(self.sources if sources is None else sources)
+        place = f"{key} {prefix!r}"
+        if place in self._memory and wanted <= self._memory[place].features.keys():
+            self._memory.move_to_end(place)
+            return self._memory[place]
+        made = self._extract(name, opened(), prefix, wanted)
+        self._held -= self._memory[place].nbytes if place in self._memory else 0
+        self._memory[place] = made
+        self._memory.move_to_end(place)
+        self._held += made.nbytes
         while self._held > self.memory_bytes and len(self._memory) > 1:
-            self._held -= sum(one.nbytes for one in self._memory.popitem(last=False)[1])
-        return batch
+            self._held -= self._memory.popitem(last=False)[1].nbytes
+        return made
 
     def saliency(self, item: Item, question: str = QUESTION) -> torch.Tensor:
         """(N,) float32 attention of the last prompt token, scaled to 0..1 over the image's tokens (0 if constant)."""
-        key = self.batch_key([item], question)
+        key = f"{picture_key(item[1])} {question!r}"
         if key not in self._saliency:
             layout, attention = prompt_saliency(self.mlm, item[1], question)
             attention = attention[torch.from_numpy(image_tokens(layout))]
@@ -177,33 +190,71 @@ class FeatureExtractor:
             self._saliency[key] = (attention - low) / (high - low).clamp_min(torch.finfo(torch.float32).tiny)
         return self._saliency[key]
 
-    def _extract(self, items: Sequence[Item], prefix: str | None) -> list[ImageFeatures]:
-        images = [image for _, image in items]
-        options = {"batch_size": len(images), "to": self.to}
-        captured = capture(self.mlm, images, prefix, self.layers, keys=self.keys, **options)
-        control = original = [None] * len(images)
-        if self.untrained:
-            control = capture(self.untrained, images, prefix, self.layers, keys=False, features=False, **options)
-        if self.encoder_original:
-            original = capture_encoder(self.encoder_original, self.mlm, images, **options)
-        return [self._features(*each) for each in zip(items, captured, control, original, strict=True)]
+    def _extract(self, name: str, image: Image.Image, prefix: str | None, wanted: Set[str]) -> ImageFeatures:
+        """From the models, on their device; rounded and put in its place there."""
+        try:
+            layout, found = in_halves(lambda _: [self._read(name, image, prefix, wanted)], [image])[0]
+        except MemoryLimitError:  # what is kept of other pictures may be what fills the memory
+            if not self._memory:
+                raise
+            self._memory.clear()
+            self._held = 0
+            layout, found = self._read(name, image, prefix, wanted)
+        place, features, not_finite = self._place(), {}, set()
+        for source in (each for each in self.sources if each in wanted):
+            tokens = found[source]
+            kept = tokens.half()
+            if not torch.isfinite(kept).all():
+                kept = tokens.clone()  # of a view, which would keep all layers alive
+                if not torch.isfinite(kept).all():
+                    not_finite.add(source)
+                    kept = torch.zeros_like(tokens, dtype=torch.float16)
+            features[source] = kept.to(place)
+        return ImageFeatures(layout, features, self.mlm.device, frozenset(not_finite))
 
-    def _features(self, item: Item, captured: Capture, control: Capture | None, original: torch.Tensor | None) -> ImageFeatures:
-        tokens = image_tokens(captured.layout)
-        grid = captured.select(tokens)
-        features = {"pixels": pixel_features(grid.layout, item[1]).to(grid.encoder.device)}
-        if original is not None:
-            features["encoder_original"] = original[torch.from_numpy(tokens).to(original.device)]
-        features |= {"encoder": grid.encoder, "projector": grid.projector}
-        features |= {f"value.{layer}": grid.value(layer) for layer in self.layers}
-        if self.keys:
-            features |= {f"key.{layer}": grid.key(layer) for layer in self.layers}
-        if control is not None:
-            random = control.select(tokens)
-            features |= {f"untrained.value.{layer}": random.value(layer) for layer in self.layers}
-        rounded = {source: tensor.half() for source, tensor in features.items()}
-        for source, tensor in rounded.items():
-            if not torch.isfinite(tensor).all():
-                raise ModelError(f"image {item[0]}: the features of {source} are not finite in half precision (largest "
-                                 f"{features[source].abs().max():.3g}); leave this source's layer out")  # fmt: skip
-        return ImageFeatures(grid.layout, rounded, self.mlm.device)
+    @torch.no_grad()
+    def _read(self, name: str, image: Image.Image, prefix: str | None, wanted: Set[str]) -> tuple[TokenLayout, dict[str, torch.Tensor]]:
+        """Layout and wanted sources (N, C), perhaps with others that cost nothing, as the models write them."""
+        families = {source.rpartition(".")[0] or source for source in wanted}
+        vision = prepare_images(self.mlm, [image], [name])
+        tokens = image_tokens(vision.layouts[0])
+        layout, index = vision.layouts[0].select(tokens), torch.from_numpy(tokens).to(self.mlm.device)
+        found = {"pixels": pixel_features(layout, image).to(self.mlm.device)}
+
+        def by_layer(family: str, states: torch.Tensor) -> None:
+            rows = states[:, :, index.to(states.device)].transpose(1, 2).flatten(2)  # (L, N, G*D)
+            found.update((f"{family}.{layer}", row) for layer, row in zip(self.layers, rows, strict=True))
+
+        own = {"keys": "key" in families, "values": "value" in families, "features": bool(families & {"encoder", "projector"})}
+        if any(own.values()):
+            (one,) = capture_prepared(self.mlm, vision, prefix, self.layers, **own)
+            found |= {source: getattr(one, source)[index] for source in ("encoder", "projector") if own["features"]}
+            for family, states in (("key", one.keys), ("value", one.values)):
+                if states is not None:
+                    by_layer(family, states)
+        if "untrained.value" in families:
+            (control,) = capture_prepared(self.untrained, vision, prefix, self.layers, keys=False, features=False)
+            by_layer("untrained.value", control.values)
+        if "encoder_original" in families:
+            (original,) = capture_encoder(self.encoder_original, self.mlm, [image], to=None)
+            found["encoder_original"] = original[index.to(original.device)]
+        return layout, found
+
+    def _place(self) -> torch.device:
+        """Where the next features live."""
+        device = self.mlm.device
+        if self.to is not None or device.type != "cuda":
+            return torch.device(self.to or device)
+        total = torch.cuda.get_device_properties(device).total_memory
+        return device if torch.cuda.memory_allocated(device) < FULL * total else torch.device("cpu")
+
+
+def picture_key(image: Image.Image) -> str:
+    """Name of a picture: of its pixels, whatever file or sample they come from."""
+    return hashlib.sha256(f"{image.mode}{image.size}".encode() + image.tobytes()).hexdigest()[:32]
+
+
+def _free(device: torch.device) -> int:
+    """Bytes of main memory for this process of all that share it, and of its GPU."""
+    main = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return main + (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0)

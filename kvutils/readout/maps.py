@@ -46,7 +46,7 @@ def similarity_to_point(features: ImageFeatures, source: str, point: tuple[float
     The mean token is subtracted first: in many layers all tokens share one large direction, and without this every
     map is flat (ours)."""
     one_of("source", source, features.features)
-    tokens = features.features[source].float()
+    tokens = features.features[source].float().cpu()
     tokens = torch.nn.functional.normalize(tokens - tokens.mean(0), dim=-1)
     return (tokens @ tokens[int(features.layout.token_at(np.array([point]))[0])]).numpy()
 
@@ -61,7 +61,7 @@ def picture(
     layout = found[0].layout
     pca, similarity = {}, {}
     for source in (s for s in extractor.sources if s in SHOWN or s.startswith("value.")):
-        colours = pca_colours([f.features[source].float().numpy() for f in found])[0]
+        colours = pca_colours([f.features[source].float().cpu().numpy() for f in found])[0]
         pca[source] = to_grid(layout, colours).tolist()
         similarity[source] = to_grid(layout, similarity_to_point(found[0], source, point).astype(float)).round(3).tolist()
     clicked = int(layout.token_at(np.array([point]))[0])

@@ -12,18 +12,20 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from kvutils.errors import DataError, one_of
+from kvutils.errors import DataError, ImageError, one_of
 from kvutils.metrics.statistics import Statistic, bootstrap_ci, choosing_half, paired_difference, peak_then_degrade
-from kvutils.readout.features import FeatureExtractor, ImageFeatures, Item
+from kvutils.probes import ConvergenceError
+from kvutils.readout.features import FeatureExtractor, ImageFeatures, Opener, picture_key
 from kvutils.store import Parts, in_chunks
 
 SHUFFLED, UNTRAINED = "shuffled.", "untrained."  # prefixes of control sources
+SKIPPED, FEW = 0.1, 5  # a run stops when more than both, a share and a number, of its samples cannot be scored
 
 
 def sample_seed(*names: str) -> int:
@@ -57,7 +59,8 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class ScoreTable:
-    """All rows of a task: values (n, S, k) float64 for n ids, S sources, k columns. skipped: samples without a score."""
+    """All rows of a task: values (n, S, k) float64 for n ids, S sources, k columns. skipped: samples (or rows) without a score,
+    and why; left_out: sources without one, and of how many rows."""
 
     task: str
     ids: list[str]
@@ -65,7 +68,8 @@ class ScoreTable:
     sources: list[str]
     columns: list[str]
     values: np.ndarray
-    skipped: list[str] = field(default_factory=list)
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -104,6 +108,7 @@ class Task(ABC):
     statistic: ClassVar[Statistic]
     statistics: ClassVar[Mapping[str, Statistic]] = {}  # the other metrics, by name
     parameters: Mapping[str, Any] = {}
+    lacking: frozenset[str] = frozenset()  # sources of which `prepare` finds that no sample can have a score
 
     def __init__(self, samples: Sequence[Any]):
         self.samples = samples
@@ -114,8 +119,12 @@ class Task(ABC):
         return extractor.sources + shuffled
 
     @abstractmethod
-    def images(self, sample: Any) -> list[Item]:
-        """(id, image) of every image of a sample; equal ids are equal images."""
+    def images(self, sample: Any) -> list[tuple[str, Opener]]:
+        """Id of every image of a sample, and what opens it when its features are not in memory; equal ids are equal images."""
+
+    def near(self, sample: Any) -> str:
+        """Samples of one name share pictures: they are scored one after the other."""
+        return ""
 
     @abstractmethod
     def score(self, sample: Any, features: Mapping[str, ImageFeatures], extractor: FeatureExtractor) -> list[Row]:
@@ -125,20 +134,30 @@ class Task(ABC):
         """Work before the first sample, such as fitting a probe; left out when every part is stored."""
 
 
-class _Batches:
-    """The images of a chunk in fixed batches, whatever is already in memory: a resumed run repeats them exactly."""
+def opener(sample: Any, field: str = "image") -> Opener:
+    """Opens a picture of a sample when it is needed: fields may be files."""
+    return partial(getattr, sample, field)
 
-    def __init__(self, extractor: FeatureExtractor, images: Iterable[Item]):
-        self.extractor = extractor
-        unique = list(dict(images).items())
-        size = extractor.batch_size
-        self.batches = [unique[i : i + size] for i in range(0, len(unique), size)]
-        self.keys = [extractor.batch_key(batch) for batch in self.batches]
-        self.where = {name: divmod(i, size) for i, (name, _) in enumerate(unique)}
 
-    def features(self, name: str) -> ImageFeatures:
-        batch, place = self.where[name]
-        return self.extractor.batch(self.keys[batch], self.batches[batch])[place]
+def read_source(source: str) -> str:
+    """The feature source that a source of rows is made of."""
+    return source.removeprefix(SHUFFLED).removeprefix("lens.")
+
+
+class _Pictures:
+    """Features of a task's pictures, by id: one that is in memory is not opened again."""
+
+    def __init__(self, extractor: FeatureExtractor, sources: Iterable[str]):
+        read = set(map(read_source, sources))
+        self.extractor, self.sources = extractor, [source for source in extractor.sources if source in read]
+        self.keys: dict[str, str] = {}
+
+    def features(self, name: str, opened: Opener) -> ImageFeatures:
+        if name not in self.keys:
+            image = opened()
+            self.keys[name] = picture_key(image)
+            opened = image.copy  # it is open already
+        return self.extractor.image(name, self.keys[name], opened, sources=self.sources)
 
 
 def run_task(
@@ -146,44 +165,73 @@ def run_task(
 ) -> ScoreTable:
     """Score all samples of a task. With `parts`, finished chunks are kept there and a run that was stopped goes on.
 
-    Bytes do not depend on interruptions. Raises DataError when no sample can be scored.
+    Bytes do not depend on interruptions. A sample that cannot be scored (a damaged picture, a mask of another size) is skipped
+    and says why; so is a row where a source is not finite, but a source of which more than `SKIPPED` of the rows are not is left
+    out itself. Raises DataError when no sample can be scored, or too many cannot, see `SKIPPED`.
     """
-    sources = task.sources(extractor)
+    sources, order = task.sources(extractor), sorted(range(len(task.samples)), key=lambda i: task.near(task.samples[i]))
     depends = [task.name, task.parameters, sources, list(task.columns), extractor.fingerprint]
     prepare = cache(task.prepare)  # once, before the first chunk that is not stored
+    pictures = _Pictures(extractor, sources)
 
-    def compute(samples: list) -> dict:
+    def score(sample: Any) -> dict:
+        try:
+            features = {name: pictures.features(name, opened) for name, opened in task.images(sample)}
+            rows = task.score(sample, features, extractor)
+        except (DataError, ImageError, ConvergenceError) as error:
+            return {"id": sample.id, "rows": [], "why": str(error)}
+        lacking = task.lacking.union(*(each.not_finite for each in features.values()))
+        none = [None] * len(task.columns)
+        rows = [[row.id, row.group, [none if {s, read_source(s)} & lacking else row.values[s] for s in sources]] for row in rows]
+        return {"id": sample.id, "rows": rows, "why": "" if rows else "nothing in it can be scored"}
+
+    def compute(some: list) -> list[dict]:
         prepare(extractor)
-        items = [task.images(sample) for sample in samples]  # once: it may decode files
-        batches = _Batches(extractor, (item for each in items for item in each))
-        done: dict = {"rows": [], "skipped": []}
-        for sample, each in zip(samples, items, strict=True):
-            scored = task.score(sample, {name: batches.features(name) for name, _ in each}, extractor)
-            done["rows"] += [[row.id, row.group, [row.values[s] for s in sources]] for row in scored]
-            done["skipped"] += [] if scored else [sample.id]
-        return done
+        return [score(sample) for sample in some]
 
-    size = task.chunk if chunk is None else chunk
-    rows = list(in_chunks(parts, task.name, task.samples, compute, size, depends, progress=progress))
-    found = [row for part in rows for row in part["rows"]]
-    if not found:
-        raise DataError(f"{task.name}: none of {len(task.samples)} samples could be scored")
-    ids, groups, values = ([row[i] for row in found] for i in range(3))
-    skipped = [name for part in rows for name in part["skipped"]]
-    return ScoreTable(task.name, ids, groups, sources, list(task.columns), np.array(values, dtype=float), skipped)
+    size, found, skipped = task.chunk if chunk is None else chunk, [], {}
+    for part in in_chunks(parts, task.name, [task.samples[i] for i in order], compute, size, depends, progress=progress):
+        found += part
+        skipped |= {each["id"]: each["why"] for each in part if not each["rows"]}
+        if len(skipped) > max(FEW, SKIPPED * len(order)):
+            raise _too_many(task, skipped, parts)
+    rows = [row for _, each in sorted(zip(order, found, strict=True), key=lambda pair: pair[0]) for row in each["rows"]]
+    if not rows:
+        raise _too_many(task, skipped, parts)
+    values = np.array([row[2] for row in rows], dtype=float)  # (n, S, k)
+    missing = np.isnan(values).any(-1)
+    left = missing.mean(0) > SKIPPED
+    if left.all():
+        raise DataError(f"{task.name}: no source has finite features and a probe that converged; load the model in float32, or raise max_iter")
+    whole = ~missing[:, ~left].any(1)
+    skipped |= {row[0]: f"{sources[int((lacks & ~left).argmax())]} is not finite" for row, lacks in zip(rows, missing, strict=True)
+                if (lacks & ~left).any()}  # fmt: skip
+    if not whole.any():
+        raise _too_many(task, skipped, parts)
+    ids, groups = ([row[i] for row, kept in zip(rows, whole, strict=True) if kept] for i in range(2))
+    left_out = {source: int(missing[:, i].sum()) for i, source in enumerate(sources) if left[i]}
+    sources = [source for source in sources if source not in left_out]
+    return ScoreTable(task.name, ids, groups, sources, list(task.columns), values[whole][:, ~left], skipped, left_out)
+
+
+def _too_many(task: Task, skipped: Mapping[str, str], parts: Parts | None) -> DataError:
+    first = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
+    stored = f", remove {parts.folder}, where they are stored as skipped," if parts else ""
+    return DataError(f"{task.name}: {len(skipped)} of {len(task.samples)} samples could not be scored ({first}); mend them{stored} and run again")
 
 
 def summarise(table: ScoreTable, task: Task, n_boot: int = 2000, seed: int = 0) -> dict:
     """Every metric of every source with its interval, and the tests on layers; JSON-able.
 
-    sources: headline metric per source. secondary: the other metrics. build_then_degrade: per family of layers (value,
-    key, ...) what `peak_then_degrade` finds. value_best: the best value layer, chosen on one half of the groups; its score
-    and its paired differences to every other source, and to its own control, on the other half. Families are tested only
-    with at least 4 groups.
+    skipped, why_skipped, left_out: what has no score, see `ScoreTable`. sources: headline metric per source. secondary: the
+    other metrics. build_then_degrade: per family of layers (value, key, ...) what `peak_then_degrade` finds. value_best: the
+    best value layer, chosen on one half of the groups; its score and its paired differences to every other source, and to its
+    own control, on the other half. Families are tested only with at least 4 groups.
     """
     summary: dict = {
         "task": table.task, "title": task.title, "metric": task.metric,
         "n": len(table), "groups": len(set(table.groups)), "skipped": len(table.skipped), "parameters": task.parameters,
+        "why_skipped": dict(table.skipped), "left_out": dict(table.left_out),
         "sources": _intervals(table, task.statistic, n_boot, seed),
         "secondary": {name: _intervals(table, s, n_boot, seed) for name, s in task.statistics.items()},
         "build_then_degrade": {},

@@ -15,7 +15,7 @@ import torch
 
 from kvutils.answer import Answer, SessionBatch
 from kvutils.datasets.samples import MultipleChoice
-from kvutils.errors import DataError, one_of
+from kvutils.errors import DataError, at_least, one_of
 from kvutils.layout import TokenLayout
 from kvutils.metrics.answers import LETTERS, blink_extract
 from kvutils.models import MLM, QWEN, Encoder
@@ -115,9 +115,10 @@ def read_items(
     encoder_original and untrained.value.l (in the item's prompt). With `parts`, finished batches are kept there, and a
     run that was stopped goes on. Raises DataError as `check_items`.
     """
+    at_least("batch_size", batch_size)
     by_subtask = check_items(items)
     mlm = base_views(mlm)
-    extractor = FeatureExtractor(mlm, None, encoder_original, keys=False, batch_size=batch_size, memory_bytes=0, to=None)
+    extractor = FeatureExtractor(mlm, None, encoder_original, keys=False, memory_bytes=0)
     models = {"value": mlm} | ({"untrained.value": base_views(untrained)} if untrained else {})
     depends = [list(models), extractor.fingerprint, max_new_tokens]
 

@@ -13,8 +13,8 @@ from kvutils.metrics.masks import binary_counts, jaccard_and_precision
 from kvutils.metrics.statistics import column_mean
 from kvutils.readout.attention import QUESTION
 from kvutils.readout.clusters import MAX_CLUSTERS, cluster_tokens, oracle_clusters, salient_clusters
-from kvutils.readout.features import FeatureExtractor, ImageFeatures, Item, token_means
-from kvutils.tasks.base import UNTRAINED, Row, Task
+from kvutils.readout.features import FeatureExtractor, ImageFeatures, Opener, token_means
+from kvutils.tasks.base import UNTRAINED, Row, Task, opener
 
 N_INIT, SEED = 1, 0  # of k-means: starts per k, and where they are drawn
 _J, _J_ORACLE, _J_RELATIVE, _PRECISION, _CLUSTERS = range(5)
@@ -42,14 +42,13 @@ class CoSegmentation(Task):
 
     parameters = {"n_init": N_INIT, "max_clusters": MAX_CLUSTERS, "question": QUESTION, "seed": SEED}
 
-    def images(self, sample: ImageGroup) -> list[Item]:
-        return [(one.id, one.image) for one in sample.images]
+    def images(self, sample: ImageGroup) -> list[tuple[str, Opener]]:
+        return [(one.id, opener(one)) for one in sample.images]
 
     def score(self, sample: ImageGroup, features: Mapping[str, ImageFeatures], extractor: FeatureExtractor) -> list[Row]:
         order = self.sources(extractor)
-        items = self.images(sample)
-        per_image = [features[name] for name, _ in items]
-        saliency = [extractor.saliency(item).numpy() for item in items]
+        per_image = [features[one.id] for one in sample.images]
+        saliency = [extractor.saliency((one.id, one.image)).numpy() for one in sample.images]
         relative = [s / s.mean() if s.mean() > 0 else s for s in saliency]
         shares = [token_means(one.layout, np.stack([image.mask == 1, image.mask != VOID], axis=-1))
                   for one, image in zip(per_image, sample.images, strict=True)]  # fmt: skip

@@ -6,6 +6,7 @@ Task 6: temporal correspondence (DAVIS-2017), a mask carried through a video (pa
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,9 +15,9 @@ from kvutils.datasets.samples import Clip, KeypointPair
 from kvutils.errors import DataError
 from kvutils.metrics.statistics import Statistic, column_mean, column_ratio
 from kvutils.metrics.video import davis_sequence
-from kvutils.readout.features import FeatureExtractor, ImageFeatures, Item
+from kvutils.readout.features import FeatureExtractor, ImageFeatures, Opener
 from kvutils.readout.matching import copy_first_mask, copy_labels, cosine_similarity, propagate_labels, soft_argmax
-from kvutils.tasks.base import UNTRAINED, Row, Task
+from kvutils.tasks.base import UNTRAINED, Row, Task, opener
 
 ALPHA, TEMPERATURE, RADIUS = 0.1, 0.04, 1.5  # of PCK; of the soft-argmax, its radius in token sizes
 _POINTS, _HITS, _HITS_STRICT, _HITS_IMAGE, _SOFT, _SOFT_IMAGE = range(6)
@@ -58,8 +59,8 @@ class SemanticCorrespondence(Task):
 
     parameters = {"alpha": ALPHA, "temperature": TEMPERATURE, "radius": RADIUS}
 
-    def images(self, sample: KeypointPair) -> list[Item]:
-        return [(sample.source_id, sample.source), (sample.target_id, sample.target)]
+    def images(self, sample: KeypointPair) -> list[tuple[str, Opener]]:
+        return [(sample.source_id, opener(sample, "source")), (sample.target_id, opener(sample, "target"))]
 
     def score(self, sample: KeypointPair, features: Mapping[str, ImageFeatures], extractor: FeatureExtractor) -> list[Row]:
         points, truth = (np.asarray(each, float).reshape(-1, 2) for each in (sample.source_points, sample.target_points))
@@ -119,15 +120,19 @@ class TemporalCorrespondence(Task):
     def sources(self, extractor: FeatureExtractor) -> list[str]:
         return [COPY_FIRST, *extractor.sources]
 
-    def images(self, sample: Clip) -> list[Item]:
-        return [(f"{sample.id}/{i:05d}", frame) for i, frame in enumerate(sample.frames)]
+    def images(self, sample: Clip) -> list[tuple[str, Opener]]:
+        frames = sample.frames
+        return [(f"{sample.id}/{i:05d}", partial(frames.__getitem__, i)) for i in range(len(frames))]
 
     def score(self, sample: Clip, features: Mapping[str, ImageFeatures], extractor: FeatureExtractor) -> list[Row]:
         frames = list(features.values())
-        grid = tuple(len(np.unique(frames[0].layout.cells[:, axis])) for axis in (0, 1))
-        if any(len(frame.layout) != grid[0] * grid[1] for frame in frames):
-            raise DataError(f"{sample.id}: the frames have different token grids; give all frames the same size")
         masks = sample.masks  # read once: they may be files
+        wanted = masks.shape[:0:-1]
+        for number, frame in enumerate(frames):
+            if frame.layout.image_size != wanted:
+                raise DataError(f"clip {sample.id}, frame {number}: a picture of {frame.layout.image_size} and a mask of {wanted} (width, "
+                                "height) do not belong together; is the picture turned, or one of the two scaled?")  # fmt: skip
+        grid = tuple(len(np.unique(frames[0].layout.cells[:, axis])) for axis in (0, 1))
         first = masks[0]
         copied = np.concatenate(davis_sequence(copy_first_mask(first, len(frames)), masks))
         scores = {COPY_FIRST: [copied, copied]}  # per source and method (2 * objects, frames): J of every object, then F

@@ -11,8 +11,8 @@ from kvutils.datasets.samples import Episode
 from kvutils.metrics.masks import binary_counts
 from kvutils.metrics.statistics import column_mean
 from kvutils.probes import fit_linear_probe
-from kvutils.readout.features import FeatureExtractor, ImageFeatures, Item, token_means
-from kvutils.tasks.base import SHUFFLED, Row, Task, sample_seed, shuffled_labels
+from kvutils.readout.features import FeatureExtractor, ImageFeatures, Opener, token_means
+from kvutils.tasks.base import SHUFFLED, Row, Task, opener, sample_seed, shuffled_labels
 
 _FOLD, _CLASS, _I_BG, _I_FG, _U_BG, _U_FG, _CONVERGED = range(7)
 
@@ -62,8 +62,11 @@ class ForegroundSegmentation(Task):
         super().__init__(samples)
         self.parameters = {"strength": strength, "max_iter": max_iter}
 
-    def images(self, sample: Episode) -> list[Item]:
-        return [(one.id, one.image) for one in (*sample.supports, sample.query)]
+    def images(self, sample: Episode) -> list[tuple[str, Opener]]:
+        return [(one.id, opener(one)) for one in (*sample.supports, sample.query)]
+
+    def near(self, sample: Episode) -> str:
+        return sample.class_name
 
     def score(self, sample: Episode, features: Mapping[str, ImageFeatures], extractor: FeatureExtractor) -> list[Row]:
         supports, query = [features[one.id] for one in sample.supports], features[sample.query.id]

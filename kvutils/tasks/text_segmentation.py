@@ -17,9 +17,9 @@ from kvutils.errors import DataError, one_of
 from kvutils.metrics.masks import average_precisions, binary_counts, box_iou, largest_region_box
 from kvutils.metrics.statistics import column_mean, column_ratio
 from kvutils.probes import LinearProbe, fit_linear_probe
-from kvutils.readout.features import FeatureExtractor, ImageFeatures, Item
+from kvutils.readout.features import FeatureExtractor, ImageFeatures, Opener
 from kvutils.readout.words import otsu
-from kvutils.tasks.base import SHUFFLED, Row, Task, sample_seed, shuffled_labels
+from kvutils.tasks.base import SHUFFLED, Row, Task, opener, sample_seed, shuffled_labels
 
 AP, INTERSECTION, UNION, IOU, BOX = range(5)
 COLUMNS = ("ap", "intersection", "union", "iou", "box")
@@ -62,8 +62,11 @@ class TextSegmentation(Task):
         names = extractor.alignment.sources
         return names + [SHUFFLED + name for name in names if name.startswith(CONTROLLED)]
 
-    def images(self, sample: NamedMask) -> list[Item]:
-        return [(sample.image_id, sample.image)]
+    def images(self, sample: NamedMask) -> list[tuple[str, Opener]]:
+        return [(sample.image_id, opener(sample))]
+
+    def near(self, sample: NamedMask) -> str:
+        return sample.image_id
 
     def score(self, sample: NamedMask, features: Mapping[str, ImageFeatures], extractor: FeatureExtractor) -> list[Row]:
         mask = sample.mask  # read once: it may be a file
@@ -134,28 +137,35 @@ class SemanticSegmentationProbe(SemanticSegmentation):
         self.fitting = {"strength": strength, "max_iter": max_iter}
         self.parameters = self.fitting | {"train": [image.id for image in train], "classes": self.class_names}
         self._probes: list[tuple[list[str], LinearProbe]] = []
+        self._shown: set[str] = set()  # classes of the training tokens
 
     def prepare(self, extractor: FeatureExtractor) -> None:
-        """Fit the probes. DataError if no token shows some class, ConvergenceError if a fit does not converge."""
-        images = extractor.images([(image.id, image.image) for image in self.train])
+        """Fit the probes. A source whose fit does not converge, or whose features are not finite, has no score. DataError if no
+        token shows any class."""
+        images = extractor.images([(image.id, image.image) for image in self.train], checked=False)
         found = [one.layout.token_labels(image.mask)[0] for one, image in zip(images, self.train, strict=True)]
         labels = torch.from_numpy(np.concatenate(found))
         known, names = labels >= 0, ["background", *self.class_names]
-        absent = sorted(set(range(len(names))) - set(labels[known].tolist()))
-        if absent:
-            raise DataError(f"no training token shows {', '.join(names[i] for i in absent)}; pass more training images")
+        self._shown = {names[i] for i in set(labels[known].tolist())}
+        if len(self._shown) < 2:
+            raise DataError(f"the training tokens show only {', '.join(self._shown) or 'void'}; pass more training images")
         shuffled = shuffled_labels(labels, 0, known)
-        self._probes = []
+        self._probes, unusable = [], set().union(*(one.not_finite for one in images))
         for sources in images[0].by_width(extractor.sources, rows=len(labels)):
             values = [source for source in sources if source.startswith("value.")]
             for group, y, prefix in ((sources, labels, ""), (values, shuffled, SHUFFLED)):
                 if group:
                     X = torch.cat([one.stack(group) for one in images], dim=1)
                     probe = fit_linear_probe(X, y.to(X.device), len(names), sample_weight=known.to(X.device), **self.fitting)
-                    self._probes.append(([prefix + source for source in group], probe.require_converged()))
+                    fitted = [prefix + source for source in group]
+                    self._probes.append((fitted, probe))
+                    unusable |= {source for source, done in zip(fitted, probe.converged.tolist(), strict=True) if not done}
+        self.lacking = frozenset(unusable)
 
     def token_scores(self, sample: NamedMask, image: ImageFeatures, extractor: FeatureExtractor) -> dict[str, torch.Tensor]:
         one_of(f"class of {sample.id}", sample.class_name, self.class_names)
+        if sample.class_name not in self._shown:
+            raise DataError(f"no training token shows {sample.class_name}; pass more training images")
         number = self.class_names.index(sample.class_name) + 1
         odds = {}
         for names, probe in self._probes:

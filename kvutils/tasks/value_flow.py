@@ -58,7 +58,7 @@ def claim_c1(summaries: Mapping[str, Mapping]) -> dict:
     entries = []
     for name in (task.name for task in SIX):
         best = summaries[name].get("value_best")
-        if best is None:
+        if best is None or best["control"] not in best["minus"]:
             entries.append(undefined(f"{name}: best value layer minus its control", f"{summaries[name]['groups']} {_FEW}"))
         else:
             minus = Interval.of(best["minus"][best["control"]])
