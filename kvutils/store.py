@@ -37,18 +37,23 @@ NOT_MEASURING = ("plots/", "run/", "__main__")  # rooms that draw and report: a 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, renamed to it when the block ends without an exception."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())  # otherwise a power cut may leave the new name with old or no content
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        raise StoreError(f"{path} could not be written ({error}). What was stored before is untouched. Free some space or mend the "
-                         "permissions and run again: it resumes.") from error  # fmt: skip
+        raise _not_written(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing could be written, nothing is left
+            temporary.unlink(missing_ok=True)
+
+
+def _not_written(path: Path, error: Exception) -> StoreError:
+    return StoreError(f"{path} could not be written ({error}). What was stored before is untouched. Free some space, mend the permissions "
+                      "or name another folder (KVUTILS_OUT, KVUTILS_CACHE), and run again: it resumes.")  # fmt: skip
 
 
 def plain(value: object, digits: int | None = None, where: str = "the value") -> object:
@@ -103,14 +108,26 @@ def read_json(path: str | Path) -> dict:
 
 @cache
 def code_version() -> str:
-    """16 hex digits of the code that measures, but for comments and layout: mending a comment costs no measurement."""
+    """16 hex digits of the code that measures, the same under every Python; not of comments, docstrings and layout: mending these
+    costs no measurement."""
     found = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
         name = path.relative_to(PACKAGE).as_posix()
         if not name.startswith(NOT_MEASURING):
-            tree = ast.parse(path.read_text(encoding="utf-8"), name)
-            found.update(f"{name}\0{ast.dump(tree)}\0".encode())
+            found.update(f"{name}\0{_meaning(ast.parse(path.read_text(encoding='utf-8'), name))}\0".encode())
     return found.hexdigest()[:16]
+
+
+def _meaning(node: object) -> object:
+    """A syntax tree as nested lists, without texts that are statements and without what is empty, of which Pythons differ."""
+    if isinstance(node, list):
+        return [_meaning(each) for each in node if not (isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant))]
+    if isinstance(node, ast.JoinedStr):  # 3.12 ends some with an empty text
+        return ["JoinedStr", [_meaning(each) for each in node.values if getattr(each, "value", None) != ""]]
+    if isinstance(node, ast.AST):
+        fields = [[name, _meaning(value)] for name, value in ast.iter_fields(node) if value is not None and value != []]
+        return [type(node).__name__, fields]
+    return node
 
 
 def fingerprint(**depends: object) -> str:
@@ -197,15 +214,17 @@ class Parts:
     def _claims(self, key: str, compute: Callable[[], object]) -> bool:
         """Compute and save a part that is neither finished nor another process's; whether that was done."""
         path = self.folder / ".locks" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path, timeout=0)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire()
         except Timeout:
             return False
         except NotImplementedError as error:
             raise StoreError(f"the file system of {self.folder} has no file locks ({error}), by which runs share work. "
                              "Set KVUTILS_CACHE to a folder on another one.") from error  # fmt: skip
+        except OSError as error:
+            raise _not_written(path, error) from error
         try:  # apart from the above: what `compute` raises says nothing about this lock
             if self.finished(key):
                 return False

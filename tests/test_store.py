@@ -1,10 +1,13 @@
 """What is stored is whole, checked and still valid, or it counts as missing."""
 
+import inspect
 import json
 import logging
 import multiprocessing
 import os
 import resource
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -166,6 +169,37 @@ def test_chunks_are_computed_in_order_and_kept_under_what_they_depend_on(tmp_pat
         run(range(5), size=0)
 
 
+CODE = '''
+import a.b as c
+@d
+class E(F):
+    """What."""
+    async def f(self, x: int = 1, *, y=None, **z) -> list[int]:
+        g, h = f"{x!r:>{y}} {x:<{len(z)}}", lambda: (yield)
+        return [*range(-x)] if x else None
+def nothing(): pass
+match x:
+    case {"k": [1, *_], **rest} if not rest: del x[1:], y
+with open("") as file: assert b"\\0" < file <= 1e-3j or ...
+'''
+
+
+def test_the_same_code_has_the_same_fingerprint_under_every_python(tmp_path, monkeypatch):
+    """Under the one that runs the tests it is what 3.11, 3.12 and 3.13 gave; and the others that are here are asked."""
+    monkeypatch.setattr(store, "PACKAGE", tmp_path)
+    (tmp_path / "code.py").write_text(CODE)
+    code_version.cache_clear()
+    assert code_version() == "57fcf792ec9ceb5d"
+    code_version.cache_clear()
+    monkeypatch.undo()
+    alone = "\n".join(["import ast, hashlib", "from pathlib import Path", "from functools import cache",
+                       f"PACKAGE, NOT_MEASURING = Path({str(store.PACKAGE)!r}), {store.NOT_MEASURING!r}",
+                       *map(inspect.getsource, (store._meaning, code_version.__wrapped__)), "print(code_version())"])  # fmt: skip
+    for name in filter(shutil.which, ("python3.11", "python3.12", "python3.13", "python3.14")):
+        asked = subprocess.run([name, "-c", alone], capture_output=True, text=True)
+        assert asked.stdout.strip() in ("", code_version()), name  # a launcher without an interpreter behind it says nothing
+
+
 def test_the_fingerprint_follows_the_code_but_not_its_comments(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "PACKAGE", tmp_path)
     (tmp_path / "plots").mkdir()
@@ -177,6 +211,6 @@ def test_the_fingerprint_follows_the_code_but_not_its_comments(tmp_path, monkeyp
         return fingerprint(seed=seed)
 
     before = of("x = 1\n")
-    assert before == of("# why\nx  =  1\n", style="x = 2\n")
+    assert before == of('"""What."""\n# why\nx  =  1\n', style="x = 2\n")
     assert before != of("x = 2\n") and before != of("x = 1\n", seed=1)
     code_version.cache_clear()
