@@ -12,9 +12,16 @@ KEEP_TORCH  ?=
 RUN   := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 CHECK := $(CURDIR)/data/cache/check
-PAPER_MODEL = $(if $(filter pocket,$(MODEL)),llava-onevision-7b,$(MODEL))
+# A text as one word of the shell, whatever is in it: $(call quoted,$(MODEL)).
+quoted = '$(subst ','\'',$(1))'
+PAPER_MODEL = $(if $(subst xpocketx,,x$(MODEL)x),$(MODEL),llava-onevision-7b)
 CHOSEN = $(if $(NOTEBOOKS),--notebooks $(NOTEBOOKS))
 FILES  = $(if $(NOTEBOOKS),$(foreach n,$(NOTEBOOKS),$(wildcard notebooks/$(n)*.ipynb)),notebooks)
+
+# Notebooks run in their own folder: one that is given relative to this one, or to home, is made absolute.
+ABSOLUTE = import os, sys; print(os.path.abspath(os.path.expanduser(sys.argv[1])))
+$(foreach name,KVUTILS_DATA KVUTILS_OUT KVUTILS_CACHE KVUTILS_SAMPLES HF_HOME,$(if $($(name)),$(eval override export $(name) := \
+  $(or $(shell $(PYTHON) -c '$(ABSOLUTE)' $(call quoted,$($(name)))),$($(name))))))
 
 .DEFAULT_GOAL := help
 .PHONY: help install replicate test test-code test-notebooks lab figures report bench data train clean distclean plan rehearse
@@ -48,7 +55,7 @@ $(STAMP): requirements.txt pyproject.toml
 	@touch $@
 
 replicate: $(STAMP)  ## run the notebooks, write results, figures and the verdict table
-	@$(RUN) -m kvutils replicate --profile $(PROFILE) --model $(MODEL) $(CHOSEN) $(ARGS)
+	@$(RUN) -m kvutils replicate --profile $(call quoted,$(PROFILE)) --model $(call quoted,$(MODEL)) $(CHOSEN) $(ARGS)
 
 test: test-code test-notebooks  ## all tests: the code, then every notebook
 
@@ -64,16 +71,16 @@ test-notebooks: $(STAMP)  ## execute the notebooks with papermill, compare verdi
 	  $(RUN) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=1800 $(FILES)
 
 plan: $(STAMP)  ## what the paper profile needs and what of it is there: data, GB, GPU memory, hours
-	@$(RUN) -m kvutils plan --model $(PAPER_MODEL) $(if $(NOTEBOOKS),--notebooks $(NOTEBOOKS))
+	@$(RUN) -m kvutils plan --model $(call quoted,$(PAPER_MODEL)) $(if $(NOTEBOOKS),--notebooks $(NOTEBOOKS))
 
 rehearse: $(STAMP)  ## run a published architecture with random weights: memory, seconds, hours (no data)
-	@$(RUN) benchmarks/rehearse.py --model $(PAPER_MODEL) $(ARGS)
+	@$(RUN) benchmarks/rehearse.py --model $(call quoted,$(PAPER_MODEL)) $(ARGS)
 
 lab: $(STAMP)  ## open the notebooks in JupyterLab
 	@$(RUN) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks
 
 figures: $(STAMP)  ## redraw every figure from the stored results (seconds, no model)
-	@$(RUN) -m kvutils figures --profile $(PROFILE) --model $(MODEL)
+	@$(RUN) -m kvutils figures --profile $(call quoted,$(PROFILE)) --model $(call quoted,$(MODEL))
 
 report: $(STAMP)  ## write the verdicts into data/results and README.md
 	@$(RUN) -m kvutils report

@@ -35,6 +35,7 @@ One vocabulary of shapes is used everywhere:
     K  classes or key points
 """
 
+import os
 from importlib import import_module
 from pathlib import Path
 
@@ -57,10 +58,16 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *(name for name in globals() if name not in ("Path", "import_module"))])
+    return sorted([*__all__, *(name for name in globals() if name not in ("Path", "import_module", "os"))])
 
 
 def data_folder() -> Path:
     """Where the shipped data lie (claims, pocket weights): inside an installed package, or beside it in a clone."""
     inside = Path(__file__).resolve().parent / "data"
     return inside if inside.is_dir() else inside.parents[1] / "data"
+
+
+def named_folder(variable: str) -> Path | None:
+    """The folder that an environment variable such as KVUTILS_DATA names, absolute ("~": home); None where it is not set."""
+    named = os.environ.get(variable)
+    return Path(os.path.abspath(os.path.expanduser(named))) if named else None

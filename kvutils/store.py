@@ -53,7 +53,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 def _not_written(path: Path, error: Exception) -> StoreError:
     return StoreError(f"{path} could not be written ({error}). What was stored before is untouched. Free some space, mend the permissions "
-                      "or name another folder (KVUTILS_OUT, KVUTILS_CACHE), and run again: it resumes.")  # fmt: skip
+                      "or name another folder (KVUTILS_OUT, KVUTILS_CACHE, KVUTILS_DATA, HF_HOME), and run again: it resumes.")  # fmt: skip
 
 
 def plain(value: object, digits: int | None = None, where: str = "the value") -> object:

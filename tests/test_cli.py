@@ -1,5 +1,6 @@
 """One command with verbs: what each writes, and what is said of mistakes."""
 
+import io
 import json
 import os
 import subprocess
@@ -54,6 +55,16 @@ def test_a_misspelt_word_is_answered(arguments, said, capsys):
     assert capsys.readouterr().err.startswith(f"error: {said}")
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_terminal_without_utf_8_shows_what_it_can(monkeypatch, encoding):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(cli, "run", lambda chosen: print("C8  \u2013 [0.1, 0.2] \udce9.png"))
+    main(["report"])
+    terminal.flush()
+    assert terminal.buffer.getvalue().decode(encoding).startswith("C8  \u2013" if encoding == "utf-8" else "C8  ? [0.1, 0.2] ?.png")
+
+
 def test_ctrl_c_is_answered_in_words(monkeypatch, capsys):
     monkeypatch.setattr(cli, "run", Mock(side_effect=KeyboardInterrupt))
     assert main(["report"]) == 130 and "the same command goes on" in capsys.readouterr().err
@@ -89,7 +100,7 @@ def test_capture_never_loses_an_existing_file(folder, photos, tmp_path, capsys):
 
 @pytest.mark.parametrize(("change", "words"), [
     (["PHOTOS/letter.jpg", "PHOTOS/gone.png"], ["letter.jpg", "gone.png"]),
-    (["--layers", "0,99"], ["99"]), (["--layers", "3-1"], ["3-1"]), (["--layers", "two"], ["two"]),
+    (["--layers", "0,99"], ["99"]), (["--layers", "3-1"], ["3-1"]), (["--layers", "two"], ["two"]), (["--layers", "0-999999999999"], ["below 10000"]),
     (["--max-pixels", "5000"], ["max_pixels"]), (["--model", "pokcet"], ["pokcet", "pocket"]),
     (["--out", "no/x.safetensors"], ["no"]),
 ])

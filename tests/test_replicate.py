@@ -1,5 +1,6 @@
 """Notebooks are run by papermill and written back clean, or left as they were."""
 
+import errno
 import json
 import os
 import shutil
@@ -130,13 +131,13 @@ def test_another_profile_writes_beside_its_results_once_everything_is_there(root
     before = (root / STUB).read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(plan, "check_ready", missing)
-        assert main(["replicate", "--profile", "paper", "--model", "big"]) == 2
+        assert main(["replicate", "--profile", "paper", "--model", "a/big"]) == 2
     said = capsys.readouterr()
-    missing.assert_called_once_with("paper", "big", ["01"], None)
+    missing.assert_called_once_with("paper", "a/big", ["01"], None)
     assert said.err == "error: Nothing was started: this is missing.\n" and not said.out and not (root / "data").exists()
     monkeypatch.setattr(plan, "check_ready", lambda *_: None)
-    assert main(["replicate", "--profile", "paper", "--model", "big"]) == 0
-    assert (root / STUB).read_bytes() == before and (root / "data/results/paper/big/01_stub.ipynb").exists()
+    assert main(["replicate", "--profile", "paper", "--model", "a/big"]) == 0
+    assert (root / STUB).read_bytes() == before and (root / "data/results/paper/a--big/01_stub.ipynb").exists()
 
 
 ELSEWHERE = """
@@ -310,6 +311,49 @@ def test_what_is_committed_counts_not_what_an_interrupted_run_left(root, monkeyp
     assert compare.committed(path) == {"a": 1}
     monkeypatch.setenv("PATH", "")  # a machine without git
     assert compare.committed(path) == {"a": 2}
+
+
+@pytest.mark.parametrize(("arguments", "code", "said"), [
+    (["-p", "seed", "010"], 1, "parameter seed = '010': expected int, found str"), (["-p", "seed", "1:30"], 1, "'1:30'"),
+    (["-p", "seed", "-1"], 1, "seed = -1: expected a whole number from 0 to 4,294,967,295"), (["-p", "seed", "no"], 1, "'no'"),
+    (["-p", "seed", "9" * 5000], 1, "found str"), (["-p", "seed", "{a: "], 1, "'{a: '"), (["-p", "model", "x"], 2, "write --model x"),
+    (["--model", "pockett"], 2, "unknown model 'pockett' (did you mean 'pocket'?)"),
+    (["--model", "~/nothing/here"], 2, "nothing/here"), (["--out", "/dev/null/x"], 2, "Name another folder with --out or KVUTILS_OUT"),
+])
+def test_what_cannot_be_meant_is_said_before_a_kernel_starts(root, monkeypatch, capsys, arguments, code, said):
+    monkeypatch.setattr(replicate.papermill, "execute_notebook", Mock(side_effect=AssertionError))
+    assert main(["replicate", *arguments]) == code
+    shown = capsys.readouterr()
+    assert said in shown.out + shown.err and "Traceback" not in shown.out + shown.err
+
+
+def test_kernels_find_the_folders_of_the_command_and_need_no_home(root, monkeypatch, capsys):
+    """Relative to where the command is given, or to home; the model's name holds a space; nothing is written below home."""
+    (root / "my model").mkdir()
+    names = ("KVUTILS_CACHE", "KVUTILS_DATA", "HF_HOME", "IPYTHONDIR", "JUPYTER_RUNTIME_DIR")
+    write_book(root / STUB, f"import os\nprint([os.environ[name] for name in {names}] + [model])")
+    monkeypatch.chdir(root)
+    for name, value in {"HOME": "/dev/null/me", "KVUTILS_CACHE": "parts", "KVUTILS_DATA": "~/data", "HF_HOME": "../hub"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_PATH"):
+        monkeypatch.setenv(name, "")
+    assert main(["replicate", "--model", "my model", "--out", "given here"]) == 0
+    (done,) = (root / "given here").rglob("01_stub.ipynb")
+    assert done.parent == root / "given here" / "data" / "results" / "pocket" / "my model"
+    told = eval(nbformat.read(done, as_version=4).cells[-2].outputs[0].text)
+    assert told[:3] == ["parts", "/dev/null/me/data", str(root.parent / "hub")] and told[-1] == "my model"  # the root is cut off
+    assert not any(each.startswith("/dev/null") for each in told[3:])
+    monkeypatch.setenv("KVUTILS_CACHE", "/dev/null/parts")
+    assert main(["replicate"]) == 2 and "KVUTILS_CACHE" in capsys.readouterr().err
+
+
+def test_a_full_disk_stops_one_notebook_and_says_so(root, monkeypatch, capsys):
+    full = OSError(errno.ENOSPC, "No space left on device", "executed.ipynb")
+    monkeypatch.setattr(replicate.papermill, "execute_notebook", Mock(side_effect=full))
+    before = (root / STUB).read_bytes()
+    assert main(["replicate"]) == 1 and (root / STUB).read_bytes() == before
+    said = capsys.readouterr().out
+    assert "01_stub  stopped: [Errno 28] No space left on device" in said and "Traceback" not in said
 
 
 def test_mistakes_and_what_an_installed_package_lacks_are_said(root, capsys):

@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+import sys
 import tomllib
 
 import nbformat
@@ -91,6 +92,10 @@ def test_every_target_is_explained():
     phony = re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)[1].split()
     explained = re.findall(r"^([a-z-]+):.*## \S", text, re.MULTILINE)
     assert sorted(phony) == sorted(explained)
+    # A model's name may hold anything; folders are those of the one who types, also for notebooks, which run elsewhere.
+    given = ["MODEL=it's my pocket", "KVUTILS_DATA=my data", f"PYTHON={sys.executable}", "VENV=nowhere"]
+    printed = subprocess.run(["make", "-C", str(ROOT), "-pn", "replicate", "plan", *given], capture_output=True, text=True).stdout
+    assert printed.count("--model 'it'\\''s my pocket'") == 2 and f"KVUTILS_DATA := {ROOT}/my data" in printed
     shown = subprocess.run(["make", "-C", str(ROOT), "--no-print-directory", "help"], capture_output=True, text=True, check=True).stdout
     assert all(f"make {target} " in shown for target in phony)
 

@@ -1,5 +1,6 @@
 """What is stored is whole, checked and still valid, or it counts as missing."""
 
+import errno
 import inspect
 import json
 import logging
@@ -8,12 +9,13 @@ import os
 import resource
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from kvutils import store
+from kvutils import plots, store
 from kvutils.errors import ParameterError, StoreError
 from kvutils.store import Parts, code_version, fingerprint, in_chunks, write_json
 
@@ -107,6 +109,29 @@ def test_a_full_disk_loses_nothing(tmp_path):
     assert parts.load("a")["x"].tolist() == [1, 1, 1, 1]
     assert json.loads((tmp_path / "r.json").read_text()) == [1]
     assert sorted(p.name for p in tmp_path.rglob("*.*")) == ["a.safetensors", "depends.json", "r.json"]
+
+
+def test_what_cannot_be_written_is_said_and_what_was_there_stays(tmp_path, monkeypatch):
+    """Where a folder cannot be made, a part be locked or a figure be drawn."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="Not a directory.*KVUTILS_CACHE"):
+        Parts(tmp_path / "file" / "parts")
+    parts = Parts(tmp_path / "parts")
+    (parts.folder / ".locks").write_text("")
+    with pytest.raises(StoreError, match="could not be written.*KVUTILS_CACHE"):
+        list(parts.make_all([("a", dict)]))
+    figure = plots.plt.figure()
+    (picture,) = plots.save({"x": figure}, tmp_path)
+    before = picture.read_bytes()
+
+    def half(temporary, **_):
+        Path(temporary).write_bytes(before[:99])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(figure, "savefig", half)
+    with pytest.raises(StoreError, match="x.png could not be written .*No space left.*untouched"):
+        plots.save({"x": figure}, tmp_path)
+    assert picture.read_bytes() == before and not list(tmp_path.glob(".*.tmp"))
 
 
 def _write_many(root: str, seed: int) -> None:

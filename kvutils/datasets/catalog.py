@@ -1,13 +1,12 @@
 """What there is to know about each real data set, from data/catalog.yaml: `kvutils.run.download` fetches what may be fetched,
 `kvutils.run.plan` counts the gigabytes, and the loaders say with `missing_data` what is missing and how to get it."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from kvutils import data_folder
+from kvutils import data_folder, named_folder
 from kvutils.errors import DataError
 
 
@@ -71,7 +70,7 @@ CATALOG = {name: _about(name, fields) for name, fields in yaml.safe_load(_FILE).
 
 def data_root() -> Path | None:
     """The folder of the real data sets, `KVUTILS_DATA`; None where it is not set."""
-    return Path(os.environ["KVUTILS_DATA"]) if os.environ.get("KVUTILS_DATA") else None
+    return named_folder("KVUTILS_DATA")
 
 
 def missing_data(name: str, what: str) -> DataError:

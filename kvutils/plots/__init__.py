@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from kvutils.errors import DataError
 from kvutils.plots import baseline, blink, keys, prefix, value_flow
-from kvutils.store import read_json
+from kvutils.store import atomic, read_json
 
 DRAW: dict[str, Callable[[Mapping], dict[str, Figure]]] = {  # notebook -> its figures by name, of its results file
     "01_value_flow": value_flow.draw,
@@ -22,11 +22,11 @@ DRAW: dict[str, Callable[[Mapping], dict[str, Figure]]] = {  # notebook -> its f
 
 def save(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
     """Write figures as PNG, without dates, so that the same results give the same bytes."""
-    folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, figure in figures.items():
         paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1], metadata={"Software": None})
+        with atomic(paths[-1]) as temporary:
+            figure.savefig(temporary, format="png", metadata={"Software": None})
         plt.close(figure)
     return paths
 

@@ -5,15 +5,20 @@ message says why; 3 nothing failed, but something is left to do by hand (`data`)
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from io import TextIOWrapper
 from pathlib import Path
 
-from kvutils import __version__, errors
+from kvutils import __version__, errors, named_folder
 from kvutils.run import DEFAULT, DONE, MISUSED, PROFILES, STOPPED
 
+# The kernels of the notebooks run in another folder: what is relative to this one is made absolute before anything reads it.
+FOLDERS = ("KVUTILS_DATA", "KVUTILS_OUT", "KVUTILS_CACHE", "KVUTILS_SAMPLES", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE",
+           "XDG_CACHE_HOME", "TORCH_HOME", "MPLCONFIGDIR")  # fmt: skip
 VERBS = ("capture", "replicate", "report", "figures", "data", "plan")
 MODEL = "a name such as pocket or llava-onevision-7b, a folder or a hub id"
 CONTENTS = """\
@@ -38,6 +43,10 @@ example:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    os.environ.update({name: str(folder) for name in FOLDERS if (folder := named_folder(name))})
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?" for a dash
     try:
         if arguments and not arguments[0].startswith("-"):
             errors.one_of("verb", arguments[0], VERBS)
@@ -62,9 +71,9 @@ def parser() -> argparse.ArgumentParser:
 
     add = verb("capture", "write image keys, values and features of photos, with the token layout, to one file", CONTENTS).add_argument
     add("photos", nargs="+", metavar="PHOTO", help="picture files; sizes may differ")
-    add("--out", required=True, type=Path, metavar="FILE.safetensors", help="file to write")
+    add("--out", required=True, type=_path, metavar="FILE.safetensors", help="file to write")
     add("--overwrite", action="store_true", help="replace FILE if it exists (else an error)")
-    add("--model", default="pocket", help=f"{MODEL} (default: pocket)")
+    add("--model", default="pocket", type=os.path.expanduser, help=f"{MODEL} (default: pocket)")
     add("--layers", default="all", help='"all", or numbers and ranges such as 0,3,5-7 (default: all)')
     add("--prefix", help="text before the image, seen by the image tokens")
     views = verbs.choices["capture"].add_mutually_exclusive_group()
@@ -80,12 +89,12 @@ def parser() -> argparse.ArgumentParser:
                         "figures": "redraw every figure from the stored results"}.items():
         add = verb(name, about).add_argument
         add("--profile", default=DEFAULT[0], choices=PROFILES)
-        add("--model", default=DEFAULT[1], help=MODEL)
+        add("--model", default=DEFAULT[1], type=os.path.expanduser, help=MODEL)
     add = verbs.choices["replicate"].add_argument
     add("--notebooks", nargs="+", default=[], metavar="NN", help="01 03; all without")
     add("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="parameters",
-        help="a notebook parameter; writes below data/cache/runs")
-    add("--out", type=Path, help="write everything below this folder, not the repository")
+        help="a notebook parameter, as JSON (3, true, [0, 1]) or a text; writes below data/cache/runs")
+    add("--out", type=_path, help="write everything below this folder, not the repository")
     add("--check", action="store_true", help="write below data/cache/check and compare the verdicts with the committed ones")
 
     add = verb("report", "compute the verdicts from the stored results; write claims.json, REPORT.md and README's tables").add_argument
@@ -100,9 +109,13 @@ def parser() -> argparse.ArgumentParser:
 
     add = verb("plan", "what a run needs, and what of it is there: data, gigabytes, memory; nothing is downloaded").add_argument
     add("--profile", default="paper", choices=[name for name in PROFILES if name != "pocket"])
-    add("--model", default="llava-onevision-7b", help=MODEL)
+    add("--model", default="llava-onevision-7b", type=os.path.expanduser, help=MODEL)
     add("--notebooks", nargs="+", metavar="NN", help="01 03; all without")
     return whole
+
+
+def _path(text: str) -> Path:
+    return Path(os.path.expanduser(text))  # no shell does it in --out=~/results
 
 
 def run(chosen: argparse.Namespace) -> int:
@@ -171,9 +184,9 @@ def capture(chosen: argparse.Namespace) -> int:
 def _layers(text: str) -> str | list[int]:
     numbers: list[int] = []
     for part in text.split(",") if text.strip() != "all" else ():
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        match = re.fullmatch(r"\s*(\d{1,4})(?:-(\d{1,4}))?\s*", part)  # more would fill the memory before a model is asked
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
-            raise errors.ParameterError(f"--layers {text}: expected 'all' or numbers and ranges such as 0,3,5-7")
+            raise errors.ParameterError(f"--layers {text}: expected 'all' or numbers and ranges such as 0,3,5-7, below 10000")
         numbers += range(first, last + 1)
     return numbers or "all"

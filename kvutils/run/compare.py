@@ -22,7 +22,7 @@ def committed(path: Path) -> dict:
     """A results file as git has it in HEAD; without git or before its first commit as it lies there; {} if it does not."""
     command = ["git", "-C", str(notebook.ROOT), "show", f"HEAD:./{path.relative_to(notebook.ROOT).as_posix()}"]
     try:
-        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        return json.loads(subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout)
     except (OSError, subprocess.CalledProcessError):
         return read_json(path) if path.exists() else {}
 

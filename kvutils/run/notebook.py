@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from IPython.display import Markdown
 
+from kvutils import named_folder
 from kvutils.errors import ParameterError, one_of
 from kvutils.metrics.statistics import interval_text
 from kvutils.models import MLM
@@ -25,12 +26,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def output_root() -> Path:
     """Where results and figures go: `KVUTILS_OUT` if set (tests write elsewhere), else the repository."""
-    return Path(os.environ.get("KVUTILS_OUT") or ROOT).resolve()
+    return (named_folder("KVUTILS_OUT") or ROOT).resolve()
 
 
 def cache_root() -> Path:
     """Where finished parts are kept: `KVUTILS_CACHE` if set, else data/cache."""
-    return Path(os.environ.get("KVUTILS_CACHE") or ROOT / "data" / "cache").resolve()
+    return (named_folder("KVUTILS_CACHE") or ROOT / "data" / "cache").resolve()
 
 
 @dataclass(frozen=True)
@@ -120,10 +121,19 @@ def check_parameters(namespace: dict, **known: type | tuple) -> dict:
         value = namespace[name]
         if isinstance(expected, tuple):
             one_of(f"value of the parameter {name}:", value, expected)
-        elif type(value) is not expected and not (expected is float and type(value) is int):
-            raise ParameterError(f"parameter {name} = {value!r}: expected {expected.__name__}, found {type(value).__name__}.")
+        else:
+            check_value(name, value, expected)
     namespace["_parameters"] = {name: namespace[name] for name in known}
     return namespace["_parameters"]
+
+
+def check_value(name: str, value: object, expected: type) -> None:
+    """ParameterError unless a parameter has its type, and a whole number a size that a run can have."""
+    if type(value) is not expected and not (expected is float and type(value) is int):
+        raise ParameterError(f"parameter {name} = {value!r}: expected {expected.__name__}, found {type(value).__name__}.")
+    most = 2**32 - 1 if name == "seed" else 10**6
+    if expected is int and not 0 <= value <= most:
+        raise ParameterError(f"parameter {name} = {value}: expected a whole number from 0 to {most:,}.")
 
 
 @cache
@@ -131,7 +141,7 @@ def code_commit() -> str:
     """The commit that last changed the code, with " (modified)" if the files differ; "unknown" without git."""
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *arguments, "--", "kvutils", "requirements.txt"],
-                              capture_output=True, text=True, check=True).stdout.strip()
+                              capture_output=True, encoding="utf-8", check=True).stdout.strip()
     try:
         commit = git("log", "-1", "--format=%h", "--abbrev=10")
         return (commit or "unknown") + (" (modified)" if git("status", "--porcelain") else "")

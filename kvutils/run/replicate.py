@@ -6,6 +6,7 @@ same command goes on where a run was stopped. Of several processes with a common
 share the parts (`store.Parts.make_all`); the first writes the results."""
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -13,22 +14,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 import nbformat
 import papermill
-import yaml
 from ipykernel.kernelspec import write_kernel_spec
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
 from kvutils import errors, plots
-from kvutils.errors import DataError, KVUtilsError, ParameterError, one_of
+from kvutils.errors import DataError, KVUtilsError, ParameterError, StoreError, one_of
+from kvutils.models import MODELS, find_model
 from kvutils.run import DEFAULT, compare, notebook, plan, report
 from kvutils.run.notebook import Run
-from kvutils.store import read_json, write_text
+from kvutils.store import atomic, digest, read_json, write_text
 
 BAR = re.compile(r"\d%\||\d\w* \[\d+:\d\d")  # what every line of a tqdm bar contains
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -76,8 +77,9 @@ def changed_parameters(book: NotebookNode, given: dict) -> dict:
     source = next(cell.source for cell in book.cells if "parameters" in cell.metadata.get("tags", []))
     known: dict = {}
     exec(source, {}, known)  # the notebook is about to be executed in any case
-    for name in given:
+    for name, value in given.items():
         one_of("parameter", name, known)
+        notebook.check_value(name, value, type(known[name]))
     return {name: value for name, value in given.items() if value != known[name]}
 
 
@@ -134,15 +136,17 @@ def execute(path: Path, parameters: dict, failed: Path) -> NotebookNode:
         # A kernel named python3 that is this interpreter, wherever Jupyter would have looked first.
         write_kernel_spec(os.path.join(folder, "share", "kernels", "python3"), extra_arguments=["--log-level=CRITICAL"],
                           overrides={"env": {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}})
-        os.environ["JUPYTER_PATH"] = os.path.join(folder, "share")
+        # What Jupyter and IPython would write below the home folder, which may be read-only, goes there too.
+        os.environ.update(JUPYTER_PATH=os.path.join(folder, "share"), JUPYTER_RUNTIME_DIR=os.path.join(folder, "runtime"),
+                          IPYTHONDIR=os.path.join(folder, "ipython"))  # fmt: skip
         source, target = Path(folder, path.name), Path(folder, "executed.ipynb")
         nbformat.write(book, source)
         bar = {"desc": path.stem, "leave": False, "disable": True if rank() else None}  # None: unless it is a terminal
         try:
             return clean(papermill.execute_notebook(source, target, parameters, kernel_name="python3", progress_bar=bar, cwd=path.parent))
         except PapermillExecutionError:
-            failed.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(target, failed)
+            with suppress(StoreError), atomic(failed) as temporary:  # what stopped the notebook is more to the point
+                shutil.copy(target, temporary)
             raise
 
 
@@ -150,13 +154,15 @@ def explain(path: Path, error: Exception, failed: Path) -> str:
     """What went wrong in a notebook, briefly: the message alone where the library raised it on purpose."""
     if isinstance(error, KVUtilsError):
         return f"{path.stem}  not run: {error}"
+    if isinstance(error, OSError):
+        return f"{path.stem}  stopped: {error}. Free some space there and in {tempfile.gettempdir()} and run again: it resumes."
     if not isinstance(error, PapermillExecutionError):
         return f"{path.stem}  stopped: {type(error).__name__}: {error} (out of memory?)"
     text = f"{path.stem}  stopped in cell {error.cell_index + 1}: {error.ename}: {ANSI.sub('', error.evalue)}"
     if not issubclass(getattr(errors, error.ename, Exception), KVUtilsError):
         lines = ANSI.sub("", "\n".join(error.traceback)).splitlines()
         text += "\n" + "\n".join(f"    {line}" for line in lines[-12:])
-    return f"{text}\nAs far as it was executed it is in {show(failed)}."
+    return f"{text}\nAs far as it was executed it is in {show(failed)}." if failed.exists() else text
 
 
 def show(path: Path) -> str:
@@ -177,15 +183,44 @@ def run_all(paths: list[Path], parameters: dict, executed: Path) -> list[str]:
     for path in paths:
         print(f"{path.stem}  running", flush=True)
         start, failed = time.monotonic(), notebook.cache_root() / "failed" / path.name
+        failed.unlink(missing_ok=True)
         try:
-            book = execute(path, parameters, failed)
-        except (KVUtilsError, PapermillExecutionError, RuntimeError) as error:  # the last: the kernel died
+            write_text(executed / path.name, nbformat.writes(execute(path, parameters, failed)) + "\n")
+        except (KVUtilsError, PapermillExecutionError, OSError, RuntimeError) as error:  # the last: the kernel died
             print(explain(path, error, failed), file=sys.stderr if rank() else sys.stdout, flush=True)
             failures.append(path.stem)
             continue
-        write_text(executed / path.name, nbformat.writes(book) + "\n")
         print(f"{path.stem}  done in {tqdm.format_interval(time.monotonic() - start)} min: {show(executed / path.name)}", flush=True)
     return failures
+
+
+def given_parameters(pairs: list[tuple[str, str]]) -> dict:
+    """{name: value} of `-p NAME VALUE`: JSON, and what is none a text as it stands (YAML would make 010 an 8 and no a False)."""
+    found = {}
+    for name, text in pairs:
+        if name in ("profile", "model"):
+            raise ParameterError(f"-p {name} {text}: write --{name} {text}")
+        try:
+            found[name] = json.loads(text)
+        except ValueError:
+            found[name] = text
+    return found
+
+
+def model_of(chosen: argparse.Namespace) -> str:
+    """The model as notebooks, which run in their own folder, find it; ModelError for one that is neither known, a folder nor a hub id."""
+    spec = find_model(chosen.model)
+    return chosen.model if chosen.model in MODELS or not Path(spec.source).is_dir() else str(Path(spec.source).resolve())
+
+
+def need_writable(folder: Path, how: str) -> None:
+    """StoreError unless files can be written below `folder`. how: what names another one."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        raise StoreError(f"nothing was started: {folder} cannot be written ({error.strerror}). Name another folder with {how}.") from error
 
 
 def output_folder(chosen: argparse.Namespace, more: Mapping[str, object]) -> Path:
@@ -195,20 +230,23 @@ def output_folder(chosen: argparse.Namespace, more: Mapping[str, object]) -> Pat
     if chosen.out is None and chosen.check:
         return notebook.cache_root() / "check"
     if chosen.out is None and more:
-        return notebook.cache_root() / "runs" / "-".join(re.sub(r"[^\w.]+", "_", f"{key}_{value}") for key, value in sorted(more.items()))
+        name = "-".join(re.sub(r"[^\w.]+", "_", f"{key}_{value}") for key, value in sorted(more.items()))
+        return notebook.cache_root() / "runs" / (name if len(name) < 100 else f"{name[:80]}-{digest(more)}")  # file names end at 255
     return chosen.out or notebook.output_root()
 
 
 def replicate(chosen: argparse.Namespace) -> int:
     """Run what the command line says; 0, or 1 if something failed. Of several processes only the first speaks."""
-    model = str(Path(chosen.model).resolve()) if Path(chosen.model).is_dir() else chosen.model  # the notebooks run in their own folder
+    model = model_of(chosen)
     parameters = {"profile": chosen.profile, "model": model}
-    more = {name: yaml.safe_load(value) for name, value in chosen.parameters}
+    more = given_parameters(chosen.parameters)
     os.environ["KVUTILS_OUT"] = str(output_folder(chosen, more).resolve())
     out, run = notebook.output_root(), Run("", **parameters)
     paths = find_notebooks(chosen.notebooks, notebook.ROOT / "notebooks")
     if chosen.profile != "pocket":
         plan.check_ready(chosen.profile, model, [path.stem[:2] for path in paths], more.get("data_options"))
+    need_writable(out, "--out or KVUTILS_OUT")
+    need_writable(notebook.cache_root(), "KVUTILS_CACHE")
     kept = notebook.ROOT / "data" / "results" / run.profile / run.folder.name
     before = {path.stem: compare.committed(kept / f"{path.stem}.json") for path in paths}
     executed = out / "notebooks" if (chosen.profile, chosen.model) == DEFAULT else run.folder
@@ -233,7 +271,7 @@ def replicate(chosen: argparse.Namespace) -> int:
 
 def figures(chosen: argparse.Namespace) -> int:
     """Draw the stored results of a profile and model; nothing is run."""
-    run = Run("", chosen.profile, chosen.model)
+    run = Run("", chosen.profile, model_of(chosen))
     plots.draw_all(run.folder, run.figures)
     print(f"figures: {show(run.figures)}")
     return 0
