@@ -2,23 +2,31 @@
 
 import base64
 import io
+import struct
+import zlib
 from os import PathLike, fspath
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from kvutils.errors import ImageError
 
 ImageLike = Image.Image | str | PathLike
 MAX_PIXELS = 100_000_000  # larger files are refused before they are decoded (decompression bombs)
+# What Pillow's decoders raise on bad data, and Python on a value of another kind than expected.
+MALFORMED = (OSError, SyntaxError, EOFError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError,
+             struct.error, zlib.error, Image.DecompressionBombError)  # fmt: skip
+_UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+            5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+            8: Image.Transpose.ROTATE_90}  # fmt: skip
 
 
 def open_image(image: ImageLike, name: str = "image", max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Upright RGB `PIL.Image` of a path or a PIL image.
 
-    EXIF orientation is applied, transparency is composited on white, 16-bit greyscale is scaled to 8 bits, CMYK,
-    palette and greyscale become RGB; of an animation the first frame is taken. `name` says in errors which argument
-    is meant (paths name themselves). Raises `ImageError`."""
+    EXIF orientation is applied (and no metadata kept), transparency is composited on white, 16-bit greyscale is scaled
+    to 8 bits, CMYK, palette and greyscale become RGB; of an animation the first frame is taken. `name` says in errors
+    which argument is meant (paths name themselves). Raises `ImageError`."""
     if not isinstance(image, ImageLike):
         raise ImageError(f"{name}: expected a path or a PIL.Image, not {type(image).__name__}; PIL.Image.fromarray makes one of an array")
     name = name if isinstance(image, Image.Image) else fspath(image)
@@ -29,25 +37,40 @@ def open_image(image: ImageLike, name: str = "image", max_pixels: int = MAX_PIXE
             return _to_rgb(image, name, max_pixels)
         with Image.open(image) as opened:
             return _to_rgb(opened, name, max_pixels)
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:  # of Pillow's decoders on bad data
+    except MALFORMED as error:
         raise ImageError(f"{name}: the picture cannot be read ({error})") from error
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8, of a picture as it is stored; 1, upright, where there is none that can be read."""
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation)
+    except MALFORMED:  # broken metadata of a sound picture, as ImageNet has them
+        return 1
+    return found if found in _UPRIGHT else 1
 
 
 def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     width, height = image.size
     if not 0 < width * height <= max_pixels:
         raise ImageError(f"{name}: {width}x{height} is empty or more than the {max_pixels:,} pixels allowed; scale it down")
-    image = ImageOps.exif_transpose(image)
+    image.load()  # broken pixels are found here, before metadata are looked for behind them
+    turn = _UPRIGHT.get(orientation(image))
+    image = image if turn is None else image.transpose(turn)
     if image.mode == "F" or image.mode.startswith("I"):  # 16-bit greyscale: "I;16", "I;16B", or "I" in 32-bit containers
         values = np.asarray(image)
         largest = 1 if image.mode == "F" else 65535
-        if not (values.min() >= 0 and values.max() <= largest):  # NaN is neither
+        if not (values.min() >= -1e-5 and values.max() <= largest + 1e-5):  # NaN is neither; interpolation rounds
             raise ImageError(f"{name}: grey values of {values.dtype} must lie in 0..{largest}, found {values.min()} to {values.max()}")
-        image = Image.fromarray(np.round(values * (255 / largest)).astype(np.uint8))
+        grey = np.round(values.clip(0) * (255 / largest)).astype(np.uint8)
+        grey[values == image.info.get("transparency", -1)] = 255  # Pillow's own conversions would lose it
+        image = Image.fromarray(grey)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    image.info = {}  # or the picture would be turned again where it is opened again
+    return image
 
 
 def encode_image(image: Image.Image, largest: int = 320) -> str:

@@ -6,6 +6,7 @@ options as in `OPTIONS` say how much of it is there.
 """
 
 import dataclasses
+import io
 import json
 import os
 import pickle
@@ -15,7 +16,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from kvutils.datasets import imagenet_s, msrc
 from kvutils.datasets.blink import READABLE
@@ -100,6 +101,27 @@ def write(path: Path, text: str | list | dict) -> None:
 
 def noise(seed: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def photograph(image: Image.Image) -> bytes:
+    """The picture as a JPEG file."""
+    image.save(file := io.BytesIO(), "JPEG")
+    return file.getvalue()
+
+
+def with_orientation(jpeg: bytes, turned: int) -> bytes:
+    """The same JPEG file with an EXIF orientation, its pixels as they are."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = turned
+    body = b"Exif\0\0" + exif.tobytes().removeprefix(b"Exif\0\0")
+    return jpeg[:2] + b"\xff\xe1" + (len(body) + 2).to_bytes(2, "big") + body + jpeg[2:]
+
+
+def as_shown(array: np.ndarray | Image.Image, turned: int) -> np.ndarray:
+    """By Pillow: the array of a picture with this orientation, upright."""
+    image = Image.fromarray(np.asarray(array))
+    image.getexif()[ExifTags.Base.Orientation] = turned
+    return np.asarray(ImageOps.exif_transpose(image))
 
 
 def write_rows(path: Path, rows: list[dict], images=("image",)) -> None:

@@ -16,7 +16,7 @@ from kvutils.datasets import blink, coco, data_sources, hub, open_dataset, pope
 from kvutils.datasets.coco import POPE_IMAGES
 from kvutils.datasets.refcoco import CATEGORIES
 from kvutils.errors import DataError, ParameterError
-from tests.mini_data import SAMPLES, contents, needs_samples, noise, write_rows
+from tests.mini_data import SAMPLES, as_shown, contents, needs_samples, noise, photograph, with_orientation, write_rows
 
 pytestmark = pytest.mark.usefixtures("rows_cache")
 PICTURES = "images/mscoco/images/train2014"
@@ -128,10 +128,12 @@ def test_a_hub_copy_holds_the_official_questions(whole, copies, name, split):
 
 def test_pictures_of_rows_stay_on_disk(copies, monkeypatch):
     opened = []
-    monkeypatch.setattr(hub, "picture_of", lambda value, name: opened.append(name) or (lambda: noise(0)))
+    encoded = hub._encoded
+    monkeypatch.setattr(hub, "_encoded", lambda value: opened.append(value) or encoded(value))
     samples, items = open_dataset("pope", copies / "pope"), open_dataset("blink", copies / "blink")
-    assert not opened and samples[0].image.size == (64, 48) and len(opened) == 1
-    assert len(items[0].images) == 3 and items[1].images[2].size == (64, 48) and opened[1:] == ["BLINK Art_Style, row 1, image_3"]
+    assert not opened and samples[0].image.size and len(opened) == 1
+    assert len(items[0].images) == 3 and items[1].images[2].size == (64, 48) and len(opened) == 2
+    assert items[1].images[2].tobytes() == noise(23).tobytes() and samples[0].picture.name.startswith("POPE adversarial, row ")
 
 
 def row(number, **change):
@@ -148,12 +150,15 @@ def row(number, **change):
     ("mme", lambda rows: [rows.pop() for _ in range(4)], "MME existence: no row of that category among the 52"),
     ("refcoco", lambda rows: rows[0]["ref_list"][1]["ann_info"].update(id=5), "reference 1: .*annotation and image are .5, 1."),
     ("refcoco", lambda rows: rows[0]["ref_list"][0]["ref_info"].update(category_id=12), "category_id 12 is none of COCO's"),
-    ("refcoco", lambda rows: rows[0]["image_info"].update(width=65), "reference 0 is 128x96, but its annotation 65x96"),
+    ("refcoco", row(0, ref_list=None), "refcoco_unc_val, row 0: expected a list of references"),
+    ("coco", row(1, objects=None), "COCO 000000000139: expected objects with bbox"),
+    ("coco", row(1, image_id=None), "expected whole numbers as image_id"),
+    ("refcoco", lambda rows: rows[0]["image_info"].update(width=65), "row 0, reference 0: expected 128x96 pixels as its picture .*, found 65x96"),
     ("annotations", row(0, raw_anns="{"), "validation, row 0: expected JSON in raw_anns and raw_image_info"),
     ("annotations", row(0, raw_anns="[]"), "validation, row 0: expected an annotation with id .*TypeError"),
     ("annotations", lambda rows: [one.pop("raw_anns") for one in rows], "a copy of jxu124/refcoco-benchmark .*lmms-lab/RefCOCO"),
-    ("coco", lambda rows: rows[1]["objects"].update(bbox=[[60, 50, 20, 10]]), "00139: expected boxes x_min, y_min, x_max, y_max"),
-    ("coco", row(1, height=71), "000000000139 is 96x72, but its annotation 96x71"),
+    ("coco", lambda rows: rows[1]["objects"].update(bbox=[[60, 50, 20, 10]]), "COCO 000000000139: expected boxes x_min, y_min, x_max, y_max"),
+    ("coco", row(1, height=71), "^the annotation: expected 96x72 pixels as its picture COCO 000000000139, found 96x71"),
     ("blink", row(0, answer="hidden"), r"answer in BLINK Art_Style, row 0 'hidden'; expected one of \(A\), \(B\)"),
     ("blink", row(0, choices=["x"]), "expected 2 to 5 choices"),
     ("blink", row(0, prompt=" "), "idx, question and prompt must be text"),
@@ -266,6 +271,19 @@ def test_blink_items_are_asked_as_blink_asks_them(copies):
     assert [item.id for item in few] == [item.id for item in items[:2]]
     assert len(open_dataset("blink", copies / "blink", subtasks=["Relative_Depth"])[0].images) == 1
     assert set(blink.READABLE) < set(blink.SUBTASKS) and len(blink.SUBTASKS) == 14
+
+
+@pytest.mark.parametrize("turned", [1, 3, 6, 7])
+@pytest.mark.parametrize("name", ["refcoco", "coco"])
+def test_rows_turn_their_labels(whole, copies, tmp_path, name, turned):
+    rows = COPIES[name][0](whole)
+    for one in rows:
+        raw = one["image"]["bytes"] if isinstance(one["image"], dict) else photograph(one["image"])
+        one["image"] = {"bytes": with_orientation(raw, turned), "path": None}
+    write_copy(tmp_path, name, rows)
+    options = {"coco": {"count": 3}}.get(name, {})
+    for plain, found in zip(*(open_dataset(name, root, **options) for root in (copies / name, tmp_path)), strict=True):
+        assert np.array_equal(found.mask, as_shown(plain.mask, turned)) and found.image.size == as_shown(plain.image, turned).shape[1::-1]
 
 
 @needs_samples

@@ -4,9 +4,11 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageOps
 
-from kvutils.errors import ImageError
+from kvutils.datasets.labels import Picture, check_sizes, read_labels
+from kvutils.errors import DataError, ImageError
 from kvutils.images import open_image
 
 RNG = np.random.default_rng(0)
@@ -47,6 +49,11 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path):
     deep = np.array([[0, 32896, 65535]], np.uint16)  # scaled, not clipped
     for image in (saved(tmp_path, "deep.png", Image.fromarray(deep)), Image.fromarray(deep), Image.fromarray(deep.astype(np.int32))):
         assert pixels(image) == [[[0] * 3, [128] * 3, [255] * 3]]
+    clear = Image.fromarray(deep)
+    clear.info["transparency"] = 32896  # as Pillow reads a 16-bit PNG with tRNS
+    assert pixels(clear) == [[[0] * 3, [255] * 3, [255] * 3]]
+    assert pixels(Image.fromarray(np.array([[-1e-7, 1 + 1e-7]], np.float32))) == [[[0] * 3, [255] * 3]]  # as interpolated
+    assert pixels(Image.new("La", (1, 1), (0, 0))) == [[[255] * 3]]
     frames = [Image.new("RGB", (1, 1), colour) for colour in ("red", "blue")]
     assert pixels(saved(tmp_path, "moving.gif", frames[0], save_all=True, append_images=frames[1:])) == [[[255, 0, 0]]]
 
@@ -67,10 +74,25 @@ def test_size_is_capped_before_decoding(tmp_path):
         open_image(Image.new("1", (200, 100)), name="images[2]", max_pixels=10_000)
 
 
+@pytest.mark.parametrize("turned", range(1, 9))
+def test_the_orientation_is_applied_once_and_broken_metadata_are_none(tmp_path, turned):
+    exif = Image.Exif()
+    exif[0x0112] = turned
+    path = saved(tmp_path, "a.png", Image.fromarray(RGB), exif=exif)
+    shown = open_image(path)
+    assert np.array_equal(shown, ImageOps.exif_transpose(Image.open(path)))
+    assert np.array_equal(open_image(shown), shown)
+    broken = saved(tmp_path, "b.jpg", Image.fromarray(RGB), exif=b"Exif\0\0II*\0"[: 6 + turned])
+    assert open_image(broken).size == (7, 5)
+
+
 def test_broken_files_name_the_file(tmp_path):
     buffer = io.BytesIO()
     Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(buffer, "PNG")
-    damaged = {"cut.png": buffer.getvalue()[:600], "header.png": buffer.getvalue()[:20], "letter.jpg": b"Dear reader", "empty.png": b""}
+    flipped = bytearray(buffer.getvalue())
+    flipped[60] ^= 255
+    damaged = {"checksum.png": bytes(flipped), "cut.png": buffer.getvalue()[:600],
+               "header.png": buffer.getvalue()[:20], "letter.jpg": b"Dear reader", "empty.png": b""}
     for name, data in damaged.items():
         (tmp_path / name).write_bytes(data)
     for path in (*(tmp_path / name for name in damaged), tmp_path / "missing.png", tmp_path):
@@ -88,10 +110,29 @@ def test_bad_float_values(bad):
         open_image(Image.fromarray(grey), name="images[1]")
 
 
+def closed():
+    image = Image.fromarray(RGB)
+    image.save(file := io.BytesIO(), "PNG")
+    image = Image.open(file)
+    image.close()
+    return image
+
+
 @pytest.mark.parametrize(("image", "said"), [
     (None, "a path or a PIL.Image"), ([1, 2], "not list"), (np.zeros((4, 4, 3), np.uint8), "ndarray; PIL.Image.fromarray"),
+    (torch.zeros(3, 4, 4).to_sparse(), "not Tensor"), (closed(), r"images\[0\]: the picture cannot be read .*closed"),
     ("https://example.org/a.png", "download the picture"), (Image.new("RGB", (0, 4)), "0x4 is empty"),
 ])  # fmt: skip
 def test_what_is_not_a_picture(image, said):
     with pytest.raises(ImageError, match=said):
-        open_image(image)
+        open_image(image, "images[0]")
+
+
+def test_a_decompression_bomb_is_an_error_in_every_door(tmp_path, monkeypatch):
+    path = saved(tmp_path, "bomb.png", Image.new("L", (40, 40)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    row = Picture(path.read_bytes, "row 3")
+    for read in (lambda: open_image(path), row, lambda: row.turn((40, 40)), lambda: check_sizes([path], [row]),
+                 lambda: read_labels(path, row, ("L",), "labels")):  # fmt: skip
+        with pytest.raises((ImageError, DataError), match="(bomb.png|row 3).*decompression bomb"):
+            read()

@@ -166,20 +166,45 @@ def test_run_lengths_round_trip_any_mask():
 
 
 def test_polygons_cover_the_pixels_inside():
-    square = coco_masks.polygon_mask([2, 1, 6, 1, 6, 4, 2, 4], 6, 8)
+    square = coco_masks.segmentation_mask([[2, 1, 6, 1, 6, 4, 2, 4]], 6, 8)
     assert masks.largest_region_box(square) == (2, 1, 6, 4) and square.sum() == 12
-    repeated_corners = coco_masks.polygon_mask([2, 1, 2, 1, 6, 1, 6, 4, 6, 4, 2, 4], 6, 8)
+    repeated_corners = coco_masks.segmentation_mask([[2, 1, 2, 1, 6, 1, 6, 4, 6, 4, 2, 4]], 6, 8)
     assert np.array_equal(square, repeated_corners)
-    assert coco_masks.polygon_mask([-5, -5, 20, -5, 20, 20, -5, 20], 6, 8).all()
+    assert coco_masks.segmentation_mask([[-5, -5, 20, -5, 20, 20, -5, 20]], 6, 8).all()
 
 
 @pytest.mark.parametrize("segmentation, message", [
-    ([[1, 2, 3]], "at least 3"), ([[1, 2, 3, 4]], "at least 3"), ([[1, 2, 3, 4, 5, np.nan]], "finite"), ([], "empty"),
+    ([[1, 2, 3]], "at least 3"), ([[1, 2, 3, 4]], "at least 3"), ([[1, 2, 3, 4, 5, np.nan]], "finite"), ([], "none such"),
     ({"size": [4, 4], "counts": [3]}, "sum to 3"), ({"size": [4, 5], "counts": [20]}, "expected height, width"),
+    ({"size": [4, 4], "counts": [2**63 - 1, 2**63 - 1, 18]}, "run lengths sum to no number"),
+    ({"size": [4, 4], "counts": [2**70]}, "sum to no number"), ({"size": [4, 4], "counts": [16.5]}, "sum to no number"),
+    ({"size": [4, 4], "counts": "ooooooooooooooooooo0"}, "sum to no number"), ({"size": 4, "counts": [16]}, "for an image of 4"),
+    ({"size": [4, 4]}, "list or text, found None"), (None, "found None"), (5, "found 5"), ("polygon", "found polygon"),
+    ([1, 2, 3, 4, 5, 6], "a polygon: expected a flat list"), ([[[1, 2], [3, 4], [5, 6]]], "a flat list"), ([["a", "b"] * 3], "a flat list"),
+    ([[1e12, 0, 1, 1, 0, 1]], "finite x, y pairs in the picture"), ([None], "a flat list"),
     ({"size": [4, 4], "counts": "P"}, "truncated"), ({"size": [4, 4], "counts": "0 "}, "character 1")])  # fmt: skip
 def test_malformed_segmentations(segmentation, message):
     with pytest.raises(DataError, match=message):
         coco_masks.segmentation_mask(segmentation, 4, 4)
+
+
+SQUARE = [2, 2, 2, 10, 12, 10, 12, 2]
+
+
+@pytest.mark.parametrize(("parts", "area"), [
+    ([SQUARE, [5, 5, 9, 9]], 80), ([SQUARE, [15.0, 10.0]], 80), ([SQUARE, []], 80), ([[5, 5, 9, 9], SQUARE], 80), ([SQUARE[:7]], 40),
+])  # fmt: skip
+def test_degenerate_parts_are_drawn_as_pycocotools_draws_them(parts, area):
+    assert coco_masks.segmentation_mask(parts, 20, 30).sum() == area  # but for the first of four, which it takes for a box
+
+
+@pytest.mark.parametrize("kind", [list, np.int8, np.int16, np.uint16, np.float16, torch.int8])
+def test_boxes_of_small_numbers_do_not_overflow(kind):
+    size = (120, 100) if kind in (np.int8, torch.int8) else (640, 480)
+    whole, half = [0, 0, *size], [0, 0, size[0] // 2, size[1]]
+    if kind is not list:
+        whole, half = (torch.tensor(box, dtype=kind) if isinstance(kind, torch.dtype) else np.array(box, kind) for box in (whole, half))
+    assert masks.box_iou(whole, whole) == 1 and masks.box_iou(whole, half) == 0.5
 
 
 def test_episode_lists(tmp_path):

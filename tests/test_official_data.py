@@ -1,5 +1,6 @@
 """The data sets of the paper profile in their official layouts: files written by `mini_data` read back, real records."""
 
+import io
 import json
 import os
 import pickle
@@ -13,13 +14,13 @@ import pytest
 from PIL import ExifTags, Image, ImageOps
 
 from kvutils import VOID
-from kvutils.datasets import bdd10k, class_names, imagenet_s, mme, msrc, open_dataset, pascal5i, pope
+from kvutils.datasets import FOLDERS, bdd10k, class_names, imagenet_s, mme, msrc, open_dataset, pascal5i, pope
 from kvutils.datasets.coco import POPE_IMAGES
 from kvutils.datasets.coco_masks import segmentation_mask
-from kvutils.datasets.files import read_labels
+from kvutils.datasets.labels import Picture, read_labels
 from kvutils.datasets.refcoco import CATEGORIES, read_references
 from kvutils.errors import DataError, ImageError, ParameterError
-from tests.mini_data import FEW, SAMPLES, contents, needs_samples, save, write
+from tests.mini_data import FEW, SAMPLES, as_shown, contents, needs_samples, noise, save, with_orientation, write
 
 
 @pytest.fixture
@@ -49,14 +50,65 @@ def test_labels_turn_with_their_picture(tmp_path, orientation):
     Image.fromarray(stored).save(tmp_path / "a.png", exif=exif)
     save(stored, tmp_path / "stored.png")
     shown = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "a.png")))
-    found = read_labels(tmp_path / "stored.png", tmp_path / "a.png", ("L",), "labels")
+    picture = Picture(tmp_path / "a.png")
+    found = read_labels(tmp_path / "stored.png", picture, ("L",), "labels")
     np.testing.assert_array_equal(found, shown)
     if shown.shape != stored.shape:  # annotated as it is shown
         save(shown, tmp_path / "shown.png")
-        np.testing.assert_array_equal(read_labels(tmp_path / "shown.png", tmp_path / "a.png", ("L",), "labels"), shown)
+        np.testing.assert_array_equal(read_labels(tmp_path / "shown.png", picture, ("L",), "labels"), shown)
     save(stored[:-1], tmp_path / "other.png")
-    with pytest.raises(DataError, match=r"other.png: expected 9x5 pixels as its picture .*a.png, found 9x4"):
-        read_labels(tmp_path / "other.png", tmp_path / "a.png", ("L",), "labels")
+    with pytest.raises(DataError, match=r"other.png: expected 9x5 pixels as its picture .*a.png.*, found 9x4"):
+        read_labels(tmp_path / "other.png", picture, ("L",), "labels")
+
+
+def marks(points, size):
+    """A picture of (width, height) for each point, 1 at its pixel."""
+    pictures = np.zeros((len(points), size[1], size[0]), np.uint8)
+    for picture, (x, y) in zip(pictures, points.astype(int), strict=True):
+        picture[y, x] = 1
+    return pictures
+
+
+@pytest.mark.parametrize("turned", range(1, 9))
+@pytest.mark.parametrize("name", ["pascal-5i", "imagenet-s", "imagenet-s-train", "coco", "refcoco", "davis-2017", "bdd-10k", "spair-71k"])
+def test_every_loader_turns_its_labels(whole, tmp_path, name, turned):
+    folder = FOLDERS.get(name, name)
+    root = shutil.copytree(whole / folder, tmp_path / folder)
+    for path in [path for path in root.rglob("*") if path.suffix in (".jpg", ".JPEG")]:
+        path.write_bytes(with_orientation(path.read_bytes(), turned))
+    for plain, found in zip(*(open_dataset(name, place, **FEW.get(name, {})) for place in (whole / folder, root)), strict=True):
+        if name == "spair-71k":
+            for side in ("source", "target"):
+                (old, points), (new, moved) = ((getattr(one, side), getattr(one, f"{side}_points")) for one in (plain, found))
+                assert np.array_equal(new, as_shown(old, turned))
+                for mark, expected in zip(marks(moved, new.size), marks(points, old.size), strict=True):
+                    assert np.array_equal(mark, as_shown(expected, turned))
+            (x0, y0, x1, y1), box = plain.target_box.astype(int), found.target_box.astype(int)
+            inside = np.zeros(plain.target.size[::-1], np.uint8)
+            inside[y0 : y1 + 1, x0 : x1 + 1] = 1
+            rows, columns = np.nonzero(as_shown(inside, turned))
+            assert box.tolist()[:2] == [columns.min(), rows.min()] and [box[2] - box[0], box[3] - box[1]] == [np.ptp(columns), np.ptp(rows)]
+            continue
+        old, new = ([*zip(one.frames, one.masks, strict=True)] if name == "davis-2017" else [(one.image, one.mask)]
+                    for one in (getattr(plain, "query", plain), getattr(found, "query", found)))  # fmt: skip
+        for (image, mask), (shown, moved) in zip(old, new, strict=True):
+            assert np.array_equal(shown, as_shown(image, turned)) and np.array_equal(moved, as_shown(mask, turned))
+
+
+@pytest.mark.parametrize("name", ["pascal-5i", "msrc", "imagenet-s", "imagenet-s-train", "coco", "refcoco", "davis-2017", "bdd-10k",
+                                  "spair-71k", "pope", "mme"])  # fmt: skip
+def test_what_desktops_leave_in_files_and_folders_is_nothing(whole, tmp_path, name):
+    folder = FOLDERS.get(name, name)
+    root = shutil.copytree(whole / folder, tmp_path / folder)
+    for path in [path for path in root.rglob("*") if path.is_file()]:
+        if path.suffix in (".txt", ".json"):
+            lines = path.read_text().rstrip("\n").split("\n")
+            path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*lines, "", "  ", ""]).encode())
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7")
+        for companion in (".DS_Store", "Thumbs.db", "desktop.ini"):
+            path.with_name(companion).write_bytes(b"\0")
+    options = FEW.get(name, {})
+    assert contents(open_dataset(name, root, **options)) == contents(open_dataset(name, whole / folder, **options))
 
 
 MOVES = [  # data set, where its files are moved (below its folder), options that name folders below it
@@ -139,9 +191,10 @@ def test_the_published_pascal_lists(tmp_path):
     shutil.copytree(root / "VOC2012", home)
     names = {line.split("__")[0] for path in root.glob("splits/pascal/val/*") for line in path.read_text().split()}
     assert len(names) == 1381
-    for name in names:
+    noise(0, (1, 1)).save(dot := io.BytesIO(), "PNG")
+    for name in names - {"2007_000129"}:
         for path in (home / "JPEGImages" / f"{name}.jpg", home / "SegmentationClassAug" / f"{name}.png"):
-            path.touch()  # to be found, not to be read
+            path.write_bytes(dot.getvalue())  # for its size, not to be shown
     episodes = open_dataset("pascal-5i", tmp_path)
     assert len(episodes) == 4000 and len({e.id for e in episodes}) == 4000
     cases = [e for e in episodes if e.query.id == "2007_000129"]  # VOC's own picture and mask
@@ -223,7 +276,7 @@ def test_class_ids_beyond_a_byte(tmp_path):
     path = tmp_path / "a.png"
     save(np.array([[(1, 0, 0), (255, 0, 0), (0, 1, 0), (151, 3, 0), (232, 3, 0)]]), path)
     for place, number in enumerate((1, 255, 256, 919)):
-        assert imagenet_s._read_mask(path, path, 919, number).tolist() == [[*np.eye(4)[place], VOID]]
+        assert imagenet_s._read_mask(path, Picture(path), 919, number).tolist() == [[*np.eye(4)[place], VOID]]
 
 
 def test_imagenet_s_training_maps(copy):
@@ -418,10 +471,10 @@ def test_davis_layout_whose_frames_are_opened_when_they_are_asked_for(copy):
     for clip in clips:
         stored = [pixels(path) for path in sorted((root / "DAVIS" / "Annotations" / "480p" / clip.id).iterdir())]
         assert len(clip.frames) == 5 and np.array_equal(clip.masks, stored) and {0, 1, VOID} <= values(clip.masks)
-    (short,) = open_dataset("davis-2017", root, sequences=["clip-1"], max_frames=2)
-    assert short.id == "clip-1" and len(short.frames) == len(short.masks) == 2
+    (short,) = open_dataset("davis-2017", root, sequences=["clip-1"], max_frames=3)
+    assert short.id == "clip-1" and len(short.frames) == len(short.masks) == 3
     frame = root / "DAVIS" / "JPEGImages" / "480p" / "clip-1" / "00002.jpg"
-    frame.write_bytes(frame.read_bytes()[:50])
+    frame.write_bytes(frame.read_bytes()[:-200])
     clip = open_dataset("davis-2017", root)[1]
     assert len(clip.frames) == 5 and clip.frames[:2][1].size == (96, 80)
     with pytest.raises(ImageError, match="00002.jpg"):
@@ -440,8 +493,10 @@ def test_pope_reads_the_lists_in_their_order(copy, caplog):
     few = open_dataset("pope", root, split="popular", max_images=1, suffix="\nIn one word.")
     first = [s for s in samples if s.subset == "popular" and s.image_id == samples[0].image_id]
     assert [(s.id, s.question) for s in few] == [(s.id, f"{s.question}\nIn one word.") for s in first] and not caplog.text
-    lists["random"].write_text(json.dumps(known[0][1]) + "\r\n")  # an older list
-    assert len(open_dataset("pope", root, split="random")) == 1
+    line = known[0][1] | {"text": "Is there a car in the imange?"}
+    lists["random"].write_text(json.dumps(line) + "\r\n")  # an older list
+    (old,) = open_dataset("pope", root, split="random")
+    assert (old.id, old.question) == ("random-1", "Is there a car in the image?")
     assert "1 of 1 answers are yes" in caplog.text and "2,910" in caplog.text
 
 
@@ -536,7 +591,7 @@ def test_bdd_sample_layout(caplog):
     assert [one.domain for one in found] == ["night highway", "day city street"]
     assert [np.unique(one.mask).tolist() for one in found] == [[3], [9]] and "4 of 6 images have no attributes" in caplog.text
     toolkit = SAMPLES / "bdd100k_toolkit" / "sem_seg_mask_13classes.png"
-    labels = bdd10k.read_mask(toolkit, toolkit)
+    labels = bdd10k.read_mask(toolkit, Picture(toolkit))
     assert labels.shape == (720, 1280) and (labels == pixels(toolkit) + 1).all()
     void = SAMPLES / "bdd100k_toolkit" / "semseg_mask_1280x720.png"
-    assert np.unique(bdd10k.read_mask(void, void)).tolist() == [14, VOID]
+    assert np.unique(bdd10k.read_mask(void, Picture(void))).tolist() == [14, VOID]

@@ -24,10 +24,10 @@ import numpy as np
 
 from kvutils import VOID
 from kvutils.datasets.catalog import missing_data
-from kvutils.datasets.files import every, expect, find, limits, need, read_json, read_labels, some_of
+from kvutils.datasets.files import every, expect, find, limits, need, read_json, some_of
+from kvutils.datasets.labels import Picture, check_sizes, read_labels
 from kvutils.datasets.samples import DomainImage
 from kvutils.errors import ParameterError, one_of
-from kvutils.images import open_image
 
 log = logging.getLogger(__name__)
 # Of the labels 1, 2, ...: Cityscapes' train ids plus 1; "Semantic Segmentation" in doc/source/format.rst of BDD100K.
@@ -62,9 +62,9 @@ def bdd10k_images(root: str | Path, domains: Sequence[Sequence[str]] = DOMAINS, 
     one_of("part", part, PARTS)
     limits(images=images)
     home = find("bdd-10k", Path(root) / "bdd100k/images/10k", Path(root) / "images/10k").parents[1]
-    pictures: dict[str, Path] = {}
+    pictures: dict[str, Picture] = {}
     for name in splits:
-        pictures |= {file.stem: file for file in every("bdd-10k", home / "images/10k" / name, "*.jpg")}
+        pictures |= {file.stem: Picture(file) for file in every("bdd-10k", home / "images/10k" / name, "*.jpg")}
     known = read_attributes(home, set(pictures))
     if len(known) < len(pictures) and part != "training":  # which is read beside the scored part: said once
         log.warning("BDD-10K: %d of %d images have no attributes in the detection labels and are left out",
@@ -72,8 +72,9 @@ def bdd10k_images(root: str | Path, domains: Sequence[Sequence[str]] = DOMAINS, 
     chosen = _choose(known, words, part, balance, images)
     names = sorted(chosen)
     folder = home / "labels/sem_seg/masks"
-    masks = need("bdd-10k", "masks", [folder / pictures[name].parent.name / f"{name}.png" for name in names])
-    return [DomainImage(name, partial(open_image, pictures[name]), partial(read_mask, mask, pictures[name]), chosen[name])
+    masks = need("bdd-10k", "masks", [folder / pictures[name].source.parent.name / f"{name}.png" for name in names])
+    check_sizes(masks, (pictures[name] for name in names))
+    return [DomainImage(name, pictures[name], partial(read_mask, mask, pictures[name]), chosen[name])
             for name, mask in zip(names, masks, strict=True)]  # fmt: skip
 
 
@@ -155,7 +156,7 @@ def _hash(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
 
 
-def read_mask(path: Path, picture: Path) -> np.ndarray:
+def read_mask(path: Path, picture: Picture) -> np.ndarray:
     """(H, W) uint8: 1..19 classes, VOID, in the pixels of the picture. Raises DataError."""
     expected = "class numbers (one channel, not a colormap)"
     return _LABEL[read_labels(path, picture, ("L", "P"), expected, len(CLASS_NAMES) - 1)]

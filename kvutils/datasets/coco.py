@@ -11,21 +11,20 @@ apart: its foreground is coarse, the inside of the boxes. The images are the sam
 import heapq
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from kvutils import VOID, data_folder
 from kvutils.datasets.catalog import missing_data
-from kvutils.datasets.coco_masks import segmentation_mask
-from kvutils.datasets.files import annotated_picture, expect, find, limits, need, read_json, reading, upright_labels
-from kvutils.datasets.hub import HUB, holds_parquet, open_rows, picture_at, picture_of
+from kvutils.datasets.coco_masks import check_segmentation, segmentation_mask
+from kvutils.datasets.files import every, expect, find, limits, need, read_json, reading
+from kvutils.datasets.hub import HUB, holds_parquet, open_rows, picture_at
+from kvutils.datasets.labels import Picture, Turn
 from kvutils.datasets.samples import LabelledImage
-from kvutils.images import open_image
 
 log = logging.getLogger(__name__)
 # The 500 images of COCO val2014 (val2017 is a part of it, with the same numbers) that POPE asks about: other measurements on
@@ -68,11 +67,16 @@ def _from_json(root: Path, folder: Path, count: int) -> list[LabelledImage]:
     path = find("coco", root / "annotations" / "instances_val2017.json", hint=hint)
     images, objects = _read_annotations(path)
     chosen = _choose(list(images), count, str(path))
-    pictures = need("coco", f"images in {folder}", [folder / images[number]["file_name"] for number in chosen])
+    with reading(path, "file names of the images as text"):
+        names = [folder / images[number]["file_name"] for number in chosen]
+    pictures = [Picture(file) for file in need("coco", f"images in {folder}", names)]
     samples = []
     for number, picture in zip(chosen, pictures, strict=True):
-        mask = partial(_draw, objects[number], images[number]["height"], images[number]["width"], picture)
-        samples.append(LabelledImage(f"{number:012d}", partial(open_image, picture), mask))
+        turn = picture.turn((images[number]["width"], images[number]["height"]))
+        for one in objects[number]:
+            with reading(f"{picture.source.name}, annotation {one['id']} of {path}", "a segmentation"):
+                check_segmentation(one["segmentation"], *turn.size[::-1])
+        samples.append(LabelledImage(f"{number:012d}", picture, partial(_draw, objects[number], turn, picture.source)))
     return samples
 
 
@@ -86,40 +90,42 @@ def _read_annotations(path: Path) -> tuple[dict[int, dict], dict[int, list[dict]
             absent = [key for key in keys if not isinstance(record, dict) or key not in record]
             expect(not absent, f"{path}: {kind}[{place}] lacks {', '.join(absent)}")
     objects: dict[int, list[dict]] = defaultdict(list)
-    for one in content["annotations"]:
-        objects[one["image_id"]].append(one)
-    return {one["id"]: one for one in content["images"]}, objects
+    with reading(path, "whole numbers as ids"):
+        for one in content["annotations"]:
+            objects[int(one["image_id"])].append(one)
+        return {int(one["id"]): one for one in content["images"]}, objects
 
 
-def _draw(objects: Sequence[dict], height: int, width: int, picture: Path) -> np.ndarray:
+def _draw(objects: Sequence[dict], turn: Turn, picture: Path) -> np.ndarray:
     """(H, W) uint8: crowds first, so that an object in a crowd stays an object."""
-    mask = np.zeros((height, width), np.uint8)
+    mask = np.zeros(turn.size[::-1], np.uint8)
     for one in sorted(objects, key=lambda one: not one.get("iscrowd", 0)):
-        with reading(f"{picture.name}, annotation {one['id']}", "a segmentation"):
-            mask[segmentation_mask(one["segmentation"], height, width)] = VOID if one.get("iscrowd", 0) else 1
-    return upright_labels(mask, picture, f"the annotation of {picture.name}")
+        with reading(f"{picture}, annotation {one['id']}", "a segmentation"):
+            mask[segmentation_mask(one["segmentation"], *mask.shape)] = VOID if one.get("iscrowd", 0) else 1
+    return turn.mask(mask)
 
 
 def _unannotated(folder: Path, count: int) -> list[LabelledImage]:
-    pictures = {int(path.stem): path for path in folder.iterdir() if path.stem.isdigit()}
+    pictures = {int(path.stem): Picture(path) for path in every("coco", folder, "*.jpg") if path.stem.isdecimal()}
     if len(pictures) != IMAGES:
         log.warning("%s holds %d images, val2017 has %d: the lowest numbers may be others.", folder, len(pictures), IMAGES)
-    opened = {number: partial(open_image, pictures[number]) for number in _choose(list(pictures), count, str(folder))}
+    opened = {number: pictures[number] for number in _choose(list(pictures), count, str(folder))}
     return [LabelledImage(f"{number:012d}", each, partial(_void, each)) for number, each in opened.items()]
 
 
-def _void(picture: Callable[[], Image.Image]) -> np.ndarray:
+def _void(picture: Picture) -> np.ndarray:
     width, height = picture().size
     return np.full((height, width), VOID, np.uint8)
 
 
 def _from_parquet(root: Path, count: int, annotated: bool) -> list[LabelledImage]:
     rows = open_rows("coco", root, "val", _COLUMNS, pictures=("image",))
-    places = {int(number): place for place, number in enumerate(rows["image_id"])}
+    with reading(f"COCO in {root}", "whole numbers as image_id"):
+        places = {int(number): place for place, number in enumerate(rows["image_id"])}
     records = rows.select_columns(list(_COLUMNS))  # without the pictures, which stay on disk
     samples = []
     for number in _choose(list(places), count, str(root)):
-        picture = picture_at(rows, places[number], "image", f"{number:012d}")
+        picture = picture_at(rows, places[number], "image", f"COCO {number:012d}")
         samples.append(_boxed(records[places[number]], picture, annotated))
     return samples
 
@@ -127,26 +133,28 @@ def _from_parquet(root: Path, count: int, annotated: bool) -> list[LabelledImage
 def _streamed(count: int, annotated: bool) -> list[LabelledImage]:
     """Of rows in any order the lowest `count`; no more than these are kept at a time."""
     rows = open_rows("coco", HUB, "val", _COLUMNS, pictures=("image",), streaming=True)
-    wanted = (row for row in rows if int(row["image_id"]) not in POPE_IMAGES)
-    kept = heapq.nsmallest(count, wanted, key=lambda row: int(row["image_id"]))
+    with reading("COCO from the hub", "whole numbers as image_id"):
+        wanted = (row for row in rows if int(row["image_id"]) not in POPE_IMAGES)
+        kept = heapq.nsmallest(count, wanted, key=lambda row: int(row["image_id"]))
     _choose([int(row["image_id"]) for row in kept], count, "the hub")
-    return [_boxed(row, picture_of(row["image"], f"{int(row['image_id']):012d}"), annotated) for row in kept]
+    return [_boxed(row, picture_at(kept, place, "image", f"COCO {int(row['image_id']):012d}"), annotated) for place, row in enumerate(kept)]
 
 
-def _boxed(row: dict[str, Any], picture: Callable[[], Image.Image], annotated: bool) -> LabelledImage:
-    name, objects = f"{int(row['image_id']):012d}", row["objects"]
-    boxes = objects["bbox"] if isinstance(objects, dict) else [one["bbox"] for one in objects]
-    drawn = partial(_fill, boxes, row["height"], row["width"], picture, name)
-    return LabelledImage(name, picture, drawn if annotated else partial(_void, picture))
+def _boxed(row: dict[str, Any], picture: Picture, annotated: bool) -> LabelledImage:
+    with reading(picture.name, "objects with bbox"):
+        objects = row["objects"]
+        boxes = objects["bbox"] if isinstance(objects, dict) else [one["bbox"] for one in objects]
+    drawn = partial(_fill, boxes, (row["width"], row["height"]), picture)
+    return LabelledImage(f"{int(row['image_id']):012d}", picture, drawn if annotated else partial(_void, picture))
 
 
-def _fill(boxes: Sequence[Sequence[float]], height: int, width: int, picture: Callable, name: str) -> np.ndarray:
+def _fill(boxes: Sequence[Sequence[float]], size: tuple[int, int], picture: Picture) -> np.ndarray:
     """(H, W) uint8: 1 inside the boxes."""
-    annotated_picture(picture, (width, height), name)
+    turn, (width, height) = picture.turn(size), size
     mask = np.zeros((height, width), np.uint8)
-    for box in boxes:
-        x0, y0, x1, y1 = box
-        inside = -1 <= x0 <= x1 <= width + 1 and -1 <= y0 <= y1 <= height + 1
-        expect(inside, f"{name}: expected boxes x_min, y_min, x_max, y_max in {width}x{height} pixels, found {box}")
-        mask[max(0, int(y0)) : int(np.ceil(y1)), max(0, int(x0)) : int(np.ceil(x1))] = 1
-    return mask
+    with reading(picture.name, f"boxes x_min, y_min, x_max, y_max in {width}x{height} pixels"):
+        for box in boxes:
+            x0, y0, x1, y1 = box
+            expect(-1 <= x0 <= x1 <= width + 1 and -1 <= y0 <= y1 <= height + 1, f"found {box}")
+            mask[max(0, int(y0)) : int(np.ceil(y1)), max(0, int(x0)) : int(np.ceil(x1))] = 1
+    return turn.mask(mask)

@@ -1,21 +1,24 @@
 """COCO segmentations (polygons, plain or compressed run lengths) as masks, pixel for pixel as pycocotools.
 
-Run lengths are column-major and start with a run of zeros. A polygon is drawn as the COCO mask API does:
-edges are walked on a grid five times finer, the crossings of pixel-column centres toggle inside and outside.
+Run lengths are column-major and start with a run of zeros. A polygon is drawn as the COCO mask API does: edges are walked
+on a grid five times finer, the crossings of pixel-column centres toggle inside and outside; an odd last number is left out,
+and parts of fewer than three points enclose nothing. (pycocotools takes a first part of four numbers for a box, and so all
+others: that is not followed.)
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from kvutils.datasets.files import expect
+from kvutils.datasets.files import expect, reading
 
 _FINER = 5  # steps per pixel along an edge
+_BEYOND = 100  # times the picture: a corner further away is no pixel, and its edge would not fit the memory
 
 
 def rle_from_string(text: str | bytes) -> list[int]:
     """Run lengths of a compressed COCO string: 5 bits a character, counts relative to two runs before."""
-    data = text.encode("ascii") if isinstance(text, str) else text
+    data = text.encode("utf-8") if isinstance(text, str) else text
     counts: list[int] = []
     value = shift = 0
     for position, byte in enumerate(data):
@@ -36,18 +39,16 @@ def rle_decode(counts: Sequence[int] | str | bytes, height: int, width: int) -> 
     """(height, width) bool mask of run lengths, plain or compressed; DataError if they do not fill it."""
     if isinstance(counts, (str, bytes)):
         counts = rle_from_string(counts)
-    runs = np.asarray(counts, dtype=np.int64)
-    fit = runs.ndim == 1 and (runs >= 0).all() and runs.sum() == height * width
-    expect(fit, f"run lengths sum to {runs.sum()}, expected {height} x {width} = {height * width} pixels")
+    runs, pixels = np.asarray(counts), height * width
+    whole = runs.ndim == 1 and runs.dtype.kind in "iu" and ((runs >= 0) & (runs <= pixels)).all()  # or the sum might wrap round
+    total = int(runs.sum()) if whole else f"no number of pixels ({str(counts)[:60]})"
+    expect(total == pixels, f"run lengths sum to {total}, expected {height} x {width} = {pixels}")
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape((height, width), order="F")
 
 
-def polygon_mask(polygon: Sequence[float], height: int, width: int) -> np.ndarray:
-    """(height, width) bool mask of one polygon [x0, y0, x1, y1, ...] in pixels."""
-    points = np.asarray(polygon, dtype=np.float64)
-    flat = points.ndim == 1 and len(points) % 2 == 0 and len(points) >= 6 and np.isfinite(points).all()
-    expect(flat, f"a polygon is a flat list of at least 3 finite x, y pairs, found {len(points)} numbers")
-    corners = (_FINER * points.reshape(-1, 2) + 0.5).astype(np.int64)  # truncation, as the C code
+def _inside(corners: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(height, width) bool mask of one polygon of corners (n, 2) x, y in pixels."""
+    corners = (_FINER * corners + 0.5).astype(np.int64)  # truncation, as the C code
     x, y = np.concatenate([_walk(a, b) for a, b in zip(corners, np.roll(corners, -1, axis=0), strict=True)]).T
     moved = np.flatnonzero(x[1:] != x[:-1]) + 1
     column = (np.where(x[moved] < x[moved - 1], x[moved], x[moved] - 1) + 0.5) / _FINER - 0.5
@@ -73,11 +74,34 @@ def _walk(start: np.ndarray, end: np.ndarray) -> np.ndarray:
     return points[::-1] if flip else points
 
 
-def segmentation_mask(segmentation, height: int, width: int) -> np.ndarray:
-    """(height, width) bool mask of a COCO `segmentation`: inside any of its polygons, or run lengths {"size", "counts"}."""
+def check_segmentation(segmentation: object, height: int, width: int) -> list[np.ndarray] | list[int] | str | bytes:
+    """What is to be drawn of a COCO `segmentation`: corners (n, 2) x, y of each polygon, or run lengths, plain or compressed.
+
+    DataError for other content, for polygons that enclose nothing and for another picture's size; nothing is drawn yet.
+    """
     if isinstance(segmentation, dict):
-        size = tuple(segmentation.get("size", (height, width)))
-        expect(size == (height, width), f"run lengths are for an image of {size}, expected height, width = {(height, width)}")
-        return rle_decode(segmentation["counts"], height, width)
-    expect(segmentation, "an empty segmentation has no mask; leave the annotation out")
-    return np.any([polygon_mask(polygon, height, width) for polygon in segmentation], axis=0)
+        size, counts = segmentation.get("size", [height, width]), segmentation.get("counts")
+        own = isinstance(size, (list, tuple)) and tuple(size) == (height, width)
+        expect(own, f"run lengths are for an image of {size}, expected height, width = {(height, width)}")
+        expect(isinstance(counts, (list, str, bytes)), f"run lengths must be a list or text, found {str(counts)[:60]}")
+        return counts
+    expect(isinstance(segmentation, list), f"a segmentation is a list of polygons or run lengths, found {str(segmentation)[:60]}")
+    found = []
+    for polygon in segmentation:
+        with reading("a polygon", "a flat list of finite x, y pairs in the picture"):
+            numbers = np.asarray(polygon, dtype=np.float64)
+            near = numbers.ndim == 1 and (np.abs(numbers) <= _BEYOND * max(height, width)).all()  # NaN is not
+            expect(near, f"found {str(polygon)[:60]}")
+        found.append(numbers[: len(numbers) // 2 * 2].reshape(-1, 2))
+    found = [corners for corners in found if len(corners) >= 3]
+    expect(found, f"a polygon has at least 3 points, found none such in {str(segmentation)[:60]}; leave the annotation out")
+    return found
+
+
+def segmentation_mask(segmentation: list | dict, height: int, width: int) -> np.ndarray:
+    """(height, width) bool mask of a COCO `segmentation`: inside any of its polygons, or run lengths {"size", "counts"}.
+    Raises DataError."""
+    parts = check_segmentation(segmentation, height, width)
+    if isinstance(segmentation, dict):
+        return rle_decode(parts, height, width)
+    return np.any([_inside(corners, height, width) for corners in parts], axis=0)

@@ -1,18 +1,15 @@
-"""What the loaders of official files share: the one place for "N of M files are missing", for text that cannot be read, for
-options that do not exist, and for label images (exact values, over the pixels of the picture that `open_image` shows)."""
+"""What the loaders of official files share: the one place for "N of M files are missing", for lists and JSON (byte order marks,
+blank lines and the companions that desktops leave are nothing), for content that cannot be read and options that do not exist."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import ExifTags, Image, ImageOps
-
-from kvutils import VOID
 from kvutils.datasets.catalog import missing_data
 from kvutils.errors import DataError, ParameterError, at_least, one_of
+from kvutils.images import MALFORMED
 
 
 @contextmanager
@@ -20,7 +17,7 @@ def reading(where: object, expected: str) -> Iterator[None]:
     """What malformed content raises becomes a DataError that says where it is and what was expected there."""
     try:
         yield
-    except (DataError, OSError, SyntaxError, AttributeError, LookupError, TypeError, ValueError) as error:  # Pillow raises most of them
+    except (DataError, *MALFORMED) as error:
         found = f"{type(error).__name__}: {error}"
         raise DataError(f"{where}: expected {expected}, but it cannot be read ({found}); is it complete?") from error
 
@@ -56,9 +53,14 @@ def find(name: str, *places: Path, hint: str = "") -> Path:
     return found
 
 
+def visible(paths: Iterable[Path]) -> list[Path]:
+    """Sorted, without the companions of files that desktops leave, such as ._00000.jpg and .DS_Store."""
+    return sorted(path for path in paths if not path.name.startswith("."))
+
+
 def every(name: str, folder: Path, pattern: str, hint: str = "") -> list[Path]:
     """The files of a folder, by name. Raises DataError with how to get the data set where there is none."""
-    found = sorted(folder.glob(pattern))
+    found = visible(folder.glob(pattern))
     if not found:
         raise missing_data(name, f"{folder} holds no {pattern}{hint}")
     return found
@@ -104,48 +106,3 @@ def read_json(path: Path, kind: type = dict, **options: Any) -> Any:
 def read_lines(path: Path) -> list[tuple[str, str]]:
     """("<path>, line <number>", content) of each line of a file that is not blank."""
     return [(f"{path}, line {i}", line) for i, line in enumerate(read_text(path).split("\n"), start=1) if line.strip()]
-
-
-def read_labels(path: Path, picture: Path, modes: Sequence[str], expected: str, highest: int | None = None) -> np.ndarray:
-    """(H, W) indices of a grey or palette image, or (H, W, 3) of an RGB one, in the upright pixels of `picture`.
-
-    modes: the Pillow modes that the data set may have; expected says in the error what these are. Colours are never
-    converted. highest: the indices are 0 to this one, and `VOID`. Raises DataError for a file that cannot be read, has
-    another mode, another index, or does not fit its picture.
-    """
-    with reading(path, expected), Image.open(path) as image:
-        mode, labels = image.mode, np.array(image)
-    expect(mode in modes, f"{path}: expected {expected}, found a {mode!r} image; was the file converted?")
-    if highest is not None:
-        strange = [int(value) for value in np.flatnonzero(np.bincount(labels.ravel())) if highest < value != VOID]
-        expect(not strange, f"{path}: expected {expected} 0..{highest} and {VOID} (void), found {strange[:1]}")
-    return upright_labels(labels, picture, str(path))
-
-
-def upright_labels(labels: np.ndarray, picture: Path, name: str) -> np.ndarray:
-    """Labels over the stored pixels of a picture, turned as its EXIF orientation says; DataError if they do not fit.
-
-    Data sets are annotated, and their own tools read them, without that turn. Labels of the turned size stay.
-    """
-    with reading(picture, f"the picture of {name}"), Image.open(picture) as image:
-        (width, height), orientation = image.size, image.getexif().get(ExifTags.Base.Orientation, 1)
-    if labels.shape[:2] == (height, width):
-        stored = Image.fromarray(labels)
-        stored.getexif()[ExifTags.Base.Orientation] = orientation
-        return np.array(ImageOps.exif_transpose(stored))
-    turned = orientation in (5, 6, 7, 8) and labels.shape[:2] == (width, height)
-    expect(turned, f"{name}: expected {width}x{height} pixels as its picture {picture}, found {labels.shape[1]}x{labels.shape[0]}")
-    return labels
-
-
-def class_mask(labels: np.ndarray, wanted: int, void: int) -> np.ndarray:
-    """(H, W) uint8: 1 where `labels` is `wanted`, `VOID` where it is `void`, 0 elsewhere."""
-    return np.where(labels == void, VOID, labels == wanted).astype(np.uint8)
-
-
-def annotated_picture(opener: Callable[[], Image.Image], size: tuple[int, int], name: str) -> Image.Image:
-    """The picture, of the (width, height) that its annotation has. Raises DataError."""
-    image = opener()
-    annotated = f"{size[0]}x{size[1]}: is this the published image, unscaled?"
-    expect(image.size == size, f"{name} is {image.width}x{image.height}, but its annotation {annotated}")
-    return image

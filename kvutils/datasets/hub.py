@@ -6,7 +6,6 @@ first is written down and used ever after, so that two runs read the same rows; 
 Pictures stay encoded until they are asked for.
 """
 
-import io
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,12 +13,11 @@ from typing import Any, TypeVar
 
 import datasets
 from huggingface_hub import HfApi, snapshot_download
-from PIL import Image
 
 from kvutils.datasets.catalog import CATALOG, data_root, missing_data
-from kvutils.datasets.files import expect, reading
+from kvutils.datasets.files import expect, reading, visible
+from kvutils.datasets.labels import Picture
 from kvutils.errors import DataError
-from kvutils.images import open_image
 from kvutils.store import read_json, write_json
 
 T = TypeVar("T")
@@ -28,7 +26,7 @@ HUB = "hub"  # given as root=: read from the hub instead of a folder
 
 def holds_parquet(root: str | Path) -> bool:
     """Whether `root` is the hub or a folder with a local copy of a hub repository."""
-    return str(root) == HUB or next(Path(root).rglob("*.parquet"), None) is not None
+    return str(root) == HUB or bool(visible(Path(root).rglob("*.parquet")))
 
 
 def open_rows(name: str, root: str | Path, split: str, columns: Sequence[str], pictures: Sequence[str] = (), config: str | None = None,
@@ -56,15 +54,16 @@ def open_rows(name: str, root: str | Path, split: str, columns: Sequence[str], p
     absent = sorted({*columns, *pictures} - set(rows.column_names))
     there = ", ".join(rows.column_names)
     expect(not absent, f"{name}: expected the columns {', '.join(absent)} too, found {there}; is this another version of the data set?")
-    for column in pictures:
-        rows = rows.cast_column(column, datasets.Image(decode=False))
+    with reading(f"{name} from {root}", "encoded pictures"):
+        for column in pictures:
+            rows = rows.cast_column(column, datasets.Image(decode=False))
     return rows
 
 
 def _parts(name: str, root: Path, split: str, config: str | None) -> list[str]:
     """The Parquet files of a split (and config): all the parts "<split>-00000-of-00003..." of one copy. Raises DataError."""
     pattern = re.compile(rf"{re.escape(split)}(-(\d+)-of-(\d+).*)?\.parquet")
-    found = [(path, match) for path in sorted(root.rglob("*.parquet")) if (match := pattern.fullmatch(path.name))]
+    found = [(path, match) for path in visible(root.rglob("*.parquet")) if (match := pattern.fullmatch(path.name))]
     found = [(path, match) for path, match in found if config is None or config in path.relative_to(root).parts[:-1]]
     if not found:
         where = f"{config}/{split}" if config else split
@@ -78,20 +77,14 @@ def _parts(name: str, root: Path, split: str, config: str | None) -> list[str]:
     return [str(path) for path, _ in found]
 
 
-def picture_of(value: dict | None, name: str) -> Callable[[], Image.Image]:
-    """A function that opens an undecoded picture ({"bytes", "path"}); `name` says in errors which it is."""
-    expect(value and value.get("bytes"), f"{name}: the row holds no picture; is this another version of the data set?")
-
-    def opened() -> Image.Image:
-        with reading(name, "a picture"), Image.open(io.BytesIO(value["bytes"])) as image:
-            return open_image(image, name)
-
-    return opened
+def picture_at(rows: Sequence[dict] | datasets.Dataset, index: int, column: str, name: str) -> Picture:
+    """An undecoded picture ({"bytes", "path"}) of a row, which stays on disk until then; `name` says in errors which it is."""
+    return Picture(lambda: _encoded(rows[index][column]), name)
 
 
-def picture_at(rows: datasets.Dataset, index: int, column: str, name: str) -> Callable[[], Image.Image]:
-    """The same of a row that stays on disk until then."""
-    return lambda: picture_of(rows[index][column], name)()
+def _encoded(value: dict | None) -> bytes:
+    expect(value and value.get("bytes"), "the row holds no picture; is this another version of the data set?")
+    return value["bytes"]
 
 
 def revision_of(repository: str) -> str:

@@ -26,10 +26,10 @@ from pathlib import Path
 import numpy as np
 
 from kvutils import VOID
-from kvutils.datasets.files import class_mask, expect, find, limits, need, read_labels, read_lines, read_text, reading
+from kvutils.datasets.files import expect, find, limits, need, read_lines, read_text, reading
+from kvutils.datasets.labels import Picture, check_sizes, class_mask, read_labels
 from kvutils.datasets.samples import LabelledImage, NamedMask
 from kvutils.errors import DataError, ParameterError, one_of
-from kvutils.images import open_image
 
 _Entries = list[tuple[str, str]]  # (where ImageNet has it, "<class>/<image>" in ImageNet-S) of each image
 VARIANTS = {50: 752, 300: 4097, 919: 12419}  # classes -> images of the validation split
@@ -62,7 +62,7 @@ def imagenet_s_masks(root: str | Path, variant: int = 50, max_images: int | None
         wnid, image_id = name.split("/")
         index = wnids.index(wnid)
         opened = partial(_read_mask, mask, picture, len(wnids), index + 1)
-        samples.append(NamedMask(f"{image_id}-{wnid}", image_id, partial(open_image, picture), text=names[index], mask=opened,
+        samples.append(NamedMask(f"{image_id}-{wnid}", image_id, picture, text=names[index], mask=opened,
                                  group=image_id, class_name=names[index]))  # fmt: skip
     return samples
 
@@ -88,7 +88,7 @@ def imagenet_s_training(root: str | Path, variant: int = 50, per_class: int = 1,
             raise ParameterError(f"per_class={per_class}, but {path} lists {len(of_class[wnid])} images of {wnid}")
     chosen = [entry for wnid in wnids for entry in of_class[wnid][:per_class]]
     files = zip(chosen, *_find_files(Path(root), variant, "train-semi", imagenet, chosen), strict=True)
-    return [LabelledImage(Path(name).name, partial(open_image, picture), partial(_read_mask, mask, picture, len(wnids)))
+    return [LabelledImage(Path(name).name, picture, partial(_read_mask, mask, picture, len(wnids)))
             for (_, name), picture, mask in files]  # fmt: skip
 
 
@@ -155,7 +155,7 @@ def _spread(entries: _Entries, count: int | None) -> _Entries:
 
 
 def _find_files(root: Path, variant: int, split: str, imagenet: str | Path | None,
-                entries: _Entries) -> tuple[list[Path], list[Path]]:  # fmt: skip
+                entries: _Entries) -> tuple[list[Picture], list[Path]]:  # fmt: skip
     """Pictures, all in the folder of ImageNet-S or all in one of ImageNet's (by class, or flat), and masks."""
     own = f"ImageNetS{variant}"
     home = root if root.name == own else find("imagenet-s", root / own)
@@ -163,12 +163,15 @@ def _find_files(root: Path, variant: int, split: str, imagenet: str | Path | Non
     for folder in (Path(each) for each in (root / "imagenet", imagenet) if each is not None):
         for place in (folder / ("val" if split == "validation" else "train"), folder):
             found += [[place / source for source, _ in entries], [place / Path(source).name for source, _ in entries]]
-    pictures = need("imagenet-s", f"images of {home / split}", *found, hint="; imagenet= may name ImageNet's folder")
-    masks = home / f"{split}-segmentation"
-    return pictures, need("imagenet-s", f"masks in {masks}", [masks / f"{name}.png" for _, name in entries])
+    files = need("imagenet-s", f"images of {home / split}", *found, hint="; imagenet= may name ImageNet's folder")
+    pictures = [Picture(file) for file in files]
+    folder = home / f"{split}-segmentation"
+    masks = need("imagenet-s", f"masks in {folder}", [folder / f"{name}.png" for _, name in entries])
+    check_sizes(masks, pictures)
+    return pictures, masks
 
 
-def _read_mask(path: Path, picture: Path, count: int, wanted: int | None = None) -> np.ndarray:
+def _read_mask(path: Path, picture: Picture, count: int, wanted: int | None = None) -> np.ndarray:
     """(H, W) uint8: the label map with `VOID` where ignored, or 1, 0, `VOID` of the class `wanted`."""
     colours = read_labels(path, picture, ("RGB",), "an RGB image with class ids R + 256 G").astype(np.int32)
     labels = colours[..., 0] + 256 * colours[..., 1]  # int32: 256 does not fit the stored uint8

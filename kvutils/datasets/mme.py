@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from kvutils.datasets.catalog import missing_data
-from kvutils.datasets.files import every, expect, find, limits, read_lines, some_of
+from kvutils.datasets.files import every, expect, find, limits, read_lines, some_of, visible
 from kvutils.datasets.hub import holds_parquet, open_rows, picture_at
 from kvutils.datasets.samples import YesNoSample
 from kvutils.errors import DataError, one_of
@@ -69,7 +69,7 @@ def _file_pairs(root: str | Path, subtasks: Sequence[str], max_images: int | Non
         if not texts.is_dir():
             texts = pictures = folder
         files = every("mme", texts, "*.txt", ", files of questions: is MME extracted whole?")[:max_images]
-        found = {path.stem: path for path in sorted(pictures.glob("*")) if path.suffix.lower() in _PICTURES}
+        found = {path.stem: path for path in visible(pictures.glob("*")) if path.suffix.lower() in _PICTURES}
         if missing := [path.stem for path in files if path.stem not in found]:
             raise missing_data("mme", f"MME {subtask}: {len(missing)} of the {len(files)} images in {pictures} are missing (first: "
                                       f"{missing[0]}.jpg)")  # fmt: skip

@@ -19,10 +19,10 @@ import numpy as np
 
 from kvutils import VOID
 from kvutils.datasets.catalog import missing_data
-from kvutils.datasets.files import every, expect, find, limits, need, read_labels
+from kvutils.datasets.files import every, expect, find, limits, need
+from kvutils.datasets.labels import Picture, read_labels
 from kvutils.datasets.samples import ImageGroup, LabelledImage
 from kvutils.errors import DataError, ParameterError, one_of
-from kvutils.images import open_image
 
 log = logging.getLogger(__name__)
 COLOURS = {  # the database's own colours; every channel is 0, 64, 128 or 192
@@ -71,19 +71,19 @@ def msrc_groups(root: str | Path, classes: Sequence[str] = MSRC7, images: int | 
             raise missing_data("msrc", f"only {len(chosen)} of {len(files)} images in {root} can be taken for the class {name!r}, "
                                        f"expected {images or 'at least 1'}")  # fmt: skip
         groups.append(ImageGroup(name, name, tuple(
-            LabelledImage(picture.stem, partial(open_image, picture), partial(_read_mask, picture, truth, label, unknown_colours))
+            LabelledImage(picture.source.stem, picture, partial(_read_mask, picture, truth, label, unknown_colours))
             for picture, truth in chosen)))  # fmt: skip
     return groups
 
 
-def _find_files(root: Path) -> dict[tuple[int, int], tuple[Path, Path]]:
+def _find_files(root: Path) -> dict[tuple[int, int], tuple[Picture, Path]]:
     """(set, number) -> (picture, ground truth), by number; every picture must have its ground truth."""
     folder = find("msrc", root / "MSRC_ObjCategImageDatabase_v2" / "Images", root / "Images")
     files = {}
     for picture in every("msrc", folder, "*.bmp"):
         match = re.fullmatch(r"(\d+)_(\d+)_s", picture.stem)
         expect(match, f"{picture}: expected names such as 5_1_s.bmp in {folder}")
-        files[int(match[1]), int(match[2])] = (picture, folder.parent / "GroundTruth" / f"{picture.stem}_GT.bmp")
+        files[int(match[1]), int(match[2])] = (Picture(picture), folder.parent / "GroundTruth" / f"{picture.stem}_GT.bmp")
     files = dict(sorted(files.items()))
     need("msrc", f"ground truths of the images in {folder}", (truth for _, truth in files.values()))
     if len(files) != IMAGES:
@@ -91,14 +91,14 @@ def _find_files(root: Path) -> dict[tuple[int, int], tuple[Path, Path]]:
     return files
 
 
-def _labels(picture: Path, truth: Path) -> tuple[np.ndarray, np.ndarray]:
+def _labels(picture: Picture, truth: Path) -> tuple[np.ndarray, np.ndarray]:
     """(H, W) labels: 0 void, 1.. classes in the order of `COLOURS`, or `_UNKNOWN`; and the (H, W, 3) colours."""
     colours = read_labels(truth, picture, ("RGB",), "a colour-coded ground truth (RGB)")
     exact = (colours % 64 == 0).all(axis=-1)
     return np.where(exact, _LABEL[colours // 64 @ _CODE], _UNKNOWN), colours
 
 
-def _read_mask(picture: Path, truth: Path, label: int, unknown_colours: str) -> np.ndarray:
+def _read_mask(picture: Picture, truth: Path, label: int, unknown_colours: str) -> np.ndarray:
     """(H, W) uint8 of one class: 1, 0 or `VOID`."""
     labels, colours = _labels(picture, truth)
     strange = labels == _UNKNOWN

@@ -21,10 +21,10 @@ import torch
 from PIL import Image
 
 from kvutils import VOID
-from kvutils.datasets.files import class_mask, expect, find, limits, need, read_labels, read_lines
+from kvutils.datasets.files import expect, find, limits, need, read_lines
+from kvutils.datasets.labels import Picture, check_sizes, class_mask, read_labels
 from kvutils.datasets.samples import Episode, LabelledImage
 from kvutils.errors import ParameterError
-from kvutils.images import open_image
 
 CLASS_NAMES = ("aeroplane bicycle bird boat bottle bus car cat chair cow "
                "diningtable dog horse motorbike person pottedplant sheep sofa train tvmonitor").split()  # fmt: skip
@@ -77,9 +77,10 @@ def pascal5i_episodes(root: str | Path, folds: Sequence[int] = tuple(range(FOLDS
     drawn = {fold: sample_episodes(read_split(path, fold), shot, per_fold, seed) for fold, path in lists.items()}
     names = dict.fromkeys(name for each in drawn.values() for query, shots, _ in each for name in (query, *shots))
     home = find("pascal-5i", *(Path(root) / place / "JPEGImages" for place in ("VOC2012", "VOCdevkit/VOC2012", "."))).parent
-    pictures = need("pascal-5i", "images of the episodes", [home / "JPEGImages" / f"{name}.jpg" for name in names])
+    pictures = [Picture(each) for each in need("pascal-5i", "images of the episodes", [home / "JPEGImages" / f"{name}.jpg" for name in names])]
     folders = [home / "SegmentationClassAug", home / "SegmentationClass"]
     masks = need("pascal-5i", "masks of the episodes", *([folder / f"{name}.png" for name in names] for folder in folders))
+    check_sizes(masks, pictures)
     files = dict(zip(names, zip(pictures, masks, strict=True), strict=True))
 
     def labelled(name: str, class_index: int) -> LabelledImage:
@@ -108,12 +109,12 @@ def read_split(path: Path, fold: int) -> list[tuple[str, int]]:
     return entries
 
 
-def _read_picture(path: Path, size: int | None) -> Image.Image:
-    image = open_image(path)
+def _read_picture(picture: Picture, size: int | None) -> Image.Image:
+    image = picture()
     return image if size is None else image.resize((size, size), Image.Resampling.BILINEAR)
 
 
-def _read_mask(path: Path, picture: Path, class_index: int, size: int | None) -> np.ndarray:
+def _read_mask(path: Path, picture: Picture, class_index: int, size: int | None) -> np.ndarray:
     """(H, W) uint8 of one class: 1, 0 or `VOID`."""
     labels = read_labels(path, picture, ("L", "P"), "class numbers (a palette or single-channel image)", len(CLASS_NAMES))
     found = np.flatnonzero(np.bincount(labels.ravel())).tolist()

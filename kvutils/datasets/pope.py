@@ -108,4 +108,5 @@ def _check_line(line: dict, where: str) -> dict:
         expect(Path(line["image"]).name == line["image"], f"'image' must be the name of a file, found {line['image']!r}")
         label = line["label"].strip().lower()
         expect(label in ("yes", "no"), f"'label' must be yes or no, found {label!r}")
-    return {**line, "question_id": str(line["question_id"]), "label": label}
+    # 57 questions of the hub's copy ask about the "imange"; RUCAIBox/POPE has mended them since (issue 11).
+    return {**line, "question_id": str(line["question_id"]), "text": line["text"].replace(" imange", " image"), "label": label}

@@ -19,7 +19,7 @@ A local copy is told by its columns. No copy has category names, only COCO's ids
 
 import json
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,14 +27,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet
-from PIL import Image
 
-from kvutils.datasets.coco_masks import segmentation_mask
-from kvutils.datasets.files import annotated_picture, coco_files, expect, find, limits, read_json, reading, some_of
+from kvutils.datasets.coco_masks import check_segmentation, segmentation_mask
+from kvutils.datasets.files import coco_files, expect, find, limits, read_json, reading, some_of, visible
 from kvutils.datasets.hub import HUB, holds_parquet, open_rows, picture_at
+from kvutils.datasets.labels import Picture
 from kvutils.datasets.samples import NamedMask
 from kvutils.errors import DataError, ParameterError, one_of
-from kvutils.images import open_image
 
 SPLITS = {"unc": ("train", "val", "testA", "testB"), "google": ("train", "val", "test")}
 WHOLE, ANNOTATIONS = "jxu124/refcoco-benchmark", "jxu124/refcoco"
@@ -53,8 +52,8 @@ CATEGORIES = {number: name for number, name in enumerate(_NAMES, start=1) if nam
 
 @dataclass(frozen=True)
 class _Reference:
-    """One thing in one image. segmentation: COCO's, in pixels of (width, height). sentences: (id, text). open: opens
-    the image, None where it is the file `file_name`. where: how errors call it."""
+    """One thing in one image. segmentation: COCO's, in pixels of (width, height). sentences: (id, text). picture: None where
+    it is the file `file_name`. where: how errors call it."""
 
     id: int
     image_id: int
@@ -64,7 +63,7 @@ class _Reference:
     class_name: str
     sentences: list[tuple[int, str]]
     where: str
-    open: Callable[[], Image.Image] | None = None
+    picture: Picture | None = None
 
 
 def refcoco_masks(root: str | Path, split: str | Sequence[str] = "val", split_by: str = "unc", images: str | Path | None = None,
@@ -84,22 +83,24 @@ def refcoco_masks(root: str | Path, split: str | Sequence[str] = "val", split_by
     kept = set(list(dict.fromkeys(one.image_id for one in found))[:max_images])
     found = [one for one in found if one.image_id in kept]
     places = [Path(root) / "images/mscoco/images/train2014", Path(root) / "train2014", Path(root).parent / "coco" / "train2014"]
-    names = [one.file_name for one in found if one.open is None]
+    names = [one.file_name for one in found if one.picture is None]
     files = coco_files("refcoco", "train2014", images, places, names) if names else {}
-    samples, opened = [], {}
+    samples, pictures = [], {}
     for one in found:
-        opener = one.open or partial(open_image, files[one.file_name])
-        image = opened.setdefault(one.image_id, partial(annotated_picture, opener, one.size, f"the image of {one.where}"))
+        picture = pictures.setdefault(one.image_id, one.picture or Picture(files[one.file_name]))
+        if one.picture is None:  # a file, whose header is soon read
+            picture.turn(one.size, one.where)
         for sentence_id, sentence in one.sentences:
-            samples.append(NamedMask(f"{one.id}-{sentence_id}", str(one.image_id), image, text=sentence, mask=partial(_mask, one),
+            samples.append(NamedMask(f"{one.id}-{sentence_id}", str(one.image_id), picture, text=sentence, mask=partial(_mask, one, picture),
                                      group=str(one.image_id), class_name=one.class_name))  # fmt: skip
     return samples
 
 
-def _mask(one: _Reference) -> np.ndarray:
-    """(H, W) uint8 in the pixels of the annotation, which are those of the image (`annotated_picture` checks it)."""
+def _mask(one: _Reference, picture: Picture) -> np.ndarray:
+    """(H, W) uint8, upright."""
+    turn = picture.turn(one.size, one.where)
     with reading(one.where, "a segmentation"):
-        return segmentation_mask(one.segmentation, one.size[1], one.size[0]).astype(np.uint8)
+        return turn.mask(segmentation_mask(one.segmentation, one.size[1], one.size[0]).astype(np.uint8))
 
 
 # --- the toolkit's files -----------------------------------------------------------------------------------
@@ -155,7 +156,7 @@ def _checked(record: Any, where: str) -> dict:
     return found | {"split": record["split"], "sentences": sentences}
 
 
-def _reference(record: dict, annotation: Any, image: Any, category: Any, where: str, opener: Callable | None = None) -> _Reference:
+def _reference(record: dict, annotation: Any, image: Any, category: Any, where: str, picture: Picture | None = None) -> _Reference:
     with reading(where, "an annotation with id and segmentation, an image with id, file_name, width and height, a category of COCO"):
         ids = annotation["id"], image["id"]
         expect(ids == (record["ann_id"], record["image_id"]), f"annotation and image are {ids}, not those that it names")
@@ -163,7 +164,8 @@ def _reference(record: dict, annotation: Any, image: Any, category: Any, where: 
         expect(Path(file_name).name == file_name, f"file_name must be the name of a file, found {file_name!r}")
         expect(isinstance(category, str), f"category_id {record['category_id']} is none of COCO's")
         segmentation = annotation["segmentation"]
-    return _Reference(record["ref_id"], record["image_id"], file_name, size, segmentation, category, record["sentences"], where, opener)
+        check_segmentation(segmentation, size[1], size[0])
+    return _Reference(record["ref_id"], record["image_id"], file_name, size, segmentation, category, record["sentences"], where, picture)
 
 
 # --- copies of the hub's repositories ----------------------------------------------------------------------
@@ -187,7 +189,7 @@ def _hub_references(root: str | Path, splits: Sequence[str], split_by: str) -> l
 
 def _columns(root: Path) -> set[str]:
     """The columns of the first Parquet file below a folder."""
-    path = min(root.rglob("*.parquet"))
+    path = visible(root.rglob("*.parquet"))[0]
     with reading(path, "a Parquet file"):  # ArrowInvalid is a ValueError
         return set(pyarrow.parquet.read_schema(path).names)
 
@@ -195,10 +197,12 @@ def _columns(root: Path) -> set[str]:
 def _whole(root: str | Path, name: str) -> Iterator[_Reference]:
     rows = open_rows("refcoco", root, name, ("ref_list", "image_info"), pictures=("image",), repository=WHOLE)
     for index, row in enumerate(rows.select_columns(["ref_list", "image_info"])):
-        for part, entry in enumerate(row["ref_list"]):
+        with reading(f"{name}, row {index}", "a list of references, each with ref_info and ann_info"):
+            entries = [(entry["ref_info"], entry["ann_info"]) for entry in row["ref_list"]]
+        for part, (record, annotation) in enumerate(entries):
             where = f"{name}, row {index}, reference {part}"
-            record, opener = _checked(entry["ref_info"], where), picture_at(rows, index, "image", f"the image of {where}")
-            yield _reference(record, entry["ann_info"], row["image_info"], CATEGORIES.get(record["category_id"]), where, opener)
+            record, picture = _checked(record, where), picture_at(rows, index, "image", f"the image of {where}")
+            yield _reference(record, annotation, row["image_info"], CATEGORIES.get(record["category_id"]), where, picture)
 
 
 def _annotations(root: str | Path, name: str) -> Iterator[_Reference]:

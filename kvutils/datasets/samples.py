@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from kvutils.errors import DataError, ImageError
 from kvutils.images import open_image
 
 
@@ -32,7 +33,12 @@ class Opened:
         if instance is None:
             raise AttributeError(self.name)  # tells dataclass that the field has no default
         value = instance.__dict__[self.name]
-        return value() if callable(value) else value
+        try:
+            return value() if callable(value) else value
+        except (DataError, ImageError) as error:
+            if instance.id in str(error):
+                raise
+            raise type(error)(f"{instance.id}: {error}") from error
 
 
 class Pictures(Sequence):

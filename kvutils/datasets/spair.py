@@ -7,17 +7,17 @@
 File systems of Windows allow no ":" in a name. Where an unzipper wrote "_" or "%3A" instead, that file is taken.
 """
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from kvutils.datasets.files import annotated_picture, expect, find, limits, need, read_json, read_lines, reading, some_of
+from kvutils.datasets.files import expect, find, limits, need, read_json, read_lines, reading, some_of
+from kvutils.datasets.labels import Picture, Turn
 from kvutils.datasets.samples import KeypointPair
 from kvutils.errors import one_of
-from kvutils.images import open_image
 
 CATEGORIES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dog", "horse",
@@ -50,9 +50,15 @@ def spair_pairs(root: str | Path, split: str = "test", layout: str = "large", ca
     spelled = ([folder / f"{name.replace(':', mark)}.json" for name, _ in pairs] for mark in _COLONS)
     files = need("spair-71k", "annotations", *spelled, hint=" (or with _ or %3A for the colon)")
     bar = tqdm(zip(pairs, files, strict=True), "SPair-71k", len(pairs), unit="pair", delay=3, disable=not progress)
-    found = [_read_pair(home / "JPEGImages" / category, name, category, file) for (name, category), file in bar]
-    need("spair-71k", "images", (path for _, paths in found for path in paths))
-    return [pair for pair, _ in found]
+    pictures = {name: [Picture(home / "JPEGImages" / category / f"{one}.jpg") for one in _images(name)] for name, category in pairs}
+    need("spair-71k", "images", [picture.source for both in pictures.values() for picture in both])
+    turn = cache(Picture.turn)  # an image serves dozens of pairs: its header is read once
+    return [_read_pair(name, category, file, pictures[name], turn) for (name, category), file in bar]
+
+
+def _images(pair: str) -> list[str]:
+    """Source and target of a pair by its name."""
+    return pair.partition(":")[0].split("-")[1:]
 
 
 def _read_layout(path: Path) -> list[tuple[str, str]]:
@@ -75,10 +81,8 @@ def _spread(pairs: list[tuple[str, str]], count: int) -> list[tuple[str, str]]:
     return [pair for pair in pairs if pair in kept]
 
 
-def _read_pair(folder: Path, name: str, category: str, file: Path) -> tuple[KeypointPair, list[Path]]:
-    """A pair and the files of its images, which are in the folder."""
-    content = read_json(file)
-    named = name.partition(":")[0].split("-")[1:]
+def _read_pair(name: str, category: str, file: Path, pictures: Sequence[Picture], turn: Callable[..., Turn]) -> KeypointPair:
+    content, named = read_json(file), _images(name)
     with reading(file, f"the annotation of the pair {name}"):
         expect(content["category"] == category, f"its category is {content['category']!r}")
         points = [_numbers(content[key], (-1, 2), key) for key in ("src_kps", "trg_kps")]
@@ -87,9 +91,9 @@ def _read_pair(folder: Path, name: str, category: str, file: Path) -> tuple[Keyp
         images = [content["src_imname"], content["trg_imname"]]
         expect(images == [f"{one}.jpg" for one in named], f"its images are {images}")
         sizes = [tuple(int(number) for number in content[key][:2]) for key in ("src_imsize", "trg_imsize")]
-    paths = [folder / f"{one}.jpg" for one in named]
-    source, target = (partial(annotated_picture, partial(open_image, path), size, str(path)) for path, size in zip(paths, sizes, strict=True))
-    return KeypointPair(name, category, named[0], source, points[0], named[1], target, points[1], box), paths
+    source, target = (turn(picture, size, f"the annotations of {category}") for picture, size in zip(pictures, sizes, strict=True))
+    return KeypointPair(name, category, named[0], pictures[0], source.points(points[0]), named[1], pictures[1],
+                        target.points(points[1]), target.box(box))  # fmt: skip
 
 
 def _numbers(value: object, shape: tuple[int, ...], key: str) -> np.ndarray:

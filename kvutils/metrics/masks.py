@@ -88,6 +88,7 @@ def box_iou(a: Sequence[float] | None, b: Sequence[float] | None) -> float:
     """IoU of two boxes x0, y0, x1, y1; 0 where one is None or both are empty. Acc@0.5 asks for >= 0.5."""
     if a is None or b is None:
         return 0.0
+    a, b = [float(edge) for edge in a], [float(edge) for edge in b]  # products of small integers or halves overflow
     width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
     height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
     union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - width * height
