@@ -1,14 +1,17 @@
 """Which sequence slot is which image token, and which rectangle of the original image it covers.
 
-LLaVA-OneVision and LLaVA-NeXT: base view (the image squashed to a square), then the tiles (the image resized into the best
-resolution, padded, cut) row by row, a newline after every row. Qwen2.5-VL: one grid of merged 2x2 patches, no newlines.
+LLaVA-OneVision and LLaVA-NeXT: base view (the image squashed to a square, or padded to one where `MLM.pad_to_square`), then
+the tiles (the image resized into the best resolution, padded, cut) row by row, a newline after every row. Qwen2.5-VL: one
+grid of merged 2x2 patches, no newlines.
 Token order, unpadding and OneVision's shrinking above anyres_max_9 are not re-implemented: grid coordinates are packed by
 the model's own `pack_image_features` in place of features."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
 
 from kvutils import VOID
@@ -186,8 +189,10 @@ def build_layout(mlm, image_size: tuple[int, int], grid: tuple[int, int] | None 
     newline = torch.full((2,), float("nan"), dtype=torch.float64)
     tiles = pack_crops(mlm, [coordinates], [image_size], newline)[0].numpy()[g * g :]
 
-    starts = np.arange(g)[:, None] * patch + [0, patch]  # of a picture squashed to `side`; a rim may be unseen
-    grids, intervals = {"base": (g, g)}, {BASE: [starts * size / side for size in image_size]}
+    starts = np.arange(g)[:, None] * patch + [0, patch]  # of a picture squashed or padded to `side`; a rim may be unseen
+    seen = [max(image_size)] * 2 if mlm.pad_to_square else image_size
+    base = [starts * square / side - (square - size) // 2 for square, size in zip(seen, image_size, strict=True)]
+    grids, intervals = {"base": (g, g)}, {BASE: base}
     rest = np.array([[g - 1, g]])  # the one newline that closes the base view
     if tall:
         centers = tiles[~np.isnan(tiles[:, 0])]
@@ -240,3 +245,33 @@ def _layout(image_size, grids, cells, view, intervals) -> TokenLayout:
         rects[tokens] = np.concatenate([xs[cells[tokens, 1]], ys[cells[tokens, 0]]], axis=1)[:, [0, 2, 1, 3]]
     rects = np.clip(rects, 0, [width, height, width, height])
     return TokenLayout(np.arange(len(cells)), rects, cells, view, is_newline, (width, height), dict(grids))
+
+
+def check_mlm(mlm, sizes: tuple[int, ...] = (), pictures: Sequence[tuple[int, int]] = ((300, 500), (96, 96), (640, 480))) -> None:
+    """Raises ModelError, with all that differs, unless the model is one that the code was written for: the weights against the
+    configuration, the published processor's token counts against the layout's, published models against the paper's protocol.
+
+    sizes: layers, query heads, key-value heads, head dimension, tokens of the last picture, () for any; pictures: their (W, H)."""
+    wrong: list[str] = []
+    layers, token = mlm.model.model.language_model.layers, mlm.processor.image_token
+    widths = {getattr(layer.self_attn, name).weight.shape[0] for layer in layers for name in ("k_proj", "v_proj")}
+    found, expected = (len(layers), widths), (mlm.num_layers, {mlm.num_kv_heads * mlm.head_dim})
+    if found != expected:
+        wrong.append(f"decoder layers, and width of keys and values: the configuration says {expected}, found {found}")
+    ids = mlm.tokenizer(token, add_special_tokens=False)["input_ids"]
+    if ids != [mlm.image_token_id]:
+        wrong.append(f"image token {token!r}: the configuration says id {mlm.image_token_id}, the tokenizer makes {ids}")
+    for size in pictures:
+        batch = mlm.processor(images=[Image.new("RGB", size)], text=[token], return_tensors="pt")
+        merge = mlm.processor.image_processor.merge_size if mlm.family == "qwen2_5_vl" else 0
+        ours = len(build_layout(mlm, size, (batch["image_grid_thw"][0, 1:] // merge).tolist() if merge else None))
+        theirs = int((batch["input_ids"] == mlm.image_token_id).sum())
+        if theirs != ours and not mlm.base_view_only:  # of which the processor counts the tile that is left out
+            wrong.append(f"image tokens of a {size[0]}x{size[1]} image: the processor makes {theirs}, the layout has {ours}")
+    found = (mlm.num_layers, mlm.num_heads, mlm.num_kv_heads, mlm.head_dim, ours)
+    if sizes not in ((), found):
+        wrong.append("layers, query heads, key-value heads, head dimension, image tokens of a 640x480 image: "
+                     f"expected {sizes}, found {found}")  # fmt: skip
+    if wrong:
+        raise ModelError(f"{mlm.name} is not what kvutils expects:\n  " + "\n  ".join(wrong) + "\nThis is another checkpoint, or "
+                         "another version of transformers reads it differently (requirements.txt names the one tested).")  # fmt: skip

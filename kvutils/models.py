@@ -14,17 +14,17 @@ import torch
 from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import get_max_memory
 from huggingface_hub import try_to_load_from_cache
-from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, SiglipVisionModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from kvutils import data_folder
 from kvutils.errors import MemoryLimitError, ModelError, ParameterError, one_of
-from kvutils.layout import build_layout
+from kvutils.layout import check_mlm
 from kvutils.processors import load_processor, quiet_transformers
 
 ONEVISION, QWEN, NEXT = FAMILIES = ("llava_onevision", "qwen2_5_vl", "llava_next")  # config.model_type
 _POCKET = data_folder() / "pocket"
+QWEN_MAX_PIXELS = 1280 * 28 * 28  # of a picture for Qwen2.5-VL: 1280 tokens, the upper end that its model card recommends
 _PROBE = "kvutils-prefix"  # stands for a prefix, to see where a chat template puts it
 
 
@@ -54,9 +54,16 @@ ENCODERS = {
 }
 
 
+def base_name(model: str) -> str:
+    """The name in `MODELS` that "name@commit" belongs to, by which all that is known of a model is found; others as they are."""
+    base = model.partition("@")[0]
+    return base if base in MODELS else model
+
+
 def original_encoder(model: str) -> str:
     """Name in `ENCODERS` of the SigLIP that an MLM is compared with: its own origin if it has one."""
-    return "pocket-siglip" if model in MODELS and MODELS[model].profile == "pocket" else "siglip-so400m"
+    known = MODELS.get(base_name(model))
+    return "pocket-siglip" if known and known.profile == "pocket" else "siglip-so400m"
 
 
 def find_model(name: str, known: dict[str, ModelSpec] = MODELS) -> ModelSpec:
@@ -80,7 +87,8 @@ class MLM:
     """A multimodal language model with its processor; all sizes come from the configuration.
 
     How it looks at pictures (`dataclasses.replace(mlm, ...)` for another way, the weights are shared): base_view_only
-    (LLaVA), only the picture squashed to a square, no tiles; max_pixels (Qwen2.5-VL), pictures are scaled down to so many."""
+    (LLaVA), only the picture squashed to a square, no tiles; pad_to_square with it, not squashed but padded with the mean
+    colour, which is how LLaVA-OneVision is shown several images; max_pixels (Qwen2.5-VL), scaled down to at most so many."""
 
     model: PreTrainedModel
     processor: Any
@@ -89,6 +97,7 @@ class MLM:
     revision: str
     base_view_only: bool = False
     max_pixels: int | None = None
+    pad_to_square: bool = False
 
     def __post_init__(self):  # L, H, G, D of the vocabulary
         text = self.text_config = self.model.config.get_text_config()
@@ -110,7 +119,7 @@ class MLM:
         provenance of results shows it."""
         return {"model": self.name, "family": self.family, "revision": self.revision, "dtype": str(self.dtype).removeprefix("torch."),
                 "attention": self.attention, "image_backend": self.image_backend, "base_view_only": self.base_view_only,
-                "max_pixels": self.max_pixels}  # fmt: skip
+                "max_pixels": self.max_pixels, "pad_to_square": self.pad_to_square}  # fmt: skip
 
     @property
     def dtype(self) -> torch.dtype:
@@ -173,13 +182,15 @@ class Encoder:
 
 
 def load_mlm(name: str, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
-             attention: str = "sdpa", device_map: str | dict | None = None, untrained: bool = False, seed: int = 0) -> MLM:
+             attention: str = "sdpa", device_map: str | dict | None = None, untrained: bool = False, seed: int = 0,
+             max_pixels: int = 0) -> MLM:
     """Load a model by its name in `MODELS`, a folder, or a hub id of one of the three families ("id@revision" for a commit).
 
     device: default CUDA if there is one, of several processes to each its own. dtype: default float32 on CPU and for pocket
     models, else bfloat16 (on GPUs that have none float16, Qwen2.5-VL float32). device_map: as in accelerate, not with `device`; default
-    `placement`. untrained: the same configuration with the random initialisation of its class under `seed` (control). Only
-    safetensors are read. Raises ModelError also where `check_mlm` finds the model to be another than the code expects."""
+    `placement`. untrained: the same configuration with the random initialisation of its class under `seed` (control).
+    max_pixels: of a picture, for Qwen2.5-VL alone (0: `QWEN_MAX_PIXELS`, 1280 tokens; the checkpoint's own bound is 16,384).
+    Only safetensors are read. Raises ModelError also where `check_mlm` finds the model to be another than the code expects."""
     spec = find_model(name)
     one_of("attention", attention, ("sdpa", "eager", "flash_attention_2", "flash_attention_3"))
     if device_map is not None and (device is not None or untrained):
@@ -188,6 +199,8 @@ def load_mlm(name: str, device: str | torch.device | None = None, dtype: str | t
     with _reading(spec, device):
         config = AutoConfig.from_pretrained(spec.source, revision=spec.revision)
         one_of(f"family of {spec.name}", config.model_type, FAMILIES, ModelError)
+        if max_pixels and config.model_type != QWEN:
+            raise ParameterError(f"max_pixels is for Qwen2.5-VL; {spec.name} is a {config.model_type}, which cuts pictures into tiles")
         options = {"dtype": _dtype(dtype, replace(spec, family=config.model_type), device), "attn_implementation": attention}
         if chosen is None and device_map is None:
             device_map = placement(config, options["dtype"], device)
@@ -203,9 +216,10 @@ def load_mlm(name: str, device: str | torch.device | None = None, dtype: str | t
         elif untrained:
             dispatch_model(model, device_map)
     mlm = wrap_mlm(model, processor, spec.name)
+    mlm.max_pixels = (max_pixels or QWEN_MAX_PIXELS) if mlm.family == QWEN else None
     mlm.revision = f"untrained seed {seed}" if untrained else _revision(spec)
     if spec.profile != "pocket":
-        check_mlm(mlm)
+        check_mlm(mlm, MODELS[mlm.name].sizes if mlm.name in MODELS else ())
     return mlm
 
 
@@ -294,31 +308,3 @@ def _revision(spec: ModelSpec) -> str:
         with path.open("rb") as file:
             hashlib.file_digest(file, lambda: digest)
     return f"sha256:{digest.hexdigest()[:16]}"
-
-
-def check_mlm(mlm: MLM) -> None:
-    """Raises ModelError, with all that differs, unless the model is one that the code was written for: the weights against the
-    configuration, the processor's token counts against the layout's, published models against the paper's protocol."""
-    wrong: list[str] = []
-    layers, token = mlm.model.model.language_model.layers, mlm.processor.image_token
-    widths = {getattr(layer.self_attn, name).weight.shape[0] for layer in layers for name in ("k_proj", "v_proj")}
-    found, expected = (len(layers), widths), (mlm.num_layers, {mlm.num_kv_heads * mlm.head_dim})
-    if found != expected:
-        wrong.append(f"decoder layers, and width of keys and values: the configuration says {expected}, found {found}")
-    ids = mlm.tokenizer(token, add_special_tokens=False)["input_ids"]
-    if ids != [mlm.image_token_id]:
-        wrong.append(f"image token {token!r}: the configuration says id {mlm.image_token_id}, the tokenizer makes {ids}")
-    for size in ((300, 500), (96, 96), (640, 480)):
-        batch = mlm.processor(images=[Image.new("RGB", size)], text=[token], return_tensors="pt")
-        merge = mlm.processor.image_processor.merge_size if mlm.family == QWEN else 0
-        ours = len(build_layout(mlm, size, (batch["image_grid_thw"][0, 1:] // merge).tolist() if merge else None))
-        theirs = int((batch["input_ids"] == mlm.image_token_id).sum())
-        if theirs != ours and not mlm.base_view_only:  # of which the processor counts the tile that is left out
-            wrong.append(f"image tokens of a {size[0]}x{size[1]} image: the processor makes {theirs}, the layout has {ours}")
-    sizes = (mlm.num_layers, mlm.num_heads, mlm.num_kv_heads, mlm.head_dim, ours)
-    if mlm.name in MODELS and MODELS[mlm.name].sizes not in ((), sizes):
-        wrong.append("layers, query heads, key-value heads, head dimension, image tokens of a 640x480 image: "
-                     f"expected {MODELS[mlm.name].sizes}, found {sizes}")  # fmt: skip
-    if wrong:
-        raise ModelError(f"{mlm.name} is not what kvutils expects:\n  " + "\n  ".join(wrong) + "\nThis is another checkpoint, or "
-                         "another version of transformers reads it differently (requirements.txt names the one tested).")  # fmt: skip

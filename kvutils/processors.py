@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from transformers import AutoTokenizer, LlavaNextProcessor, LlavaOnevisionProcessor, Qwen2_5_VLProcessor
+from transformers import AutoConfig, AutoTokenizer, LlavaNextProcessor, LlavaOnevisionProcessor, Qwen2_5_VLProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -44,20 +44,58 @@ _CLASSES = {
     "llava_next": (LlavaNextProcessor, LlavaNextProcessor, LlavaNextImageProcessorPil),
 }
 
+# Before a template that takes texts only: images first, then a line for each text, as the LLaVA templates write a message.
+_AS_TEXT = """\
+{%- set all = namespace(messages=[]) -%}
+{%- for message in messages -%}
+{%- set one = namespace(images='', lines=[], content=message['content']) -%}
+{%- if one.content is not string -%}
+{%- for part in one.content if part['type'] == 'image' %}{% set one.images = one.images + 'IMAGE' %}{% endfor -%}
+{%- for part in one.content if part['type'] == 'text' %}{% set one.lines = one.lines + [part['text']] %}{% endfor -%}
+{%- set one.content = ([one.images] * (one.images != '') + one.lines) | join('\n') -%}
+{%- endif -%}
+{%- set all.messages = all.messages + [{'role': message['role'], 'content': one.content}] -%}
+{%- endfor -%}
+{%- set messages = all.messages -%}
+"""
+
 
 def load_processor(source: str | Path, family: str, revision: str = "main"):
     """Processor of a checkpoint, by explicit class: of an unknown one `AutoProcessor` gives the tokenizer.
 
     Images are resized as the checkpoint was made: by torchvision for published ones if it is installed, by PIL for
-    processors saved by this project (so that its results do not depend on what else is installed)."""
+    processors saved by this project (so that its results do not depend on what else is installed). What older folders do
+    not say is read from the configuration, a chat template that is not there from the tokenizer."""
     published, image_only, pil_class = _CLASSES[family]
     settings, _ = image_only.get_processor_dict(source, revision=revision)
     ours = settings.get("processor_class", "").startswith("ImageOnly")
     if not ours and find_spec("torchvision") is not None:
-        return published.from_pretrained(source, revision=revision)
-    image_processor = pil_class.from_pretrained(source, revision=revision)
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    return image_only.from_args_and_dict([image_processor, tokenizer], settings)
+        processor = published.from_pretrained(source, revision=revision)
+    else:
+        image_processor = pil_class.from_pretrained(source, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        processor = image_only.from_args_and_dict([image_processor, tokenizer], settings)
+    for name, value in _told_by(AutoConfig.from_pretrained(source, revision=revision)).items():
+        if settings.get(name) is None:
+            setattr(processor, name, value)
+    template = processor.tokenizer.chat_template
+    if not processor.chat_template and isinstance(template, str):
+        token = processor.image_token
+        image = f"<|vision_start|>{token}<|vision_end|>" if family == "qwen2_5_vl" else token
+        processor.chat_template = template if token in template else _AS_TEXT.replace("IMAGE", image) + template
+    return processor
+
+
+def _told_by(config) -> dict:
+    """The settings by which a processor counts image tokens, as the model's configuration has them (Qwen2.5-VL needs none)."""
+    vision, strategy = config.vision_config, getattr(config, "vision_feature_select_strategy", None)
+    if config.model_type == "llava_onevision":
+        return {"num_image_tokens": (vision.image_size // vision.patch_size) ** 2, "vision_feature_select_strategy": strategy,
+                "vision_aspect_ratio": config.vision_aspect_ratio}  # fmt: skip
+    if config.model_type == "llava_next":  # the CLS token of CLIP is counted, and taken off again by the strategy "default"
+        return {"patch_size": vision.patch_size, "vision_feature_select_strategy": strategy,
+                "num_additional_image_tokens": int(vision.model_type == "clip_vision_model")}  # fmt: skip
+    return {}
 
 
 @contextmanager

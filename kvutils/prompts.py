@@ -34,7 +34,8 @@ def prepare_text(mlm: MLM, prompts: Sequence[str], vision: VisionInputs, images_
     for prompt in prompts:
         head, *tails = prompt.split(token)
         if len(tails) > 1 and mlm.family == ONEVISION and not mlm.base_view_only:
-            raise ParameterError("LLaVA-OneVision sees several images as base views: dataclasses.replace(mlm, base_view_only=True)")
+            raise ParameterError("LLaVA-OneVision sees several images as base views, each padded to a square: "
+                                 "dataclasses.replace(mlm, base_view_only=True, pad_to_square=True)")  # fmt: skip
         layouts = vision.layouts[first : first + len(tails)]
         text = head + "".join(token * len(one) + tail for one, tail in zip(layouts, tails, strict=True))
         ids = torch.tensor(tokenize(mlm, text))

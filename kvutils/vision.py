@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -12,6 +13,8 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from PIL import Image
 from tqdm import tqdm
+from transformers import BatchFeature
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from kvutils.errors import ImageError, MemoryLimitError, ModelError, ParameterError, at_least
 from kvutils.images import ImageLike, open_image
@@ -84,6 +87,8 @@ def prepare_images(mlm: MLM, images: Sequence[Image.Image], names: Sequence[str]
     """Preprocess upright RGB images as the model looks at them; sizes may differ. names: images in errors."""
     if mlm.base_view_only if mlm.family == QWEN else mlm.max_pixels is not None:
         raise ParameterError("base_view_only is for the LLaVA families, which have several views, max_pixels for Qwen2.5-VL")
+    if mlm.pad_to_square and not mlm.base_view_only:
+        raise ParameterError("pad_to_square is of the base view alone: set base_view_only too")
     if mlm.family == QWEN:
         return _prepare_qwen(mlm, list(images), names or [f"images[{index}]" for index in range(len(images))])
     return _prepare_llava(mlm, list(images))
@@ -92,28 +97,51 @@ def prepare_images(mlm: MLM, images: Sequence[Image.Image], names: Sequence[str]
 def _prepare_llava(mlm: MLM, images: list[Image.Image]) -> VisionInputs:
     side = mlm.model.config.vision_config.image_size
     # With one square resolution there is one tile to cut, and to drop: the base view is the same either way.
-    options = {"image_grid_pinpoints": [[side, side]]} if mlm.base_view_only else {}
-    batch = mlm.processor.image_processor(images=images, return_tensors="pt", **options)
+    processor, options = mlm.processor.image_processor, {"image_grid_pinpoints": [[side, side]]} if mlm.base_view_only else {}
+    shown = [_padded(image, processor.image_mean) for image in images] if mlm.pad_to_square else images
+    batch = processor(images=shown, return_tensors="pt", **options)
     crops = [1 + (tall // side) * (wide // side) for tall, wide in (tiling(mlm, image.size) for image in images)]
     pixels = torch.cat([views[:count] for views, count in zip(batch["pixel_values"], crops, strict=True)])
     return VisionInputs(pixels.to(mlm.device, mlm.dtype), [build_layout(mlm, image.size) for image in images], crops=crops)
+
+
+def _padded(image: Image.Image, mean: Sequence[float]) -> Image.Image:
+    """In the middle of a square of the mean colour, as LLaVA-OneVision's processor pads the images of a prompt with several."""
+    longest = max(image.size)
+    square = Image.new("RGB", (longest, longest), tuple(int(255 * value) for value in mean))
+    square.paste(image, [(longest - side) // 2 for side in image.size])
+    return square
 
 
 def _prepare_qwen(mlm: MLM, images: list[Image.Image], names: Sequence[str]) -> VisionInputs:
     for name, (width, height) in zip(names, (image.size for image in images), strict=True):
         if max(width, height) > 200 * min(width, height):  # the limit of Qwen's own resize
             raise ImageError(f"{name}: {width}x{height} is too thin for Qwen2.5-VL (at most 200:1)")
-    processor, options = mlm.processor.image_processor, {}
-    merge = processor.merge_size
-    if mlm.max_pixels is not None:
-        at_least("max_pixels", mlm.max_pixels, (processor.patch_size * merge) ** 2)  # one token
-        smallest = min(processor.size["shortest_edge"], mlm.max_pixels)
-        options["size"] = {"shortest_edge": smallest, "longest_edge": mlm.max_pixels}
-    batch = processor(images=images, return_tensors="pt", **options)
-    grids = batch["image_grid_thw"]
+    merge = mlm.processor.image_processor.merge_size
+    batches = [_within(mlm, image) for image in images]
+    grids = torch.cat([batch["image_grid_thw"] for batch in batches])
     tokens = [(rows // merge, columns // merge) for _, rows, columns in grids.tolist()]
     layouts = [build_layout(mlm, image.size, grid) for image, grid in zip(images, tokens, strict=True)]
-    return VisionInputs(batch["pixel_values"].to(mlm.device, mlm.dtype), layouts, grids=grids.to(mlm.device))
+    pixels = torch.cat([batch["pixel_values"] for batch in batches])
+    return VisionInputs(pixels.to(mlm.device, mlm.dtype), layouts, grids=grids.to(mlm.device))
+
+
+def _within(mlm: MLM, image: Image.Image) -> BatchFeature:
+    """What Qwen2.5-VL's processor makes of a picture, in at most `max_pixels`: its own resize exceeds them for thin pictures."""
+    processor, largest = mlm.processor.image_processor, mlm.max_pixels
+    if largest is None:
+        return processor(images=[image], return_tensors="pt")
+    token = processor.patch_size * processor.merge_size
+    at_least("max_pixels", largest, token**2)
+    smallest = min(processor.size["shortest_edge"], largest)
+    height, width = smart_resize(image.height, image.width, token, smallest, largest)
+    if height * width > largest:
+        most = largest // token**2  # tokens
+        short = min(height // token, width // token, math.isqrt(most))
+        long = min(max(height, width) // token, most // short)
+        size = (long * token, short * token) if width > height else (short * token, long * token)
+        image, smallest, largest = image.resize(size, processor.resample), size[0] * size[1], size[0] * size[1]
+    return processor(images=[image], return_tensors="pt", size={"shortest_edge": smallest, "longest_edge": largest})
 
 
 def encode_images(mlm: MLM, vision: VisionInputs) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -3,11 +3,14 @@
 `KVUTILS_PUBLISHED` names the folder that holds them. Tests that need it take the fixture `published` of conftest, which
 skips where it is unset."""
 
+import json
 import os
+import re
 from functools import cache
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from kvutils.models import MLM, NEXT, ONEVISION, QWEN, wrap_mlm
@@ -46,3 +49,56 @@ def published_model(family: str, layers: int = 2) -> MLM:
         torch.manual_seed(0)
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     return wrap_mlm(model, load_processor(folder(family), family), FOLDERS[family])
+
+
+# What older transformers called the weights, as the hub's files still do: (in the model, in the file).
+OLD_NAMES = [(r"^model\.language_model\.", "language_model.model."), (r"^lm_head\.", "language_model.lm_head."),
+             (r"^model\.vision_tower\.(vision_model\.)?", "vision_tower.vision_model."), (r"^model\.", "")]  # fmt: skip
+OLD_QWEN_NAMES = [(r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model.")]
+
+
+def write_checkpoint(family: str, place: Path, form: str) -> MLM:
+    """A folder as on the hub, with narrow random weights under the hub's old names; returns the model they are of.
+
+    form: "new"; "old", without processor_config.json and generation_config.json, with the template in the tokenizer and an
+    image processor called ...Fast; "jinja", with the template in chat_template.jinja alone."""
+    mlm, source = published_model(family), folder(family)
+    for file in source.iterdir():
+        (place / file.name).symlink_to(file)
+    about = read(place / "config.json")
+    text, vision, side = about.get("text_config", about), about["vision_config"], 8
+    text |= {"num_hidden_layers": 2, "hidden_size": text["num_attention_heads"] * side, "intermediate_size": 32, "head_dim": side}
+    if family == QWEN:
+        about["rope_scaling"]["mrope_section"] = [1, 1, 2]
+        vision |= {"depth": 2, "out_hidden_size": text["hidden_size"], "fullatt_block_indexes": [1]}
+    else:
+        vision["num_hidden_layers"] = 2
+    vision |= {"hidden_size": 16 * side, "intermediate_size": 32}
+    write(place / "config.json", about)
+    template = read(place / "chat_template.json")["chat_template"]
+    if form != "new":
+        (place / "chat_template.json").unlink()
+    if form == "jinja":
+        (place / "chat_template.jinja").write_text(template, encoding="utf-8")
+    if form == "old":
+        for name in ("processor_config.json", "generation_config.json"):
+            (place / name).unlink(missing_ok=True)
+        settings = read(place / "preprocessor_config.json")
+        write(place / "preprocessor_config.json", settings | {"image_processor_type": settings["image_processor_type"] + "Fast"})
+        write(place / "tokenizer_config.json", {"chat_template": template} | read(place / "tokenizer_config.json"))
+    weights = {}
+    for name, tensor in mlm.model.state_dict().items():
+        new = next((re.sub(old, hub, name) for old, hub in (OLD_QWEN_NAMES if family == QWEN else OLD_NAMES) if re.search(old, name)), name)
+        weights[new] = tensor.clone()
+    save_file(weights, place / "model.safetensors", {"format": "pt"})
+    return mlm
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write(path: Path, about: dict) -> None:
+    """In place of what is there, which may be a link to the published file."""
+    path.unlink(missing_ok=True)
+    path.write_text(json.dumps(about), encoding="utf-8")

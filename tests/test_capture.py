@@ -347,11 +347,28 @@ def test_extreme_images(family):
         assert torch.isfinite(one.values).all() and one.layout.image_size == size and len(one.layout) > 0
 
 
-def test_max_pixels_of_qwen():
+@pytest.mark.parametrize("size", [(120, 96), (9, 182), (8, 1600), (690, 15420), (31, 639), (5, 1000), (4, 400), (1600, 8), (12, 2399), (3, 3)])
+def test_qwen_keeps_its_bound_for_every_shape(size):
+    """Also for thin pictures, whose short side the processor's own resize does not make smaller than a token."""
     mlm = tiny("qwen2_5_vl")
-    large, small = (capture(replace(mlm, max_pixels=m), [picture(120, 96)])[0] for m in (None, 1024))
-    assert len(small.layout) <= 1024 // 64 < len(large.layout)
-    assert small.layout.image_size == large.layout.image_size == (120, 96)
+    processor = mlm.processor.image_processor
+    whole = processor(images=[picture(*size)], return_tensors="pt")["image_grid_thw"]
+    for most in (64, 65, 128, 20 * 64, 200, 1000, 4096, 10**7):
+        (layout,) = prepare_images(replace(mlm, max_pixels=most), [picture(*size)]).layouts
+        assert 1 <= len(layout) <= most // 64 and layout.image_size == size
+    (layout,) = prepare_images(mlm, [picture(*size)]).layouts  # unbounded: as the processor does
+    assert list(layout.grids["base"]) == (whole[0, 1:] // 2).tolist()
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_a_bound_is_asked_for_where_there_is_one(family, tmp_path):
+    folder = save(tiny(family), tmp_path)
+    if family == "qwen2_5_vl":
+        assert [load_mlm(str(folder), max_pixels=most).settings["max_pixels"] for most in (0, 5000)] == [1280 * 28 * 28, 5000]
+    else:
+        assert load_mlm(str(folder)).max_pixels is None
+        with pytest.raises(ParameterError, match="max_pixels is for Qwen"):
+            load_mlm(str(folder), max_pixels=5000)
 
 
 def test_the_models_own_tower_loaded_as_another_encoder_gives_its_own_features(tmp_path):

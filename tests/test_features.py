@@ -8,13 +8,16 @@ import pytest
 import torch
 from PIL import Image
 from recipe.tokenizer import build_word_tokenizer
+from sentencepiece import SentencePieceTrainer
 from torch.nn.functional import normalize
 from transformers import SiglipConfig, SiglipModel, SiglipTextConfig
+from transformers.utils import import_utils
 
 from kvutils.datasets.samples import KeypointPair
 from kvutils.errors import ModelError, ParameterError
 from kvutils.kvcache import capture
 from kvutils.models import Encoder
+from kvutils.readout import words
 from kvutils.readout.attention import prompt_saliency
 from kvutils.readout.encoders import capture_encoder
 from kvutils.readout.features import FeatureExtractor, image_tokens, pixel_features, token_means
@@ -22,6 +25,8 @@ from kvutils.readout.maps import explore
 from kvutils.readout.maps import picture as picture_of
 from kvutils.readout.words import SiglipText, load_siglip_text, text_values
 from kvutils.run.notebook import Run
+from kvutils.store import write_json
+from kvutils.tasks import value_flow
 from kvutils.tasks.base import run_task
 from kvutils.tasks.correspondence import SemanticCorrespondence
 from tests.tiny_models import FAMILIES, WORDS, grid_layout, tiny, tiny_onevision, tiny_pocket, tiny_siglip
@@ -290,6 +295,38 @@ def test_load_siglip_text(tmp_path):
     both.vision_model.save_pretrained(tmp_path / "vision")
     with pytest.raises(ModelError, match="siglip_vision_model.*not a SigLIP pair"):
         load_siglip_text(str(tmp_path / "vision"))
+
+
+@pytest.fixture(scope="module")
+def published_siglip(tmp_path_factory):
+    """A tiny pair with a SentencePiece tokenizer, in the files of google/siglip-so400m-patch14-384."""
+    folder = tmp_path_factory.mktemp("siglip")
+    siglip().save_pretrained(folder)
+    with (folder / "spiece.model").open("wb") as file:
+        SentencePieceTrainer.train(sentence_iterator=iter([" ".join(WORDS)]), model_writer=file, vocab_size=40, hard_vocab_limit=False,
+                                   pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)  # fmt: skip
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "SiglipTokenizer", "pad_token": "</s>", "eos_token": "</s>",
+                                                  "unk_token": "<unk>", "model_max_length": 64})  # fmt: skip
+    return folder
+
+
+def test_siglips_own_tokenizer(published_siglip):
+    text = load_siglip_text(str(published_siglip))
+    assert type(text.tokenizer).__name__ == "SiglipTokenizer" and text.tokenizer.tokenize("a fish") != text.tokenizer.tokenize("a car")
+    assert not torch.equal(text.embed("fish"), text.embed("car"))
+    torch.testing.assert_close(text.embed("fish"), text.embed("the Fish."))  # it reads lower case without punctuation
+
+
+@pytest.mark.parametrize("package", ["sentencepiece", "protobuf"])
+def test_a_missing_package_is_named_before_any_weights_are_read(published_siglip, monkeypatch, package):
+    monkeypatch.setitem(import_utils.BACKENDS_MAPPING, package, (lambda: False, "{0} requires " + package))
+    monkeypatch.setattr(words.SiglipModel, "from_pretrained", mock.Mock())
+    monkeypatch.setattr(value_flow, "original_encoder", lambda model: str(published_siglip))
+    monkeypatch.setattr(value_flow, "load_mlm", mock.Mock())
+    with pytest.raises(ModelError, match="pip install sentencepiece protobuf"):
+        value_flow.open_extractor("pocket")
+    assert not words.SiglipModel.from_pretrained.called and not value_flow.load_mlm.called
+
 
 
 @torch.no_grad()

@@ -23,8 +23,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from kvutils.errors import DataError, ParameterError
 from kvutils.kvcache import capture
-from kvutils.layout import BASE, TILES, TokenLayout, build_layout, tiling
-from kvutils.models import wrap_mlm
+from kvutils.layout import BASE, TILES, TokenLayout, build_layout, check_mlm, tiling
+from kvutils.models import FAMILIES, NEXT, ONEVISION, wrap_mlm
+from kvutils.tasks.choices import base_views
 from kvutils.vision import prepare_images
 
 RNG = np.random.default_rng(0)
@@ -45,15 +46,15 @@ def without_mixing(mlm):
 
 
 def pixel_steps(mlm, layout):
-    """{view: (x, y)}: how many image pixels one pixel of the resized image spans."""
-    size = np.array(layout.image_size)
+    """{view: [(x, y), (x, y)]}: how many image pixels one pixel of the resized image spans, and where in it the image begins."""
+    size, zero = np.array(layout.image_size), np.zeros(2)
     if mlm.family == "qwen2_5_vl":
-        return {BASE: size / (np.array(layout.grids["base"])[::-1] * PATCH)}
+        return {BASE: [size / (np.array(layout.grids["base"])[::-1] * PATCH), zero]}
     side = mlm.model.config.vision_config.image_size
-    steps = {BASE: size / side}
+    steps = {BASE: [np.repeat(size.max(), 2) / side, (size.max() - size) // 2] if mlm.pad_to_square else [size / side, zero]}
     if "tiles" in layout.grids:
         canvas = np.array(tiling(mlm, layout.image_size))[::-1]
-        steps[TILES] = size / np.minimum(np.ceil(size * (canvas / size).min() - 1e-9), canvas)
+        steps[TILES] = [size / np.minimum(np.ceil(size * (canvas / size).min() - 1e-9), canvas), zero]
     return steps
 
 
@@ -90,10 +91,10 @@ def tokens_with_pixels(layout, steps, block, slack):
         hits = np.ones(len(tokens), dtype=bool)
         for axis in (0, 1):
             # Nearest-neighbour resizing reads the pixel under each resized pixel's centre.
-            step = steps[view][axis]
+            step, shift = (each[axis] for each in steps[view])
             low = np.maximum(np.round(rects[:, axis], 6), block[axis] - slack)
             high = np.minimum(np.round(rects[:, axis + 2], 6), block[axis + 2] + slack)
-            centres = np.ceil(np.round(high / step - 0.5, 6)) - np.ceil(np.round(low / step - 0.5, 6))
+            centres = np.ceil(np.round((high + shift) / step - 0.5, 6)) - np.ceil(np.round((low + shift) / step - 0.5, 6))
             hits &= (high > low) & (centres > 0)
         expected[tokens] = hits
     return expected
@@ -102,11 +103,12 @@ def tokens_with_pixels(layout, steps, block, slack):
 @pytest.mark.parametrize(("family", "base_only", "sizes"), [
     ("llava_onevision", False, SIZES[:-1]), ("llava_next", False, SIZES), ("qwen2_5_vl", False, SIZES),
     ("pocket", True, [(32, 32), *SIZES[:2], (9, 7)]), ("llava_onevision", True, SIZES[:4]), ("llava_next", True, SIZES[:4]),
+    ("llava_onevision", "padded", SIZES[:7]),
 ])  # fmt: skip
 def test_changed_pixels_change_exactly_the_tokens_that_hold_them(family, base_only, sizes):
-    """The base view is the picture squashed to a square, with one newline."""
+    """The base view is the picture squashed or padded to a square, with one newline; a token of padding alone never changes."""
     mlm = without_mixing(tiny(family))
-    mlm = replace(mlm, base_view_only=base_only)
+    mlm = replace(mlm, base_view_only=bool(base_only), pad_to_square=base_only == "padded")
     seen = 0
     for size in sizes:
         layout, blocks, changed = changed_tokens(mlm, size, 15)
@@ -253,3 +255,28 @@ def test_select_keeps_positions():
         layout.select([0, 1, 6]).to_pixels(torch.zeros(3))
     with pytest.raises(ParameterError, match="view"):
         layout.spatial("tile")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_token_counts_are_those_of_the_published_processor(family, published):
+    check_mlm(published(family), pictures=[*map(tuple, np.random.default_rng(1).integers(40, 1400, (12, 2)).tolist()), (640, 480)])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_several_images_are_the_pixels_of_the_published_processor(family, published):
+    """OneVision pads each to a square with the mean colour; NeXT is shown squashed base views, which are the first of its tiles."""
+    images = [Image.fromarray(RNG.integers(0, 256, (height, width, 3), dtype=np.uint8)) for height, width in ((301, 500), (640, 222), (90, 90))]
+    mlm = base_views(published(family))
+    ours = prepare_images(mlm, images)
+    theirs = mlm.processor.image_processor(images=[images] if family == ONEVISION else images, return_tensors="pt")["pixel_values"]
+    theirs = theirs[:, 0] if family in (ONEVISION, NEXT) else theirs
+    torch.testing.assert_close(ours.pixels, theirs, rtol=0, atol=0)
+    if family == ONEVISION:
+        assert not torch.equal(prepare_images(replace(mlm, pad_to_square=False), images).pixels[:2], theirs[:2])
+        first = ours.layouts[0]  # 500 x 301 in a square of 500: 99 pixels above, 100 below
+        _, y0, _, y1 = first.rects[: 27 * 27].T
+        size = 14 * 500 / 384
+        rows = first.cells[: 27 * 27, 0]
+        np.testing.assert_allclose(y0, np.clip(rows * size - 99, 0, 301))
+        np.testing.assert_allclose(y1, np.clip((rows + 1) * size - 99, 0, 301))
+        assert (first.rects[: 27 * 27, 2:] <= (500, 301)).all() and (y1 == y0).sum() == 27 * (5 + 5)

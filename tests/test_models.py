@@ -11,7 +11,12 @@ from accelerate import dispatch_model
 from kvutils import models
 from kvutils.errors import MemoryLimitError, ModelError, ParameterError
 from kvutils.kvcache import capture
-from kvutils.models import FAMILIES, MODELS, check_mlm, load_encoder, load_mlm, placement
+from kvutils.layout import check_mlm
+from kvutils.models import FAMILIES, MODELS, NEXT, QWEN, base_name, load_encoder, load_mlm, original_encoder, placement
+from kvutils.run.notebook import Run
+from kvutils.run.plan import rehearsal_file
+from kvutils.tasks.bimodality import variance_threshold
+from tests.published import write_checkpoint
 from tests.tiny_models import picture, save, tiny, tiny_pocket
 
 
@@ -46,9 +51,8 @@ def test_a_processor_of_another_model_is_found():
 
 def test_a_published_name_must_have_the_published_numbers():
     mlm = tiny("llava_next")
-    mlm.name = "llava-next-llama3-8b"
     with pytest.raises(ModelError, match=r"(?s)expected \(32, 32, 8, 128, 2340\), found \(5, .*another checkpoint"):
-        check_mlm(mlm)
+        check_mlm(mlm, MODELS["llava-next-llama3-8b"].sizes)
 
 
 @pytest.fixture(scope="module")
@@ -150,3 +154,30 @@ def test_what_does_not_fit_is_placed_by_accelerate(folder, monkeypatch):
         assert placed == ([{"": "cpu"}] if untrained else [])  # from_pretrained places what it loads
         assert torch.equal(capture(spread, [picture(60, 40)])[0].values, plain.values)
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize("form", ["new", "old", "jinja"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_folders_as_on_the_hub_load_with_every_weight(family, form, published, tmp_path):
+    """Weights under the names of older transformers; fields, template and generation settings where older folders have them."""
+    expected, mlm = write_checkpoint(family, tmp_path, form), load_mlm(str(tmp_path), device="cpu")
+    found = mlm.model.state_dict()
+    assert found.keys() == expected.model.state_dict().keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.model.state_dict().items())
+    told = ("num_image_tokens", "vision_feature_select_strategy", "vision_aspect_ratio", "patch_size", "num_additional_image_tokens")
+    assert [getattr(mlm.processor, name, None) for name in told] == [getattr(expected.processor, name, None) for name in told]
+    assert mlm.image_backend == "pil" and mlm.max_pixels == (1280 * 28 * 28 if family == QWEN else None)
+    for asked in ({"question": "Is it?"}, {"question": "Is it?", "prefix": "A dog."}, {"question": "Which?", "images": 2}):
+        prompt = expected.prompt(**asked)
+        if (family, form) == (NEXT, "old"):  # its tokenizer has a template of its own, of texts only, as Llama 3 was published
+            prompt = f"<|begin_of_text|>{prompt}".replace("\n\n\n", "\n\n")
+        assert mlm.prompt(**asked) == prompt
+
+
+@pytest.mark.parametrize("base", ["llava-onevision-7b", "pocket"])
+def test_a_commit_of_a_model_keeps_what_is_known_of_the_model(base):
+    name = f"{base}@abc"
+    assert (base_name(name), base_name("me/mine@abc")) == (base, "me/mine@abc")
+    assert original_encoder(name) == original_encoder(base) and Run("01", "paper", name).folder == Run("01", "paper", base).folder
+    assert rehearsal_file(name) == rehearsal_file(base)
+    assert base == "pocket" or variance_threshold(torch.arange(1.0, 99), name)["value"] == 450.0

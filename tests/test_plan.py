@@ -15,7 +15,8 @@ from kvutils.datasets import DATASETS
 from kvutils.datasets.catalog import CATALOG
 from kvutils.datasets.pocket.questions import WORDS
 from kvutils.errors import DataError, ModelError
-from kvutils.models import MODELS, ModelSpec, check_mlm, find_model
+from kvutils.layout import check_mlm
+from kvutils.models import MODELS, ModelSpec, find_model
 from kvutils.run import plan
 from kvutils.run.notebook import ROOT
 from kvutils.run.plan import NOTEBOOKS, check_ready, data_of, look_for_model, rehearsal_file, table, weights_on_gpu

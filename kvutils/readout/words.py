@@ -60,9 +60,12 @@ def load_siglip_text(name: str, device: str | torch.device = "cpu") -> SiglipTex
             kind = AutoConfig.from_pretrained(source).model_type
             if kind != "siglip":
                 raise ModelError(f"{name}: {source} is a {kind!r}, not a SigLIP pair of two towers")
+            tokenizer = AutoTokenizer.from_pretrained(source)  # before the weights: it may need packages that are not there
             # Whole: for the text tower alone, every weight of the other would be reported as unexpected.
             model = SiglipModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True).text_model
-            tokenizer = AutoTokenizer.from_pretrained(source)
+    except ImportError as error:
+        raise ModelError(f"{name}: the tokenizer of {source} needs the packages sentencepiece and protobuf (requirements.txt): "
+                         f"pip install sentencepiece protobuf\n{str(error).strip().splitlines()[0]}") from error  # fmt: skip
     except (OSError, ValueError) as error:
         raise ModelError(f"{name}: no SigLIP text tower and tokenizer at {source}: {error}") from error
     return SiglipText(model.to(device).eval(), tokenizer, name)

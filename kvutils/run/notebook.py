@@ -16,7 +16,7 @@ from IPython.display import Markdown
 from kvutils import named_folder
 from kvutils.errors import ParameterError, one_of
 from kvutils.metrics.statistics import interval_text
-from kvutils.models import MLM
+from kvutils.models import MLM, base_name
 from kvutils.run import DEFAULT, report
 from kvutils.run import PROFILES as PROFILES
 from kvutils.store import Parts, write_json
@@ -44,8 +44,8 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """data/results/<profile>/<model>/; of a model's folder its name, of a hub id "owner--name"."""
-        name = Path(self.model).name if os.path.isabs(self.model) else self.model.replace("/", "--")
+        """data/results/<profile>/<model>/; of a model's folder its name, of a hub id "owner--name", of name@commit the name."""
+        name = Path(self.model).name if os.path.isabs(self.model) else base_name(self.model).replace("/", "--")
         return output_root() / "data" / "results" / self.profile / name
 
     @property

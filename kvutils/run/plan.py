@@ -18,7 +18,7 @@ from kvutils.datasets import FOLDERS, USES, open_dataset
 from kvutils.datasets.catalog import CATALOG, data_root
 from kvutils.datasets.hub import ask_hub
 from kvutils.errors import DataError
-from kvutils.models import ENCODERS, MODELS, ModelSpec, find_model, original_encoder
+from kvutils.models import ENCODERS, MODELS, ModelSpec, base_name, find_model, original_encoder
 from kvutils.run.notebook import cache_root
 from kvutils.store import read_json
 
@@ -119,7 +119,7 @@ def device_name() -> str:
 
 def rehearsal_file(model: str) -> Path:
     """Where `make rehearse` leaves the report of a model at full size: {device, hours: {notebook: hours}, peak: {notebook: GiB}}."""
-    return cache_root() / "rehearsal" / f"{model}.json"
+    return cache_root() / "rehearsal" / f"{base_name(model)}.json"
 
 
 def table(profile: str, model: str, notebooks: Sequence[str] = NOTEBOOKS) -> str:

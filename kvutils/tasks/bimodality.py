@@ -12,6 +12,7 @@ import torch
 from sklearn.mixture import GaussianMixture
 
 from kvutils.errors import DataError
+from kvutils.models import base_name
 
 PAPER_THRESHOLDS = {"llava-onevision-7b": 450.0}  # squared key units, section 3.2
 QUANTILE = 0.1  # of the variances: the threshold where there are no two modes (ours)
@@ -24,7 +25,7 @@ Fit = tuple[np.ndarray, np.ndarray, np.ndarray]  # means, standard deviations, s
 def variance_threshold(variance: torch.Tensor, model: str | None = None) -> dict:
     """Below which variance a key is input-agnostic, and whether the keys fall into two groups at all; JSON-able.
 
-    variance: of any keys, pooled; zeros count for the quantile only. model: a name in `MODELS`. value: squared key units,
+    variance: of any keys, pooled; zeros count for the quantile only. model: a name in `MODELS`, also at a commit. value: squared key units,
     the paper's for its own model, else the valley of the log-variance (lowest density between the means of a mixture of two
     normal distributions), else, without two modes, the `QUANTILE` (ours); method: "paper", "valley" or "quantile ...".
     two_modes: two normal distributions describe the log-variance better than one (BIC), Ashman's D is above 2, the density
@@ -44,8 +45,8 @@ def variance_threshold(variance: torch.Tensor, model: str | None = None) -> dict
     valley = int(two.score_samples(grid[:, None]).argmin())
     better, inside = two.bic(points) < one.bic(points), 0 < valley < len(grid) - 1
     two_modes = bool(better and distance > 2 and inside and shares.min() >= _SMALLEST)
-    if model in PAPER_THRESHOLDS:
-        value, method = PAPER_THRESHOLDS[model], "paper"
+    if (published := base_name(model or "")) in PAPER_THRESHOLDS:
+        value, method = PAPER_THRESHOLDS[published], "paper"
     elif two_modes:
         value, method = float(np.exp(grid[valley])), "valley"
     else:

@@ -18,7 +18,7 @@ from kvutils.datasets.samples import MultipleChoice
 from kvutils.errors import DataError, at_least, one_of
 from kvutils.layout import TokenLayout
 from kvutils.metrics.answers import LETTERS, blink_extract
-from kvutils.models import MLM, QWEN, Encoder
+from kvutils.models import MLM, ONEVISION, QWEN, Encoder
 from kvutils.readout.features import FeatureExtractor, image_tokens
 from kvutils.store import Parts, in_chunks
 from kvutils.tasks.base import by_layer
@@ -134,8 +134,10 @@ def read_items(
 
 
 def base_views(mlm: MLM) -> MLM:
-    """The model for several images: a LLaVA model with base views, the form in which they were trained on them."""
-    return mlm if mlm.family == QWEN else replace(mlm, base_view_only=True)
+    """The model for several images. LLaVA-OneVision: a base view of each, padded to a square, as its processor shows them and
+    it was trained. LLaVA-NeXT: the squashed base view of each (ours: its processor tiles every image, and three with up to
+    2,928 tokens do not fit the 8,192 positions of Llama 3). Qwen2.5-VL: each on a grid of its own."""
+    return mlm if mlm.family == QWEN else replace(mlm, base_view_only=True, pad_to_square=mlm.family == ONEVISION)
 
 
 def _read_batch(

@@ -30,12 +30,13 @@ STEPS = {  # step -> (before, after)
 _FEW = "independent units are too few to choose a layer and test it on others; at least 4 are needed"
 
 
-def open_extractor(model: str, seed: int = 0, **options) -> FeatureExtractor:
-    """Everything the tasks compare, loaded by the model's name: the MLM, the same architecture with random weights
-    (of the given seed), and the encoder before it was finetuned. options: those of `FeatureExtractor`."""
+def open_extractor(model: str, seed: int = 0, max_pixels: int = 0, **options) -> FeatureExtractor:
+    """Everything the tasks compare, loaded by the model's name: the MLM (max_pixels as in `load_mlm`), the same architecture
+    with random weights (of the given seed), and the encoder before it was finetuned. options: those of `FeatureExtractor`."""
     encoder = original_encoder(model)
-    return FeatureExtractor(load_mlm(model), load_mlm(model, untrained=True, seed=seed), load_encoder(encoder),
-                            encoder_text=load_siglip_text(encoder), **options)  # fmt: skip
+    text = load_siglip_text(encoder)  # first: what its tokenizer lacks is said before the large models are read
+    mlm, untrained = load_mlm(model, max_pixels=max_pixels), load_mlm(model, max_pixels=max_pixels, untrained=True, seed=seed)
+    return FeatureExtractor(mlm, untrained, load_encoder(encoder), encoder_text=text, **options)
 
 
 def value_flow_tasks(profile: str, options: Mapping[str, Mapping] | None = None) -> dict[str, Task]:
