@@ -15,13 +15,14 @@ from tiny_models import FAMILIES, IMAGES_FIRST, WORDS, hooks, picture, save, tin
 from transformers import DynamicCache
 
 from kvutils.answer import ImageSession
+from kvutils.datasets.refcoco import CATEGORIES
 from kvutils.errors import ImageError, ModelError, ParameterError
 from kvutils.kvcache import capture
 from kvutils.language import resolve_layers
 from kvutils.models import load_encoder, load_mlm, wrap_mlm
 from kvutils.prompts import prepare_text
 from kvutils.readout.encoders import capture_encoder
-from kvutils.readout.words import text_values
+from kvutils.readout.words import text_values, words_of
 from kvutils.vision import encode_images, prepare_images
 
 ALL = [*FAMILIES, "pocket"]
@@ -395,18 +396,36 @@ def test_another_encoder_lands_on_the_same_grid(family):
 def test_text_values_are_means_over_the_tokens_of_a_text(family):
     mlm = tiny(family)
     texts = ["fish", "a red fish on the left", "blue car"]
-    found = text_values(mlm, texts, layers=[0, 3], batch_size=2)
+    found = text_values(mlm, texts, layers=[0, mlm.num_layers - 1], batch_size=2)
     assert found.shape == (3, 2, mlm.num_kv_heads, mlm.head_dim) and found.dtype == torch.float32
     for text, ours in zip(texts, found, strict=True):
-        encoded = mlm.tokenizer(text, return_tensors="pt", return_special_tokens_mask=True)
-        words = encoded.pop("special_tokens_mask")[0] == 0
-        assert words.sum() == len(text.split())
-        cache = DynamicCache()
-        with torch.no_grad():
-            mlm.model.model(input_ids=encoded["input_ids"], past_key_values=cache, use_cache=True)
-        for position, layer in enumerate((0, 3)):
-            expected = cache.layers[layer].values[0][:, words].mean(1)
-            assert torch.allclose(ours[position], expected, atol=1e-5)
+        check_text_values(mlm, text, ours, len(text.split()))
+
+
+def check_text_values(mlm, text, found, words):
+    """The values of the last `words` tokens of a plain forward, in two layers; before them stands what begins every prompt."""
+    first = mlm.tokenizer.bos_token or ("<|im_start|>" if "<|im_start|>" in mlm.tokenizer.get_vocab() else "")
+    ids = mlm.tokenizer(f"{first} {text}", add_special_tokens=False, return_tensors="pt")["input_ids"]
+    assert ids.shape[1] == words + bool(first)
+    cache = DynamicCache()
+    with torch.no_grad():
+        mlm.model.model(input_ids=ids, past_key_values=cache, use_cache=True)
+    for ours, layer in zip(found, (0, mlm.num_layers - 1), strict=True):
+        torch.testing.assert_close(ours, cache.layers[layer].values[0][:, -words:].mean(1), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_are_read_as_in_a_sentence_under_the_published_tokenizers(published, family):
+    """No name breaks into more pieces than in a sentence, none stands where every sequence begins."""
+    mlm = published(family)
+    for name in CATEGORIES.values():
+        pieces, sentence = words_of(mlm, name), mlm.tokenizer(f"a photo of the {name}")["input_ids"]
+        assert sentence[-len(pieces) :] == pieces and mlm.tokenizer.decode(pieces) == f" {name}"
+    assert len(words_of(mlm, "umbrella")) == 1  # at the start of a line it is "umb", "rella"
+    for name, found in zip(("umbrella", "hot dog"), text_values(mlm, ["umbrella", "hot dog"], [0, 1]), strict=True):
+        check_text_values(mlm, name, found, len(name.split()))
+    bare = text_values(mlm, ["umbrella"], [0, 1], behind=[])[0] - text_values(mlm, ["umbrella"], [0, 1])[0]
+    assert bare[0].abs().max() < 1e-5 < bare[1].abs().max()  # no attention has run before layer 0
 
 
 @pytest.mark.parametrize("family", ALL)

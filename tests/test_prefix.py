@@ -71,8 +71,8 @@ def test_controls_under_the_published_tokenizers(published, family):
     texts = {
         "class_name": list(CATEGORIES.values()),
         "domain": ["night highway", "day highway"],
-        "expression": ["left cat", "the cat on the left", "very first one on the left.", "man, #13", "remote in the middle", "cat in the middle", "guy's 2 cups",
-                       "right cat", "the cup on the right", "very last one on the right"],
+        "expression": ["left cat", "the cat on the left", "very first one on the left.", "man, #13", "remote in the middle", "cat in the middle",
+                       "guy's 2 cups", "right cat", "the cup on the right", "very last one on the right"],
     }  # fmt: skip
     for kind, names in texts.items():
         correct = [writer.correct(kind, name) for name in names]

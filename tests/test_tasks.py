@@ -21,8 +21,8 @@ from kvutils.tasks.base import by_layer, run_task, summarise
 from kvutils.tasks.co_segmentation import CoSegmentation
 from kvutils.tasks.correspondence import COPY_FIRST, SemanticCorrespondence, TemporalCorrespondence
 from kvutils.tasks.foreground_segmentation import ForegroundSegmentation, support_labels
-from kvutils.tasks.text_segmentation import ReferringSegmentation, SemanticSegmentation, SemanticSegmentationProbe
-from tests.tiny_models import grid_layout, picture, score_table, tiny_pocket
+from kvutils.tasks.text_segmentation import ReferringSegmentation, SemanticSegmentation, SemanticSegmentationProbe, other_reading
+from tests.tiny_models import grid_layout, picture, score_table, tiny, tiny_pocket
 
 SIZES = ((48, 48), (60, 36), (36, 60))  # W, H: grids differ between images
 CELL = 4  # pixels per token
@@ -175,6 +175,20 @@ def test_referring_by_text():
     hits = means(table, task, "Acc@0.5")
     assert hits["value.0"] == 1 and hits["value.1"] < 0.5
     assert len(set(table.groups)) == 6 and len(table) == 12
+
+
+def test_texts_read_the_other_way():
+    """Ours is the headline of the task itself; the other is read behind one more token, or one fewer."""
+    task = ReferringSegmentation(named(per_image=2)[0])
+    extractor = FeatureExtractor(tiny_pocket(), keys=False)
+    table = run_task(task, extractor, progress=False)
+    summary = {"sources": {f"value.{layer}": {"mean": -abs(layer - 2)} for layer in extractor.layers}}
+    found = other_reading(task, extractor, summary, n_boot=20)
+    assert (found["layer"], found["n"], found["behind"]) == (2, 12, {"ours": [], "other": ["<eos>"]})
+    assert found["ours"]["mean"] == pytest.approx(means(table, task)["value.2"], abs=0.01)  # features there are rounded
+    assert found["other_minus_ours"]["mean"] == pytest.approx(found["other"]["mean"] - found["ours"]["mean"]) != 0
+    begun = other_reading(task, FeatureExtractor(tiny("llava_next"), keys=False), summary, n_boot=20)
+    assert begun["behind"] == {"ours": ["<bos>"], "other": []} and begun["other_minus_ours"]["mean"] != 0
 
 
 def test_wrong_texts_do_not_hold_for_the_image():

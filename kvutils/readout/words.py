@@ -27,7 +27,7 @@ from kvutils.errors import ModelError, ParameterError
 from kvutils.language import read_layers, resolve_layers
 from kvutils.models import ENCODERS, MLM, Encoder
 from kvutils.processors import quiet_transformers
-from kvutils.prompts import pad
+from kvutils.prompts import pad, tokenize
 
 # SigLIP learned captions, not bare names; a leading "the " of an expression gives way to it.
 SIGLIP_TEMPLATE = "a {}"
@@ -72,22 +72,24 @@ def load_siglip_text(name: str, device: str | torch.device = "cpu") -> SiglipTex
 
 
 @torch.no_grad()
-def text_values(mlm: MLM, texts: Sequence[str], layers: str | int | Iterable[int] = "all", batch_size: int = 64) -> torch.Tensor:
+def text_values(mlm: MLM, texts: Sequence[str], layers: str | int | Iterable[int] = "all", batch_size: int = 64,
+                behind: Sequence[int] | None = None) -> torch.Tensor:  # fmt: skip
     """(len(texts), L, G, D) float32 on the CPU: the values of each text, averaged over its tokens.
 
-    Every text is read on its own, without image or chat template: section 3.1 needs a vector in the space of the image
-    values. Special tokens that the tokenizer adds, such as a first token, are not averaged."""
+    Every text is read without image or chat template: section 3.1 needs a vector in the space of the image values. It is
+    read as it stands in a sentence, with a space before it, which byte-pair tokenizers make part of its first token.
+    behind: tokens that are read before it and not averaged; default `start_tokens`."""
     for text in texts:
         if isinstance(texts, str) or not text.strip() or mlm.processor.image_token in text:
             raise ParameterError("texts must be a list of texts of at least one word each, without the image token; found "
                                  + repr(texts if isinstance(texts, str) else text))  # fmt: skip
-    layers = resolve_layers(mlm, layers)
+    layers, before = resolve_layers(mlm, layers), list(start_tokens(mlm) if behind is None else behind)
     result = torch.empty(len(texts), len(layers), mlm.num_kv_heads, mlm.head_dim)
     for start in range(0, len(texts), batch_size):
-        tokens = [mlm.tokenizer(text, return_special_tokens_mask=True) for text in texts[start : start + batch_size]]
-        read = pad(mlm, [torch.tensor(one["input_ids"]) for one in tokens])
-        special = pad(mlm, [torch.tensor(one["special_tokens_mask"]) for one in tokens]).input_ids
-        weight = (read.attention_mask * (1 - special)).float()
+        rows = [torch.tensor(before + words_of(mlm, text)) for text in texts[start : start + batch_size]]
+        read = pad(mlm, rows)
+        weight = read.attention_mask.float()
+        weight[:, : len(before)] = 0
         weight = weight / weight.sum(1, keepdim=True)
 
         def store(position: int, _: torch.Tensor, values: torch.Tensor, start=start, weight=weight) -> None:
@@ -96,6 +98,19 @@ def text_values(mlm: MLM, texts: Sequence[str], layers: str | int | Iterable[int
 
         read_layers(mlm, mlm.model.get_input_embeddings()(read.input_ids), read, layers, store)
     return result
+
+
+def start_tokens(mlm: MLM) -> list[int]:
+    """The special token that the model's prompts begin with: Llama's first token, Qwen's `<|im_start|>`. Such models pile
+    attention and huge activations on whatever stands there, a name of one token too. [] where prompts begin with words or an
+    image, as the pocket models': they have no such token."""
+    (first, *_), added = tokenize(mlm, mlm.prompt()), mlm.tokenizer.added_tokens_decoder
+    return [first] if first != mlm.image_token_id and first in added and added[first].special else []
+
+
+def words_of(mlm: MLM, text: str) -> list[int]:
+    """Token ids of a text as it stands in a sentence."""
+    return mlm.tokenizer(f" {text.strip()}", add_special_tokens=False)["input_ids"]
 
 
 class TextAlignment:
@@ -126,8 +141,7 @@ class TextAlignment:
             vectors = self._values("value", self.mlm, text)
             if self.untrained is not None:
                 vectors |= self._values("untrained.value", self.untrained, text)
-            # As in a sentence: with a space before it, which byte-pair tokenizers make part of the token.
-            ids = torch.tensor(self.mlm.tokenizer(f" {text}", add_special_tokens=False)["input_ids"])
+            ids = torch.tensor(words_of(self.mlm, text))
             tables = self.mlm.model.get_input_embeddings().weight, self.mlm.model.lm_head.weight
             vectors["projector"], lens = (rows[ids.to(rows.device)].float().mean(0).cpu().detach() for rows in tables)
             vectors |= {f"lens.value.{layer}": lens for layer in self.layers}

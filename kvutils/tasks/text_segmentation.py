@@ -14,12 +14,13 @@ from PIL import Image
 
 from kvutils.datasets.samples import LabelledImage, NamedMask
 from kvutils.errors import DataError, one_of
+from kvutils.kvcache import capture
 from kvutils.metrics.masks import average_precisions, binary_counts, box_iou, largest_region_box
 from kvutils.metrics.statistics import column_mean, column_ratio
 from kvutils.probes import LinearProbe, fit_linear_probe
-from kvutils.readout.features import FeatureExtractor, ImageFeatures, Opener
-from kvutils.readout.words import otsu
-from kvutils.tasks.base import SHUFFLED, Row, Task, opener, sample_seed, shuffled_labels
+from kvutils.readout.features import FeatureExtractor, ImageFeatures, Opener, image_tokens
+from kvutils.readout.words import otsu, start_tokens, text_values
+from kvutils.tasks.base import SHUFFLED, Row, ScoreTable, Task, opener, sample_seed, shuffled_labels
 
 AP, INTERSECTION, UNION, IOU, BOX = range(5)
 COLUMNS = ("ap", "intersection", "union", "iou", "box")
@@ -189,3 +190,29 @@ class ReferringSegmentation(TextSegmentation):
     metric = "mIoU"
     statistic = staticmethod(column_mean(IOU))
     statistics = {"oIoU": column_ratio(INTERSECTION, UNION), "AP": column_mean(AP), "Acc@0.5": column_mean(BOX)}
+
+
+def other_reading(task: TextSegmentation, extractor: FeatureExtractor, summary: Mapping, count: int = 80, n_boot: int = 2000,
+                  seed: int = 0) -> dict:  # fmt: skip
+    """What the headline would be with texts read the other way; JSON-able. Ours: behind the model's `start_tokens`, and at the
+    start for a model without. The other: at the start, or behind the end-of-text token.
+
+    Over the task's first samples, with the values of the layer that is best in its summary, the first layer aside (whose
+    values do not depend on what is before a text)."""
+    mlm = extractor.mlm
+    layer = max((each for each in extractor.layers if each > 0), key=lambda each: summary["sources"][f"value.{each}"]["mean"])
+    start, end = start_tokens(mlm), [mlm.tokenizer.eos_token_id]
+    read = {"ours": start, "other": [] if start else end}
+    samples = [sample for sample in task.samples[:count] if (sample.mask == 1).any()]
+    rows = []
+    for sample in samples:
+        (shot,) = capture(mlm, [sample.image], layers=[layer], keys=False, features=False)
+        shot = shot.select(image_tokens(shot.layout))
+        texts = torch.cat([text_values(mlm, [sample.text], layer, behind=behind).flatten(1) for behind in read.values()])
+        maps = shot.layout.to_pixels(texts.to(shot.values.device) @ shot.value(layer).float().T)
+        rows.append(map_scores(maps, sample.mask, [task.threshold(one) for one in maps]))
+    table = ScoreTable(task.name, [each.id for each in samples], [each.group for each in samples], list(read), list(COLUMNS), np.array(rows))
+    behind = {way: mlm.tokenizer.convert_ids_to_tokens(tokens) for way, tokens in read.items()}
+    scores = {way: table.interval(way, task.statistic, n_boot, seed) for way in read}
+    minus = table.difference("other", "ours", task.statistic, n_boot, seed)
+    return {"layer": layer, "metric": task.metric, "n": len(samples), "behind": behind, **scores, "other_minus_ours": minus}
