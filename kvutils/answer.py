@@ -40,6 +40,12 @@ _TOKENS_AT_ONCE = 256  # behind the prefix of a row, in one forward pass
 _LOGITS_AT_ONCE = 256  # rows of (tokens, vocabulary) held in float32
 
 
+def spellings(option: str) -> tuple[str, ...]:
+    """As which texts an option is scored: yes and no as in `YES_NO`, "(A)" also without its brackets, others as they are."""
+    letter = (option.strip("()"),) if option.isupper() else ()
+    return YES_NO.get(option.lower(), (option, *letter))
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a model says to a question.
@@ -52,6 +58,11 @@ class Answer:
     tokens: tuple[int, ...]
     complete: bool
     scores: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def mass(self) -> float:
+        """How much probability the options hold together: where it is low, the model would say something else."""
+        return float(np.exp(list(self.scores.values())).sum())
 
     @property
     def best(self) -> str:

@@ -201,6 +201,7 @@ def test_choices_add_spellings_and_may_be_of_each_question():
     (answer,) = session.choose(QUESTIONS[:1], spelled)
     total = session.score(QUESTIONS[:1], ["yes", "no", "a red fish"]).exp().sum().log()
     assert answer.scores["either"] == pytest.approx(float(total), abs=1e-5)
+    assert answer.mass == pytest.approx(math.exp(answer.scores["either"]) + math.exp(answer.scores["fish"])) and 0 < answer.mass < 1
     # options of each question
     options = [["red", "blue"], ["a car", "a fish", "this picture"]]
     answers = session.choose(QUESTIONS[:2], options)

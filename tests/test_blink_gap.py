@@ -25,7 +25,7 @@ from kvutils.store import Parts
 from kvutils.tasks import blink_interventions, blink_tables, choices
 from kvutils.tasks.blink_interventions import DECIDES, GATE, HEADLINE, Evidence, add_values, choose_weight, interventions
 from kvutils.tasks.blink_tables import CELLS, claim_c8, describe_example, describe_table, table_of_two
-from kvutils.tasks.choices import UNRESOLVED, ChoiceTable, check_items, read_items, said, score_options
+from kvutils.tasks.choices import UNRESOLVED, ChoiceTable, check_items, read_items, said, score_options, some_items
 from kvutils.tasks.value_readouts import mean_similarity, point_similarity, style_similarity
 
 FEW = 8  # items of each subtask
@@ -121,7 +121,27 @@ def test_answers_are_extracted_as_blink_does(items):
     assert [said(style, text) for text in ("(a)", "(b)", "(c)", "fish", "")] == [0, 1, UNRESOLVED, UNRESOLVED, UNRESOLVED]
     assert said(point, "the point is (d)") == 3 and said(point, "(a) or (b)") == UNRESOLVED
     official = replace(style, options=("(A)", "(B)"))
-    assert [said(official, text) for text in ("(B)", "A", "Both are nice. The answer is (B)", "(a)")] == [1, 0, 1, UNRESOLVED]
+    assert [said(official, text) for text in ("(B)", "A", "Both are nice. The answer is (B)", "(a)", "C")] == [1, 0, 1, 0, UNRESOLVED]
+
+
+@pytest.mark.parametrize("letter", ["A", "B"])
+@pytest.mark.parametrize("form", [
+    "{}.", "({}).", "{})", "**{}**", "Answer: {}", "{}. the image", "Answer: **{}**", "The correct answer is {}, as the colours show.",
+    "[{}]", "`{}`",
+    "{} is closer", "Option {}", "{}. A dog is in both.", "<answer>{}</answer>", "{}\nThe second image has the style.", "({}) - a dog",
+    "A man walks in image 1, so\nAnswer: ({}).",
+])  # fmt: skip
+def test_a_letter_without_doubt_is_read_in_any_form(items, form, letter):
+    official = replace(items[0], options=("(A)", "(B)"))
+    assert said(official, form.format(letter)) == "AB".index(letter)
+
+
+@pytest.mark.parametrize("text", [
+    "A or B", "(A) or (B)", "(A)(B)", "AB", "Neither A nor B.", "It is not B", "A dog", "A dog, as in B.", "Answer: a dog", "Answer: A or B",
+    "the second image", "C.", "Yes", "!!!!", "A matches it more than B.",
+])  # fmt: skip
+def test_a_letter_in_doubt_stays_unresolved(items, text):
+    assert said(replace(items[0], options=("(A)", "(B)")), text) == UNRESOLVED
 
 
 def test_scores_by_hand():
@@ -239,16 +259,45 @@ def test_opposite_preferences_are_not_knowledge(verdict):
     assert verdict("C8", claim_c8({"Art_Style": described})) == "inconclusive"
 
 
-def test_unresolved_answers_are_wrong_and_counted():
+@pytest.mark.parametrize("form", ["{}", "({})", "{}.", "({}).", "{})", "{}. the image", "Answer: {}", "**{}**", "?"])
+def test_c8_and_x5_do_not_depend_on_how_the_letter_is_written(items, verdict, form):
+    """A model that is right on every item: nothing is hidden, and nothing can be gained."""
+    table = table_of(np.ones(200, bool), {"value.0": np.random.default_rng(0).random(200) < 0.8})
+    item = replace(items[0], options=("(A)", "(B)"))
+    table.said[:] = [said(item, form.format("AB"[gold])) for gold in table.gold]
+    described, surfaced = describe_table(table, 200), interventions(table, 200)
+    c8, x5 = claim_c8({"Art_Style": described}), blink_interventions.claim_x5({"Art_Style": surfaced}, 200)
+    read = form != "?"  # nothing can be read: nothing is claimed
+    assert (c8["value"], x5["value"]) == ((0, 0) if read else (None, None))
+    assert verdict("X5", x5) == "inconclusive" and verdict("C8", c8) in ("not reproduced", "inconclusive")
+    assert ("reason" in c8, "reason" in x5, described["model"]["unresolved"]["mean"]) == ((False, False, 0) if read else (True, True, 1))
+    assert described["held_out"]["by_option_scores"]["shares"]["value_only"]["mean"] == 0
+
+
+def test_unresolved_answers_are_counted_and_in_no_cell():
     right = np.ones(20, bool)
     table = table_of(right, {"value.0": right})
     table.said[:5] = UNRESOLVED
     found = describe_table(table, n_boot=50)
     assert found["model"]["unresolved"]["mean"] == 0.25 and found["model"]["accuracy"]["mean"] == 0.75
     assert found["model"]["option_scores"]["mean"] == 1 and found["model"]["said"]["-1"] == 5
-    table.said[:] = UNRESOLVED  # an answer that cannot be extracted is no perception that is not surfaced
-    held_out = describe_table(table, n_boot=50)["held_out"]
-    assert held_out["shares"]["value_only"]["mean"] == 1 and held_out["by_option_scores"]["shares"]["value_only"]["mean"] == 0
+    n = int((~choosing_half(table.ids))[5:].sum())
+    held_out, without = found["held_out"], table_of_two(some_items(table, table.resolved), table.gold[5:], n_boot=50)
+    assert held_out["counts"] == {"both": n, "value_only": 0, "model_only": 0, "neither": 0} and held_out["errors"] == 0
+    assert held_out["n"] == held_out["shares"]["both"]["n"] == n and held_out["unresolved"] == 10 - n
+    assert held_out["by_option_scores"]["n"] == 10 and found["cross_validated"]["shares"]["both"] == without["shares"]["both"]
+    assert found["model"]["option_mass"]["mean"] == pytest.approx(np.exp(-1) + np.exp(-2)) and found["model"]["warnings"] == []
+    table.option_scores[:] -= 1  # the model would say something else
+    assert "Art_Style".replace("_", " ").lower() in describe_table(table, n_boot=5)["model"]["warnings"][0]
+    # What is not read changes nothing of the rest, whatever the values say of it.
+    half = uncertain()
+    half.said[np.arange(400) % 3 == 0] = UNRESOLVED
+    some = interventions(half, n_boot=50)
+    report = ~choosing_half(half.ids) & half.resolved
+    assert some["n"] == report.sum() and some["unresolved"] == 200 - report.sum()
+    assert some["model"]["mean"] == pytest.approx(half.model_right[report].mean())
+    assert some["changes"][DECIDES]["accuracy"]["mean"] == pytest.approx(half.right(some["source"])[report].mean())
+    assert some["changes"][GATE]["accuracy"]["mean"] == 1 and some["changes"][GATE]["change"]["n"] == some["n"]
 
 
 def test_official_scores_and_the_telling_item():
@@ -259,7 +308,7 @@ def test_official_scores_and_the_telling_item():
     assert found["accuracy"] == {"Art_Style": 7 / 12, "b": 1, "Total": pytest.approx(19 / 24)}
     assert found["unresolved"] == {"Art_Style": 1 / 12, "b": 0}
     reported = [i for i in range(12) if not choosing_half(table.ids)[i]]
-    wrong = [i for i in reported if i % 3 == 0 or i == 1]
+    wrong = [i for i in reported if i % 3 == 0]
     assert blink_tables.telling_item(table, "value.0") == table.ids[wrong[0]]
     assert blink_tables.telling_item(table_of(value, {"value.0": value}), "value.0") == table.ids[reported[0]]
 
@@ -401,6 +450,10 @@ def test_figures_need_only_the_results_file(items, redraw):
     drawn = [line.get_xdata()[0] for line in left.lines if line.get_marker() == "^"]
     assert drawn == pytest.approx([surfaced[s]["changes"][GATE]["change"]["mean"] for s in surfaced])
     assert "05_method" not in redraw("05_blink_gap", results | {"method": None})
+    table.said[:] = UNRESOLVED  # nothing can be read: the places stay empty
+    results |= {"subtasks": {subtask: describe_table(table, n_boot=5)}, "interventions": {subtask: interventions(table, n_boot=5)}}
+    texts = [text.get_text() for axis in redraw("05_blink_gap", results)["05_two_by_two"].axes for text in axis.texts]
+    assert texts == ["0\nnot defined\n"] * 4
 
 
 @pytest.mark.parametrize("family", [*tiny_models.FAMILIES])

@@ -1,6 +1,7 @@
 """Notebook 03's measurements: key statistics, knock-out curve, blocking experiment, claims; resumed and planted."""
 
 import json
+import math
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -9,13 +10,14 @@ import pytest
 import torch
 
 from kvutils import VOID
-from kvutils.answer import ImageSession
+from kvutils.answer import ImageSession, spellings
 from kvutils.datasets import USES, open_dataset
 from kvutils.datasets.samples import LabelledImage, Question, YesNoSample
 from kvutils.errors import DataError, ParameterError
 from kvutils.images import encode_image
 from kvutils.keys import key_variance
 from kvutils.layout import build_layout
+from kvutils.prompts import PromptTokens
 from kvutils.readout.attention import attention_mass
 from kvutils.run.report import judge, load_claims
 from kvutils.store import Parts, to_json
@@ -26,7 +28,7 @@ from kvutils.tasks.key_blocking import BLOCK, CONTROLS, NONE, READING, condition
 from kvutils.tasks.key_selections import select_all, select_lowest, selected_mass
 from kvutils.tasks.key_statistics import agnostic, compare_trained, describe_keys, modes, thresholds
 from kvutils.tasks.key_table import KeyTable, measure_keys
-from kvutils.tasks.knock_out import KnockOut, blocked_layers, condition_of, knock_out, reading_layers, summarise_knock_out
+from kvutils.tasks.knock_out import KnockOut, as_questions, blocked_layers, condition_of, knock_out, reading_layers, summarise_knock_out
 from kvutils.tasks.yes_no import Mme, Pope
 from tests.tiny_models import noisy, picture, tiny_pocket
 
@@ -266,7 +268,7 @@ def questions(images=5):
 def test_every_condition_is_that_block(mlm, tmp_path):
     asked, parts = questions(3), Parts(tmp_path, seed=0)
     table = knock_out(mlm, asked, parts, batch_size=2, progress=False)
-    assert len(table.conditions) == 1 + 3 * 5 - 3 and table.values.shape == (6, 13, 2)
+    assert len(table.conditions) == 1 + 3 * 5 - 3 and table.values.shape == (6, 13, 3)
     assert table.groups == ["scene0", "scene0", "scene1", "scene1", "scene2", "scene2"]
     blocked = blocked_layers(5)
     assert blocked["from 3"] == (3, 4) and blocked["until 1"] == (0, 1) and blocked["from 0"] == (0, 1, 2, 3, 4)
@@ -276,9 +278,9 @@ def test_every_condition_is_that_block(mlm, tmp_path):
             for name in ("none", "one 2", "from 3", "until 1"):
                 block = select_all(blocked[name], 2, 17) if blocked[name] else None
                 (answer,) = session.choose([sample.text], sample.options, 0, block=block)
-                right, loss = table.of(name)[number]
+                right, loss, mass = table.of(name)[number]
                 assert loss == pytest.approx(-answer.scores[sample.answer], abs=1e-4)
-                assert right == (answer.best == sample.answer)
+                assert right == (answer.best == sample.answer) and mass == pytest.approx(sum(map(math.exp, answer.scores.values())))
     same = [condition_of("until", 0, 5), condition_of("from", 4, 5), condition_of("until", 4, 5)]
     assert same == ["one 0", "one 4", "from 0"]
     files = {path: path.stat().st_mtime_ns for path in parts.folder.rglob("knock_out/*")}
@@ -288,6 +290,32 @@ def test_every_condition_is_that_block(mlm, tmp_path):
     for bad, message in (([], "none"), ([replace(asked[0], options=())], "right or wrong")):
         with pytest.raises(DataError, match=message):
             knock_out(mlm, bad, progress=False)
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "llava_next", "qwen2_5_vl"])
+def test_published_models_may_answer_in_capitals(published, family):
+    """A model that says "Yes" and "No", never "yes" and "no": what it says is right or wrong, and the options hold all of it."""
+    mlm = replace(published(family), base_view_only=family != "qwen2_5_vl")
+    spelled = PromptTokens(mlm).options({option: spellings(option) for option in ("yes", "no", "(A)")})
+    assert {label: [mlm.tokenizer.decode(ids) for ids in found] for label, found in spelled.items()} == {
+        "yes": ["yes", "Yes", "YES"], "no": ["no", "No", "NO"], "(A)": ["(A)", "A"]}  # fmt: skip
+    (yes,), (no,) = spelled["yes"][1], spelled["no"][1]
+
+    def capitals(module, inputs, output):
+        logits = torch.zeros_like(output)
+        logits[:, yes], logits[:, no] = 30, 29
+        return logits
+
+    asked = as_questions([YesNoSample(f"q{i}", f"im{i}", picture(40, 40, i), "Is it?", truth, "random") for i, truth in enumerate(("yes", "no"))])
+    hook = mlm.model.lm_head.register_forward_hook(capitals)
+    try:
+        none = knock_out(mlm, asked, progress=False).of("none")
+        _, held = key_blocking.ask_under_blocks(Pope([replace(s, image_id=s.id) for s in yes_no(1)]), mlm, {NONE: None}, progress=False)
+    finally:
+        hook.remove()
+    share = 1 / (1 + math.exp(-1))
+    assert none == pytest.approx(np.array([[1, -math.log(share), 1], [0, -math.log(1 - share), 1]]), abs=1e-5)
+    assert held[NONE] == pytest.approx(1, abs=1e-5)
 
 
 def test_a_layer_that_reads_nothing_can_be_knocked_out():
@@ -302,7 +330,8 @@ def test_a_layer_that_reads_nothing_can_be_knocked_out():
 def test_the_curve_and_the_reading_layers():
     names = list(blocked_layers(4))
     n, random = 240, np.random.default_rng(0)
-    values = np.zeros((n, len(names), 2))
+    values = np.zeros((n, len(names), 3))
+    values[..., 2] = np.where(np.arange(n) < 200, 0.9, 0.4)[:, None]
     for i, name in enumerate(names):
         hidden = blocked_layers(4)[name]
         values[:, i, 0] = 1 - 0.5 * (1 in hidden) - 0.25 * (2 in hidden)
@@ -315,6 +344,10 @@ def test_the_curve_and_the_reading_layers():
     assert [each["accuracy_change"]["mean"] for each in often["from"]] == pytest.approx([-0.75, -0.75, -0.25, 0])
     assert [each["accuracy_change"]["mean"] for each in often["until"]] == pytest.approx([0, -0.5, -0.75, -0.75])
     assert often["scenes"] == 50 and often["one"][1]["loss_change"]["low"] > 1.8
+    assert often["none"]["option_mass"]["mean"] == pytest.approx(0.9)
+    assert [text.split(":")[0] for text in summary["warnings"]] == [
+        "in 10 of 30 cases the scored options hold less than 50% of the probability of how an answer begins (least in kind 'seldom', "
+        "condition 'none'"]  # fmt: skip
     both = summary["kinds"]["all"]["from"][0]["accuracy_change"]["mean"]
     assert both == pytest.approx(-0.375), "kinds weigh equally"
     found = reading_layers(table, 2)
@@ -378,20 +411,21 @@ def test_answers_under_blocks(mlm, tmp_path, monkeypatch):
     blocks = {NONE: None, "everything": select_all(range(5), 2, 17), "late": select_all([4], 2, 17)}
     parts = Parts(tmp_path, seed=0)
     options = {"chunk": 2, "progress": False}
-    answers = key_blocking.ask_under_blocks(task, mlm, blocks, parts, **options)
+    found = answers, held = key_blocking.ask_under_blocks(task, mlm, blocks, parts, **options)
     assert list(answers) == list(blocks) and all(len(texts) == len(task.samples) for texts in answers.values())
     for number in (0, 13):
         sample = task.samples[number]
         with ImageSession(mlm, sample.image) as session:
             for name, block in blocks.items():
-                (said,) = session.ask([sample.question], block=block)
+                (said,) = session.yes_no([sample.question], block=block)
                 assert said.text == answers[name][number]
+    assert list(held) == list(blocks) and all(0 < mass < 1 for mass in held.values())
     assert answers[NONE] != answers["everything"], "nothing of the image is left"
     calls, real = [], key_blocking.answer_all
     monkeypatch.setattr(key_blocking, "answer_all", lambda *a, **k: calls.append(a) or real(*a, **k))
-    assert key_blocking.ask_under_blocks(task, mlm, blocks, parts, **options) == answers and not calls
+    assert key_blocking.ask_under_blocks(task, mlm, blocks, parts, **options) == found and not calls
     next(parts.folder.rglob("blocked/pope/000002*")).unlink()
-    assert key_blocking.ask_under_blocks(task, mlm, blocks, parts, **options) == answers and len(calls) == 1
+    assert key_blocking.ask_under_blocks(task, mlm, blocks, parts, **options) == found and len(calls) == 1
     changed = blocks | {"late": select_all([3], 2, 17)}
     key_blocking.ask_under_blocks(task, mlm, changed, parts, **options)
     assert len(calls) == 4, "another block under the same name is another answer"
@@ -437,7 +471,7 @@ def test_the_sweep_reports_on_the_other_half(monkeypatch):
     def answer(half, mlm, blocks, parts, **options):
         seen.append((half.images, list(blocks)))
         right, wrong = noisy(half, 0.95, 9), noisy(half, 0.6, len(seen))
-        return {name: right if name == "0.2 3" else wrong for name in blocks}
+        return {name: right if name == "0.2 3" else wrong for name in blocks}, {}
 
     monkeypatch.setattr(key_blocking, "ask_under_blocks", answer)
     found = key_blocking.sweep(task, None, table, (0.1, 0.2), (1, 3, 6), n_boot=100)
@@ -453,7 +487,7 @@ def test_figures_come_from_stored_results_alone(redraw):
     untrained = table_of(log_normal(6, 2, 17, seed=7))
     described = [describe_keys(each, n_boot=20, mode_draws=2) for each in (table, untrained)]
     names, groups = list(blocked_layers(6)), [str(i // 4) for i in range(40)]
-    curve = KnockOut(6, names, ["colour", "count"] * 20, groups, np.random.default_rng(0).random((40, len(names), 2)))
+    curve = KnockOut(6, names, ["colour", "count"] * 20, groups, np.random.default_rng(0).random((40, len(names), 3)))
     pope, mme = Pope(yes_no(10)), Mme(yes_no(10, ("existence", "count")))
     found = [effects(task, {name: noisy(task, 0.8, i) for i, name in enumerate(blocks)}, 20) for task in (pope, mme)]
     interval = {"mean": 0.01, "low": -0.01, "high": 0.02, "n": 4}

@@ -132,7 +132,7 @@ def test_keys_and_blocks(data):
     chosen = reading_layers(curve, len(block_layers), 0)["layers"]
     blocks, _ = conditions(table, limits, chosen, layers=block_layers, draws=2)
     tasks = [Pope(found["pope"]), Mme(found["mme"])]
-    effect = [effects(task, ask_under_blocks(task, mlm, blocks, progress=False), BOOT) for task in tasks]
+    effect = [effects(task, ask_under_blocks(task, mlm, blocks, progress=False)[0], BOOT) for task in tasks]
     claims = {"C5": claim_c5(described), "C6": claim_c6(*effect), "X2": claim_x2(effect[0]), "X4": claim_x4(described, compared)}
     assert set(verdicts(claims)) == set(claims)
 

@@ -223,10 +223,10 @@ def questions(images: int = 6) -> list[YesNoSample]:
 def test_answers_that_follow_the_prefix_are_counted(writer, mlm, monkeypatch, tmp_path):
     """A model that says yes to what its prefix names, and otherwise the truth."""
 
-    def fake(mlm, rows, prefix=None, batch_size=16):
+    def fake(mlm, rows, options, prefix=None, batch_size=16):
         for name, _, texts in rows:
             said = ["yes" if "fish" in text or (prefix or "").endswith(text.split()[-2]) else "no" for text in texts]
-            yield name, {"none": [SimpleNamespace(text=each) for each in said]}
+            yield name, {"none": [SimpleNamespace(text=each, mass=0.75) for each in said]}
 
     monkeypatch.setattr(prefix_answers, "answer_all", fake)
     parts = Parts(tmp_path, model="m")
@@ -236,6 +236,7 @@ def test_answers_that_follow_the_prefix_are_counted(writer, mlm, monkeypatch, tm
     assert found["rates"]["accuracy"]["none"]["mean"] == 1 and found["rates"]["changed answers"]["correct"]["mean"] == 0
     for rate, minus in {"accuracy": -0.5, "accuracy on the object named": -1, "share of yes": 0.5}.items():
         assert found["minus_none"][rate]["wrong"]["mean"] == minus
+    assert found["option_mass"]["filler"]["mean"] == 0.75 and found["warnings"] == []
     monkeypatch.setattr(prefix_answers, "answer_all", None)  # all is stored
     again = prefix_answers.ask_behind_prefixes(questions(), mlm, writer, parts, progress=False)
     assert to_json(vars(again)) == to_json(vars(table))

@@ -276,6 +276,11 @@ def check_blink_accuracy(case, arrays):
             if text is not None:  # the fixture does not say how many choices an item had: any that BLINK has will do
                 possible = {answers.blink_extract(text, ["?"] * n) for n in (2, 3, 4, 5)}
                 assert extracted in possible, f"{subtask} {index}: {text!r}"
+    # Where BLINK's script asks GPT, what we read is what that read: "recorded", with (Z) for nothing.
+    asked = [row for rows in case["items"].values() for row in rows if row[2] is not None and row[4] == answers.NEEDS_JUDGE]
+    read = [(answers.read_letter(text), recorded[:3]) for _, _, text, recorded, _ in asked]
+    both = [pair for pair in read if pair[0] and pair[1] != "(Z)"]
+    assert len(both) > 0.35 * len(asked) and np.mean([ours == theirs for ours, theirs in both]) > 0.97
 
 
 def check_l2_variance(case, arrays):

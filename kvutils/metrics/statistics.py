@@ -45,9 +45,9 @@ class Interval:
         low, high = sorted((self.low * factor, self.high * factor))
         return Interval(self.mean * factor, low, high, self.n)
 
-    def claim(self, name: str | None = None, **more) -> dict:
-        """{name, value, low, high, n, ...}: a part of a claim; without a name, its headline."""
-        found = self.as_dict()
+    def claim(self, name: str | None = None, reason: str = "", **more) -> dict:
+        """{name, value, low, high, n, ...}: a part of a claim; without a name, its headline. reason: why, where undefined."""
+        found = self.as_dict() | ({"reason": reason} if reason and math.isnan(self.mean) else {})
         return ({} if name is None else {"name": name}) | {"value": found.pop("mean")} | found | more
 
 

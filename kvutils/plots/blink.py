@@ -67,27 +67,35 @@ def tables_of_two(subtasks: Mapping[str, Mapping]) -> Figure:
     for axis, found in zip(axes, subtasks.values(), strict=True):
         held_out = found["held_out"]
         cells = np.array((("both", "value_only"), ("model_only", "neither")))
-        shares = np.array([[held_out["shares"][name]["mean"] for name in row] for row in cells])
+        shares = np.array([[held_out["shares"][name]["mean"] for name in row] for row in cells], dtype=float)  # NaN: undefined
         axis.imshow(shares, cmap="Blues", vmin=0, vmax=1.3)
         for (y, x), name in np.ndenumerate(cells):
-            mean, low, high = (100 * held_out["shares"][name][key] for key in ("mean", "low", "high"))
-            text = f"{held_out['counts'][name]}\n{mean:.1f} %\n[{low:.1f}, {high:.1f}]"
+            text = f"{held_out['counts'][name]}\n" + "\n".join(_percent(held_out["shares"][name]))
             weight, colour = "bold" if name == "value_only" else "normal", "white" if shares[y, x] > 0.75 else "black"
             axis.text(x, y, text, ha="center", va="center", fontsize=10, weight=weight, color=colour)
         axis.set_xticks((0, 1), ("model right", "model wrong"))
         axis.set_yticks((0, 1), ("value\nright", "value\nwrong"))
         axis.grid(False)
         layer = found["chosen"]["source"].rsplit(".", 1)[1]
-        chance = f"by guessing: {100 * held_out['at_guess']['mean']:.1f} % of all items"
-        axis.set_title(f"{found['title']}, values of layer {layer}\n{held_out['n']} items that did not choose the layer")
+        chance = f"by guessing: {_percent(held_out['at_guess'])[0]} of these items"
+        unread = f"; {held_out['unresolved']} more unresolved" if held_out["unresolved"] else ""
+        axis.set_title(f"{found['title']}, values of layer {layer}\n{held_out['n']} items that did not choose the layer{unread}")
         axis.set_xlabel(f"value right, model wrong:\n{_of_errors(held_out['of_errors'])}\n{chance}")
-    figure.supxlabel("in the cells: number of items, share of all items [95 % interval]", fontsize=8)
+    figure.supxlabel("in the cells: number of items, share of them [95 % interval]", fontsize=8)
     return figure
+
+
+def _percent(found: Mapping) -> tuple[str, str]:
+    """(value, interval)."""
+    if None in found.values():
+        return "not defined", ""
+    mean, low, high = (100 * found[key] for key in ("mean", "low", "high"))
+    return f"{mean:.1f} %", f"[{low:.1f}, {high:.1f}]"
 
 
 def _of_errors(found: Mapping) -> str:
     if found["mean"] is None:
-        return "the model makes no error"
+        return "the model makes no error that can be read"
     interval = "" if found["low"] is None else f" [{100 * found['low']:.0f}, {100 * found['high']:.0f}]"
     return f"of the model's {found['n']} errors {100 * found['mean']:.0f} %{interval}"
 
@@ -106,9 +114,10 @@ def shares_by_source(subtasks: Mapping[str, Mapping]) -> Figure:
             colour, _, marker, _ = READING_STYLE.get(source.rpartition(".")[0], ("black", "", "D", ""))
             points.append((row, each["shares"]["value_only"], colour, marker, None))
             label = None if row else "by guessing, options as often as this readout"
-            axis.plot(each["at_guess"]["mean"], row, "|", ms=16, mew=2, color=COLOURS[3], label=label)
+            guess = np.nan if each["at_guess"]["mean"] is None else each["at_guess"]["mean"]
+            axis.plot(guess, row, "|", ms=16, mew=2, color=COLOURS[3], label=label)
         forest(axis, points, [_label(source, place == 0) for source in tables], zero=False)
-        axis.set(title=f"{found['title']}\n{found['held_out']['n']} items", xlabel="share of all items")
+        axis.set(title=f"{found['title']}\n{found['held_out']['n']} items", xlabel="share of these items")
     legend_below(figure, axes[:1])
     figure.suptitle("Readout right, model wrong, with 95 % intervals (layers chosen on the other half of the items)", fontsize=10)
     return figure

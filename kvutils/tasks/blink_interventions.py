@@ -4,7 +4,8 @@
     value added      option log-probabilities plus a weight times the standardised readout score
     learned gate     where the two disagree, a logistic regression on both margins says whom to trust
 
-Layer, weight and gate are fitted on one half of the items and reported on the other, against the model's own answers.
+Layer, weight and gate are fitted on one half of the items and reported on the other, against the model's own answers where
+these name an option.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from kvutils.metrics.statistics import Interval, bootstrap_ci, column_ratio, mean_statistic, paired_difference, ratio
-from kvutils.tasks.blink_tables import choose_layer, halves, other_sources
-from kvutils.tasks.choices import ChoiceTable, some_items
+from kvutils.metrics.statistics import UNDEFINED, Interval, bootstrap_ci, column_ratio, ratio
+from kvutils.tasks.blink_tables import UNREAD, choose_layer, halves, other_sources
+from kvutils.tasks.choices import UNRESOLVED, ChoiceTable, some_items
 
 WEIGHTS = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # nats per standard deviation of the readout
 DECIDES, ADDED, GATE = "value decides", "value added", "learned gate"
@@ -59,11 +60,11 @@ def add_values(found: Evidence, weight: float) -> np.ndarray:
 def fit_gate(found: Evidence, fit: np.ndarray) -> Callable[[Evidence], np.ndarray]:
     """A function (evidence) -> answers (n,): the readout's where it disagrees with the model and the gate trusts it.
 
-    Fitted where they disagree and exactly one is right; if it is always the same one, that one is always trusted, and if
-    there is no such item, the model.
+    Fitted where they disagree and exactly one is right (an answer that names no option is not wrong); if it is always the
+    same one, that one is always trusted, and if there is no such item, the model.
     """
     readout = found.value.argmax(axis=1)
-    use = fit & ((readout == found.gold) != (found.said == found.gold))
+    use = fit & (found.said != UNRESOLVED) & ((readout == found.gold) != (found.said == found.gold))
     value_right = (readout == found.gold)[use]
     if len(set(value_right.tolist())) < 2:
         trusted = bool(value_right.any())
@@ -80,7 +81,7 @@ def _margins(found: Evidence) -> np.ndarray:
 
 
 def interventions(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dict:
-    """Each intervention on the items that fitted nothing, against the model's answers there; JSON-able.
+    """Each intervention on the n items that fitted nothing and whose answer names an option, against that; JSON-able.
 
     changes: name -> accuracy, change (paired), gained and lost (shares of items newly right and newly wrong), cost (lost
     as a share of the items that the model had right), n. Beside `INTERVENTIONS`: "option scores alone" (no values: what
@@ -104,25 +105,28 @@ def interventions(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dict
         added = add_values(instead, choose_weight(instead, fit))[report] == rest.gold
         others[other] = _change(rest, added, n_boot, seed)["change"]
     return {
-        "title": table.title, "source": source, "weight": weight, "n": len(rest), "others": others, "groups": rest.groups,
-        "model": bootstrap_ci(rest.model_right, mean_statistic, n_boot, seed, rest.groups).as_dict(),
+        "title": table.title, "source": source, "weight": weight, "others": others,
+        "n": int(rest.resolved.sum()), "unresolved": int((~rest.resolved).sum()),
+        "groups": [group for group, kept in zip(rest.groups, rest.resolved, strict=True) if kept],
+        "model": _share(rest, rest.model_right, rest.resolved, n_boot, seed),
         "changes": {name: _change(rest, each, n_boot, seed) for name, each in right.items()},
-        "differences": {name: (each.astype(int) - rest.model_right).tolist() for name, each in right.items()},
+        "differences": {name: (each.astype(int) - rest.model_right)[rest.resolved].tolist() for name, each in right.items()},
     }  # fmt: skip
 
 
 def _change(table: ChoiceTable, right: np.ndarray, n_boot: int, seed: int) -> dict:
     """Accuracy, paired change and cost of answers that are `right` (n,) bool where the model is `table.model_right`."""
-    options, model = (n_boot, seed, table.groups), table.model_right
-    lost = model & ~right
-    of_right = bootstrap_ci(np.stack([lost, model], axis=1), column_ratio(0, 1), *options)
-    return {
-        "accuracy": bootstrap_ci(right, mean_statistic, *options).as_dict(),
-        "change": paired_difference(right, model, mean_statistic, *options).as_dict(),
-        "gained": bootstrap_ci(right & ~model, mean_statistic, *options).as_dict(),
-        "lost": bootstrap_ci(lost, mean_statistic, *options).as_dict(),
-        "cost": of_right.as_dict() | {"n": int(model.sum())},
-    }
+    model, among = table.model_right, table.resolved
+    gained, lost = right & table.model_wrong, model & ~right
+    parts = {"accuracy": (right & among, among), "change": (gained.astype(int) - lost, among), "gained": (gained, among),
+             "lost": (lost, among), "cost": (lost, model)}  # fmt: skip
+    return {name: _share(table, *part, n_boot, seed) for name, part in parts.items()}
+
+
+def _share(table: ChoiceTable, part: np.ndarray, among: np.ndarray, n_boot: int, seed: int) -> dict:
+    """Sum of `part` (n,) as a share of the items `among` (n,) bool; undefined where there is none."""
+    found = bootstrap_ci(np.column_stack([part, among]), column_ratio(0, 1), n_boot, seed, table.groups)
+    return found.as_dict() | {"n": int(among.sum())}
 
 
 def claim_x5(found: Mapping[str, Mapping], n_boot: int = 2000, seed: int = 0) -> dict:
@@ -138,7 +142,7 @@ def claim_x5(found: Mapping[str, Mapping], n_boot: int = 2000, seed: int = 0) ->
         sums = weights @ packed
         return ratio(sums[:, : len(changes)], sums[:, len(changes) :]).mean(axis=1)
 
-    total = bootstrap_ci(packed, mean_of_subtasks, n_boot, seed, groups)
-    entries = [Interval.of(each["changes"][name]["change"]).claim(f"{each['title']}: {name} ({each['source']}) minus model")
+    total = bootstrap_ci(packed, mean_of_subtasks, n_boot, seed, groups) if groups else UNDEFINED
+    entries = [Interval.of(each["changes"][name]["change"]).claim(f"{each['title']}: {name} ({each['source']}) minus model", UNREAD)
                for each in found.values() for name in INTERVENTIONS]  # fmt: skip
-    return total.claim(unit="accuracy", entries=entries)
+    return total.claim(None, UNREAD, unit="accuracy", entries=entries)

@@ -16,14 +16,15 @@ from kvutils.datasets.blink import DISCLAIMER
 from kvutils.datasets.samples import MultipleChoice
 from kvutils.errors import ParameterError
 from kvutils.images import encode_image
-from kvutils.metrics.answers import LETTERS, NEEDS_JUDGE, blink_scores
-from kvutils.metrics.statistics import Interval, bootstrap_ci, choosing_half, mean_statistic, paired_difference, ratio
+from kvutils.metrics.answers import LETTERS, NEEDS_JUDGE, blink_scores, low_mass
+from kvutils.metrics.statistics import Interval, bootstrap_ci, choosing_half, column_ratio, mean_statistic, paired_difference, ratio
 from kvutils.tasks.choices import UNRESOLVED, ChoiceTable, some_items
 
 CELLS = ("both", "value_only", "model_only", "neither")  # who is right
 SINGLE = ("pixels", "encoder_original", "encoder", "projector")  # sources without layers
 FAMILIES = ("alone.value", "untrained.value")
 FOLDS = 5
+UNREAD = "no answer names an option"
 _FEWEST = 4  # items, to have two in each half
 
 
@@ -51,12 +52,12 @@ def other_sources(table: ChoiceTable, choosing: np.ndarray) -> list[str]:
 def describe_table(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dict:
     """Everything that notebook 05 reports on a subtask but the interventions; JSON-able, intervals with n.
 
-    model: accuracy, unresolved (share), accuracy of the highest option score, said (how often each option, -1 unresolved).
+    model: accuracy (unresolved answers count as wrong, as in BLINK), unresolved (share), accuracy of the highest option score,
+    said (how often each option, -1 unresolved), option_mass (probability that the options hold together), warnings.
     readouts: readout -> source -> accuracy on all items. chosen: the value layer, and how often it says each option.
     held_out: on the other half, its `table_of_two`, and in `others` that of every other source (families by a layer
-    chosen in the same way); in `by_option_scores` with the model's most probable option as its answer, because an answer
-    that cannot be extracted counts as wrong and would pass for "model wrong"; in `readouts` by the subtask's other
-    readouts. cross_validated: `table_of_two` with the layer chosen on the other folds.
+    chosen in the same way); in `by_option_scores` with the model's most probable option as its answer, for all items; in
+    `readouts` by the subtask's other readouts. cross_validated: `table_of_two` with the layer chosen on the other folds.
     """
     choosing, held_out = halves(table, seed)
 
@@ -74,6 +75,7 @@ def describe_table(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dic
             "unresolved": accuracy(table.said == UNRESOLVED),
             "option_scores": accuracy(table.option_scores.argmax(axis=1) == table.gold),
             "said": {str(option): int((table.said == option).sum()) for option in range(UNRESOLVED, table.options)},
+            "option_mass": accuracy(table.mass), "warnings": low_mass({f"{table.title}, {len(table)} items": table.mass.mean()}),
         },
         "readouts": {name: {source: accuracy(table.right(source, name)) for source in table.sources} for name in table.readouts},
         "chosen": {
@@ -95,7 +97,8 @@ def describe_table(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dic
 def table_of_two(table: ChoiceTable, says: np.ndarray, n_boot: int = 2000, seed: int = 0) -> dict:
     """The 2 x 2 table of a readout's answers (n,) against the model's, with intervals over independent items.
 
-    counts, shares: of `CELLS`, shares of all items. of_errors: value_only as a share of the model's errors (None where
+    All of it over the n items whose answer names an option: what cannot be read (`unresolved`, a number) is no wrong answer.
+    counts, shares: of `CELLS`, shares of these n. of_errors: value_only as a share of the model's errors (None where
     it makes none). value_accuracy, model_accuracy. Three levels that the value_only share is compared with, on the same
     items (above_...: the share minus it):
       at_chance        a readout that guesses all options alike: errors / K
@@ -104,15 +107,16 @@ def table_of_two(table: ChoiceTable, says: np.ndarray, n_boot: int = 2000, seed:
       at_independence  a readout of this accuracy that is as good on the model's errors as elsewhere (below it: values
                        and model fail on the same items)
     """
-    model, value, k = table.model_right, says == table.gold, table.options
-    cells = np.stack([value & model, value & ~model, ~value & model, ~value & ~model], axis=1)
+    model, wrong, value, k = table.model_right, table.model_wrong, says == table.gold, table.options
+    cells = np.stack([value & model, value & wrong, ~value & model, ~value & wrong], axis=1)
     each = np.arange(k)
-    said = says[:, None] == each  # (n, K)
-    missed = (table.gold[:, None] == each) & ~model[:, None]  # the right option where the model is wrong
-    packed = np.concatenate([cells, said, missed], axis=1).astype(float)
+    said = (says[:, None] == each) & table.resolved[:, None]  # (n, K)
+    missed = (table.gold[:, None] == each) & wrong[:, None]  # the right option where the model is wrong
+    packed = np.column_stack([cells, said, missed, table.resolved]).astype(float)
 
     def statistic(weights: np.ndarray, packed: np.ndarray) -> np.ndarray:
-        means = weights @ packed / weights.sum(axis=1, keepdims=True)
+        sums = weights @ packed
+        means = ratio(sums[:, :-1], sums[:, -1:])
         both, only, _, neither = shares = means[:, : len(CELLS)].T
         wrong = only + neither
         levels = [wrong / k, (means[:, -2 * k : -k] * means[:, -k:]).sum(axis=1), (both + only) * wrong]
@@ -122,23 +126,27 @@ def table_of_two(table: ChoiceTable, says: np.ndarray, n_boot: int = 2000, seed:
     names = [*CELLS, "of_errors", "value_accuracy", "model_accuracy"]
     names += [f"{side}_{level}" for side in ("at", "above") for level in ("chance", "guess", "independence")]
     found = dict(zip(names, bootstrap_ci(packed, statistic, n_boot, seed, table.groups), strict=True))
-    found = {name: interval.as_dict() for name, interval in found.items()}
-    found["of_errors"]["n"] = errors = int((~model).sum())
+    n, errors = int(table.resolved.sum()), int(wrong.sum())
+    found = {name: interval.as_dict() | {"n": errors if name == "of_errors" else n} for name, interval in found.items()}
     return {
-        "n": len(table), "errors": errors, "counts": dict(zip(CELLS, cells.sum(axis=0).tolist(), strict=True)),
+        "n": n, "unresolved": len(table) - n, "errors": errors, "counts": dict(zip(CELLS, cells.sum(axis=0).tolist(), strict=True)),
         "shares": {name: found[name] for name in CELLS}, **{name: found[name] for name in names[len(CELLS) :]},
     }  # fmt: skip
 
 
 def _other(table: ChoiceTable, source: str, chosen: str, n_boot: int, seed: int) -> dict:
     """The 2 x 2 table of another source, and by how much the chosen values' share of "value right, model wrong" exceeds its."""
-    mine, this, wrong = table.right(chosen), table.right(source), ~table.model_right
-    options = (mean_statistic, n_boot, seed, table.groups)
+    mine, this, among = table.right(chosen), table.right(source), table.resolved
+    options = (column_ratio(0, 1), n_boot, seed, table.groups)
+
+    def minus(items: np.ndarray) -> dict:
+        found = paired_difference(*(np.column_stack([right & items, among]) for right in (mine, this)), *options)
+        return found.as_dict() | {"n": int(among.sum())}
+
     return {
         **table_of_two(table, table.says(source), n_boot, seed),
-        "values_minus_this": paired_difference(mine & wrong, this & wrong, *options).as_dict(),
-        "accuracy_minus_this": paired_difference(mine, this, *options).as_dict(),
-    }
+        "values_minus_this": minus(table.model_wrong), "accuracy_minus_this": minus(among),
+    }  # fmt: skip
 
 
 def _cross_validated(table: ChoiceTable, seed: int) -> tuple[np.ndarray, list[str]]:
@@ -164,12 +172,13 @@ def official_scores(tables: Mapping[str, ChoiceTable]) -> dict:
 def telling_item(table: ChoiceTable, source: str, seed: int = 0) -> str:
     """Id of the first reported item with value right and model wrong; the first reported one if there is none."""
     _, held_out = halves(table, seed)
-    telling = held_out & table.right(source) & ~table.model_right
+    telling = held_out & table.right(source) & table.model_wrong
     return table.ids[int(np.argmax(telling if telling.any() else held_out))]
 
 
 def claim_c8(described: Mapping[str, Mapping]) -> dict:
-    """C8 from `describe_table` of each subtask: "value right, model wrong" in % of items, on the half that did not choose.
+    """C8 from `describe_table` of each subtask: "value right, model wrong" in % of the items whose answer names an option, on
+    the half that did not choose.
 
     Headline: art style, the paper's subtask (else the first). Entries: per subtask the share minus what guessing would
     give on the same items (`at_guess`).
@@ -177,8 +186,8 @@ def claim_c8(described: Mapping[str, Mapping]) -> dict:
     headline = described.get("Art_Style") or next(iter(described.values()))
     above = {f"{each['title']}: {each['chosen']['source']} right, model wrong, minus guessing": each["held_out"]["above_guess"]
              for each in described.values()}  # fmt: skip
-    entries = [Interval.of(found).scaled(100).claim(name) for name, found in above.items()]
-    return Interval.of(headline["held_out"]["shares"]["value_only"]).scaled(100).claim(unit="% of items", entries=entries)
+    entries = [Interval.of(found).scaled(100).claim(name, UNREAD) for name, found in above.items()]
+    return Interval.of(headline["held_out"]["shares"]["value_only"]).scaled(100).claim(None, UNREAD, unit="% of items", entries=entries)
 
 
 def describe_example(item: MultipleChoice, table: ChoiceTable, source: str) -> dict:

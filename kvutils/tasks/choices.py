@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from kvutils.answer import Answer, SessionBatch
+from kvutils.answer import Answer, SessionBatch, spellings
 from kvutils.datasets.samples import MultipleChoice
 from kvutils.errors import DataError, at_least, one_of
 from kvutils.layout import TokenLayout
-from kvutils.metrics.answers import LETTERS, blink_extract
+from kvutils.metrics.answers import LETTERS, blink_extract, read_letter
 from kvutils.models import MLM, ONEVISION, QWEN, Encoder
 from kvutils.readout.features import FeatureExtractor, image_tokens
 from kvutils.store import Parts, in_chunks
@@ -25,7 +25,7 @@ from kvutils.tasks.base import by_layer
 from kvutils.tasks.value_readouts import POINTS, READOUTS, check_points, mean_similarity, point_similarity, style_similarity
 from kvutils.vision import in_halves
 
-MAX_NEW_TOKENS = 16
+MAX_NEW_TOKENS = 128  # verbose models come to their letter late; an answer ends before, at its end token
 UNRESOLVED = -1
 
 
@@ -60,9 +60,24 @@ class ChoiceTable:
         return self.option_scores.shape[1]
 
     @property
+    def resolved(self) -> np.ndarray:
+        """(n,) bool: the text names an option. An answer that names none is neither right nor wrong where values are compared."""
+        return self.said != UNRESOLVED
+
+    @property
     def model_right(self) -> np.ndarray:
         """(n,) bool."""
         return self.said == self.gold
+
+    @property
+    def model_wrong(self) -> np.ndarray:
+        """(n,) bool: another option, named."""
+        return self.resolved & ~self.model_right
+
+    @property
+    def mass(self) -> np.ndarray:
+        """(n,) the probability that the answer begins with one of the options."""
+        return np.exp(self.option_scores).sum(axis=1)
 
     def of(self, source: str, readout: str | None = None) -> np.ndarray:
         """(n, K) scores of a source, by the subtask's first readout or the one named."""
@@ -157,7 +172,7 @@ def _read_batch(
                 for place, (values, layout) in enumerate(zip(in_prompt, session.layouts[row], strict=True), places[row]):
                     features[place] |= _by_layer(family, values, layout)
             if family == "value":
-                options = [[_spellings(item)] for item in batch]
+                options = [[{option: spellings(option) for option in item.options}] for item in batch]
                 answers = session.answer([[item.prompt] for item in batch], options, max_new_tokens)
     rows = []
     for row, (item, (answer,)) in enumerate(zip(batch, answers, strict=True)):
@@ -194,20 +209,15 @@ def score_options(
     return found
 
 
-def _spellings(item: MultipleChoice) -> dict[str, tuple[str, ...]]:
-    """The options to score. Published models answer "(A)" or "A"; the pocket models only "(a)"."""
-    return {option: (option, option.strip("()")) if option.isupper() else (option,) for option in item.options}
-
-
 def said(item: MultipleChoice, text: str) -> int:
-    """Index of the option that the text names by BLINK's own extraction; `UNRESOLVED` where that would ask a judge.
-
-    An item's own spelling of its options is read as BLINK's, "(a)" as "(A)".
+    """Index of the option that the text names by BLINK's own extraction or, where that would ask its judge, by `read_letter`;
+    `UNRESOLVED` where neither finds one. An item's own spelling of its options is read as BLINK's, "(a)" as "(A)".
     """
     letters = [f"({letter})" for letter in LETTERS[: len(item.options)]]
     for option, letter in zip(item.options, letters, strict=True):
         text = text.replace(option, letter)
     found = blink_extract(text, item.choices)
+    found = found if found in letters else read_letter(text)
     return letters.index(found) if found in letters else UNRESOLVED
 
 

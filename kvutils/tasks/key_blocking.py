@@ -12,7 +12,7 @@ from itertools import chain
 
 import numpy as np
 
-from kvutils.answer import answer_all
+from kvutils.answer import YES_NO, answer_all
 from kvutils.errors import ParameterError, at_least
 from kvutils.keys import KeySelection
 from kvutils.metrics.statistics import choosing_half
@@ -111,8 +111,9 @@ def _by_family(found: Mapping[str, object]) -> dict[str, list]:
 def ask_under_blocks(
     task: YesNoTask, mlm: MLM, blocks: Mapping[str, KeySelection | None], parts: Parts | None = None, *,
     batch_size: int = 16, chunk: int = 48, progress: bool = True,
-) -> dict[str, list[str]]:  # fmt: skip
-    """Condition -> one answer text per question of the task, in its order; batch_size as in `answer_all`.
+) -> tuple[dict[str, list[str]], dict[str, float]]:  # fmt: skip
+    """Condition -> one answer text per question of the task, in its order; and condition -> how much probability yes and no
+    hold together, mean over the questions. batch_size as in `answer_all`.
 
     Questions with the same wording about one image are asked once. With `parts`, finished chunks of images are kept under
     their questions and blocks, and a run that was stopped goes on.
@@ -123,20 +124,22 @@ def ask_under_blocks(
         asked.setdefault(sample.image_id, {})[sample.question] = None
     items = [(image, list(questions)) for image, questions in asked.items()]
 
-    def compute(some: list[tuple[str, list[str]]]) -> list[dict[str, list[str]]]:
+    def compute(some: list[tuple[str, list[str]]]) -> list[dict[str, list[tuple[str, float]]]]:
         samples = [(image, first[image].image, questions) for image, questions in some]
-        found = answer_all(mlm, samples, blocks, batch_size=batch_size, progress=progress)
-        return [{name: [answer.text for answer in said] for name, said in answers.items()} for _, answers in found]
+        found = answer_all(mlm, samples, blocks, options=YES_NO, batch_size=batch_size, progress=progress)
+        return [{name: [(answer.text, answer.mass) for answer in said] for name, said in answers.items()} for _, answers in found]
 
     # Of what is blocked, not of its name.
     blocked = {name: "" if each is None else digest([list(each.layers), each.mask.int().tolist()]) for name, each in blocks.items()}
     depends = [mlm.settings, blocked]
     chunks = in_chunks(parts, f"blocked/{task.name}", items, compute, chunk, depends, of=list, unit="image", progress=progress)
-    replies: dict[tuple[str, str, str], str] = {}
+    replies: dict[tuple[str, str, str], tuple[str, float]] = {}
     for (image, questions), answers in zip(items, chain.from_iterable(chunks), strict=True):
-        for name, texts in answers.items():
-            replies |= {(name, image, question): text for question, text in zip(questions, texts, strict=True)}
-    return {name: [replies[name, s.image_id, s.question] for s in task.samples] for name in blocks}
+        for name, said in answers.items():
+            replies |= {(name, image, question): each for question, each in zip(questions, said, strict=True)}
+    found = {name: [replies[name, s.image_id, s.question] for s in task.samples] for name in blocks}
+    return ({name: [text for text, _ in said] for name, said in found.items()},
+            {name: float(np.mean([mass for _, mass in said])) for name, said in found.items()})  # fmt: skip
 
 
 def effects(task: YesNoTask, answers: Mapping[str, Sequence[str]], n_boot: int = 2000, seed: int = 0) -> dict:
@@ -188,12 +191,12 @@ def sweep(
     halves = [type(task)([s for s, c in zip(task.samples, chosen, strict=True) if c == side]) for side in (True, False)]
     cells = {f"{share:g} {depth}": select_lowest(table, share, range(total - depth, total))
              for share in shares for depth in depths}  # fmt: skip
-    answers = ask_under_blocks(halves[0], mlm, {NONE: None} | cells, parts, **options)
+    answers, _ = ask_under_blocks(halves[0], mlm, {NONE: None} | cells, parts, **options)
     headlines = [compare_answers(halves[0], answers[cell], answers[NONE], n_boot, seed)["headline"] for cell in cells]
     grid = [headlines[row * len(depths) : (row + 1) * len(depths)] for row in range(len(shares))]
     place = int(np.argmax([headline["mean"] for headline in headlines]))
     best = list(cells)[place]
-    again = ask_under_blocks(halves[1], mlm, {NONE: None, best: cells[best]}, parts, **options)
+    again, _ = ask_under_blocks(halves[1], mlm, {NONE: None, best: cells[best]}, parts, **options)
     held_out = compare_answers(halves[1], again[best], again[NONE], n_boot, seed)
     return {
         "metric": ".".join(task.metric), "shares": list(shares), "depths": list(depths), "grid": grid,

@@ -7,8 +7,8 @@ is measured first: per kind of question, accuracy and loss with all image keys h
   from   in layer l and all after it: what is read before l is enough, as far as nothing is lost
   until  in layer l and all before it
 
-A question is answered right when the right option scores highest among the options of its kind; the loss is
-minus the log-probability (nats) that the answer begins with the right option.
+A question is answered right when the right option scores highest among the options of its kind (of every spelling that
+models use); the loss is minus the log-probability (nats) that the answer begins with the right option.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvutils.answer import SessionBatch
+from kvutils.answer import SessionBatch, spellings
 from kvutils.datasets.samples import Question, YesNoSample
 from kvutils.errors import DataError
+from kvutils.metrics.answers import low_mass
 from kvutils.metrics.statistics import bootstrap_ci, choosing_half, mean_statistic
 from kvutils.models import MLM
 from kvutils.prompts import PromptTokens
@@ -34,7 +35,8 @@ ALL = "all"  # kinds together, each with the same weight
 
 @dataclass(frozen=True, eq=False)
 class KnockOut:
-    """Per question and condition: values (n, C, 2) float64, right (0 or 1) and loss (nats).
+    """Per question and condition: values (n, C, 3) float64, right (0 or 1), loss (nats), and the probability that the options
+    hold together.
 
     conditions (C,): "none", then "one 0", "from 0", ...; kinds, groups (n,): kind of question, scene.
     """
@@ -46,7 +48,7 @@ class KnockOut:
     values: np.ndarray
 
     def of(self, condition: str) -> np.ndarray:
-        """(n, 2) of one condition."""
+        """(n, 3) of one condition."""
         return self.values[:, self.conditions.index(condition)]
 
     @property
@@ -95,14 +97,14 @@ def knock_out(
 
     def run(some: Sequence[list[Question]]) -> list[list]:
         questions = [[s.text for s in asked] for asked in some]
-        choices = [[options[s.kind] for s in asked] for asked in some]
-        rows: list[list[list]] = [[[] for _ in asked] for asked in some]  # [scene][question][condition] -> [right, loss]
+        choices = [[{option: spellings(option) for option in options[s.kind]} for s in asked] for asked in some]
+        rows: list[list[list]] = [[[] for _ in asked] for asked in some]  # [scene][question][condition] -> [right, loss, mass]
         with SessionBatch(mlm, [asked[0].images for asked in some], tokens=tokens) as session:
             for layers in blocked.values():
                 block = select_all(layers, mlm.num_kv_heads, session.slots.shape[1]) if layers else None
                 for asked, found, mine in zip(some, session.answer(questions, choices, 0, block), rows, strict=True):
                     for sample, answer, row in zip(asked, found, mine, strict=True):
-                        row.append([float(answer.best == sample.answer), -answer.scores[sample.answer]])
+                        row.append([float(answer.best == sample.answer), -answer.scores[sample.answer], answer.mass])
         return rows
 
     def compute(some: list[list[Question]]) -> list:
@@ -133,30 +135,31 @@ def _options(samples: Sequence[Question]) -> dict[str, list[str]]:
 def summarise_knock_out(table: KnockOut, n_boot: int = 2000, seed: int = 0) -> dict:
     """Per kind, and for all kinds: accuracy and loss without block and under each, with 95 % intervals over scenes.
 
-    kinds -> kind -> n, scenes, none {accuracy, loss}, and per family a list over layers of accuracy, loss, and
-    the paired differences to none, accuracy_change and loss_change. JSON-able.
+    kinds -> kind -> n, scenes, none {accuracy, loss, option_mass}, and per family a list over layers of these three and the
+    paired differences to none, accuracy_change and loss_change. warnings: where the options hold little probability. JSON-able.
     """
     every = table.balance
     kinds = {ALL: np.ones(len(table.kinds), bool)}
     kinds |= {kind: np.array(table.kinds) == kind for kind in dict.fromkeys(table.kinds)}
-    names = ("accuracy", "loss", "accuracy_change", "loss_change")
-    result: dict = {"layers": table.layers, "kinds": {}}
+    names = ("accuracy", "loss", "option_mass", "accuracy_change", "loss_change")
+    result, masses = {"layers": table.layers, "kinds": {}}, {}
     for kind, mine in kinds.items():
         values = table.values[mine]
-        packed = np.concatenate([values, values - values[:, :1]], axis=2).reshape(mine.sum(), -1)
+        packed = np.concatenate([values, (values - values[:, :1])[..., :2]], axis=2).reshape(mine.sum(), -1)
         groups = [group for group, kept in zip(table.groups, mine, strict=True) if kept]
 
         def statistic(weights: np.ndarray, packed: np.ndarray, balance: np.ndarray = every[mine]) -> np.ndarray:
             return mean_statistic(weights * balance, packed)
 
         intervals = [each.as_dict() for each in bootstrap_ci(packed, statistic, n_boot, seed, groups)]
-        by_condition = {condition: dict(zip(names, intervals[4 * i : 4 * i + 4], strict=True))
+        by_condition = {condition: dict(zip(names, intervals[5 * i : 5 * i + 5], strict=True))
                         for i, condition in enumerate(table.conditions)}  # fmt: skip
         found: dict = {"n": int(mine.sum()), "scenes": len(set(groups)), "none": by_condition["none"]}
         for family in FAMILIES:
             found[family] = [by_condition[condition_of(family, layer, table.layers)] for layer in range(table.layers)]
         result["kinds"][kind] = found
-    return result
+        masses |= {f"kind {kind!r}, condition {name!r}": each["option_mass"]["mean"] for name, each in by_condition.items()}
+    return result | {"warnings": low_mass(masses)}
 
 
 def reading_layers(table: KnockOut, width: int, seed: int = 0) -> dict:

@@ -7,17 +7,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvutils.answer import answer_all
+from kvutils.answer import YES_NO, answer_all
 from kvutils.datasets.samples import YesNoSample
 from kvutils.errors import DataError
-from kvutils.metrics.answers import pope_parse
+from kvutils.metrics.answers import low_mass, pope_parse
 from kvutils.metrics.statistics import column_ratio
 from kvutils.models import MLM
 from kvutils.store import Parts, in_chunks
 from kvutils.tasks.base import ScoreTable, sample_seed
 from kvutils.tasks.prefixes import CONDITIONS, PrefixWriter
 
-COLUMNS = ("right", "yes", "changed", "named_right", "asked", "named")
+COLUMNS = ("right", "yes", "changed", "named_right", "asked", "named", "mass")
 RATES = {  # name -> (column above, column below)
     "accuracy": ("right", "asked"),
     "share of yes": ("yes", "asked"),
@@ -43,7 +43,8 @@ def ask_behind_prefixes(
 
     The correct prefix names an object that one of the image's questions is about and that is there, the wrong one an
     object that is asked about and is not. columns: right, yes and changed answers (against those without prefix), right
-    ones about the object that the prefix names, and how many were asked of each kind. Wordings count once per image.
+    ones about the object that the prefix names, how many were asked of each kind, and the probability that yes and no hold
+    together. Wordings count once per image.
     Answers are parsed as POPE's own script does (what is no "no" counts as yes). Images without an object of each kind,
     or without controls of equal length, are `skipped`; DataError if all are."""
     asked: dict[str, dict[str, YesNoSample]] = {}
@@ -68,42 +69,46 @@ def ask_behind_prefixes(
         raise DataError(f"none of {len(names)} images has questions about a present and an absent object, and prefixes of "
                         "equal length; pass more images")  # fmt: skip
 
-    def answers(some: list[str]) -> dict[str, list[str]]:
+    def answers(some: list[str]) -> dict[str, list[tuple[str, float]]]:
         (condition,) = some
         behind = {name: prefixes[condition] for name, prefixes in plans.items()}
         found = {}
         for prefix in dict.fromkeys(behind.values()):
             members = [name for name, each in behind.items() if each == prefix]
             rows = [(name, next(iter(asked[name].values())).image, list(asked[name])) for name in members]
-            for name, blocks in answer_all(mlm, rows, prefix=prefix, batch_size=batch_size):
-                found[name] = [answer.text for answer in blocks["none"]]
+            for name, blocks in answer_all(mlm, rows, options=YES_NO, prefix=prefix, batch_size=batch_size):
+                found[name] = [(answer.text, answer.mass) for answer in blocks["none"]]
         return found
 
     depends = [mlm.settings, plans, {name: list(asked[name]) for name in plans}]
     chunks = in_chunks(parts, "prefix/answers", CONDITIONS, answers, 1, depends, of=str, unit="condition", progress=progress)
-    texts = dict(zip(CONDITIONS, chunks, strict=True))
-    rows = [[_counts(asked[name], texts[c][name], texts["none"][name], plans[name], c) for c in CONDITIONS] for name in plans]
+    told = dict(zip(CONDITIONS, chunks, strict=True))
+    rows = [[_counts(asked[name], told[c][name], told["none"][name], plans[name], c) for c in CONDITIONS] for name in plans]
     values, ids = np.array(rows, dtype=float), list(plans)
     return ScoreTable("prefix_answers", ids, ids, list(CONDITIONS), list(COLUMNS), values, skipped)
 
 
-def _counts(asked: dict[str, YesNoSample], texts: list[str], plain: list[str], prefixes: dict, condition: str) -> list[int]:
-    said, before = ([pope_parse(text) for text in each] for each in (texts, plain))
+def _counts(asked: dict[str, YesNoSample], told: list, plain: list, prefixes: dict, condition: str) -> list[float]:
+    said, before = ([pope_parse(text) for text, _ in each] for each in (told, plain))
     right = [word == sample.truth for word, sample in zip(said, asked.values(), strict=True)]
     prefix = prefixes["wrong" if condition == "wrong" else "correct"]
     named = [re.search(rf"\b{re.escape(object_of(question))}\b", prefix) is not None for question in asked]
     return [
         sum(right), said.count("yes"), sum(a != b for a, b in zip(said, before, strict=True)),
-        sum(r and n for r, n in zip(right, named, strict=True)), len(right), sum(named),
+        sum(r and n for r, n in zip(right, named, strict=True)), len(right), sum(named), sum(mass for _, mass in told),
     ]  # fmt: skip
 
 
 def summarise_prefix_answers(table: ScoreTable, n_boot: int = 2000, seed: int = 0) -> dict:
-    """Every rate per condition, and per condition its difference to no prefix; intervals over images; JSON-able."""
+    """Every rate per condition, and per condition its difference to no prefix; intervals over images; JSON-able.
+
+    option_mass: the probability that yes and no hold together, with a warning where it is low."""
     found: dict = {"images": len(table), "questions": int(table.of("none")[:, COLUMNS.index("asked")].sum()),
                    "skipped": len(table.skipped), "rates": {}, "minus_none": {}}  # fmt: skip
     for name, ends in RATES.items():
         options = (column_ratio(*(COLUMNS.index(end) for end in ends)), n_boot, seed)
         found["rates"][name] = {c: table.interval(c, *options) for c in CONDITIONS}
         found["minus_none"][name] = {c: table.difference(c, "none", *options) for c in CONDITIONS[1:]}
-    return found
+    held = column_ratio(COLUMNS.index("mass"), COLUMNS.index("asked"))
+    found["option_mass"] = {c: table.interval(c, held, n_boot, seed) for c in CONDITIONS}
+    return found | {"warnings": low_mass({c: found["option_mass"][c]["mean"] for c in CONDITIONS})}
