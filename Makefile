@@ -3,6 +3,10 @@ PYTHON      ?= python3
 VENV        ?= .venv
 PROFILE     ?= pocket
 MODEL       ?= $(if $(filter paper,$(PROFILE)),llava-onevision-7b,pocket)
+# Not from the environment, where they mean other things.
+SIZE         = full
+DATA         = files
+GPU          =
 NOTEBOOKS   ?=
 DATASETS    ?=
 ARGS        ?=
@@ -15,6 +19,7 @@ CHECK := $(CURDIR)/data/cache/check
 # A text as one word of the shell, whatever is in it: $(call quoted,$(MODEL)).
 quoted = '$(subst ','\'',$(1))'
 PAPER_MODEL = $(if $(subst xpocketx,,x$(MODEL)x),$(MODEL),llava-onevision-7b)
+HOW    = --size $(call quoted,$(SIZE)) --data $(call quoted,$(DATA))
 CHOSEN = $(if $(NOTEBOOKS),--notebooks $(NOTEBOOKS))
 FILES  = $(if $(NOTEBOOKS),$(foreach n,$(NOTEBOOKS),$(wildcard notebooks/$(n)*.ipynb)),notebooks)
 
@@ -31,6 +36,9 @@ help:  ## list every target with a line each
 	@echo
 	@echo '  DATASETS="davis-2017 pope"  KVUTILS_DATA=FOLDER   for make data: what to fetch, and where to'
 	@echo '  PROFILE=pocket|paper  MODEL=pocket|llava-onevision-7b|...  NOTEBOOKS="01 03"  ARGS="-p seed 1"'
+	@echo '  SIZE=full|quick           quick: a sample of the data, the same measurements, results apart'
+	@echo '  DATA=files|hub            paper profile: data sets below KVUTILS_DATA, or the copies on the hub alone'
+	@echo '  GPU=h100|a100|t4|...      make plan: hours on this GPU (default: the one here)'
 	@echo '  PYTHON=python3.12         the interpreter from which $(VENV) is made (3.11.4 or newer)'
 	@echo '  TORCH_INDEX=URL           an index to take torch from, such as https://download.pytorch.org/whl/cpu'
 	@echo '  KEEP_TORCH=1              use the torch that is installed already (a GPU machine'"'"'s own)'
@@ -55,7 +63,7 @@ $(STAMP): requirements.txt pyproject.toml
 	@touch $@
 
 replicate: $(STAMP)  ## run the notebooks, write results, figures and the verdict table
-	@$(RUN) -m kvutils replicate --profile $(call quoted,$(PROFILE)) --model $(call quoted,$(MODEL)) $(CHOSEN) $(ARGS)
+	@$(RUN) -m kvutils replicate --profile $(call quoted,$(PROFILE)) --model $(call quoted,$(MODEL)) $(HOW) $(CHOSEN) $(ARGS)
 
 test: test-code test-notebooks  ## all tests: the code, then every notebook
 
@@ -71,7 +79,7 @@ test-notebooks: $(STAMP)  ## execute the notebooks with papermill, compare verdi
 	  $(RUN) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=1800 $(FILES)
 
 plan: $(STAMP)  ## what the paper profile needs and what of it is there: data, GB, GPU memory, hours
-	@$(RUN) -m kvutils plan --model $(call quoted,$(PAPER_MODEL)) $(if $(NOTEBOOKS),--notebooks $(NOTEBOOKS))
+	@$(RUN) -m kvutils plan --model $(call quoted,$(PAPER_MODEL)) $(HOW) $(if $(GPU),--gpu $(call quoted,$(GPU))) $(CHOSEN)
 
 rehearse: $(STAMP)  ## run a published architecture with random weights: memory, seconds, hours (no data)
 	@$(RUN) benchmarks/rehearse.py --model $(call quoted,$(PAPER_MODEL)) $(ARGS)
@@ -80,7 +88,7 @@ lab: $(STAMP)  ## open the notebooks in JupyterLab
 	@$(RUN) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks
 
 figures: $(STAMP)  ## redraw every figure from the stored results (seconds, no model)
-	@$(RUN) -m kvutils figures --profile $(call quoted,$(PROFILE)) --model $(call quoted,$(MODEL))
+	@$(RUN) -m kvutils figures --profile $(call quoted,$(PROFILE)) --model $(call quoted,$(MODEL)) --size $(call quoted,$(SIZE))
 
 report: $(STAMP)  ## write the verdicts into data/results and README.md
 	@$(RUN) -m kvutils report

@@ -133,7 +133,7 @@ def test_another_profile_writes_beside_its_results_once_everything_is_there(root
         patch.setattr(plan, "check_ready", missing)
         assert main(["replicate", "--profile", "paper", "--model", "a/big"]) == 2
     said = capsys.readouterr()
-    missing.assert_called_once_with("paper", "a/big", ["01"], None)
+    missing.assert_called_once_with("paper", "a/big", {"01": {"profile": "paper", "model": "a/big"}})
     assert said.err == "error: Nothing was started: this is missing.\n" and not said.out and not (root / "data").exists()
     monkeypatch.setattr(plan, "check_ready", lambda *_: None)
     assert main(["replicate", "--profile", "paper", "--model", "a/big"]) == 0

@@ -11,7 +11,7 @@ from kvutils.datasets.files import find
 from kvutils.datasets.hub import HUB, holds_parquet, revision_of
 from kvutils.datasets.pocket import choices, yes_no
 from kvutils.datasets.pocket import sets as pocket
-from kvutils.errors import DataError, one_of
+from kvutils.errors import DataError, ParameterError, one_of
 
 # The loader of each real data set and of its generated twin, which is named pocket-* after it.
 _LOADERS: dict[str, tuple[Callable[..., Iterable], Callable[..., Iterable]]] = {
@@ -54,6 +54,8 @@ _PAPER = {
 USES = {"paper": _PAPER,
         "pocket": {number: {use: f"pocket-{name}" for use, name in uses.items()} for number, uses in _PAPER.items()}}  # fmt: skip
 USES["pocket"]["03"]["reading"] = "pocket-questions"  # of every kind; the paper profile has no such set
+# Uses without which a notebook has nothing to say; the others may be left out, and what they were for is then not measured.
+NEEDED = {"03": ("keys", "pope", "mme"), "04": ("referring", "questions"), "05": ("choices",)}
 
 
 def open_dataset(name: str, root: str | Path | None = None, **options) -> Sequence:
@@ -78,6 +80,20 @@ def open_dataset(name: str, root: str | Path | None = None, **options) -> Sequen
     return found if isinstance(found, Sequence) else list(found)
 
 
+def open_uses(profile: str, notebook: str, options: Mapping[str, Mapping | None] | None = None) -> dict[str, Sequence]:
+    """{use: samples} of what a notebook (by its number) reads in a profile.
+
+    options: loader options per data set name, such as {"pocket-pope": {"scenes": 60}}; None leaves the set out. Raises
+    ParameterError for a set that the notebook does not read, for one left out that it needs, and if all are."""
+    names, options = USES[profile][notebook], dict(options or {})
+    for name in options:
+        one_of(f"data set in the options of notebook {notebook}, profile {profile}:", name, names.values())
+    kept = {use: name for use, name in names.items() if options.get(name, {}) is not None}
+    if lacking := [names[use] for use in NEEDED.get(notebook, ()) if use not in kept] or ([] if kept else list(names.values())):
+        raise ParameterError(f"notebook {notebook} has nothing to measure without {', '.join(lacking)}: do not leave it out")
+    return {use: open_dataset(name, **options.get(name, {})) for use, name in kept.items()}
+
+
 def find_root(name: str, root: str | Path | None = None) -> str | Path:
     """The folder from which a real data set is read, or `HUB`. Raises DataError that says how to get what is missing."""
     folder = FOLDERS.get(name, name)
@@ -94,14 +110,15 @@ def data_sources(names: Iterable[str], options: Mapping[str, Mapping] | None = N
     """{"data": name -> where it was read from} of the real data sets among `names`, for the provenance of a result: the
     hub's repository and revision, a copy of it, or files in the official layout; {} where all are generated.
 
-    options: those that each was opened with.
+    options: those that each was opened with, None for one that was left out.
     """
     found = {}
     for name in names:
-        if name not in _ON_DISK:
+        chosen = (options or {}).get(name, {})
+        if name not in _ON_DISK or chosen is None:
             continue
         hub = CATALOG[FOLDERS.get(name, name)].hub
-        root = find_root(name, (options or {}).get(name, {}).get("root"))
+        root = find_root(name, chosen.get("root"))
         if root == HUB:
             found[name] = f"hub: {hub} at {revision_of(hub)}"
         elif hub and holds_parquet(root):

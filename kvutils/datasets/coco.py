@@ -8,7 +8,6 @@ height, objects with bbox as x_min, y_min, x_max, y_max). That copy has boxes bu
 apart: its foreground is coarse, the inside of the boxes. The images are the same.
 """
 
-import heapq
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
@@ -40,13 +39,12 @@ def coco_images(root: str | Path, count: int = 1000, annotated: bool = True) -> 
     The paper takes 1,000 COCO images and does not say which. Here they are those of val2017 with the lowest numbers,
     without the images that POPE asks about (`POPE_IMAGES`), in the order of their numbers: a number says nothing of
     the content, a larger set begins with the smaller one, and disk and hub give the same images. annotated=False
-    needs no annotations; masks are then `VOID` everywhere, and shares of foreground 0. From the hub (root="hub") the
-    rows are streamed, 0.8 GB, and the chosen pictures are kept in memory, encoded. Raises ParameterError, and
+    needs no annotations; masks are then `VOID` everywhere, and shares of foreground 0. Raises ParameterError, and
     DataError for missing images or annotations before anything is opened.
     """
     limits(count=count)
     if str(root) == HUB:
-        return _streamed(count, annotated)
+        return _from_parquet(root, count, annotated)
     root = Path(root)
     if not (root / "val2017").is_dir() and not (root / "images" / "val2017").is_dir() and holds_parquet(root):
         return _from_parquet(root, count, annotated)
@@ -118,7 +116,7 @@ def _void(picture: Picture) -> np.ndarray:
     return np.full((height, width), VOID, np.uint8)
 
 
-def _from_parquet(root: Path, count: int, annotated: bool) -> list[LabelledImage]:
+def _from_parquet(root: str | Path, count: int, annotated: bool) -> list[LabelledImage]:
     rows = open_rows("coco", root, "val", _COLUMNS, pictures=("image",))
     with reading(f"COCO in {root}", "whole numbers as image_id"):
         places = {int(number): place for place, number in enumerate(rows["image_id"])}
@@ -128,16 +126,6 @@ def _from_parquet(root: Path, count: int, annotated: bool) -> list[LabelledImage
         picture = picture_at(rows, places[number], "image", f"COCO {number:012d}")
         samples.append(_boxed(records[places[number]], picture, annotated))
     return samples
-
-
-def _streamed(count: int, annotated: bool) -> list[LabelledImage]:
-    """Of rows in any order the lowest `count`; no more than these are kept at a time."""
-    rows = open_rows("coco", HUB, "val", _COLUMNS, pictures=("image",), streaming=True)
-    with reading("COCO from the hub", "whole numbers as image_id"):
-        wanted = (row for row in rows if int(row["image_id"]) not in POPE_IMAGES)
-        kept = heapq.nsmallest(count, wanted, key=lambda row: int(row["image_id"]))
-    _choose([int(row["image_id"]) for row in kept], count, "the hub")
-    return [_boxed(row, picture_at(kept, place, "image", f"COCO {int(row['image_id']):012d}"), annotated) for place, row in enumerate(kept)]
 
 
 def _boxed(row: dict[str, Any], picture: Picture, annotated: bool) -> LabelledImage:

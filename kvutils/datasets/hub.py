@@ -1,18 +1,21 @@
 """Rows of a data set that the Hugging Face hub holds as Parquet: from a local copy, or from the hub at a fixed revision.
 
 A local copy has the repository's own layout, `<config>/<split>-00000-of-00001.parquet` or `data/<split>-...parquet`.
-From the hub (`root=HUB`) only the files of the split are downloaded, to the hub's own cache. The revision that is found
+From the hub (`root=HUB`) only the files of the split are downloaded, to the hub's own cache (COCO's 0.8 GB too: its images
+are wanted in the order of their numbers, which is not that of the rows). The revision that is found
 first is written down and used ever after, so that two runs read the same rows; it goes into the results as provenance.
 Pictures stay encoded until they are asked for.
 """
 
 import re
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
 from kvutils.datasets.catalog import CATALOG, data_root, missing_data
 from kvutils.datasets.files import expect, reading, visible
@@ -30,23 +33,20 @@ def holds_parquet(root: str | Path) -> bool:
 
 
 def open_rows(name: str, root: str | Path, split: str, columns: Sequence[str], pictures: Sequence[str] = (), config: str | None = None,
-              repository: str = "", streaming: bool = False) -> datasets.Dataset | datasets.IterableDataset:  # fmt: skip
+              repository: str = "") -> datasets.Dataset:  # fmt: skip
     """The rows of one split of the data set `name`, with at least `columns`; `pictures` are image columns.
 
-    root: `HUB`, or the folder of a local copy. streaming (hub only): an iterable that downloads what it yields, for large
-    sets. repository: another one than the catalog's. Raises DataError for a missing file, repository or column.
+    root: `HUB`, or the folder of a local copy. repository: another one than the catalog's. Raises DataError for a missing
+    file, repository or column.
     """
     repository = repository or CATALOG[name].hub
     datasets.disable_progress_bars()
     try:
-        if streaming:
-            rows = datasets.load_dataset(repository, config, split=split, revision=revision_of(repository), streaming=True)
-        else:
-            if str(root) == HUB:
-                pattern = f"{config or 'data'}/{split}-*.parquet"
-                root = snapshot_download(repository, repo_type="dataset", revision=revision_of(repository), allow_patterns=[pattern])
-            files = _parts(name, Path(root), split, config)
-            rows = datasets.load_dataset("parquet", data_files=files, split="train")
+        if str(root) == HUB:
+            pattern = f"{config or 'data'}/{split}-*.parquet"
+            root = snapshot_download(repository, repo_type="dataset", revision=revision_of(repository), allow_patterns=[pattern])
+        files = _parts(name, Path(root), split, config)
+        rows = datasets.load_dataset("parquet", data_files=files, split="train")
     except DataError:
         raise
     except Exception as error:  # datasets raises whatever its readers and the network raise
@@ -89,19 +89,58 @@ def _encoded(value: dict | None) -> bytes:
 
 def revision_of(repository: str) -> str:
     """The commit of a hub repository that is used: the one written down in `KVUTILS_DATA`/hub_revisions.json, else the
-    present one, which is written down. Raises DataError where it can be neither read nor looked up."""
-    path = (data_root() or Path.home() / ".cache" / "kvutils") / "hub_revisions.json"
-    known: dict[str, Any] = read_json(path) if path.is_file() else {}
+    present one (offline the one in the hub's cache), which is written down. Raises DataError where there is none of these."""
+    known = _revisions()
     if repository not in known:
-        known[repository] = ask_hub(repository, lambda: HfApi().dataset_info(repository).sha)
-        write_json(path, known)
+        cached = _cached(repository) if constants.HF_HUB_OFFLINE else None
+        known[repository] = cached.name if cached else ask_hub(repository, lambda: HfApi().dataset_info(repository).sha)
+        write_json(_revisions_file(), known)
     return known[repository]
 
 
+def _revisions_file() -> Path:
+    return (data_root() or Path.home() / ".cache" / "kvutils") / "hub_revisions.json"
+
+
+def _revisions() -> dict[str, Any]:
+    return read_json(_revisions_file()) if _revisions_file().is_file() else {}
+
+
+def _cached(repository: str) -> Path | None:
+    """The folder of the hub's cache with the revision that is used; None where there is none."""
+    try:
+        return Path(snapshot_download(repository, repo_type="dataset", revision=_revisions().get(repository), local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+
+
+def hub_download(name: str) -> float:
+    """Gigabytes that reading the hub copy of a data set downloads, 0.0 where the hub's cache has it: one short request at most,
+    nothing is fetched. Raises DataError where it is neither there nor to be had."""
+    about = CATALOG[name]
+
+    def wanted(file: str) -> bool:
+        return any(fnmatch(file, pattern) for pattern in about.hub_files)
+
+    folder = _cached(about.hub)
+    if folder and any(wanted(path.relative_to(folder).as_posix()) for path in folder.rglob("*.parquet")):
+        return 0.0
+    if constants.HF_HUB_OFFLINE:
+        raise DataError(f"{about.title}: {about.hub} is not in the hub's cache here, and HF_HUB_OFFLINE is set\n  with network it comes by "
+                        f"itself; without, `hf download --repo-type dataset {about.hub}` elsewhere and copy HF_HOME")
+    info = ask_hub(about.hub, lambda: HfApi().dataset_info(about.hub, timeout=10, files_metadata=True))
+    return sum(each.size or 0 for each in info.siblings or () if wanted(each.rfilename)) / 1e9
+
+
 def ask_hub(repository: str, ask: Callable[[], T]) -> T:
-    """What the hub answers; DataError where it does not."""
+    """What the hub answers; DataError where it does not, or does not know the repository or its revision."""
     try:
         return ask()
     except Exception as error:  # of which kind depends on the HTTP library that huggingface_hub brings
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, GatedRepoError):
+            raise DataError(f"{repository} is open to those alone who have accepted its terms: do so on its page, then `hf auth login`") from error
+        if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
+            what = "revision of it" if isinstance(error, RevisionNotFoundError) else "such repository"
+            raise DataError(f"{repository}: the hub knows no {what}; is it spelt right? (a private one needs `hf auth login`)") from error
         raise DataError(f"{repository} cannot be looked up on the hub ({said}): that needs network, or a copy here") from error

@@ -90,8 +90,10 @@ def parser() -> argparse.ArgumentParser:
         add = verb(name, about).add_argument
         add("--profile", default=DEFAULT[0], choices=PROFILES)
         add("--model", default=DEFAULT[1], type=os.path.expanduser, help=MODEL)
+        add("--size", default="full", metavar="full|quick", help="quick: a sample of the data, results apart (data/sizes.yaml)")
     add = verbs.choices["replicate"].add_argument
     add("--notebooks", nargs="+", default=[], metavar="NN", help="01 03; all without")
+    add("--data", default="files", metavar="files|hub", help="hub: only what the Hugging Face hub holds; the rest is left out")
     add("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="parameters",
         help="a notebook parameter, as JSON (3, true, [0, 1]) or a text; writes below data/cache/runs")
     add("--out", type=_path, help="write everything below this folder, not the repository")
@@ -111,6 +113,9 @@ def parser() -> argparse.ArgumentParser:
     add("--profile", default="paper", choices=[name for name in PROFILES if name != "pocket"])
     add("--model", default="llava-onevision-7b", type=os.path.expanduser, help=MODEL)
     add("--notebooks", nargs="+", metavar="NN", help="01 03; all without")
+    add("--size", default="full", metavar="full|quick", help="quick: a sample of the data")
+    add("--data", default="files", metavar="files|hub", help="hub: only what the Hugging Face hub holds")
+    add("--gpu", metavar="NAME", help="hours on this GPU, such as h100 or t4 (default: this machine's)")
     return whole
 
 
@@ -129,7 +134,7 @@ def run(chosen: argparse.Namespace) -> int:
         from kvutils.run.plan import NOTEBOOKS, table
         for number in chosen.notebooks or ():
             errors.one_of("notebook", number, NOTEBOOKS)
-        print(table(chosen.profile, chosen.model, chosen.notebooks or NOTEBOOKS))
+        print(table(chosen.profile, chosen.model, chosen.notebooks or NOTEBOOKS, chosen.size, chosen.data, chosen.gpu))
         return DONE
     from kvutils.run import replicate
     replicate.need_clone()

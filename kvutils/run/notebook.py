@@ -19,6 +19,7 @@ from kvutils.metrics.statistics import interval_text
 from kvutils.models import MLM, base_name
 from kvutils.run import DEFAULT, report
 from kvutils.run import PROFILES as PROFILES
+from kvutils.run.sizes import SIZES as SIZES
 from kvutils.store import Parts, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,17 +37,24 @@ def cache_root() -> Path:
 
 @dataclass(frozen=True)
 class Run:
-    """The places of one notebook's run, and what its last cells show and write: `Run("01_value_flow", profile, model)`."""
+    """The places of one notebook's run, and what its last cells show and write: `Run("01_value_flow", profile, model, size)`."""
 
     notebook: str
     profile: str = DEFAULT[0]
     model: str = DEFAULT[1]
+    size: str = "full"
 
     @property
     def folder(self) -> Path:
-        """data/results/<profile>/<model>/; of a model's folder its name, of a hub id "owner--name", of name@commit the name."""
+        """data/results/<profile>/<model>/; of a model's folder its name, of a hub id "owner--name", of name@commit the name; another
+        size than full behind it."""
         name = Path(self.model).name if os.path.isabs(self.model) else base_name(self.model).replace("/", "--")
-        return output_root() / "data" / "results" / self.profile / name
+        return output_root() / "data" / "results" / self.profile / (name if self.size == "full" else f"{name}-{self.size}")
+
+    @property
+    def is_default(self) -> bool:
+        """Whether it is the run whose notebooks, results and figures are committed."""
+        return (self.profile, self.model, self.size) == (*DEFAULT, "full")
 
     @property
     def results(self) -> Path:
@@ -56,7 +64,7 @@ class Run:
     @property
     def figures(self) -> Path:
         """The folder of the figures; only the committed run draws into figures/ itself."""
-        return (output_root() if (self.profile, self.model) == DEFAULT else self.folder) / "figures"
+        return (output_root() if self.is_default else self.folder) / "figures"
 
     def parts(self, mlm: MLM, **depends: object) -> Parts:
         """The finished parts of this profile and model under the model's settings and whatever else they depend on (JSON-able)."""

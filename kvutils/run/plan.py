@@ -4,10 +4,12 @@ Nothing is downloaded and no checkpoint is loaded. Hours are those of a rehearsa
 rehearse`, which measures whole items); without one there are none.
 """
 
+import importlib.util
 import os
 import platform
+import sys
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -16,10 +18,11 @@ from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
 from kvutils.datasets import FOLDERS, USES, open_dataset
 from kvutils.datasets.catalog import CATALOG, data_root
-from kvutils.datasets.hub import ask_hub
+from kvutils.datasets.hub import HUB, ask_hub, hub_download
 from kvutils.errors import DataError
-from kvutils.models import ENCODERS, MODELS, ModelSpec, base_name, find_model, original_encoder
+from kvutils.models import ENCODERS, FAMILIES, MODELS, ModelSpec, base_name, find_model, original_encoder
 from kvutils.run.notebook import cache_root
+from kvutils.run.sizes import left_out, parameters_of
 from kvutils.store import read_json
 
 NOTEBOOKS = ("01", "02", "03", "04", "05")
@@ -31,24 +34,42 @@ _NO_ENCODER = ("03", "04")  # the others compare with SigLIP
 _GET = "with network it comes by itself; without, `hf download {}` elsewhere and copy HF_HOME"
 
 
-def data_of(notebook: str, profile: str) -> list[str]:
-    """The data sets that a notebook (by its number) reads in a profile."""
-    return [*dict.fromkeys(USES[profile][notebook].values())]
+def data_of(notebook: str, profile: str, parameters: Mapping = {}) -> dict[str, Mapping]:
+    """{data set: its loader's options} of the real data that a notebook (by its number) reads with these parameters."""
+    names, absent = USES[profile].get(notebook, {}), left_out(notebook, profile, parameters)
+    return {name: parameters.get("data_options", {}).get(name, {}) for use, name in names.items()
+            if use not in absent and not name.startswith("pocket-")}  # fmt: skip
 
 
-def look_for_data(names: Iterable[str], options: Mapping[str, Mapping] | None = None) -> dict[str, str]:
-    """What is said of each data set that does not open; its loader looks for every file that it will read."""
-    missing = {}
-    for name in dict.fromkeys(names):
+def look_for_data(wanted: Mapping[str, Mapping]) -> dict[str, tuple[str, float]]:
+    """{data set: (what is said of it if it is not to be had, else "", gigabytes to get)} of {data set: its loader's options}.
+    Files are opened: a loader looks for every one that it will read. For copies on the hub one short request each."""
+
+    def look(name: str) -> tuple[str, float]:
+        folder, options = FOLDERS.get(name, name), wanted[name]
         try:
-            open_dataset(name, **(options or {}).get(name, {}))
+            if options.get("root") == HUB:
+                return "", hub_download(folder)
+            open_dataset(name, **options)
         except DataError as error:
-            missing[name] = str(error)
-    return missing
+            return str(error), CATALOG[folder].to_get
+        return "", 0.0
+
+    with ThreadPoolExecutor() as pool:  # the hub is asked for all at once
+        on_hub = {name: pool.submit(look, name) for name, options in wanted.items() if options.get("root") == HUB}
+    found = {}
+    for name in wanted:
+        print(f"looking for {name} ...", file=sys.stderr, flush=True)
+        found[name] = on_hub[name].result() if name in on_hub else look(name)
+    return found
 
 
 def look_for_model(spec: ModelSpec) -> tuple[str, float]:
-    """What is said of a checkpoint that is neither on this machine nor can be fetched, else ""; the gigabytes that loading it fetches."""
+    """What is said of a checkpoint that is neither on this machine nor can be fetched, else ""; the gigabytes that loading it fetches.
+    One short request at most."""
+    lacking = [name for name in ("sentencepiece", "google.protobuf") if spec.name == "siglip-so400m" and not importlib.util.find_spec(name)]
+    if lacking:
+        return f"the tokenizer of {spec.source} needs {', '.join(lacking)}: pip install sentencepiece protobuf, or make install anew", 0.0
     if Path(spec.source).is_dir():
         return "", 0.0
     config = try_to_load_from_cache(spec.source, "config.json", revision=spec.revision)
@@ -64,33 +85,44 @@ def look_for_model(spec: ModelSpec) -> tuple[str, float]:
         info = ask_hub(spec.source, lambda: HfApi().model_info(spec.source, revision=spec.revision, timeout=10, files_metadata=True))
     except DataError as error:
         return f"not in the local cache; {error}\n  {get}", 0.0
+    family = (info.config or {}).get("model_type", "")
+    if family not in ("", *FAMILIES, "siglip"):
+        return f"{spec.source} is a {family}; kvutils reads {', '.join(FAMILIES)}", 0.0
     return "", sum(file.size or 0 for file in info.siblings or () if file.rfilename.endswith(".safetensors")) / 1e9
 
 
-def check_ready(profile: str, model: str, notebooks: Sequence[str], options: Mapping[str, Mapping] | None = None) -> None:
-    """Raises DataError, one screen of what is missing and how to get it, unless every notebook can run to its end."""
-    wanted = {number: data_of(number, profile) for number in notebooks}
-    data = look_for_data(chain(*wanted.values()), options)
+def check_ready(profile: str, model: str, notebooks: Mapping[str, Mapping]) -> None:
+    """Raises DataError, one screen of what is missing and how to get it, unless every one of the notebooks {number: parameters}
+    can run to its end. It takes seconds: before five notebooks start, not in each."""
+    wanted = {number: data_of(number, profile, parameters) for number, parameters in notebooks.items()}
     specs = [find_model(model), *([ENCODERS[original_encoder(model)]] if set(notebooks) - set(_NO_ENCODER) else [])]
-    models = [problem for problem, _ in map(look_for_model, specs) if problem]
+    with ThreadPoolExecutor() as pool:
+        models = [problem for problem, _ in pool.map(look_for_model, specs) if problem]
+    data = {name: problem for name, (problem, _) in look_for_data(_together(wanted)).items() if problem}
     missing = [*models, *data.values()]
     if not missing:
         return
     if len(missing) == 1:
         raise DataError(f"Nothing was started.\n{missing[0]}")
+    from_hub = any(options.get("root") == HUB for options in _together(wanted).values())
     lines = ["Nothing was started: this is missing.", "", *(f"  model     {problem.splitlines()[0]}" for problem in models)]
     lines += [f"            {_GET.format('<id>')}", ""] if models else []
     for name, problem in _by_folder(data).items():
         about = CATALOG[name]
         lines.append(f"  {name:<12}{about.to_get:5.2g} GB  {about.how:<14} {about.licence}")
-        if data_root() and (data_root() / name).is_dir():  # something is there, but not all
+        if from_hub or data_root() and (data_root() / name).is_dir():  # something is there, but not all
             lines.append(f"      {problem.splitlines()[0]}")
-    lines += ["", *_next(data)]
+    lines += ["", *([] if from_hub else _next(data))]
     if ready := [number for number in notebooks if not models and not data.keys() & wanted[number]]:
         lines += ["", f'  What can run now:  make replicate PROFILE={profile} MODEL={model} NOTEBOOKS="{" ".join(ready)}"']
     lines += ["", f"  make plan PROFILE={profile} MODEL={model}    the same with gigabytes, memory and hours per notebook",
               "  make replicate                        the pocket profile: no data, no network, minutes"]  # fmt: skip
     raise DataError("\n".join(lines))
+
+
+def _together(wanted: Mapping[str, Mapping]) -> dict[str, Mapping]:
+    """{data set: options} over notebooks; several read RefCOCO and POPE, from one place."""
+    return {name: options for each in wanted.values() for name, options in each.items()}
 
 
 def _by_folder(missing: Mapping[str, str]) -> dict[str, str]:
@@ -122,15 +154,18 @@ def rehearsal_file(model: str) -> Path:
     return cache_root() / "rehearsal" / f"{base_name(model)}.json"
 
 
-def table(profile: str, model: str, notebooks: Sequence[str] = NOTEBOOKS) -> str:
-    """The plan as text; hours and memory where a rehearsal of the model on such a device is stored."""
+def table(profile: str, model: str, notebooks: Sequence[str] = NOTEBOOKS, size: str = "full", source: str = "files", gpu: str | None = None) -> str:
+    """The plan as text; hours and memory where a rehearsal of the model on such a device is stored. size, source: SIZE and DATA."""
     spec, report = find_model(model), rehearsal_file(model)
     measured = read_json(report) if report.is_file() else {}
     measured = measured if measured.get("device") == device_name() else {}
-    data = look_for_data(name for number in notebooks for name in data_of(number, profile))
+    chosen = {number: parameters_of(number, profile, size, source) for number in notebooks}
+    wanted = {number: data_of(number, profile, each) for number, each in chosen.items()}
+    data = look_for_data(_together(wanted))
     models = {each.name: look_for_model(each) for each in (spec, ENCODERS[original_encoder(model)])}
     gpus = f"{torch.cuda.device_count()} x {torch.cuda.get_device_properties(0).total_memory / GIB:.0f} GiB, " if torch.cuda.is_available() else ""
-    lines = [f"make replicate PROFILE={profile} MODEL={model}", "",
+    how = f"{' DATA=' + source if source != 'files' else ''}{' SIZE=' + size if size != 'full' else ''}"
+    lines = [f"make replicate PROFILE={profile} MODEL={model}{how}", "",
              f"device   {device_name()}, {gpus}{psutil.virtual_memory().total / GIB:.0f} GiB of main memory"]  # fmt: skip
     for name, (problem, gigabytes) in models.items():
         state = problem.splitlines()[0] if problem else f"{gigabytes:.1f} GB to download, by itself" if gigabytes else "there"
@@ -139,13 +174,15 @@ def table(profile: str, model: str, notebooks: Sequence[str] = NOTEBOOKS) -> str
               f"run `make rehearse MODEL={model}` for hours and for the memory of images in flight"), "",
               f"{'':<4}{'GB to get':>10}{'GPU GiB':>9}{'hours':>8}  {'can run now':<20}data sets (missing ones in brackets)"]  # fmt: skip
     for number in notebooks:
-        names = data_of(number, profile)
-        absent = {name: data[name] for name in names if name in data}
-        gigabytes = sum(CATALOG[name].to_get for name in _by_folder(absent))
+        absent = [name for name in wanted[number] if data[name][0]]
+        gigabytes = sum({FOLDERS.get(name, name): data[name][1] for name in wanted[number]}.values())
         weights = weights_on_gpu(spec, number)
         memory = f"{measured['peak'][number]:.0f}" if measured else f"> {weights:.0f}" if weights else "?"
         hours = f"{measured['hours'][number]:,.1f}" if measured else "?"
         lacks = " and ".join(["model"] * bool(models[spec.name][0]) + ["data"] * bool(absent))
-        named = " ".join(f"[{name}]" if name in absent else name for name in names)
+        named = " ".join(f"[{name}]" if name in absent else name for name in wanted[number])
+        if lost := left_out(number, profile, chosen[number]):
+            named += f"; without {', '.join(lost)}"
         lines.append(f"{number:<4}{gigabytes:>10.1f}{memory:>9}{hours:>8}  {f'no: {lacks}' if lacks else 'yes':<20}{named}")
-    return "\n".join([*lines, "", "Notebook 02 reads what 01 has stored.", *_next(data)])
+    missing = {} if source == HUB else {name: problem for name, (problem, _) in data.items() if problem}
+    return "\n".join([*lines, "", "Notebook 02 reads what 01 has stored.", *_next(missing)])

@@ -27,8 +27,9 @@ from tqdm import tqdm
 from kvutils import errors, plots
 from kvutils.errors import DataError, KVUtilsError, ParameterError, StoreError, one_of
 from kvutils.models import MODELS, find_model
-from kvutils.run import DEFAULT, compare, notebook, plan, report
+from kvutils.run import compare, notebook, plan, report
 from kvutils.run.notebook import Run
+from kvutils.run.sizes import left_out, parameters_of
 from kvutils.store import atomic, digest, read_json, write_text
 
 BAR = re.compile(r"\d%\||\d\w* \[\d+:\d\d")  # what every line of a tqdm bar contains
@@ -177,10 +178,10 @@ def verdict_lines(lines: list[dict]) -> str:
     return "\n".join([*out, "not run: " + " ".join(line["id"] for line in lines if line["verdict"] == "not run")])
 
 
-def run_all(paths: list[Path], parameters: dict, executed: Path) -> list[str]:
-    """Execute the notebooks one after the other, write them to `executed`; returns those that failed."""
+def run_all(paths: Mapping[Path, dict], executed: Path) -> list[str]:
+    """Execute the notebooks {path: parameters} one after the other, write them to `executed`; returns those that failed."""
     failures = []
-    for path in paths:
+    for path, parameters in paths.items():
         print(f"{path.stem}  running", flush=True)
         start, failed = time.monotonic(), notebook.cache_root() / "failed" / path.name
         failed.unlink(missing_ok=True)
@@ -198,7 +199,7 @@ def given_parameters(pairs: list[tuple[str, str]]) -> dict:
     """{name: value} of `-p NAME VALUE`: JSON, and what is none a text as it stands (YAML would make 010 an 8 and no a False)."""
     found = {}
     for name, text in pairs:
-        if name in ("profile", "model"):
+        if name in ("profile", "model", "size"):
             raise ParameterError(f"-p {name} {text}: write --{name} {text}")
         try:
             found[name] = json.loads(text)
@@ -241,17 +242,20 @@ def replicate(chosen: argparse.Namespace) -> int:
     parameters = {"profile": chosen.profile, "model": model}
     more = given_parameters(chosen.parameters)
     os.environ["KVUTILS_OUT"] = str(output_folder(chosen, more).resolve())
-    out, run = notebook.output_root(), Run("", **parameters)
-    paths = find_notebooks(chosen.notebooks, notebook.ROOT / "notebooks")
-    if chosen.profile != "pocket":
-        plan.check_ready(chosen.profile, model, [path.stem[:2] for path in paths], more.get("data_options"))
+    out, run = notebook.output_root(), Run("", **parameters, size=chosen.size)
+    paths = {path: parameters | parameters_of(path.stem[:2], chosen.profile, chosen.size, chosen.data, more)
+             for path in find_notebooks(chosen.notebooks, notebook.ROOT / "notebooks")}  # fmt: skip
+    plan.check_ready(chosen.profile, model, {path.stem[:2]: each for path, each in paths.items()})
     need_writable(out, "--out or KVUTILS_OUT")
     need_writable(notebook.cache_root(), "KVUTILS_CACHE")
     kept = notebook.ROOT / "data" / "results" / run.profile / run.folder.name
     before = {path.stem: compare.committed(kept / f"{path.stem}.json") for path in paths}
-    executed = out / "notebooks" if (chosen.profile, chosen.model) == DEFAULT else run.folder
+    executed = out / "notebooks" if run.is_default else run.folder
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank() else sys.stdout):
-        failures = run_all(paths, parameters | more, executed)
+        for path, each in paths.items():
+            if absent := left_out(path.stem[:2], chosen.profile, each):
+                print(f"{path.stem}  without {', '.join(absent)}: no hub copy of {', '.join(absent.values())}")
+        failures = run_all(paths, executed)
     if rank() or not run.folder.exists():
         return int(bool(failures))
     written = report.write(out)
@@ -271,7 +275,7 @@ def replicate(chosen: argparse.Namespace) -> int:
 
 def figures(chosen: argparse.Namespace) -> int:
     """Draw the stored results of a profile and model; nothing is run."""
-    run = Run("", chosen.profile, model_of(chosen))
+    run = Run("", chosen.profile, model_of(chosen), chosen.size)
     plots.draw_all(run.folder, run.figures)
     print(f"figures: {show(run.figures)}")
     return 0

@@ -141,6 +141,13 @@ def result_folders(root: Path) -> list[Path]:
     return sorted(folders, key=lambda path: ((path.parent.name, path.name) != DEFAULT, path))
 
 
+def title_of(folder: Path) -> str:
+    """Profile, model and size of a folder of results, as a heading names them."""
+    size = next((found["parameters"]["size"] for found in read_results(folder).values() if "size" in found.get("parameters", {})), "full")
+    about = f"Profile `{folder.parent.name}`, model `{folder.name.removesuffix(f'-{size}')}`"
+    return about if size == "full" else f"{about}, **{size}**: a sample of the data, so its intervals are wide"
+
+
 def fill(text: str, block: str, content: str) -> str:
     """`text` with the lines between `<!-- block:start -->` and `<!-- block:end -->` replaced."""
     start, end = f"<!-- {block}:start -->", f"<!-- {block}:end -->"
@@ -170,8 +177,7 @@ def readme(text: str, root: Path) -> str:
     results = read_results(root / "data" / "results" / Path(*DEFAULT))
     gallery = [f"![{name}](figures/{PICTURES.get(name, name)}.png)\n\n**{name[:2]}** {found['finding']}"
                for name, found in results.items() if found.get("finding")]
-    tables = [f"Profile `{folder.parent.name}`, model `{folder.name}`:\n\n{table(rows(read_results(folder)))}"
-              for folder in result_folders(root)] or [table(rows({}))]
+    tables = [f"{title_of(folder)}:\n\n{table(rows(read_results(folder)))}" for folder in result_folders(root)] or [table(rows({}))]
     for block, parts in {"badges": badges, "gallery": gallery, "verdicts": tables}.items():
         text = fill(text, block, "\n\n".join(parts))
     return text
@@ -184,7 +190,7 @@ def generated(root: Path) -> dict[Path, str]:
         results, provenance = read_results(folder), read_results(folder / "provenance")
         lines = rows(results)
         files[folder / "claims.json"] = to_json(lines)
-        title = f"# Verdicts: profile {folder.parent.name}, model {folder.name}\n\nMade by `make report`.\n\n"
+        title = f"# Verdicts: {title_of(folder)}\n\nMade by `make report`.\n\n"
         files[folder / "REPORT.md"] = title + table(lines) + "\n" + details(results, provenance)
     path = root / "README.md"
     if path.exists():  # a folder of results somewhere else has none

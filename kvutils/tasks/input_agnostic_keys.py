@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from kvutils.datasets import USES, open_dataset
+from kvutils.datasets import open_uses
 from kvutils.datasets.samples import YesNoSample
-from kvutils.errors import ParameterError, one_of
+from kvutils.errors import ParameterError
 from kvutils.metrics.statistics import Interval, claim_of_parts, undefined
 from kvutils.tasks.key_blocking import BLOCK, CONTROLS
 from kvutils.tasks.knock_out import as_questions
@@ -35,10 +35,7 @@ def open_data(profile: str, options: Mapping[str, Mapping] | None = None, size: 
     size = tuple(size) or IMAGE_SIZE[profile]
     if size is not None and (len(size) != 2 or not all(type(each) is int and each > 0 for each in size)):
         raise ParameterError(f"the image size must be a width and a height in pixels, not {size}")
-    options, names = dict(options or {}), USES[profile]["03"]
-    for name in options:
-        one_of(f"data set of profile {profile}", name, names.values())
-    found = {use: open_dataset(name, **options.get(name, {})) for use, name in names.items()}
+    found = open_uses(profile, "03", options)
     if size is not None:
         found["keys"] = [one.resized(size) for one in found["keys"]]
         found |= {use: [replace(sample, size=size) for sample in found[use]] for use in ("pope", "mme")}

@@ -69,9 +69,11 @@ def claim_x3(summaries: Mapping[str, Mapping], headline: str = "domain_by_probe"
 def _correct_minus(summaries: Mapping[str, Mapping], headline: str, others: Sequence[str], first: str) -> dict:
     """The correct prefix minus each of the others, in points, for both readouts; the headline's minus `first` in front."""
 
-    def points(name: str, other: str) -> Interval:
-        return Interval.of(summaries[name]["best"]["correct_minus"][other]).scaled(100)
+    def points(readout: str, other: str, **more) -> dict:
+        if readout not in summaries:
+            return UNDEFINED.claim(reason="its data set was left out", **more)
+        return Interval.of(summaries[readout]["best"]["correct_minus"][other]).scaled(100).claim(**more)
 
-    entries = [points(name, other).claim(f"{name}: correct minus {other}")
+    entries = [points(name, other, name=f"{name}: correct minus {other}")
                for name in ("referring_by_class_name", headline) for other in others]  # fmt: skip
-    return points(headline, first).claim(unit="mIoU points", entries=entries)
+    return points(headline, first, unit="mIoU points", entries=entries)

@@ -6,8 +6,8 @@ Along the data flow: SigLIP as published -> (finetuning) -> the model's own enco
 
 from collections.abc import Mapping
 
-from kvutils.datasets import USES, class_names, open_dataset
-from kvutils.errors import ParameterError, one_of
+from kvutils.datasets import USES, class_names, open_uses
+from kvutils.errors import ParameterError
 from kvutils.metrics.statistics import UNDEFINED, Interval, claim_of_parts, undefined
 from kvutils.models import load_encoder, load_mlm, original_encoder
 from kvutils.readout.features import FeatureExtractor
@@ -28,6 +28,7 @@ STEPS = {  # step -> (before, after)
     "all steps": ("encoder_original", "value"),
 }
 _FEW = "independent units are too few to choose a layer and test it on others; at least 4 are needed"
+_LEFT_OUT = "its data set was left out"
 
 
 def open_extractor(model: str, seed: int = 0, max_pixels: int = 0, **options) -> FeatureExtractor:
@@ -39,28 +40,30 @@ def open_extractor(model: str, seed: int = 0, max_pixels: int = 0, **options) ->
     return FeatureExtractor(mlm, untrained, load_encoder(encoder), encoder_text=text, **options)
 
 
-def value_flow_tasks(profile: str, options: Mapping[str, Mapping] | None = None) -> dict[str, Task]:
-    """The six tasks of a profile by name, and the supervised counterpart of task 3. `options` gives loader options per
-    data set name, such as {"pocket-davis-2017": {"count": 4}}."""
-    options = dict(options or {})
-    names = USES[profile]["01"]
-    for name in options:
-        one_of(f"data set in the options for profile {profile}", name, names.values())
-    data = {use: open_dataset(name, **options.get(name, {})) for use, name in names.items()}
-    tasks = {task.name: task(data[task.name]) for task in SIX}
+def value_flow_tasks(profile: str, options: Mapping[str, Mapping | None] | None = None) -> dict[str, Task]:
+    """The six tasks of a profile by name, and the supervised counterpart of task 3, without those whose data set is left out.
+    `options` as in `open_uses`, such as {"pocket-davis-2017": {"count": 4}}."""
+    data = open_uses(profile, "01", options)
+    tasks = {task.name: task(data[task.name]) for task in SIX if task.name in data}
     probe = SemanticSegmentationProbe.name
-    classes = class_names(names[probe], **options.get(names[probe], {}))
-    tasks[probe] = SemanticSegmentationProbe(data[SemanticSegmentation.name], data[probe], classes)
+    if {probe, SemanticSegmentation.name} <= data.keys():
+        name = USES[profile]["01"][probe]
+        classes = class_names(name, **(options or {}).get(name, {}))
+        tasks[probe] = SemanticSegmentationProbe(data[SemanticSegmentation.name], data[probe], classes)
     return tasks
+
+
+def _why(summaries: Mapping[str, Mapping], name: str) -> str:
+    return f"{summaries[name]['groups']} {_FEW}" if name in summaries else _LEFT_OUT
 
 
 def claim_c1(summaries: Mapping[str, Mapping]) -> dict:
     """C1, per task: the best value layer (chosen on one half of the items) minus the task's control, on the other half."""
     entries = []
     for name in (task.name for task in SIX):
-        best = summaries[name].get("value_best")
+        best = summaries.get(name, {}).get("value_best")
         if best is None or best["control"] not in best["minus"]:
-            entries.append(undefined(f"{name}: best value layer minus its control", f"{summaries[name]['groups']} {_FEW}"))
+            entries.append(undefined(f"{name}: best value layer minus its control", _why(summaries, name)))
         else:
             minus = Interval.of(best["minus"][best["control"]])
             entries.append(minus.claim(f"{name}: {best['source']} minus {best['control']}"))
@@ -71,10 +74,10 @@ def claim_c2(summaries: Mapping[str, Mapping]) -> dict:
     """C2, per task: best value layer minus first and minus last, on the half of the items that did not choose it."""
     entries = []
     for name in (task.name for task in SIX):
-        found = summaries[name]["build_then_degrade"].get("value")
+        found = summaries.get(name, {}).get("build_then_degrade", {}).get("value")
         for part, against in (("minus_first", "first"), ("minus_last", "last")):
             if found is None:
-                entries.append(undefined(f"{name}: best value layer minus {against}", f"{summaries[name]['groups']} {_FEW}"))
+                entries.append(undefined(f"{name}: best value layer minus {against}", _why(summaries, name)))
             else:
                 entries.append(Interval.of(found[part]).claim(f"{name}: layer {found['best_layer']} minus {against}"))
     return claim_of_parts(entries, "comparisons of 12")
@@ -103,11 +106,11 @@ def compare_along_chain(table: ScoreTable, task: Task, n_boot: int = 2000, seed:
 
 def claim_c4(chains: Mapping[str, Mapping]) -> dict:
     """C4, per task: SigLIP before any finetuning minus the best value layer, on items that did not choose the layer; undefined
-    for a task that `chains` lacks."""
+    for a task that `chains` lacks: too few units, or no data."""
     entries = []
     for name in (task.name for task in SIX):
         if name not in chains:
-            entries.append(undefined(f"{name}: SigLIP minus best value layer", _FEW))
+            entries.append(undefined(f"{name}: SigLIP minus best value layer", f"{_LEFT_OUT}, or {_FEW}"))
         else:
             lost = Interval.of(chains[name]["steps"]["all steps"]).scaled(-1)
             entries.append(lost.claim(f"{name}: SigLIP minus {chains[name]['best']}"))
