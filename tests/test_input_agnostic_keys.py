@@ -532,7 +532,7 @@ def test_the_data_of_the_notebook():
     for size in ([96], [0, 96], ["96", "96"]):
         with pytest.raises(ParameterError, match="a width and a height"):
             open_data("pocket", few, size)
-    with pytest.raises(ParameterError, match="of profile pocket 'pocket-pop' .did you mean 'pocket-pope'"):
+    with pytest.raises(ParameterError, match="profile pocket: 'pocket-pop' .did you mean 'pocket-pope'"):
         open_data("pocket", {"pocket-pop": {}})
 
 

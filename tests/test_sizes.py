@@ -91,7 +91,8 @@ def test_a_hub_copy_is_looked_for_without_fetching_it(monkeypatch, tmp_path):
     ask = Mock(return_value=SimpleNamespace(siblings=files))
     monkeypatch.setattr(hub, "HfApi", lambda: SimpleNamespace(dataset_info=ask))
     assert hub.hub_download("coco") == 0.3 and cached.call_args.kwargs["local_files_only"]
-    for error, said in ((RepositoryNotFoundError("404", response=httpx.Response(404, request=httpx.Request("GET", "https://x"))), "is it spelt right"),
+    missing = httpx.Response(404, request=httpx.Request("GET", "https://x"))
+    for error, said in ((RepositoryNotFoundError("404", response=missing), "is it spelt right"),
                         (ConnectionError("Name or service not known"), "Name or service not known.*needs network")):  # fmt: skip
         ask.side_effect = error
         with pytest.raises(DataError, match=said):
