@@ -29,6 +29,8 @@ from kvutils.store import write_json
 from kvutils.tasks import value_flow
 from kvutils.tasks.base import run_task
 from kvutils.tasks.correspondence import SemanticCorrespondence
+from kvutils.tasks.text_segmentation import ReferringSegmentation
+from kvutils.vision import prepare_images
 from tests.tiny_models import FAMILIES, WORDS, grid_layout, tiny, tiny_onevision, tiny_pocket, tiny_siglip
 
 RNG = np.random.default_rng(0)
@@ -41,8 +43,8 @@ def picture(width: int = 32, height: int = 32) -> Image.Image:
 ITEMS = [(f"image {i}", picture()) for i in range(3)]
 
 
-def siglip(hidden: int = 24) -> SiglipModel:
-    shape = {"hidden_size": hidden, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
+def siglip(hidden: int = 24, layers: int = 2) -> SiglipModel:
+    shape = {"hidden_size": hidden, "intermediate_size": 48, "num_hidden_layers": layers, "num_attention_heads": 3}
     tokens = {"vocab_size": 40, "max_position_embeddings": 8, "projection_size": hidden, "pad_token_id": 0}
     text = SiglipTextConfig(**shape, **tokens, bos_token_id=2, eos_token_id=2).to_dict()
     return SiglipModel(SiglipConfig(text_config=text, vision_config={**shape, "image_size": 32, "patch_size": 8})).eval()
@@ -274,6 +276,33 @@ def test_encoder_scores_use_the_pooling_head_on_single_patches(pocket):
         patch = features.features[source][3].float()
         pooled = vision.head(vision.post_layernorm(patch)[None, None])[0]
         torch.testing.assert_close(scores[source][1, 3], normalize(pooled, dim=-1) @ words)
+
+
+@torch.no_grad()
+def test_text_scores_of_a_cut_tower_are_those_of_the_last_layer(pocket):
+    """LLaVA-OneVision's tower is SigLIP without its last layers: features are compared at its depth, the pooling head, which
+    was trained on the last layer, reads that."""
+    mlm, both = tiny_pocket(), siglip(layers=5)  # the MLM's own tower has 3 layers
+    vision, own = both.vision_model, mlm.model.model.vision_tower
+    extractor = FeatureExtractor(mlm, None, replace(pocket.encoder_original, model=vision), encoder_text=SiglipText(
+        both.text_model, build_word_tokenizer(WORDS)), keys=False)  # fmt: skip
+    task = ReferringSegmentation([])
+    read = {task.reads(source, extractor) for source in task.sources(extractor)}
+    assert {"head.encoder", "head.encoder_original", "value.1"} <= read and not {"encoder", "encoder_original"} & read
+    assert task.reads("shuffled.lens.value.1", extractor) == "value.1" and "head.encoder" not in extractor.sources
+    (one,) = extractor.images(ITEMS[:1], sources=[*extractor.sources, *read])
+    pixels = prepare_images(mlm, [ITEMS[0][1]]).pixels
+    states, finetuned = vision(pixels, output_hidden_states=True).hidden_states, own(pixels, output_hidden_states=True).hidden_states[3]
+    close = {"rtol": 2e-3, "atol": 2e-3}  # kept in half precision
+    torch.testing.assert_close(one.features["encoder_original"].float(), states[3][0], **close)
+    torch.testing.assert_close(one.features["head.encoder_original"].float(), states[5][0], **close)
+    for layer in vision.encoder.layers[3:]:
+        finetuned = layer(finetuned, attention_mask=None)
+    torch.testing.assert_close(one.features["head.encoder"].float(), finetuned[0], **close)
+    scores, words = extractor.alignment.scores(one.features, TEXTS), extractor.alignment.text(TEXTS[1])["encoder"]
+    pooled = vision.head(vision.post_layernorm(states[5][0, 7])[None, None])[0]
+    torch.testing.assert_close(scores["encoder_original"][1, 7], normalize(pooled, dim=-1) @ words, **close)
+    assert pocket.alignment.reads("encoder") == "encoder"  # nothing is cut there
 
 
 def test_encoders_have_text_scores_only_with_a_text_tower(pocket):

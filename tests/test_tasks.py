@@ -49,7 +49,7 @@ class Extractor:
 
     def __init__(self, truth, texts=()):
         self.truth, self.words = truth, list(texts)
-        self.alignment = SimpleNamespace(sources=["value.0", "value.1"], scores=self.text_scores)
+        self.alignment = SimpleNamespace(sources=["value.0", "value.1"], scores=self.text_scores, reads=str)
 
     def image(self, name, key, opened, sources=None):
         return self.one(name, opened())

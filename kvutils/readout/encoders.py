@@ -13,37 +13,48 @@ from kvutils.models import MLM, QWEN, Encoder
 from kvutils.vision import compact, over_images, prepare_images
 
 
-@torch.no_grad()
-def capture_encoder(
-    encoder: Encoder, mlm: MLM, images: Iterable[ImageLike], *, batch_size: int = 8, to: str | torch.device | None = "cpu"
-) -> list[torch.Tensor]:
-    """Features (N, C) of another SigLIP tower on the crops that `capture` shows the model, on its token grid.
-
-    They are those of the depth that the MLM reads from its own tower if that is a SigLIP too, else of the last layer. LLaVA
-    families: every crop is normalised anew (and resized if the tower has another input size) and the patches are packed
-    like the model's own; newline rows are zeros. Qwen2.5-VL has no crops: the tower sees the whole image squashed to its
-    square input. Patch grids of another size are interpolated bilinearly.
-    """
-    config = encoder.model.config
-    device = encoder.model.device if to is None else torch.device(to)
+def depth_read(encoder: Encoder, mlm: MLM) -> int:
+    """After how many layers an encoder is compared with an MLM's: as many as that reads from a SigLIP of its own, else all."""
+    most = encoder.model.config.num_hidden_layers
     own, layer = mlm.model.config.vision_config, getattr(mlm.model.config, "vision_feature_layer", None)
     if own.model_type == "siglip_vision_model" and isinstance(layer, int):
-        layer = min(layer % (own.num_hidden_layers + 1), config.num_hidden_layers)
-    else:
-        layer = config.num_hidden_layers
-    own_side = config.image_size // config.patch_size
+        return min(layer % (own.num_hidden_layers + 1), most)
+    return most
+
+
+@torch.no_grad()
+def capture_encoder(
+    encoder: Encoder, mlm: MLM, images: Iterable[ImageLike], *, batch_size: int = 8, to: str | torch.device | None = "cpu",
+    head: bool = False, own: bool = False,
+) -> list[torch.Tensor]:  # fmt: skip
+    """Features (N, C) of another SigLIP tower on the crops that `capture` shows the model, on its token grid.
+
+    They are those of the depth of `depth_read`; head: of the last layer, which the pooling head was trained on. own: of the
+    MLM's own SigLIP tower, with head continued by the layers of `encoder` that it was cut by. LLaVA families: every crop is
+    normalised anew (and resized if the tower has another input size) and the patches are packed like the model's own;
+    newline rows are zeros. Qwen2.5-VL has no crops: the tower sees the whole image squashed to its square input. Patch grids
+    of another size are interpolated bilinearly.
+    """
+    device, depth = encoder.model.device if to is None else torch.device(to), depth_read(encoder, mlm)
+    tower = mlm.model.model.vision_tower if own else encoder.model
+    config = tower.config
+    side = config.image_size // config.patch_size
+    rest = getattr(encoder.model, "vision_model", encoder.model).encoder.layers[depth:] if head else []
 
     def run(pictures: Sequence[Image.Image], names: Sequence[str]) -> list[torch.Tensor]:
         vision = prepare_images(mlm, pictures, names)
         if mlm.family == QWEN:
             pixels = encoder.processor(images=list(pictures), return_tensors="pt")["pixel_values"]
+        elif own:
+            pixels = vision.pixels
         else:
             pixels = _renormalise(vision.pixels.float(), mlm.processor.image_processor, encoder.processor)
             if pixels.shape[-1] != config.image_size:
                 pixels = F.interpolate(pixels, (config.image_size, config.image_size), mode="bicubic", antialias=True)
-        pixels = pixels.to(encoder.model.device, encoder.model.dtype)
-        states = encoder.model(pixels, output_hidden_states=True).hidden_states[layer]
-        squares = states.transpose(1, 2).unflatten(2, (own_side, own_side))  # (crops, C, rows, columns)
+        states = tower(pixels.to(tower.device, tower.dtype), output_hidden_states=True).hidden_states[depth]
+        for layer in rest:
+            states = layer(states.to(encoder.model.device, encoder.model.dtype), attention_mask=None)
+        squares = states.transpose(1, 2).unflatten(2, (side, side))  # (crops, C, rows, columns)
         if mlm.family == QWEN:
             grids = [layout.grids["base"] for layout in vision.layouts]
             packed = [_resampled(square[None], grid)[0] for square, grid in zip(squares, grids, strict=True)]

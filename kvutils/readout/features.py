@@ -3,6 +3,8 @@
     pixels             mean colour and position of a token's rectangle: the floor
     encoder_original   another vision tower, before it was finetuned in the MLM
     encoder            the MLM's vision tower
+    head.encoder...    the two after the last layer of encoder_original, which its pooling head was trained on: only for
+                       text scores, and only where the MLM's tower is cut before
     projector          what enters the language model
     value.l, key.l     image values and keys of layer l, heads concatenated (keys after rotary embedding)
     untrained.value.l  the same of a model of the same architecture with random weights (control)
@@ -201,7 +203,7 @@ class FeatureExtractor:
             self._held = 0
             layout, found = self._read(name, image, prefix, wanted)
         place, features, not_finite = self._place(), {}, set()
-        for source in (each for each in self.sources if each in wanted):
+        for source in (*(each for each in self.sources if each in wanted), *sorted(wanted - set(self.sources))):
             tokens = found[source]
             kept = tokens.half()
             if not torch.isfinite(kept).all():
@@ -235,9 +237,10 @@ class FeatureExtractor:
         if "untrained.value" in families:
             (control,) = capture_prepared(self.untrained, vision, prefix, self.layers, keys=False, features=False)
             by_layer("untrained.value", control.values)
-        if "encoder_original" in families:
-            (original,) = capture_encoder(self.encoder_original, self.mlm, [image], to=None)
-            found["encoder_original"] = original[index.to(original.device)]
+        for source in wanted & {"encoder_original", "head.encoder_original", "head.encoder"}:
+            about = {"head": source.startswith("head."), "own": source == "head.encoder"}
+            (states,) = capture_encoder(self.encoder_original, self.mlm, [image], to=None, **about)
+            found[source] = states[index.to(states.device)]
         return layout, found
 
     def _place(self) -> torch.device:

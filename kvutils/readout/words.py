@@ -5,9 +5,9 @@
     lens.value.l       image values, repeated over their query group, through o_proj of layer l and final norm
                        . mean row of the language-model head over the text's tokens (a logit lens on values)
     projector          projector output . mean input embedding of the text's tokens
-    encoder_original   each patch alone through SigLIP's pooling head . SigLIP's text embedding, both of unit
-                       length (MaskCLIP's trick)
-    encoder            the same for the finetuned tower, with the head of encoder_original
+    encoder_original   each patch of SigLIP's last layer alone through its pooling head . SigLIP's text embedding, both of
+                       unit length (MaskCLIP's trick)
+    encoder            the same for the finetuned tower, with the head of encoder_original and the layers that it was cut by
 
 All scores are dot products (paper, section 3.1; sources beyond value.l are ours).
 """
@@ -28,6 +28,7 @@ from kvutils.language import read_layers, resolve_layers
 from kvutils.models import ENCODERS, MLM, Encoder
 from kvutils.processors import quiet_transformers
 from kvutils.prompts import pad, tokenize
+from kvutils.readout.encoders import depth_read
 
 # SigLIP learned captions, not bare names; a leading "the " of an expression gives way to it.
 SIGLIP_TEMPLATE = "a {}"
@@ -131,9 +132,16 @@ class TextAlignment:
             if own.model_type == "siglip_vision_model" and width == encoder.model.config.hidden_size:
                 self.sources.append("encoder")
         self.sources.append("projector")
+        # A tower that is cut before the last layer (26 of 27 in LLaVA-OneVision) has no state that the head was trained on.
+        self._cut = bool(encoder) and depth_read(encoder, mlm) < encoder.model.config.num_hidden_layers
         families = ["value", *(["untrained.value"] if untrained else []), "lens.value"]
         self.sources += [f"{family}.{layer}" for family in families for layer in self.layers]
         self._texts: dict[str, dict[str, torch.Tensor]] = {}
+
+    def reads(self, source: str) -> str:
+        """The feature source that the scores of a source are made of."""
+        source = source.removeprefix("lens.")
+        return f"head.{source}" if self._cut and source in ("encoder_original", "encoder") else source
 
     def text(self, text: str) -> dict[str, torch.Tensor]:
         """Vector (C,) float32 of the text in every source; read one at a time, so without batch effects."""
@@ -164,11 +172,11 @@ class TextAlignment:
     def _image_side(self, source: str, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """(N, C) float32 image vectors of a text-aligned source, from the plain features of an image."""
         if source.startswith("lens.value."):
-            return self._lens(features[source.removeprefix("lens.")], int(source.rsplit(".", 1)[1]))
-        image = features[source].float()
+            return self._lens(features[self.reads(source)], int(source.rsplit(".", 1)[1]))
+        image = features[self.reads(source)].float()
         if not source.startswith("encoder"):
             return image
-        # Each patch (N, C_v), as the projector reads it, alone through last norm and pooling head.
+        # Each patch (N, C_v) alone through last norm and pooling head.
         model = self.encoder.model
         tower = getattr(model, "vision_model", model)
         patches = image.unsqueeze(1).to(model.device, model.dtype)

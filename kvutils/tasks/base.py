@@ -118,6 +118,10 @@ class Task(ABC):
         shuffled = [f"{SHUFFLED}value.{layer}" for layer in extractor.layers] if self.control == SHUFFLED else []
         return extractor.sources + shuffled
 
+    def reads(self, source: str, extractor: FeatureExtractor) -> str:
+        """The feature source that a source of rows is made of."""
+        return source.removeprefix(SHUFFLED)
+
     @abstractmethod
     def images(self, sample: Any) -> list[tuple[str, Opener]]:
         """Id of every image of a sample, and what opens it when its features are not in memory; equal ids are equal images."""
@@ -139,17 +143,11 @@ def opener(sample: Any, field: str = "image") -> Opener:
     return partial(getattr, sample, field)
 
 
-def read_source(source: str) -> str:
-    """The feature source that a source of rows is made of."""
-    return source.removeprefix(SHUFFLED).removeprefix("lens.")
-
-
 class _Pictures:
     """Features of a task's pictures, by id: one that is in memory is not opened again."""
 
     def __init__(self, extractor: FeatureExtractor, sources: Iterable[str]):
-        read = set(map(read_source, sources))
-        self.extractor, self.sources = extractor, [source for source in extractor.sources if source in read]
+        self.extractor, self.sources = extractor, set(sources)
         self.keys: dict[str, str] = {}
 
     def features(self, name: str, opened: Opener) -> ImageFeatures:
@@ -172,7 +170,8 @@ def run_task(
     sources, order = task.sources(extractor), sorted(range(len(task.samples)), key=lambda i: task.near(task.samples[i]))
     depends = [task.name, task.parameters, sources, list(task.columns), extractor.fingerprint]
     prepare = cache(task.prepare)  # once, before the first chunk that is not stored
-    pictures = _Pictures(extractor, sources)
+    read = {source: task.reads(source, extractor) for source in sources}
+    pictures = _Pictures(extractor, read.values())
 
     def score(sample: Any) -> dict:
         try:
@@ -182,7 +181,7 @@ def run_task(
             return {"id": sample.id, "rows": [], "why": str(error)}
         lacking = task.lacking.union(*(each.not_finite for each in features.values()))
         none = [None] * len(task.columns)
-        rows = [[row.id, row.group, [none if {s, read_source(s)} & lacking else row.values[s] for s in sources]] for row in rows]
+        rows = [[row.id, row.group, [none if {s, read[s]} & lacking else row.values[s] for s in sources]] for row in rows]
         return {"id": sample.id, "rows": rows, "why": "" if rows else "nothing in it can be scored"}
 
     def compute(some: list) -> list[dict]:

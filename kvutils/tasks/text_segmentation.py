@@ -63,6 +63,9 @@ class TextSegmentation(Task):
         names = extractor.alignment.sources
         return names + [SHUFFLED + name for name in names if name.startswith(CONTROLLED)]
 
+    def reads(self, source: str, extractor: FeatureExtractor) -> str:
+        return extractor.alignment.reads(super().reads(source, extractor))
+
     def images(self, sample: NamedMask) -> list[tuple[str, Opener]]:
         return [(sample.image_id, opener(sample))]
 
@@ -127,7 +130,7 @@ class SemanticSegmentationProbe(SemanticSegmentation):
     name = "semantic_segmentation_probe"
     title = "Semantic segmentation, by probe"
     threshold = staticmethod(lambda scores: 0.0)
-    sources = Task.sources  # of every feature, not only those that texts are compared with
+    sources, reads = Task.sources, Task.reads  # of every feature, not only those that texts are compared with
 
     def __init__(self, samples: Sequence[NamedMask], train: Sequence[LabelledImage], class_names: Sequence[str],
                  strength: float = 0.01, max_iter: int = 1000):  # fmt: skip
