@@ -21,7 +21,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from kvutils.datasets.pocket.questions import WORDS
 from kvutils.errors import ModelError, one_of
-from kvutils.models import MLM, MODELS, NEXT, ONEVISION, QWEN, Encoder, wrap_mlm
+from kvutils.models import MLM, MODELS, NEXT, ONEVISION, QWEN, Encoder, base_name, wrap_mlm
 from kvutils.processors import ImageOnlyLlavaOnevisionProcessor, ImageOnlyQwen2_5_VLProcessor, quiet_transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data" / "pocket"))
@@ -53,6 +53,7 @@ def architecture(name: str, small: bool = False) -> tuple[PretrainedConfig, Any]
 
     Raises ModelError for a name that is not among the published models.
     """
+    name = base_name(name)
     one_of("architecture", name, _TEXT, ModelError)
     layers, heads, kv_heads, head_dim, _ = MODELS[name].sizes
     mlp, vocabulary, tied = _TEXT[name]

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from kvutils import data_folder
-from kvutils.errors import MemoryLimitError, ModelError, ParameterError, one_of
+from kvutils.errors import MemoryLimitError, ModelError, ParameterError, at_least, one_of
 from kvutils.layout import check_mlm
 from kvutils.processors import load_processor, quiet_transformers
 
@@ -55,9 +55,9 @@ ENCODERS = {
 
 
 def base_name(model: str) -> str:
-    """The name in `MODELS` that "name@commit" belongs to, by which all that is known of a model is found; others as they are."""
+    """The name in `MODELS` under which all that is known of a model is found, of name@commit and of its hub id; others as they are."""
     base = model.partition("@")[0]
-    return base if base in MODELS else model
+    return next((name for name, spec in MODELS.items() if base == name or base == spec.source and spec.profile == "paper"), model)
 
 
 def original_encoder(model: str) -> str:
@@ -73,9 +73,9 @@ def find_model(name: str, known: dict[str, ModelSpec] = MODELS) -> ModelSpec:
         spec = find_model(base, known)
         if Path(spec.source).is_dir() or not revision:
             raise ModelError(f"{name}: a revision is a commit of a model on the hub, given as name@commit or org/name@commit")
-        return replace(spec, name=spec.name if base in known else name, revision=revision)
-    if name in known:
-        return known[name]
+        return replace(spec, name=spec.name if spec.name in known else name, revision=revision)
+    if (known_as := base_name(name)) in known:
+        return known[known_as]
     folder = Path(name).is_dir()
     if not folder and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         one_of("model", name, [*known, "a folder", "a hub id org/name"], ModelError)
@@ -192,6 +192,7 @@ def load_mlm(name: str, device: str | torch.device | None = None, dtype: str | t
     max_pixels: of a picture, for Qwen2.5-VL alone (0: `QWEN_MAX_PIXELS`, 1280 tokens; the checkpoint's own bound is 16,384).
     Only safetensors are read. Raises ModelError also where `check_mlm` finds the model to be another than the code expects."""
     spec = find_model(name)
+    at_least("max_pixels (or 0)", max_pixels, 0)
     one_of("attention", attention, ("sdpa", "eager", "flash_attention_2", "flash_attention_3"))
     if device_map is not None and (device is not None or untrained):
         raise ParameterError("device_map places a trained checkpoint itself: pass no device and no untrained")

@@ -12,7 +12,7 @@ from kvutils import models
 from kvutils.errors import MemoryLimitError, ModelError, ParameterError
 from kvutils.kvcache import capture
 from kvutils.layout import check_mlm
-from kvutils.models import FAMILIES, MODELS, NEXT, QWEN, base_name, load_encoder, load_mlm, original_encoder, placement
+from kvutils.models import FAMILIES, MODELS, NEXT, QWEN, base_name, find_model, load_encoder, load_mlm, original_encoder, placement
 from kvutils.run.notebook import Run
 from kvutils.run.plan import rehearsal_file
 from kvutils.tasks.bimodality import variance_threshold
@@ -174,10 +174,13 @@ def test_folders_as_on_the_hub_load_with_every_weight(family, form, published, t
         assert mlm.prompt(**asked) == prompt
 
 
-@pytest.mark.parametrize("base", ["llava-onevision-7b", "pocket"])
-def test_a_commit_of_a_model_keeps_what_is_known_of_the_model(base):
-    name = f"{base}@abc"
+@pytest.mark.parametrize(("name", "base"), [
+    ("llava-onevision-7b@abc", "llava-onevision-7b"), ("pocket@abc", "pocket"),
+    (MODELS["llava-onevision-7b"].source, "llava-onevision-7b"), (MODELS["llava-onevision-7b"].source + "@abc", "llava-onevision-7b"),
+])  # fmt: skip
+def test_a_commit_or_hub_id_of_a_model_keeps_what_is_known_of_the_model(name, base):
     assert (base_name(name), base_name("me/mine@abc")) == (base, "me/mine@abc")
+    assert base == "pocket" or (find_model(name).name, find_model(name).sizes) == (base, MODELS[base].sizes)
     assert original_encoder(name) == original_encoder(base) and Run("01", "paper", name).folder == Run("01", "paper", base).folder
     assert rehearsal_file(name) == rehearsal_file(base)
     assert base == "pocket" or variance_threshold(torch.arange(1.0, 99), name)["value"] == 450.0

@@ -39,6 +39,7 @@ from kvutils.readout.words import SiglipText, TextAlignment
 from kvutils.store import digest
 from kvutils.vision import in_halves, prepare_images
 
+HEADS = ("head.encoder_original", "head.encoder")
 STACK_BYTES = 2**31  # of features, in float32, that a task computes with at once
 FULL = 2 / 3  # of a GPU's memory: the features of further pictures live in main memory
 Item = tuple[str, Image.Image]  # image id (for errors) and upright RGB image
@@ -203,7 +204,7 @@ class FeatureExtractor:
             self._held = 0
             layout, found = self._read(name, image, prefix, wanted)
         place, features, not_finite = self._place(), {}, set()
-        for source in (*(each for each in self.sources if each in wanted), *sorted(wanted - set(self.sources))):
+        for source in (each for each in (*self.sources, *HEADS) if each in wanted):
             tokens = found[source]
             kept = tokens.half()
             if not torch.isfinite(kept).all():
@@ -237,7 +238,7 @@ class FeatureExtractor:
         if "untrained.value" in families:
             (control,) = capture_prepared(self.untrained, vision, prefix, self.layers, keys=False, features=False)
             by_layer("untrained.value", control.values)
-        for source in wanted & {"encoder_original", "head.encoder_original", "head.encoder"}:
+        for source in wanted & {"encoder_original", *HEADS}:
             about = {"head": source.startswith("head."), "own": source == "head.encoder"}
             (states,) = capture_encoder(self.encoder_original, self.mlm, [image], to=None, **about)
             found[source] = states[index.to(states.device)]

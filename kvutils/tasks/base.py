@@ -21,7 +21,7 @@ import torch
 from kvutils.errors import DataError, ImageError, one_of
 from kvutils.metrics.statistics import Statistic, bootstrap_ci, choosing_half, paired_difference, peak_then_degrade
 from kvutils.probes import ConvergenceError
-from kvutils.readout.features import FeatureExtractor, ImageFeatures, Opener, picture_key
+from kvutils.readout.features import HEADS, FeatureExtractor, ImageFeatures, Opener, picture_key
 from kvutils.store import Parts, in_chunks
 
 SHUFFLED, UNTRAINED = "shuffled.", "untrained."  # prefixes of control sources
@@ -147,7 +147,7 @@ class _Pictures:
     """Features of a task's pictures, by id: one that is in memory is not opened again."""
 
     def __init__(self, extractor: FeatureExtractor, sources: Iterable[str]):
-        self.extractor, self.sources = extractor, set(sources)
+        self.extractor, self.sources = extractor, {*extractor.sources, *HEADS}.intersection(sources)
         self.keys: dict[str, str] = {}
 
     def features(self, name: str, opened: Opener) -> ImageFeatures:
