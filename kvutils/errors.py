@@ -1,6 +1,8 @@
 """Errors that a user can act on: each message says what was expected, what was found, and what to do next."""
 
-from collections.abc import Iterable
+import errno
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from numbers import Integral
 
@@ -31,6 +33,26 @@ class MemoryLimitError(KVUtilsError):
 
 class StoreError(KVUtilsError):
     """A stored file that is missing, truncated or does not match its checksum."""
+
+
+def not_written(what: object, reason: object) -> StoreError:
+    """The error for a file that could not be written; raise it."""
+    return StoreError(f"{what} could not be written ({reason}). What was stored before is untouched. Free some space, mend the permissions "
+                      "or name another folder (KVUTILS_OUT, KVUTILS_CACHE, KVUTILS_DATA, HF_HOME), and run again: it resumes.")  # fmt: skip
+
+
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """`not_written` in place of an error of the block, of whatever kind, behind which there is a full or locked disk."""
+    try:
+        yield
+    except Exception as error:
+        reason: BaseException | None = error
+        while reason and getattr(reason, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR):
+            reason = reason.__cause__ or reason.__context__
+        if reason is None:
+            raise
+        raise not_written(what, reason) from error
 
 
 def at_least(name: str, value: object, least: int = 1) -> None:

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from kvutils import data_folder
-from kvutils.errors import MemoryLimitError, ModelError, ParameterError, at_least, one_of
+from kvutils.errors import MemoryLimitError, ModelError, ParameterError, at_least, one_of, writing
 from kvutils.layout import check_mlm
 from kvutils.processors import load_processor, quiet_transformers
 
@@ -246,7 +246,8 @@ def load_encoder(name: str, device: str | torch.device | None = None, dtype: str
 def _reading(spec: ModelSpec, device: torch.device) -> Iterator[None]:
     """What goes wrong while weights are read, in words."""
     try:
-        yield
+        with writing(f"the files of {spec.name} (below HF_HOME)"):
+            yield
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"{spec.name} cannot be loaded from {spec.source}: {error}\nExpected a folder as save_pretrained writes it "
                          "(config.json, weights; the pocket models come with kvutils) or a model of the hub. With network it comes "

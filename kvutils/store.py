@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from tqdm import tqdm
 
-from kvutils.errors import StoreError, at_least
+from kvutils.errors import StoreError, at_least, not_written
 
 log = logging.getLogger(__name__)
 Array = torch.Tensor | np.ndarray
@@ -45,15 +46,20 @@ def atomic(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())  # otherwise a power cut may leave the new name with old or no content
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        raise _not_written(path, error) from error
+        raise not_written(path, error) from error
     finally:
         with suppress(OSError):  # where nothing could be written, nothing is left
             temporary.unlink(missing_ok=True)
 
 
-def _not_written(path: Path, error: Exception) -> StoreError:
-    return StoreError(f"{path} could not be written ({error}). What was stored before is untouched. Free some space, mend the permissions "
-                      "or name another folder (KVUTILS_OUT, KVUTILS_CACHE, KVUTILS_DATA, HF_HOME), and run again: it resumes.")  # fmt: skip
+def need_writable(folder: Path, how: str) -> None:
+    """StoreError unless files can be written into `folder`, which is made. how: what names another one."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        raise StoreError(f"nothing was started: {folder} cannot be written ({error.strerror}). Name another folder with {how}.") from error
 
 
 def plain(value: object, digits: int | None = None, where: str = "the value") -> object:
@@ -224,7 +230,7 @@ class Parts:
             raise StoreError(f"the file system of {self.folder} has no file locks ({error}), by which runs share work. "
                              "Set KVUTILS_CACHE to a folder on another one.") from error  # fmt: skip
         except OSError as error:
-            raise _not_written(path, error) from error
+            raise not_written(path, error) from error
         try:  # apart from the above: what `compute` raises says nothing about this lock
             if self.finished(key):
                 return False

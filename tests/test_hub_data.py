@@ -14,7 +14,7 @@ from kvutils import VOID
 from kvutils.datasets import blink, data_sources, hub, open_dataset, pope
 from kvutils.datasets.coco import POPE_IMAGES
 from kvutils.datasets.refcoco import CATEGORIES
-from kvutils.errors import DataError, ParameterError
+from kvutils.errors import DataError, ParameterError, StoreError
 from tests.mini_data import SAMPLES, as_shown, contents, needs_samples, noise, photograph, with_orientation, write_rows
 
 pytestmark = pytest.mark.usefixtures("rows_cache")
@@ -291,3 +291,12 @@ def test_saved_outputs_of_blink_have_these_ids_and_answers():
     for subtask, rows in named.items():
         assert [row["idx"] for row in rows] == [f"val_{subtask}_{i}" for i in range(1, len(rows) + 1)]
         assert {row["answer"] for row in rows} <= {"(A)", "(B)", "(C)", "(D)"}
+
+
+def test_a_disk_that_takes_no_rows_is_not_a_missing_data_set(whole, tmp_path, monkeypatch):
+    """It would be fetched again, onto the same disk."""
+    write_rows(tmp_path / "POPE" / "data" / "test-00000-of-00001.parquet", pope_rows(whole))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "rows")
+    with pytest.raises(StoreError, match="rows of pope .*file/rows. could not be written .*Not a directory.*HF_HOME"):
+        open_dataset("pope", tmp_path / "POPE")

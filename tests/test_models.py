@@ -1,5 +1,6 @@
 """What is asked of a checkpoint before it is used: configuration, tokens, revision, memory. Tiny models, real geometry."""
 
+import errno
 import re
 import shutil
 from unittest.mock import Mock
@@ -9,7 +10,7 @@ import torch
 from accelerate import dispatch_model
 
 from kvutils import models
-from kvutils.errors import MemoryLimitError, ModelError, ParameterError
+from kvutils.errors import MemoryLimitError, ModelError, ParameterError, StoreError
 from kvutils.kvcache import capture
 from kvutils.layout import check_mlm
 from kvutils.models import FAMILIES, MODELS, NEXT, QWEN, base_name, find_model, load_encoder, load_mlm, original_encoder, placement
@@ -184,3 +185,12 @@ def test_a_commit_or_hub_id_of_a_model_keeps_what_is_known_of_the_model(name, ba
     assert original_encoder(name) == original_encoder(base) and Run("01", "paper", name).folder == Run("01", "paper", base).folder
     assert rehearsal_file(name) == rehearsal_file(base)
     assert base == "pocket" or variance_threshold(torch.arange(1.0, 99), name)["value"] == 450.0
+
+
+def test_a_full_disk_is_not_a_missing_model(monkeypatch):
+    """As transformers says it: an OSError of its own, whose cause is the disk's."""
+    wrapped = OSError("There was a specific connection error when trying to load the model")
+    wrapped.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(models.AutoConfig, "from_pretrained", Mock(side_effect=wrapped))
+    with pytest.raises(StoreError, match="files of .* could not be written .*No space left.*HF_HOME"):
+        models.load_mlm("org/model")

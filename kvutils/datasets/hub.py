@@ -20,7 +20,7 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, Repo
 from kvutils.datasets.catalog import CATALOG, data_root, missing_data
 from kvutils.datasets.files import expect, reading, visible
 from kvutils.datasets.labels import Picture
-from kvutils.errors import DataError
+from kvutils.errors import DataError, KVUtilsError, writing
 from kvutils.store import read_json, write_json
 
 T = TypeVar("T")
@@ -42,12 +42,13 @@ def open_rows(name: str, root: str | Path, split: str, columns: Sequence[str], p
     repository = repository or CATALOG[name].hub
     datasets.disable_progress_bars()
     try:
-        if str(root) == HUB:
-            pattern = f"{config or 'data'}/{split}-*.parquet"
-            root = snapshot_download(repository, repo_type="dataset", revision=revision_of(repository), allow_patterns=[pattern])
-        files = _parts(name, Path(root), split, config)
-        rows = datasets.load_dataset("parquet", data_files=files, split="train")
-    except DataError:
+        with writing(f"the rows of {name} (below {datasets.config.HF_DATASETS_CACHE})"):
+            if str(root) == HUB:
+                pattern = f"{config or 'data'}/{split}-*.parquet"
+                root = snapshot_download(repository, repo_type="dataset", revision=revision_of(repository), allow_patterns=[pattern])
+            files = _parts(name, Path(root), split, config)
+            rows = datasets.load_dataset("parquet", data_files=files, split="train")
+    except KVUtilsError:
         raise
     except Exception as error:  # datasets raises whatever its readers and the network raise
         raise missing_data(name, f"cannot be read from {repository if str(root) == HUB else root}: {error}") from error

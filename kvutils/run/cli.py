@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
 
     add = verb("capture", "write image keys, values and features of photos, with the token layout, to one file", CONTENTS).add_argument
     add("photos", nargs="+", metavar="PHOTO", help="picture files; sizes may differ")
-    add("--out", required=True, type=_path, metavar="FILE.safetensors", help="file to write")
+    add("--out", required=True, type=os.path.expanduser, metavar="FILE.safetensors", help="file to write")
     add("--overwrite", action="store_true", help="replace FILE if it exists (else an error)")
     add("--model", default="pocket", type=os.path.expanduser, help=f"{MODEL} (default: pocket)")
     add("--layers", default="all", help='"all", or numbers and ranges such as 0,3,5-7 (default: all)')
@@ -96,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
     add("--data", default="files", metavar="files|hub", help="hub: only what the Hugging Face hub holds; the rest is left out")
     add("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="parameters",
         help="a notebook parameter, as JSON (3, true, [0, 1]) or a text; writes below data/cache/runs")
-    add("--out", type=_path, help="write everything below this folder, not the repository")
+    add("--out", type=os.path.expanduser, help="write everything below this folder, not the repository")
     add("--check", action="store_true", help="write below data/cache/check and compare the verdicts with the committed ones")
 
     add = verb("report", "compute the verdicts from the stored results; write claims.json, REPORT.md and README's tables").add_argument
@@ -119,10 +119,6 @@ def parser() -> argparse.ArgumentParser:
     return whole
 
 
-def _path(text: str) -> Path:
-    return Path(os.path.expanduser(text))  # no shell does it in --out=~/results
-
-
 def run(chosen: argparse.Namespace) -> int:
     """What the command line chose; each verb imports only what it needs."""
     if chosen.verb == "capture":
@@ -143,10 +139,11 @@ def run(chosen: argparse.Namespace) -> int:
 
 def capture(chosen: argparse.Namespace) -> int:
     """Photos to a safetensors file. Everything that can be wrong is looked at before the model is loaded."""
-    if chosen.out.exists() and not chosen.overwrite:
-        raise errors.ParameterError(f"{chosen.out} exists; choose another --out or pass --overwrite")
-    if not chosen.out.parent.is_dir():
-        raise errors.ParameterError(f"{chosen.out.parent} is not a folder; make it before writing {chosen.out.name}")
+    out = Path(chosen.out)
+    if out.exists() and not chosen.overwrite:
+        raise errors.ParameterError(f"{out} exists; choose another --out or pass --overwrite")
+    if not out.parent.is_dir():
+        raise errors.ParameterError(f"{out.parent} is not a folder; make it before writing {out.name}")
     layers = _layers(chosen.layers)
 
     import numpy as np
@@ -180,9 +177,9 @@ def capture(chosen: argparse.Namespace) -> int:
         **{name: value if isinstance(value, str) else json.dumps(value) for name, value in mlm.settings.items()},
         "model": chosen.model, "prefix": chosen.prefix or "",
         "kvutils": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    with atomic(chosen.out) as temporary:  # no reader ever sees half a file
+    with atomic(out) as temporary:  # no reader ever sees half a file
         save_file(tensors, temporary, metadata=metadata)
-    print(f"{chosen.out}: {len(found)} photo(s), layers {chosen.layers}, {chosen.out.stat().st_size / 2**20:.1f} MiB")
+    print(f"{out}: {len(found)} photo(s), layers {chosen.layers}, {out.stat().st_size / 2**20:.1f} MiB")
     return DONE
 
 

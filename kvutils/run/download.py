@@ -30,7 +30,7 @@ from kvutils import __version__
 from kvutils.datasets.catalog import CATALOG, About, Download, data_root
 from kvutils.errors import DataError, KVUtilsError, ParameterError, one_of
 from kvutils.run import BY_HAND, DONE, FAILED
-from kvutils.store import read_json, write_json
+from kvutils.store import need_writable, read_json, write_json
 
 ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz")
 TRIES = 5  # in a row without a single new byte
@@ -52,7 +52,7 @@ def fetch(options: argparse.Namespace) -> int:
     if root is None:
         raise ParameterError("KVUTILS_DATA is not set. It names the folder for the real data sets, such as\n"
                              f'  make data DATASETS="{" ".join(names)}" KVUTILS_DATA=$HOME/kvutils-data')
-    root.mkdir(parents=True, exist_ok=True)
+    need_writable(root, "KVUTILS_DATA")
     lock = FileLock(root / ".download.lock")  # it goes with the process, however that ends
     try:
         held = lock.acquire(timeout=0)

@@ -25,12 +25,12 @@ from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
 from kvutils import errors, plots
-from kvutils.errors import DataError, KVUtilsError, ParameterError, StoreError, one_of
+from kvutils.errors import DataError, KVUtilsError, ParameterError, StoreError, not_written, one_of
 from kvutils.models import MODELS, find_model
 from kvutils.run import compare, notebook, plan, report
 from kvutils.run.notebook import Run
 from kvutils.run.sizes import left_out, parameters_of
-from kvutils.store import atomic, digest, read_json, write_text
+from kvutils.store import atomic, digest, need_writable, read_json, write_text
 
 BAR = re.compile(r"\d%\||\d\w* \[\d+:\d\d")  # what every line of a tqdm bar contains
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -156,7 +156,7 @@ def explain(path: Path, error: Exception, failed: Path) -> str:
     if isinstance(error, KVUtilsError):
         return f"{path.stem}  not run: {error}"
     if isinstance(error, OSError):
-        return f"{path.stem}  stopped: {error}. Free some space there and in {tempfile.gettempdir()} and run again: it resumes."
+        return f"{path.stem}  stopped: {not_written(f'what goes through {tempfile.gettempdir()}', error)}"
     if not isinstance(error, PapermillExecutionError):
         return f"{path.stem}  stopped: {type(error).__name__}: {error} (out of memory?)"
     text = f"{path.stem}  stopped in cell {error.cell_index + 1}: {error.ename}: {ANSI.sub('', error.evalue)}"
@@ -214,16 +214,6 @@ def model_of(chosen: argparse.Namespace) -> str:
     return chosen.model if chosen.model in MODELS or not Path(spec.source).is_dir() else str(Path(spec.source).resolve())
 
 
-def need_writable(folder: Path, how: str) -> None:
-    """StoreError unless files can be written below `folder`. how: what names another one."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(4096))
-    except OSError as error:
-        raise StoreError(f"nothing was started: {folder} cannot be written ({error.strerror}). Name another folder with {how}.") from error
-
-
 def output_folder(chosen: argparse.Namespace, more: Mapping[str, object]) -> Path:
     """Where to write: `--out`, a folder of the cache for a trial, else the repository (or `KVUTILS_OUT`)."""
     if rank():  # another process writes the results; what this one writes beside the parts is thrown away
@@ -233,7 +223,7 @@ def output_folder(chosen: argparse.Namespace, more: Mapping[str, object]) -> Pat
     if chosen.out is None and more:
         name = "-".join(re.sub(r"[^\w.]+", "_", f"{key}_{value}") for key, value in sorted(more.items()))
         return notebook.cache_root() / "runs" / (name if len(name) < 100 else f"{name[:80]}-{digest(more)}")  # file names end at 255
-    return chosen.out or notebook.output_root()
+    return Path(chosen.out or notebook.output_root())
 
 
 def replicate(chosen: argparse.Namespace) -> int:
