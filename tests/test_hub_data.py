@@ -297,6 +297,6 @@ def test_a_disk_that_takes_no_rows_is_not_a_missing_data_set(whole, tmp_path, mo
     """It would be fetched again, onto the same disk."""
     write_rows(tmp_path / "POPE" / "data" / "test-00000-of-00001.parquet", pope_rows(whole))
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "rows")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "file" / "rows")
     with pytest.raises(StoreError, match="rows of pope .*file/rows. could not be written .*Not a directory.*HF_HOME"):
         open_dataset("pope", tmp_path / "POPE")
