@@ -105,7 +105,7 @@ class Rehearsal:
                       lambda: extractor.images(pictures, prefix="look for the fish"))  # fmt: skip
             items = self._enlarged("pocket-blink", items=self.samples)
             self.step("05", "multiple choice", len(items), "item", CHOICES, lambda: read_items(
-                mlm, items, encoder_original=encoder, untrained=untrained, progress=False))  # fmt: skip
+                mlm, items, encoder_original=encoder, untrained=untrained, progress=False, max_new_tokens=16))  # random weights end nowhere
         report = {"model": self.model, "device": device_name(), "full_size": not self.small, "versions": provenance(mlm),
                   "steps": [asdict(step) for step in self.steps]}  # fmt: skip
         if not self.small:
