@@ -14,7 +14,7 @@ from kvutils.errors import ImageError
 ImageLike = Image.Image | str | PathLike
 MAX_PIXELS = 100_000_000  # larger files are refused before they are decoded (decompression bombs)
 # What Pillow's decoders raise on bad data, and Python on a value of another kind than expected.
-MALFORMED = (OSError, SyntaxError, EOFError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError,
+MALFORMED = (OSError, SyntaxError, EOFError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError,
              struct.error, zlib.error, Image.DecompressionBombError)  # fmt: skip
 _UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
             5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,

@@ -151,6 +151,7 @@ def row(number, **change):
     ("refcoco", lambda rows: rows[0]["ref_list"][0]["ref_info"].update(category_id=12), "category_id 12 is none of COCO's"),
     ("refcoco", row(0, ref_list=None), "refcoco_unc_val, row 0: expected a list of references"),
     ("coco", row(1, objects=None), "COCO 000000000139: expected objects with bbox"),
+    ("coco", lambda rows: [one.update(height=72.0) for one in rows] and rows[0].update(height=1.5), "expected 96x72 .* found 96x1.5"),
     ("coco", row(1, image_id=None), "expected whole numbers as image_id"),
     ("refcoco", lambda rows: rows[0]["image_info"].update(width=65), "row 0, reference 0: expected 128x96 pixels as its picture .*, found 65x96"),
     ("annotations", row(0, raw_anns="{"), "validation, row 0: expected JSON in raw_anns and raw_image_info"),
@@ -172,6 +173,12 @@ def test_rows_are_checked(whole, tmp_path, name, change, message):
     options = {"coco": {"count": 3}, "blink": {"subtasks": "Art_Style"}, "annotations": {"images": whole / "refcoco" / PICTURES}}
     with pytest.raises(DataError, match=message):
         contents(open_dataset(name.replace("annotations", "refcoco"), tmp_path, **options.get(name, {})))
+
+
+def test_a_column_without_pictures_is_named(tmp_path):
+    write_rows(tmp_path / "Art_Style" / "val-00000-of-00001.parquet", [one | {"image_2": 7} for one in blink_rows()], [])
+    with pytest.raises(DataError, match="blink from .*: expected encoded pictures"):
+        open_dataset("blink", tmp_path, subtasks="Art_Style")
 
 
 def test_a_copy_with_a_part_missing_is_refused(copies, tmp_path):

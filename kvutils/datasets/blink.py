@@ -12,7 +12,6 @@ coordinates, so notebook 05 reads only the subtasks that compare whole images.
 from collections.abc import Sequence
 from pathlib import Path
 
-import datasets
 import pyarrow.compute as pc
 from datasets import Dataset
 
@@ -55,10 +54,8 @@ def blink_items(root: str | Path, subtasks: str | Sequence[str] = READABLE, spli
 
 
 def _subtask_items(root: str | Path, subtask: str, split: str, max_items: int | None) -> list[MultipleChoice]:
-    rows = open_rows("blink", root, split, _TEXT, config=subtask, pictures=_IMAGES[:1])
+    rows = open_rows("blink", root, split, _TEXT, config=subtask, pictures=_IMAGES)
     columns = [name for name in _IMAGES if name in rows.column_names]
-    for name in columns[1:]:
-        rows = rows.cast_column(name, datasets.Image(decode=False))
     counts = _image_counts(rows, columns, subtask)
     before = DISCLAIMER if subtask in DISCLAIMED else ""
     items = []

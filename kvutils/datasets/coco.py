@@ -138,7 +138,8 @@ def _boxed(row: dict[str, Any], picture: Picture, annotated: bool) -> LabelledIm
 
 def _fill(boxes: Sequence[Sequence[float]], size: tuple[int, int], picture: Picture) -> np.ndarray:
     """(H, W) uint8: 1 inside the boxes."""
-    turn, (width, height) = picture.turn(size), size
+    turn = picture.turn(size)
+    width, height = turn.size
     mask = np.zeros((height, width), np.uint8)
     with reading(picture.name, f"boxes x_min, y_min, x_max, y_max in {width}x{height} pixels"):
         for box in boxes:

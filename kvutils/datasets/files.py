@@ -18,7 +18,7 @@ def reading(where: object, expected: str) -> Iterator[None]:
     try:
         yield
     except (DataError, *MALFORMED) as error:
-        found = f"{type(error).__name__}: {error}"
+        found = f"{type(error).__name__}: {error}"[:400]
         raise DataError(f"{where}: expected {expected}, but it cannot be read ({found}); is it complete?") from error
 
 

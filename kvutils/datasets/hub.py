@@ -34,7 +34,7 @@ def holds_parquet(root: str | Path) -> bool:
 
 def open_rows(name: str, root: str | Path, split: str, columns: Sequence[str], pictures: Sequence[str] = (), config: str | None = None,
               repository: str = "") -> datasets.Dataset:  # fmt: skip
-    """The rows of one split of the data set `name`, with at least `columns`; `pictures` are image columns.
+    """The rows of one split of the data set `name`, with at least `columns` and the first of the image columns `pictures`.
 
     root: `HUB`, or the folder of a local copy. repository: another one than the catalog's. Raises DataError for a missing
     file, repository or column.
@@ -52,11 +52,11 @@ def open_rows(name: str, root: str | Path, split: str, columns: Sequence[str], p
         raise
     except Exception as error:  # datasets raises whatever its readers and the network raise
         raise missing_data(name, f"cannot be read from {repository if str(root) == HUB else root}: {error}") from error
-    absent = sorted({*columns, *pictures} - set(rows.column_names))
+    absent = sorted({*columns, *pictures[:1]} - set(rows.column_names))
     there = ", ".join(rows.column_names)
     expect(not absent, f"{name}: expected the columns {', '.join(absent)} too, found {there}; is this another version of the data set?")
     with reading(f"{name} from {root}", "encoded pictures"):
-        for column in pictures:
+        for column in set(pictures) & set(rows.column_names):
             rows = rows.cast_column(column, datasets.Image(decode=False))
     return rows
 

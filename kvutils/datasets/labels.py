@@ -67,11 +67,11 @@ class Picture:
         with reading(name, "a picture"), Image.open(self.source if isinstance(self.source, Path) else io.BytesIO(self.source())) as image:
             (width, height), turned = image.size, orientation(image)
         if size == (width, height):
-            return Turn(size, turned)
+            return Turn((width, height), turned)
         exif = f", which EXIF turns to {height}x{width}" if turned in _SIDEWAYS else ""
         expect(exif and size == (height, width), f"{what}: expected {width}x{height} pixels as its picture {name}{exif}, found "
                                                  f"{size[0]}x{size[1]}; is this the published picture, unscaled?")  # fmt: skip
-        return Turn(size)
+        return Turn((height, width))
 
 
 def check_sizes(masks: Iterable[Path], pictures: Iterable[Picture]) -> None:
