@@ -4,6 +4,7 @@ blank lines and the companions that desktops leave are nothing), for content tha
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def need(name: str, what: str, *choices: Iterable[Path], hint: str = "") -> list
     """The first of several lists of files that is complete. Raises DataError about the one that lacks the fewest."""
     lacking: list[tuple[list[Path], int]] = []
     for files in map(list, choices):
-        absent = [file for file in dict.fromkeys(files) if not file.is_file()]
+        absent = [file for file in dict.fromkeys(files) if not isfile(file)]
         if files and not absent:
             return files
         lacking.append((absent, len(set(files))))

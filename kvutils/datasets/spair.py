@@ -90,7 +90,7 @@ def _read_pair(name: str, category: str, file: Path, pictures: Sequence[Picture]
         box = _numbers(content["trg_bndbox"], (4,), "trg_bndbox")
         images = [content["src_imname"], content["trg_imname"]]
         expect(images == [f"{one}.jpg" for one in named], f"its images are {images}")
-        sizes = [tuple(int(number) for number in content[key][:2]) for key in ("src_imsize", "trg_imsize")]
+        sizes = [(int(content[key][0]), int(content[key][1])) for key in ("src_imsize", "trg_imsize")]
     source, target = (turn(picture, size, f"the annotations of {category}") for picture, size in zip(pictures, sizes, strict=True))
     return KeypointPair(name, category, named[0], pictures[0], source.points(points[0]), named[1], pictures[1],
                         target.points(points[1]), target.box(box))  # fmt: skip
