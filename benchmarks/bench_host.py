@@ -48,7 +48,7 @@ GROUP, FRAMES, POINTS = 10, 4, 12  # pictures of a class of MSRC; frames of a cl
 LAYERS = 28
 NAMES = ("foreground_segmentation", "co_segmentation", "semantic_segmentation", "referring_segmentation", "semantic_correspondence",
          "temporal_correspondence", "feature_extraction", "prefix_referring", "prefix_domain")  # methods of `Workshop`
-WRITER = SimpleNamespace(wording=SimpleNamespace(expression="{}", domain="{}"))  # of prefixes, which nothing reads here
+WRITER = SimpleNamespace(wording=SimpleNamespace(expression="{}", domain="{}"), correct=lambda kind, name: name)  # of prefixes, which nothing reads
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

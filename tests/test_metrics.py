@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
+from sklearn.metrics import average_precision_score
 
 from kvutils import VOID
 from kvutils.datasets import coco_masks
@@ -36,9 +38,42 @@ def test_few_shot_scores_are_summed_within_classes_and_folds():
 def test_box_of_the_largest_region():
     true = mask("1000000 0100110 0000110 0000110")
     for each, box in ((true, (4, 1, 6, 4)), (mask("100 010 001"), (0, 0, 3, 3)), (mask("000"), None)):  # diagonals connect
-        assert masks.largest_region_box(each) == box
+        assert masks.largest_region_boxes(torch.from_numpy(each == 1)[None]) == [box]
     assert masks.box_iou((0, 0, 2, 2), (1, 1, 3, 3)) == pytest.approx(1 / 7)
     assert masks.box_iou((0, 0, 2, 2), (2, 0, 4, 2)) == masks.box_iou(None, (0, 0, 1, 1)) == 0
+
+
+def test_boxes_of_many_masks_are_those_that_scipy_labels():
+    for shape in ((200, 5, 7), (40, 30, 40), (3, 1, 1), (9, 1, 9), (9, 9, 1)):
+        for share in (0, 0.2, 0.5, 0.9):
+            said = torch.rand(shape, generator=torch.Generator().manual_seed(len(shape))) < share
+            for each, box in zip(said.numpy(), masks.largest_region_boxes(said), strict=True):
+                regions, _ = ndimage.label(each, structure=np.ones((3, 3)))
+                sizes = np.bincount(regions.ravel())[1:]
+                found = ndimage.find_objects(regions)[sizes.argmax()] if len(sizes) else None
+                assert box == (found and (found[1].start, found[0].start, found[1].stop, found[0].stop))
+
+
+def test_ranked_maps_give_what_maps_give():
+    """Average precision as scikit-learn's, Otsu's threshold as a search over all, overlaps as counted: with ties and void pixels."""
+    random = np.random.default_rng(1)
+    maps = random.normal(size=(5, 12, 15)).astype(np.float32)
+    maps[1], maps[2], maps[3, :6] = maps[1].round(), 0.25, maps[3, :6] + 6  # many ties; all tied; two classes
+    true = random.choice([0, 1, VOID], size=(12, 15), p=(0.6, 0.25, 0.15)).astype(np.uint8)
+    known, scores = true != VOID, torch.from_numpy(maps)
+    ranked = masks.RankedMaps.of(scores, *masks.true_and_void(true, scores.device))
+    thresholds = ranked.otsu()
+    counts = masks.binary_counts(scores > thresholds[:, None, None], true)
+    assert ranked.overlaps(thresholds).tolist() == counts[:, [1, 3]].tolist()
+    for one, threshold, precision in zip(maps, thresholds.numpy(), ranked.average_precisions(), strict=True):
+        assert precision == pytest.approx(average_precision_score(true[known] == 1, one[known]))
+
+        def between(t, one=one):
+            upper = one > t
+            return upper.mean() * (1 - upper.mean()) * (one[upper].mean() - one[~upper].mean()) ** 2 if upper.any() else 0.0
+
+        assert between(threshold) == pytest.approx(max(map(between, one.ravel())), rel=1e-5)
+    assert thresholds[2] == 0.25 and masks.RankedMaps.of(torch.tensor([[[0.0, 0, 0, 1]]]), *[torch.tensor([], dtype=int)] * 2).otsu() == 0
 
 
 def test_pck_rules_differ_exactly_at_the_threshold():
@@ -167,7 +202,7 @@ def test_run_lengths_round_trip_any_mask():
 
 def test_polygons_cover_the_pixels_inside():
     square = coco_masks.segmentation_mask([[2, 1, 6, 1, 6, 4, 2, 4]], 6, 8)
-    assert masks.largest_region_box(square) == (2, 1, 6, 4) and square.sum() == 12
+    assert masks.largest_region_boxes(torch.from_numpy(square == 1)[None]) == [(2, 1, 6, 4)] and square.sum() == 12
     repeated_corners = coco_masks.segmentation_mask([[2, 1, 2, 1, 6, 1, 6, 4, 6, 4, 2, 4]], 6, 8)
     assert np.array_equal(square, repeated_corners)
     assert coco_masks.segmentation_mask([[-5, -5, 20, -5, 20, 20, -5, 20]], 6, 8).all()

@@ -9,7 +9,6 @@ from sklearn.preprocessing import StandardScaler
 from kvutils import probes
 from kvutils.errors import ParameterError
 from kvutils.probes import ConvergenceError, fit_linear_probe, join_probes
-from kvutils.readout.words import otsu
 from kvutils.tasks.base import shuffled_labels
 
 
@@ -195,19 +194,3 @@ def test_shuffled_labels_keep_counts_and_void_entries():
     assert torch.equal(out, shuffled_labels(y, 3, y != 255)) and out.dtype == y.dtype
     assert torch.equal(out.sort().values, y) and torch.equal(out[40:], y[40:])
     assert not torch.equal(out, shuffled_labels(y, 4, y != 255)) and not torch.equal(out, y)
-
-
-def test_otsu_is_the_best_split():
-    rng = np.random.default_rng(0)
-    scores = np.concatenate([rng.normal(0, 1, 400), rng.normal(6, 1, 100)]).reshape(25, 20)
-    flat = scores.ravel()
-
-    def between(t):
-        upper = flat > t
-        return upper.mean() * (1 - upper.mean()) * (flat[upper].mean() - flat[~upper].mean()) ** 2
-
-    threshold = otsu(scores)
-    best = max(between(t) for t in np.sort(flat)[:-1])
-    assert between(threshold) == pytest.approx(best)
-    assert otsu(torch.tensor(scores)) == threshold
-    assert otsu([0, 0, 0, 1]) == 0.5 and otsu([2.0, 2.0]) == 2.0

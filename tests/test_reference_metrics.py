@@ -201,7 +201,7 @@ def check_refseg_iou(case, arrays):
     rows = []
     for prediction, true in zip(*numbered(arrays, case["case"], n, "pred", "gt"), strict=True):
         if (true == 1).any():
-            rows += map_scores(torch.from_numpy(prediction).float()[None], true, [0.5])
+            rows += map_scores(torch.from_numpy(prediction).float()[None], true, 0.5, boxes=True).tolist()
         else:  # the task skips such a sentence, LAVT counts 0
             rows += [(math.nan, *counted(prediction, true)[0, [1, 3]], 0.0, 0.0)]
     rows = np.array(rows)

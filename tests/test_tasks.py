@@ -8,12 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import average_precision_score
 
 from kvutils import VOID
 from kvutils.datasets.samples import Clip, Episode, ImageGroup, KeypointPair, LabelledImage, NamedMask
 from kvutils.errors import DataError, ParameterError
-from kvutils.metrics.masks import average_precisions
 from kvutils.metrics.statistics import choosing_half
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, token_means
 from kvutils.store import Parts, to_json
@@ -283,16 +281,6 @@ def test_temporal_ceiling_chance_and_baseline():
     skipped = run(TemporalCorrespondence([clip, *broken]), lambda name, layout: np.ones((len(layout), 2))).skipped
     assert list(skipped) == ["wide", "half", "two"] and "frames >= 3" in skipped["two"]
     assert "frame 5: a picture of (60, 48) and a mask of (48, 48)" in skipped["wide"] and "frame 0" in skipped["half"]
-
-
-def test_average_precisions_are_of_annotated_pixels():
-    scores = torch.from_numpy(rng(1).normal(size=(5, 12, 15))).float()
-    scores[1] = scores[1].round()  # many ties
-    scores[2] = 0.25  # all tied
-    mask = rng(2).choice([0, 1, VOID], size=(12, 15), p=(0.6, 0.25, 0.15)).astype(np.uint8)
-    true = mask[mask != VOID] == 1
-    for score, precision in zip(scores.numpy(), average_precisions(scores, mask), strict=True):
-        assert precision == pytest.approx(average_precision_score(true, score[mask != VOID]))
 
 
 def test_stored_parts_give_the_same_bytes_and_no_other_task_takes_them(tmp_path):

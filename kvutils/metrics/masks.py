@@ -7,10 +7,12 @@ in 0..1. Each equals the field's reference implementation, see tests/test_refere
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import ndimage
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from kvutils import VOID
 
@@ -35,19 +37,64 @@ def jaccard_and_precision(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(u_fg > 0, i_fg / np.maximum(u_fg, 1), 1.0), (i_bg + i_fg) / np.maximum(i_bg + u_fg, 1)
 
 
-def average_precisions(scores: torch.Tensor, mask: np.ndarray) -> np.ndarray:
-    """(S,) average precision over pixels of score maps (S, H, W), as scikit-learn has it; NaN without foreground."""
-    valid, true = _annotated(mask, scores.device)
-    ranked, order = scores.flatten(1)[:, valid].sort(dim=1, descending=True)
-    hits = true[order].double()
-    found = hits.cumsum(1)
-    # Pixels with equal scores are taken together: each has the precision at the last of its ties.
-    last = torch.ones_like(ranked, dtype=torch.bool)
-    last[:, :-1] = ranked[:, 1:] != ranked[:, :-1]
-    place = torch.arange(ranked.shape[1], device=ranked.device)
-    end = torch.where(last, place, ranked.shape[1]).flip(1).cummin(1).values.flip(1)
-    precision = found.gather(1, end) / (end + 1)
-    return ((hits * precision).sum(1) / true.sum()).cpu().numpy()
+@dataclass(frozen=True, eq=False)
+class RankedMaps:
+    """Score maps as ascending rows, from which thresholds, overlaps and precisions follow without another look at the maps.
+
+    scores (S, n) of all pixels; true (S, P) of the foreground; void (S, V) of pixels without annotation. All float32 or float64."""
+
+    scores: torch.Tensor
+    true: torch.Tensor
+    void: torch.Tensor
+
+    @classmethod
+    def of(cls, maps: torch.Tensor, true: torch.Tensor, void: torch.Tensor) -> RankedMaps:
+        """The maps (S, H, W) of an image; true, void: the numbers of these pixels, see `true_and_void`."""
+        rows = maps.flatten(1)
+        return cls(*(_ascending(each) for each in (rows, rows.index_select(1, true), rows.index_select(1, void))))
+
+    def otsu(self) -> torch.Tensor:
+        """(S,) Otsu's thresholds (1979): the split of all pixels with the largest variance between the two classes.
+
+        Exact over all splits, without a histogram. Foreground is `scores > threshold`; the threshold is the largest score of the
+        lower class, and the score itself when all are equal."""
+        n = self.scores.shape[1]
+        x = self.scores.double()
+        lower = x.sub_(x.mean(1, keepdim=True)).cumsum(1)[:, :-1]  # centred, so the lower class's sum alone gives that variance
+        count = torch.arange(1, n, device=x.device, dtype=x.dtype)
+        between = lower.square_().div_(count * (n - count)).masked_fill_(self.scores[:, 1:] == self.scores[:, :-1], -1)
+        return self.scores.gather(1, between.argmax(1, keepdim=True))[:, 0]
+
+    def average_precisions(self) -> torch.Tensor:
+        """(S,) float64 average precision over annotated pixels, as scikit-learn has it; NaN without foreground.
+
+        The mean over foreground pixels of the precision among all that score as much or more: ties are taken together."""
+        found, said = (_at_least(rows, self.true) for rows in (self.true, self.scores))
+        return (found / (said - _at_least(self.void, self.true)).double()).mean(1)
+
+    def overlaps(self, thresholds: torch.Tensor) -> torch.Tensor:
+        """(S, 2) intersection and union, in annotated pixels, of the foreground with what is above thresholds (S,)."""
+        every, both, void = ((rows > thresholds[:, None]).sum(1) for rows in (self.scores, self.true, self.void))
+        return torch.stack([both, every - void + self.true.shape[1] - both], dim=1)
+
+
+def true_and_void(mask: np.ndarray, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Numbers of the foreground's and of the void pixels of a mask (H, W) of 0, 1 and void, row after row."""
+    flat = np.asarray(mask).ravel()
+    return tuple(torch.from_numpy(np.flatnonzero(flat == value)).to(device) for value in (1, VOID))
+
+
+def _ascending(rows: torch.Tensor) -> torch.Tensor:
+    """Each row sorted; on a CPU by numpy, which brings no indices and takes a third of torch's time."""
+    return rows.sort(dim=1).values if rows.device.type != "cpu" else torch.from_numpy(np.sort(rows.numpy(), axis=1))
+
+
+def _at_least(rows: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """(S, P) how many of each ascending row (S, n) are at least as large as each of the ascending scores (S, P)."""
+    if rows.device.type != "cpu" or not rows.numel():
+        return rows.shape[1] - torch.searchsorted(rows, scores)
+    pairs = zip(rows.numpy(), scores.numpy(), strict=True)  # numpy makes use of it that the scores ascend, too
+    return rows.shape[1] - torch.from_numpy(np.stack([np.searchsorted(*pair) for pair in pairs]))
 
 
 def _annotated(mask: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,13 +122,33 @@ def class_mean_iou(weights: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return ious.sum(axis=1) / np.maximum((true > 0).sum(axis=1), 1)
 
 
-def largest_region_box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
-    """x0, y0, x1, y1 (exclusive) around the largest 8-connected region of 1s (first of equals); None if empty."""
-    regions, n = ndimage.label(mask == 1, structure=np.ones((3, 3)))
-    if not n:
-        return None
-    rows, columns = ndimage.find_objects(regions)[np.bincount(regions.ravel())[1:].argmax()]
-    return columns.start, rows.start, columns.stop, rows.stop
+def largest_region_boxes(masks: torch.Tensor) -> list[tuple[int, int, int, int] | None]:
+    """x0, y0, x1, y1 (exclusive) around the largest 8-connected region of each mask (S, H, W) bool (first of equals); None if
+    empty.
+
+    Regions are joined from runs of a row, of all masks together: pixels never leave the device."""
+    count, height, width = masks.shape
+    padded = torch.nn.functional.pad(masks, (1, 1, 0, 1))  # an empty row below each mask: no run touches the next mask's
+    edges = (padded[..., 1:] != padded[..., :-1]).flatten().nonzero()[:, 0].cpu().numpy()
+    starts, ends = edges[::2], edges[1::2]
+    row, x0 = np.divmod(starts, width + 1)
+    x1, (image, y) = ends % (width + 1), np.divmod(row, height + 1)
+    below = width + 1  # to the same column of the next row; runs touch if they have a corner in common
+    first, last = np.searchsorted(ends, starts + below), np.searchsorted(starts, ends + below, side="right")
+    touching = np.maximum(last - first, 0)
+    mine = np.repeat(np.arange(len(starts)), touching)
+    other = np.arange(len(mine)) + np.repeat(first - touching.cumsum() + touching, touching)
+    n, region = connected_components(coo_array((np.ones(len(mine), bool), (mine, other)), shape=(len(starts),) * 2), directed=False)
+    owner, chosen = np.empty(n, int), np.zeros(n, bool)
+    owner[region] = image
+    order = np.lexsort((-np.bincount(region, x1 - x0, n), owner))  # regions are numbered by their first run
+    chosen[order[np.unique(owner[order], return_index=True)[1]]] = True
+    runs = chosen[region]
+    shown, begin = np.unique(image[runs], return_index=True)
+    lows, highs = np.stack([x0, y], axis=1)[runs], np.stack([x1, y + 1], axis=1)[runs]
+    boxes = np.hstack([np.minimum.reduceat(lows, begin), np.maximum.reduceat(highs, begin)]) if len(shown) else lows
+    found = dict(zip(shown.tolist(), map(tuple, boxes.tolist()), strict=True))
+    return [found.get(k) for k in range(count)]
 
 
 def box_iou(a: Sequence[float] | None, b: Sequence[float] | None) -> float:

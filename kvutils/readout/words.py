@@ -18,7 +18,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoTokenizer, SiglipModel, SiglipTextModel
@@ -137,6 +136,8 @@ class TextAlignment:
         families = ["value", *(["untrained.value"] if untrained else []), "lens.value"]
         self.sources += [f"{family}.{layer}" for family in families for layer in self.layers]
         self._texts: dict[str, dict[str, torch.Tensor]] = {}
+        self._image: tuple[Any, dict[str, torch.Tensor]] = None, {}  # features of the image before, and what was made of them
+        self._roots: dict[int, torch.Tensor] = {}
 
     def reads(self, source: str) -> str:
         """The feature source that the scores of a source are made of."""
@@ -152,7 +153,7 @@ class TextAlignment:
             ids = torch.tensor(words_of(self.mlm, text))
             tables = self.mlm.model.get_input_embeddings().weight, self.mlm.model.lm_head.weight
             vectors["projector"], lens = (rows[ids.to(rows.device)].float().mean(0).cpu().detach() for rows in tables)
-            vectors |= {f"lens.value.{layer}": lens for layer in self.layers}
+            vectors |= {f"lens.value.{layer}": self._seen_from_values(lens, layer) for layer in self.layers}
             if self.encoder_text is not None:
                 vectors["encoder_original"] = vectors["encoder"] = self.encoder_text.embed(text)
             self._texts[text] = {source: vectors[source] for source in self.sources}
@@ -160,23 +161,26 @@ class TextAlignment:
 
     @torch.no_grad()
     def scores(self, features: Mapping[str, torch.Tensor], texts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Per source the dot products (len(texts), N), float32, with plain features (N, C) of an image."""
-        vectors = [self.text(text) for text in texts]
+        """Per source the dot products (len(texts), N), float32 on the model's device, with plain features (N, C) of an image.
+
+        What follows from the image alone is made once as long as the same `features` are asked about, text after text."""
+        if features is not self._image[0]:
+            self._image = features, {}
+        vectors, made = [self.text(text) for text in texts], self._image[1]
         scores = {}
         for source in self.sources:
-            image = self._image_side(source, features)
-            scores[source] = torch.stack([v[source] for v in vectors]).to(image.device) @ image.T
+            texts_here = torch.stack([v[source] for v in vectors]).to(self.mlm.device)
+            image = features[self.reads(source)].to(self.mlm.device).float()
+            if source.startswith("encoder"):
+                image = made[source] = made[source] if source in made else self._pooled(image)
+            scores[source] = texts_here @ image.T
+            if source.startswith("lens."):
+                made[source] = made[source] if source in made else self._lens_scale(image, int(source.rsplit(".", 1)[1]))
+                scores[source] *= made[source]
         return scores
 
-    @torch.no_grad()
-    def _image_side(self, source: str, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """(N, C) float32 image vectors of a text-aligned source, from the plain features of an image."""
-        if source.startswith("lens.value."):
-            return self._lens(features[self.reads(source)], int(source.rsplit(".", 1)[1]))
-        image = features[self.reads(source)].float()
-        if not source.startswith("encoder"):
-            return image
-        # Each patch (N, C_v) alone through last norm and pooling head.
+    def _pooled(self, image: torch.Tensor) -> torch.Tensor:
+        """Each patch (N, C_v) alone through last norm and pooling head; of unit length."""
         model = self.encoder.model
         tower = getattr(model, "vision_model", model)
         patches = image.unsqueeze(1).to(model.device, model.dtype)
@@ -186,27 +190,25 @@ class TextAlignment:
         values = text_values(mlm, [text], layers=self.layers)[0]
         return {f"{family}.{layer}": value.flatten() for layer, value in zip(self.layers, values, strict=True)}
 
-    def _lens(self, values: torch.Tensor, layer: int) -> torch.Tensor:
-        """What values (N, G*D) add to the residual stream when attended to with full weight, normalised."""
-        mlm, language_model = self.mlm, self.mlm.model.model.language_model
-        output = language_model.layers[layer].self_attn.o_proj
-        group = mlm.num_heads // mlm.num_kv_heads
-        by_head = values.unflatten(-1, (mlm.num_kv_heads, mlm.head_dim)).repeat_interleave(group, dim=-2)
-        states = output(by_head.flatten(-2).to(mlm.device, mlm.dtype))
-        return language_model.norm(states).float().to(values.device)
+    # What values v (N, G*D) add to the residual stream when attended to with full weight is x = W v, where W sums the output
+    # projection over the query heads that share a value; its final norm is x / rms(x) * g. A text's row t of the head then scores
+    # v . W' (g * t) / rms(x), and |x| = |R v| for the root R of W'W: both in the width of the values, in float32.
+    @torch.no_grad()
+    def _seen_from_values(self, row: torch.Tensor, layer: int) -> torch.Tensor:
+        """(G*D,) W' (g * t) of a row t (C_h,) of the language-model head, on the CPU."""
+        gain = self.mlm.model.model.language_model.norm.weight.float()
+        return (self._summed_output(layer).T @ (gain * row.to(gain.device))).cpu()
 
+    def _lens_scale(self, values: torch.Tensor, layer: int) -> torch.Tensor:
+        """(N,) 1 / rms(x) of values (N, G*D)."""
+        if layer not in self._roots:
+            self._roots[layer] = torch.linalg.qr(self._summed_output(layer), mode="r").R.T.contiguous()
+        norm = self.mlm.model.model.language_model.norm
+        width = norm.weight.numel()
+        return ((values @ self._roots[layer].to(values.device)).square().sum(-1) / width + norm.variance_epsilon).rsqrt()
 
-def otsu(scores: np.ndarray | torch.Tensor) -> float:
-    """Otsu's threshold (1979): the split of finite scores, of any shape, with the largest variance between classes.
-
-    Exact over all splits, without a histogram. Foreground is `scores > threshold`; the threshold lies midway between the two
-    scores at the split, and is the score itself when all are equal.
-    """
-    x = np.sort(np.asarray(scores.cpu() if isinstance(scores, torch.Tensor) else scores, dtype=float), axis=None)
-    if x[0] == x[-1]:
-        return float(x[0])
-    lower = np.cumsum(x - x.mean())[:-1]  # centred, so the lower class's sum alone gives that variance
-    count = np.arange(1, x.size)
-    between = np.where(x[1:] > x[:-1], lower**2 / (count * (x.size - count)), -1.0)
-    i = int(between.argmax())
-    return float((x[i] + x[i + 1]) / 2)
+    def _summed_output(self, layer: int) -> torch.Tensor:
+        """W (C_h, G*D) float32; the output projections of the three families have no bias."""
+        mlm = self.mlm
+        weight = mlm.model.model.language_model.layers[layer].self_attn.o_proj.weight.float()
+        return weight.unflatten(1, (mlm.num_kv_heads, -1, mlm.head_dim)).sum(2).flatten(1)

@@ -26,7 +26,6 @@ from kvutils.metrics.statistics import Statistic, column_mean
 from kvutils.probes import LinearProbe, fit_linear_probe, join_probes
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, token_means
 from kvutils.readout.maps import to_grid
-from kvutils.readout.words import otsu
 from kvutils.store import Parts, in_chunks
 from kvutils.tasks.base import ScoreTable, sample_seed
 from kvutils.tasks.prefixes import CONDITIONS, PrefixWriter
@@ -103,8 +102,8 @@ class ReferringPrefix(PrefixReadout):
     def score(self, sample: NamedMask, values: torch.Tensor, image: ImageFeatures, condition: str) -> list[tuple[float, ...]]:
         text = self.extractor.alignment.text(sample.text)
         vectors = torch.stack([text[f"value.{layer}"] for layer in self.extractor.layers]).to(values.device)
-        maps = image.layout.to_pixels(torch.einsum("lnc,lc->ln", values, vectors))
-        return map_scores(maps, sample.mask, [otsu(one) for one in maps])
+        scores = torch.einsum("lnc,lc->ln", values, vectors)
+        return [tuple(row) for row in map_scores(scores, sample.mask, layout=image.layout).tolist()]
 
 
 class DomainPrefix(PrefixReadout):

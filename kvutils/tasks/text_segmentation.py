@@ -7,6 +7,7 @@ and detection (RefCOCO), read with words. Both make score maps of an image and a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -15,32 +16,39 @@ from PIL import Image
 from kvutils.datasets.samples import LabelledImage, NamedMask
 from kvutils.errors import DataError, one_of
 from kvutils.kvcache import capture
-from kvutils.metrics.masks import average_precisions, binary_counts, box_iou, largest_region_box
+from kvutils.layout import TokenLayout
+from kvutils.metrics.masks import RankedMaps, box_iou, largest_region_boxes, true_and_void
 from kvutils.metrics.statistics import column_mean, column_ratio
 from kvutils.probes import LinearProbe, fit_linear_probe
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, Opener, image_tokens
-from kvutils.readout.words import otsu, start_tokens, text_values
+from kvutils.readout.words import start_tokens, text_values
 from kvutils.tasks.base import SHUFFLED, Row, ScoreTable, Task, opener, sample_seed, shuffled_labels
 
 AP, INTERSECTION, UNION, IOU, BOX = range(5)
-COLUMNS = ("ap", "intersection", "union", "iou", "box")
+COLUMNS = ("ap", "intersection", "union", "iou")
 CONTROLLED = ("value.", "lens.value.")  # families that also get a control with the wrong text
+PIXELS = {"cpu": 2**19, "cuda": 2**26}  # of maps at once: what the cache, and a part of the memory, hold
 
 
-def map_scores(maps: torch.Tensor, mask: np.ndarray, thresholds: Sequence[float]) -> list[tuple[float, ...]]:
-    """`COLUMNS` of score maps (S, H, W): AP, I and U in pixels, IoU (0 for an empty union), box hit.
+def map_scores(
+    scores: torch.Tensor, mask: np.ndarray, threshold: float | None = None, boxes: bool = False, layout: TokenLayout | None = None
+) -> np.ndarray:
+    """(S, 4) `COLUMNS` of score maps (S, H, W), or of the scores (S, N) of a layout's tokens, brought to pixels.
 
-    Foreground is above the threshold. box: is the box around the largest region right (IoU >= 0.5)?
-    """
-    said = maps > torch.tensor(thresholds, dtype=torch.float64, device=maps.device)[:, None, None]
-    precision = average_precisions(maps, mask)
-    counts = binary_counts(said, mask)[:, [1, 3]]
-    true_box = Image.fromarray(mask == 1).getbbox()
-    boxes = [largest_region_box(one) for one in said.cpu().numpy()]
-    return [
-        (float(ap), float(i), float(u), float(i / max(u, 1)), float(box_iou(box, true_box) >= 0.5))
-        for ap, (i, u), box in zip(precision, counts, boxes, strict=True)
-    ]
+    AP, I and U in pixels, IoU (0 for an empty union). Foreground is above the threshold (None: Otsu's, per map). boxes: a fifth
+    column, is the box around the largest region right (IoU >= 0.5)? All on the device of the scores."""
+    known, true_box, rows = true_and_void(mask, scores.device), Image.fromarray(mask == 1).getbbox(), []
+    for some in scores.split(max(1, PIXELS["cpu" if scores.device.type == "cpu" else "cuda"] // mask.size)):
+        maps = layout.to_pixels(some) if layout else some
+        ranked = RankedMaps.of(maps, *known)
+        thresholds = ranked.otsu() if threshold is None else maps.new_full((len(maps),), threshold)
+        both, either = ranked.overlaps(thresholds).double().T
+        columns = torch.stack([ranked.average_precisions(), both, either, both / either.clamp_min(1)], dim=1).cpu().numpy()
+        if boxes:
+            found = largest_region_boxes(maps > thresholds[:, None, None])
+            columns = np.column_stack([columns, [float(box_iou(box, true_box) >= 0.5) for box in found]])
+        rows.append(columns)
+    return np.concatenate(rows)
 
 
 class TextSegmentation(Task):
@@ -53,7 +61,7 @@ class TextSegmentation(Task):
     columns = COLUMNS
     control = SHUFFLED
 
-    threshold = staticmethod(otsu)  # of a map (H, W): foreground is above it
+    threshold: ClassVar[float | None] = None  # foreground is above it; None: Otsu's
 
     def __init__(self, samples: Sequence[NamedMask]):
         super().__init__(samples)
@@ -78,9 +86,9 @@ class TextSegmentation(Task):
             return []
         image, order = features[sample.image_id], self.sources(extractor)
         scores = self.token_scores(sample, image, extractor)
-        maps = image.layout.to_pixels(torch.stack([scores[source] for source in order]))
-        values = map_scores(maps, mask, [self.threshold(one) for one in maps])
-        return [Row(sample.id, sample.group, dict(zip(order, values, strict=True)))]
+        stacked = torch.stack([scores[source] for source in order])
+        values = map_scores(stacked, mask, self.threshold, "box" in self.columns, image.layout).tolist()
+        return [Row(sample.id, sample.group, dict(zip(order, map(tuple, values), strict=True)))]
 
     def token_scores(self, sample: NamedMask, image: ImageFeatures, extractor: FeatureExtractor) -> dict[str, torch.Tensor]:
         """Source -> (N,) score of every token of the image."""
@@ -129,7 +137,7 @@ class SemanticSegmentationProbe(SemanticSegmentation):
 
     name = "semantic_segmentation_probe"
     title = "Semantic segmentation, by probe"
-    threshold = staticmethod(lambda scores: 0.0)
+    threshold = 0.0
     sources, reads = Task.sources, Task.reads  # of every feature, not only those that texts are compared with
 
     def __init__(self, samples: Sequence[NamedMask], train: Sequence[LabelledImage], class_names: Sequence[str],
@@ -191,6 +199,7 @@ class ReferringSegmentation(TextSegmentation):
     name = "referring_segmentation"
     title = "Referring-expression segmentation"
     metric = "mIoU"
+    columns = (*COLUMNS, "box")
     statistic = staticmethod(column_mean(IOU))
     statistics = {"oIoU": column_ratio(INTERSECTION, UNION), "AP": column_mean(AP), "Acc@0.5": column_mean(BOX)}
 
@@ -212,8 +221,8 @@ def other_reading(task: TextSegmentation, extractor: FeatureExtractor, summary: 
         (shot,) = capture(mlm, [sample.image], layers=[layer], keys=False, features=False)
         shot = shot.select(image_tokens(shot.layout))
         texts = torch.cat([text_values(mlm, [sample.text], layer, behind=behind).flatten(1) for behind in read.values()])
-        maps = shot.layout.to_pixels(texts.to(shot.values.device) @ shot.value(layer).float().T)
-        rows.append(map_scores(maps, sample.mask, [task.threshold(one) for one in maps]))
+        scores = texts.to(shot.values.device) @ shot.value(layer).float().T
+        rows.append(map_scores(scores, sample.mask, task.threshold, layout=shot.layout))
     table = ScoreTable(task.name, [each.id for each in samples], [each.group for each in samples], list(read), list(COLUMNS), np.array(rows))
     behind = {way: mlm.tokenizer.convert_ids_to_tokens(tokens) for way, tokens in read.items()}
     scores = {way: table.interval(way, task.statistic, n_boot, seed) for way in read}
