@@ -45,7 +45,7 @@ from kvutils.tasks.text_segmentation import ReferringSegmentation, SemanticSegme
 COCO, IMAGENET, MSRC, DAVIS, BDD = (640, 480), (500, 375), (320, 213), (854, 480), (1280, 720)  # usual sizes of pictures
 SENTENCES = 7  # of one picture of RefCOCO: 10,834 of 1,500
 GROUP, FRAMES, POINTS = 10, 4, 12  # pictures of a class of MSRC; frames of a clip (a real one has about 67); key points of a pair
-LAYERS = 28
+LAYERS, BATCH = 28, 8
 NAMES = ("foreground_segmentation", "co_segmentation", "semantic_segmentation", "referring_segmentation", "semantic_correspondence",
          "temporal_correspondence", "feature_extraction", "prefix_referring", "prefix_domain")  # methods of `Workshop`
 WRITER = SimpleNamespace(wording=SimpleNamespace(expression="{}", domain="{}"), correct=lambda kind, name: name)  # of prefixes, which nothing reads
@@ -108,8 +108,8 @@ class Workshop:
         layout = layout.select(image_tokens(layout))
         shown = torch.from_numpy(layout.token_labels(picture.mask)[0].clip(0))
         found = {}
-        for source in extractor.sources:
-            width = {"pixels": 5, "encoder": 1152, "encoder_original": 1152, "projector": 3584}.get(source, 512)
+        for source in (*extractor.sources, "head.encoder", "head.encoder_original"):  # head: what text scores read of a tower that is cut
+            width = {"pixels": 5, "projector": 3584}.get(source, 1152 if "encoder" in source else 512)
             means = torch.randn(int(shown.max()) + 1, width, generator=torch.Generator().manual_seed(width))
             found[source] = (torch.randn(len(layout), width) + 0.3 * means[shown]).half().to(extractor.to or DEVICE)
         return ImageFeatures(layout, found, DEVICE)
@@ -163,25 +163,27 @@ class Workshop:
 
     def feature_extraction(self) -> Item:
         """From what a forward leaves on the device to features: the models are replaced by what they return."""
-        size, count = COCO, self.extractor.batch_size
-        layout = build_layout(self.mlm, size)
-        images = [(str(i), Image.new("RGB", size, (i, 0, 0))) for i in range(count)]
+        layout = build_layout(self.mlm, COCO)
+        images = [(str(i), Image.new("RGB", COCO, (i, 0, 0))) for i in range(BATCH)]
         states = torch.randn(len(self.chosen), self.mlm.num_kv_heads, len(layout), self.mlm.head_dim, device=DEVICE)
         captured = Capture(layout, tuple(self.chosen), states, states, *(torch.randn(len(layout), c, device=DEVICE) for c in (1152, 3584)))
         forward = {"capture": lambda mlm, images, *_, **__: [captured] * len(images),
+                   "prepare_images": lambda *_: SimpleNamespace(layouts=[layout]), "encode_images": lambda *_: ([], []),
+                   "capture_prepared": lambda *_, **__: [captured],
                    "capture_encoder": lambda encoder, mlm, images, **_: [captured.encoder] * len(images)}  # fmt: skip
+        there = {name: replaced for name, replaced in forward.items() if hasattr(features_module, name)}
 
         def run() -> None:
-            with mock.patch.multiple(features_module, **forward):
+            with mock.patch.multiple(features_module, **there):
                 self.extractor.images(images)
 
-        return Item(f"picture, {count} in a batch", run, count)
+        return Item(f"picture, {BATCH} in a batch", run, BATCH)
 
     def prefix(self, readout, unit: str) -> Item:
         """A readout of notebook 04 over its only sample, under every condition."""
         readout.prefixes = lambda sample: {condition: condition for condition in CONDITIONS}
         found = {condition: [self.features(readout.samples[0], self.of_prefixes)] for condition in CONDITIONS}
-        self.of_prefixes.images = lambda items, prefix=None: found[prefix]
+        self.of_prefixes.images = lambda items, prefix=None, *_, **__: found[prefix]
         return Item(f"{unit}, {len(CONDITIONS)} conditions", lambda: run_prefixes(readout, self.of_prefixes, progress=False))
 
     def prefix_referring(self) -> Item:
