@@ -50,11 +50,12 @@ def test_soft_argmax_is_between_the_match_and_the_mean():
 def test_propagation_follows_a_moving_object():
     masks, features = moving_square()
     (result,) = matching.propagate_labels(masks[0], features[None], GRID)
-    assert result.dtype == np.uint8 and np.array_equal(result[0], masks[0])
+    assert result.dtype == torch.uint8 and np.array_equal(result[0], masks[0])
+    masks = torch.from_numpy(masks)
     (copied,) = matching.copy_labels(masks[0], features[None], GRID)
     for found, t in ((result, 1), (result, 4), (copied, 4)):
         assert iou(found[t] == 1, masks[t] == 1) > 0.7
-    assert iou(matching.copy_first_mask(masks[0], len(masks))[4] == 1, masks[4] == 1) == 0
+    assert iou(torch.from_numpy(matching.copy_first_mask(masks[0].numpy(), len(masks))[4]) == 1, masks[4] == 1) == 0
 
 
 @pytest.mark.parametrize("chunk", [2**29, 1])
@@ -75,7 +76,7 @@ def test_the_neighbourhood_is_a_square_window():
     far = features[1].reshape(*GRID, -1).roll(4, dims=1).flatten(0, 1)  # everything jumps beyond the window
     clip = torch.stack([features[0], far])[None]
     (free,), (bound,) = (matching.propagate_labels(masks[0], clip, GRID, radius=radius) for radius in (8, 1))
-    there = np.roll(masks[1], 40, axis=1) == 1
+    there = torch.from_numpy(np.roll(masks[1], 40, axis=1)) == 1
     assert iou(free[1] == 1, there) > 0.7 and iou(bound[1] == 1, there) < 0.3
 
 

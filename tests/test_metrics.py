@@ -90,7 +90,7 @@ def test_predictions_beyond_the_classes_stay_in_the_denominator():
 
 
 def test_davis_boundary_tolerance_is_a_disk():
-    true, near, far = np.zeros((3, 200, 200), bool)
+    true, near, far = torch.zeros(3, 200, 200, dtype=torch.bool)
     true[50:100, 50:100] = near[53:103, 50:100] = far[56:106, 50:100] = True  # radius ceil(0.008 * 283) = 3
     assert video.boundary_f(near, true) == 1.0 and video.boundary_f(far, true) < 0.6
 

@@ -154,7 +154,8 @@ def check_davis_frame(case, arrays):
 
     seen = ~unpack("void") if f"{start}void" in arrays else True  # void is background in both
     prediction, true = unpack("pred") & seen, unpack("gt") & seen
-    close([video.region_similarity(prediction, true), video.boundary_f(prediction, true)], [case["J"], case["F"]])
+    pair = torch.from_numpy(prediction), torch.from_numpy(true)
+    close([float(video.region_similarity(*pair)), float(video.boundary_f(*pair))], [case["J"], case["F"]])
 
 
 def check_davis_jf(case, arrays):
@@ -189,7 +190,7 @@ def check_label_propagation(case, arrays):
     h, w = case["h"], case["w"]
     near = matching.restrict_neighborhood(h, w, case["size_mask_neighborhood"] or max(h, w))  # 0: no window
     options = {"topk": case["topk"], "temperature": case["temperature"]}
-    soft = matching.propagate_step(target, context.mT, segs.flatten(2).mT, near, **options)
+    soft = matching.propagate_step(matching.unit_length(target), matching.unit_length(context.mT), segs.flatten(2).mT, near, **options)
     planes = soft.T.reshape(out.shape[1:])
     torch.testing.assert_close(planes, out[0], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(matching.norm_mask(planes), norm, atol=1e-4, rtol=1e-4)

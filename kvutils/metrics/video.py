@@ -6,8 +6,11 @@ scored. In the semi-supervised task the toolkit turns void into background inste
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
-from scipy.spatial import KDTree
+import torch
+from torch import Tensor
 
 from kvutils import VOID
 from kvutils.errors import DataError
@@ -15,48 +18,72 @@ from kvutils.errors import DataError
 _TOLERANCE = 0.008  # boundary tolerance as a share of the image diagonal
 
 
-def region_similarity(prediction: np.ndarray, mask: np.ndarray) -> float:
-    """J of one binary frame (H, W) bool: intersection over union; 1 for two empty masks."""
-    union = (prediction | mask).sum()
-    return float((prediction & mask).sum() / union) if union else 1.0
+def region_similarity(predictions: Tensor, mask: Tensor) -> Tensor:
+    """(...) float64 J of binary frames (..., H, W) bool and one (H, W): intersection over union; 1 for two empty masks."""
+    both = _count(predictions & mask)
+    union = _count(predictions) + _count(mask) - both
+    return torch.where(union > 0, both.double() / union.clamp_min(1), 1.0)
 
 
-def boundary_f(prediction: np.ndarray, mask: np.ndarray) -> float:
-    """F of one binary frame (H, W) bool: harmonic mean of boundary precision and recall; 1 if neither has a boundary.
+def boundary_f(predictions: Tensor, mask: Tensor) -> Tensor:
+    """(...) float64 F of binary frames (..., H, W) bool and one (H, W): harmonic mean of boundary precision and recall; 1 if
+    neither has a boundary.
 
     Boundaries match within ceil(0.008 * diagonal) pixels.
     """
-    radius = np.ceil(_TOLERANCE * np.linalg.norm(mask.shape))
-    said, true = np.argwhere(_boundary(prediction)), np.argwhere(_boundary(mask))  # thin: points, not frames, are compared
-    if not len(said) or not len(true):
-        return float(not len(said) and not len(true))
-    precision, recall = _share_near(said, true, radius), _share_near(true, said, radius)
-    return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
+    radius = math.ceil(_TOLERANCE * math.hypot(*mask.shape))
+    said, true = _boundary(predictions), _boundary(mask)
+    found, there = _count(said).double(), _count(true).double()
+    places = said.flatten(0, -3).any(0) if said.ndim > 2 else said  # a boundary is thin: points, not frames, are compared
+    precision = (said[..., places] & _near(true, places, radius)).sum(-1) / found
+    recall = _near(said, true, radius).sum(-1) / there
+    f = torch.where(precision + recall > 0, 2 * precision * recall / (precision + recall), 0.0)
+    return torch.where((found > 0) & (there > 0), f, ((found == 0) & (there == 0)).double())
 
 
-def _boundary(mask: np.ndarray) -> np.ndarray:
+def _count(mask: Tensor) -> Tensor:
+    """(...) int64 pixels of (..., H, W) bool; by rows, which a CPU sums 20 times faster than all at once."""
+    return mask.view(torch.uint8).sum(-1, dtype=torch.int16).sum(-1)
+
+
+def _boundary(mask: Tensor) -> Tensor:
     """One pixel wide: where a pixel differs from its right, lower or lower-right neighbour."""
-    padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
-    return (mask != padded[:-1, 1:]) | (mask != padded[1:, :-1]) | (mask != padded[1:, 1:])
+    edge = torch.zeros_like(mask)
+    edge[..., :-1] = mask[..., :-1] ^ mask[..., 1:]
+    edge[..., :-1, :] |= mask[..., :-1, :] ^ mask[..., 1:, :]
+    edge[..., :-1, :-1] |= mask[..., :-1, :-1] ^ mask[..., 1:, 1:]
+    return edge
 
 
-def _share_near(points: np.ndarray, others: np.ndarray, radius: float) -> float:
-    """Share of the points within `radius` of one of the others: what a dilation by a disk would cover."""
-    distance, _ = KDTree(others).query(points, distance_upper_bound=radius + 1e-6)
-    return float((distance <= radius).mean())
+def _near(boundary: Tensor, places: Tensor, radius: int) -> Tensor:
+    """(..., K) bool: has boundary (..., H, W) a pixel in a disk around each of the K pixels of places (H, W) bool?"""
+    rows, columns = places.nonzero().T + radius
+    # Sums along each row: a disk is 2 * radius + 1 runs, and a run is the difference of two of them.
+    sums = torch.nn.functional.pad(boundary.to(torch.int16), (radius + 1, radius, radius, radius)).cumsum(-1, dtype=torch.int16)
+    width, sums, inside = sums.shape[-1], sums.flatten(-2), 0
+    for down in range(-radius, radius + 1):
+        start, across = (rows + down) * width + columns, math.isqrt(radius**2 - down**2)
+        inside = sums.index_select(-1, start + 1 + across) - sums.index_select(-1, start - across) + inside
+    return inside > 0
 
 
-def davis_sequence(result: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """J, F: (objects, frames - 2) of one sequence of index masks (frames, height, width).
+def davis_sequence(results: np.ndarray | Tensor, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """J, F: (..., objects, frames - 2) of any number of results (..., frames, height, width) for one sequence of index masks
+    (frames, height, width), computed where the results lie.
 
     The number of objects is the largest label of the first true mask; an object missing from the result scores as empty.
     DataError for a result label above that, for other shapes, fewer than 3 frames and a first mask without an object.
     """
-    masks = np.where(masks == VOID, 0, masks)
+    results, masks = torch.as_tensor(results), np.where(masks == VOID, 0, masks)
     objects = int(masks[0].max())
-    if result.shape != masks.shape or len(masks) < 3 or not objects or result[1:-1].max() > objects:
+    if results.shape[-3:] != masks.shape or len(masks) < 3 or not objects or results[..., 1:-1, :, :].max() > objects:
         raise DataError(f"result and masks must be one (frames >= 3, height, width) and show the objects of the first mask; found "
-                        f"{result.shape} with labels to {result.max()} and {masks.shape} with {objects} objects")  # fmt: skip
-    frames = [(result[t] == i, masks[t] == i) for i in range(1, objects + 1) for t in range(1, len(masks) - 1)]
-    j, f = (np.array([measure(*pair) for pair in frames]).reshape(objects, -1) for measure in (region_similarity, boundary_f))
+                        f"{tuple(results.shape)} with labels to {results.max()} and {masks.shape} with {objects} objects")  # fmt: skip
+    true = torch.from_numpy(masks).to(results.device)
+    found = []
+    for label in range(1, objects + 1):
+        for frame in range(1, len(masks) - 1):
+            pair = results[..., frame, :, :] == label, true[frame] == label
+            found.append(torch.stack([region_similarity(*pair), boundary_f(*pair)]))
+    j, f = torch.stack(found, dim=-1).unflatten(-1, (objects, -1)).cpu().numpy()
     return j, f

@@ -13,6 +13,7 @@ from sklearn.cluster import KMeans
 from sklearn.preprocessing import normalize
 
 MAX_CLUSTERS = 14
+MANY = 64  # points that nearly always hold that many different ones
 ELBOW = 0.975  # k grows while the inertia falls below this share of the one before
 
 
@@ -24,7 +25,9 @@ def cluster_tokens(tokens: Sequence[np.ndarray], n_init: int = 10, seed: int = 0
     reference. scikit-learn's k-means, of n_init starts per k, stands in for faiss, so labels are not bit-identical.
     """
     points = normalize(np.concatenate(tokens).astype(np.float32))
-    limit = min(MAX_CLUSTERS, len(np.unique(points, axis=0)))
+    limit = min(MAX_CLUSTERS, len(np.unique(points[:MANY], axis=0)))
+    if limit < MAX_CLUSTERS:  # hardly ever: sorting all points would cost as much as the clusters
+        limit = min(MAX_CLUSTERS, len(np.unique(points, axis=0)))
     inertias: list[float] = []
     for k in range(1, limit + 1):
         model = KMeans(n_clusters=k, n_init=n_init, max_iter=300, random_state=seed).fit(points)

@@ -70,11 +70,7 @@ class ImageFeatures:
 
     def stack(self, sources: Sequence[str]) -> torch.Tensor:
         """(S, N, C) float32 of sources with the same number of channels, on `device`."""
-        found = [self.features[source] for source in sources]
-        # Moved as they are kept, and widened there: half as much goes over the bus.
-        if len({each.dtype for each in found}) == 1:
-            return torch.stack(found).to(self.device).float()
-        return torch.stack([each.to(self.device).float() for each in found])
+        return stack_images([self], sources)
 
     def by_width(self, sources: Iterable[str], rows: int = 0) -> list[list[str]]:
         """The sources in groups of equal C, each of which can be stacked; order is kept within a group.
@@ -90,6 +86,16 @@ class ImageFeatures:
             most = max(1, STACK_BYTES // (4 * width * max(rows, 1)))
             portions += [names[i : i + most] for i in range(0, len(names), most)]
         return portions
+
+
+def stack_images(images: Sequence[ImageFeatures], sources: Sequence[str]) -> torch.Tensor:
+    """(S, tokens of all images, C) float32 of sources with the same number of channels, on the images' `device`."""
+    device, ends = images[0].device, np.cumsum([0, *(len(one.layout) for one in images)]).tolist()
+    out = torch.empty(len(sources), ends[-1], images[0].features[sources[0]].shape[-1], device=device)
+    for row, source in zip(out, sources, strict=True):
+        for one, start, end in zip(images, ends, ends[1:], strict=False):
+            row[start:end] = one.features[source].to(device)  # moved as it is kept and widened there: less goes over the bus
+    return out
 
 
 def image_tokens(layout: TokenLayout) -> np.ndarray:

@@ -19,8 +19,12 @@ CHUNK_BYTES = 2**29  # affinities held at once while labels are propagated
 
 def cosine_similarity(source: Tensor, target: Tensor) -> Tensor:
     """(..., K, N) cosine of source tokens (..., K, C) with target tokens (..., N, C), in at least float32."""
-    wide = torch.promote_types(source.dtype, torch.float32)
-    return normalize(source.to(wide), dim=-1, eps=1e-8) @ normalize(target.to(wide), dim=-1, eps=1e-8).mT
+    return unit_length(source) @ unit_length(target).mT
+
+
+def unit_length(tokens: Tensor) -> Tensor:
+    """Tokens (..., C) scaled to length 1 (zeros stay), in at least float32."""
+    return normalize(tokens.to(torch.promote_types(tokens.dtype, torch.float32)), dim=-1, eps=1e-8)
 
 
 def match_nearest(source: Tensor, target: Tensor) -> Tensor:
@@ -52,15 +56,14 @@ def propagate_step(
 ) -> Tensor:
     """(..., N, K) soft labels of one frame, as DINO's label_propagation.
 
-    target (..., N, C) tokens; context (..., n, N, C) tokens and labels (..., n, N, K) of n earlier frames. Weights are
-    exp(cosine / temperature), zero outside the neighbourhood; each target token keeps its topk largest over *all* context
-    frames together (ties with the last are kept too) and takes the weighted mean of their labels.
+    target (..., N, C) tokens and context (..., n, N, C) those of n earlier frames, all of unit length; labels (..., n, N, K).
+    Weights are exp(cosine / temperature), zero outside the neighbourhood; each target token keeps its topk largest over *all*
+    context frames together (ties with the last are kept too) and takes the weighted mean of their labels.
     """
     frames, cells = context.shape[-3:-1]
-    cosine = cosine_similarity(target.unsqueeze(-3), context)  # (..., n, N target, N source)
-    affinity = cosine.div_(temperature).exp_()
-    affinity *= neighborhood
-    affinity = affinity.transpose(-3, -2).flatten(-2)  # (..., N target, n * N source)
+    affinity = target @ context.flatten(-3, -2).mT  # (..., N target, n * N source)
+    affinity.div_(temperature).exp_()
+    affinity.unflatten(-1, (frames, cells)).mul_(neighborhood.unsqueeze(1))
     smallest = affinity.topk(min(topk, frames * cells), dim=-1).values[..., -1:]
     affinity.masked_fill_(affinity < smallest, 0)
     affinity /= affinity.sum(dim=-1, keepdim=True)
@@ -73,7 +76,8 @@ def norm_mask(labels: Tensor) -> Tensor:
     Channels that are constant stay as they are (DINO divides 0 by 0 where the constant is positive).
     """
     low, high = labels.amin(dim=(-2, -1), keepdim=True), labels.amax(dim=(-2, -1), keepdim=True)
-    return torch.where((high > 0) & (high > low), (labels - low) / (high - low).clamp_min(1e-38), labels)
+    varies = (high > 0) & (high > low)
+    return (labels - low.where(varies, 0)).div_((high - low).clamp_min(1e-38).where(varies, 1))
 
 
 def grid_labels(mask: np.ndarray, grid: tuple[int, int]) -> Tensor:
@@ -87,18 +91,18 @@ def grid_labels(mask: np.ndarray, grid: tuple[int, int]) -> Tensor:
 
 def propagate_labels(
     first_mask: np.ndarray, features: Tensor, grid: tuple[int, int], n_last: int = 7, radius: int = 12, topk: int = 5
-) -> np.ndarray:
-    """(S, T, H, W) index masks of a clip from its first mask (H, W) and features (S, T, h*w, C), as DINO on DAVIS.
+) -> Tensor:
+    """(S, T, H, W) uint8 index masks of a clip from its first mask (H, W) and features (S, T, h*w, C), as DINO on DAVIS.
 
     The context of a frame is the first frame and the n_last before it, see `propagate_step`; the grid covers the whole
     frame. The first frame is returned as given, with void as background. Sources are independent of each other and taken
-    as many at a time as fit in `CHUNK_BYTES`; labels stay on the features' device.
+    as many at a time as fit in `CHUNK_BYTES`, all on the features' device.
     """
     sources, frames, cells, _ = features.shape
-    first = grid_labels(first_mask, grid).to(features.device)
+    features, first = unit_length(features), grid_labels(first_mask, grid).to(features.device)
     neighborhood = restrict_neighborhood(*grid, radius, features.device)
     soft = first.expand(sources, frames, *first.shape).clone()
-    per_source = 8 * (n_last + 1) * cells**2  # float32, and as much again for the reordered copy
+    per_source = 8 * (n_last + 1) * cells**2  # float32, and as much again for what is chosen of it
     step = max(1, CHUNK_BYTES // per_source)
     for start in range(0, sources, step):
         part = slice(start, start + step)
@@ -109,10 +113,12 @@ def propagate_labels(
     return _masks(soft, first_mask, grid)
 
 
-def copy_labels(first_mask: np.ndarray, features: Tensor, grid: tuple[int, int]) -> np.ndarray:
+def copy_labels(first_mask: np.ndarray, features: Tensor, grid: tuple[int, int]) -> Tensor:
     """As `propagate_labels`, but each token copies the label of its nearest token in the first frame."""
-    first = grid_labels(first_mask, grid).to(features.device)
-    soft = torch.stack([first[match_nearest(frame, features[:, 0])] for frame in features.unbind(1)], dim=1)
+    features, first = unit_length(features), grid_labels(first_mask, grid).to(features.device)
+    soft = first.expand(*features.shape[:2], *first.shape).clone()
+    for t in range(1, features.shape[1]):
+        soft[:, t] = first[(features[:, t] @ features[:, 0].mT).argmax(-1)]
     return _masks(soft, first_mask, grid)
 
 
@@ -125,13 +131,12 @@ def _without_void(mask: np.ndarray) -> np.ndarray:
     return np.where(mask == VOID, 0, mask).astype(np.uint8)
 
 
-def _masks(soft: Tensor, first_mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+def _masks(soft: Tensor, first_mask: np.ndarray, grid: tuple[int, int]) -> Tensor:
     """(S, T, H, W) uint8 index masks of soft labels (S, T, h*w, K): upsampled, `norm_mask`, argmax; the first as given."""
-    masks = []
-    for frame in soft.flatten(0, 1):  # one at a time: upsampled soft labels of a clip do not fit in memory
-        planes = interpolate(frame.T.reshape(1, -1, *grid), size=first_mask.shape, mode="bilinear")[0]
-        winner = norm_mask(planes).max(dim=0).indices  # 20 times faster than argmax on a CPU
-        masks.append(winner.to(torch.uint8).cpu())
-    found = torch.stack(masks).reshape(*soft.shape[:2], *first_mask.shape).numpy()
-    found[:, 0] = _without_void(first_mask)
+    found = torch.empty(*soft.shape[:2], *first_mask.shape, dtype=torch.uint8, device=soft.device)
+    found[:, 0] = torch.from_numpy(_without_void(first_mask))
+    for source, row in zip(soft, found, strict=True):
+        for t in range(1, len(row)):  # one at a time: upsampled soft labels of a clip do not fit in memory
+            planes = interpolate(source[t].T.reshape(1, -1, *grid), size=first_mask.shape, mode="bilinear")[0]
+            row[t] = norm_mask(planes).max(dim=0).indices  # 20 times faster than argmax on a CPU
     return found

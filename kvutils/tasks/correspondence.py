@@ -15,7 +15,7 @@ from kvutils.datasets.samples import Clip, KeypointPair
 from kvutils.errors import DataError
 from kvutils.metrics.statistics import Statistic, column_mean, column_ratio
 from kvutils.metrics.video import davis_sequence
-from kvutils.readout.features import FeatureExtractor, ImageFeatures, Opener
+from kvutils.readout.features import FeatureExtractor, ImageFeatures, Opener, stack_images
 from kvutils.readout.matching import copy_first_mask, copy_labels, cosine_similarity, propagate_labels, soft_argmax
 from kvutils.tasks.base import UNTRAINED, Row, Task, opener
 
@@ -120,6 +120,9 @@ class TemporalCorrespondence(Task):
     def sources(self, extractor: FeatureExtractor) -> list[str]:
         return [COPY_FIRST, *extractor.sources]
 
+    def reads(self, source: str, extractor: FeatureExtractor) -> str:
+        return "pixels" if source == COPY_FIRST else super().reads(source, extractor)  # it reads no feature
+
     def images(self, sample: Clip) -> list[tuple[str, Opener]]:
         frames = sample.frames
         return [(f"{sample.id}/{i:05d}", partial(frames.__getitem__, i)) for i in range(len(frames))]
@@ -135,12 +138,12 @@ class TemporalCorrespondence(Task):
         grid = tuple(len(np.unique(frames[0].layout.cells[:, axis])) for axis in (0, 1))
         first = masks[0]
         copied = np.concatenate(davis_sequence(copy_first_mask(first, len(frames)), masks))
-        scores = {COPY_FIRST: [copied, copied]}  # per source and method (2 * objects, frames): J of every object, then F
+        scores = {COPY_FIRST: [copied, copied]}  # per source and method (2 * objects, frames - 2): J of every object, then F
         for names in frames[0].by_width(extractor.sources, rows=len(frames[0].layout) * len(frames)):
-            stacked = torch.stack([frame.stack(names) for frame in frames], dim=1)  # (S, T, N, C)
+            stacked = stack_images(frames, names).unflatten(1, (len(frames), -1))  # (S, T, N, C)
             carried, nearest = propagate_labels(first, stacked, grid, N_LAST, NEAR, TOPK), copy_labels(first, stacked, grid)
-            for name, *results in zip(names, carried, nearest, strict=True):
-                scores[name] = [np.concatenate(davis_sequence(result, masks)) for result in results]
+            both = [np.concatenate(davis_sequence(result, masks), axis=1) for result in (carried, nearest)]
+            scores |= {name: pair for name, *pair in zip(names, *both, strict=True)}
         means = {source: np.stack([one.mean(axis=1) for one in both]) for source, both in scores.items()}
         objects = len(copied) // 2
         return [Row(f"{sample.id}_{i + 1}", sample.id, {s: tuple(mean[:, [i, objects + i]].ravel().tolist()) for s, mean in means.items()})

@@ -11,7 +11,7 @@ from kvutils.datasets.samples import Episode
 from kvutils.metrics.masks import binary_counts
 from kvutils.metrics.statistics import column_mean
 from kvutils.probes import fit_linear_probe
-from kvutils.readout.features import FeatureExtractor, ImageFeatures, Opener, token_means
+from kvutils.readout.features import FeatureExtractor, ImageFeatures, Opener, stack_images, token_means
 from kvutils.tasks.base import SHUFFLED, Row, Task, opener, sample_seed, shuffled_labels
 
 _FOLD, _CLASS, _I_BG, _I_FG, _U_BG, _U_FG, _CONVERGED = range(7)
@@ -76,15 +76,15 @@ class ForegroundSegmentation(Task):
             return []
         shuffled = shuffled_labels(labels, sample_seed(sample.id), known)
         logits, converged = {}, {}
-        for names in query.by_width(extractor.sources, rows=2 * len(labels)):  # the control stacks them again
-            train = torch.cat([support.stack(names) for support in supports], dim=1)
-            controlled = [i for i, name in enumerate(names) if name.startswith("value.")]
-            rows = [*range(len(names)), *controlled]  # the control reads the same features under other labels
-            y = torch.stack([labels] * len(names) + [shuffled] * len(controlled)).to(train.device)
-            probe = fit_linear_probe(train[rows], y, sample_weight=known.to(train.device), **self.parameters)
-            fitted = [*names, *(SHUFFLED + names[i] for i in controlled)]
-            logits |= dict(zip(fitted, probe.logits(query.stack(names)[rows]), strict=True))
-            converged |= dict(zip(fitted, probe.converged.tolist(), strict=True))
+        for names in query.by_width(extractor.sources, rows=len(labels)):
+            train, test = stack_images(supports, names), query.stack(names)
+            values = [i for i, name in enumerate(names) if name.startswith("value.")] or [-1]  # neighbours: their rows are a view
+            # The control reads the same features under other labels.
+            for prefix, rows, y in (("", slice(None), labels), (SHUFFLED, slice(values[0], values[-1] + 1), shuffled)):
+                if fitted := [prefix + name for name in names[rows]]:
+                    probe = fit_linear_probe(train[rows], y.to(train.device), sample_weight=known.to(train.device), **self.parameters)
+                    logits |= dict(zip(fitted, probe.logits(test[rows]), strict=True))
+                    converged |= dict(zip(fitted, probe.converged.tolist(), strict=True))
         order = self.sources(extractor)
         maps = query.layout.to_pixels(torch.stack([logits[source] for source in order]))
         counts = binary_counts(maps > 0, sample.query.mask)

@@ -20,7 +20,7 @@ from kvutils.layout import TokenLayout
 from kvutils.metrics.masks import RankedMaps, box_iou, largest_region_boxes, true_and_void
 from kvutils.metrics.statistics import column_mean, column_ratio
 from kvutils.probes import LinearProbe, fit_linear_probe
-from kvutils.readout.features import FeatureExtractor, ImageFeatures, Opener, image_tokens
+from kvutils.readout.features import FeatureExtractor, ImageFeatures, Opener, image_tokens, stack_images
 from kvutils.readout.words import start_tokens, text_values
 from kvutils.tasks.base import SHUFFLED, Row, ScoreTable, Task, opener, sample_seed, shuffled_labels
 
@@ -167,7 +167,7 @@ class SemanticSegmentationProbe(SemanticSegmentation):
             values = [source for source in sources if source.startswith("value.")]
             for group, y, prefix in ((sources, labels, ""), (values, shuffled, SHUFFLED)):
                 if group:
-                    X = torch.cat([one.stack(group) for one in images], dim=1)
+                    X = stack_images(images, group)
                     probe = fit_linear_probe(X, y.to(X.device), len(names), sample_weight=known.to(X.device), **self.fitting)
                     fitted = [prefix + source for source in group]
                     self._probes.append((fitted, probe))
