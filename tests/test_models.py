@@ -15,7 +15,6 @@ from kvutils.kvcache import capture
 from kvutils.layout import check_mlm
 from kvutils.models import FAMILIES, MODELS, NEXT, QWEN, base_name, find_model, load_encoder, load_mlm, original_encoder, placement
 from kvutils.run.notebook import Run
-from kvutils.run.plan import rehearsal_file
 from kvutils.tasks.bimodality import variance_threshold
 from tests.published import write_checkpoint
 from tests.tiny_models import picture, save, tiny, tiny_pocket
@@ -183,7 +182,6 @@ def test_a_commit_or_hub_id_of_a_model_keeps_what_is_known_of_the_model(name, ba
     assert (base_name(name), base_name("me/mine@abc")) == (base, "me/mine@abc")
     assert base == "pocket" or (find_model(name).name, find_model(name).sizes) == (base, MODELS[base].sizes)
     assert original_encoder(name) == original_encoder(base) and Run("01", "paper", name).folder == Run("01", "paper", base).folder
-    assert rehearsal_file(name) == rehearsal_file(base)
     assert base == "pocket" or variance_threshold(torch.arange(1.0, 99), name)["value"] == 450.0
 
 

@@ -1,6 +1,7 @@
 """What a run of the paper profile needs: said without data, weights or network; hours come from a rehearsal alone."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -16,7 +17,7 @@ from kvutils.datasets.catalog import CATALOG
 from kvutils.datasets.pocket.questions import WORDS
 from kvutils.errors import DataError, ModelError
 from kvutils.layout import check_mlm
-from kvutils.models import MODELS, ModelSpec, find_model
+from kvutils.models import ENCODERS, MODELS, ModelSpec, find_model
 from kvutils.run import plan
 from kvutils.run.notebook import ROOT
 from kvutils.run.plan import NOTEBOOKS, check_ready, data_of, look_for_model, rehearsal_file, table, weights_on_gpu
@@ -90,6 +91,14 @@ def test_a_checkpoint_is_looked_for_in_the_cache(monkeypatch, tmp_path):
     assert look_for_model(spec)[0], "half a checkpoint is none"
     (snapshot / "two").touch()
     assert look_for_model(spec) == look_for_model(ModelSpec("mine", "", str(tmp_path), "custom")) == ("", 0)
+
+
+@pytest.mark.parametrize("package", ["sentencepiece", "protobuf"])
+def test_the_packages_of_siglips_tokenizer_are_looked_for(monkeypatch, tmp_path, package):
+    monkeypatch.setattr(plan, f"is_{package}_available", lambda: False)
+    for name, needs in (("siglip-so400m", True), ("pocket-siglip", False)):
+        problem, _ = look_for_model(replace(ENCODERS[name], source=str(tmp_path)))
+        assert (f"needs {package}: pip install" in problem) == needs
 
 
 def test_the_hub_tells_the_size(monkeypatch):

@@ -4,7 +4,6 @@ Nothing is downloaded and no checkpoint is loaded. Hours are those of a rehearsa
 rehearse`, which measures whole items); without one there are none.
 """
 
-import importlib.util
 import os
 import platform
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from kvutils.datasets import FOLDERS, USES, open_dataset
 from kvutils.datasets.catalog import CATALOG, data_root
@@ -67,8 +67,8 @@ def look_for_data(wanted: Mapping[str, Mapping]) -> dict[str, tuple[str, float]]
 def look_for_model(spec: ModelSpec) -> tuple[str, float]:
     """What is said of a checkpoint that is neither on this machine nor can be fetched, else ""; the gigabytes that loading it fetches.
     One short request at most."""
-    lacking = [name for name in ("sentencepiece", "google.protobuf") if spec.name == "siglip-so400m" and not importlib.util.find_spec(name)]
-    if lacking:
+    packages = {"sentencepiece": is_sentencepiece_available(), "protobuf": is_protobuf_available()}
+    if spec.name == "siglip-so400m" and (lacking := [name for name, there in packages.items() if not there]):
         return f"the tokenizer of {spec.source} needs {', '.join(lacking)}: pip install sentencepiece protobuf, or make install anew", 0.0
     if Path(spec.source).is_dir():
         return "", 0.0
