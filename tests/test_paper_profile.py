@@ -182,7 +182,7 @@ def test_an_episode_without_background_is_left_out(data):
     one, other = open_dataset("pascal-5i", per_fold=1, folds=(0, 1))
     full = tuple(replace(each, mask=np.ones_like(each.mask)) for each in one.supports)
     table = run_task(ForegroundSegmentation([replace(one, supports=full), other]), extractor, progress=False)
-    assert table.skipped == [one.id] and table.ids == [other.id]
+    assert list(table.skipped) == [one.id] and table.ids == [other.id]
 
 
 def test_figures_take_any_interval_and_any_depth():
