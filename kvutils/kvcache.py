@@ -108,13 +108,16 @@ def capture(mlm: MLM, images: Iterable[ImageLike], prefix: str | None = None, la
 
 @torch.no_grad()
 def capture_prepared(mlm: MLM, vision: VisionInputs, prefix: str | None, layers: tuple[int, ...], *, keys: bool = True,
-                     values: bool = True, features: bool = True, to: str | torch.device | None = None) -> list[Capture]:
-    """As `capture`, of one batch of pictures whose pixels are ready: two models of one kind read the same ones."""
+                     values: bool = True, features: bool = True, to: str | torch.device | None = None,
+                     encoded: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None) -> list[Capture]:
+    """As `capture`, of one batch of pictures whose pixels are ready: two models of one kind read the same ones.
+
+    encoded: what `encode_images` gave for them, if the model's tower has looked at them before."""
     layers = layers if keys or values else ()
     device = mlm.device if to is None else torch.device(to)
     wanted = ["keys"] * keys + ["values"] * values
     text = prepare_text(mlm, [mlm.prompt(prefix=prefix)] * len(vision.layouts), vision)
-    encoder, projector = encode_images(mlm, vision)
+    encoder, projector = encoded or encode_images(mlm, vision)
     slots = [torch.from_numpy(layout.slots).to(mlm.device) for layout in vision.layouts]
     shapes = [(len(layers), mlm.num_kv_heads, len(slot), mlm.head_dim) for slot in slots]
     rows = [{name: torch.empty(shape, dtype=mlm.dtype, device=device) for name in wanted} for shape in shapes]

@@ -114,7 +114,7 @@ class TokenLayout:
         down = _interpolation(ys.mean(1), self.image_size[1]).to(scores.device, dtype)
         across = _interpolation(xs.mean(1), self.image_size[0]).to(scores.device, dtype)
         grid = scores[..., torch.from_numpy(index).to(scores.device)].to(dtype)
-        return down @ grid @ across.T
+        return down @ (grid @ across.T) if len(ys) < len(xs) else down @ grid @ across.T  # the shorter side last: its sum is per pixel
 
     def _areas(self) -> np.ndarray:
         return np.prod(np.nan_to_num(self.rects[:, 2:] - self.rects[:, :2]), axis=1)

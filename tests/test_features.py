@@ -3,6 +3,7 @@
 from dataclasses import replace
 from unittest import mock
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -230,6 +231,7 @@ def test_maps_of_one_image_and_its_explorer(pocket, monkeypatch):
         source, x, y = widget.children[:3]
         assert source.value == "value.2" and "key.0" in explore(pocket, image).children[0].options
         widget.f(source.value, x.value, y.value)
+    assert not plt.get_fignums()  # however often a slider moves
     with pytest.raises(ParameterError, match="value.9"):
         widget.f("value.9", 0, 0)
 

@@ -82,10 +82,10 @@ def test_pck_rules_differ_exactly_at_the_threshold():
 
 
 def test_predictions_beyond_the_classes_stay_in_the_denominator():
-    found = masks.class_counts(mask("0 1 9 1"), mask("0 1 1 v"), range(2))
+    found = masks.class_counts(*map(torch.from_numpy, (mask("0 1 9 1"), mask("0 1 1 v"))), range(2))
     assert found.tolist() == [1, 1, 1, 2, 1, 1]  # right, true, said
     assert masks.class_mean_iou(np.ones((1, 1)), found[None]).tolist() == [(1 + 0.5) / 2]
-    from_one = masks.class_counts(mask("0 1 2 2"), mask("0 1 2 1"), range(1, 3))  # background is no class
+    from_one = masks.class_counts(*map(torch.from_numpy, (mask("0 1 2 2"), mask("0 1 2 1"))), range(1, 3))  # background is no class
     assert from_one.tolist() == [1, 1, 2, 1, 1, 2]
 
 

@@ -134,6 +134,18 @@ def test_domain_readouts_run_and_resume_with_the_same_bytes(domain_readouts, rea
     assert (true == said).all() and (true > 0).all()
 
 
+def test_the_vision_tower_sees_a_picture_once_behind_all_prefixes(mlm, writer):
+    sample = list({one.domain: one for one in open_dataset("pocket-bdd-10k", scenes=6)}.values())
+    extractor, seen = FeatureExtractor(mlm, layers=[0, 5], keys=False), []
+    readout = DomainPrefix(sample, [], class_names("pocket-bdd-10k-train"), extractor, writer, "text")
+    with mlm.model.model.vision_tower.register_forward_hook(lambda *_: seen.append(1)):
+        table = run_prefixes(readout, extractor, progress=False)
+    assert len(table) == 2 == len(seen)
+    again = extractor.images([(sample[0].id, sample[0].image)], readout.prefixes(sample[0])["wrong"], ["value.5"])[0]
+    apart = FeatureExtractor(mlm, keys=False).images([(sample[0].id, sample[0].image)], readout.prefixes(sample[0])["wrong"])[0]
+    assert torch.equal(again.features["value.5"], apart.features["value.5"])
+
+
 def test_referring_readout_scores_the_planted_thing(mlm, writer, monkeypatch):
     """Values that hold their expression where the mask is: the score is that of a perfect map, whatever the prefix."""
     samples = open_dataset("pocket-refcoco", scenes=6)
@@ -145,7 +157,7 @@ def test_referring_readout_scores_the_planted_thing(mlm, writer, monkeypatch):
     labels = torch.from_numpy(image.layout.token_labels(sample.mask)[0]).float()
     vector = extractor.alignment.text(sample.text)["value.1"]
     planted = torch.stack([labels[:, None] * vector, torch.zeros(len(labels), len(vector))])
-    right, empty = readout.score(sample, planted, image, "none")
+    right, empty = readout.score(sample, sample.mask, planted, image, "none")
     assert right[3] > 0.6 and right[0] > 0.9 > empty[0]
     prefixes = readout.prefixes(sample)
     assert prefixes["correct"] == f"look for the {sample.class_name}"

@@ -217,7 +217,7 @@ def check_bdd_miou(case, arrays):
     rows = []
     for said, true in zip(*numbered(arrays, case["case"], case["n"], "pred", "gt"), strict=True):
         said = np.full(true.shape, 19) if said is None else said  # a missing file: wrong everywhere
-        rows.append(masks.class_counts(said, true, range(19)))
+        rows.append(masks.class_counts(torch.from_numpy(said), torch.from_numpy(true), range(19)))
     rows = np.array(rows, dtype=float)
     assert np.flatnonzero(rows[:, 19:38].sum(axis=0)).tolist() == case["gt_ids"]
     if case["gt_ids"]:

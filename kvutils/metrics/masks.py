@@ -104,15 +104,14 @@ def _annotated(mask: np.ndarray, device: torch.device) -> tuple[torch.Tensor, to
     return valid, (flat == 1)[valid]
 
 
-def class_counts(said: np.ndarray, true: np.ndarray, labels: range) -> np.ndarray:
+def class_counts(said: torch.Tensor, true: torch.Tensor, labels: range) -> np.ndarray:
     """(3 * K,) pixels of label maps (H, W): right, true and said of each of K consecutive labels.
 
-    Pixels count whose true label is one of them (void is none).
-    """
-    valid = (true >= labels.start) & (true < labels.stop)
-    said, true = said[valid], true[valid].astype(said.dtype)
-    parts = (true[said == true], true, said)
-    return np.concatenate([np.bincount(part, minlength=labels.stop)[labels.start : labels.stop] for part in parts])
+    Pixels count whose true label is one of them (void is none); they are counted on the device of the maps."""
+    known, size = (true >= labels.start) & (true < labels.stop), labels.stop + 1
+    pairs = true[known].long() * size + said[known].long().clamp(max=labels.stop)  # said beyond the labels is wrong, whatever it is
+    table = torch.bincount(pairs, minlength=size**2).view(size, size)
+    return torch.stack([table.diagonal(), table.sum(1), table.sum(0)])[:, labels.start : labels.stop].flatten().cpu().numpy()
 
 
 def class_mean_iou(weights: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -37,7 +37,7 @@ from kvutils.readout.attention import QUESTION, prompt_saliency
 from kvutils.readout.encoders import capture_encoder
 from kvutils.readout.words import SiglipText, TextAlignment
 from kvutils.store import digest
-from kvutils.vision import in_halves, prepare_images
+from kvutils.vision import VisionInputs, encode_images, in_halves, prepare_images
 
 HEADS = ("head.encoder_original", "head.encoder")
 STACK_BYTES = 2**31  # of features, in float32, that a task computes with at once
@@ -141,6 +141,7 @@ class FeatureExtractor:
         self.alignment = TextAlignment(mlm, self.layers, untrained, encoder_original, encoder_text)
         self._memory: OrderedDict[str, ImageFeatures] = OrderedDict()
         self._held = 0
+        self._seen: tuple[str, VisionInputs | None, list] = "", None, []  # key of the last picture, its pixels, what the tower made of them
         self._saliency: dict[str, torch.Tensor] = {}
 
     def __repr__(self) -> str:
@@ -180,7 +181,7 @@ class FeatureExtractor:
         if place in self._memory and wanted <= self._memory[place].features.keys():
             self._memory.move_to_end(place)
             return self._memory[place]
-        made = self._extract(name, opened(), prefix, wanted)
+        made = self._extract(name, key, opened(), prefix, wanted)
         self._held -= self._memory[place].nbytes if place in self._memory else 0
         self._memory[place] = made
         self._memory.move_to_end(place)
@@ -199,16 +200,16 @@ class FeatureExtractor:
             self._saliency[key] = (attention - low) / (high - low).clamp_min(torch.finfo(torch.float32).tiny)
         return self._saliency[key]
 
-    def _extract(self, name: str, image: Image.Image, prefix: str | None, wanted: Set[str]) -> ImageFeatures:
+    def _extract(self, name: str, key: str, image: Image.Image, prefix: str | None, wanted: Set[str]) -> ImageFeatures:
         """From the models, on their device; rounded and put in its place there."""
         try:
-            layout, found = in_halves(lambda _: [self._read(name, image, prefix, wanted)], [image])[0]
+            layout, found = in_halves(lambda _: [self._read(name, key, image, prefix, wanted)], [image])[0]
         except MemoryLimitError:  # what is kept of other pictures may be what fills the memory
             if not self._memory:
                 raise
             self._memory.clear()
             self._held = 0
-            layout, found = self._read(name, image, prefix, wanted)
+            layout, found = self._read(name, key, image, prefix, wanted)
         place, features, not_finite = self._place(), {}, set()
         for source in (each for each in (*self.sources, *HEADS) if each in wanted):
             tokens = found[source]
@@ -222,10 +223,14 @@ class FeatureExtractor:
         return ImageFeatures(layout, features, self.mlm.device, frozenset(not_finite))
 
     @torch.no_grad()
-    def _read(self, name: str, image: Image.Image, prefix: str | None, wanted: Set[str]) -> tuple[TokenLayout, dict[str, torch.Tensor]]:
+    def _read(
+        self, name: str, key: str, image: Image.Image, prefix: str | None, wanted: Set[str]
+    ) -> tuple[TokenLayout, dict[str, torch.Tensor]]:
         """Layout and wanted sources (N, C), perhaps with others that cost nothing, as the models write them."""
         families = {source.rpartition(".")[0] or source for source in wanted}
-        vision = prepare_images(self.mlm, [image], [name])
+        if self._seen[0] != key:  # behind another prefix, the tower sees the same
+            self._seen = key, prepare_images(self.mlm, [image], [name]), []
+        _, vision, encoded = self._seen
         tokens = image_tokens(vision.layouts[0])
         layout, index = vision.layouts[0].select(tokens), torch.from_numpy(tokens).to(self.mlm.device)
         found = {"pixels": pixel_features(layout, image).to(self.mlm.device)}
@@ -236,7 +241,8 @@ class FeatureExtractor:
 
         own = {"keys": "key" in families, "values": "value" in families, "features": bool(families & {"encoder", "projector"})}
         if any(own.values()):
-            (one,) = capture_prepared(self.mlm, vision, prefix, self.layers, **own)
+            encoded += [] if encoded else encode_images(self.mlm, vision)
+            (one,) = capture_prepared(self.mlm, vision, prefix, self.layers, encoded=tuple(encoded), **own)
             found |= {source: getattr(one, source)[index] for source in ("encoder", "projector") if own["features"]}
             for family, states in (("key", one.keys), ("value", one.values)):
                 if states is not None:

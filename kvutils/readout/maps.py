@@ -92,6 +92,7 @@ def explore(model: MLM | FeatureExtractor, image: ImageLike) -> ipywidgets.Widge
         left.set(title="image", xlabel="x (pixels)", ylabel="y (pixels)")
         right.set(title=source, xlabel="x (pixels)")
         plt.show()
+        plt.close(figure)  # backends other than the inline one keep it open
 
     return ipywidgets.interactive(
         show,

@@ -24,7 +24,7 @@ from kvutils.images import encode_image
 from kvutils.metrics.masks import class_counts, class_mean_iou
 from kvutils.metrics.statistics import Statistic, column_mean
 from kvutils.probes import LinearProbe, fit_linear_probe, join_probes
-from kvutils.readout.features import FeatureExtractor, ImageFeatures, token_means
+from kvutils.readout.features import FeatureExtractor, ImageFeatures, Item, token_means
 from kvutils.readout.maps import to_grid
 from kvutils.store import Parts, in_chunks
 from kvutils.tasks.base import ScoreTable, sample_seed
@@ -56,15 +56,16 @@ class PrefixReadout(ABC):
         """A prefix per condition; None where there is no control of the same length."""
 
     @abstractmethod
-    def score(self, sample: Any, values: torch.Tensor, image: ImageFeatures, condition: str) -> list[tuple[float, ...]]:
-        """`columns` of each layer's values (L, N, C) of a sample under a condition."""
+    def score(
+        self, sample: Any, mask: np.ndarray, values: torch.Tensor, image: ImageFeatures, condition: str
+    ) -> list[tuple[float, ...]]:
+        """`columns` of each layer's values (L, N, C) of a sample with a mask (H, W) under a condition."""
 
     def fit(self, extractor: FeatureExtractor) -> None:  # noqa: B027
         """Work before the first sample, such as fitting a probe; left out when every part is stored."""
 
-    def objects(self, sample: Any) -> np.ndarray:
-        """(H, W) bool: the pixels of objects, for how far values move there."""
-        mask = np.asarray(sample.mask)  # read once: it may be a file
+    def objects(self, mask: np.ndarray) -> np.ndarray:
+        """(H, W) bool: the pixels of objects in a mask, for how far values move there."""
         return (mask > 0) & (mask != VOID)
 
     def image_of(self, sample: Any) -> tuple[str, Any]:
@@ -99,11 +100,13 @@ class ReferringPrefix(PrefixReadout):
         wrong = [text for text, name in self._things if name not in self._shown[sample.image_id]]
         return self.writer.write(self._text(sample), wrong, sample_seed(str(self.seed), self.name, sample.id))
 
-    def score(self, sample: NamedMask, values: torch.Tensor, image: ImageFeatures, condition: str) -> list[tuple[float, ...]]:
+    def score(
+        self, sample: NamedMask, mask: np.ndarray, values: torch.Tensor, image: ImageFeatures, condition: str
+    ) -> list[tuple[float, ...]]:
         text = self.extractor.alignment.text(sample.text)
         vectors = torch.stack([text[f"value.{layer}"] for layer in self.extractor.layers]).to(values.device)
         scores = torch.einsum("lnc,lc->ln", values, vectors)
-        return [tuple(row) for row in map_scores(scores, sample.mask, layout=image.layout).tolist()]
+        return [tuple(row) for row in map_scores(scores, mask, layout=image.layout).tolist()]
 
 
 class DomainPrefix(PrefixReadout):
@@ -134,9 +137,8 @@ class DomainPrefix(PrefixReadout):
         self._probes: dict[str, LinearProbe] = {}
         self._seen = np.arange(self._first, len(self.class_names) + 1)  # the label of each row of scores
 
-    def objects(self, sample: DomainImage) -> np.ndarray:
+    def objects(self, mask: np.ndarray) -> np.ndarray:
         stuff = [label for label, name in enumerate(self.class_names, start=1) if name in STUFF]
-        mask = np.asarray(sample.mask)
         return (mask > 0) & (mask != VOID) & ~np.isin(mask, stuff)
 
     def prefixes(self, sample: DomainImage) -> Prefixes | None:
@@ -149,7 +151,7 @@ class DomainPrefix(PrefixReadout):
             return
         chosen = [(image, prefixes) for image in self.train if (prefixes := self.prefixes(image)) is not None]
         for condition in CONDITIONS:
-            found = _read(extractor, [(image.id, image.image) for image, _ in chosen], [p[condition] for _, p in chosen])
+            found = [_read(extractor, (image.id, image.image), prefixes[condition]) for image, prefixes in chosen]
             pairs = zip(found, chosen, strict=True)
             labels = np.concatenate([one.layout.token_labels(image.mask)[0] for one, (image, _) in pairs])
             self._seen = np.unique(labels[labels >= 0])
@@ -160,14 +162,16 @@ class DomainPrefix(PrefixReadout):
                 log.warning("%s: no training token shows %s; the probe never says so", self.name, ", ".join(absent))
             y = torch.from_numpy(np.where(labels < 0, -1, np.searchsorted(self._seen, labels)))
             probes = []
-            for names in found[0].by_width([f"value.{layer}" for layer in extractor.layers], rows=len(labels)):
+            for names in found[0].by_width(_sources(extractor), rows=len(labels)):
                 features = torch.cat([one.stack(names) for one in found], dim=1)
                 probe = fit_linear_probe(features, y.to(features.device), len(self._seen), self.strength,
                                          sample_weight=(y >= 0).to(features.device))  # fmt: skip
                 probes.append(probe.require_converged())
             self._probes[condition] = join_probes(probes)
 
-    def score(self, sample: LabelledImage, values: torch.Tensor, image: ImageFeatures, condition: str) -> list[tuple[float, ...]]:
+    def score(
+        self, sample: LabelledImage, mask: np.ndarray, values: torch.Tensor, image: ImageFeatures, condition: str
+    ) -> list[tuple[float, ...]]:
         if self.readout == "text":
             texts = [self.extractor.alignment.text(name) for name in self.class_names]
             names = [f"value.{layer}" for layer in self.extractor.layers]
@@ -177,23 +181,21 @@ class DomainPrefix(PrefixReadout):
             logits = self._probes[condition].logits(values)
             logits = logits if logits.ndim == 3 else torch.stack([torch.zeros_like(logits), logits], dim=-1)  # two classes
             scores = logits.transpose(1, 2)
-        # Layer by layer: the maps of all layers and classes of one large photograph would take gigabytes.
-        said = [self._seen[image.layout.to_pixels(one).argmax(0).cpu().numpy()] for one in scores]
-        labels, true = range(self._first, len(self.class_names) + 1), np.asarray(sample.mask)
-        return [tuple(class_counts(one, true, labels).astype(float).tolist()) for one in said]
+        true, labels = torch.from_numpy(mask.astype(np.int64)).to(scores.device), range(self._first, len(self.class_names) + 1)
+        counts, label_of = [], torch.from_numpy(self._seen).to(scores.device)
+        for one in scores:  # layer by layer: the maps of all layers and classes of one large photograph would take gigabytes
+            winner = image.layout.to_pixels(one).max(dim=0).indices  # 20 times faster than argmax on a CPU
+            counts.append(tuple(class_counts(label_of[winner], true, labels).astype(float).tolist()))
+        return counts
 
 
-def _values(image: ImageFeatures, layers: Sequence[int]) -> torch.Tensor:
-    return image.stack([f"value.{layer}" for layer in layers])
+def _sources(extractor: FeatureExtractor) -> list[str]:
+    return [f"value.{layer}" for layer in extractor.layers]
 
 
-def _read(extractor: FeatureExtractor, items: Sequence[tuple], prefixes: Sequence[str | None]) -> list[ImageFeatures]:
-    """Features of images, each behind its own prefix: images with one prefix are run together."""
-    found: dict[int, ImageFeatures] = {}
-    for prefix in dict.fromkeys(prefixes):
-        members = [index for index, each in enumerate(prefixes) if each == prefix]
-        found |= dict(zip(members, extractor.images([items[i] for i in members], prefix), strict=True))
-    return [found[index] for index in range(len(items))]
+def _read(extractor: FeatureExtractor, item: Item, prefix: str | None) -> ImageFeatures:
+    """The values, and nothing else, of an image behind a prefix."""
+    return extractor.images([item], prefix, _sources(extractor))[0]
 
 
 def moved(values: torch.Tensor, plain: torch.Tensor, objects: np.ndarray) -> list[tuple[float, float]]:
@@ -233,20 +235,18 @@ def run_prefixes(
 
 
 def _rows(readout: PrefixReadout, extractor: FeatureExtractor, kept: Sequence[tuple[Any, Prefixes]]) -> list:
-    items = [readout.image_of(sample) for sample, _ in kept]
-    shares: list[np.ndarray] = []
-    plain: list[torch.Tensor] = []
-    rows = [[sample.id, readout.group_of(sample), []] for sample, _ in kept]
-    for condition in CONDITIONS:
-        found = _read(extractor, items, [prefixes[condition] for _, prefixes in kept])
-        for i, (image, (sample, _)) in enumerate(zip(found, kept, strict=True)):
-            values = _values(image, extractor.layers)
+    rows = []
+    for sample, prefixes in kept:  # all conditions of an image in a row: the vision tower sees it once
+        item, mask = readout.image_of(sample), np.asarray(sample.mask)  # read once: both may be files
+        found: list = []
+        for condition in CONDITIONS:
+            image = _read(extractor, item, prefixes[condition])
+            values = image.stack(_sources(extractor))
             if condition == "none":
-                plain.append(values)
-                shares.append(token_means(image.layout, readout.objects(sample)[..., None].astype(float))[:, 0])
-            scores = readout.score(sample, values, image, condition)
-            distances = moved(values, plain[i], shares[i])
-            rows[i][2] += [[*score, *distance] for score, distance in zip(scores, distances, strict=True)]
+                plain, shares = values, token_means(image.layout, readout.objects(mask)[..., None])[:, 0]
+            scores = readout.score(sample, mask, values, image, condition)
+            found += [[*score, *distance] for score, distance in zip(scores, moved(values, plain, shares), strict=True)]
+        rows.append([sample.id, readout.group_of(sample), found])
     return rows
 
 
@@ -274,13 +274,13 @@ def prefix_picture(
     prefixes = readout.prefixes(sample)
     if prefixes is None:
         raise DataError(f"{sample.id} has no prefixes of equal length in every condition; show another sample")
-    place = list(extractor.layers).index(layer)
+    place, item, mask = list(extractor.layers).index(layer), readout.image_of(sample), np.asarray(sample.mask)
     vector = extractor.alignment.text(sample.text)[f"value.{layer}"]
     maps, ious = {}, {}
     for condition in order:
-        (image,) = extractor.images([readout.image_of(sample)], prefixes[condition])
-        values = _values(image, extractor.layers)
+        image = _read(extractor, item, prefixes[condition])
+        values = image.stack(_sources(extractor))
         maps[condition] = to_grid(image.layout, (values[place].cpu() @ vector.cpu()).numpy()).round(4).tolist()
-        ious[condition] = readout.score(sample, values, image, condition)[place][IOU]
+        ious[condition] = readout.score(sample, mask, values, image, condition)[place][IOU]
     return {"image": encode_image(sample.image), "size": list(sample.image.size), "text": sample.text, "layer": layer,
             "order": list(order), "maps": maps, "ious": ious, "prefixes": {c: prefixes[c] for c in order}}  # fmt: skip
