@@ -151,7 +151,7 @@ def test_features_and_parts_depend_on_every_setting_of_the_model(change, tmp_pat
     mlm = tiny_pocket()
 
     def stored():
-        return FeatureExtractor(mlm).fingerprint, Run("01").parts(mlm, seed=0).folder, mlm.settings
+        return FeatureExtractor(mlm).fingerprint, Run("01").parts(mlm, {}, seed=0).folder, mlm.settings
 
     before = stored()
     assert before == stored() and before[2].keys() >= {"dtype", "attention", "image_backend"}
@@ -164,6 +164,17 @@ def test_features_and_parts_depend_on_every_setting_of_the_model(change, tmp_pat
     else:
         mlm = replace(mlm, **change)
     assert all(old != new for old, new in zip(before, stored(), strict=True))
+
+
+def test_parts_depend_on_the_data_and_where_they_are_read_from(whole, tmp_path, monkeypatch):
+    """Samples of another size, or of the hub's copy, have the same ids."""
+    monkeypatch.setenv("KVUTILS_CACHE", str(tmp_path))
+    monkeypatch.setenv("KVUTILS_DATA", str(whole))
+    mlm, run = tiny_pocket(), Run("05_blink_gap", "paper")
+    others = [run.parts(mlm, {}), run.parts(mlm, {"blink": {"max_items": 4}}), run.parts(mlm, {}, image_size=[9, 9])]
+    monkeypatch.setattr("kvutils.run.notebook.data_sources", lambda *_: {"data": {"blink": "hub: BLINK at abc"}})
+    assert len({each.folder for each in (*others, run.parts(mlm, {}))}) == 4
+    assert Run("01_value_flow").parts(mlm, {}).folder == Run("02_siglip_baseline").parts(mlm, {}).folder  # 02 reads what 01 stored
 
 
 def test_the_fingerprint_names_what_features_depend_on(pocket):

@@ -90,7 +90,8 @@ def test_a_checkpoint_is_looked_for_in_the_cache(monkeypatch, tmp_path):
     (snapshot / "one").touch()
     assert look_for_model(spec)[0], "half a checkpoint is none"
     (snapshot / "two").touch()
-    assert look_for_model(spec) == look_for_model(ModelSpec("mine", "", str(tmp_path), "custom")) == ("", 0)
+    assert look_for_model(spec) == look_for_model(ModelSpec("mine", "", str(snapshot), "custom")) == ("", 0)
+    assert "no config.json" in look_for_model(ModelSpec("mine", "", str(tmp_path), "custom"))[0]
 
 
 @pytest.mark.parametrize("package", ["sentencepiece", "protobuf"])

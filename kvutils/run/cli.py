@@ -142,8 +142,8 @@ def capture(chosen: argparse.Namespace) -> int:
     out = Path(chosen.out)
     if out.exists() and not chosen.overwrite:
         raise errors.ParameterError(f"{out} exists; choose another --out or pass --overwrite")
-    if not out.parent.is_dir():
-        raise errors.ParameterError(f"{out.parent} is not a folder; make it before writing {out.name}")
+    if out.is_dir() or not out.parent.is_dir():
+        raise errors.ParameterError(f"--out {out}: expected a file in a folder that exists")
     layers = _layers(chosen.layers)
 
     import numpy as np
@@ -153,7 +153,8 @@ def capture(chosen: argparse.Namespace) -> int:
 
     from kvutils import images, kvcache
     from kvutils.models import load_mlm
-    from kvutils.store import atomic
+    from kvutils.store import atomic, need_writable
+    need_writable(out.parent, "--out")
     problems = []
     for photo in chosen.photos:
         try:

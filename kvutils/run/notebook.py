@@ -14,6 +14,7 @@ import torch
 from IPython.display import Markdown
 
 from kvutils import named_folder
+from kvutils.datasets import USES, data_sources
 from kvutils.errors import ParameterError, one_of
 from kvutils.metrics.statistics import interval_text
 from kvutils.models import MLM, base_name
@@ -66,9 +67,12 @@ class Run:
         """The folder of the figures; only the committed run draws into figures/ itself."""
         return (output_root() if self.is_default else self.folder) / "figures"
 
-    def parts(self, mlm: MLM, **depends: object) -> Parts:
-        """The finished parts of this profile and model under the model's settings and whatever else they depend on (JSON-able)."""
-        return Parts(cache_root() / self.profile / self.folder.name / "parts", mlm=mlm.settings, profile=self.profile, **depends)
+    def parts(self, mlm: MLM, data_options: Mapping, **depends: object) -> Parts:
+        """The finished parts of this profile and model: they depend on the model's settings, on which data are read how and from
+        where (samples of another source or size have the same ids), and on whatever else is given (JSON-able)."""
+        sources = data_sources(USES[self.profile].get(self.notebook[:2], {}).values(), data_options)
+        return Parts(cache_root() / self.profile / self.folder.name / "parts", mlm=mlm.settings, profile=self.profile, options=data_options,
+                     sources=sources, **depends)  # fmt: skip
 
     def verdicts(self, claims: Mapping[str, Mapping]) -> dict[str, int]:
         """Print the verdict of each claim of this notebook, `C1: reproduced (6 of 6 comparisons hold)`; -> how many hold."""

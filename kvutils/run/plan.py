@@ -71,7 +71,8 @@ def look_for_model(spec: ModelSpec) -> tuple[str, float]:
     if spec.name == "siglip-so400m" and (lacking := [name for name, there in packages.items() if not there]):
         return f"the tokenizer of {spec.source} needs {', '.join(lacking)}: pip install sentencepiece protobuf, or make install anew", 0.0
     if Path(spec.source).is_dir():
-        return "", 0.0
+        there = Path(spec.source, "config.json").is_file()
+        return "" if there else f"{spec.source} holds no config.json; expected a folder as save_pretrained writes it", 0.0
     config = try_to_load_from_cache(spec.source, "config.json", revision=spec.revision)
     if isinstance(config, str):
         index = Path(config).with_name("model.safetensors.index.json")
