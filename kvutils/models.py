@@ -20,7 +20,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from kvutils import data_folder
 from kvutils.errors import MemoryLimitError, ModelError, ParameterError, at_least, one_of, writing
 from kvutils.layout import check_mlm
-from kvutils.processors import load_processor, quiet_transformers
+from kvutils.processors import PROMPTS, load_processor, quiet_transformers, render, turn_of
 
 ONEVISION, QWEN, NEXT = FAMILIES = ("llava_onevision", "qwen2_5_vl", "llava_next")  # config.model_type
 _POCKET = data_folder() / "pocket"
@@ -88,7 +88,8 @@ class MLM:
 
     How it looks at pictures (`dataclasses.replace(mlm, ...)` for another way, the weights are shared): base_view_only
     (LLaVA), only the picture squashed to a square, no tiles; pad_to_square with it, not squashed but padded with the mean
-    colour, which is how LLaVA-OneVision is shown several images; max_pixels (Qwen2.5-VL), scaled down to at most so many."""
+    colour, which is how LLaVA-OneVision is shown several images; max_pixels (Qwen2.5-VL), scaled down to at most so many.
+    prompts: the form of its prompts in data/prompts.yaml."""
 
     model: PreTrainedModel
     processor: Any
@@ -98,6 +99,7 @@ class MLM:
     base_view_only: bool = False
     max_pixels: int | None = None
     pad_to_square: bool = False
+    prompts: str = "paper"
 
     def __post_init__(self):  # L, H, G, D of the vocabulary
         text = self.text_config = self.model.config.get_text_config()
@@ -105,6 +107,8 @@ class MLM:
         self.num_kv_heads = text.num_key_value_heads
         self.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         self.tokenizer, self.image_token_id = self.processor.tokenizer, self.model.config.image_token_id
+        one_of("form of prompts", self.prompts, PROMPTS)
+        self._turn = turn_of(self.processor, self.prompts, self.family)
         # Which code resizes the pictures.
         self.image_backend = "pil" if type(self.processor.image_processor).__name__.endswith("Pil") else "torchvision"
 
@@ -119,7 +123,7 @@ class MLM:
         provenance of results shows it."""
         return {"model": self.name, "family": self.family, "revision": self.revision, "dtype": str(self.dtype).removeprefix("torch."),
                 "attention": self.attention, "image_backend": self.image_backend, "base_view_only": self.base_view_only,
-                "max_pixels": self.max_pixels, "pad_to_square": self.pad_to_square}  # fmt: skip
+                "max_pixels": self.max_pixels, "pad_to_square": self.pad_to_square, "prompts": self.prompts}  # fmt: skip
 
     @property
     def dtype(self) -> torch.dtype:
@@ -159,7 +163,7 @@ class MLM:
     def _render(self, content: list[dict]) -> str:
         if not getattr(self.processor, "chat_template", None):
             raise ParameterError(f"the processor of {self.name} has no chat template")
-        return self.processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+        return render(self.processor, content, self._turn)
 
 
 @dataclass(repr=False)
@@ -183,17 +187,19 @@ class Encoder:
 
 def load_mlm(name: str, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
              attention: str = "sdpa", device_map: str | dict | None = None, untrained: bool = False, seed: int = 0,
-             max_pixels: int = 0) -> MLM:
+             max_pixels: int = 0, prompts: str = "paper") -> MLM:
     """Load a model by its name in `MODELS`, a folder, or a hub id of one of the three families ("id@revision" for a commit).
 
     device: default CUDA if there is one, of several processes to each its own. dtype: default float32 on CPU and for pocket
     models, else bfloat16 (on GPUs that have none float16, Qwen2.5-VL float32). device_map: as in accelerate, not with `device`; default
     `placement`. untrained: the same configuration with the random initialisation of its class under `seed` (control).
     max_pixels: of a picture, for Qwen2.5-VL alone (0: `QWEN_MAX_PIXELS`, 1280 tokens; the checkpoint's own bound is 16,384).
+    prompts: the form in which it is asked (data/prompts.yaml).
     Only safetensors are read. Raises ModelError also where `check_mlm` finds the model to be another than the code expects."""
     spec = find_model(name)
     at_least("max_pixels (or 0)", max_pixels, 0)
     one_of("attention", attention, ("sdpa", "eager", "flash_attention_2", "flash_attention_3"))
+    one_of("form of prompts", prompts, PROMPTS)
     if device_map is not None and (device is not None or untrained):
         raise ParameterError("device_map places a trained checkpoint itself: pass no device and no untrained")
     chosen, device = device, _device(device)
@@ -216,7 +222,7 @@ def load_mlm(name: str, device: str | torch.device | None = None, dtype: str | t
             model.to(device)
         elif untrained:
             dispatch_model(model, device_map)
-    mlm = wrap_mlm(model, processor, spec.name)
+    mlm = replace(wrap_mlm(model, processor, spec.name), prompts=prompts)
     mlm.max_pixels = (max_pixels or QWEN_MAX_PIXELS) if mlm.family == QWEN else None
     mlm.revision = f"untrained seed {seed}" if untrained else _revision(spec)
     if spec.profile != "pocket":

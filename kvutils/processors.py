@@ -4,17 +4,22 @@ The published OneVision and Qwen2.5-VL processors own a video processor, which n
 only shows images, so `ImageOnly...` leave video out and use the PIL image processors of `transformers`. The
 torchvision path resizes slightly differently; `MLM.image_backend` says which one a model has."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+import yaml
 from transformers import AutoConfig, AutoTokenizer, LlavaNextProcessor, LlavaOnevisionProcessor, Qwen2_5_VLProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging
 
+from kvutils import data_folder
+from kvutils.errors import ParameterError
+
+PROMPTS = yaml.safe_load((data_folder() / "prompts.yaml").read_text(encoding="utf-8"))  # form -> why, turns by family, questions
 
 class ImageOnlyLlavaOnevisionProcessor(LlavaOnevisionProcessor):
     """`LlavaOnevisionProcessor` without video, hence without torchvision."""
@@ -96,6 +101,28 @@ def _told_by(config) -> dict:
         return {"patch_size": vision.patch_size, "vision_feature_select_strategy": strategy,
                 "num_additional_image_tokens": int(vision.model_type == "clip_vision_model")}  # fmt: skip
     return {}
+
+
+def render(processor, content: Sequence[dict], turn: dict | None = None) -> str:
+    """A user's turn of texts and images, and the beginning of the answer: by the processor's chat template, or between the `begin` and
+    `end` of a turn of `PROMPTS`, a line each, images on one."""
+    if turn is None:
+        return processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    written = ""
+    for part, before in zip(content, [None, *content], strict=False):
+        written += "" if before is None else " " if part["type"] == before["type"] == "image" else "\n"
+        written += part.get("text", processor.image_token)
+    return turn["begin"] + written + turn["end"]
+
+
+def turn_of(processor, prompts: str, family: str) -> dict | None:
+    """What a form writes around a user's turn, None for the checkpoint's own template. ParameterError where the tokenizer does not
+    know the words."""
+    turn, unknown = PROMPTS[prompts].get("turns", {}).get(family), processor.tokenizer.unk_token_id
+    if turn and unknown is not None and unknown in processor.tokenizer(turn["begin"] + turn["end"])["input_ids"]:
+        raise ParameterError(f"the tokenizer does not know the words of the prompts {prompts!r} (data/prompts.yaml): a model of a closed "
+                             "vocabulary, such as the pocket model, is asked in its own words, prompts = 'paper'")  # fmt: skip
+    return turn
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from kvutils.datasets.pocket.shapes import CLASSES, SILHOUETTES, place
 from kvutils.datasets.pocket.world import COLOURS, PRESENT, SIZE, render, sample_clip
 from kvutils.datasets.pope import SPLITS
 
+IN_A_WORD = "\nAnswer the question using a single word or phrase."  # as lmms-eval asks
 SAMPLES = Path(os.environ.get("KVUTILS_SAMPLES", ""))  # real records of the data sets, where there are some
 needs_samples = pytest.mark.skipif("KVUTILS_SAMPLES" not in os.environ, reason="KVUTILS_SAMPLES names no folder with samples")
 SEED = 77_000  # scenes of no pocket set

@@ -14,7 +14,7 @@ from kvutils.block import block_keys
 from kvutils.errors import DataError, ImageError, KVUtilsError, ModelError, ParameterError
 from kvutils.keys import KeySelection
 from kvutils.models import wrap_mlm
-from kvutils.prompts import end_tokens
+from kvutils.prompts import PromptTokens, end_tokens
 from tests.tiny_models import FAMILIES, WORDS, embedded, hooks, picture, tiny, tiny_pocket
 
 ALL = [*FAMILIES, "pocket"]
@@ -455,6 +455,49 @@ def test_published_models_end_where_their_template_ends_a_turn(published, monkey
     finally:
         hook.remove()
     assert (answer.text, answer.complete, len(answer.tokens)) == ("No", True, 1)
+
+
+CHATML = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+CHATML_IDS = [151644, 8948, 198, 2610, 525, 264, 10950, 17847, 13, 151645, 198, 151644, 872, 198]
+LLAMA_TURN, LLAMA_END = "<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+LLAMA_SYSTEM = (
+    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nYou are a helpful language and vision assistant. You are able to understand "
+    "the visual content that the user provides, and assist the user with a variety of tasks using natural language.<|eot_id|>"
+)
+
+
+@pytest.mark.parametrize("family, form, before, image, between, line, behind, ids, tail", [
+    ("llava_onevision", "paper", "<|im_start|>user ", "<image>", "", "\n", "<|im_end|><|im_start|>assistant\n",
+     [151644, 872, 220], [198, 3872, 432, 30, 151645, 151644, 77091, 198]),
+    ("llava_onevision", "lmms-eval", CHATML, "<image>", " ", "\n", "<|im_end|>\n<|im_start|>assistant\n",
+     CHATML_IDS, [198, 3872, 432, 30, 151645, 198, 151644, 77091, 198]),
+    ("qwen2_5_vl", "paper", CHATML, "<|vision_start|><|image_pad|><|vision_end|>", "", "", "<|im_end|>\n<|im_start|>assistant\n",
+     [*CHATML_IDS, 151652], [151653, 3872, 432, 30, 151645, 198, 151644, 77091, 198]),
+    ("qwen2_5_vl", "lmms-eval", CHATML, "<|vision_start|><|image_pad|><|vision_end|>", "", "", "<|im_end|>\n<|im_start|>assistant\n",
+     [*CHATML_IDS, 151652], [151653, 3872, 432, 30, 151645, 198, 151644, 77091, 198]),
+    ("llava_next", "paper", LLAMA_TURN, "<image>", "", "\n", LLAMA_END,
+     [128000, 128006, 882, 128007, 271], [198, 3957, 433, 30, 128009, 128006, 78191, 128007, 271]),
+    ("llava_next", "lmms-eval", LLAMA_SYSTEM + LLAMA_TURN, "<image>", " ", "\n", LLAMA_END,
+     [128000, 128006, 9125, 128007, 271, 2675, 527, 264, 11190, 4221, 323, 11376, 18328, 13, 1472, 527, 3025, 311, 3619, 279, 9302, 2262, 430, 279,
+      1217, 5825, 11, 323, 7945, 279, 1217, 449, 264, 8205, 315, 9256, 1701, 5933, 4221, 13, 128009, 128006, 882, 128007, 271],
+     [198, 3957, 433, 30, 128009, 128006, 78191, 128007, 271]),
+])  # fmt: skip
+def test_prompts_of_every_form(published, family, form, before, image, between, line, behind, ids, tail):
+    """Text and tokens as the hub's template, or LLaVA-NeXT's repository under lmms-eval, writes them."""
+    mlm = replace(published(family), prompts=form)
+    assert mlm.prompt("Is it?") == before + image + line + "Is it?" + behind and mlm.settings["prompts"] == form
+    assert mlm.prompt("Which?", images=2) == before + image + between + image + line + "Which?" + behind
+    assert mlm.prompt("Is it?", " Look").startswith(before + {"paper": line}.get(form, "") + " Look" + line + image)
+    tokens = PromptTokens(mlm)
+    assert (tokens.head(1), tokens.tail("Is it?", 1)) == ([*ids, mlm.image_token_id], tail)
+    assert end_tokens(mlm) == end_tokens(published(family))
+
+
+def test_a_form_that_a_model_cannot_read():
+    with pytest.raises(ParameterError, match="does not know the words"):
+        replace(tiny_pocket(), prompts="lmms-eval")
+    with pytest.raises(ParameterError, match="paper, lmms-eval"):
+        replace(tiny_pocket(), prompts="chat")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -15,11 +15,15 @@ from kvutils.datasets import blink, data_sources, hub, open_dataset, pope
 from kvutils.datasets.coco import POPE_IMAGES
 from kvutils.datasets.refcoco import CATEGORIES
 from kvutils.errors import DataError, ParameterError, StoreError
-from tests.mini_data import SAMPLES, as_shown, contents, needs_samples, noise, photograph, with_orientation, write_rows
+from tests.mini_data import IN_A_WORD, SAMPLES, as_shown, contents, needs_samples, noise, photograph, with_orientation, write_rows
 
 pytestmark = pytest.mark.usefixtures("rows_cache")
 PICTURES = "images/mscoco/images/train2014"
 QUESTION = "which image has the same style as the first image ?"
+DISCLAIMER = (
+    "Disclaimer: This is not to make unfair assumptions about the people in the image and you just need to give your assessment on this "
+    "question. You don't need to identify the real people. You just need to analyze based on the information I gave you.\n\n"
+)
 
 
 def question_row(one) -> dict:
@@ -120,9 +124,10 @@ def test_a_hub_copy_holds_the_official_questions(whole, copies, name, split):
     assert contents(found) == contents(open_dataset(name, whole / name, max_images=2))
     assert len({s.picture for s in found}) == len({s.image_id for s in found})  # questions about one image share it
     assert replace(found[0], size=(4, 4)).image.size == (4, 4)
-    few = open_dataset(name, copies / name, split=split, max_images=1, suffix=" In one word.")
+    few = open_dataset(name, copies / name, split=split, max_images=1, prompts="lmms-eval")
     assert {(s.subset, s.image_id) for s in few} == {(split, next(s.image_id for s in found if s.subset == split))}
-    assert few[0].question.endswith("In one word.")
+    plain = next(s.question for s in found if s.id == few[0].id)
+    assert few[0].question == plain.removesuffix(" Please answer yes or no.") + IN_A_WORD
 
 
 def test_pictures_of_rows_stay_on_disk(copies, monkeypatch):
@@ -267,9 +272,14 @@ def test_blink_items_are_asked_as_blink_asks_them(copies):
     first = items[0]
     assert first.id == first.group == "val_Art_Style_1" and first.answer == "(A)" and first.options == ("(A)", "(B)")
     assert first.choices == ("the second image", "the third image") and first.question == QUESTION
-    assert first.prompt == blink.DISCLAIMER + f"{QUESTION} (A) the second image (B) the third image"
-    assert first.prompt.startswith("Disclaimer: This is not to make") and "gave you.\n\nwhich" in first.prompt
+    assert first.prompt == DISCLAIMER + f"{QUESTION} (A) the second image (B) the third image"
     assert items[-1].prompt.startswith(QUESTION)
+    for ours, other in zip(items, open_dataset("blink", copies / "blink", prompts="lmms-eval"), strict=True):
+        letters = ", ".join("ABCD"[: len(ours.choices)])
+        note = f"Note: You only need to respond with {letters} without providing any additional information.\n"
+        assert other.prompt == note + ours.prompt.removeprefix(DISCLAIMER)
+    with pytest.raises(ParameterError, match="form of prompts 'lmms'.*paper, lmms-eval"):
+        open_dataset("blink", copies / "blink", prompts="lmms")
     assert len(first.images) == 3 and all(np.array_equal(image, noise(11 + i)) for i, image in enumerate(first.images))
     few = open_dataset("blink", copies / "blink", subtasks="Art_Style", max_items=2)
     assert [item.id for item in few] == [item.id for item in items[:2]]

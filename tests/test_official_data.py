@@ -20,7 +20,7 @@ from kvutils.datasets.coco_masks import segmentation_mask
 from kvutils.datasets.labels import Picture, read_labels
 from kvutils.datasets.refcoco import CATEGORIES, read_references
 from kvutils.errors import DataError, ImageError, ParameterError
-from tests.mini_data import FEW, SAMPLES, as_shown, contents, needs_samples, noise, save, with_orientation, write
+from tests.mini_data import FEW, IN_A_WORD, SAMPLES, as_shown, contents, needs_samples, noise, save, with_orientation, write
 
 
 @pytest.fixture
@@ -490,9 +490,9 @@ def test_pope_reads_the_lists_in_their_order(copy, caplog):
         (split, f"{split}-{line['question_id']}", line["text"], line["label"], line["image"]) for split, line in known
     ]
     assert len(samples) == 72 and np.array_equal(samples[0].image, pixels(root / "val2014" / known[0][1]["image"]))
-    few = open_dataset("pope", root, split="popular", max_images=1, suffix="\nIn one word.")
+    few = open_dataset("pope", root, split="popular", max_images=1, prompts="lmms-eval")
     first = [s for s in samples if s.subset == "popular" and s.image_id == samples[0].image_id]
-    assert [(s.id, s.question) for s in few] == [(s.id, f"{s.question}\nIn one word.") for s in first] and not caplog.text
+    assert [(s.id, s.question) for s in few] == [(s.id, f"{s.question}{IN_A_WORD}") for s in first] and not caplog.text
     line = known[0][1] | {"text": "Is there a car in the imange?"}
     lists["random"].write_text(json.dumps(line) + "\r\n")  # an older list
     (old,) = open_dataset("pope", root, split="random")
@@ -527,9 +527,9 @@ def test_mme_reads_both_forms_and_every_subtask(whole):
         assert np.array_equal(sample.image, pixels(path))
     assert len(open_dataset("mme", root, split="perception", max_images=1)) == 20
     assert {s.subset for s in open_dataset("mme", root, split="cognition")} == set(mme.COGNITION)
-    chosen = open_dataset("mme", root, split=("color", "hallucination"), suffix="!")
+    chosen = open_dataset("mme", root, split=("color", "hallucination"), prompts="lmms-eval")
     assert list(dict.fromkeys(s.subset for s in chosen)) == ["color", "existence", "count", "position"]
-    assert chosen[0].question.endswith("no.!")
+    assert chosen[0].question == next(s for s in samples if s.id == chosen[0].id).question.replace(" Please answer yes or no.", IN_A_WORD)
 
 
 def set_attributes(root, attributes):

@@ -69,7 +69,7 @@ def open_dataset(name: str, root: str | Path | None = None, **options) -> Sequen
     2
     """
     one_of("data set", name, DATASETS, DataError)
-    loader = _GENERATED.get(name) or _ON_DISK[name]
+    loader = _loader(name)
     if name in _ON_DISK:
         options["root"] = find_root(name, root)
     elif root is not None:
@@ -80,10 +80,12 @@ def open_dataset(name: str, root: str | Path | None = None, **options) -> Sequen
     return found if isinstance(found, Sequence) else list(found)
 
 
-def open_uses(profile: str, notebook: str, options: Mapping[str, Mapping | None] | None = None) -> dict[str, Sequence]:
+def open_uses(profile: str, notebook: str, options: Mapping[str, Mapping | None] | None = None, prompts: str = "paper"
+              ) -> dict[str, Sequence]:  # fmt: skip
     """{use: samples} of what a notebook (by its number) reads in a profile.
 
-    options: loader options per data set name, such as {"pocket-pope": {"scenes": 60}}; None leaves the set out. Raises
+    options: loader options per data set name, such as {"pocket-pope": {"scenes": 60}}; None leaves the set out. prompts:
+    the form in which published questions are asked (`wording`); generated ones have words of their own. Raises
     ParameterError for a set that the notebook does not read, for one left out that it needs, and if all are."""
     names, options = USES[profile][notebook], dict(options or {})
     for name in options:
@@ -91,7 +93,12 @@ def open_uses(profile: str, notebook: str, options: Mapping[str, Mapping | None]
     kept = {use: name for use, name in names.items() if options.get(name, {}) is not None}
     if lacking := [names[use] for use in NEEDED.get(notebook, ()) if use not in kept] or ([] if kept else list(names.values())):
         raise ParameterError(f"notebook {notebook} has nothing to measure without {', '.join(lacking)}: do not leave it out")
-    return {use: open_dataset(name, **options.get(name, {})) for use, name in kept.items()}
+    asking = {name: {"prompts": prompts} for name in kept.values() if "prompts" in inspect.signature(_loader(name)).parameters}
+    return {use: open_dataset(name, **asking.get(name, {}) | options.get(name, {})) for use, name in kept.items()}
+
+
+def _loader(name: str) -> Callable[..., Iterable]:
+    return _GENERATED.get(name) or _ON_DISK[name]
 
 
 def find_root(name: str, root: str | Path | None = None) -> str | Path:

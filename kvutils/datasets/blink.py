@@ -2,11 +2,10 @@
 
     Art_Style/val-00000-of-00001.parquet, Visual_Similarity/val-00000-of-00001.parquet ...
 
-Columns: idx, question, image_1 ... image_4, choices, answer "(A)", prompt. The prompt is asked as BLINK's own
-evaluation asks it (zeyofu/BLINK_Benchmark, eval/test_benchmark.py): the column `prompt`, after a disclaimer in three
-subtasks. (There the disclaimer ends in a stray comma that makes it a tuple; the text is meant.) The answers of the
-test split are hidden. The questions about corresponding points paint their points into the images and give no
-coordinates, so notebook 05 reads only the subtasks that compare whole images.
+Columns: idx, question, image_1 ... image_4, choices, answer "(A)", prompt. Asked is the column `prompt`, by default as BLINK's
+own evaluation does, after a disclaimer in three subtasks (data/prompts.yaml). The answers of the test split are hidden. The
+questions about corresponding points paint their points into the images and give no coordinates, so notebook 05 reads only
+the subtasks that compare whole images.
 """
 
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from kvutils.datasets.catalog import missing_data
 from kvutils.datasets.files import expect, limits, some_of
 from kvutils.datasets.hub import holds_parquet, open_rows, picture_at
 from kvutils.datasets.samples import MultipleChoice, Pictures
+from kvutils.datasets.wording import put
 from kvutils.errors import DataError, one_of
 
 SUBTASKS = (
@@ -27,21 +27,17 @@ SUBTASKS = (
     "Visual_Correspondence", "Visual_Similarity",
 )  # fmt: skip
 READABLE = ("Art_Style", "Visual_Similarity")  # by `kvutils.tasks.value_readouts`, without points
-DISCLAIMER = (
-    "Disclaimer: This is not to make unfair assumptions about the people in the image and you just need to give your assessment "
-    "on this question. You don't need to identify the real people. You just need to analyze based on the information I gave you.\n\n"
-)
-DISCLAIMED = ("Forensic_Detection", "Jigsaw", "Art_Style")
 _TEXT = ("idx", "question", "choices", "answer", "prompt")
 _IMAGES = ("image_1", "image_2", "image_3", "image_4")
 _LETTERS = "ABCDE"
 
 
 def blink_items(root: str | Path, subtasks: str | Sequence[str] = READABLE, split: str = "val",
-                max_items: int | None = None) -> list[MultipleChoice]:  # fmt: skip
+                max_items: int | None = None, prompts: str = "paper") -> list[MultipleChoice]:  # fmt: skip
     """The items of the subtasks, in the order of the rows; `options` are "(A)", "(B)", ..., `group` is the item.
 
-    root: a local copy, or "hub". max_items keeps the first of each subtask. Raises ParameterError for options that do not
+    root: a local copy, or "hub". max_items keeps the first of each subtask. prompts: the form in which they are asked, see
+    `wording`. Raises ParameterError for options that do not
     exist, DataError for missing files and malformed rows, and for the test split, whose answers are not published.
     """
     named = some_of("subtask of BLINK", subtasks, SUBTASKS)
@@ -50,22 +46,22 @@ def blink_items(root: str | Path, subtasks: str | Sequence[str] = READABLE, spli
     one_of("split of BLINK", split, ("val",))
     if not holds_parquet(root):
         raise missing_data("blink", f"there is no Parquet file in {root}")
-    return [item for name in named for item in _subtask_items(root, name, split, max_items)]
+    return [item for name in named for item in _subtask_items(root, name, split, max_items, prompts)]
 
 
-def _subtask_items(root: str | Path, subtask: str, split: str, max_items: int | None) -> list[MultipleChoice]:
+def _subtask_items(root: str | Path, subtask: str, split: str, max_items: int | None, prompts: str) -> list[MultipleChoice]:
     rows = open_rows("blink", root, split, _TEXT, config=subtask, pictures=_IMAGES)
     columns = [name for name in _IMAGES if name in rows.column_names]
     counts = _image_counts(rows, columns, subtask)
-    before = DISCLAIMER if subtask in DISCLAIMED else ""
     items = []
     for index, row in enumerate(rows.select_columns(list(_TEXT)).take(min(max_items or len(rows), len(rows)))):
         where = f"BLINK {subtask}, row {index}"
         _check_row(row, where)
         openers = [picture_at(rows, index, name, f"{where}, {name}") for name in columns[: counts[index]]]
-        options = tuple(f"({letter})" for letter in _LETTERS[: len(row["choices"])])
+        letters = _LETTERS[: len(row["choices"])]
+        asked = put(prompts, "blink", row["prompt"], subtask, letters)
         items.append(MultipleChoice(row["idx"], subtask, Pictures(openers), row["question"], tuple(row["choices"]), row["answer"],
-                                    before + row["prompt"], options, group=row["idx"]))  # fmt: skip
+                                    asked, tuple(f"({letter})" for letter in letters), group=row["idx"]))  # fmt: skip
     once = len({item.id for item in items}) == len(items)
     expect(once, f"BLINK {subtask}: two rows have the same idx; is this one copy of the data set?")
     return items

@@ -19,6 +19,7 @@ from kvutils.datasets.catalog import missing_data
 from kvutils.datasets.files import every, expect, find, limits, read_lines, some_of, visible
 from kvutils.datasets.hub import holds_parquet, open_rows, picture_at
 from kvutils.datasets.samples import YesNoSample
+from kvutils.datasets.wording import put
 from kvutils.errors import DataError, one_of
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
@@ -32,12 +33,12 @@ _Pair = tuple[str, str, Path | Callable[[], Image.Image], list[tuple[str, str, s
 
 
 def mme_questions(root: str | Path, split: str | Sequence[str] = "all", max_images: int | None = None,
-                  suffix: str = "") -> Iterator[YesNoSample]:  # fmt: skip
+                  prompts: str = "paper") -> Iterator[YesNoSample]:  # fmt: skip
     """The questions of the named subtasks, subtask by subtask, the two of an image next to each other.
 
     root: the release folder, the one that holds it, a copy of lmms-lab/MME or "hub". split: a subtask, several, or
     "all", "perception", "cognition", "hallucination" (existence, count, position, color). max_images keeps the first
-    images of each subtask. suffix is added to every question. Raises ParameterError for an unknown split, DataError
+    images of each subtask. prompts: the form in which they are asked, see `wording`. Raises ParameterError for an unknown split, DataError
     for a missing subtask or image and, with file and line number, a malformed line.
     """
     subtasks = mme_subtasks(split)
@@ -45,7 +46,7 @@ def mme_questions(root: str | Path, split: str | Sequence[str] = "all", max_imag
     for subtask, stem, picture, pair, expected in (_hub_pairs if holds_parquet(root) else _file_pairs)(root, subtasks, max_images):
         name = f"{subtask}/{stem}"
         for number, (question, truth) in enumerate(_checked(pair, expected), start=1):
-            yield YesNoSample(f"{name}-{number}", name, picture, question + suffix, truth, subtask)
+            yield YesNoSample(f"{name}-{number}", name, picture, put(prompts, "mme", question), truth, subtask)
 
 
 def mme_subtasks(split: str | Sequence[str], known: Sequence[str] = SUBTASKS) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from kvutils.datasets.files import coco_files, expect, find, limits, read_lines, reading
 from kvutils.datasets.hub import holds_parquet, open_rows, picture_at
 from kvutils.datasets.samples import YesNoSample
+from kvutils.datasets.wording import put
 from kvutils.errors import DataError, one_of
 
 log = logging.getLogger(__name__)
@@ -25,14 +26,13 @@ _Lines = dict[str, list[tuple[str, dict]]]  # by split: where a question stands,
 
 
 def pope_questions(root: str | Path, split: str = "all", images: str | Path | None = None, max_images: int | None = None,
-                   suffix: str = "") -> Iterator[YesNoSample]:  # fmt: skip
+                   prompts: str = "paper") -> Iterator[YesNoSample]:  # fmt: skip
     """The questions of a split, or of all three, in the order of the lists.
 
     root: the repository's folder, the one with the lists, a copy of lmms-lab/POPE or "hub". images: the folder of the COCO images
     (default: val2014 in root, or coco/val2014 in root or beside it); they are opened when they are asked for. max_images keeps
-    the first images of each list. suffix is added to every question, as lmms-eval adds "\\nAnswer the question using a single
-    word or phrase.". Raises ParameterError for an unknown split, DataError for a missing list or image and, with file and line
-    number, a malformed line.
+    the first images of each list. prompts: the form in which they are asked, see `wording`. Raises
+    ParameterError for an unknown split, DataError for a missing list or image and, with file and line number, a malformed line.
     """
     splits = pope_splits(split)
     limits(max_images=max_images)
@@ -45,7 +45,8 @@ def pope_questions(root: str | Path, split: str = "all", images: str | Path | No
     for name, each in kept.items():
         for line in each:
             image = line["image"]
-            yield YesNoSample(f"{name}-{line['question_id']}", Path(image).stem, pictures[image], line["text"] + suffix, line["label"], name)
+            yield YesNoSample(f"{name}-{line['question_id']}", Path(image).stem, pictures[image], put(prompts, "pope", line["text"]), line["label"],
+                              name)  # fmt: skip
 
 
 def pope_splits(split: str) -> tuple[str, ...]:

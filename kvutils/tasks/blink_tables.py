@@ -12,7 +12,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from kvutils.datasets.blink import DISCLAIMER
 from kvutils.datasets.samples import MultipleChoice
 from kvutils.errors import ParameterError
 from kvutils.images import encode_image
@@ -198,7 +197,7 @@ def describe_example(item: MultipleChoice, table: ChoiceTable, source: str) -> d
         points[0], points[1] = [list(map(float, item.reference_point))], np.asarray(item.candidate_points, dtype=float).tolist()
     scale = [min(1.0, 320 / max(image.size)) for image in item.images]  # as `encode_image` shrinks them
     return {
-        "id": item.id, "prompt": item.prompt.removeprefix(DISCLAIMER),  # which is the same for all items
+        "id": item.id, "prompt": item.prompt[max(item.prompt.find(item.question), 0) :],  # without what stands before every question
         "images": [encode_image(image) for image in item.images],
         "points": [(np.array(each) * factor).tolist() if each else [] for each, factor in zip(points, scale, strict=True)],
         "layer": int(source.rsplit(".", 1)[1]), "value": table.of(source)[row].tolist(),

@@ -23,11 +23,12 @@ READING_IMAGES = 100  # of each subset of POPE and MME, for the knock-out curve 
 POINTS = {"pope": 100.0, "mme": 1.0}  # F1 in points; the score of MME is in points already
 
 
-def open_data(profile: str, options: Mapping[str, Mapping] | None = None, size: Sequence[int] = ()) -> dict[str, Sequence]:
+def open_data(profile: str, options: Mapping[str, Mapping] | None = None, size: Sequence[int] = (), prompts: str = "paper"
+              ) -> dict[str, Sequence]:  # fmt: skip
     """What the notebook reads: `keys` (images), `pope`, `mme` (questions), `reading` (questions for the knock-out curve).
 
-    options: loader options per data set name, such as {"pocket-pope": {"scenes": 60}}. size: (width, height) to which
-    every image is resized, default `IMAGE_SIZE`: keys are compared position by position, which needs one token grid.
+    options, prompts: as in `open_uses`. size: (width, height) to which every image is resized, default `IMAGE_SIZE`: keys
+    are compared position by position, which needs one token grid.
     The pocket profile has questions of every kind to read by; the paper profile takes those about the first
     `READING_IMAGES` images of each subset of POPE and MME. Raises ParameterError for a size that is none and for
     options of a set that the profile does not use.
@@ -35,7 +36,7 @@ def open_data(profile: str, options: Mapping[str, Mapping] | None = None, size: 
     size = tuple(size) or IMAGE_SIZE[profile]
     if size is not None and (len(size) != 2 or not all(type(each) is int and each > 0 for each in size)):
         raise ParameterError(f"the image size must be a width and a height in pixels, not {size}")
-    found = open_uses(profile, "03", options)
+    found = open_uses(profile, "03", options, prompts)
     if size is not None:
         found["keys"] = [one.resized(size) for one in found["keys"]]
         found |= {use: [replace(sample, size=size) for sample in found[use]] for use in ("pope", "mme")}

@@ -28,8 +28,8 @@ _OBJECT = re.compile(r"is there an? (.+?)(?: in the image)?\s*\?", re.IGNORECASE
 
 
 def object_of(question: str) -> str:
-    """The object that a question of POPE asks about; DataError for a question of another form."""
-    found = _OBJECT.fullmatch(question.strip())
+    """The object that a question of POPE asks about in its first line; DataError for a question of another form."""
+    found = _OBJECT.fullmatch(question.strip().partition("\n")[0])
     if not found:
         raise DataError(f"not a question of POPE: expected 'Is there a <object> in the image?', found {question!r}")
     return found[1]
