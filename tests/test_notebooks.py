@@ -109,7 +109,7 @@ def test_the_prefix_of_notebook_04():
     readout.samples = [sample]
     table = run_prefixes(readout, cells["extractor"], progress=False)
     features = cells["extractor"].images([(sample.image_id, sample.image)])[0]
-    share = token_means(features.layout, readout.objects(sample)[..., None])[:, 0].mean()
+    share = token_means(features.layout, readout.objects(sample.mask)[..., None])[:, 0].mean()
     for condition, distance in cells["distance"].items():
         objects, background = (
             np.array([table.of(f"{condition}.{layer}")[0, table.columns.index(name)] for layer in range(cells["mlm"].num_layers)])
