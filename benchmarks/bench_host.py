@@ -170,6 +170,7 @@ class Workshop:
         forward = {"capture": lambda mlm, images, *_, **__: [captured] * len(images),
                    "prepare_images": lambda *_: SimpleNamespace(layouts=[layout]), "encode_images": lambda *_: ([], []),
                    "capture_prepared": lambda *_, **__: [captured],
+                   "encode_prepared": lambda *_, **__: [captured.encoder],
                    "capture_encoder": lambda encoder, mlm, images, **_: [captured.encoder] * len(images)}  # fmt: skip
         there = {name: replaced for name, replaced in forward.items() if hasattr(features_module, name)}
 

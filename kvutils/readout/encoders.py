@@ -10,7 +10,7 @@ from PIL import Image
 from kvutils.images import ImageLike
 from kvutils.layout import pack_crops
 from kvutils.models import MLM, QWEN, Encoder
-from kvutils.vision import compact, over_images, prepare_images
+from kvutils.vision import VisionInputs, compact, over_images, prepare_images
 
 
 def depth_read(encoder: Encoder, mlm: MLM) -> int:
@@ -27,7 +27,22 @@ def capture_encoder(
     encoder: Encoder, mlm: MLM, images: Iterable[ImageLike], *, batch_size: int = 8, to: str | torch.device | None = "cpu",
     head: bool = False, own: bool = False,
 ) -> list[torch.Tensor]:  # fmt: skip
-    """Features (N, C) of another SigLIP tower on the crops that `capture` shows the model, on its token grid.
+    """Features (N, C) of another SigLIP tower on the crops that `capture` shows the model, on its token grid; head, own: those
+    of `encode_prepared`."""
+    device = encoder.model.device if to is None else torch.device(to)
+
+    def run(pictures: Sequence[Image.Image], names: Sequence[str]) -> list[torch.Tensor]:
+        states = encode_prepared(encoder, mlm, prepare_images(mlm, pictures, names), pictures, head, own)
+        return [compact(item, device) for item in states]
+
+    return list(over_images(run, images, batch_size))
+
+
+@torch.no_grad()
+def encode_prepared(
+    encoder: Encoder, mlm: MLM, vision: VisionInputs, pictures: Sequence[Image.Image], head: bool = False, own: bool = False
+) -> list[torch.Tensor]:
+    """Features (N, C) of one batch of pictures whose pixels are ready, on the encoder's device.
 
     They are those of the depth of `depth_read`; head: of the last layer, which the pooling head was trained on. own: of the
     MLM's own SigLIP tower, with head continued by the layers of `encoder` that it was cut by. LLaVA families: every crop is
@@ -35,36 +50,30 @@ def capture_encoder(
     newline rows are zeros. Qwen2.5-VL has no crops: the tower sees the whole image squashed to its square input. Patch grids
     of another size are interpolated bilinearly.
     """
-    device, depth = encoder.model.device if to is None else torch.device(to), depth_read(encoder, mlm)
+    depth = depth_read(encoder, mlm)
     tower = mlm.model.model.vision_tower if own else encoder.model
     config = tower.config
     side = config.image_size // config.patch_size
     rest = getattr(encoder.model, "vision_model", encoder.model).encoder.layers[depth:] if head else []
 
-    def run(pictures: Sequence[Image.Image], names: Sequence[str]) -> list[torch.Tensor]:
-        vision = prepare_images(mlm, pictures, names)
-        if mlm.family == QWEN:
-            pixels = encoder.processor(images=list(pictures), return_tensors="pt")["pixel_values"]
-        elif own:
-            pixels = vision.pixels
-        else:
-            pixels = _renormalise(vision.pixels.float(), mlm.processor.image_processor, encoder.processor)
-            if pixels.shape[-1] != config.image_size:
-                pixels = F.interpolate(pixels, (config.image_size, config.image_size), mode="bicubic", antialias=True)
-        states = tower(pixels.to(tower.device, tower.dtype), output_hidden_states=True).hidden_states[depth]
-        for layer in rest:
-            states = layer(states.to(encoder.model.device, encoder.model.dtype), attention_mask=None)
-        squares = states.transpose(1, 2).unflatten(2, (side, side))  # (crops, C, rows, columns)
-        if mlm.family == QWEN:
-            grids = [layout.grids["base"] for layout in vision.layouts]
-            packed = [_resampled(square[None], grid)[0] for square, grid in zip(squares, grids, strict=True)]
-        else:
-            crops = _resampled(squares, vision.layouts[0].grids["base"]).split(vision.crops)
-            sizes = [layout.image_size for layout in vision.layouts]
-            packed = pack_crops(mlm, list(crops), sizes, states.new_zeros(states.shape[-1]))
-        return [compact(item, device) for item in packed]
-
-    return list(over_images(run, images, batch_size))
+    if mlm.family == QWEN:
+        pixels = encoder.processor(images=list(pictures), return_tensors="pt")["pixel_values"]
+    elif own:
+        pixels = vision.pixels
+    else:
+        pixels = _renormalise(vision.pixels.float(), mlm.processor.image_processor, encoder.processor)
+        if pixels.shape[-1] != config.image_size:
+            pixels = F.interpolate(pixels, (config.image_size, config.image_size), mode="bicubic", antialias=True)
+    states = tower(pixels.to(tower.device, tower.dtype), output_hidden_states=True).hidden_states[depth]
+    for layer in rest:
+        states = layer(states.to(encoder.model.device, encoder.model.dtype), attention_mask=None)
+    squares = states.transpose(1, 2).unflatten(2, (side, side))  # (crops, C, rows, columns)
+    if mlm.family == QWEN:
+        grids = [layout.grids["base"] for layout in vision.layouts]
+        return [_resampled(square[None], grid)[0] for square, grid in zip(squares, grids, strict=True)]
+    crops = _resampled(squares, vision.layouts[0].grids["base"]).split(vision.crops)
+    sizes = [layout.image_size for layout in vision.layouts]
+    return pack_crops(mlm, list(crops), sizes, states.new_zeros(states.shape[-1]))
 
 
 def _resampled(squares: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

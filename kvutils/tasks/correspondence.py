@@ -77,7 +77,7 @@ class SemanticCorrespondence(Task):
         radius = RADIUS * float(sides.max())
         values: dict[str, tuple[float, ...]] = {}
         for names in source.by_width(self.sources(extractor)):
-            similarity = cosine_similarity(source.stack(names)[:, at], target.stack(names)).cpu().double()
+            similarity = cosine_similarity(source.stack(names, at), target.stack(names)).cpu().double()
             hard = centers[similarity.argmax(-1)].numpy()  # (S, K, 2)
             soft = soft_argmax(similarity, centers, TEMPERATURE, radius).numpy()
             for name, one, other in zip(names, hard, soft, strict=True):
