@@ -11,7 +11,7 @@ import torch
 
 from kvutils import VOID
 from kvutils.datasets.samples import Clip, Episode, ImageGroup, KeypointPair, LabelledImage, NamedMask
-from kvutils.errors import DataError, ParameterError
+from kvutils.errors import DataError, ImageError, ParameterError
 from kvutils.metrics.statistics import choosing_half
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, token_means
 from kvutils.store import Parts, to_json
@@ -281,6 +281,46 @@ def test_temporal_ceiling_chance_and_baseline():
     skipped = run(TemporalCorrespondence([clip, *broken]), lambda name, layout: np.ones((len(layout), 2))).skipped
     assert list(skipped) == ["wide", "half", "two"] and "frames >= 3" in skipped["two"]
     assert "frame 5: a picture of (60, 48) and a mask of (48, 48)" in skipped["wide"] and "frame 0" in skipped["half"]
+
+
+def damaged():
+    raise ImageError("a.jpg: truncated")
+
+
+def test_samples_that_cannot_be_scored_are_named_and_too_many_stop_the_run(tmp_path):
+    made = pairs(60)
+    for pair in made[::10]:  # six of sixty: more than a few, and no more than a tenth
+        pair.__dict__["source"] = damaged
+    task, parts = SemanticCorrespondence(made), Parts(tmp_path, x=1)
+    table = run_task(task, Extractor(place_code), parts, progress=False)
+    assert table.skipped == {f"pair {i}": "a.jpg: truncated" for i in range(0, 60, 10)} and len(table) == 54
+    assert table.ids == [pair.id for pair in made if pair.id not in table.skipped]
+    summary = summarise(table, task, 20)
+    assert (summary["skipped"], summary["why_skipped"]["pair 50"], summary["left_out"]) == (6, "a.jpg: truncated", {})
+    made[1].__dict__["target"] = damaged
+    with pytest.raises(DataError, match=r"7 of 60 samples .*pair 0: a.jpg.*pair 1: .*remove .*stored as skipped"):
+        run_task(SemanticCorrespondence(made), Extractor(place_code), Parts(tmp_path, x=2), progress=False)
+
+
+def test_a_picture_of_many_samples_is_opened_and_read_once_and_only_for_what_the_task_reads(monkeypatch):
+    """As in Pascal-5i: episodes of two classes in turns, each over the same six pictures; there is room for those of one."""
+    made, opened, read = [], [], []
+    for i in range(8):
+        name = "cat" if i % 2 else "dog"
+        six = [labelled(f"{name}{k}", SIZES[k % 3], k + 10 * (i % 2)) for k in range(6)]
+        shown = [LabelledImage(one.id, lambda one=one: opened.append(one.id) or one.image, one.mask) for one in six]
+        made.append(Episode(f"e{i}", i % 2, name, 0, shown[i % 6], tuple(shown[:i % 6] + shown[i % 6 + 1 :])))
+    extractor = FeatureExtractor(tiny_pocket())
+    room = sum(one.nbytes for one in extractor.images([(one.id, one.image) for one in (made[0].query, *made[0].supports)]))
+    extractor, opened = FeatureExtractor(tiny_pocket(), memory_bytes=room), []
+    monkeypatch.setattr(extractor, "_read", lambda name, *rest, plain=extractor._read: read.append((name, rest[-1])) or plain(name, *rest))
+    table = run_task(ForegroundSegmentation(made), extractor, progress=False, chunk=3)
+    assert table.ids == [f"e{i}" for i in range(8)]
+    assert sorted(opened) == sorted(name for name, _ in read) == sorted(f"{name}{k}" for name in ("cat", "dog") for k in range(6))
+    assert all(wanted == set(extractor.sources) for _, wanted in read)
+    shown = [NamedMask(str(i), "x", picture(48, 48, 99), "fish", np.eye(48, dtype=np.uint8), "x", "fish") for i in range(2)]
+    run_task(SemanticSegmentation(shown), extractor, progress=False)
+    assert len(read) == 13 and read[-1][1] == {"projector", *(s for s in extractor.sources if s.startswith("value."))}
 
 
 def test_stored_parts_give_the_same_bytes_and_no_other_task_takes_them(tmp_path):

@@ -178,7 +178,7 @@ def run_task(
             features = {name: pictures.features(name, opened) for name, opened in task.images(sample)}
             rows = task.score(sample, features, extractor)
         except (DataError, ImageError, ConvergenceError) as error:
-            return {"id": sample.id, "rows": [], "why": str(error)}
+            return {"id": sample.id, "rows": [], "why": str(error).removeprefix(f"{sample.id}: ")}
         lacking = task.lacking.union(*(each.not_finite for each in features.values()))
         none = [None] * len(task.columns)
         rows = [[row.id, row.group, [none if {s, read[s]} & lacking else row.values[s] for s in sources]] for row in rows]
