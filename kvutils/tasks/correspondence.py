@@ -120,9 +120,6 @@ class TemporalCorrespondence(Task):
     def sources(self, extractor: FeatureExtractor) -> list[str]:
         return [COPY_FIRST, *extractor.sources]
 
-    def reads(self, source: str, extractor: FeatureExtractor) -> str:
-        return "pixels" if source == COPY_FIRST else super().reads(source, extractor)  # it reads no feature
-
     def images(self, sample: Clip) -> list[tuple[str, Opener]]:
         frames = sample.frames
         return [(f"{sample.id}/{i:05d}", partial(frames.__getitem__, i)) for i in range(len(frames))]
