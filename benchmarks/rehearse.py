@@ -1,10 +1,11 @@
 """A rehearsal of the paper run without checkpoint and data: `make rehearse MODEL=llava-onevision-7b`.
 
-The published architecture at full size with random weights does what the notebooks do, on generated pictures of the usual
-size that are stored as JPEG files: whole items are timed, decoding, processor, probes and scores included. Reported are
-seconds and memory of each measurement and the hours of every notebook; answers mean nothing. `make plan` reads the report.
-Without a CUDA device the architecture is scaled down (the same layers, heads, views and image tokens, narrow), which shows
-that the code runs and says nothing about hours.
+The published architecture with random weights does what the notebooks do, on generated pictures of the usual size that are
+stored as JPEG files: whole items, by the tasks themselves, decoding, processor, probes and scores included. Of every step are
+reported the seconds beside the models' passes (the host's work), and what goes through the models at the published size; answers
+mean nothing. `make plan` makes hours of it, for a stated GPU. On a GPU the architecture has its full size, and the seconds of the
+passes are measured too. Without one it is scaled down (the same layers, heads, views and image tokens, keys and values as wide; narrow
+else) and attention takes the mean of all values: passes then cost little and are not what is measured.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from contextlib import ExitStack
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -25,129 +28,183 @@ from architectures import random_encoder, random_mlm
 from PIL import Image
 from tqdm import tqdm
 
-from kvutils.datasets import open_dataset
+from kvutils.datasets import class_names, open_dataset
 from kvutils.datasets.samples import Pictures
 from kvutils.errors import KVUtilsError, at_least
 from kvutils.images import open_image
 from kvutils.kvcache import capture
 from kvutils.models import MODELS
 from kvutils.readout.features import FeatureExtractor
+from kvutils.run.hours import COSTS, device_name, hours_of, rehearsal_file
 from kvutils.run.notebook import provenance
-from kvutils.run.plan import GIB, NOTEBOOKS, device_name, rehearsal_file
+from kvutils.run.plan import GIB
 from kvutils.store import write_json
 from kvutils.tasks.base import run_task
 from kvutils.tasks.choices import read_items
 from kvutils.tasks.key_blocking import ask_under_blocks, last_layers, select_lowest
 from kvutils.tasks.key_table import measure_keys
+from kvutils.tasks.prefix import DomainPrefix, ReferringPrefix, run_prefixes
+from kvutils.tasks.prefix_answers import ask_behind_prefixes
+from kvutils.tasks.prefixes import PrefixWriter
 from kvutils.tasks.value_flow import value_flow_tasks
 from kvutils.tasks.yes_no import Pope
 
 IMAGE = (640, 480)  # the usual size of COCO's images
-IMAGES = {  # task of notebook 01 -> images that it reads in the paper profile
-    "foreground_segmentation": 24_000,  # 4 folds x 1,000 episodes of 1 + 5
-    "co_segmentation": 70,  # 7 classes x 10
-    "semantic_segmentation": 752,  # ImageNet-S-50 validation
-    "semantic_segmentation_probe": 802,  # and 50 to train on
-    "referring_segmentation": 1_934,  # 1,500, of which 434 are cut by the chunks of 25 of 10,834 sentences
-    "semantic_correspondence": 24_468,  # 12,234 pairs
-    "temporal_correspondence": 1_999,  # frames of 30 sequences
-}
-ASKED = 6_000 * 64 + 2_374 * 51 + 4_000 * 84  # questions x conditions of notebook 03: POPE and its sweep, MME, knock-out
-BEHIND_PREFIX = 10_834 * 2 * 5 + 2 * 5 * 250 + 150 * 5  # images read in notebook 04: sentences x kinds x conditions, domains, POPE
-CHOICES = 252  # items of BLINK in notebook 05
 GENERATED = {"pocket-pascal-5i": {"per_fold": 1, "scenes": 40}, "pocket-msrc": {"per_class": 1, "images": 3},
              "pocket-imagenet-s": {"scenes": 4}, "pocket-imagenet-s-train": {"scenes": 12}, "pocket-refcoco": {"scenes": 4},
              "pocket-spair-71k": {"pairs": 8}, "pocket-davis-2017": {"count": 4, "frames": 4}}  # fmt: skip
 
 
-@dataclass
-class Step:
-    """One measurement: what was done, on how many, in how many seconds, the peak memory in GiB; wanted: how many of these
-    the notebook has in the paper profile."""
+class Meter:
+    """What went through the models so far, and how long all took: `COSTS` as an array; `reads`: pictures that an extractor read."""
 
-    notebook: str
-    what: str
-    count: int
-    unit: str
-    seconds: float
-    peak: float
-    wanted: int
+    def __init__(self, device: torch.device):
+        self.device, self.passes, self.reading, self.reads = device, np.zeros(len(COSTS)), np.zeros(len(COSTS)), 0
+        self.began = self.clock()
 
-    @property
-    def hours(self) -> float:
-        return self.seconds / self.count * self.wanted / 3600
+    def clock(self) -> float:
+        """Seconds; of a CPU's work its own, as others may work beside."""
+        if self.device.type == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def now(self) -> np.ndarray:
+        """seconds: all; host: beside the passes; tera-operations, gigabytes of weights and number of the passes."""
+        seconds = self.clock() - self.began
+        return self.passes + [seconds, seconds, 0, 0, 0]
+
+    def watch(self, module: torch.nn.Module, published: torch.nn.Module, attention: int = 0) -> None:
+        """Count the passes of a module. published: its like at full size, whose weights count. attention: layers x heads x
+        head dimension where attention is causal; that of the towers, a tenth of their work, is not counted."""
+        weights, started = sum(each.numel() for each in published.parameters()), []
+        (blocks,) = [each for each in module.modules() if isinstance(each, torch.nn.ModuleList)][:1]
+
+        def tokens(_, args, options) -> None:
+            states, cache = args[0] if args else options["hidden_states"], options.get("past_key_values")
+            seen = states.shape[-2] + 2 * (cache.get_seq_length() if attention and cache is not None else 0)
+            self.passes[2] += 2 * states.shape[:-1].numel() * (weights + attention * seen) / 1e12
+
+        def after(*_) -> None:
+            self.passes += [0, started.pop() - self.clock(), 0, 2 * weights / 1e9, 1]
+
+        module.register_forward_pre_hook(lambda *_: started.append(self.clock()))
+        module.register_forward_hook(after, always_call=True)  # also where a pass is left at the last layer that is wanted
+        blocks[0].register_forward_pre_hook(tokens, with_kwargs=True)
+
+    def read(self, image: Callable) -> Callable:
+        """`FeatureExtractor.image`, metered."""
+
+        def metered(*args, **options):
+            before = self.now()
+            found = image(*args, **options)
+            cost = self.now() - before
+            self.reading, self.reads = self.reading + cost, self.reads + bool(cost[4])
+            return found
+
+        return metered
+
+
+def mean_of_values(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_, **__) -> torch.Tensor:
+    """In place of attention where only the work beside the passes is measured."""
+    groups = query.shape[1] // value.shape[1]
+    return value.mean(-2, keepdim=True).repeat_interleave(groups, 1).expand(*query.shape[:3], value.shape[-1])
 
 
 class Rehearsal:
     """Runs the steps and keeps what they cost. samples: of each kind."""
 
     def __init__(self, model: str, device: torch.device, samples: int, progress: bool = True):
-        self.model, self.device, self.samples = model, device, samples
+        self.model, self.device, self.samples, self.progress = model, device, samples, progress
         self.small = device.type == "cpu"
-        self.steps: list[Step] = []
+        self.meter = Meter(device)
+        self.steps: list[dict] = []
         self.opened: dict[int, tuple[Image.Image, Callable]] = {}
-        self.bar = tqdm(total=len(IMAGES) + 5, desc=f"rehearsal of {model}", unit="step", disable=not progress)
+        self.bar = tqdm(total=15, unit="step", disable=None if progress else True)  # None: unless it is a terminal
 
     def run(self) -> dict:
-        """All steps; JSON-able report, with hours where the model has its full size."""
+        """All steps; a JSON-able report, from which `hours_of` makes hours."""
         dtype = torch.float32 if self.small else torch.bfloat16
-        mlm = random_mlm(self.model, self.device, dtype, self.small)
-        untrained = random_mlm(self.model, self.device, dtype, self.small, seed=1)
-        encoder = random_encoder(self.device, dtype, self.small)
-        capture(mlm, [Image.new("RGB", IMAGE)])  # kernels are chosen and memory is reserved in the first pass
-        with self.bar, tempfile.TemporaryDirectory() as folder:
-            self.files = Path(folder)
+        self._say("making the models")
+        mlm, untrained = (random_mlm(self.model, self.device, dtype, self.small, seed=seed) for seed in (0, 1))
+        encoder, published = random_encoder(self.device, dtype, self.small), random_mlm(self.model, "meta", torch.bfloat16)
+        for each in (mlm, untrained):
+            attention = published.num_layers * published.num_heads * published.head_dim
+            self.meter.watch(each.model.model.language_model, published.model.model.language_model.layers, attention)
+            self.meter.watch(_tower(each), _tower(published))
+        self.meter.watch(encoder.model, random_encoder("meta", torch.bfloat16).model)
+        with ExitStack() as stack:
+            stack.enter_context(self.bar)
+            self.files = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            stack.enter_context(mock.patch.object(FeatureExtractor, "image", self.meter.read(FeatureExtractor.image)))
+            if self.small:
+                stack.enter_context(mock.patch("torch.nn.functional.scaled_dot_product_attention", mean_of_values))
+            capture(mlm, [Image.new("RGB", IMAGE)])  # kernels are chosen and memory is reserved in the first pass
             self._value_flow(FeatureExtractor(mlm, untrained, encoder))
             self._keys(mlm)
-            pictures = [(str(i), one.image) for i, one in enumerate(self._enlarged("pocket-coco", count=self.samples))]
-            extractor = FeatureExtractor(mlm, keys=False)
-            self.step("04", "images behind a prefix", len(pictures), "image", BEHIND_PREFIX,
-                      lambda: extractor.images(pictures, prefix="look for the fish"))  # fmt: skip
+            self._prefixes(mlm, FeatureExtractor(mlm, keys=False))
             items = self._enlarged("pocket-blink", items=self.samples)
-            self.step("05", "multiple choice", len(items), "item", CHOICES, lambda: read_items(
-                mlm, items, encoder_original=encoder, untrained=untrained, progress=False, max_new_tokens=16))  # random weights end nowhere
-        report = {"model": self.model, "device": device_name(), "full_size": not self.small, "versions": provenance(mlm),
-                  "steps": [asdict(step) for step in self.steps]}  # fmt: skip
-        if not self.small:
-            mine = {number: [step for step in self.steps if step.notebook == number] for number in NOTEBOOKS}
-            report["hours"] = {number: sum(step.hours for step in steps) for number, steps in mine.items()}
-            report["peak"] = {number: max(step.peak for step in steps or mine["01"]) for number, steps in mine.items()}
-        return report
+            self.step("05", "choices", len(items), "item", lambda: read_items(
+                mlm, items, encoder_original=encoder, untrained=untrained, max_new_tokens=16, progress=False))  # random weights end nowhere
+        return {"model": self.model, "device": device_name(), "full_size": not self.small, "versions": provenance(mlm), "steps": self.steps}
 
-    def step(self, notebook: str, what: str, count: int, unit: str, wanted: int, run: Callable[[], Any]) -> Any:
-        """What run() gives; its cost is kept for the report."""
+    def step(self, notebook: str, name: str, items: int, unit: str, run: Callable[[], Any]) -> Any:
+        """What run() gives; its cost is kept for the report: that of reading pictures as features apart, which are read once each."""
+        self._say(f"{notebook} {name.replace('_', ' ')}")
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        start = time.perf_counter()
+        before, reading, reads = self.meter.now(), self.meter.reading, self.meter.reads
         found = run()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.steps.append(Step(notebook, what, count, unit, time.perf_counter() - start, self._peak(), wanted))
+        read, reads = self.meter.reading - reading, self.meter.reads - reads
+        self.steps.append({"notebook": notebook, "step": name, "unit": unit, "items": items, "reads": reads, "peak": self._peak(),
+                           "of_items": dict(zip(COSTS, (self.meter.now() - before - read).tolist(), strict=True)),
+                           "of_reads": dict(zip(COSTS, read.tolist(), strict=True))})  # fmt: skip
         self.bar.update()
         return found
+
+    def _say(self, what: str) -> None:
+        """What is being done, also where there is no terminal to show a bar."""
+        self.bar.set_description(f"rehearsal of {self.model}: {what}")
+        if self.progress and self.bar.disable:
+            print(f"{what} ...", file=sys.stderr, flush=True)
 
     def _value_flow(self, extractor: FeatureExtractor) -> None:
         """The tasks of notebook 01 (02 reads what they have stored)."""
         for name, task in value_flow_tasks("pocket", GENERATED).items():
             task.samples = [self._enlarge(sample) for sample in task.samples[: self.samples]]
             task.max_iter = 100  # features of random weights need not be separable
-            count = sum(len(task.images(sample)) for sample in task.samples)
-            self.step("01", name.replace("_", " "), count, "image", IMAGES[name],
+            items = sum(len(clip.frames) for clip in task.samples) if name == "temporal_correspondence" else len(task.samples)
+            self.step("01", name, items, "frame" if name == "temporal_correspondence" else "item",
                       lambda task=task: run_task(task, extractor, progress=False))  # fmt: skip
 
     def _keys(self, mlm) -> None:
         """Notebook 03: variance of keys, of the model and its control; questions, plain and under more and more blocks."""
         images = self._enlarged("pocket-coco", count=self.samples + 1)
-        table = self.step("03", "variance of keys", len(images), "image", 2_000, lambda: measure_keys(
+        table = self.step("03", "keys", len(images), "image", lambda: measure_keys(
             mlm, images, ["is there a fish ?"], mass_images=1, chunk=1, progress=False))  # fmt: skip
         block = select_lowest(table, 0.1, last_layers(mlm.num_layers))
         pope = Pope(self._enlarged("pocket-pope", scenes=self.samples))
         plain, blocks = {"none": None}, {f"blocked {i}": block for i in range(4)}
-        self.step("03", "images and their questions", len({s.image_id for s in pope.samples}), "image", 1_000 + 1_187 + 1_600,
-                  lambda: ask_under_blocks(pope, mlm, plain, progress=False))  # fmt: skip
-        self.step("03", "questions under a block", 4 * len({(s.image_id, s.question) for s in pope.samples}), "question", ASKED,
+        self.step("03", "pictures", len({s.image_id for s in pope.samples}), "image", lambda: ask_under_blocks(pope, mlm, plain, progress=False))
+        self.step("03", "questions", 4 * len({(s.image_id, s.question) for s in pope.samples}), "question",
                   lambda: ask_under_blocks(pope, mlm, plain | blocks, progress=False))  # fmt: skip
-        self.steps[-1].seconds = max(self.steps[-1].seconds - self.steps[-2].seconds, 0.0)  # images are read once for all
+        *_, pictures, questions = self.steps  # the images are read once for all conditions
+        questions["of_items"] = {name: max(questions["of_items"][name] - pictures["of_items"][name], 0.0) for name in COSTS}
+
+    def _prefixes(self, mlm, extractor: FeatureExtractor) -> None:
+        """Notebook 04: readouts behind prefixes, and answers."""
+        writer, few = PrefixWriter(mlm, "pocket"), 2 * self.samples
+        named = self._enlarged("pocket-refcoco", scenes=few + 2)
+        readout = ReferringPrefix(named, extractor, writer, "class_name")  # all tell which names are wrong
+        readout.samples = [sample for sample in named if readout.prefixes(sample)][: self.samples]
+        self.step("04", "referring", len(readout.samples), "sentence", lambda: run_prefixes(readout, extractor, progress=False))
+        scored, train = self._enlarged("pocket-bdd-10k", scenes=few), self._enlarged("pocket-bdd-10k-train", scenes=few)
+        names = class_names("pocket-bdd-10k-train")
+        for kind in ("probe", "text"):
+            each = DomainPrefix(scored, train, names, extractor, writer, kind)
+            self.step("04", f"domains_by_{kind}", len(scored), "image", lambda each=each: run_prefixes(each, extractor, progress=False))
+        pope = self._enlarged("pocket-pope", scenes=few)
+        self.step("04", "answers", len({s.image_id for s in pope}), "image", lambda: ask_behind_prefixes(pope, mlm, writer, progress=False))
 
     def _enlarged(self, name: str, **options) -> list:
         return [self._enlarge(sample) for sample in open_dataset(name, **options)]
@@ -178,21 +235,26 @@ class Rehearsal:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB
 
 
+def _tower(mlm) -> torch.nn.Module:
+    inner = mlm.model.model
+    return inner.visual if hasattr(inner, "visual") else inner.vision_tower
+
+
 def text_of(report: dict) -> str:
     """The report for a terminal."""
-    size = "full size" if report["full_size"] else "SCALED DOWN (no CUDA device): the same layers, heads and image tokens, narrow"
+    size = "full size" if report["full_size"] else "SCALED DOWN (no CUDA device): the same layers, heads and image tokens, narrow, no attention"
     versions = report["versions"] | report["versions"]["machine"]
     lines = [f"{report['model']}, random weights, {size}", f"{report['device']}, {versions['dtype']}, "
              f"{versions['attention']}, torch {versions['torch']}, transformers {versions['transformers']}", "",
-             f"{'':<4}{'step':<30}{'seconds':>10}  {'each':<10}{'peak GiB':>9}{'of these in the paper run':>28}"]  # fmt: skip
+             f"{'':<4}{'step':<30}{'unit':<10}{'host s each':>12}{'host s a read':>14}{'TFLOP in all':>13}{'passes':>8}{'peak GiB':>9}"]  # fmt: skip
     for step in report["steps"]:
-        lines.append(f"{step['notebook']:<4}{step['what']:<30}{step['seconds'] / step['count']:>10.3g}  {step['unit']:<10}"
-                     f"{step['peak']:>9.1f}{step['wanted']:>28,}")  # fmt: skip
-    if "hours" not in report:
-        return "\n".join([*lines, "", "Hours are known on a GPU only, where the architecture has its full size."])
-    hours = report["hours"] | {"together": sum(report["hours"].values())}
-    named = "   ".join(f"{name} {value:,.1f}" for name, value in hours.items())
-    return "\n".join([*lines, "", "The paper run on one such device, hours:", f"  {named}"])
+        item, read = step["of_items"], step["of_reads"]
+        lines.append(f"{step['notebook']:<4}{step['step'].replace('_', ' '):<30}{step['unit']:<10}{item['host'] / step['items']:>12.3g}"
+                     f"{read['host'] / max(step['reads'], 1):>14.3g}{item['tflop'] + read['tflop']:>13.4g}"
+                     f"{item['passes'] + read['passes']:>8.0f}{step['peak']:>9.1f}")  # fmt: skip
+    hours, said = hours_of(report, "full")
+    named = "   ".join(f"{name} {value:,.1f}" for name, value in (hours | {"together": sum(hours.values())}).items())
+    return "\n".join([*lines, "", f"The paper run, hours {said}:", f"  {named}", "", f"make plan MODEL={report['model']}    hours on another GPU"])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -200,6 +262,7 @@ def main(arguments: list[str] | None = None) -> int:
     published = [name for name, spec in MODELS.items() if spec.profile == "paper"]
     parser.add_argument("--model", default="llava-onevision-7b", choices=published)
     parser.add_argument("--samples", type=int, help="episodes, pairs, clips, ... of each kind (default 4 on a GPU, 1 without)")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the report here, not where `make plan` looks for it first")
     chosen = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
@@ -207,7 +270,7 @@ def main(arguments: list[str] | None = None) -> int:
     samples = chosen.samples if chosen.samples is not None else 1 if device.type == "cpu" else 4
     try:
         at_least("--samples", samples)
-        report = Rehearsal(chosen.model, device, samples, sys.stderr.isatty()).run()
+        report = Rehearsal(chosen.model, device, samples).run()
     except KVUtilsError as error:
         print(error, file=sys.stderr)
         return 1
@@ -215,8 +278,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("\nInterrupted; a rehearsal is short and keeps nothing: start it again.", file=sys.stderr)
         return 130
     print(text_of(report))
-    if report["full_size"]:
-        write_json(rehearsal_file(chosen.model), report)
+    write_json(chosen.out or rehearsal_file(chosen.model), report, digits=4)
     return 0
 
 

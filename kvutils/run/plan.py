@@ -1,11 +1,10 @@
 """What a run of the notebooks needs, and what of it is there: data, gigabytes, memory, hours.
 
-Nothing is downloaded and no checkpoint is loaded. Hours are those of a rehearsal of the model on such a device (`make
-rehearse`, which measures whole items); without one there are none.
+Nothing is downloaded and no checkpoint is loaded. Hours come from a rehearsal of the model alone (`make rehearse`, which measures
+whole items; one of each published model is shipped), for the GPU that is named.
 """
 
 import os
-import platform
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +19,8 @@ from kvutils.datasets import FOLDERS, USES, open_dataset
 from kvutils.datasets.catalog import CATALOG, data_root
 from kvutils.datasets.hub import HUB, ask_hub, hub_download
 from kvutils.errors import DataError
-from kvutils.models import ENCODERS, FAMILIES, MODELS, ModelSpec, base_name, find_model, original_encoder
-from kvutils.run.notebook import cache_root
+from kvutils.models import ENCODERS, FAMILIES, MODELS, ModelSpec, find_model, original_encoder
+from kvutils.run.hours import device_name, find_rehearsal, hours_of
 from kvutils.run.sizes import left_out, parameters_of
 from kvutils.store import read_json
 
@@ -145,22 +144,12 @@ def weights_on_gpu(spec: ModelSpec, notebook: str) -> float | None:
     return size and (2e9 * models * size + (0 if notebook in _NO_ENCODER else 0.86e9)) / GIB
 
 
-def device_name() -> str:
-    """The GPU of this machine, or what its processor is: hours are those of one such device."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
-
-
-def rehearsal_file(model: str) -> Path:
-    """Where `make rehearse` leaves the report of a model at full size: {device, hours: {notebook: hours}, peak: {notebook: GiB}}."""
-    return cache_root() / "rehearsal" / f"{base_name(model)}.json"
-
-
 def table(profile: str, model: str, notebooks: Sequence[str] = NOTEBOOKS, size: str = "full", source: str = "files", gpu: str | None = None) -> str:
-    """The plan as text; hours and memory where a rehearsal of the model on such a device is stored. size, source: SIZE and DATA."""
-    spec, report = find_model(model), rehearsal_file(model)
-    measured = read_json(report) if report.is_file() else {}
-    measured = measured if measured.get("device") == device_name() else {}
+    """The plan as text. size, source: SIZE and DATA; gpu: hours are those of one such (`hours_of`)."""
+    spec, report = find_model(model), find_rehearsal(model)
     chosen = {number: parameters_of(number, profile, size, source) for number in notebooks}
+    lost = {number: left_out(number, profile, each) for number, each in chosen.items()}
+    hours, said = hours_of(report, size, gpu, lost) if report else ({}, f"run `make rehearse MODEL={model}` to know them")
     wanted = {number: data_of(number, profile, each) for number, each in chosen.items()}
     data = look_for_data(_together(wanted))
     models = {each.name: look_for_model(each) for each in (spec, ENCODERS[original_encoder(model)])}
@@ -171,19 +160,18 @@ def table(profile: str, model: str, notebooks: Sequence[str] = NOTEBOOKS, size: 
     for name, (problem, gigabytes) in models.items():
         state = problem.splitlines()[0] if problem else f"{gigabytes:.1f} GB to download, by itself" if gigabytes else "there"
         lines.append(f"model    {name}: {state}")
-    lines += ["hours    " + ("as a rehearsal measured them, on one such device" if measured else
-              f"run `make rehearse MODEL={model}` for hours and for the memory of images in flight"), "",
-              f"{'':<4}{'GB to get':>10}{'GPU GiB':>9}{'hours':>8}  {'can run now':<20}data sets (missing ones in brackets)"]  # fmt: skip
+    lines += [f"hours    {said}", "", f"{'':<4}{'GB to get':>10}{'GPU GiB':>9}{'hours':>8}  {'can run now':<20}data sets (missing ones in brackets)"]
     for number in notebooks:
         absent = [name for name in wanted[number] if data[name][0]]
         gigabytes = sum({FOLDERS.get(name, name): data[name][1] for name in wanted[number]}.values())
-        weights = weights_on_gpu(spec, number)
-        memory = f"{measured['peak'][number]:.0f}" if measured else f"> {weights:.0f}" if weights else "?"
-        hours = f"{measured['hours'][number]:,.1f}" if measured else "?"
+        weights, peaks = weights_on_gpu(spec, number), [step["peak"] for step in report.get("steps", ()) if step["notebook"] == number]
+        memory = f"{max(peaks):.0f}" if peaks and report["full_size"] else f"> {weights:.0f}" if weights else "?"
         lacks = " and ".join(["model"] * bool(models[spec.name][0]) + ["data"] * bool(absent))
         named = " ".join(f"[{name}]" if name in absent else name for name in wanted[number])
-        if lost := left_out(number, profile, chosen[number]):
-            named += f"; without {', '.join(lost)}"
-        lines.append(f"{number:<4}{gigabytes:>10.1f}{memory:>9}{hours:>8}  {f'no: {lacks}' if lacks else 'yes':<20}{named}")
+        if lost[number]:
+            named += f"; without {', '.join(lost[number])}"
+        lines.append(f"{number:<4}{gigabytes:>10.1f}{memory:>9}{f'{hours.get(number, 0):,.1f}' if hours else '?':>8}  "
+                     f"{f'no: {lacks}' if lacks else 'yes':<20}{named}")  # fmt: skip
     missing = {} if source == HUB else {name: problem for name, (problem, _) in data.items() if problem}
-    return "\n".join([*lines, "", "Notebook 02 reads what 01 has stored.", *_next(missing)])
+    together = [f"{'':<23}{sum(hours[number] for number in notebooks if number in hours):>8,.1f}  together"] * bool(hours)
+    return "\n".join([*lines, *together, "", "Notebook 02 reads what 01 has stored.", *_next(missing)])

@@ -42,7 +42,7 @@ def _mapping(name: str, value: object) -> Mapping:
 
 
 def declared() -> dict:
-    """data/sizes.yaml: {size: {profile: {notebook: parameters}}}, and the work of the paper profile."""
+    """data/sizes.yaml: {size: {profile: {notebook: parameters}}}, the work of the paper profile, GPUs."""
     return yaml.safe_load((data_folder() / "sizes.yaml").read_text(encoding="utf-8"))
 
 
