@@ -38,7 +38,7 @@ help:  ## list every target with a line each
 	@echo '  PROFILE=pocket|paper  MODEL=pocket|llava-onevision-7b|...  NOTEBOOKS="01 03"  ARGS="-p seed 1"'
 	@echo '  SIZE=full|quick           quick: a sample of the data, the same measurements, results apart'
 	@echo '  DATA=files|hub            paper profile: data sets below KVUTILS_DATA, or the copies on the hub alone'
-	@echo '  GPU=h100|a100|t4|...      make plan: hours on this GPU (default: the one here)'
+	@echo '  GPU=h100|a100|t4|...      make plan: hours on this GPU (default: the one here, else h100)'
 	@echo '  PYTHON=python3.12         the interpreter from which $(VENV) is made (3.11.4 or newer)'
 	@echo '  TORCH_INDEX=URL           an index to take torch from, such as https://download.pytorch.org/whl/cpu'
 	@echo '  KEEP_TORCH=1              use the torch that is installed already (a GPU machine'"'"'s own)'

@@ -35,9 +35,7 @@ _TEXT: dict[str, tuple[int, int, bool]] = {
     "qwen2.5-vl-3b": (11008, 151936, True),
     "llava-next-llama3-8b": (14336, 128320, False),
 }
-# Of a scaled-down model: hidden size and MLP. Layers, heads and their dimension stay, so keys and values are as wide; but for
-# Qwen2.5-VL, whose hidden size is that of its heads together: these get another dimension.
-SMALL_WIDTH, SMALL_HEAD = 64, 32
+SMALL_MLP = 64  # of a scaled-down model: as many query heads as key-value heads; layers, and the width of keys and values, stay
 _WORDS = [*WORDS, *"person dog ( ) user assistant".split()]
 _LLAVA_TEMPLATE = (
     "{% for m in messages %}user {% for c in m['content'] if c['type'] == 'image' %}<image>\n{% endfor %}"
@@ -60,11 +58,9 @@ def architecture(name: str, small: bool = False) -> tuple[PretrainedConfig, Any]
     layers, heads, kv_heads, head_dim, _ = MODELS[name].sizes
     mlp, vocabulary, tied = _TEXT[name]
     if small:
-        mlp, vocabulary = SMALL_WIDTH, 1024
-        head_dim = SMALL_HEAD if MODELS[name].family == QWEN else head_dim
+        heads, mlp, vocabulary = kv_heads, SMALL_MLP, 1024
     text = {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
-            "hidden_size": SMALL_WIDTH if small and MODELS[name].family != QWEN else heads * head_dim, "head_dim": head_dim,
-            "intermediate_size": mlp, "vocab_size": vocabulary,
+            "hidden_size": heads * head_dim, "intermediate_size": mlp, "vocab_size": vocabulary,
             "tie_word_embeddings": tied, "max_position_embeddings": 32768, "pad_token_id": 0}  # fmt: skip
     with quiet_transformers():  # they miss the published vocabulary's special tokens
         return _BUILD[MODELS[name].family](text, head_dim, small)

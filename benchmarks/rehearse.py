@@ -4,8 +4,8 @@ The published architecture with random weights does what the notebooks do, on ge
 stored as JPEG files: whole items, by the tasks themselves, decoding, processor, probes and scores included. Of every step are
 reported the seconds beside the models' passes (the host's work), and what goes through the models at the published size; answers
 mean nothing. `make plan` makes hours of it, for a stated GPU. On a GPU the architecture has its full size, and the seconds of the
-passes are measured too. Without one it is scaled down (the same layers, heads, views and image tokens, keys and values as wide; narrow
-else) and attention takes the mean of all values: passes then cost little and are not what is measured.
+passes are measured too. Without one it is scaled down (the same layers, views and image tokens, keys and values as wide; narrow else),
+attention takes the mean of all values, and all pictures and prefixes are one: passes then are few, cost little and are not measured.
 """
 
 from __future__ import annotations
@@ -197,11 +197,17 @@ class Rehearsal:
         named = self._enlarged("pocket-refcoco", scenes=few + 2)
         readout = ReferringPrefix(named, extractor, writer, "class_name")  # all tell which names are wrong
         readout.samples = [sample for sample in named if readout.prefixes(sample)][: self.samples]
+        prefixes = readout.prefixes(readout.samples[0])
+        if self.small:
+            readout.prefixes = lambda _: prefixes
         self.step("04", "referring", len(readout.samples), "sentence", lambda: run_prefixes(readout, extractor, progress=False))
-        scored, train = self._enlarged("pocket-bdd-10k", scenes=few), self._enlarged("pocket-bdd-10k-train", scenes=few)
+        scored = self._enlarge(tuple({one.domain: one for one in open_dataset("pocket-bdd-10k", scenes=12)}.values()))  # one of each
+        train = self._enlarged("pocket-bdd-10k-train", scenes=few)
         names = class_names("pocket-bdd-10k-train")
         for kind in ("probe", "text"):
             each = DomainPrefix(scored, train, names, extractor, writer, kind)
+            if self.small:
+                each.prefixes = lambda _: prefixes
             self.step("04", f"domains_by_{kind}", len(scored), "image", lambda each=each: run_prefixes(each, extractor, progress=False))
         pope = self._enlarged("pocket-pope", scenes=few)
         self.step("04", "answers", len({s.image_id for s in pope}), "image", lambda: ask_behind_prefixes(pope, mlm, writer, progress=False))
@@ -212,11 +218,12 @@ class Rehearsal:
     def _enlarge(self, value: Any) -> Any:
         """A sample of the pocket world at the size `IMAGE`, its pictures opened from JPEG files when they are asked for."""
         if isinstance(value, Image.Image):
-            if id(value) not in self.opened:  # samples that share a picture share its file
+            key = 0 if self.small else id(value)
+            if key not in self.opened:  # samples that share a picture share its file
                 file = self.files / f"{len(self.opened)}.jpg"
                 value.resize(IMAGE, Image.Resampling.BICUBIC).save(file, quality=95)
-                self.opened[id(value)] = value, lambda: open_image(file)
-            return self.opened[id(value)][1]
+                self.opened[key] = value, lambda: open_image(file)
+            return self.opened[key][1]
         if isinstance(value, np.ndarray) and value.dtype == np.uint8:  # masks (height, width) or (frames, height, width)
             planes = [np.asarray(Image.fromarray(one).resize(IMAGE, Image.Resampling.NEAREST)) for one in value.reshape(-1, *value.shape[-2:])]
             return np.stack(planes).reshape(*value.shape[:-2], *planes[0].shape)

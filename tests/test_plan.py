@@ -10,23 +10,30 @@ import rehearse
 import torch
 from architectures import architecture, random_mlm
 from PIL import Image
-from rehearse import Rehearsal, text_of
+from rehearse import Rehearsal
 
 from kvutils.datasets import DATASETS
 from kvutils.datasets.catalog import CATALOG
 from kvutils.datasets.pocket.questions import WORDS
-from kvutils.errors import DataError, ModelError
+from kvutils.errors import DataError, ModelError, ParameterError
 from kvutils.layout import check_mlm
 from kvutils.models import ENCODERS, MODELS, ModelSpec, find_model
 from kvutils.run import plan
+from kvutils.run.hours import COSTS, find_rehearsal, hours_of, rehearsal_file
 from kvutils.run.notebook import ROOT
-from kvutils.run.plan import NOTEBOOKS, check_ready, data_of, look_for_model, rehearsal_file, table, weights_on_gpu
-from kvutils.store import write_json
+from kvutils.run.plan import NOTEBOOKS, check_ready, data_of, look_for_model, table, weights_on_gpu
+from kvutils.run.sizes import declared
+from kvutils.store import read_json, write_json
 from tests.tiny_models import tiny, tiny_siglip
 
 PAPER = [name for name, spec in MODELS.items() if spec.profile == "paper"]
 SCREEN = ("Nothing was started", "KVUTILS_DATA", "bdd-10k", "14 GB", "research only", "hf download", "make plan",
           'make data DATASETS="pascal-5i msrc imagenet-s refcoco spair-71k davis-2017 coco pope mme bdd-10k blink"')  # fmt: skip
+
+
+STEP = {"notebook": "01", "step": "referring_segmentation", "items": 2, "reads": 1, "peak": 56.7,
+        "of_items": dict(zip(COSTS, (5.0, 3.0, 0.0, 0.0, 0.0), strict=True)),
+        "of_reads": dict(zip(COSTS, (9.0, 0.5, 65.0, 320.0, 2.0), strict=True))}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +48,8 @@ def test_architectures_have_the_published_size_structure_and_image_tokens(name):
     assert sum(each.numel() for each in mlm.model.parameters()) / 1e9 == pytest.approx(plan.SIZES[name], abs=0.006)
     narrow = random_mlm(name, "cpu", torch.float32, small=True)
     check_mlm(narrow)
-    assert (narrow.num_layers, narrow.num_heads, narrow.num_kv_heads) == MODELS[name].sizes[:3]
+    layers, _, heads, head_dim, _ = MODELS[name].sizes
+    assert (narrow.num_layers, narrow.num_kv_heads, narrow.head_dim) == (layers, heads, head_dim)
     ids = narrow.processor(images=[Image.new("RGB", (640, 480))], text=narrow.prompt("what ?"), return_tensors="pt").input_ids
     assert (ids == narrow.image_token_id).sum() == MODELS[name].sizes[4]
     with pytest.raises(ModelError, match="llava-onevision-7b"):
@@ -60,23 +68,43 @@ def test_the_plan_says_what_is_there(monkeypatch):
     monkeypatch.setattr(plan, "look_for_model", lambda spec: ("", 16.1))
     monkeypatch.setattr(plan, "look_for_data", lambda wanted: {
         name: (f"{name} is missing\nin full", 1.0) if name != "davis-2017" else ("", 0.0) for name in wanted})
-    text = table("paper", "llava-onevision-7b")
+    write_json(rehearsal_file("llava-onevision-7b"), {"device": "a processor", "full_size": False, "steps": [STEP]})
+    text = table("paper", "llava-onevision-7b", gpu="t4")
     rows = {line[:2]: line for line in text.splitlines() if line[:2] in NOTEBOOKS}
     assert set(rows) == set(NOTEBOOKS) and "[msrc]" in rows["01"] and " davis-2017" in rows["01"] and "no: data" in rows["01"]
     assert "16.1 GB to download" in text and "> 31" in rows["01"] and "> 15" in rows["04"]
-    assert "run `make rehearse MODEL=llava-onevision-7b` for hours" in text and rows["01"].split()[4] == "?"
+    assert "on one T4: host seconds as rehearsed" in text and float(rows["01"].split()[4]) > 1 and "together" in text
     assert 'make data DATASETS="pascal-5i' in text
     assert max(map(len, text.splitlines())) < 180
-    (row,) = [line for line in table("paper", "owner/name", ["05"]).splitlines() if line.startswith("05")]
-    assert row.split()[2:4] == ["?", "?"]  # its size is not known
+    text = table("paper", "owner/name", ["05"])
+    (row,) = [line for line in text.splitlines() if line.startswith("05")]
+    assert row.split()[2:4] == ["?", "?"] and "run `make rehearse MODEL=owner/name`" in text  # its size is not known
 
 
-def test_a_rehearsal_on_this_device_is_believed():
-    report = {"device": plan.device_name(), "hours": dict.fromkeys(NOTEBOOKS, 12.34), "peak": dict.fromkeys(NOTEBOOKS, 56.7)}
-    for device, hours in ((report["device"], ["57", "12.3"]), ("another", [">", "15"])):
-        write_json(rehearsal_file("qwen2.5-vl-3b"), report | {"device": device})
-        (row,) = [line for line in table("paper", "qwen2.5-vl-3b", ["05"]).splitlines() if line.startswith("05")]
-        assert row.split()[2:4] == hours
+def test_hours_are_host_seconds_and_passes_on_the_stated_gpu(monkeypatch):
+    work = declared()["work"]
+    assert work["full"].keys() == work["quick"].keys() and work["full"]["referring_segmentation"] == [10834, 1500]
+    report = {"device": "a processor", "full_size": False, "steps": [STEP]}
+    each = 0.5 + 65 / (0.4 * 65) + 0.32 / 0.32 + 2 * 0.03  # seconds a picture on a T4
+    hours, said = hours_of(report, "full", "t4")
+    assert hours == {"01": pytest.approx((10834 * 1.5 + 1500 * each) / 3600)}
+    assert "on one T4" in said and "40% of 65 TFLOP/s" in said and "a processor" in said
+    assert hours_of(report, "quick", "T4")[0]["01"] == pytest.approx((173 * 1.5 + 24 * each) / 3600)
+    assert hours_of(report, "full", "h100")[0]["01"] < hours["01"] and "on one H100" in hours_of(report, "full")[1]  # no GPU here
+    assert hours_of(report, "full", "t4", {"01": {"referring_segmentation": "refcoco"}})[0] == {"01": 0}
+    with pytest.raises(ParameterError, match="unknown GPU 't5'; expected one of h200, h100, a100"):
+        hours_of(report, "full", "t5")
+    monkeypatch.setattr("kvutils.run.hours.device_name", lambda: "NVIDIA A100-SXM4-80GB")
+    assert "on one A100" in hours_of(report, "full")[1]
+    measured, said = hours_of(report | {"device": "NVIDIA A100-SXM4-80GB", "full_size": True}, "full")
+    assert measured["01"] == pytest.approx((10834 * 2.5 + 1500 * 9) / 3600) and "as a rehearsal measured them" in said
+
+
+def test_a_rehearsal_here_goes_before_the_one_that_is_shipped(monkeypatch):
+    write_json(rehearsal_file("qwen2.5-vl-3b"), {"device": "a GPU", "full_size": True, "steps": [STEP | {"notebook": "05", "step": "choices"}]})
+    (row,) = [line for line in table("paper", "qwen2.5-vl-3b@abc", ["05"], gpu="t4").splitlines() if line.startswith("05")]
+    assert row.split()[2:4] == ["57", "0.1"]
+    assert find_rehearsal("qwen2.5-vl-3b")["device"] == "a GPU" and find_rehearsal("owner/name") == {}
 
 
 def test_a_checkpoint_is_looked_for_in_the_cache(monkeypatch, tmp_path):
@@ -144,23 +172,24 @@ def test_the_readme_has_the_computed_numbers():
     assert f"about {5 * round(total / 5):.0f} GB of" in " ".join(lines)
 
 
-def test_a_rehearsal_times_whole_items_of_every_notebook(monkeypatch, capsys):
-    monkeypatch.setattr(rehearse, "random_mlm", lambda *_, seed=0: tiny("llava_onevision", seed=seed, words=list(WORDS)))
+def test_a_rehearsal_measures_whole_items_of_every_notebook(monkeypatch, capsys):
+    monkeypatch.setattr(rehearse, "random_mlm", lambda *_, seed=0: tiny("llava_onevision", seed=seed, words=[*WORDS, "user", "assistant"]))
     monkeypatch.setattr(rehearse, "random_encoder", lambda *_: tiny_siglip())
     monkeypatch.setattr(rehearse, "IMAGE", (96, 72))
     assert rehearse.main(["--model", "qwen2.5-vl-3b"]) == 0
     said = capsys.readouterr()
-    assert "SCALED DOWN" in said.out and "on a GPU only" in said.out and "No CUDA device" in said.err
-    assert not rehearsal_file("qwen2.5-vl-3b").exists()
-    rehearsal = Rehearsal("qwen2.5-vl-3b", torch.device("cpu"), 1, progress=False)
-    rehearsal.small = False  # as on a GPU
-    report = rehearsal.run()
-    assert len(report["steps"]) == len(rehearse.IMAGES) + 5 and all(step["seconds"] >= 0 for step in report["steps"])
-    hours = sum(s["seconds"] / s["count"] * s["wanted"] for s in report["steps"] if s["notebook"] == "05") / 3600
-    assert report["hours"]["05"] == pytest.approx(hours) and report["hours"]["02"] == 0 and set(report["peak"]) == set(NOTEBOOKS)
-    assert "together" in text_of(report)
-    write_json(rehearsal_file("qwen2.5-vl-3b"), report)
-    assert f"{report['hours']['01']:,.1f}" in table("paper", "qwen2.5-vl-3b", ["01"])
+    assert "SCALED DOWN" in said.out and "on one H100" in said.out and "together" in said.out
+    assert "No CUDA device" in said.err and "04 referring ..." in said.err  # told meanwhile, without a terminal too
+    report = read_json(rehearsal_file("qwen2.5-vl-3b"))
+    steps = {step["step"]: step for step in report["steps"]}
+    assert steps.keys() == declared()["work"]["full"].keys() and {step["notebook"] for step in report["steps"]} == set(NOTEBOOKS) - {"02"}
+    assert all(step["of_items"]["host"] >= 0 and step["of_items"]["seconds"] >= step["of_items"]["host"] for step in report["steps"])
+    read = steps["foreground_segmentation"]  # one picture, by two language models, their towers and SigLIP
+    assert read["reads"] == 1 and read["of_reads"]["passes"] == 5 and read["of_reads"]["tflop"] > 0
+    text = sum(each.numel() for each in tiny("llava_onevision").model.model.language_model.layers.parameters())
+    tower = sum(each.numel() for each in tiny("llava_onevision").model.model.vision_tower.parameters())
+    assert read["of_reads"]["gbytes"] * 1e9 == pytest.approx(2 * (2 * text + 2 * tower + sum(
+        each.numel() for each in tiny_siglip().model.parameters())), rel=1e-3)  # fmt: skip
 
 
 def test_a_rehearsal_answers_misuse_and_ctrl_c_in_words(monkeypatch, capsys):

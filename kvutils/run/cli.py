@@ -115,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
     add("--notebooks", nargs="+", metavar="NN", help="01 03; all without")
     add("--size", default="full", metavar="full|quick", help="quick: a sample of the data")
     add("--data", default="files", metavar="files|hub", help="hub: only what the Hugging Face hub holds")
-    add("--gpu", metavar="NAME", help="hours on this GPU, such as h100 or t4 (default: this machine's)")
+    add("--gpu", metavar="NAME", help="hours on this GPU, such as h100 or t4 (default: this machine's, else an H100)")
     return whole
 
 

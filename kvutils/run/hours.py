@@ -56,9 +56,10 @@ def hours_of(report: Mapping, size: str, gpu: str | None = None, lost: Mapping[s
         return cost["host"] + calculated + cost["passes"] * rate["pause"]
 
     found: dict[str, float] = {}
-    for step in report["steps"]:
-        items, reads = work[step["step"]]
-        if not step["step"].startswith(tuple(lost.get(step["notebook"], {"-": ""}))):
-            each = items * seconds(step["of_items"]) / step["items"] + reads * seconds(step["of_reads"]) / max(step["reads"], 1)
-            found[step["notebook"]] = found.get(step["notebook"], 0.0) + each / 3600
+    for notebook in dict.fromkeys(step["notebook"] for step in report["steps"]):
+        steps = [step for step in report["steps"] if step["notebook"] == notebook]
+        a_read = sum(seconds(step["of_reads"]) for step in steps) / max(sum(step["reads"] for step in steps), 1)
+        kept = [step for step in steps if not step["step"].startswith(tuple(lost.get(notebook, {"-": ""})))]
+        found[notebook] = sum(work[step["step"]][0] * seconds(step["of_items"]) / step["items"] + work[step["step"]][1] * a_read
+                              for step in kept) / 3600  # fmt: skip
     return found, said
