@@ -38,7 +38,7 @@ from kvutils.readout.features import FeatureExtractor
 from kvutils.run.hours import COSTS, device_name, hours_of, rehearsal_file
 from kvutils.run.notebook import provenance
 from kvutils.run.plan import GIB
-from kvutils.store import write_json
+from kvutils.store import need_writable, write_json
 from kvutils.tasks.base import run_task
 from kvutils.tasks.choices import read_items
 from kvutils.tasks.key_blocking import ask_under_blocks, last_layers, select_lowest
@@ -277,6 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
     samples = chosen.samples if chosen.samples is not None else 1 if device.type == "cpu" else 4
     try:
         at_least("--samples", samples)
+        need_writable(Path(chosen.out or rehearsal_file(chosen.model)).parent, "--out or KVUTILS_CACHE")
         report = Rehearsal(chosen.model, device, samples).run()
     except KVUtilsError as error:
         print(error, file=sys.stderr)

@@ -226,15 +226,15 @@ def test_colab_cells_follow_the_address(tmp_path):
 
 
 def test_good_parameters_pass_later_variables_are_none_and_bad_ones_do_not():
-    good = {"profile": "pocket", "model": "pocket", "seed": 1, "rate": 1}
-    known = {"profile": PROFILES, "model": str, "seed": int, "rate": float}
+    good = {"profile": "pocket", "model": "pocket", "seed": 1, "rate": 1, "draws": 5, "max_pixels": 16384 * 28**2}
+    known = {"profile": PROFILES, "model": str, "seed": int, "rate": float, "draws": int, "max_pixels": int}
     namespace = {"__name__": "x", "_": 1, "In": [], "Out": {}, "LIMIT": 3, "check": check_parameters, **good}
     assert check_parameters(namespace, **known) == good
     namespace["later"] = 3
     assert check_parameters(namespace, **known) == good
     for change, message in (
         ({"sed": 2}, "unknown parameter 'sed' .did you mean 'seed'"),
-        ({"seed": "2"}, "expected int, found str"), ({"seed": True}, "expected int, found bool"),
+        ({"seed": "2"}, "expected int, found str"), ({"draws": 10**7}, "from 0 to 1,000,000"), ({"max_pixels": -1}, "from 0"), ({"seed": True}, "expected int, found bool"),
         ({"profile": "papr"}, "did you mean 'paper'.*; expected one of pocket, paper"),
         ({"items": [1]}, "unknown parameter 'items'"),
     ):  # fmt: skip

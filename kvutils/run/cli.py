@@ -32,8 +32,8 @@ what the file holds, for photo number i (0, 1, ... in the order given):
   i.cells            (N, 2)        row, column in the token grid
   i.view             (N,)          0: base view of the whole photo, 1: tiles
   i.is_newline       (N,)          True for the tokens that end a row
-metadata (strings, all else as JSON): model, revision, family, layers, prefix, files, image_sizes (width,
-height), grids, dtype, attention, image_backend, base_view_only, max_pixels, kvutils, torch, transformers
+metadata (strings, all else as JSON): layers, prefix, files, image_sizes (width, height), grids, the settings of
+the model (model, revision, family, dtype, attention, image_backend, ...), kvutils, torch, transformers
 
 example:
   kvutils capture cat.jpg dog.png --model pocket --layers 0,3,5-7 --out animals.safetensors

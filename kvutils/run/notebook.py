@@ -143,7 +143,7 @@ def check_value(name: str, value: object, expected: type) -> None:
     """ParameterError unless a parameter has its type, and a whole number a size that a run can have."""
     if type(value) is not expected and not (expected is float and type(value) is int):
         raise ParameterError(f"parameter {name} = {value!r}: expected {expected.__name__}, found {type(value).__name__}.")
-    most = 2**32 - 1 if name == "seed" else 10**6
+    most = 2**32 - 1 if name in ("seed", "max_pixels") else 10**6  # more resamples, draws or images fill the memory
     if expected is int and not 0 <= value <= most:
         raise ParameterError(f"parameter {name} = {value}: expected a whole number from 0 to {most:,}.")
 
