@@ -277,7 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
     samples = chosen.samples if chosen.samples is not None else 1 if device.type == "cpu" else 4
     try:
         at_least("--samples", samples)
-        need_writable(Path(chosen.out or rehearsal_file(chosen.model)).parent, "--out or KVUTILS_CACHE")
+        need_writable((chosen.out or rehearsal_file(chosen.model)).parent, "--out or KVUTILS_CACHE")
         report = Rehearsal(chosen.model, device, samples).run()
     except KVUtilsError as error:
         print(error, file=sys.stderr)

@@ -234,7 +234,8 @@ def test_good_parameters_pass_later_variables_are_none_and_bad_ones_do_not():
     assert check_parameters(namespace, **known) == good
     for change, message in (
         ({"sed": 2}, "unknown parameter 'sed' .did you mean 'seed'"),
-        ({"seed": "2"}, "expected int, found str"), ({"draws": 10**7}, "from 0 to 1,000,000"), ({"max_pixels": -1}, "from 0"), ({"seed": True}, "expected int, found bool"),
+        ({"seed": "2"}, "expected int, found str"), ({"draws": 10**7}, "from 0 to 1,000,000"), ({"max_pixels": -1}, "from 0"),
+        ({"seed": True}, "expected int, found bool"),
         ({"profile": "papr"}, "did you mean 'paper'.*; expected one of pocket, paper"),
         ({"items": [1]}, "unknown parameter 'items'"),
     ):  # fmt: skip
