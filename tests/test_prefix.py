@@ -10,11 +10,12 @@ from tiny_models import score_table
 
 from kvutils.datasets import class_names, open_dataset
 from kvutils.datasets.refcoco import CATEGORIES
-from kvutils.datasets.samples import YesNoSample
+from kvutils.datasets.samples import DomainImage, YesNoSample
 from kvutils.errors import DataError, ParameterError
 from kvutils.images import encode_image
 from kvutils.metrics.statistics import choosing_half
 from kvutils.models import FAMILIES, load_mlm
+from kvutils.probes import fit_linear_probe
 from kvutils.prompts import tokenize
 from kvutils.readout.features import FeatureExtractor
 from kvutils.store import Parts, to_json
@@ -132,6 +133,25 @@ def test_domain_readouts_run_and_resume_with_the_same_bytes(domain_readouts, rea
     k = (len(table.columns) - len(MOVED)) // 3
     _, true, said = (table.of("wrong.5")[:, i * k : (i + 1) * k].sum(1) for i in range(3))
     assert (true == said).all() and (true > 0).all()
+
+
+def test_a_layer_without_a_probe_and_a_damaged_picture_are_left_out_and_named(mlm, writer, monkeypatch):
+    scenes, train = open_dataset("pocket-bdd-10k", scenes=6), open_dataset("pocket-bdd-10k-train", scenes=30)
+
+    def damaged():
+        raise DataError("street.png is no picture")
+
+    def second_layer_fails(*args, **options):
+        probe = fit_linear_probe(*args, **options)
+        probe.converged[1] = False
+        return probe
+
+    monkeypatch.setattr("kvutils.tasks.prefix.fit_linear_probe", second_layer_fails)
+    extractor = FeatureExtractor(mlm, layers=[0, 5], keys=False)
+    scenes = [DomainImage("bad", damaged, scenes[0].mask, domain="fog"), *scenes]
+    table = run_prefixes(DomainPrefix(scenes, train, class_names("pocket-bdd-10k-train"), extractor, writer, "probe"), extractor, progress=False)
+    assert len(table) == 6 and table.skipped == {"bad": "bad: street.png is no picture"} and np.isfinite(table.values).all()
+    assert table.sources == [f"{c}.0" for c in CONDITIONS] and table.left_out == {f"{c}.5": 6 for c in CONDITIONS}
 
 
 def test_the_vision_tower_sees_a_picture_once_behind_all_prefixes(mlm, writer):

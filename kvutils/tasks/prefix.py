@@ -19,7 +19,7 @@ import torch
 from kvutils import VOID
 from kvutils.datasets.bdd10k import CLASS_NAMES as BDD_NAMES
 from kvutils.datasets.samples import DomainImage, LabelledImage, NamedMask
-from kvutils.errors import DataError
+from kvutils.errors import DataError, ImageError
 from kvutils.images import encode_image
 from kvutils.metrics.masks import class_counts, class_mean_iou
 from kvutils.metrics.statistics import Statistic, column_mean
@@ -27,7 +27,7 @@ from kvutils.probes import LinearProbe, fit_linear_probe, join_probes
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, Item, token_means
 from kvutils.readout.maps import to_grid
 from kvutils.store import Parts, in_chunks
-from kvutils.tasks.base import ScoreTable, sample_seed
+from kvutils.tasks.base import FEW, SKIPPED, ScoreTable, sample_seed
 from kvutils.tasks.prefixes import CONDITIONS, PrefixWriter
 from kvutils.tasks.text_segmentation import COLUMNS, IOU, map_scores
 
@@ -47,6 +47,7 @@ class PrefixReadout(ABC):
     statistic: ClassVar[Statistic]  # the metric of values (n, k), for each row of weights (n_boot, n)
     columns: Sequence[str]
     samples: Sequence[Any]
+    lacking: frozenset[int] = frozenset()  # places of layers of which `fit` finds that they can have no score
 
     def __init__(self, writer: PrefixWriter, seed: int = 0):
         self.writer, self.seed = writer, seed
@@ -166,8 +167,9 @@ class DomainPrefix(PrefixReadout):
                 features = torch.cat([one.stack(names) for one in found], dim=1)
                 probe = fit_linear_probe(features, y.to(features.device), len(self._seen), self.strength,
                                          sample_weight=(y >= 0).to(features.device))  # fmt: skip
-                probes.append(probe.require_converged())
+                probes.append(probe)
             self._probes[condition] = join_probes(probes)
+            self.lacking |= set((~self._probes[condition].converged).nonzero()[:, 0].tolist())
 
     def score(
         self, sample: LabelledImage, mask: np.ndarray, values: torch.Tensor, image: ImageFeatures, condition: str
@@ -212,42 +214,60 @@ def moved(values: torch.Tensor, plain: torch.Tensor, objects: np.ndarray) -> lis
 def run_prefixes(
     readout: PrefixReadout, extractor: FeatureExtractor, parts: Parts | None = None, progress: bool = True, chunk: int = 20
 ) -> ScoreTable:
-    """The rows of a readout: sources `<condition>.<layer>`. Samples without controls of equal length are `skipped`.
+    """The rows of a readout: sources `<condition>.<layer>`. Samples without controls of equal length, or that cannot be read, are
+    `skipped`, layers whose probe did not converge `left_out`. DataError if nothing is left or too many cannot be read.
 
     With `parts`, finished chunks are kept there and a run that was stopped goes on, with the same bytes."""
     sources = [f"{condition}.{layer}" for condition in CONDITIONS for layer in extractor.layers]
     depends = [readout.name, sources, list(readout.columns), extractor.fingerprint]
     items = [(sample, readout.prefixes(sample)) for sample in readout.samples]
-    skipped = [sample.id for sample, prefixes in items if prefixes is None]
     fit = cache(readout.fit)  # once, before the first chunk that is not stored
+
+    def score(sample: Any, prefixes: Prefixes | None) -> list:
+        """Id, group, columns by source or why there are none."""
+        try:
+            values = "has no prefixes of equal length in every condition" if prefixes is None else _values(readout, extractor, sample, prefixes)
+        except (DataError, ImageError) as error:
+            values = str(error)
+        return [sample.id, readout.group_of(sample), values]
 
     def compute(some: list) -> list:
         fit(extractor)
-        return _rows(readout, extractor, [(sample, prefixes) for sample, prefixes in some if prefixes is not None])
+        return [score(*each) for each in some]
 
     chunks = in_chunks(parts, f"prefix/{readout.name}", items, compute, chunk, depends, progress=progress,
                        of=lambda item: [item[0].id, item[1]])  # fmt: skip
-    rows = [row for each in chunks for row in each]
-    if not rows:
-        raise DataError(f"{readout.name}: none of {len(readout.samples)} samples has prefixes of equal length in every condition")
+    found = [row for each in chunks for row in each]
+    skipped = {name: why for name, _, why in found if isinstance(why, str)}
+    rows = [row for row in found if row[0] not in skipped]
+    broken = [f"{sample.id}: {skipped[sample.id]}" for sample, prefixes in items if prefixes is not None and sample.id in skipped]
+    if not rows or len(broken) > max(FEW, SKIPPED * len(items)):
+        why = "; ".join(broken[:3]) or "none of them has prefixes of equal length in every condition"
+        raise DataError(f"{readout.name}: {len(skipped)} of {len(items)} samples could not be scored ({why})")
     ids, groups, values = ([row[i] for row in rows] for i in range(3))
-    return ScoreTable(readout.name, ids, groups, sources, list(readout.columns), np.array(values, dtype=float), skipped)
+    table = np.array(values, dtype=float)  # None becomes NaN
+    usable = ~np.isnan(table).any((0, 2)).reshape(len(CONDITIONS), -1).any(0)  # a layer has scores in all conditions or in none
+    if not usable.any():
+        raise DataError(f"{readout.name}: the probe converged in no layer; lower its strength or load the model in float32")
+    kept = np.tile(usable, len(CONDITIONS))
+    left_out = {source: len(ids) for source, there in zip(sources, kept, strict=True) if not there}
+    sources = [source for source in sources if source not in left_out]
+    return ScoreTable(readout.name, ids, groups, sources, list(readout.columns), table[:, kept], skipped, left_out)
 
 
-def _rows(readout: PrefixReadout, extractor: FeatureExtractor, kept: Sequence[tuple[Any, Prefixes]]) -> list:
-    rows = []
-    for sample, prefixes in kept:  # all conditions of an image in a row: the vision tower sees it once
-        item, mask = readout.image_of(sample), np.asarray(sample.mask)  # read once: both may be files
-        found: list = []
-        for condition in CONDITIONS:
-            image = _read(extractor, item, prefixes[condition])
-            values = image.stack(_sources(extractor))
-            if condition == "none":
-                plain, shares = values, token_means(image.layout, readout.objects(mask)[..., None])[:, 0]
-            scores = readout.score(sample, mask, values, image, condition)
-            found += [[*score, *distance] for score, distance in zip(scores, moved(values, plain, shares), strict=True)]
-        rows.append([sample.id, readout.group_of(sample), found])
-    return rows
+def _values(readout: PrefixReadout, extractor: FeatureExtractor, sample: Any, prefixes: Prefixes) -> list:
+    """Per source the columns of a sample. All conditions in a row: the vision tower sees the image once."""
+    item, mask = readout.image_of(sample), np.asarray(sample.mask)  # read once: both may be files
+    found: list = []
+    for condition in CONDITIONS:
+        image = _read(extractor, item, prefixes[condition])
+        values = image.stack(_sources(extractor))
+        if condition == "none":
+            plain, shares = values, token_means(image.layout, readout.objects(mask)[..., None])[:, 0]
+        scores = zip(readout.score(sample, mask, values, image, condition), moved(values, plain, shares), strict=True)
+        none = [None] * len(readout.columns)
+        found += [none if place in readout.lacking else [*score, *distance] for place, (score, distance) in enumerate(scores)]
+    return found
 
 
 def with_controls(readout: PrefixReadout, start: int = 0) -> int:
