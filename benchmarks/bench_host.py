@@ -93,10 +93,11 @@ class Workshop:
         self.rng = np.random.default_rng(0)
 
     def mask(self, size: tuple[int, int], labels: int = 2) -> np.ndarray:
-        """(H, W) uint8 of a few smooth regions."""
+        """(H, W) uint8 of a few smooth regions; an object shows on a tenth of the picture, as in RefCOCO."""
         coarse = torch.from_numpy(self.rng.normal(size=(1, labels, 5, 6)))
-        planes = torch.nn.functional.interpolate(coarse, size=size[::-1], mode="bicubic")[0]
-        return planes.argmax(0).to(torch.uint8).numpy()
+        planes = torch.nn.functional.interpolate(coarse, size=size[::-1], mode="bicubic")[0].numpy()
+        shown = planes.argmax(0) if labels > 2 else planes[0] > np.quantile(planes[0], 0.9)
+        return shown.astype(np.uint8)
 
     def picture(self, name: str, size: tuple[int, int], labels: int = 2, kind=LabelledImage, **more):
         return kind(name, Image.new("RGB", size, "grey"), self.mask(size, labels), **more)

@@ -108,10 +108,11 @@ def class_counts(said: torch.Tensor, true: torch.Tensor, labels: range) -> np.nd
     """(3 * K,) pixels of label maps (H, W): right, true and said of each of K consecutive labels.
 
     Pixels count whose true label is one of them (void is none); they are counted on the device of the maps."""
-    known, size = (true >= labels.start) & (true < labels.stop), labels.stop + 1
-    pairs = true[known].long() * size + said[known].long().clamp(max=labels.stop)  # said beyond the labels is wrong, whatever it is
-    table = torch.bincount(pairs, minlength=size**2).view(size, size)
-    return torch.stack([table.diagonal(), table.sum(1), table.sum(0)])[:, labels.start : labels.stop].flatten().cpu().numpy()
+    size = labels.stop + 1  # the last number stands for all beyond the labels: said, it is wrong, whatever it is
+    pairs = true.long().clamp(max=labels.stop) * size + said.long().clamp(max=labels.stop)
+    table = torch.bincount(pairs.flatten(), minlength=size**2).view(size, size)[labels.start : labels.stop]
+    all_said = table[:, labels.start : labels.stop]
+    return torch.stack([all_said.diagonal(), table.sum(1), all_said.sum(0)]).flatten().cpu().numpy()
 
 
 def class_mean_iou(weights: np.ndarray, counts: np.ndarray) -> np.ndarray:
