@@ -1,5 +1,7 @@
 """Notebook 02: differences along the chain from SigLIP to the values, on tables whose differences are known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -52,6 +54,13 @@ def test_what_is_missing_is_an_error():
         chain_of({source: level for source, level in LEVELS.items() if source != "encoder_original"})
     with pytest.raises(ParameterError, match="at least 4"):
         compare_along_chain(table_of(LEVELS, n=6), SemanticSegmentation([]), n_boot=20)
+
+
+def test_a_source_that_was_left_out_is_undefined():
+    table = table_of({source: level for source, level in LEVELS.items() if source != "projector"})
+    chain = compare_along_chain(replace(table, left_out={"projector": 80}), SemanticSegmentation([]), n_boot=20)
+    assert chain["scores"]["projector"]["mean"] is chain["steps"]["projection"]["mean"] is None
+    assert chain["steps"]["all steps"]["mean"] == pytest.approx(-0.05, abs=0.02)
 
 
 def test_a_tower_that_is_no_siglip_has_no_score_by_text(tmp_path):

@@ -87,15 +87,16 @@ def compare_along_chain(table: ScoreTable, task: Task, n_boot: int = 2000, seed:
     """Scores of the chain's sources and the paired differences between them; JSON-able.
 
     The best value layer is chosen on one half of the groups; everything is measured on the other half, on the same items.
-    scores, steps: {name: interval}, of None where the task has no score of the model's own encoder: the tower of Qwen2.5-VL
-    and LLaVA-NeXT is no SigLIP, so it has no text to compare its patches with. Raises ParameterError where another source
+    scores, steps: {name: interval}, of None for a source that the table has left out, and where the task has no score of the
+    model's own encoder: the tower of Qwen2.5-VL and LLaVA-NeXT is no SigLIP, so it has no text to compare its patches with. Raises ParameterError where another source
     is missing, and where there are too few groups to choose a layer."""
     summary = summarise(table, task, n_boot, seed)
     if "value_best" not in summary:
         raise ParameterError(f"{table.task}: {summary['groups']} units are too few to choose a layer; at least 4 are needed")
     best = summary["value_best"]["source"]
     rest, options = table.held_out(seed), (task.statistic, n_boot, seed)
-    there = {name: best if name == "value" else name for name in CHAIN if name != "encoder" or name in table.sources}
+    gone = {"encoder", *table.left_out}.difference(table.sources)
+    there = {name: best if name == "value" else name for name in CHAIN if name not in gone}
     scores, steps = (dict.fromkeys(names, UNDEFINED.as_dict()) for names in (CHAIN, STEPS))
     scores |= {name: rest.interval(source, *options) for name, source in there.items()}
     steps |= {name: rest.difference(there[after], there[before], *options)
