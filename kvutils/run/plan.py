@@ -51,7 +51,7 @@ def look_for_data(wanted: Mapping[str, Mapping]) -> dict[str, tuple[str, float]]
                 return "", hub_download(folder)
             open_dataset(name, **options)
         except DataError as error:
-            return str(error), CATALOG[folder].to_get
+            return str(error), CATALOG[folder].gigabytes if options.get("root") == HUB else CATALOG[folder].to_get
         return "", 0.0
 
     with ThreadPoolExecutor() as pool:  # the hub is asked for all at once
@@ -172,6 +172,7 @@ def table(profile: str, model: str, notebooks: Sequence[str] = NOTEBOOKS, size: 
             named += f"; without {', '.join(lost[number])}"
         lines.append(f"{number:<4}{gigabytes:>10.1f}{memory:>9}{f'{hours.get(number, 0):,.1f}' if hours else '?':>8}  "
                      f"{f'no: {lacks}' if lacks else 'yes':<20}{named}")  # fmt: skip
-    missing = {} if source == HUB else {name: problem for name, (problem, _) in data.items() if problem}
+    missing = {name: problem for name, (problem, _) in data.items() if problem}
+    get = [f"  {name}: {problem.splitlines()[0]}" for name, problem in missing.items()] if source == HUB else _next(missing)
     together = [f"{'':<23}{sum(hours[number] for number in notebooks if number in hours):>8,.1f}  together"] * bool(hours)
-    return "\n".join([*lines, *together, "", "Notebook 02 reads what 01 has stored.", *_next(missing)])
+    return "\n".join([*lines, *together, "", "Notebook 02 reads what 01 has stored.", *get])
