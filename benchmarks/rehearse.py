@@ -2,8 +2,8 @@
 
 The published architecture with random weights does what the notebooks do, on generated pictures of the usual size that are
 stored as JPEG files: whole items, by the tasks themselves, decoding, processor, probes and scores included. Of every step are
-reported the seconds beside the models' passes (the host's work), and what goes through the models at the published size; answers
-mean nothing. `make plan` makes hours of it, for a stated GPU. On a GPU the architecture has its full size, and the seconds of the
+reported the seconds beside the models' passes (the host's work, and what a GPU does of it on tensors), and what goes through the
+models at the published size; answers mean nothing. `make plan` makes hours of it, for a stated GPU. On a GPU the architecture has its full size, and the seconds of the
 passes are measured too. Without one it is scaled down (the same layers, views and image tokens, keys and values as wide; narrow else),
 attention takes the mean of all values, and all pictures and prefixes are one: passes then are few, cost little and are not measured.
 """
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from architectures import random_encoder, random_mlm
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from kvutils.datasets import class_names, open_dataset
@@ -60,7 +61,7 @@ class Meter:
 
     def __init__(self, device: torch.device):
         self.device, self.passes, self.reading, self.reads = device, np.zeros(len(COSTS)), np.zeros(len(COSTS)), 0
-        self.began = self.clock()
+        self.began, self.inside = self.clock(), 0  # inside: of how many passes
 
     def clock(self) -> float:
         """Seconds; of a CPU's work its own, as others may work beside."""
@@ -70,9 +71,9 @@ class Meter:
         return time.perf_counter()
 
     def now(self) -> np.ndarray:
-        """seconds: all; host: beside the passes; tera-operations, gigabytes of weights and number of the passes."""
+        """As `COSTS` says."""
         seconds = self.clock() - self.began
-        return self.passes + [seconds, seconds, 0, 0, 0]
+        return self.passes + [seconds, seconds, *[0] * (len(COSTS) - 2)]
 
     def watch(self, module: torch.nn.Module, published: torch.nn.Module, attention: int = 0) -> None:
         """Count the passes of a module. published: its like at full size, whose weights count. attention: layers x heads x
@@ -85,10 +86,15 @@ class Meter:
             seen = states.shape[-2] + 2 * (cache.get_seq_length() if attention and cache is not None else 0)
             self.passes[2] += 2 * states.shape[:-1].numel() * (weights + attention * seen) / 1e12
 
-        def after(*_) -> None:
-            self.passes += [0, started.pop() - self.clock(), 0, 2 * weights / 1e9, 1]
+        def before(*_) -> None:
+            started.append(self.clock())
+            self.inside += 1
 
-        module.register_forward_pre_hook(lambda *_: started.append(self.clock()))
+        def after(*_) -> None:
+            self.inside -= 1
+            self.passes += [0, started.pop() - self.clock(), 0, 2 * weights / 1e9, 1, 0, 0]
+
+        module.register_forward_pre_hook(before)
         module.register_forward_hook(after, always_call=True)  # also where a pass is left at the last layer that is wanted
         blocks[0].register_forward_pre_hook(tokens, with_kwargs=True)
 
@@ -103,6 +109,23 @@ class Meter:
             return found
 
         return metered
+
+
+class Tensors(TorchDispatchMode):
+    """Tells a meter what a GPU would do of the work beside the passes: every operation on tensors, and its seconds here."""
+
+    def __init__(self, meter: Meter):
+        super().__init__()
+        self.meter = meter
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self.meter.inside:
+            return func(*args, **(kwargs or {}))
+        start = self.meter.clock()
+        found = func(*args, **(kwargs or {}))
+        seconds = self.meter.clock() - start
+        self.meter.passes += [0, -seconds, 0, 0, 0, seconds, 1]
+        return found
 
 
 def mean_of_values(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_, **__) -> torch.Tensor:
@@ -120,7 +143,7 @@ class Rehearsal:
         self.meter = Meter(device)
         self.steps: list[dict] = []
         self.opened: dict[int, tuple[Image.Image, Callable]] = {}
-        self.bar = tqdm(total=15, unit="step", disable=None if progress else True)  # None: unless it is a terminal
+        self.bar = tqdm(total=17, unit="step", disable=None if progress else True)  # None: unless it is a terminal
 
     def run(self) -> dict:
         """All steps; a JSON-able report, from which `hours_of` makes hours."""
@@ -132,6 +155,7 @@ class Rehearsal:
             attention = published.num_layers * published.num_heads * published.head_dim
             self.meter.watch(each.model.model.language_model, published.model.model.language_model.layers, attention)
             self.meter.watch(_tower(each), _tower(published))
+            each.model.generation_config.eos_token_id = list(range(each.text_config.vocab_size))  # answers are a word long
         self.meter.watch(encoder.model, random_encoder("meta", torch.bfloat16).model)
         with ExitStack() as stack:
             stack.enter_context(self.bar)
@@ -139,6 +163,7 @@ class Rehearsal:
             stack.enter_context(mock.patch.object(FeatureExtractor, "image", self.meter.read(FeatureExtractor.image)))
             if self.small:
                 stack.enter_context(mock.patch("torch.nn.functional.scaled_dot_product_attention", mean_of_values))
+                stack.enter_context(Tensors(self.meter))
             capture(mlm, [Image.new("RGB", IMAGE)])  # kernels are chosen and memory is reserved in the first pass
             self._value_flow(FeatureExtractor(mlm, untrained, encoder))
             self._keys(mlm)
@@ -173,6 +198,9 @@ class Rehearsal:
         for name, task in value_flow_tasks("pocket", GENERATED).items():
             task.samples = [self._enlarge(sample) for sample in task.samples[: self.samples]]
             task.max_iter = 100  # features of random weights need not be separable
+            if name == "semantic_segmentation_probe":
+                self.step("01", "semantic_segmentation_probe_fit", len(task.train), "image", lambda task=task: task.prepare(extractor))
+                task.prepare = lambda _: None  # it is fitted
             items = sum(len(clip.frames) for clip in task.samples) if name == "temporal_correspondence" else len(task.samples)
             self.step("01", name, items, "frame" if name == "temporal_correspondence" else "item",
                       lambda task=task: run_task(task, extractor, progress=False))  # fmt: skip
@@ -183,7 +211,7 @@ class Rehearsal:
         table = self.step("03", "keys", len(images), "image", lambda: measure_keys(
             mlm, images, ["is there a fish ?"], mass_images=1, chunk=1, progress=False))  # fmt: skip
         block = select_lowest(table, 0.1, last_layers(mlm.num_layers))
-        pope = Pope(self._enlarged("pocket-pope", scenes=self.samples))
+        pope = Pope(self._enlarged("pocket-pope", scenes=16))  # a batch
         plain, blocks = {"none": None}, {f"blocked {i}": block for i in range(4)}
         self.step("03", "pictures", len({s.image_id for s in pope.samples}), "image", lambda: ask_under_blocks(pope, mlm, plain, progress=False))
         self.step("03", "questions", 4 * len({(s.image_id, s.question) for s in pope.samples}), "question",
@@ -208,8 +236,11 @@ class Rehearsal:
             each = DomainPrefix(scored, train, names, extractor, writer, kind)
             if self.small:
                 each.prefixes = lambda _: prefixes
+            if kind == "probe":
+                self.step("04", "domains_fit", len(train), "image", lambda each=each: each.fit(extractor))
+            each.fit = lambda _: None  # it is fitted
             self.step("04", f"domains_by_{kind}", len(scored), "image", lambda each=each: run_prefixes(each, extractor, progress=False))
-        pope = self._enlarged("pocket-pope", scenes=few)
+        pope = self._enlarged("pocket-pope", scenes=2 * few)
         self.step("04", "answers", len({s.image_id for s in pope}), "image", lambda: ask_behind_prefixes(pope, mlm, writer, progress=False))
 
     def _enlarged(self, name: str, **options) -> list:
@@ -253,11 +284,11 @@ def text_of(report: dict) -> str:
     versions = report["versions"] | report["versions"]["machine"]
     lines = [f"{report['model']}, random weights, {size}", f"{report['device']}, {versions['dtype']}, "
              f"{versions['attention']}, torch {versions['torch']}, transformers {versions['transformers']}", "",
-             f"{'':<4}{'step':<30}{'unit':<10}{'host s each':>12}{'host s a read':>14}{'TFLOP in all':>13}{'passes':>8}{'peak GiB':>9}"]  # fmt: skip
+             f"{'':<4}{'step':<30}{'unit':<10}{'host s each':>12}{'tensor s each':>14}{'a read':>8}{'TFLOP in all':>13}{'passes':>8}{'peak GiB':>9}"]  # fmt: skip
     for step in report["steps"]:
         item, read = step["of_items"], step["of_reads"]
         lines.append(f"{step['notebook']:<4}{step['step'].replace('_', ' '):<30}{step['unit']:<10}{item['host'] / step['items']:>12.3g}"
-                     f"{read['host'] / max(step['reads'], 1):>14.3g}{item['tflop'] + read['tflop']:>13.4g}"
+                     f"{item['tensor'] / step['items']:>14.3g}{read['host'] / max(step['reads'], 1):>8.2g}{item['tflop'] + read['tflop']:>13.4g}"
                      f"{item['passes'] + read['passes']:>8.0f}{step['peak']:>9.1f}")  # fmt: skip
     hours, said = hours_of(report, "full")
     named = "   ".join(f"{name} {value:,.1f}" for name, value in (hours | {"together": sum(hours.values())}).items())

@@ -32,8 +32,8 @@ SCREEN = ("Nothing was started", "KVUTILS_DATA", "bdd-10k", "14 GB", "research o
 
 
 STEP = {"notebook": "01", "step": "referring_segmentation", "items": 2, "reads": 1, "peak": 56.7,
-        "of_items": dict(zip(COSTS, (5.0, 3.0, 0.0, 0.0, 0.0), strict=True)),
-        "of_reads": dict(zip(COSTS, (9.0, 0.5, 65.0, 320.0, 2.0), strict=True))}  # fmt: skip
+        "of_items": dict(zip(COSTS, (5.0, 3.0, 0.0, 0.0, 0.0, 0.4, 1000.0), strict=True)),
+        "of_reads": dict(zip(COSTS, (9.0, 0.5, 65.0, 320.0, 2.0, 0.0, 0.0), strict=True))}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -86,10 +86,11 @@ def test_hours_are_host_seconds_and_passes_on_the_stated_gpu(monkeypatch):
     assert work["full"].keys() == work["quick"].keys() and work["full"]["referring_segmentation"] == [10834, 1500]
     report = {"device": "a processor", "full_size": False, "steps": [STEP]}
     each = 0.5 + 65 / (0.4 * 65) + 0.32 / 0.32 + 2 * 0.03  # seconds a picture on a T4
+    item = (3.0 + 0.4 * 0.01 / 0.32 + 1000 * 0.00003) / 2
     hours, said = hours_of(report, "full", "t4")
-    assert hours == {"01": pytest.approx((10834 * 1.5 + 1500 * each) / 3600)}
+    assert hours == {"01": pytest.approx((10834 * item + 1500 * each) / 3600)}
     assert "on one T4" in said and "40% of 65 TFLOP/s" in said and "a processor" in said
-    assert hours_of(report, "quick", "T4")[0]["01"] == pytest.approx((173 * 1.5 + 24 * each) / 3600)
+    assert hours_of(report, "quick", "T4")[0]["01"] == pytest.approx((173 * item + 24 * each) / 3600)
     assert hours_of(report, "full", "h100")[0]["01"] < hours["01"] and "on one H100" in hours_of(report, "full")[1]  # no GPU here
     assert hours_of(report, "full", "t4", {"01": {"referring_segmentation": "refcoco"}})[0] == {"01": 0}
     with pytest.raises(ParameterError, match="unknown GPU 't5'; expected one of h200, h100, a100"):

@@ -14,9 +14,9 @@ from kvutils.run.notebook import cache_root
 from kvutils.run.sizes import declared
 from kvutils.store import read_json
 
-# What a rehearsal keeps of a step: seconds in all; those beside the models' passes; of the passes the tera-operations, the gigabytes
-# of weights that they read, and their number.
-COSTS = ("seconds", "host", "tflop", "gbytes", "passes")
+# What a rehearsal keeps of a step: seconds in all; of the host, beside the models' passes; of the passes the tera-operations, the
+# gigabytes of weights that they read, and their number; of the rest what a GPU would do: seconds on one core, and number of operations.
+COSTS = ("seconds", "host", "tflop", "gbytes", "passes", "tensor", "calls")
 
 
 def device_name() -> str:
@@ -42,18 +42,19 @@ def hours_of(report: Mapping, size: str, gpu: str | None = None, lost: Mapping[s
     known = declared()
     gpus, rate, work = known["gpus"], known["assumed"], known["work"][size]
     if gpu is None and report["full_size"] and report["device"] == device_name():
-        gpu, said = "", f"on one {device_name()}: as a rehearsal measured them there"
+        gpu, fast, wide, said = "", 0, 0, f"on one {device_name()}: as a rehearsal measured them there"
     else:
         gpu = next((name for name in gpus if name in device_name().lower()), "h100") if gpu is None else gpu.lower()
         one_of("GPU", gpu, gpus)
-        said = (f"on one {gpu.upper()}: host seconds as rehearsed ({report['device']}) x items, and per pass operations / ({rate['share']:.0%} of "
-                f"{gpus[gpu]['tflops']} TFLOP/s) + weights / {gpus[gpu]['tbytes']} TB/s + {rate['pause']} s")
+        fast, wide = gpus[gpu]["tflops"], gpus[gpu]["tbytes"]
+        said = (f"on one {gpu.upper()}: host seconds as rehearsed ({report['device']}) x items; per pass operations / ({rate['share']:.0%} of {fast} "
+                f"TFLOP/s) + weights / {wide} TB/s + {rate['pause']} s;\n         other tensor work at {wide} to a core's {rate['core']} TB/s + {rate['call']:g} s a call")
 
     def seconds(cost: Mapping) -> float:
         if not gpu:
             return cost["seconds"]
-        calculated = cost["tflop"] / (rate["share"] * gpus[gpu]["tflops"]) + cost["gbytes"] / 1000 / gpus[gpu]["tbytes"]
-        return cost["host"] + calculated + cost["passes"] * rate["pause"]
+        passes = cost["tflop"] / (rate["share"] * fast) + cost["gbytes"] / 1000 / wide + cost["passes"] * rate["pause"]
+        return cost["host"] + passes + cost["tensor"] * rate["core"] / wide + cost["calls"] * rate["call"]
 
     found: dict[str, float] = {}
     for notebook in dict.fromkeys(step["notebook"] for step in report["steps"]):
