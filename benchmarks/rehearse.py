@@ -3,9 +3,10 @@
 The published architecture with random weights does what the notebooks do, on generated pictures of the usual size that are
 stored as JPEG files: whole items, by the tasks themselves, decoding, processor, probes and scores included. Of every step are
 reported the seconds beside the models' passes (the host's work, and what a GPU does of it on tensors), and what goes through the
-models at the published size; answers mean nothing. `make plan` makes hours of it, for a stated GPU. On a GPU the architecture has its full size, and the seconds of the
-passes are measured too. Without one it is scaled down (the same layers, views and image tokens, keys and values as wide; narrow else),
-attention takes the mean of all values, and all pictures and prefixes are one: passes then are few, cost little and are not measured.
+models at the published size; answers mean nothing. `make plan` makes hours of it, for a stated GPU. On a GPU the architecture has
+its full size, and the seconds of the passes are measured too. Without one it is scaled down (the same layers, views and image
+tokens, keys and values as wide; narrow else), attention takes the mean of all values, and all pictures and prefixes are one:
+passes then are few, cost little and are not measured.
 """
 
 from __future__ import annotations
@@ -284,10 +285,11 @@ def text_of(report: dict) -> str:
     versions = report["versions"] | report["versions"]["machine"]
     lines = [f"{report['model']}, random weights, {size}", f"{report['device']}, {versions['dtype']}, "
              f"{versions['attention']}, torch {versions['torch']}, transformers {versions['transformers']}", "",
-             f"{'':<4}{'step':<30}{'unit':<10}{'host s each':>12}{'tensor s each':>14}{'a read':>8}{'TFLOP in all':>13}{'passes':>8}{'peak GiB':>9}"]  # fmt: skip
+             f"{'':<4}{'step':<32}{'unit':<10}{'host s each':>12}{'tensor s each':>14}{'a read':>8}"
+             f"{'TFLOP in all':>13}{'passes':>8}{'peak GiB':>9}"]  # fmt: skip
     for step in report["steps"]:
         item, read = step["of_items"], step["of_reads"]
-        lines.append(f"{step['notebook']:<4}{step['step'].replace('_', ' '):<30}{step['unit']:<10}{item['host'] / step['items']:>12.3g}"
+        lines.append(f"{step['notebook']:<4}{step['step'].replace('_', ' '):<32}{step['unit']:<10}{item['host'] / step['items']:>12.3g}"
                      f"{item['tensor'] / step['items']:>14.3g}{read['host'] / max(step['reads'], 1):>8.2g}{item['tflop'] + read['tflop']:>13.4g}"
                      f"{item['passes'] + read['passes']:>8.0f}{step['peak']:>9.1f}")  # fmt: skip
     hours, said = hours_of(report, "full")

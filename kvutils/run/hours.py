@@ -48,7 +48,8 @@ def hours_of(report: Mapping, size: str, gpu: str | None = None, lost: Mapping[s
         one_of("GPU", gpu, gpus)
         fast, wide = gpus[gpu]["tflops"], gpus[gpu]["tbytes"]
         said = (f"on one {gpu.upper()}: host seconds as rehearsed ({report['device']}) x items; per pass operations / ({rate['share']:.0%} of {fast} "
-                f"TFLOP/s) + weights / {wide} TB/s + {rate['pause']} s;\n         other tensor work at {wide} to a core's {rate['core']} TB/s + {rate['call']:g} s a call")
+                f"TFLOP/s) + weights / {wide} TB/s + {rate['pause']} s;\n         other tensor work at {wide} to a core's {rate['core']} TB/s "
+                f"+ {rate['call']:g} s a call")
 
     def seconds(cost: Mapping) -> float:
         if not gpu:
