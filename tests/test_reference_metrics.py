@@ -190,7 +190,7 @@ def check_label_propagation(case, arrays):
     h, w = case["h"], case["w"]
     near = matching.restrict_neighborhood(h, w, case["size_mask_neighborhood"] or max(h, w))  # 0: no window
     options = {"topk": case["topk"], "temperature": case["temperature"]}
-    soft = matching.propagate_step(matching.unit_length(target), matching.unit_length(context.mT), segs.flatten(2).mT, near, **options)
+    soft = matching.propagate_step(matching.cosine_similarity(target, context.mT.flatten(0, 1)), segs.flatten(2).mT, near, **options)
     planes = soft.T.reshape(out.shape[1:])
     torch.testing.assert_close(planes, out[0], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(matching.norm_mask(planes), norm, atol=1e-4, rtol=1e-4)

@@ -51,18 +51,15 @@ def restrict_neighborhood(h: int, w: int, radius: int, device: torch.device | No
     return (near[0][:, None, :, None] & near[1][None, :, None, :]).reshape(h * w, h * w)
 
 
-def propagate_step(
-    target: Tensor, context: Tensor, labels: Tensor, neighborhood: Tensor, topk: int = 5, temperature: float = 0.1
-) -> Tensor:
+def propagate_step(cosine: Tensor, labels: Tensor, neighborhood: Tensor, topk: int = 5, temperature: float = 0.1) -> Tensor:
     """(..., N, K) soft labels of one frame, as DINO's label_propagation.
 
-    target (..., N, C) tokens and context (..., n, N, C) those of n earlier frames, all of unit length; labels (..., n, N, K).
-    Weights are exp(cosine / temperature), zero outside the neighbourhood; each target token keeps its topk largest over *all*
-    context frames together (ties with the last are kept too) and takes the weighted mean of their labels.
+    cosine (..., N, n * N) of its tokens with those of n earlier frames, overwritten; labels (..., n, N, K) of these. Weights are
+    exp(cosine / temperature), zero outside the neighbourhood; each target token keeps its topk largest over *all* context
+    frames together (ties with the last are kept too) and takes the weighted mean of their labels.
     """
-    frames, cells = context.shape[-3:-1]
-    affinity = target @ context.flatten(-3, -2).mT  # (..., N target, n * N source)
-    affinity.div_(temperature).exp_()
+    frames, cells = labels.shape[-3:-1]
+    affinity = cosine.div_(temperature).exp_()
     affinity.unflatten(-1, (frames, cells)).mul_(neighborhood.unsqueeze(1))
     smallest = affinity.topk(min(topk, frames * cells), dim=-1).values[..., -1:]
     affinity.masked_fill_(affinity < smallest, 0)
@@ -91,8 +88,9 @@ def grid_labels(mask: np.ndarray, grid: tuple[int, int]) -> Tensor:
 
 def propagate_labels(
     first_mask: np.ndarray, features: Tensor, grid: tuple[int, int], n_last: int = 7, radius: int = 12, topk: int = 5
-) -> Tensor:
-    """(S, T, H, W) uint8 index masks of a clip from its first mask (H, W) and features (S, T, h*w, C), as DINO on DAVIS.
+) -> tuple[Tensor, Tensor]:
+    """(S, T, H, W) uint8 index masks of a clip, twice, from its first mask (H, W) and features (S, T, h*w, C): as DINO on DAVIS,
+    and where each token copies the label of its nearest token in the first frame.
 
     The context of a frame is the first frame and the n_last before it, see `propagate_step`; the grid covers the whole
     frame. The first frame is returned as given, with void as background. Sources are independent of each other and taken
@@ -101,25 +99,17 @@ def propagate_labels(
     sources, frames, cells, _ = features.shape
     features, first = unit_length(features), grid_labels(first_mask, grid).to(features.device)
     neighborhood = restrict_neighborhood(*grid, radius, features.device)
-    soft = first.expand(sources, frames, *first.shape).clone()
+    carried, copied = (first.expand(sources, frames, *first.shape).clone() for _ in range(2))
     per_source = 8 * (n_last + 1) * cells**2  # float32, and as much again for what is chosen of it
     step = max(1, CHUNK_BYTES // per_source)
     for start in range(0, sources, step):
         part = slice(start, start + step)
         for t in range(1, frames):
             context = [0, *range(max(1, t - n_last), t)]
-            earlier = features[part][:, context], soft[part][:, context]
-            soft[part, t] = propagate_step(features[part, t], *earlier, neighborhood, topk)
-    return _masks(soft, first_mask, grid)
-
-
-def copy_labels(first_mask: np.ndarray, features: Tensor, grid: tuple[int, int]) -> Tensor:
-    """As `propagate_labels`, but each token copies the label of its nearest token in the first frame."""
-    features, first = unit_length(features), grid_labels(first_mask, grid).to(features.device)
-    soft = first.expand(*features.shape[:2], *first.shape).clone()
-    for t in range(1, features.shape[1]):
-        soft[:, t] = first[(features[:, t] @ features[:, 0].mT).argmax(-1)]
-    return _masks(soft, first_mask, grid)
+            cosine = features[part, t] @ features[part][:, context].flatten(1, 2).mT
+            copied[part, t] = first[cosine[..., :cells].argmax(-1)]
+            carried[part, t] = propagate_step(cosine, carried[part][:, context], neighborhood, topk)
+    return _masks(carried, first_mask, grid), _masks(copied, first_mask, grid)
 
 
 def copy_first_mask(first_mask: np.ndarray, frames: int) -> np.ndarray:

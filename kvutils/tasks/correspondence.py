@@ -16,7 +16,7 @@ from kvutils.errors import DataError
 from kvutils.metrics.statistics import Statistic, column_mean, column_ratio
 from kvutils.metrics.video import davis_sequence
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, Opener, stack_images
-from kvutils.readout.matching import copy_first_mask, copy_labels, cosine_similarity, propagate_labels, soft_argmax
+from kvutils.readout.matching import copy_first_mask, cosine_similarity, propagate_labels, soft_argmax
 from kvutils.tasks.base import UNTRAINED, Row, Task, opener
 
 ALPHA, TEMPERATURE, RADIUS = 0.1, 0.04, 1.5  # of PCK; of the soft-argmax, its radius in token sizes
@@ -138,8 +138,8 @@ class TemporalCorrespondence(Task):
         scores = {COPY_FIRST: [copied, copied]}  # per source and method (2 * objects, frames - 2): J of every object, then F
         for names in frames[0].by_width(extractor.sources, rows=len(frames[0].layout) * len(frames)):
             stacked = stack_images(frames, names).unflatten(1, (len(frames), -1))  # (S, T, N, C)
-            carried, nearest = propagate_labels(first, stacked, grid, N_LAST, NEAR, TOPK), copy_labels(first, stacked, grid)
-            both = [np.concatenate(davis_sequence(result, masks), axis=1) for result in (carried, nearest)]
+            found = propagate_labels(first, stacked, grid, N_LAST, NEAR, TOPK)
+            both = [np.concatenate(davis_sequence(result, masks), axis=1) for result in found]
             scores |= {name: pair for name, *pair in zip(names, *both, strict=True)}
         means = {source: np.stack([one.mean(axis=1) for one in both]) for source, both in scores.items()}
         objects = len(copied) // 2

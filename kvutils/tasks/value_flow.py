@@ -88,8 +88,8 @@ def compare_along_chain(table: ScoreTable, task: Task, n_boot: int = 2000, seed:
 
     The best value layer is chosen on one half of the groups; everything is measured on the other half, on the same items.
     scores, steps: {name: interval}, of None for a source that the table has left out, and where the task has no score of the
-    model's own encoder: the tower of Qwen2.5-VL and LLaVA-NeXT is no SigLIP, so it has no text to compare its patches with. Raises ParameterError where another source
-    is missing, and where there are too few groups to choose a layer."""
+    model's own encoder: the tower of Qwen2.5-VL and LLaVA-NeXT is no SigLIP, so it has no text to compare its patches with.
+    Raises ParameterError where another source is missing, and where there are too few groups to choose a layer."""
     summary = summarise(table, task, n_boot, seed)
     if "value_best" not in summary:
         raise ParameterError(f"{table.task}: {summary['groups']} units are too few to choose a layer; at least 4 are needed")
