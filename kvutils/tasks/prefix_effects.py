@@ -30,6 +30,7 @@ def summarise_prefixes(table: ScoreTable, statistic: Statistic, n_boot: int = 20
     first = len(table.columns) - len(MOVED)
     return {
         "n": len(table), "groups": len(set(table.groups)), "held_out": len(rest), "skipped": len(table.skipped),
+        "why_skipped": dict(table.skipped), "left_out": dict(table.left_out),
         "layers": layers, "best_layer": best,
         "scores": {c: [table.interval(f"{c}.{layer}", *options) for layer in layers] for c in CONDITIONS},
         "added": {c: [table.difference(f"{c}.{layer}", f"none.{layer}", *options) for layer in layers] for c in CONDITIONS[1:]},
