@@ -138,6 +138,11 @@ def test_numbers(value, shown):
     assert report.number(value) == shown
 
 
+def test_a_prompt_stays_in_its_cell_of_a_table():
+    table = report.markdown_table(("what", "found"), [("prompt", "<|im_start|>user <image>\nIs it?")])
+    assert table.splitlines()[2] == r"| prompt | &lt;\|im_start\|>user &lt;image><br>Is it? |"
+
+
 def test_the_committed_tables_are_those_of_the_committed_results():
     stale = report.stale(notebook.ROOT)
     status = subprocess.run(["git", "-C", str(notebook.ROOT), "status", "--porcelain", "data/results"], capture_output=True, text=True)

@@ -83,6 +83,9 @@ def rows(results: Mapping[str, Mapping]) -> list[dict]:
     return [row(claim, measurement(claim, results)) for claim in load_claims()]
 
 
+_IN_A_CELL = str.maketrans({"|": "\\|", "<": "&lt;", "\n": "<br>"})
+
+
 def read_results(folder: Path) -> dict[str, dict]:
     """{notebook: results} of the results files in a folder."""
     return {path.stem: read_json(path) for path in sorted(folder.glob("[0-9][0-9]_*.json"))}
@@ -104,8 +107,8 @@ def interval(part: Mapping, value: str = "value") -> str:
 
 
 def markdown_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    """A table as Markdown; numbers as `number` shows them."""
-    lines = [f"| {' | '.join(map(number, line))} |" for line in (header, *rows)]
+    """A table as Markdown; numbers as `number` shows them. Prompts, as `<|im_start|>user` and a line break, stay in their cell."""
+    lines = [f"| {' | '.join(number(each).translate(_IN_A_CELL) for each in line)} |" for line in (header, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 
