@@ -45,6 +45,7 @@ def test_lines_without_a_value():
     found = measured(UP, OPEN, UP) | {"value": None, "low": None, "high": None}
     line = report.row(claim(TWO), found)  # then ours counts the entries that hold
     assert (line["ours"], line["low"], line["verdict"], line["unit"]) == (2, None, "reproduced", "F1")
+    assert report.row(claim(TWO), found | {"reason": "no answer names an option"})["ours"] is None  # no count in "% of items"
 
 
 @pytest.mark.parametrize("broken", [

@@ -62,11 +62,12 @@ def judge(claim: Mapping, measured: Mapping | None) -> tuple[str, int]:
 
 
 def row(claim: Mapping, measured: Mapping | None) -> dict:
-    """One line of claims.json. Where the results give entries but no value, ours is how many of them hold."""
+    """One line of claims.json. Where the results give entries but no value of their own, ours is how many of them hold; a value
+    that is undefined for a reason stays so, as a count would not be in its unit."""
     verdict, holding = judge(claim, measured)
     measured = measured or {}
     ours = measured.get("value")
-    if ours is None and measured and claim["rule"]["kind"] != "above":
+    if ours is None and measured and not measured.get("reason") and claim["rule"]["kind"] != "above":
         ours = holding
     return {"id": claim["id"], "verdict": verdict, "paper": claim["paper"], "ours": ours,
             "low": measured.get("low"), "high": measured.get("high"), "n": measured.get("n"),
