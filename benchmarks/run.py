@@ -51,7 +51,7 @@ def describe_versions() -> dict:
 def load_bench(path: Path):
     """The module at `path`, imported under its file name."""
     spec = importlib.util.spec_from_file_location(f"benchmarks.{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
     spec.loader.exec_module(module)
     return module
 
