@@ -163,9 +163,7 @@ class Continuation:
         logits = self.mlm.model.lm_head(hidden).float()
         if logits.isfinite().all():
             return logits
-        raise ModelError(f"{self.mlm.name} in {str(self.mlm.dtype).removeprefix('torch.')} has logits that are not finite, first "
-                         f"because of {self._first_not_finite()}. Load it with dtype=\"bfloat16\" or \"float32\" (float16 ends at "
-                         "65,504); if that is what it has, its weights are damaged: fetch the checkpoint again.")  # fmt: skip
+        raise not_finite(self.mlm, f"logits that are not finite, first because of {self._first_not_finite()}")
 
     def _first_not_finite(self) -> str:
         """Where the first number came from that is not finite, as the cache shows it: a layer's input spoils its keys and values."""
@@ -186,6 +184,12 @@ class Continuation:
         if self.mlm.attention == "sdpa":
             return seen
         return torch.zeros_like(seen, dtype=self.mlm.dtype).masked_fill(~seen, torch.finfo(self.mlm.dtype).min)
+
+
+def not_finite(mlm: MLM, what: str) -> ModelError:
+    """The error for numbers of a model that are NaN or infinite; raise it."""
+    return ModelError(f"{mlm.name} in {str(mlm.dtype).removeprefix('torch.')} has {what}. Load it with dtype=\"bfloat16\" or "
+                      "\"float32\" (float16 ends at 65,504); if that is what it has, its weights are damaged: fetch the checkpoint again.")
 
 
 def _cache(keys_values: list[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from kvutils import data_folder
-from kvutils.errors import MemoryLimitError, ModelError, ParameterError, at_least, one_of, writing
+from kvutils.errors import KVUtilsError, MemoryLimitError, ModelError, ParameterError, at_least, one_of, writing
 from kvutils.layout import check_mlm
 from kvutils.processors import PROMPTS, load_processor, quiet_transformers, render, turn_of
 
@@ -76,7 +76,7 @@ def find_model(name: str, known: dict[str, ModelSpec] = MODELS) -> ModelSpec:
         return replace(spec, name=spec.name if spec.name in known else name, revision=revision)
     if (known_as := base_name(name)) in known:
         return known[known_as]
-    folder = Path(name).is_dir()
+    folder = name and Path(name).is_dir()
     if not folder and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         one_of("model", name, [*known, "a folder", "a hub id org/name"], ModelError)
     return ModelSpec(Path(name).name if folder else name, "", name, "custom")
@@ -146,9 +146,9 @@ class MLM:
         Published LLaVA templates move images to the front of a message. If that would put the prefix behind the image, prefix,
         image tokens and question are given to the template as one text, a line each."""
         token = self.processor.image_token
-        for name, text in (("prefix", prefix), ("question", question)):
-            if text and token in text:
-                raise ParameterError(f"{name} must not contain the image token {token!r}: kvutils places it")
+        for name, text in (("prefix", prefix or ""), ("question", question or "")):
+            if token in text or not text.isascii() and text != text.encode(errors="replace").decode():  # of a terminal in another code
+                raise ParameterError(f"{name} must be UTF-8 text without the image token {token!r}, which kvutils places; found {text!r}")
         rest = [{"type": "image"}] * images + ([{"type": "text", "text": question}] if question else [])
         rendered = self._render([{"type": "text", "text": prefix}] * bool(prefix) + rest)
         probe = self._render([{"type": "text", "text": _PROBE}] + rest) if prefix else ""
@@ -254,14 +254,16 @@ def _reading(spec: ModelSpec, device: torch.device) -> Iterator[None]:
     try:
         with writing(f"the files of {spec.name} (below HF_HOME)"):
             yield
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"{spec.name} cannot be loaded from {spec.source}: {error}\nExpected a folder as save_pretrained writes it "
-                         "(config.json, weights; the pocket models come with kvutils) or a model of the hub. With network it comes "
-                         f"by itself or with `hf download {spec.source}`; without, copy it to another machine's HF_HOME, or pass a "
-                         "folder.") from error  # fmt: skip
+    except KVUtilsError:
+        raise
     except torch.OutOfMemoryError as error:
         raise MemoryLimitError(f"the weights of {spec.name} do not fit {device} beside what is there ({error}). Free it, use a "
                                "smaller model, or device_map='auto' over several devices.") from error  # fmt: skip
+    except Exception as error:  # the libraries raise whatever their parsers do at a damaged file
+        get = ("Is every file of it whole?" if Path(spec.source).is_dir() else f"With network it comes by itself or with `hf download "
+               f"{spec.source}`; without, copy it to another machine's HF_HOME, or pass a folder.")  # fmt: skip
+        raise ModelError(f"{spec.name} cannot be loaded from {spec.source}: {str(error) or type(error).__name__}\nExpected a folder as "
+                         f"save_pretrained writes it (config.json, weights, processor) or a model of the hub. {get}") from error
 
 
 def _pretrained(model_class, spec: ModelSpec, **options) -> PreTrainedModel:

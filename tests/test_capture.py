@@ -21,6 +21,7 @@ from kvutils.kvcache import capture
 from kvutils.language import resolve_layers
 from kvutils.models import load_encoder, load_mlm, wrap_mlm
 from kvutils.prompts import prepare_text
+from kvutils.readout.attention import prompt_saliency
 from kvutils.readout.encoders import capture_encoder
 from kvutils.readout.words import text_values, words_of
 from kvutils.vision import encode_images, prepare_images
@@ -319,6 +320,7 @@ def test_reading_layers_heads_and_tokens():
     ("qwen2_5_vl", {"max_pixels": 10}, lambda mlm: capture(mlm, IMAGES), "max_pixels .* at least 64"),
     *[("pocket", {}, lambda mlm, layers=layers: capture(mlm, IMAGES, layers=layers), "layer")
       for layers in (5, [0, 9], [-6], [], "first", [1.5], ["2"], [None])],
+    ("pocket", {}, lambda mlm: mlm.prompt(prefix="f\udcfcr"), "prefix must be UTF-8 text"),
     ("pocket", {}, lambda mlm: text_values(mlm, "fish"), "list"),
     ("pocket", {}, lambda mlm: text_values(mlm, ["fish", " "]), "at least one word"),
     ("pocket", {}, lambda mlm: text_values(mlm, ["fish", "a <image>"]), "without the image token"),
@@ -400,6 +402,16 @@ def test_text_values_are_means_over_the_tokens_of_a_text(family):
     assert found.shape == (3, 2, mlm.num_kv_heads, mlm.head_dim) and found.dtype == torch.float32
     for text, ours in zip(texts, found, strict=True):
         check_text_values(mlm, text, ours, len(text.split()))
+
+
+@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("read", [lambda mlm: text_values(mlm, ["red", "blue"]), lambda mlm: prompt_saliency(mlm, picture(40, 30))])
+def test_what_is_not_finite_gives_no_score(family, read):
+    """A text whose value is NaN would score every token alike, and the whole picture would count as named."""
+    mlm = tiny(family)
+    mlm.model.model.language_model.layers[1].mlp.down_proj.register_forward_hook(lambda *parts: parts[-1] * torch.nan)
+    with pytest.raises(ModelError, match="not finite in layer 2, the first .*float32"):
+        read(mlm)
 
 
 def check_text_values(mlm, text, found, words):

@@ -1,6 +1,7 @@
 """What is asked of a checkpoint before it is used: configuration, tokens, revision, memory. Tiny models, real geometry."""
 
 import errno
+import os
 import re
 import shutil
 from unittest.mock import Mock
@@ -183,6 +184,21 @@ def test_a_commit_or_hub_id_of_a_model_keeps_what_is_known_of_the_model(name, ba
     assert base == "pocket" or (find_model(name).name, find_model(name).sizes) == (base, MODELS[base].sizes)
     assert original_encoder(name) == original_encoder(base) and Run("01", "paper", name).folder == Run("01", "paper", base).folder
     assert base == "pocket" or variance_threshold(torch.arange(1.0, 99), name)["value"] == 450.0
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json", "processor_config.json"])
+@pytest.mark.parametrize("size", [0, 200])
+def test_a_damaged_folder_is_one_sentence(tmp_path, file, size):
+    """Weights of a download that was stopped raise an error of safetensors, a tokenizer's one of its parser."""
+    folder = shutil.copytree(MODELS["pocket"].source, tmp_path / "my model")
+    os.truncate(folder / file, size)
+    with pytest.raises(ModelError, match="(?s)my model cannot be loaded from .*whole"):
+        load_mlm(str(folder))
+
+
+def test_a_model_without_a_name_is_unknown():
+    with pytest.raises(ModelError, match="unknown model ''"):
+        find_model("")
 
 
 def test_a_full_disk_is_not_a_missing_model(monkeypatch):

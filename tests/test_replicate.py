@@ -316,6 +316,7 @@ def test_what_is_committed_counts_not_what_an_interrupted_run_left(root, monkeyp
 
 @pytest.mark.parametrize(("arguments", "code", "said"), [
     (["-p", "seed", "010"], 1, "parameter seed = '010': expected int, found str"), (["-p", "seed", "1:30"], 1, "'1:30'"),
+    (["-p", "seed", "[" * 9999], 1, "expected int, found str"),
     (["-p", "seed", "-1"], 1, "seed = -1: expected a whole number from 0 to 4,294,967,295"), (["-p", "seed", "no"], 1, "'no'"),
     (["-p", "seed", "9" * 5000], 1, "found str"), (["-p", "seed", "{a: "], 1, "'{a: '"), (["-p", "model", "x"], 2, "write --model x"),
     (["--model", "pockett"], 2, "unknown model 'pockett' (did you mean 'pocket'?)"),

@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from kvutils.errors import DataError, ParameterError
 from kvutils.images import ImageLike, open_image
 from kvutils.keys import SameGrid
-from kvutils.language import embed
+from kvutils.language import embed, not_finite
 from kvutils.layout import TokenLayout
 from kvutils.models import MLM
 from kvutils.prompts import TextInputs, prepare_text
@@ -101,4 +101,6 @@ def _received(mlm: MLM, vision: VisionInputs, texts: Sequence[TextInputs], end: 
         for text in texts:
             embeddings = mlm.model.get_input_embeddings()(text.input_ids[:, end:])
             run(embeddings, text.position_ids[..., end:], copy.deepcopy(cache))
+    if not mass.isfinite().all():
+        raise not_finite(mlm, f"attention that is not finite in layer {int((~mass.isfinite()).flatten(1).any(1).nonzero()[0])}, the first of them")
     return mass

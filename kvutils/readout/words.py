@@ -23,7 +23,7 @@ from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoTokenizer, SiglipModel, SiglipTextModel
 
 from kvutils.errors import ModelError, ParameterError
-from kvutils.language import read_layers, resolve_layers
+from kvutils.language import not_finite, read_layers, resolve_layers
 from kvutils.models import ENCODERS, MLM, Encoder
 from kvutils.processors import quiet_transformers
 from kvutils.prompts import pad, tokenize
@@ -97,6 +97,10 @@ def text_values(mlm: MLM, texts: Sequence[str], layers: str | int | Iterable[int
             result[start : start + len(mean), position] = mean.cpu()
 
         read_layers(mlm, mlm.model.get_input_embeddings()(read.input_ids), read, layers, store)
+    broken = (~result.isfinite()).any(-1).any(-1).nonzero()  # (text, layer): scores with NaN would pass for a map
+    if len(broken):
+        first = broken[broken[:, 1].argmin()].tolist()
+        raise not_finite(mlm, f"values of the text {texts[first[0]]!r} that are not finite in layer {layers[first[1]]}, the first of them")
     return result
 
 

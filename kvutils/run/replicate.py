@@ -203,7 +203,7 @@ def given_parameters(pairs: list[tuple[str, str]]) -> dict:
             raise ParameterError(f"-p {name} {text}: write --{name} {text}")
         try:
             found[name] = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             found[name] = text
     return found
 
