@@ -20,7 +20,7 @@ from kvutils.prompts import tokenize
 from kvutils.readout.features import FeatureExtractor
 from kvutils.store import Parts, to_json
 from kvutils.tasks import prefix_answers
-from kvutils.tasks.prefix import MOVED, NOWHERE, DomainPrefix, ReferringPrefix, moved, prefix_picture, run_prefixes
+from kvutils.tasks.prefix import MOVED, NOWHERE, DomainPrefix, ReferringPrefix, moved, prefix_picture, run_prefixes, with_controls
 from kvutils.tasks.prefix_effects import claim_c7, claim_x3, summarise_prefixes
 from kvutils.tasks.prefixes import CONDITIONS, PrefixWriter
 
@@ -133,6 +133,14 @@ def test_domain_readouts_run_and_resume_with_the_same_bytes(domain_readouts, rea
     k = (len(table.columns) - len(MOVED)) // 3
     _, true, said = (table.of("wrong.5")[:, i * k : (i + 1) * k].sum(1) for i in range(3))
     assert (true == said).all() and (true > 0).all()
+
+
+def test_too_few_images_are_said_before_anything_is_read(domain_readouts, monkeypatch):
+    readout = domain_readouts[1]["text"]
+    assert with_controls(readout, 2) == 2
+    monkeypatch.setattr(readout, "samples", readout.samples[:3])
+    with pytest.raises(DataError, match="domain_by_text: 3 images with prefixes of equal length are too few to choose a layer"):
+        with_controls(readout)
 
 
 def test_a_layer_without_a_probe_and_a_damaged_picture_are_left_out_and_named(mlm, writer, monkeypatch):

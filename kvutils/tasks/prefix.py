@@ -273,15 +273,22 @@ def _values(readout: PrefixReadout, extractor: FeatureExtractor, sample: Any, pr
 def with_controls(readout: PrefixReadout, start: int = 0) -> int:
     """Number of the first sample from `start` on (else before it) that has prefixes of equal length in every condition.
 
-    Raises DataError where none has: nothing can be measured, which is better known before hours of reading."""
+    Raises DataError where fewer than four images have such: nothing can be measured, which is better known before hours of reading."""
     count = len(readout.samples)
     order = [*range(min(start, count), count), *range(min(start, count))]
-    found = next((number for number in order if readout.prefixes(readout.samples[number]) is not None), None)
+    usable = (number for number in order if readout.prefixes(readout.samples[number]) is not None)
+    found = next(usable, None)
     if found is None:
         absent = sorted(set(chain(*readout.writer.unmatched.values())))
         raise DataError(f"{readout.name}: none of {count} samples has prefixes of equal length in every condition for "
                         f"{readout.writer.mlm.name}; there is no {', no '.join(absent)} for any. Read more samples or other domains, "
                         "or word the prefixes anew (kvutils/tasks/prefixes.py)")  # fmt: skip
+    groups = {readout.group_of(readout.samples[found])}
+    while len(groups) < 4:
+        if (number := next(usable, None)) is None:
+            raise DataError(f"{readout.name}: {len(groups)} images with prefixes of equal length are too few to choose a layer on some of "
+                            "them and test it on others; at least 4 are needed: read more samples")  # fmt: skip
+        groups.add(readout.group_of(readout.samples[number]))
     return found
 
 
