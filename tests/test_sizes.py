@@ -140,8 +140,8 @@ def hub_cache(tmp_path_factory, whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "number"), [("llava_next", "02"), ("qwen2_5_vl", "04"), ("llava_onevision", "05")])
-def test_one_command_reads_hub_copies_alone(family, number, hub_cache, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("family", "numbers"), [("llava_next", "01 02"), ("qwen2_5_vl", "04"), ("llava_onevision", "05")])
+def test_one_command_reads_hub_copies_alone(family, numbers, hub_cache, tmp_path, monkeypatch):
     words = [word for name in CATEGORIES.values() for word in name.split()]
     known = mini_models.known_words()
     monkeypatch.setattr(mini_models, "known_words", lambda: list(dict.fromkeys([*known, *words])))
@@ -150,12 +150,13 @@ def test_one_command_reads_hub_copies_alone(family, number, hub_cache, tmp_path,
                                 "HF_DATASETS_CACHE": str(tmp_path / "rows"), "PYTHONPATH": str(ROOT)}  # fmt: skip
     Path(environment["KVUTILS_DATA"]).mkdir()
     command = [sys.executable, "-m", "kvutils", "replicate", "--profile", "paper", "--model", str(model), "--data", "hub", "--size", "quick",
-               "--notebooks", number, "--out", str(tmp_path / "out"), "-p", "bootstrap", "50", "-p", "progress", "false",
+               "--notebooks", *numbers.split(), "--out", str(tmp_path / "out"), "-p", "bootstrap", "50", "-p", "progress", "false",
                "-p", "data_options", '{"refcoco": {"max_images": 8}, "pope": {"max_images": 2}}']  # fmt: skip
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert number == "05" or "no hub copy of" in done.stdout
+    assert numbers == "05" or "no hub copy of" in done.stdout
     folder = tmp_path / "out" / "data" / "results" / "paper" / "tiny-quick"
-    (about,) = (json.loads(path.read_text()) for path in (folder / "provenance").glob("*.json"))
-    assert about["data"] and all(f"at {'ab' * 20}" in place for place in about["data"].values())
+    written = [json.loads(path.read_text())["data"] for path in (folder / "provenance").glob("*.json")]
+    assert len(written) == len(numbers.split()) and all(written)
+    assert all(f"at {'ab' * 20}" in place for data in written for place in data.values())
     assert "**quick**" in (folder / "REPORT.md").read_text()

@@ -12,6 +12,7 @@ import torch
 from kvutils import VOID
 from kvutils.datasets.samples import Clip, Episode, ImageGroup, KeypointPair, LabelledImage, NamedMask
 from kvutils.errors import DataError, ImageError, ParameterError
+from kvutils.images import open_image
 from kvutils.metrics.statistics import choosing_half
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, token_means
 from kvutils.store import Parts, to_json
@@ -185,7 +186,10 @@ def test_texts_read_the_other_way():
     assert (found["layer"], found["n"], found["behind"]) == (2, 12, {"ours": [], "other": ["<eos>"]})
     assert found["ours"]["mean"] == pytest.approx(means(table, task)["value.2"], abs=0.01)  # features there are rounded
     assert found["other_minus_ours"]["mean"] == pytest.approx(found["other"]["mean"] - found["ours"]["mean"]) != 0
+    del summary["sources"]["value.2"]  # left out: it could not be stored
+    task.samples = [NamedMask("bad", "n9", lambda: open_image("none.jpg"), "bird", task.samples[0].mask, "n9", "bird"), *task.samples]
     begun = other_reading(task, FeatureExtractor(tiny("llava_next"), keys=False), summary, n_boot=20)
+    assert begun["layer"] != 2 and begun["n"] == 12  # nor does a damaged picture stop it
     assert begun["behind"] == {"ours": ["<bos>"], "other": []} and begun["other_minus_ours"]["mean"] != 0
 
 

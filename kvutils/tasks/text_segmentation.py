@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from kvutils.datasets.samples import LabelledImage, NamedMask
-from kvutils.errors import DataError, one_of
+from kvutils.errors import DataError, ImageError, one_of
 from kvutils.kvcache import capture
 from kvutils.layout import TokenLayout
 from kvutils.metrics.masks import RankedMaps, box_iou, largest_region_boxes, true_and_void
@@ -212,13 +212,19 @@ def other_reading(task: TextSegmentation, extractor: FeatureExtractor, summary: 
     Over the task's first samples, with the values of the layer that is best in its summary, the first layer aside (whose
     values do not depend on what is before a text)."""
     mlm = extractor.mlm
-    layer = max((each for each in extractor.layers if each > 0), key=lambda each: summary["sources"][f"value.{each}"]["mean"])
+    usable = [each for each in extractor.layers if each > 0 and f"value.{each}" in summary["sources"]]  # others are `left_out`
+    layer = max(usable, key=lambda each: summary["sources"][f"value.{each}"]["mean"])
     start, end = start_tokens(mlm), [mlm.tokenizer.eos_token_id]
     read = {"ours": start, "other": [] if start else end}
-    samples = [sample for sample in task.samples[:count] if (sample.mask == 1).any()]
-    rows = []
-    for sample in samples:
-        (shot,) = capture(mlm, [sample.image], layers=[layer], keys=False, features=False)
+    samples, rows = [], []
+    for sample in task.samples[:count]:
+        try:
+            if not (sample.mask == 1).any():
+                continue
+            (shot,) = capture(mlm, [sample.image], layers=[layer], keys=False, features=False)
+        except (DataError, ImageError):  # `run_task` has counted and named it
+            continue
+        samples.append(sample)
         shot = shot.select(image_tokens(shot.layout))
         texts = torch.cat([text_values(mlm, [sample.text], layer, behind=behind).flatten(1) for behind in read.values()])
         scores = texts.to(shot.values.device) @ shot.value(layer).float().T
