@@ -94,7 +94,7 @@ def test_hours_are_host_seconds_and_passes_on_the_stated_gpu(monkeypatch):
     assert hours_of(report, "full", "h100")[0]["01"] < hours["01"] and "on one H100" in hours_of(report, "full")[1]  # no GPU here
     assert hours_of(report, "full", "t4", {"01": {"referring_segmentation": "refcoco"}})[0] == {"01": 0}
     with pytest.raises(ParameterError, match="unknown GPU 't5'; expected one of h200, h100, a100"):
-        hours_of(report, "full", "t5")
+        table("paper", "owner/name", ["05"], gpu="t5")  # also where there is no rehearsal to compute hours from
     monkeypatch.setattr("kvutils.run.hours.device_name", lambda: "NVIDIA A100-SXM4-80GB")
     assert "on one A100" in hours_of(report, "full")[1]
     measured, said = hours_of(report | {"device": "NVIDIA A100-SXM4-80GB", "full_size": True}, "full")
@@ -157,6 +157,9 @@ def test_what_is_missing_is_said_before_anything_starts(monkeypatch, tmp_path):
     with pytest.raises(DataError, match=r'What can run now: .*NOTEBOOKS="05"') as error:
         check_ready("paper", "qwen2.5-vl-3b", {"03": {}, "05": {}})
     assert "coco: 3 of 5 files are missing" in str(error.value)
+    hub = {"size": "quick", "data_options": {"coco": {"root": "hub"}}}
+    with pytest.raises(DataError, match=r"(?s)coco +1 GB .*make plan PROFILE=paper MODEL=qwen2.5-vl-3b DATA=hub SIZE=quick "):
+        check_ready("paper", "qwen2.5-vl-3b", {"03": hub})
     check_ready("paper", "pocket", {"05": {}})
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from kvutils import data_folder
-from kvutils.errors import one_of
 from kvutils.models import base_name
 from kvutils.run.notebook import cache_root
 from kvutils.run.sizes import declared
@@ -45,7 +44,6 @@ def hours_of(report: Mapping, size: str, gpu: str | None = None, lost: Mapping[s
         gpu, fast, wide, said = "", 0, 0, f"on one {device_name()}: as a rehearsal measured them there"
     else:
         gpu = next((name for name in gpus if name in device_name().lower()), "h100") if gpu is None else gpu.lower()
-        one_of("GPU", gpu, gpus)
         fast, wide = gpus[gpu]["tflops"], gpus[gpu]["tbytes"]
         said = (f"on one {gpu.upper()}: host seconds as rehearsed ({report['device']}) x items; per pass operations / ({rate['share']:.0%} of {fast} "
                 f"TFLOP/s) + weights / {wide} TB/s + {rate['pause']} s;\n         other tensor work at {wide} to a core's {rate['core']} TB/s "

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
@@ -18,12 +19,13 @@ from transformers.utils import is_protobuf_available, is_sentencepiece_available
 from kvutils.datasets import FOLDERS, USES, open_dataset
 from kvutils.datasets.catalog import CATALOG, data_root
 from kvutils.datasets.hub import HUB, ask_hub, hub_download
-from kvutils.errors import DataError
+from kvutils.errors import DataError, one_of
 from kvutils.models import ENCODERS, FAMILIES, MODELS, ModelSpec, find_model, original_encoder
 from kvutils.run.hours import device_name, find_rehearsal, hours_of
-from kvutils.run.sizes import left_out, parameters_of
+from kvutils.run.sizes import declared, left_out, parameters_of
 from kvutils.store import read_json
 
+T = TypeVar("T")
 NOTEBOOKS = ("01", "02", "03", "04", "05")
 GIB = 2**30
 SIZES = {"llava-onevision-7b": 8.03, "llava-onevision-0.5b": 0.89, "qwen2.5-vl-7b": 8.29, "qwen2.5-vl-3b": 3.75,
@@ -98,24 +100,26 @@ def check_ready(profile: str, model: str, notebooks: Mapping[str, Mapping]) -> N
     specs = [find_model(model), *([ENCODERS[original_encoder(model)]] if set(notebooks) - set(_NO_ENCODER) else [])]
     with ThreadPoolExecutor() as pool:
         models = [problem for problem, _ in pool.map(look_for_model, specs) if problem]
-    data = {name: problem for name, (problem, _) in look_for_data(_together(wanted)).items() if problem}
-    missing = [*models, *data.values()]
+    data = {name: found for name, found in look_for_data(_together(wanted)).items() if found[0]}
+    missing = [*models, *(problem for problem, _ in data.values())]
     if not missing:
         return
     if len(missing) == 1:
         raise DataError(f"Nothing was started.\n{missing[0]}")
     from_hub = any(options.get("root") == HUB for options in _together(wanted).values())
+    sizes = {f" SIZE={parameters['size']}" for parameters in notebooks.values() if "size" in parameters}
+    this = f"PROFILE={profile} MODEL={model}{' DATA=hub' if from_hub else ''}{''.join(sizes)}"
     lines = ["Nothing was started: this is missing.", "", *(f"  model     {problem.splitlines()[0]}" for problem in models)]
     lines += [f"            {_GET.format('<id>')}", ""] if models else []
-    for name, problem in _by_folder(data).items():
+    for name, (problem, gigabytes) in _by_folder(data).items():
         about = CATALOG[name]
-        lines.append(f"  {name:<12}{about.to_get:5.2g} GB  {about.how:<14} {about.licence}")
+        lines.append(f"  {name:<12}{gigabytes:5.2g} GB  {about.how:<14} {about.licence}")
         if from_hub or data_root() and (data_root() / name).is_dir():  # something is there, but not all
             lines.append(f"      {problem.splitlines()[0]}")
     lines += ["", *([] if from_hub else _next(data))]
     if ready := [number for number in notebooks if not models and not data.keys() & wanted[number]]:
-        lines += ["", f'  What can run now:  make replicate PROFILE={profile} MODEL={model} NOTEBOOKS="{" ".join(ready)}"']
-    lines += ["", f"  make plan PROFILE={profile} MODEL={model}    the same with gigabytes, memory and hours per notebook",
+        lines += ["", f'  What can run now:  make replicate {this} NOTEBOOKS="{" ".join(ready)}"']
+    lines += ["", f"  make plan {this}    the same with gigabytes, memory and hours per notebook",
               "  make replicate                        the pocket profile: no data, no network, minutes"]  # fmt: skip
     raise DataError("\n".join(lines))
 
@@ -125,12 +129,12 @@ def _together(wanted: Mapping[str, Mapping]) -> dict[str, Mapping]:
     return {name: options for each in wanted.values() for name, options in each.items()}
 
 
-def _by_folder(missing: Mapping[str, str]) -> dict[str, str]:
+def _by_folder(missing: Mapping[str, T]) -> dict[str, T]:
     """What is missing, by the names of the catalog: two data sets may share a folder."""
     return {FOLDERS.get(name, name): problem for name, problem in missing.items()}
 
 
-def _next(missing: Mapping[str, str]) -> list[str]:
+def _next(missing: Mapping[str, object]) -> list[str]:
     """The command that gets what is missing, [] where nothing is."""
     known = [] if os.environ.get("KVUTILS_DATA") else ["  KVUTILS_DATA is not set: export KVUTILS_DATA=/a/folder/with/space, then"]
     get = f'  make data DATASETS="{" ".join(_by_folder(missing))}"'
@@ -146,6 +150,8 @@ def weights_on_gpu(spec: ModelSpec, notebook: str) -> float | None:
 
 def table(profile: str, model: str, notebooks: Sequence[str] = NOTEBOOKS, size: str = "full", source: str = "files", gpu: str | None = None) -> str:
     """The plan as text. size, source: SIZE and DATA; gpu: hours are those of one such (`hours_of`)."""
+    if gpu is not None:
+        one_of("GPU", gpu.lower(), declared()["gpus"])
     spec, report = find_model(model), find_rehearsal(model)
     chosen = {number: parameters_of(number, profile, size, source) for number in notebooks}
     lost = {number: left_out(number, profile, each) for number, each in chosen.items()}
