@@ -4,10 +4,11 @@ import json
 import re
 import subprocess
 
+import numpy as np
 import pytest
 
 from kvutils.errors import DataError
-from kvutils.metrics.statistics import undefined
+from kvutils.metrics.statistics import Interval, undefined
 from kvutils.run import notebook, report
 from kvutils.run.cli import main
 from kvutils.store import write_json
@@ -64,6 +65,8 @@ def test_an_undefined_part_neither_holds_nor_is_against():
     for entries, verdict in (([UP], "inconclusive"), ([DOWN], "not reproduced"), ([], "inconclusive")):
         line = report.row(claim(ALL), {"value": None, "entries": [*(measured(*entries)["entries"] if entries else []), nothing]})
         assert line["verdict"] == verdict and line["ours"] == entries.count(UP)
+    bare = Interval(150.0, np.nan, np.nan, 28).claim("total of MME, one image of each subtask")  # no resample has all of them
+    assert report.judge(claim(ALL), {"entries": [bare]})[0] == "inconclusive" and "too few independent units" in report.interval(bare)
     line = report.row(claim(ABOVE), nothing)  # as the headline
     assert (line["verdict"], line["ours"]) == ("inconclusive", None)
     assert report.interval(nothing) == "not defined: no item shows it"

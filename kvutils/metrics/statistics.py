@@ -45,9 +45,10 @@ class Interval:
         low, high = sorted((self.low * factor, self.high * factor))
         return Interval(self.mean * factor, low, high, self.n)
 
-    def claim(self, name: str | None = None, reason: str = "", **more) -> dict:
-        """{name, value, low, high, n, ...}: a part of a claim; without a name, its headline. reason: why, where undefined."""
-        found = self.as_dict() | ({"reason": reason} if reason and math.isnan(self.mean) else {})
+    def claim(self, name: str | None = None, reason: str = "too few independent units to resample", **more) -> dict:
+        """{name, value, low, high, n, ...}: a part of a claim; without a name, its headline. reason: why, where it or its interval
+        is undefined."""
+        found = self.as_dict() | ({"reason": reason} if reason and math.isnan(self.mean + self.low) else {})
         return ({} if name is None else {"name": name}) | {"value": found.pop("mean")} | found | more
 
 
@@ -74,7 +75,7 @@ def undefined(name: str, reason: str) -> dict:
 
 def claim_of_parts(entries: list[dict], unit: str) -> dict:
     """A claim without a number of its own: how many of its parts hold is for the verdict to say."""
-    return UNDEFINED.claim(unit=unit, entries=entries) | {"n": len(entries)}
+    return UNDEFINED.claim(reason="", unit=unit, entries=entries) | {"n": len(entries)}
 
 
 def mean_statistic(weights: np.ndarray, scores: np.ndarray) -> np.ndarray:
