@@ -121,7 +121,7 @@ def test_an_interval_as_result_claim_and_text():
     assert statistics.Interval.of(found.as_dict()) == found and found.scaled(-100) == statistics.Interval(-25, -50, 0.01, 7)
     assert found.claim("a", unit="x") == {"name": "a", "value": 0.25, "low": -0.0001, "high": 0.5, "n": 7, "unit": "x"}
     assert nothing.as_dict() == {"mean": None, "low": None, "high": None, "n": 0}
-    assert statistics.Interval.of(nothing.as_dict()).scaled(2).claim() == {"value": None, "low": None, "high": None, "n": 0}
+    assert statistics.Interval.of(nothing.as_dict()).scaled(2).claim(reason="") == {"value": None, "low": None, "high": None, "n": 0}
     assert statistics.interval_text(found.as_dict()) == "0.250 [-0.000, 0.500]"
     assert statistics.interval_text(found.claim(), 1, sign=True, factor=100) == "+25.0 [-0.0, +50.0]"
     assert statistics.interval_text(nothing.as_dict()) == "not defined"
