@@ -21,6 +21,7 @@ from kvutils.errors import ParameterError
 
 PROMPTS = yaml.safe_load((data_folder() / "prompts.yaml").read_text(encoding="utf-8"))  # form -> why, turns by family, questions
 
+
 class ImageOnlyLlavaOnevisionProcessor(LlavaOnevisionProcessor):
     """`LlavaOnevisionProcessor` without video, hence without torchvision."""
 
