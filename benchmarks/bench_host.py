@@ -1,11 +1,15 @@
 """Seconds of work per item beside the model's forward: `host_seconds_per_item`, here and in another checkout.
 
-    python benchmarks/bench_host.py [--old FOLDER] [--only NAME ...] [--layers 4]
+    python benchmarks/bench_host.py [--gpu] [--old FOLDER] [--only NAME ...] [--layers 4]
 
 One item of real size per task, scored by the task itself: the layout, the widths and the layers of LLaVA-OneVision-7B, random
 features in place of those of a model. A sentence is timed as the benchmarks have them, several of one picture. The model here
 is random, has the real widths where a readout uses its weights (output projection, norm, head) and is never run on a picture.
-Times are CPU seconds of one thread without a GPU, where a GPU's work (maps, probes) is counted as well; seconds with one.
+Times are CPU seconds of one thread, of all the work: what a GPU does in a run with one (maps, sorts, probes) is counted as
+well. With a GPU they are seconds of the clock.
+
+--gpu tells the two apart on a CPU: a GPU is simulated (`simulated_gpu`, where is said what is counted), the model and what each
+checkout keeps there live on it, and the host's seconds of a run with a GPU stand beside the CPU seconds of the GPU's work.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ import numpy as np
 import torch
 from architectures import architecture
 from PIL import Image
+from simulated_gpu import CUDA, SimulatedGPU
 from transformers import AutoModelForImageTextToText, SiglipVisionConfig, SiglipVisionModel
 
 from kvutils.datasets.samples import Clip, DomainImage, Episode, ImageGroup, KeypointPair, LabelledImage, NamedMask
@@ -50,6 +55,7 @@ NAMES = ("foreground_segmentation", "co_segmentation", "semantic_segmentation", 
          "temporal_correspondence", "feature_extraction", "prefix_referring", "prefix_domain")  # methods of `Workshop`
 WRITER = SimpleNamespace(wording=SimpleNamespace(expression="{}", domain="{}"), correct=lambda kind, name: name)  # of prefixes, which nothing reads
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}  # freed memory is kept, as on a GPU; returning it would be host time
 
 
 @dataclass
@@ -61,31 +67,31 @@ class Item:
     count: int = 1
 
 
-def real_width_mlm() -> MLM:
+def real_width_mlm(device: torch.device) -> MLM:
     """LLaVA-OneVision-7B with its real hidden size, heads and layers, and a narrow MLP; the layers share their weights."""
     config, processor = architecture("llava-onevision-7b", small=True)
     text = config.text_config
     text.hidden_size, text.head_dim, text.intermediate_size = 3584, 128, 64
     text.num_hidden_layers, config.vision_config.num_hidden_layers, config.vision_config.hidden_size = 1, 1, 1152
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).to(DEVICE)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     layers = model.model.language_model.layers
     weights = {id(each): each for each in layers[0].parameters()}
     for number in range(1, LAYERS):
         layers.append(copy.deepcopy(layers[0], dict(weights)))  # known to the copy, so not copied
         layers[-1].self_attn.layer_idx = number
     text.num_hidden_layers = LAYERS
-    return wrap_mlm(model, processor, "llava-onevision-7b, random")
+    return wrap_mlm(model.to(device), processor, "llava-onevision-7b, random")
 
 
 class Workshop:
     """Makes pictures, masks and features, and the extractor that has them at hand."""
 
-    def __init__(self, layers: int):
+    def __init__(self, layers: int, device: torch.device = DEVICE):
         torch.manual_seed(0)
-        self.mlm = real_width_mlm()
+        self.device, self.mlm = device, real_width_mlm(device)
         tower = SiglipVisionModel(SiglipVisionConfig(hidden_size=1152, intermediate_size=4304, num_hidden_layers=1,
                                                      num_attention_heads=16, image_size=384, patch_size=14))  # fmt: skip
-        encoder = Encoder(tower.eval().to(DEVICE), None, "siglip-so400m, random", "in memory")
+        encoder = Encoder(tower.eval().to(device), None, "siglip-so400m, random", "in memory")
         text = SimpleNamespace(name="random", template="{}", embed=lambda _: torch.nn.functional.normalize(torch.randn(1152), dim=0))
         self.chosen = np.linspace(0, LAYERS - 1, layers).round().astype(int).tolist()
         self.extractor = FeatureExtractor(self.mlm, self.mlm, encoder, encoder_text=text, layers=self.chosen)
@@ -112,8 +118,8 @@ class Workshop:
         for source in (*extractor.sources, "head.encoder", "head.encoder_original"):  # head: what text scores read of a tower that is cut
             width = {"pixels": 5, "projector": 3584}.get(source, 1152 if "encoder" in source else 512)
             means = torch.randn(int(shown.max()) + 1, width, generator=torch.Generator().manual_seed(width))
-            found[source] = (torch.randn(len(layout), width) + 0.3 * means[shown]).half().to(extractor.to or DEVICE)
-        return ImageFeatures(layout, found, DEVICE)
+            found[source] = (torch.randn(len(layout), width) + 0.3 * means[shown]).half().to(extractor.to or self.device)
+        return ImageFeatures(layout, found, self.device)
 
     def scored(self, task, pictures: list, unit: str, count: int = 1) -> Item:
         found = {one.id: self.features(one) for one in pictures}
@@ -166,13 +172,19 @@ class Workshop:
         """From what a forward leaves on the device to features: the models are replaced by what they return."""
         layout = build_layout(self.mlm, COCO)
         images = [(str(i), Image.new("RGB", COCO, (i, 0, 0))) for i in range(BATCH)]
-        states = torch.randn(len(self.chosen), self.mlm.num_kv_heads, len(layout), self.mlm.head_dim, device=DEVICE)
-        captured = Capture(layout, tuple(self.chosen), states, states, *(torch.randn(len(layout), c, device=DEVICE) for c in (1152, 3584)))
-        forward = {"capture": lambda mlm, images, *_, **__: [captured] * len(images),
+        states = torch.randn(len(self.chosen), self.mlm.num_kv_heads, len(layout), self.mlm.head_dim, device=self.device)
+        towers = [torch.randn(len(layout), width, device=self.device) for width in (1152, 3584)]
+        captured = Capture(layout, tuple(self.chosen), states, states, *towers)
+
+        def capture(mlm, images, *_, keys: bool = True, features: bool = True, to=None, **__) -> list[Capture]:
+            kept = (states if keys else None, states, *(towers if features else (None, None)))
+            return [Capture(layout, captured.layers, *(one if one is None else one.to(to or self.device) for one in kept)) for _ in images]
+
+        forward = {"capture": capture,
                    "prepare_images": lambda *_: SimpleNamespace(layouts=[layout]), "encode_images": lambda *_: ([], []),
                    "capture_prepared": lambda *_, **__: [captured],
                    "encode_prepared": lambda *_, **__: [captured.encoder],
-                   "capture_encoder": lambda encoder, mlm, images, **_: [captured.encoder] * len(images)}  # fmt: skip
+                   "capture_encoder": lambda _, mlm, images, to=None, **__: [towers[0].to(to or self.device) for _ in images]}  # fmt: skip
         there = {name: replaced for name, replaced in forward.items() if hasattr(features_module, name)}
 
         def run() -> None:
@@ -219,11 +231,27 @@ def measure(names: list[str], layers: int) -> dict[str, dict]:
     return found
 
 
-def elsewhere(checkout: Path, names: list[str], layers: int) -> dict[str, dict]:
-    """`measure` with the package and the architectures of another checkout."""
-    paths = os.pathsep.join(str(checkout / part) for part in ("", "benchmarks", "data/pocket"))
-    command = [sys.executable, "-P", __file__, "--json", "--layers", str(layers), "--only", *names]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, stdout=subprocess.PIPE, text=True, check=True)
+def measure_shares(names: list[str], layers: int) -> dict[str, dict]:
+    """As `measure`, on a simulated GPU: seconds are the host's; the GPU's, and its launches, stand beside."""
+    torch.set_num_threads(1)
+    found = {}
+    with SimulatedGPU() as gpu:
+        workshop = Workshop(layers, CUDA)
+        for name in names:
+            item = getattr(workshop, name)()
+            gpu.restart()
+            item.run()
+            shares = {"seconds": gpu.host, "gpu_seconds": gpu.device, "overhead": gpu.overhead, "launches": gpu.launches}
+            found[name] = {"unit": item.unit} | {key: value / item.count for key, value in shares.items()}
+            print(name, *(f"{key} {value / item.count:.3g}" for key, value in shares.items()), file=sys.stderr, flush=True)
+    return found
+
+
+def elsewhere(checkout: Path, names: list[str], layers: int, gpu: bool) -> dict[str, dict]:
+    """`measure` or `measure_shares` with the package and the architectures of another checkout."""
+    paths = os.pathsep.join([*(str(checkout / part) for part in ("", "benchmarks", "data/pocket")), str(Path(__file__).parent)])
+    command = [sys.executable, "-P", __file__, "--json", "--layers", str(layers), "--only", *names, *["--gpu"] * gpu]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths} | KEPT, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
 
 
@@ -240,21 +268,28 @@ def run() -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gpu", action="store_true",
+                        help="on a CPU: the host's seconds of a run with a GPU, which is simulated (without launches and bus)")
     parser.add_argument("--old", type=Path, help="folder of another checkout, whose times stand beside")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=f"some of: {', '.join(NAMES)}")
     parser.add_argument("--layers", type=int, default=LAYERS, help=f"layers to read, of {LAYERS} (default: all)")
     parser.add_argument("--json", action="store_true", help="print the seconds as JSON")
     chosen = parser.parse_args()
     if chosen.json:
-        print(json.dumps(measure(chosen.only, chosen.layers)))
+        print(json.dumps((measure_shares if chosen.gpu else measure)(chosen.only, chosen.layers)))
         return
-    here = elsewhere(Path(__file__).resolve().parents[1], chosen.only, chosen.layers)
-    there = elsewhere(chosen.old.resolve(), chosen.only, chosen.layers) if chosen.old else {}
-    print(f"host_seconds_per_item, {chosen.layers} of {LAYERS} layers, {DEVICE.type}")
+    here = elsewhere(Path(__file__).resolve().parents[1], chosen.only, chosen.layers, chosen.gpu)
+    there = elsewhere(chosen.old.resolve(), chosen.only, chosen.layers, chosen.gpu) if chosen.old else {}
+    columns = {"seconds": DEVICE.type}
+    if chosen.gpu:
+        columns = {"seconds": "host seconds", "gpu_seconds": "CPU seconds of the GPU's work", "launches": "launches"}
+    print(f"host_seconds_per_item, {chosen.layers} of {LAYERS} layers: {', '.join(columns.values())}")
     for name, one in here.items():
-        old = there[name]["seconds"] if name in there else None
-        beside = f"{old:>10.3g} {old / one['seconds']:>8.1f}x" if old else ""
-        print(f"  {name:<26}{one['seconds']:>10.3g}{beside}   {one['unit']}")
+        cells = []
+        for key in columns:
+            old = there[name][key] if name in there else None
+            cells.append(f"{one[key]:>10.3g}" + (f" (old {old:.3g}, {old / max(one[key], 1e-9):.1f}x)" if old else ""))
+        print(f"  {name:<26}{''.join(cells)}   {one['unit']}")
 
 
 if __name__ == "__main__":
