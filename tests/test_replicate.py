@@ -13,11 +13,12 @@ from unittest.mock import Mock
 import nbformat
 import pytest
 
+from kvutils import plots
 from kvutils.errors import DataError, ParameterError
 from kvutils.run import compare, notebook, plan, replicate, report
 from kvutils.run.cli import main
 from kvutils.run.notebook import PROFILES, Run, check_parameters
-from kvutils.store import Parts
+from kvutils.store import Parts, write_json
 
 REPOSITORY = str(notebook.ROOT)
 STUB, RESULTS = "notebooks/01_stub.ipynb", "data/results/pocket/pocket/01_stub.json"
@@ -150,7 +151,7 @@ sys.exit(cli.main(['replicate']))
 """
 SHARED = """
 import os, time
-from kvutils.store import Parts
+from kvutils.store import Parts, write_json
 def work(i):
     time.sleep(0.3)
     return [i, os.environ["RANK"]]
@@ -282,11 +283,17 @@ def test_the_last_cells(root, monkeypatch, capsys):
     monkeypatch.setattr("kvutils.plots.draw_all", drawn)
     run.finish(None, "It works.", parameters={"seed": 1}, claims={"C1": MEASURED}, sources={"data": "toy"}, choices={"a": "b"})
     assert capsys.readouterr().out == "It works.\n"
-    drawn.assert_called_once_with(run.folder, run.figures)
+    drawn.assert_called_once_with(run.folder, run.figures, "01_stub")  # not what another notebook left, perhaps long ago
     stored = json.loads(run.results.read_text())
     assert stored.keys() == {"notebook", "profile", "model", "parameters", "claims", "finding", "choices"}
     about = json.loads((run.folder / "provenance" / "01_stub.json").read_text())
     assert about["data"] == "toy" and {"commit", "device", "torch"} <= about["machine"].keys()
+
+
+def test_results_of_another_version_are_not_drawn(tmp_path):
+    write_json(tmp_path / "05_blink_gap.json", {"subtasks": {"Art_Style": {"title": "art style"}}})
+    with pytest.raises(DataError, match="05_blink_gap.json was written by another version of kvutils: it has no '.*Run its notebook again"):
+        plots.draw_all(tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize(("after", "said"), [

@@ -37,13 +37,17 @@ def show(name: str, figure: Figure, folder: Path) -> None:
     display(Image(path))
 
 
-def draw_all(results: Path, figures: Path) -> list[Path]:
-    """Redraw every figure of the results files in a folder; no model is needed."""
+def draw_all(results: Path, figures: Path, notebook: str = "[0-9]*") -> list[Path]:
+    """Redraw every figure of the results files in a folder, or of one notebook; no model is needed."""
     written = []
-    for file in sorted(Path(results).glob("[0-9]*.json")):
+    for file in sorted(Path(results).glob(f"{notebook}.json")):
         if file.stem not in DRAW:
             raise DataError(f"{file}: no figures are defined for it; expected one of {', '.join(DRAW)}")
-        written += save(DRAW[file.stem](read_json(file)), Path(figures))
+        try:
+            drawn = DRAW[file.stem](read_json(file))
+        except KeyError as error:
+            raise DataError(f"{file} was written by another version of kvutils: it has no {error}. Run its notebook again") from error
+        written += save(drawn, Path(figures))
     if not written:
         raise DataError(f"no results in {results}; run `make replicate` first")
     return written

@@ -99,7 +99,7 @@ class Run:
 
     def finish(self, mlm: MLM, finding: str, *, parameters: Mapping, claims: Mapping, sources: Mapping | None = None,
                **sections: object) -> None:
-        """Write the results, draw every figure from them, print the finding.
+        """Write the results, draw the figures from them, print the finding.
 
         claims: {id: {value, low, high, n, unit, entries}}; sections: `choices` and whatever else the figures and the report
         read. What the results came from, with `sources` such as `data_sources(...)`, is apart in provenance/<notebook>.json.
@@ -108,7 +108,7 @@ class Run:
         write_json(self.folder / "provenance" / self.results.name, provenance(mlm, **sources or {}))
         write_json(self.results, {"notebook": self.notebook, "profile": self.profile, "model": self.model, "parameters": parameters,
                                   "claims": claims, "finding": finding, **sections}, digits=9)
-        plots.draw_all(self.folder, self.figures)
+        plots.draw_all(self.folder, self.figures, self.notebook)  # others' results may be of another version
         print(finding)
 
 
