@@ -2,11 +2,12 @@
 
 The published architecture with random weights does what the notebooks do, on generated pictures of the usual size that are
 stored as JPEG files: whole items, by the tasks themselves, decoding, processor, probes and scores included. Of every step are
-reported the seconds beside the models' passes (the host's work, and what a GPU does of it on tensors), and what goes through the
-models at the published size; answers mean nothing. `make plan` makes hours of it, for a stated GPU. On a GPU the architecture has
-its full size, and the seconds of the passes are measured too. Without one it is scaled down (the same layers, views and image
-tokens, keys and values as wide; narrow else), attention takes the mean of all values, and all pictures and prefixes are one:
-passes then are few, cost little and are not measured.
+reported the host's seconds beside the models' passes, what a GPU does of them on tensors, and what goes through the models at the
+published size; answers mean nothing. `make plan` makes hours of it, for a stated GPU. On a GPU the architecture has its full size,
+and the seconds of the passes are measured too. Without one a GPU is simulated, which tells the host's work from its own
+(`simulated_gpu.py`), and the architecture is scaled down (the same layers, views and image tokens, keys and values as wide; narrow
+else), attention takes the mean of all values, and all pictures and prefixes are one: passes then are few, cost little and are
+not measured.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 from architectures import random_encoder, random_mlm
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
+from simulated_gpu import SimulatedGPU
 from tqdm import tqdm
 
 from kvutils.datasets import class_names, open_dataset
@@ -35,7 +36,7 @@ from kvutils.datasets.samples import Pictures
 from kvutils.errors import KVUtilsError, at_least
 from kvutils.images import open_image
 from kvutils.kvcache import capture
-from kvutils.models import MODELS
+from kvutils.models import MLM, MODELS
 from kvutils.readout.features import FeatureExtractor
 from kvutils.run.hours import COSTS, device_name, hours_of, rehearsal_file
 from kvutils.run.notebook import provenance
@@ -58,23 +59,26 @@ GENERATED = {"pocket-pascal-5i": {"per_fold": 1, "scenes": 40}, "pocket-msrc": {
 
 
 class Meter:
-    """What went through the models so far, and how long all took: `COSTS` as an array; `reads`: pictures that an extractor read."""
+    """What went through the models so far, and how long all took: `COSTS` as an array; `reads`: pictures that an extractor read.
 
-    def __init__(self, device: torch.device):
-        self.device, self.passes, self.reading, self.reads = device, np.zeros(len(COSTS)), np.zeros(len(COSTS)), 0
-        self.began, self.inside = self.clock(), 0  # inside: of how many passes
+    gpu: one that is simulated, where there is none; it tells the host's seconds from its own, passes included."""
 
-    def clock(self) -> float:
-        """Seconds; of a CPU's work its own, as others may work beside."""
-        if self.device.type == "cpu":
-            return time.process_time()
+    def __init__(self, device: torch.device, gpu: SimulatedGPU | None = None):
+        self.device, self.gpu = device, gpu
+        self.passes, self.reading, self.reads = np.zeros(len(COSTS)), np.zeros(len(COSTS)), 0
+        self.began = self.clock()
+
+    def clock(self) -> np.ndarray:
+        """Seconds in all, of the host, of the simulated GPU, and its launches; of a CPU's work its own, as others may work beside."""
+        if self.gpu:
+            return np.array([self.gpu.host + self.gpu.device, self.gpu.host, self.gpu.device, self.gpu.launches])
         torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return np.array([time.perf_counter()] * 2 + [0, 0])
 
     def now(self) -> np.ndarray:
         """As `COSTS` says."""
-        seconds = self.clock() - self.began
-        return self.passes + [seconds, seconds, *[0] * (len(COSTS) - 2)]
+        seconds, host, tensor, calls = self.clock() - self.began
+        return self.passes + [seconds, host, 0, 0, 0, tensor, calls]
 
     def watch(self, module: torch.nn.Module, published: torch.nn.Module, attention: int = 0) -> None:
         """Count the passes of a module. published: its like at full size, whose weights count. attention: layers x heads x
@@ -89,11 +93,10 @@ class Meter:
 
         def before(*_) -> None:
             started.append(self.clock())
-            self.inside += 1
 
-        def after(*_) -> None:
-            self.inside -= 1
-            self.passes += [0, started.pop() - self.clock(), 0, 2 * weights / 1e9, 1, 0, 0]
+        def after(*_) -> None:  # the passes' own seconds are left to the arithmetic
+            _, host, tensor, calls = started.pop() - self.clock()
+            self.passes += [0, host, 0, 2 * weights / 1e9, 1, tensor, calls]
 
         module.register_forward_pre_hook(before)
         module.register_forward_hook(after, always_call=True)  # also where a pass is left at the last layer that is wanted
@@ -112,23 +115,6 @@ class Meter:
         return metered
 
 
-class Tensors(TorchDispatchMode):
-    """Tells a meter what a GPU would do of the work beside the passes: every operation on tensors, and its seconds here."""
-
-    def __init__(self, meter: Meter):
-        super().__init__()
-        self.meter = meter
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if self.meter.inside:
-            return func(*args, **(kwargs or {}))
-        start = self.meter.clock()
-        found = func(*args, **(kwargs or {}))
-        seconds = self.meter.clock() - start
-        self.meter.passes += [0, -seconds, 0, 0, 0, seconds, 1]
-        return found
-
-
 def mean_of_values(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_, **__) -> torch.Tensor:
     """In place of attention where only the work beside the passes is measured."""
     groups = query.shape[1] // value.shape[1]
@@ -141,13 +127,19 @@ class Rehearsal:
     def __init__(self, model: str, device: torch.device, samples: int, progress: bool = True):
         self.model, self.device, self.samples, self.progress = model, device, samples, progress
         self.small = device.type == "cpu"
-        self.meter = Meter(device)
+        self.gpu = SimulatedGPU() if self.small else None
+        self.meter = Meter(device, self.gpu)
         self.steps: list[dict] = []
         self.opened: dict[int, tuple[Image.Image, Callable]] = {}
         self.bar = tqdm(total=17, unit="step", disable=None if progress else True)  # None: unless it is a terminal
 
     def run(self) -> dict:
         """All steps; a JSON-able report, from which `hours_of` makes hours."""
+        with self.gpu or nullcontext():
+            mlm = self._steps()
+        return {"model": self.model, "device": device_name(), "full_size": not self.small, "versions": provenance(mlm), "steps": self.steps}
+
+    def _steps(self) -> MLM:
         dtype = torch.float32 if self.small else torch.bfloat16
         self._say("making the models")
         mlm, untrained = (random_mlm(self.model, self.device, dtype, self.small, seed=seed) for seed in (0, 1))
@@ -158,13 +150,15 @@ class Rehearsal:
             self.meter.watch(_tower(each), _tower(published))
             each.model.generation_config.eos_token_id = list(range(each.text_config.vocab_size))  # answers are a word long
         self.meter.watch(encoder.model, random_encoder("meta", torch.bfloat16).model)
+        if self.small:
+            for each in (mlm, untrained, encoder):
+                each.model.to("cuda")  # the simulated one
         with ExitStack() as stack:
             stack.enter_context(self.bar)
             self.files = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             stack.enter_context(mock.patch.object(FeatureExtractor, "image", self.meter.read(FeatureExtractor.image)))
             if self.small:
                 stack.enter_context(mock.patch("torch.nn.functional.scaled_dot_product_attention", mean_of_values))
-                stack.enter_context(Tensors(self.meter))
             capture(mlm, [Image.new("RGB", IMAGE)])  # kernels are chosen and memory is reserved in the first pass
             self._value_flow(FeatureExtractor(mlm, untrained, encoder))
             self._keys(mlm)
@@ -172,7 +166,7 @@ class Rehearsal:
             items = self._enlarged("pocket-blink", items=self.samples)
             self.step("05", "choices", len(items), "item", lambda: read_items(
                 mlm, items, encoder_original=encoder, untrained=untrained, max_new_tokens=16, progress=False))  # random weights end nowhere
-        return {"model": self.model, "device": device_name(), "full_size": not self.small, "versions": provenance(mlm), "steps": self.steps}
+        return mlm
 
     def step(self, notebook: str, name: str, items: int, unit: str, run: Callable[[], Any]) -> Any:
         """What run() gives; its cost is kept for the report: that of reading pictures as features apart, which are read once each."""
