@@ -119,8 +119,9 @@ def render(processor, content: Sequence[dict], turn: dict | None = None) -> str:
 def turn_of(processor, prompts: str, family: str) -> dict | None:
     """What a form writes around a user's turn, None for the checkpoint's own template. ParameterError where the tokenizer does not
     know the words."""
-    turn, unknown = PROMPTS[prompts].get("turns", {}).get(family), processor.tokenizer.unk_token_id
-    if turn and unknown is not None and unknown in processor.tokenizer(turn["begin"] + turn["end"])["input_ids"]:
+    turn = PROMPTS[prompts].get("turns", {}).get(family)
+    unknown = processor.tokenizer.unk_token_id if turn else None
+    if unknown is not None and unknown in processor.tokenizer(turn["begin"] + turn["end"])["input_ids"]:
         raise ParameterError(f"the tokenizer does not know the words of the prompts {prompts!r} (data/prompts.yaml): a model of a closed "
                              "vocabulary, such as the pocket model, is asked in its own words, prompts = 'paper'")  # fmt: skip
     return turn
