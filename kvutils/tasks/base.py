@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from kvutils.errors import DataError, ImageError, one_of
-from kvutils.metrics.statistics import Statistic, bootstrap_ci, choosing_half, paired_difference, peak_then_degrade
+from kvutils.metrics.old import peak_then_degrade
+from kvutils.metrics.statistics import Statistic, bootstrap_ci, choosing_half, paired_difference
 from kvutils.probes import ConvergenceError
 from kvutils.readout.features import HEADS, FeatureExtractor, ImageFeatures, Opener, picture_key
 from kvutils.store import Parts, in_chunks

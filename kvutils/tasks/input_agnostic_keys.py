@@ -9,7 +9,8 @@ from dataclasses import replace
 from kvutils.datasets import open_uses
 from kvutils.datasets.samples import YesNoSample
 from kvutils.errors import ParameterError
-from kvutils.metrics.statistics import Interval, claim_of_parts, undefined
+from kvutils.metrics.old import claim_of_parts, undefined
+from kvutils.metrics.statistics import Interval
 from kvutils.tasks.key_blocking import BLOCK, CONTROLS
 from kvutils.tasks.knock_out import as_questions
 

@@ -17,7 +17,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from kvutils.metrics.statistics import Statistic, bootstrap_ci, mean_statistic, percentile_interval
+from kvutils.metrics.old import percentile_interval
+from kvutils.metrics.statistics import Statistic, bootstrap_ci, mean_statistic
 from kvutils.tasks.bimodality import separation, variance_threshold
 from kvutils.tasks.key_table import KeyTable
 

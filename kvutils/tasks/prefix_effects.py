@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from kvutils.errors import DataError
-from kvutils.metrics.statistics import UNDEFINED, Interval, Statistic, bootstrap_ci, column_mean, peak_then_degrade
+from kvutils.metrics.old import peak_then_degrade
+from kvutils.metrics.statistics import UNDEFINED, Interval, Statistic, bootstrap_ci, column_mean
 from kvutils.tasks.base import ScoreTable, by_layer
 from kvutils.tasks.prefix import MOVED
 from kvutils.tasks.prefixes import CONDITIONS

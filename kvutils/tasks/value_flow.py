@@ -8,7 +8,8 @@ from collections.abc import Mapping
 
 from kvutils.datasets import USES, class_names, open_uses
 from kvutils.errors import ParameterError
-from kvutils.metrics.statistics import UNDEFINED, Interval, claim_of_parts, undefined
+from kvutils.metrics.old import claim_of_parts, undefined
+from kvutils.metrics.statistics import UNDEFINED, Interval
 from kvutils.models import load_encoder, load_mlm, original_encoder
 from kvutils.readout.features import FeatureExtractor
 from kvutils.readout.words import load_siglip_text

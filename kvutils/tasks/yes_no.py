@@ -18,7 +18,8 @@ from kvutils.datasets.mme import GROUPS
 from kvutils.datasets.samples import YesNoSample
 from kvutils.errors import DataError
 from kvutils.metrics.answers import mme_parse, pope_counts, pope_parse
-from kvutils.metrics.statistics import Interval, Statistic, bootstrap_ci, detectable, ratio, standard_error
+from kvutils.metrics.old import standard_error
+from kvutils.metrics.statistics import Interval, Statistic, bootstrap_ci, detectable, ratio
 
 Measures = dict[tuple[str, str], np.ndarray]  # (subset or summary, metric) -> (n_boot,)
 MEAN, POOLED, TOTAL = "mean", "pooled", "total"
@@ -194,7 +195,7 @@ def compare_answers(
 
     both = np.concatenate([_values(task, each) for each in (now, before)], axis=1)
     found = _report(task, keys, bootstrap_ci(both, paired, n_boot, seed))
-    visible = detectable(standard_error(both, paired, n_boot, seed), POWER)
+    visible = detectable(standard_error(both, paired, n_boot, seed), len(task.images), POWER)
     for (subset, metric), size in zip(keys, visible.tolist(), strict=True):
         found["scores"][subset][metric]["detectable"] = None if math.isnan(size) else size
     is_right, was_right = (np.mean([task.right(each) for each in sets], axis=0) for sets in (now, before))  # (n,) shares

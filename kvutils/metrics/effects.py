@@ -1,0 +1,67 @@
+"""What a notebook stores of a claim: its primary comparison, the others, and what has to hold for the effect to show at all.
+
+`kvutils.run.verdicts` judges it by the claim's entry in data/claims.yaml; nothing here knows a threshold or a verdict. A claim is
+
+    {primary: part, others: [part, ...], prerequisites: [{name, holds, reason}, ...], note: text, tasks: [part, ...], size: part}
+
+with `note` a sentence of plain words with numbers, `tasks` the parts that a claim about a number of tasks is judged by, and `size` the
+measurement in the paper's own terms, where the primary comparison is in others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from kvutils.metrics.statistics import UNDEFINED, Effect
+
+FEWEST_ERRORS = 20  # of a model, below which nothing can be said about its errors
+
+
+def part(name: str, found: Effect = UNDEFINED, reason: str = "too few independent units to resample", **more: object) -> dict:
+    """{name, value, low, high, low90, high90, detectable, error, n, units, ...} of one comparison; `reason` is kept where it or its
+    interval is undefined. more: `unit` and `smallest`, the smallest effect of interest, where they are not those of the claim."""
+    numbers = found.as_dict()
+    low, high = found.narrow if found.units > 1 else (math.nan, math.nan)
+    derived = {"low90": low, "high90": high, "detectable": found.detectable if found.units > 1 else math.nan}
+    numbers |= {key: None if math.isnan(value) else float(value) for key, value in derived.items()}
+    why = {"reason": reason} if math.isnan(found.mean + found.low) else {}
+    return {"name": name, "value": numbers.pop("mean"), **numbers, **why, **more}
+
+
+def effect_of(found: Mapping) -> Effect:
+    """The effect of a part."""
+    return Effect.of({**found, "mean": found["value"]})
+
+
+def measured(primary: dict, others: Sequence[dict] = (), prerequisites: Sequence[dict] = (), note: str = "", **more: object) -> dict:
+    """A claim as it is stored; see above. more: `tasks`, `size`."""
+    return {"primary": primary, "others": list(others), "prerequisites": list(prerequisites), "note": note, **more}
+
+
+def prerequisite(name: str, holds: bool, reason: str) -> dict:
+    """Something that has been measured and has to hold, or the effect cannot appear. reason: with its numbers, read after "cannot
+    appear here: " where it fails."""
+    return {"name": name, "holds": bool(holds), "reason": reason}
+
+
+def enough(name: str, count: int, least: int) -> dict:
+    """At least so many of them."""
+    return prerequisite(name, count >= least, f"{count:,} {name}, {least:,} are needed")
+
+
+def no_ceiling(name: str, errors: int, least: int = FEWEST_ERRORS) -> dict:
+    """The model makes enough errors on it to gain anything."""
+    return prerequisite(f"{name}: below the ceiling", errors >= least, f"ceiling: {errors:,} errors on {name}, fewer than {least}")
+
+
+def no_floor(name: str, above_control: Effect, unit: str) -> dict:
+    """The baseline is above its untrained control: the interval of their difference lies above 0."""
+    found = f"{above_control.mean:+.1f} [{above_control.low:+.1f}, {above_control.high:+.1f}] {unit}"
+    return prerequisite(f"{name}: above the floor", above_control.low > 0, f"floor: {name} is {found} from its untrained control")
+
+
+def lever(name: str, cost: Effect, smallest: float, unit: str) -> dict:
+    """Removing all that an intervention could touch costs at least the smallest effect of interest."""
+    found = f"{cost.mean:.2f} [{cost.low:.2f}, {cost.high:.2f}] {unit}"
+    return prerequisite(f"{name}: a lever", cost.mean >= smallest, f"no lever: {name} costs {found}, less than {smallest:g}")
