@@ -1,5 +1,7 @@
 """Metrics: definitions checked by hand on small cases, edge cases, bad input, and the bootstrap."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from kvutils import VOID
 from kvutils.datasets import coco_masks
 from kvutils.datasets import pascal5i as pascal5i_episodes
 from kvutils.errors import DataError, ParameterError
-from kvutils.metrics import masks, statistics, video
+from kvutils.metrics import effects, masks, statistics, video
 from kvutils.tasks.correspondence import point_hits
 from kvutils.tasks.foreground_segmentation import foreground_background_iou, foreground_miou
 from tests.mini_data import rle_encode
@@ -116,16 +118,34 @@ def test_width_is_that_of_the_standard_error_and_seeded():
     assert interval == again != other and interval.n == 400
 
 
-def test_an_interval_as_result_claim_and_text():
-    found, nothing = statistics.Interval(0.25, -0.0001, 0.5, 7), statistics.UNDEFINED
-    assert statistics.Interval.of(found.as_dict()) == found and found.scaled(-100) == statistics.Interval(-25, -50, 0.01, 7)
-    assert found.claim("a", unit="x") == {"name": "a", "value": 0.25, "low": -0.0001, "high": 0.5, "n": 7, "unit": "x"}
-    assert nothing.as_dict() == {"mean": None, "low": None, "high": None, "n": 0}
-    assert statistics.Interval.of(nothing.as_dict()).scaled(2).claim(reason="") == {"value": None, "low": None, "high": None, "n": 0}
+def test_an_effect_as_result_part_and_text():
+    found, nothing = statistics.Effect(0.25, -0.0001, 0.5, 7, 0.125, 40), statistics.UNDEFINED
+    assert statistics.Effect.of(found.as_dict()) == found and statistics.Interval.of(found.as_dict()) == statistics.Interval(0.25, -0.0001, 0.5, 7)
+    assert found.scaled(-100) == statistics.Effect(-25, -50, 0.01, 7, 12.5, 40)
+    assert nothing.as_dict() == {"mean": None, "low": None, "high": None, "n": 0, "error": None, "units": 0}
+    stored = effects.part("a", found, unit="x")
+    assert stored | {"low90": None, "high90": None, "detectable": None} == {
+        "name": "a", "value": 0.25, "low": -0.0001, "high": 0.5, "n": 7, "error": 0.125, "units": 40, "unit": "x",
+        "low90": None, "high90": None, "detectable": None}  # fmt: skip
+    assert stored["high90"] == pytest.approx(0.25 + 1.685 * 0.125, abs=1e-3) and stored["detectable"] == pytest.approx(0.36, abs=0.01)
+    assert effects.effect_of(stored) == found
+    undefined = effects.part("a", reason="no item")
+    assert undefined["value"] is undefined["low90"] is undefined["detectable"] is None and undefined["reason"] == "no item"
     assert statistics.interval_text(found.as_dict()) == "0.250 [-0.000, 0.500]"
-    assert statistics.interval_text(found.claim(), 1, sign=True, factor=100) == "+25.0 [-0.0, +50.0]"
+    assert statistics.interval_text(stored, 1, sign=True, factor=100) == "+25.0 [-0.0, +50.0]"
     assert statistics.interval_text(nothing.as_dict()) == "not defined"
-    assert statistics.interval_text(statistics.undefined("a", "no item")) == "not defined: no item"
+    assert statistics.interval_text(undefined) == "not defined: no item"
+
+
+def test_what_has_to_hold():
+    above, cost = statistics.Effect(1.0, 0.2, 1.8, 9, 0.4, 30), statistics.Effect(0.25, -0.4, 0.9, 9, 0.3, 30)
+    for found, holds, said in (
+        (effects.enough("images", 99, 100), False, "99 images, 100 are needed"), (effects.enough("images", 100, 100), True, "images"),
+        (effects.no_ceiling("POPE", 19), False, "ceiling: 19 errors on POPE, fewer than 20"), (effects.no_ceiling("POPE", 20), True, "20"),
+        (effects.no_floor("layer 3", above, "points"), True, "+1.0"), (effects.no_floor("layer 3", cost, "points"), False, "floor: layer 3"),
+        (effects.lever("hiding all", cost, 1.5, "F1 points"), False, "costs 0.25 [-0.40, 0.90] F1 points, less than 1.5"),
+        (effects.lever("hiding all", above, 0.9, "F1 points"), True, "hiding all")):  # fmt: skip
+        assert found["holds"] is holds and said in found["reason"]
 
 
 def test_groups_are_resampled_as_units():
@@ -160,26 +180,94 @@ def test_paired_difference_uses_the_pairing():
     b = a - 0.1 + 0.01 * random.normal(size=100)
     difference = statistics.paired_difference(a, b)
     assert 0.09 < difference.low < difference.high < 0.11
-    assert statistics.paired_difference(a, a).as_dict() == {"mean": 0, "low": 0, "high": 0, "n": 100}
+    assert statistics.paired_difference(a, a).as_dict() == {"mean": 0, "low": 0, "high": 0, "n": 100, "error": 0, "units": 100}
+    assert math.isnan(statistics.paired_difference(a, a).detectable), "what never differs says nothing about the noise"
 
 
-@pytest.mark.parametrize("curve, builds, degrades", [
-    ([0, 0.3, 0.6, 0.4, 0.1], True, True), ([0.3] * 5, False, False), ([0, 0.1, 0.3, 0.4, 0.6], True, False)])  # fmt: skip
-def test_peak_then_degrade(curve, builds, degrades):
+@pytest.mark.parametrize("units", [4, 8, 20, 40])
+def test_null_rate_with_few_groups(units):
+    """Items of a group share half of their noise; of 400 samples without an effect an interval lies above 0 in 2.5 %."""
+    random, above = np.random.default_rng(units), 0
+    for seed in range(400):
+        noise = np.repeat(random.normal(size=units), 5) + random.normal(size=5 * units)
+        above += statistics.effect(noise, n_boot=300, seed=seed, groups=np.repeat(np.arange(units), 5).tolist()).low > 0
+    assert above / 400 <= 0.05
+
+
+def test_few_groups_have_students_interval():
+    found = statistics.effect([1.0, 2.0, 4.0, 5.0])
+    assert (found.mean, found.error) == pytest.approx((3, np.std([1, 2, 4, 5], ddof=1) / 2))
+    assert found.high - found.mean == pytest.approx(3.182 * found.error, rel=1e-3) and found.units == 4
+    alone = statistics.effect([1.0, 3.0], groups=["a", "a"])
+    assert alone.mean == 2 and math.isnan(alone.low) and math.isnan(alone.error) and alone.units == 1
+
+
+@pytest.mark.parametrize("nodes", [12, 40])
+def test_pairs_are_resampled_over_both_images(nodes):
+    """Of pairs (i, j) with score a_i + a_j the mean has the error of 2 mean(a), whatever the number of pairs."""
+    node = np.random.default_rng(3).normal(size=nodes)
+    pairs = [(i, j) for i in range(nodes) for j in range(i)]
+    found = statistics.effect([node[i] + node[j] for i, j in pairs], groups=[(f"image{i}", f"image{j}") for i, j in pairs])
+    assert found.units == nodes and found.error == pytest.approx(2 * node.std(ddof=1) / np.sqrt(nodes), rel=0.15)
+    assert found.error > 2 * statistics.effect([node[i] + node[j] for i, j in pairs]).error
+
+
+def test_mean_over_tasks():
+    one, other = statistics.Effect(1.0, 0.0, 2.0, 10, 0.5, 200), statistics.Effect(4.0, 3.0, 5.0, 20, 0.5, 200)
+    found = statistics.mean_effect([one, other])
+    assert (found.mean, found.error, found.n) == pytest.approx((2.5, 0.5 / np.sqrt(2), 30)) and found.units == 399
+    few = statistics.mean_effect([one, statistics.Effect(4.0, 3.0, 5.0, 4, 0.5, 4)])
+    assert few.units == 13 and few.high - few.low > found.high - found.low and statistics.mean_effect([]) is statistics.UNDEFINED
+    assert statistics.mean_effect([statistics.Effect(0.0, 0.0, 0.0, 3, 0.0, 3)] * 2).error == 0
+
+
+def test_no_item_chooses_its_own_layer():
+    """Each item is best at a layer of its own group; whoever chooses for himself would see 1."""
+    groups = [f"g{i // 3}" for i in range(60)]
+    halves = statistics.Halves.of(groups)
+    scores = np.where(halves.second[:, None], [0.0, 1.0], [1.0, 0.0])
+    best = halves.best(scores)
+    assert best == [1, 0] and halves.read(scores, best).tolist() == [0.0] * 60
+    assert 0.3 < halves.second.mean() < 0.7 and all(len({halves.second[i] for i in range(60) if groups[i] == g}) == 1 for g in set(groups))
+
+
+def test_what_shares_a_picture_does_not_choose():
+    groups = [f"class{i % 8}" for i in range(80)]
+    pictures = [(f"q{i}", "everywhere" if i in (0, 1) else f"s{i}") for i in range(80)]
+    halves, free = (statistics.Halves.of(groups, pictures=each) for each in (pictures, None))
+    assert (halves.second == free.second).all()
+    for half, chooses in zip((~halves.second, halves.second), halves.choosing, strict=True):
+        assert not half[chooses].any()
+        shown = {name for i in np.flatnonzero(half) for name in pictures[i]}
+        assert shown.isdisjoint(name for i in np.flatnonzero(chooses) for name in pictures[i])
+    assert halves.choosing.sum() == free.choosing.sum() - (2 if free.second[0] != free.second[1] else 0)
+    with pytest.raises(ParameterError, match="at least 4 independent units"):
+        statistics.Halves.of(groups, pictures=[("one",)] * 80)
+    with pytest.raises(ParameterError, match="found 3"):
+        statistics.Halves.of([0, 1, 2] * 3)
+
+
+@pytest.mark.parametrize("curve, first, last", [
+    ([0, 0.3, 0.6, 0.4, 0.1], 1, 1), ([0.3] * 5, 0, 0), ([0, 0.1, 0.3, 0.4, 0.6], 1, -1), ([0.6, 0.4, 0.3, 0.1, 0], -1, 1)])  # fmt: skip
+def test_build_then_degrade(curve, first, last):
     random = np.random.default_rng(7)
     scores = np.array(curve) + 0.3 * random.normal(size=(120, 1)) + 0.1 * random.normal(size=(120, 5))
-    result = statistics.peak_then_degrade(scores, groups=[f"image{i // 2}" for i in range(120)], n_boot=500)
-    assert (result["builds"], result["degrades"], result["minus_first"]["n"]) == (builds, degrades, 60)
+    groups = [f"image{i // 2}" for i in range(120)]
+    result = statistics.build_then_degrade(scores, statistics.Halves.of(groups), groups, n_boot=500)
+    for name, sign in (("minus_first", first), ("minus_last", last)):
+        found = result[name]
+        assert ((found["low"] > 0) - (found["high"] < 0)) == sign and (found["n"], found["units"]) == (120, 60)
     assert sum(result["peak_shares"]) == pytest.approx(1)
-    if degrades:
-        assert result["best"] == 2 and result["peak"] == {"mean": 2, "low": 2, "high": 2, "n": 120}
+    if first == last == 1:
+        assert result["best"] == [2, 2] and result["peak"] == {"mean": 2, "low": 2, "high": 2, "n": 120}
 
 
-def test_selection_and_test_halves_do_not_share_a_group():
-    """On noise, testing on the items the layer was chosen on would find a peak; a held-out half does not."""
+def test_noise_neither_builds_nor_degrades():
+    """Testing on the items that a layer was chosen on would find a peak in noise."""
     noise = [np.random.default_rng(seed).normal(size=(40, 12)) for seed in range(60)]
-    found = [statistics.peak_then_degrade(scores, seed=seed, n_boot=200) for seed, scores in enumerate(noise)]
-    assert sum(each["builds"] and each["degrades"] for each in found) <= 4
+    found = [statistics.build_then_degrade(scores, statistics.Halves.of(range(40), seed), seed=seed, n_boot=200)
+             for seed, scores in enumerate(noise)]  # fmt: skip
+    assert sum(each["minus_first"]["low"] > 0 for each in found) <= 4 >= sum(each["minus_last"]["low"] > 0 for each in found)
 
 
 @pytest.mark.parametrize("scores, options, error, message", [
@@ -188,8 +276,8 @@ def test_selection_and_test_halves_do_not_share_a_group():
 def test_scores_that_have_no_interval(scores, options, error, message):
     with pytest.raises(error, match=message):
         statistics.bootstrap_ci(scores, **options)
-    with pytest.raises(ParameterError, match="at least 4"):
-        statistics.peak_then_degrade(np.zeros((9, 3)), groups=[0, 1, 2] * 3)
+    with pytest.raises(ParameterError, match="at least 3 layers"):
+        statistics.build_then_degrade(np.zeros((9, 2)), statistics.Halves.of(range(9)))
 
 
 def test_run_lengths_round_trip_any_mask():
