@@ -3,6 +3,7 @@
 A stand-in for the extractor gives hand-made features: `value.0` from the truth, `value.1` noise.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -320,6 +321,8 @@ def test_a_picture_of_many_samples_is_opened_and_read_once_and_only_for_what_the
     monkeypatch.setattr(extractor, "_read", lambda name, *rest, plain=extractor._read: read.append((name, rest[-1])) or plain(name, *rest))
     table = run_task(ForegroundSegmentation(made), extractor, progress=False, chunk=3)
     assert table.ids == [f"e{i}" for i in range(8)]
+    assert table.splits == ["dog", "cat"] * 4 and table.groups == [each.query.id for each in made]
+    assert [set(shown) for shown in table.pictures[:2]] == [{f"{name}{k}" for k in range(6)} for name in ("dog", "cat")]
     assert sorted(opened) == sorted(name for name, _ in read) == sorted(f"{name}{k}" for name in ("cat", "dog") for k in range(6))
     assert all(wanted == set(extractor.sources) for _, wanted in read)
     shown = [NamedMask(str(i), "x", picture(48, 48, 99), "fish", np.eye(48, dtype=np.uint8), "x", "fish") for i in range(2)]
@@ -371,6 +374,32 @@ def test_summary_tests_the_best_layer_on_the_other_half():
     to_json(summary)
     few = summarise(fake_table(n=4), SemanticSegmentation([]), n_boot=50)  # two groups
     assert few["build_then_degrade"] == {} and "value_best" not in few
+
+
+class OfPairs(SemanticCorrespondence):
+    """Resampled over both pictures of a pair."""
+
+    def score(self, sample, features, extractor):
+        return [replace(row, group=(sample.source_id, sample.target_id)) for row in super().score(sample, features, extractor)]
+
+    def split(self, sample):
+        return sample.id[-1]
+
+
+def test_rows_of_two_units_are_kept_with_parts_and_halves_share_no_picture(tmp_path):
+    task, parts = OfPairs(pairs(20)), Parts(tmp_path, x=1)
+    tables = [run_task(task, Extractor(place_code), parts, progress=False) for _ in range(2)]  # scored, then read back
+    for table in tables:
+        assert table.groups == table.pictures == [(each.source_id, each.target_id) for each in task.samples]
+        assert table.splits == [each.id[-1] for each in task.samples]
+        assert table.difference("value.0", "value.1", task.statistic, 20, 0)["units"] == table.units == len({*sum(table.groups, ())})
+    shared = replace(tables[0], pictures=[("one", f"own {i}") if i in (3, 8) else (f"own {i}",) for i in range(20)], splits=list("abcdefghij") * 2)
+    halves = shared.halves()
+    assert not any((halves.choosing[half] & (halves.second == half)).any() for half in (0, 1))
+    apart = halves.second[3] != halves.second[8]
+    assert halves.choosing.sum() == (18 if apart else 20) and not (apart and halves.choosing[:, [3, 8]].any())
+    few = replace(tables[0], splits=["a", "b", "c", "a"] * 5, groups=[f"g{i}" for i in range(20)], pictures=())
+    assert few.halves().choosing.sum() == 20 and len({*few.halves().second[::4]}) == 2  # by groups
 
 
 def test_layers_are_ordered_by_number():

@@ -20,7 +20,7 @@ import torch
 
 from kvutils.errors import DataError, ImageError, one_of
 from kvutils.metrics.old import peak_then_degrade
-from kvutils.metrics.statistics import Statistic, bootstrap_ci, choosing_half, paired_difference
+from kvutils.metrics.statistics import Halves, Statistic, bootstrap_ci, choosing_half, paired_difference
 from kvutils.probes import ConvergenceError
 from kvutils.readout.features import HEADS, FeatureExtractor, ImageFeatures, Opener, picture_key
 from kvutils.store import Parts, in_chunks
@@ -49,28 +49,34 @@ def by_layer(sources: Iterable[str], family: str) -> list[tuple[int, str]]:
     return sorted((int(match[1]), match[0]) for match in found if match)
 
 
+Group = str | tuple[str, str]  # what is resampled together; two names: an item of two units, such as a pair of pictures
+
+
 @dataclass(frozen=True)
 class Row:
-    """Scores of one scored item: its id, its group (the unit of resampling), and per source its `columns`."""
+    """Scores of one scored item: its id, its group, and per source its `columns`."""
 
     id: str
-    group: str
+    group: Group
     values: dict[str, tuple[float, ...]]
 
 
 @dataclass(frozen=True, eq=False)
 class ScoreTable:
     """All rows of a task: values (n, S, k) float64 for n ids, S sources, k columns. skipped: samples (or rows) without a score,
-    and why; left_out: sources without one, and of how many rows."""
+    and why; left_out: sources without one, and of how many rows. splits (n,): what stays together when halves are made, the groups
+    where none are given; pictures (n,): ids of each row's pictures."""
 
     task: str
     ids: list[str]
-    groups: list[str]
+    groups: list[Group]
     sources: list[str]
     columns: list[str]
     values: np.ndarray
     skipped: Mapping[str, str] = field(default_factory=dict)
     left_out: Mapping[str, int] = field(default_factory=dict)
+    splits: Sequence[Group] = ()
+    pictures: Sequence[tuple[str, ...]] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -79,6 +85,17 @@ class ScoreTable:
         """(n, k) values of a source."""
         one_of(f"source of {self.task}", source, self.sources)
         return self.values[:, self.sources.index(source)]
+
+    @property
+    def units(self) -> int:
+        """How many units the rows are resampled by."""
+        return len({name for group in self.groups for name in (group if isinstance(group, tuple) else (group,))})
+
+    def halves(self, seed: int = 0) -> Halves:
+        """Which rows choose a layer for which others; by groups where there are fewer than 4 splits. ParameterError where no two
+        units can choose for each half."""
+        splits = self.splits if len(set(self.splits)) >= 4 else self.groups
+        return Halves.of(splits, seed, self.pictures or None)
 
     def held_out(self, seed: int = 0) -> ScoreTable:
         """The rows of the half of the groups that chooses no layer, see `choosing_half`."""
@@ -91,7 +108,7 @@ class ScoreTable:
         return bootstrap_ci(self.of(source), statistic, n_boot, seed, self.groups).as_dict()
 
     def difference(self, source: str, other: str, statistic: Statistic, n_boot: int, seed: int) -> dict:
-        """That of a source minus that of another, paired; JSON-able."""
+        """That of a source minus that of another, paired: an `Effect`, JSON-able."""
         return paired_difference(self.of(source), self.of(other), statistic, n_boot, seed, self.groups).as_dict()
 
 
@@ -129,6 +146,10 @@ class Task(ABC):
 
     def near(self, sample: Any) -> str:
         """Samples of one name share pictures: they are scored one after the other."""
+        return ""
+
+    def split(self, sample: Any) -> str:
+        """Rows of one name are in one half where a layer is chosen on the other; "": rows of one group."""
         return ""
 
     @abstractmethod
@@ -176,14 +197,16 @@ def run_task(
 
     def score(sample: Any) -> dict:
         try:
-            features = {name: pictures.features(name, opened) for name, opened in task.images(sample)}
+            images = dict(task.images(sample))
+            features = {name: pictures.features(name, opened) for name, opened in images.items()}
             rows = task.score(sample, features, extractor)
         except (DataError, ImageError, ConvergenceError) as error:
             return {"id": sample.id, "rows": [], "why": str(error).removeprefix(f"{sample.id}: ")}
         lacking = task.lacking.union(*(each.not_finite for each in features.values()))
         none = [None] * len(task.columns)
         rows = [[row.id, row.group, [none if {s, read[s]} & lacking else row.values[s] for s in sources]] for row in rows]
-        return {"id": sample.id, "rows": rows, "why": "" if rows else "nothing in it can be scored"}
+        why = "" if rows else "nothing in it can be scored"
+        return {"id": sample.id, "rows": rows, "why": why, "split": task.split(sample), "pictures": list(images)}
 
     def compute(some: list) -> list[dict]:
         prepare(extractor)
@@ -195,7 +218,8 @@ def run_task(
         skipped |= {each["id"]: each["why"] for each in part if not each["rows"]}
         if len(skipped) > max(FEW, SKIPPED * len(order)):
             raise _too_many(task, skipped, parts)
-    rows = [row for _, each in sorted(zip(order, found, strict=True), key=lambda pair: pair[0]) for row in each["rows"]]
+    rows = [(name, tuple(group) if isinstance(group, list) else group, scores, each["split"], tuple(each["pictures"]))
+            for _, each in sorted(zip(order, found, strict=True), key=lambda pair: pair[0]) for name, group, scores in each["rows"]]
     if not rows:
         raise _too_many(task, skipped, parts)
     values = np.array([row[2] for row in rows], dtype=float)  # (n, S, k)
@@ -208,10 +232,11 @@ def run_task(
                 if (lacks & ~left).any()}  # fmt: skip
     if not whole.any():
         raise _too_many(task, skipped, parts)
-    ids, groups = ([row[i] for row, kept in zip(rows, whole, strict=True) if kept] for i in range(2))
+    ids, groups, splits, shown = ([row[i] for row, kept in zip(rows, whole, strict=True) if kept] for i in (0, 1, 3, 4))
+    splits = [split or group for split, group in zip(splits, groups, strict=True)]
     left_out = {source: int(missing[:, i].sum()) for i, source in enumerate(sources) if left[i]}
     sources = [source for source in sources if source not in left_out]
-    return ScoreTable(task.name, ids, groups, sources, list(task.columns), values[whole][:, ~left], skipped, left_out)
+    return ScoreTable(task.name, ids, groups, sources, list(task.columns), values[whole][:, ~left], skipped, left_out, splits, shown)
 
 
 def _too_many(task: Task, skipped: Mapping[str, str], parts: Parts | None) -> DataError:
@@ -230,7 +255,7 @@ def summarise(table: ScoreTable, task: Task, n_boot: int = 2000, seed: int = 0) 
     """
     summary: dict = {
         "task": table.task, "title": task.title, "metric": task.metric,
-        "n": len(table), "groups": len(set(table.groups)), "skipped": len(table.skipped), "parameters": task.parameters,
+        "n": len(table), "groups": table.units, "skipped": len(table.skipped), "parameters": task.parameters,
         "why_skipped": dict(table.skipped), "left_out": dict(table.left_out),
         "sources": _intervals(table, task.statistic, n_boot, seed),
         "secondary": {name: _intervals(table, s, n_boot, seed) for name, s in task.statistics.items()},

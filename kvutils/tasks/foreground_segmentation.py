@@ -68,6 +68,9 @@ class ForegroundSegmentation(Task):
     def near(self, sample: Episode) -> str:
         return sample.class_name
 
+    def split(self, sample: Episode) -> str:
+        return sample.class_name  # episodes of a class share their pictures
+
     def score(self, sample: Episode, features: Mapping[str, ImageFeatures], extractor: FeatureExtractor) -> list[Row]:
         supports, query = [features[one.id] for one in sample.supports], features[sample.query.id]
         labels = torch.from_numpy(support_labels(supports, [one.mask for one in sample.supports]))
