@@ -14,6 +14,9 @@ from torch.nn.functional import normalize
 from transformers import SiglipConfig, SiglipModel, SiglipTextConfig
 from transformers.utils import import_utils
 
+from kvutils.datasets.pocket import questions as q
+from kvutils.datasets.pocket.shapes import CLASSES
+from kvutils.datasets.refcoco import CATEGORIES
 from kvutils.datasets.samples import KeypointPair
 from kvutils.errors import ModelError, ParameterError
 from kvutils.kvcache import capture
@@ -24,7 +27,7 @@ from kvutils.readout.encoders import capture_encoder
 from kvutils.readout.features import FeatureExtractor, image_tokens, pixel_features, token_means
 from kvutils.readout.maps import explore
 from kvutils.readout.maps import picture as picture_of
-from kvutils.readout.words import SiglipText, load_siglip_text, text_values
+from kvutils.readout.words import COCO_NAMES, POCKET_NAMES, SiglipText, load_siglip_text, text_values, vocabulary_of
 from kvutils.run.notebook import Run
 from kvutils.store import write_json
 from kvutils.tasks import value_flow
@@ -250,18 +253,48 @@ def test_maps_of_one_image_and_its_explorer(pocket, monkeypatch):
 TEXTS = ["fish", "the red car"]
 
 
-def test_text_scores_are_dot_products_with_values_and_embeddings(pocket):
-    features = pocket.images(ITEMS)[0]
+def test_text_scores_are_dot_products_with_centred_values_and_embeddings(pocket):
+    features, names = pocket.images(ITEMS)[0], ["fish", "car"]  # of the pocket world's, those that this tokenizer knows
+    assert list(pocket.alignment.vocabulary) == names
     scores = pocket.alignment.scores(features.features, TEXTS)
-    for mlm, prefix in ((pocket.mlm, ""), (pocket.untrained, "untrained.")):
-        texts = text_values(mlm, TEXTS).flatten(2)  # (texts, L, G * D)
+    for mlm, prefix, beside in ((pocket.mlm, "", "uncentred."), (pocket.untrained, "untrained.", None)):
+        texts, common = (text_values(mlm, each).flatten(2) for each in (TEXTS, names))  # (texts, L, G * D)
         for layer in pocket.layers:
-            expected = texts[:, layer] @ features.features[f"{prefix}value.{layer}"].float().T
-            torch.testing.assert_close(scores[f"{prefix}value.{layer}"], expected, rtol=1e-4, atol=1e-4)
-    ids = pocket.mlm.tokenizer("the red car")["input_ids"]
-    expected = features.features["projector"].float() @ pocket.mlm.model.get_input_embeddings().weight[ids].mean(0)
-    torch.testing.assert_close(scores["projector"][1], expected)
+            image = features.features[f"{prefix}value.{layer}"].float().T
+            for start, centre in (("", common[:, layer].mean(0)), *([(beside, 0)] if beside else [])):
+                expected = (texts[:, layer] - centre) @ image
+                torch.testing.assert_close(scores[f"{start}{prefix}value.{layer}"], expected, rtol=1e-4, atol=1e-4)
+    rows = pocket.mlm.model.get_input_embeddings().weight
+    text, *common = (rows[pocket.mlm.tokenizer(each)["input_ids"]].mean(0) for each in ("the red car", *names))
+    for source, vector in {"projector": text - sum(common) / 2, "uncentred.projector": text}.items():
+        torch.testing.assert_close(scores[source][1], features.features["projector"].float() @ vector)
     assert list(scores) == pocket.alignment.sources
+
+
+@torch.no_grad()
+def test_what_all_texts_share_changes_no_centred_score_and_no_choice_of_a_name(pocket, monkeypatch):
+    """A constant on all text values, as anisotropy is: it moves the uncentred maps alone; the name with the largest score stays."""
+    image, names = pocket.images(ITEMS)[0].features, ["fish", "red car", "blue picture"]
+    before = pocket.alignment.scores(image, names)
+    monkeypatch.setattr(words, "text_values", lambda *given, **options: text_values(*given, **options) + 3)
+    after = FeatureExtractor(pocket.mlm, pocket.untrained).alignment.scores(image, names)
+    for layer in pocket.layers:
+        source = f"value.{layer}"
+        torch.testing.assert_close(after[source], before[source], rtol=1e-3, atol=1e-3)
+        assert not torch.allclose(after[f"uncentred.{source}"], before[f"uncentred.{source}"], rtol=0.1, atol=0.1)
+        assert torch.equal(before[source].argmax(0), before[f"uncentred.{source}"].argmax(0))
+
+
+def test_the_vocabulary_is_that_of_the_model_and_never_of_the_data():
+    assert list(COCO_NAMES) == list(CATEGORIES.values()) and POCKET_NAMES == CLASSES
+    assert vocabulary_of(tiny_pocket(words=list(q.WORDS))) == POCKET_NAMES
+    spelled = tiny_pocket(words=[*WORDS, *" ".join(COCO_NAMES).split()])
+    assert vocabulary_of(spelled) == COCO_NAMES
+    own, other = FeatureExtractor(spelled), FeatureExtractor(spelled, vocabulary=["cat", "dog"])
+    assert own.fingerprint != other.fingerprint and own.fingerprint == FeatureExtractor(spelled, vocabulary=COCO_NAMES).fingerprint
+    assert not torch.allclose(own.alignment.text("cat")["value.2"], other.alignment.text("cat")["value.2"])
+    with pytest.raises(ParameterError, match=r"centred over names .* found \['fish'\].*vocabulary="):
+        FeatureExtractor(tiny_pocket(words=["fish", "red", "the"])).alignment.text("red fish")
 
 
 @torch.no_grad()
@@ -274,7 +307,8 @@ def test_the_lens_is_what_the_modules_give(pocket):
     per_query_head = [values[head // (mlm.num_heads // mlm.num_kv_heads)] for head in range(mlm.num_heads)]
     added = language_model.layers[layer].self_attn.o_proj(torch.cat(per_query_head))
     logits = mlm.model.lm_head(language_model.norm(added))
-    expected = logits[mlm.tokenizer("the red car")["input_ids"]].mean()
+    text, *common = (logits[mlm.tokenizer(each)["input_ids"]].mean() for each in ("the red car", *pocket.alignment.vocabulary))
+    expected = text - sum(common) / len(common)
     torch.testing.assert_close(pocket.alignment.scores(features.features, TEXTS)[f"lens.value.{layer}"][1, token], expected)
 
 
@@ -283,12 +317,14 @@ def test_encoder_scores_use_the_pooling_head_on_single_patches(pocket):
     features = pocket.images(ITEMS)[0]
     scores = pocket.alignment.scores(features.features, TEXTS)
     vision, text = pocket.encoder_original.model, pocket.alignment.encoder_text
-    ids = torch.tensor([text.tokenizer.encode("a red car") + [0] * 5])  # the template, padded to the full length
-    words = normalize(text.model(input_ids=ids).pooler_output[0], dim=-1)
+    red, fish, car = ["a", "red", "car"], ["a", "fish"], ["a", "car"]  # with the template, padded to the full length
+    ids = torch.tensor([text.tokenizer.encode(" ".join(each)) + [0] * (8 - len(each)) for each in (red, fish, car)])
+    plain, *names = normalize(text.model(input_ids=ids).pooler_output, dim=-1)
     for source in ("encoder_original", "encoder"):
         patch = features.features[source][3].float()
         pooled = vision.head(vision.post_layernorm(patch)[None, None])[0]
-        torch.testing.assert_close(scores[source][1, 3], normalize(pooled, dim=-1) @ words)
+        for name, vector in {source: plain - sum(names) / 2, f"uncentred.{source}": plain}.items():
+            torch.testing.assert_close(scores[name][1, 3], normalize(pooled, dim=-1) @ vector)
 
 
 @torch.no_grad()
@@ -302,7 +338,8 @@ def test_text_scores_of_a_cut_tower_are_those_of_the_last_layer(pocket):
     task = ReferringSegmentation([])
     read = {task.reads(source, extractor) for source in task.sources(extractor)}
     assert {"head.encoder", "head.encoder_original", "value.1"} <= read and not {"encoder", "encoder_original"} & read
-    assert task.reads("shuffled.lens.value.1", extractor) == "value.1" and "head.encoder" not in extractor.sources
+    assert {task.reads(source, extractor) for source in ("lens.value.1", "shuffled.value.1", "uncentred.value.1")} == {"value.1"}
+    assert task.reads("uncentred.encoder", extractor) == "head.encoder" and "head.encoder" not in extractor.sources
     (one,) = extractor.images(ITEMS[:1], sources=[*extractor.sources, *read])
     pixels = prepare_images(mlm, [ITEMS[0][1]]).pixels
     states, finetuned = vision(pixels, output_hidden_states=True).hidden_states, own(pixels, output_hidden_states=True).hidden_states[3]

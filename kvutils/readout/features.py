@@ -129,18 +129,18 @@ class FeatureExtractor:
     layers: of values and keys ("all" or numbers). encoder_text: the text tower of encoder_original, for text scores of the
     encoders. `alignment` scores texts. Pictures are kept up to `memory_bytes`, the least recently used goes first (default: a
     third of what is free, shared by the processes of this machine): on the model's device until that is `FULL`, then in main
-    memory. to: where all of them live instead.
+    memory. to: where all of them live instead. vocabulary: as in `TextAlignment`.
     """
 
     def __init__(
         self, mlm: MLM, untrained: MLM | None = None, encoder_original: Encoder | None = None, *,
         encoder_text: SiglipText | None = None, layers: str | int | Iterable[int] = "all", keys: bool = True,
-        memory_bytes: int | None = None, to: str | torch.device | None = None,
+        memory_bytes: int | None = None, to: str | torch.device | None = None, vocabulary: Sequence[str] | None = None,
     ):  # fmt: skip
         self.mlm, self.untrained, self.encoder_original = mlm, untrained, encoder_original
         self.layers, self.keys, self.to = resolve_layers(mlm, layers), keys, to
         self.memory_bytes = _free(mlm.device) // 3 if memory_bytes is None else memory_bytes
-        self.alignment = TextAlignment(mlm, self.layers, untrained, encoder_original, encoder_text)
+        self.alignment = TextAlignment(mlm, self.layers, untrained, encoder_original, encoder_text, vocabulary)
         self._memory: OrderedDict[str, ImageFeatures] = OrderedDict()
         self._held = 0
         self._seen: tuple[str, VisionInputs | None, list] = "", None, []  # key of the last picture, its pixels, what the tower made of them
@@ -162,7 +162,7 @@ class FeatureExtractor:
         """16 hex digits of everything that the features depend on besides the code and the libraries."""
         text = self.alignment.encoder_text
         models = [m and m.settings for m in (self.mlm, self.untrained, self.encoder_original)]
-        return digest([models, text and [text.name, text.template], self.layers])
+        return digest([models, text and [text.name, text.template], self.layers, self.alignment.vocabulary])
 
     def images(self, items: Iterable[Item], prefix: str | None = None, sources: Iterable[str] | None = None,
                checked: bool = True) -> list[ImageFeatures]:  # fmt: skip

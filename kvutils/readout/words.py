@@ -9,7 +9,13 @@
                        unit length (MaskCLIP's trick)
     encoder            the same for the finetuned tower, with the head of encoder_original and the layers that it was cut by
 
-All scores are dot products (paper, section 3.1; sources beyond value.l are ours).
+    uncentred....      value.l and the last three by the plain text vector, beside
+
+All scores are dot products (paper, section 3.1; sources beyond value.l are ours). Text vectors are centred (ours): from each the mean
+over a fixed vocabulary of names is subtracted, per source and layer. Vectors of different texts share most of their direction
+(anisotropy: Ethayarajh, EMNLP 2019, and, with the same remedy, Mu & Viswanath, ICLR 2018); that part lays the same map under every
+text, and its size, which differs between layers, would be read as what a layer knows. A constant added to all text vectors changes no
+centred score, and centring adds one number per token to the scores of all names, so that their argmax stays.
 """
 
 from __future__ import annotations
@@ -31,6 +37,17 @@ from kvutils.readout.encoders import depth_read
 
 # SigLIP learned captions, not bare names; a leading "the " of an expression gives way to it.
 SIGLIP_TEMPLATE = "a {}"
+UNCENTRED = "uncentred."  # prefix of the sources whose text vectors are as they are
+# Vocabularies of names, whatever data are scored: COCO's 80, and, for a model with a closed vocabulary of words, those of the pocket world.
+COCO_NAMES = tuple((
+    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, parking meter, bench, "
+    "bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, "
+    "snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork, "
+    "knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, "
+    "dining table, toilet, tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, "
+    "vase, scissors, teddy bear, hair drier, toothbrush"
+).split(", "))  # fmt: skip
+POCKET_NAMES = ("fish", "bird", "car", "boat", "tree", "house", "cup", "flag")
 
 
 @dataclass
@@ -117,15 +134,25 @@ def words_of(mlm: MLM, text: str) -> list[int]:
     return mlm.tokenizer(f" {text.strip()}", add_special_tokens=False)["input_ids"]
 
 
+def vocabulary_of(mlm: MLM) -> tuple[str, ...]:
+    """The names whose mean vector is subtracted for this model: `COCO_NAMES`, or, where its tokenizer lacks words of them, those of
+    `POCKET_NAMES` that it knows."""
+    unknown = mlm.tokenizer.unk_token_id
+    known = {name for name in (*COCO_NAMES, *POCKET_NAMES) if unknown not in words_of(mlm, name)}
+    return COCO_NAMES if known.issuperset(COCO_NAMES) else tuple(name for name in POCKET_NAMES if name in known)
+
+
 class TextAlignment:
-    """Text vectors and text scores of the sources above, for the layers of one extractor."""
+    """Text vectors and text scores of the sources above, for the layers of one extractor. vocabulary: names whose mean vector is
+    subtracted from each; default `vocabulary_of`."""
 
     def __init__(self, mlm: MLM, layers: Sequence[int], untrained: MLM | None, encoder: Encoder | None,
-                 encoder_text: SiglipText | None):  # fmt: skip
+                 encoder_text: SiglipText | None, vocabulary: Sequence[str] | None = None):  # fmt: skip
         if encoder_text is not None and encoder is None:
             raise ParameterError("encoder_text needs the encoder it belongs to: pass encoder_original as well")
         self.mlm, self.layers, self.untrained = mlm, tuple(layers), untrained
         self.encoder, self.encoder_text = encoder, encoder_text
+        self.vocabulary = vocabulary_of(mlm) if vocabulary is None else tuple(vocabulary)
         self.sources = []
         if encoder_text is not None:
             self.sources.append("encoder_original")
@@ -138,30 +165,47 @@ class TextAlignment:
         # A tower that is cut before the last layer (26 of 27 in LLaVA-OneVision) has no state that the head was trained on.
         self._cut = bool(encoder) and depth_read(encoder, mlm) < encoder.model.config.num_hidden_layers
         families = ["value", *(["untrained.value"] if untrained else []), "lens.value"]
+        plain = [*self.sources, *(f"value.{layer}" for layer in self.layers)]
         self.sources += [f"{family}.{layer}" for family in families for layer in self.layers]
+        self.sources += [UNCENTRED + source for source in plain]
         self._texts: dict[str, dict[str, torch.Tensor]] = {}
+        self._mean: dict[str, torch.Tensor] = {}  # over the vocabulary, read when the first text is
         self._image: tuple[Any, dict[str, torch.Tensor]] = None, {}  # features of the image before, and what was made of them
         self._roots: dict[int, torch.Tensor] = {}
 
     def reads(self, source: str) -> str:
         """The feature source that the scores of a source are made of."""
-        source = source.removeprefix("lens.")
+        source = source.removeprefix(UNCENTRED).removeprefix("lens.")
         return f"head.{source}" if self._cut and source in ("encoder_original", "encoder") else source
 
     def text(self, text: str) -> dict[str, torch.Tensor]:
-        """Vector (C,) float32 of the text in every source; read one at a time, so without batch effects."""
+        """Vector (C,) float32 of the text in every source, centred or, in `uncentred.` ones, as it is; read one at a time, so without
+        batch effects. ParameterError where the vocabulary has fewer than two names, whose mean would be none."""
+        if not self._mean:
+            if len(self.vocabulary) < 2:
+                raise ParameterError(f"text vectors are centred over names that the model knows, found {list(self.vocabulary)} for "
+                                     f"{self.mlm.name}; pass vocabulary=[...], at least two names, to FeatureExtractor")  # fmt: skip
+            self._mean = self._plain(self.vocabulary)
         if text not in self._texts:
-            vectors = self._values("value", self.mlm, text)
-            if self.untrained is not None:
-                vectors |= self._values("untrained.value", self.untrained, text)
-            ids = torch.tensor(words_of(self.mlm, text))
-            tables = self.mlm.model.get_input_embeddings().weight, self.mlm.model.lm_head.weight
-            vectors["projector"], lens = (rows[ids.to(rows.device)].float().mean(0).cpu().detach() for rows in tables)
-            vectors |= {f"lens.value.{layer}": self._seen_from_values(lens, layer) for layer in self.layers}
-            if self.encoder_text is not None:
-                vectors["encoder_original"] = vectors["encoder"] = self.encoder_text.embed(text)
-            self._texts[text] = {source: vectors[source] for source in self.sources}
+            plain = self._plain([text])
+            made = {source: vector - self._mean[source] for source, vector in plain.items()}
+            made |= {UNCENTRED + source: vector for source, vector in plain.items()}
+            self._texts[text] = {source: made[source] for source in self.sources}
         return self._texts[text]
+
+    def _plain(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Vector in every source as it is, of one text, or the mean over several."""
+        vectors = self._values("value", self.mlm, texts)
+        if self.untrained is not None:
+            vectors |= self._values("untrained.value", self.untrained, texts)
+        ids = [torch.tensor(words_of(self.mlm, text)) for text in texts]
+        tables = self.mlm.model.get_input_embeddings().weight, self.mlm.model.lm_head.weight
+        vectors["projector"], lens = (torch.stack([rows[each.to(rows.device)].float().mean(0) for each in ids]).mean(0).cpu().detach()
+                                      for rows in tables)  # fmt: skip
+        vectors |= {f"lens.value.{layer}": self._seen_from_values(lens, layer) for layer in self.layers}
+        if self.encoder_text is not None:
+            vectors["encoder_original"] = vectors["encoder"] = torch.stack([self.encoder_text.embed(text) for text in texts]).mean(0)
+        return vectors
 
     @torch.no_grad()
     def scores(self, features: Mapping[str, torch.Tensor], texts: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -174,9 +218,9 @@ class TextAlignment:
         scores = {}
         for source in self.sources:
             texts_here = torch.stack([v[source] for v in vectors]).to(self.mlm.device)
-            image = features[self.reads(source)].to(self.mlm.device).float()
-            if source.startswith("encoder"):
-                image = made[source] = made[source] if source in made else self._pooled(image)
+            image, plain = features[self.reads(source)].to(self.mlm.device).float(), source.removeprefix(UNCENTRED)
+            if plain.startswith("encoder"):
+                image = made[plain] = made[plain] if plain in made else self._pooled(image)
             scores[source] = texts_here @ image.T
             if source.startswith("lens."):
                 made[source] = made[source] if source in made else self._lens_scale(image, int(source.rsplit(".", 1)[1]))
@@ -190,8 +234,8 @@ class TextAlignment:
         patches = image.unsqueeze(1).to(model.device, model.dtype)
         return normalize(tower.head(tower.post_layernorm(patches)).float(), dim=-1).to(image.device)
 
-    def _values(self, family: str, mlm: MLM, text: str) -> dict[str, torch.Tensor]:
-        values = text_values(mlm, [text], layers=self.layers)[0]
+    def _values(self, family: str, mlm: MLM, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        values = text_values(mlm, texts, layers=self.layers).mean(0)
         return {f"{family}.{layer}": value.flatten() for layer, value in zip(self.layers, values, strict=True)}
 
     # What values v (N, G*D) add to the residual stream when attended to with full weight is x = W v, where W sums the output

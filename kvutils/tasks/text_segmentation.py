@@ -26,7 +26,6 @@ from kvutils.tasks.base import SHUFFLED, Row, ScoreTable, Task, opener, sample_s
 
 AP, INTERSECTION, UNION, IOU, BOX = range(5)
 COLUMNS = ("ap", "intersection", "union", "iou")
-CONTROLLED = ("value.", "lens.value.")  # families that also get a control with the wrong text
 PIXELS = {"cpu": 2**19, "cuda": 2**26}  # of maps at once: what the cache, and a part of the memory, hold
 
 
@@ -52,7 +51,8 @@ def map_scores(
 
 
 class TextSegmentation(Task):
-    """Score of a text on every image token, interpolated to pixels; Otsu's threshold per image (ours).
+    """Score of a text on every image token, interpolated to pixels; Otsu's threshold per image (ours). Texts are centred, and as
+    they are in `uncentred.` sources, which stand beside (`kvutils.readout.words`).
 
     Control: the same scores for the text of another sample that does not hold for this image. Samples without a foreground
     pixel are skipped.
@@ -69,7 +69,7 @@ class TextSegmentation(Task):
 
     def sources(self, extractor: FeatureExtractor) -> list[str]:
         names = extractor.alignment.sources
-        return names + [SHUFFLED + name for name in names if name.startswith(CONTROLLED)]
+        return names + [SHUFFLED + name for name in names if name.startswith("value.")]
 
     def reads(self, source: str, extractor: FeatureExtractor) -> str:
         return extractor.alignment.reads(super().reads(source, extractor))
@@ -209,14 +209,19 @@ def other_reading(task: TextSegmentation, extractor: FeatureExtractor, summary: 
     """What the headline would be with texts read the other way; JSON-able. Ours: behind the model's `start_tokens`, and at the
     start for a model without. The other: at the start, or behind the end-of-text token.
 
-    Over the task's first samples, with the values of the layer that is best in its summary, the first layer aside (whose
-    values do not depend on what is before a text)."""
+    Over the task's first samples, with centred texts and the values of the layer that is best in its summary, the first layer aside
+    (whose values do not depend on what is before a text)."""
     mlm = extractor.mlm
     usable = [each for each in extractor.layers if each > 0 and f"value.{each}" in summary["sources"]]  # others are `left_out`
     layer = max(usable, key=lambda each: summary["sources"][f"value.{each}"]["mean"])
     start, end = start_tokens(mlm), [mlm.tokenizer.eos_token_id]
     read = {"ours": start, "other": [] if start else end}
     samples, rows = [], []
+
+    def vectors(texts: Sequence[str]) -> torch.Tensor:  # (ways, channels), the mean over the texts
+        return torch.cat([text_values(mlm, texts, layer, behind=behind).mean(0).flatten(1) for behind in read.values()])
+
+    common = vectors(extractor.alignment.vocabulary)
     for sample in task.samples[:count]:
         try:
             if not (sample.mask == 1).any():
@@ -226,8 +231,7 @@ def other_reading(task: TextSegmentation, extractor: FeatureExtractor, summary: 
             continue
         samples.append(sample)
         shot = shot.select(image_tokens(shot.layout))
-        texts = torch.cat([text_values(mlm, [sample.text], layer, behind=behind).flatten(1) for behind in read.values()])
-        scores = texts.to(shot.values.device) @ shot.value(layer).float().T
+        scores = (vectors([sample.text]) - common).to(shot.values.device) @ shot.value(layer).float().T
         rows.append(map_scores(scores, sample.mask, task.threshold, layout=shot.layout))
     table = ScoreTable(task.name, [each.id for each in samples], [each.group for each in samples], list(read), list(COLUMNS), np.array(rows))
     behind = {way: mlm.tokenizer.convert_ids_to_tokens(tokens) for way, tokens in read.items()}
