@@ -212,6 +212,14 @@ def test_pairs_are_resampled_over_both_images(nodes):
     assert found.error > 2 * statistics.effect([node[i] + node[j] for i, j in pairs]).error
 
 
+@pytest.mark.parametrize("n", [12, 160])
+def test_pairs_that_share_no_image_are_units_like_others(n):
+    scores = np.random.default_rng(0).normal(size=n)
+    assert statistics.effect(scores, groups=[(f"a{i}", f"b{i}") for i in range(n)]) == statistics.effect(scores)
+    shared = [(f"a{i}", f"b{i % 4}") for i in range(n)]  # a source of its own each: those of one target are a group
+    assert statistics.effect(scores, groups=shared) == statistics.effect(scores, groups=[i % 4 for i in range(n)])
+
+
 def test_mean_over_tasks():
     one, other = statistics.Effect(1.0, 0.0, 2.0, 10, 0.5, 200), statistics.Effect(4.0, 3.0, 5.0, 20, 0.5, 200)
     found = statistics.mean_effect([one, other])

@@ -20,7 +20,7 @@ import torch
 
 from kvutils.errors import DataError, ImageError, one_of
 from kvutils.metrics.old import peak_then_degrade
-from kvutils.metrics.statistics import Halves, Statistic, bootstrap_ci, choosing_half, paired_difference
+from kvutils.metrics.statistics import Halves, Statistic, bootstrap_ci, choosing_half, paired_difference, units_of
 from kvutils.probes import ConvergenceError
 from kvutils.readout.features import HEADS, FeatureExtractor, ImageFeatures, Opener, picture_key
 from kvutils.store import Parts, in_chunks
@@ -89,7 +89,7 @@ class ScoreTable:
     @property
     def units(self) -> int:
         """How many units the rows are resampled by."""
-        return len({name for group in self.groups for name in (group if isinstance(group, tuple) else (group,))})
+        return len({name for names in units_of(self.groups) for name in names})
 
     def halves(self, seed: int = 0) -> Halves:
         """Which rows choose a layer for which others; by groups where there are fewer than 4 splits. ParameterError where no two
