@@ -1,5 +1,6 @@
 """Tests run from any folder, without network, on one thread, from a fixed seed."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -17,8 +18,9 @@ from PIL import Image  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 from kvutils import plots  # noqa: E402
-from kvutils.run.report import judge, load_claims  # noqa: E402
-from kvutils.store import read_json, write_json  # noqa: E402
+from kvutils.run.report import load_claims  # noqa: E402
+from kvutils.run.verdicts import judge  # noqa: E402
+from kvutils.store import read_json, to_json, write_json  # noqa: E402
 from tests import mini_data  # noqa: E402
 from tests.published import published_model  # noqa: E402
 
@@ -33,14 +35,9 @@ def _seed():
 
 @pytest.fixture
 def verdict():
-    """(claim id, measured) -> its verdict, by the rule of claims.json."""
+    """(claim id, what a notebook stores of it) -> the word of its verdict, by data/claims.yaml."""
     claims = {claim["id"]: claim for claim in load_claims()}
-
-    def judged(name, measured):
-        assert measured["unit"] in (claims[name]["unit"], f"{claims[name]['unit']} points")
-        return judge(claims[name], measured)[0]
-
-    return judged
+    return lambda name, found: judge(claims[name], json.loads(to_json(found))).word
 
 
 @pytest.fixture

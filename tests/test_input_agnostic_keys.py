@@ -19,7 +19,8 @@ from kvutils.keys import key_variance
 from kvutils.layout import build_layout
 from kvutils.prompts import PromptTokens
 from kvutils.readout.attention import attention_mass
-from kvutils.run.report import judge, load_claims
+from kvutils.run.report import load_claims
+from kvutils.run.verdicts import judge
 from kvutils.store import Parts, to_json
 from kvutils.tasks import key_blocking, key_statistics
 from kvutils.tasks.bimodality import separation, variance_threshold

@@ -21,7 +21,7 @@ from kvutils.run import cli
 from kvutils.run.report import load_claims
 assert kvutils.__file__.startswith(sys.argv[1]), kvutils.__file__
 assert load_mlm("pocket").num_layers == 8 and load_encoder("pocket-siglip")
-assert len(load_claims()) == 14 and len(CATALOG) == 11 and len(open_dataset("pocket-imagenet-s", scenes=2)) > 0
+assert len(load_claims()) == 16 and len(CATALOG) == 11 and len(open_dataset("pocket-imagenet-s", scenes=2)) > 0
 assert cli.main(["data"]) == 0
 assert cli.main(["capture", "photo.png", "--out", "photo.safetensors"]) == 0
 assert cli.main(["replicate"]) == 2

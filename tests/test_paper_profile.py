@@ -21,7 +21,8 @@ from kvutils.plots.style import SOURCE_STYLE, along_the_flow, error_bar, flow_ax
 from kvutils.readout.features import FeatureExtractor
 from kvutils.run.notebook import ROOT
 from kvutils.run.plan import NOTEBOOKS, data_of, look_for_data
-from kvutils.run.report import judge, load_claims
+from kvutils.run.report import load_claims
+from kvutils.run.verdicts import judge
 from kvutils.store import to_json
 from kvutils.tasks.base import run_task, summarise
 from kvutils.tasks.blink_interventions import claim_x5, interventions
@@ -82,7 +83,7 @@ def test_a_missing_file_is_missed_in_its_data_set_alone(data, name, pattern):
 def verdicts(claims: dict) -> dict:
     """Claims as they are stored and read again, judged."""
     stored = json.loads(to_json(claims))
-    return {name: judge(CLAIMS[name], claim)[0] for name, claim in stored.items()}
+    return {name: judge(CLAIMS[name], claim).word for name, claim in stored.items()}
 
 
 FEW = {

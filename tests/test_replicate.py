@@ -15,6 +15,8 @@ import pytest
 
 from kvutils import plots
 from kvutils.errors import DataError, ParameterError
+from kvutils.metrics.effects import measured, part
+from kvutils.metrics.statistics import Effect
 from kvutils.run import compare, notebook, plan, replicate, report
 from kvutils.run.cli import main
 from kvutils.run.notebook import PROFILES, Run, check_parameters
@@ -27,15 +29,16 @@ import json, os
 from pathlib import Path
 folder = Path(os.environ["KVUTILS_OUT"], "data", "results", profile, model)
 folder.mkdir(parents=True, exist_ok=True)
-entries = [{"name": str(i), "value": 0.1, "low": LOW, "high": 0.2, "n": 5} for i in range(6)]
-found = {"claims": {"C1": {"entries": entries}}, "parameters": {"seed": seed}}
+one = {"name": "a", "value": 3.0, "low": LOW, "high": 4.0, "low90": LOW, "high90": 4.0, "detectable": 5.0, "error": 1.0, "n": 50, "units": 50}
+claim = {"primary": one, "others": [], "prerequisites": [], "note": ""}
+found = {"claims": {"C1": claim}, "parameters": {"seed": seed}}
 (folder / "01_stub.json").write_text(json.dumps(found))
 """
-CLAIM = {"id": "C1", "section": "3", "statement": "It is so.", "paper": 6, "unit": "tasks", "notebook": "01_stub",
-         "rule": {"kind": "entries_above", "at_least": 6}}  # fmt: skip
+CLAIM = {"id": "C1", "short": "so", "section": "3", "statement": "It is so.", "paper": "so", "effect": None, "unit": "points", "smallest": 2,
+         "why": "ours", "kind": "effect", "primary": "a", "needs": "-", "notebook": "01_stub"}  # fmt: skip
 
 
-def write_book(path, body: str = "print(seed)", low: str = "0.05") -> nbformat.NotebookNode:
+def write_book(path, body: str = "print(seed)", low: str = "2.0") -> nbformat.NotebookNode:
     """A notebook without kvutils, so that it starts quickly."""
     new = nbformat.v4
     settings = new.new_code_cell('profile = "pocket"\nmodel = "pocket"\nseed = 0', id="b", metadata={"tags": ["parameters"]})
@@ -91,10 +94,10 @@ def test_a_run_is_clean_and_the_same_again(root, capsys):
     assert stream.text == f"{sys.executable}\na\nb\ndata/x\n"  # this interpreter, one stream, path from root
     assert "image/png" in picture.data
     printed = capsys.readouterr().out
-    assert "01_stub  done in" in printed and "C1  reproduced      6 tasks" in printed
+    assert "01_stub  done in" in printed and "In this small model:\nC1   present             The effect is +3.00 [+2.00, +4.00] points." in printed
     assert main(["replicate"]) == 0 and path.read_bytes() == first
-    assert "25 numbers as committed, 0 differ" in capsys.readouterr().out
-    assert json.loads((root / RESULTS).with_name("claims.json").read_text())[0]["verdict"] == "reproduced"
+    assert "10 numbers as committed, 0 differ" in capsys.readouterr().out
+    assert json.loads((root / RESULTS).with_name("claims.json").read_text())[0]["verdict"] == "present"
 
 
 def test_notebooks_that_fail_stay_as_they_were_and_the_others_are_run(root, capsys):
@@ -190,9 +193,9 @@ def test_accelerate_launch_shares_the_parts_and_writes_once(root, processes=3):
 
 
 def test_check_compares_with_the_committed_verdicts(root, capsys):
-    exec(WRITE.replace("LOW", "0.05"), {"profile": "pocket", "model": "pocket", "seed": 0})
+    exec(WRITE.replace("LOW", "2.0"), {"profile": "pocket", "model": "pocket", "seed": 0})
     committed = (root / RESULTS).read_bytes()
-    for low, code, said in (("0.05", 0, "the verdicts are those in"), ("-0.05", 1, "C1: reproduced in")):
+    for low, code, said in (("2.0", 0, "the verdicts are those in"), ("-2.0", 1, "C1: present in")):
         write_book(root / STUB, low=low)
         assert main(["replicate", "--check"]) == code and said in capsys.readouterr().out
     assert (root / RESULTS).read_bytes() == committed
@@ -265,19 +268,20 @@ def test_the_environment_is_said_without_what_differs_between_two_machines(capsy
     assert notebook.provenance()["machine"]["commit"] == "c0ffee"
 
 
-MEASURED = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9, "unit": "F1", "entries": [
-    {"name": "a minus b", "value": 0.1, "low": 0.05, "high": 0.2, "n": 5},
-    {"name": "c", "value": None, "low": None, "high": None, "n": 1, "reason": "no item"}]}
+MEASURED = measured(part("a minus b", Effect(12.0, 10.0, 14.0, 50, 1.0, 50)), [part("c", reason="no item")], note="On 6 of 6 tasks, " + "x" * 40)
 
 
 def test_the_last_cells(root, monkeypatch, capsys):
     """Verdicts, tables and `finish`: the results are apart from what differs between machines."""
     run = Run("01_stub")
-    run.verdicts({"C1": MEASURED})
-    assert capsys.readouterr().out == "C1: inconclusive (1 of 2 comparisons hold)\n"
+    found = run.verdicts({"C1": MEASURED})
+    said = "In this small model:\nC1: present. The effect is +12.0 [+10.0, +14.0] points. On 6 of 6 tasks,\n    " + "x" * 40 + "\n"
+    assert capsys.readouterr().out == said and found["C1"].word == "present"
+    Run("01_stub", "paper").verdicts({"C1": MEASURED})
+    assert capsys.readouterr().out.startswith("C1: present.")
     assert run.claims_table({"C1": MEASURED}).data.splitlines()[2:] == [
-        "| **C1** | F1 | **+0.500 [+0.400, +0.600]** | 9 |", "| C1 | a minus b | +0.100 [+0.050, +0.200] | 5 |",
-        "| C1 | c | not defined: no item | 1 |"]
+        "| **C1** | **a minus b** | +12.0 [+10.0, +14.0] points | 2 | 2.9 | 50 | 50 | present |",
+        "| C1 | c | not defined: no item | 2 | – | 0 | – | not measured |"]
     assert "| heads | together |" in run.choices({"heads": "together"}).data
     drawn = Mock()
     monkeypatch.setattr("kvutils.plots.draw_all", drawn)

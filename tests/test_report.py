@@ -4,84 +4,104 @@ import json
 import re
 import subprocess
 
-import numpy as np
 import pytest
 
 from kvutils.errors import DataError
-from kvutils.metrics.statistics import Interval, undefined
+from kvutils.metrics.effects import enough, measured, no_ceiling, no_floor, part
+from kvutils.metrics.statistics import UNDEFINED, Effect
 from kvutils.run import notebook, report
 from kvutils.run.cli import main
+from kvutils.run.verdicts import FAILS, HOLDS, NOT_MEASURED, judge, word_of_part
 from kvutils.store import write_json
 
-UP, DOWN, OPEN = (0.1, 0.3), (-0.3, -0.1), (-0.1, 0.1)
-ABOVE, ALL, TWO, THREE = {"kind": "above"}, *({"kind": "entries_above", "at_least": least} for least in ("all", 2, 3))
-WITHIN = {"kind": "entries_within", "tolerance": 0.2, "at_least": "all"}
+
+def claim(name="C6", kind="effect", effect=3.1, smallest=1.5, unit="F1 points") -> dict:
+    return {"id": name, "short": "blocking helps", "section": "3.2", "statement": "Blocking helps.", "paper": "POPE +3.1", "effect": effect,
+            "unit": unit, "smallest": smallest, "why": "half", "kind": kind, "primary": "blocked minus not", "needs": "keys",
+            "notebook": "01_value_flow"}  # fmt: skip
 
 
-def claim(rule) -> dict:
-    return {"id": "C1", "section": "3", "statement": "It is so.", "paper": 1.5, "unit": "points", "notebook": "01_value_flow", "rule": rule}
+def one(value, reach, units=100, name="blocked minus not", **more) -> dict:
+    """A comparison of 400 items with a 95 % interval of value +- reach."""
+    return part(name, Effect(value, value - reach, value + reach, 400, reach / 1.96, units), **more)
 
 
-def measured(*intervals) -> dict:
-    return {"value": 0.2, "low": intervals[0][0], "high": intervals[0][1], "n": 10, "unit": "F1",
-            "entries": [{"name": f"e{i}", "value": (a + b) / 2, "low": a, "high": b, "n": 5} for i, (a, b) in enumerate(intervals)]}
+FLOOR = no_floor("referring", Effect(0.2, -0.4, 0.8, 9, 0.3, 9), "mIoU points")
 
 
-@pytest.mark.parametrize(("rule", "intervals", "verdict"), [
-    (ABOVE, [UP], "reproduced"), (ABOVE, [DOWN], "not reproduced"), (ABOVE, [OPEN], "inconclusive"), (ABOVE, [(0.0, 0.1)], "inconclusive"),
-    (ABOVE | {"null": 2.0}, [UP], "not reproduced"), (ABOVE | {"null": 2.0}, [(2.1, 2.2)], "reproduced"),
-    (ALL, [UP, UP], "reproduced"), (ALL, [UP, OPEN], "inconclusive"), (ALL, [UP, DOWN], "not reproduced"),
-    (TWO, [UP, DOWN, UP], "reproduced"), (TWO, [UP, DOWN, OPEN], "inconclusive"), (TWO, [UP, DOWN, DOWN], "not reproduced"),
-    (THREE, [UP, UP], "inconclusive"), (THREE, [UP, DOWN], "not reproduced"),  # a third was not measured
-    (WITHIN, [OPEN, OPEN], "reproduced"), (WITHIN, [OPEN, UP], "inconclusive"),
-    (WITHIN | {"tolerance": 0.05}, [(-0.01, 0.01), DOWN], "not reproduced"),
-])
-def test_rules(rule, intervals, verdict):
-    assert report.judge(claim(rule), measured(*intervals))[0] == verdict
+@pytest.mark.parametrize(("about", "found", "verdict", "why"), [
+    ({}, None, "not measured", "Nothing has measured it yet."),
+    ({}, {"value": 1.0, "low": 0.5, "high": 1.5, "entries": []}, "not measured",
+     "Its results are of another version of kvutils: run notebook 01 again."),
+    ({}, measured(part("a")), "not measured", "Too few independent units to resample."),
+    ({}, measured(one(5, 1), prerequisites=[enough("images", 100, 100), no_ceiling("POPE", 3)]), "cannot appear here",
+     "Ceiling: 3 errors on POPE, fewer than 20."),
+    ({}, measured(one(5, 1), prerequisites=[FLOOR, enough("keys", 0, 1)]), "cannot appear here",
+     "Floor: referring is +0.2 [-0.4, +0.8] mIoU points from its untrained control; 0 keys, 1 are needed."),
+    ({}, measured(one(2.9, 1.0)), "present", "The effect is +2.90 [+1.90, +3.90] F1 points, of the paper's size (3.1)."),
+    ({}, measured(one(0.9, 0.5)), "present", "The effect is +0.90 [+0.40, +1.40] F1 points, smaller than the paper's 3.1."),
+    ({}, measured(one(5, 1), size=one(2, 0.5)), "present",
+     "The effect is +5.00 [+4.00, +6.00] F1 points, smaller than the paper's 3.1; in its terms ours is +2.00 [+1.50, +2.50]."),
+    ({"effect": None}, measured(one(12.34, 5, 7)), "present", "The effect is +12.3 [+7.3, +17.3] F1 points (few units: 7)."),
+    ({"effect": None}, measured(one(0.5, 0.25)), "present",
+     "The effect is +0.50 [+0.25, +0.75] F1 points, smaller than what would matter (1.5)."),
+    ({}, measured(one(-3, 1)), "opposite", "The effect points the other way: -3.00 [-4.00, -2.00] F1 points."),
+    ({}, measured(one(-0.001, 0.6)), "absent",
+     "An effect of 1.5 F1 points or more is excluded: the effect is +0.00 F1 points, its 90 % interval [-0.51, +0.51]."),
+    ({}, measured(one(0.5, 2.0)), "cannot tell",
+     "Open: the effect is +0.50 [-1.50, +2.50] F1 points; only 2.9 F1 points or more would have been found with probability .8."),
+    ({"name": "X2"}, measured(one(2.9, 1.0)), "holds", None), ({"name": "X2"}, measured(one(0, 0.6)), "does not hold", None),
+    ({"name": "X2"}, measured(one(-3, 1)), "opposite", None),
+    ({"name": "X6", "kind": "equal"}, measured(one(0.2, 0.6)), "holds",
+     "A change of 1.5 F1 points or more is excluded: the largest change is +0.20 F1 points, its 90 % interval [-0.31, +0.71]."),
+    ({"name": "X6", "kind": "equal"}, measured(one(-3, 1)), "does not hold",
+     "The largest change is -3.00 [-4.00, -2.00] F1 points, more than 1.5."),
+    ({"name": "X6", "kind": "equal"}, measured(one(1, 2)), "cannot tell", None),
+    ({"kind": "tasks", "effect": 3, "unit": "points"}, measured(part("ahead"), tasks=[one(5, 1), one(-5, 1), one(0, 0.5), one(0, 9)]),
+     "present", "1 of 4 tasks ahead, 1 behind, 1 equal, 1 open; fewer ahead than the 3 of the paper."),
+    ({"kind": "tasks", "effect": 1}, measured(part("ahead"), tasks=[one(-5, 1), one(0, 0.5)]), "opposite",
+     "It points the other way: 0 of 2 tasks ahead, 1 behind, 1 equal, 0 open; in the paper 1 are ahead."),
+    ({"kind": "tasks", "effect": 3}, measured(part("ahead"), tasks=[one(0, 0.5)] * 2), "absent",
+     "Differences of 1.5 F1 points or more are excluded on all 2 tasks."),
+    ({"kind": "tasks", "effect": 3}, measured(part("ahead")), "not measured", "No task was measured."),
+])  # fmt: skip
+def test_words_and_sentences(about, found, verdict, why):
+    got = judge(claim(**about), found)
+    assert got.word == verdict and why in (got.why, None)
 
 
-def test_lines_without_a_value():
-    line = report.row(claim(ABOVE), None)
-    assert line["verdict"] == "not run" and {line[name] for name in ("ours", "low", "high", "n")} == {None}
-    found = measured(UP, OPEN, UP) | {"value": None, "low": None, "high": None}
-    line = report.row(claim(TWO), found)  # then ours counts the entries that hold
-    assert (line["ours"], line["low"], line["verdict"], line["unit"]) == (2, None, "reproduced", "F1")
-    assert report.row(claim(TWO), found | {"reason": "no answer names an option"})["ours"] is None  # no count in "% of items"
+def test_each_comparison_has_its_own_word():
+    lines = report.comparisons(claim(), measured(one(2.9, 1.0), [one(0, 0.6, name="MME", unit="points", smallest=9), one(0.3, 0.1, 5, "depth", unit="share"),
+                                                                 part("other", Effect(1, *[float("nan")] * 2, 1, float("nan"), 1))]))  # fmt: skip
+    assert lines == [
+        ("**C6**", "**blocked minus not**", "+2.90 [+1.90, +3.90] F1 points", "1.5", "1.4", 400, "100", "present"),
+        ("C6", "MME", "+0.00 [-0.60, +0.60] points", "9", "0.87", 400, "100", "absent"),
+        ("C6", "depth", "+0.30 [+0.20, +0.40] share", "–", "0.19", 400, "5, few units", "–"),
+        ("C6", "other", "+1.00, interval not defined: too few independent units to resample", "1.5", "–", 1, "1, few units", "not measured")]
+    assert [word_of_part(claim("X6", "equal"), one(value, 0.1)) for value in (0, 3)] == [HOLDS, FAILS]
+    assert word_of_part(claim("X2"), part("a", UNDEFINED)) == NOT_MEASURED
+    assert report.comparisons(claim(), {"entries": []})[0][1].endswith("run notebook 01 again.")
 
 
-@pytest.mark.parametrize("broken", [
-    {"value": 1.0}, {"low": 2.0, "high": 1.0}, {"low": float("nan"), "high": 1.0}, {"low": 0.0, "high": None}, {"low": 0.0, "high": float("inf")}])
-def test_a_verdict_needs_an_interval(broken):
-    with pytest.raises(DataError, match="claim C1.*interval"):
-        report.judge(claim(ABOVE), broken)
-    with pytest.raises(DataError, match="e1"):
-        report.judge(claim(ALL), {"entries": [measured(UP)["entries"][0], broken | {"name": "e1"}]})
-    with pytest.raises(DataError, match="entries"):
-        report.judge(claim(ALL), measured(UP) | {"entries": []})
-
-
-def test_an_undefined_part_neither_holds_nor_is_against():
-    nothing = undefined("e1", "no item shows it")
-    for entries, verdict in (([UP], "inconclusive"), ([DOWN], "not reproduced"), ([], "inconclusive")):
-        line = report.row(claim(ALL), {"value": None, "entries": [*(measured(*entries)["entries"] if entries else []), nothing]})
-        assert line["verdict"] == verdict and line["ours"] == entries.count(UP)
-    bare = Interval(150.0, np.nan, np.nan, 28).claim("total of MME, one image of each subtask")  # no resample has all of them
-    assert report.judge(claim(ALL), {"entries": [bare]})[0] == "inconclusive" and "too few independent units" in report.interval(bare)
-    line = report.row(claim(ABOVE), nothing)  # as the headline
-    assert (line["verdict"], line["ours"]) == ("inconclusive", None)
-    assert report.interval(nothing) == "not defined: no item shows it"
+def test_a_line_of_the_tables():
+    line = report.row(claim(), measured(one(2.9, 1.0, 7), prerequisites=[enough("keys", 3, 1)], note="A note."))
+    assert [line[key] for key in ("verdict", "value", "low", "high", "n", "units", "note")] == ["present", 2.9, 1.9, 3.9, 400, 7, "A note."]
+    assert report.ours(line) == "+2.90 [+1.90, +3.90] F1 points" and report.units(line) == "7, few units"
+    assert line["prerequisites"] == [{"name": "keys", "holds": True, "reason": "3 keys, 1 are needed"}]
+    assert report.ours(report.row(claim(), None)) == "–" == report.ours(report.row(claim(), {"entries": []}))
+    many = report.row(claim(kind="tasks", effect=3), measured(part("ahead"), tasks=[one(5, 1, name="a"), one(-5, 1, name="b")]))
+    assert report.ours(many) == "1 of 2 tasks" and many["tasks"] == {"a": "present", "b": "opposite"}
 
 
 def test_all_claims_are_there():
-    claims = report.load_claims()
-    assert [c["id"] for c in claims] == [f"C{i}" for i in range(1, 9)] + [f"X{i}" for i in range(1, 7)]
-    assert all(c["rule"]["kind"] == "above" or "at_least" in c["rule"] for c in claims)
+    assert [c["id"] for c in report.load_claims()] == "C1 C2a C2b C3 C4 C5 C6 C7a C7b C8 X1 X2 X3 X4 X5 X6".split()
 
 
-def test_a_claim_with_another_rule_is_refused(tmp_path):
+@pytest.mark.parametrize("broken", [{"kind": "looks good"}, {"smallest": 0}, {"smallest": None}, {"smal": 1}])
+def test_a_claim_without_its_fields_is_refused(tmp_path, broken):
     path = tmp_path / "claims.yaml"
-    path.write_text(json.dumps({"claims": [claim({"kind": "looks good"})]}))
-    with pytest.raises(DataError, match="C1"):
+    path.write_text(json.dumps({"claims": [claim("C1") | broken]}))
+    with pytest.raises(DataError, match="claim C1: expected id, short"):
         report.load_claims(path)
 
 
@@ -90,8 +110,8 @@ def root(tmp_path, monkeypatch):
     """A repository with one result and a README."""
     monkeypatch.setenv("KVUTILS_OUT", str(tmp_path))
     run = notebook.Run("01_value_flow")
-    found = measured(*[UP] * 6) | {"n": 60}
-    write_json(run.results, {"claims": {"C1": found}, "finding": "It works.", "choices": {"regularisation": "0.1"}})
+    found = measured(one(12, 2, 60), [one(9, 2, name="co-segmentation")], [enough("tasks", 6, 1)], "On 6 of 6 tasks.")
+    write_json(run.results, {"claims": {"C1": found, "C2a": {"entries": []}}, "finding": "It works.", "choices": {"regularisation": "0.1"}})
     write_json(run.folder / "provenance" / "01_value_flow.json", {"revision": "abc", "machine": {"device": "cpu (mine)"}})
     (tmp_path / "pyproject.toml").write_text("[tool.kvutils]\nrepository = ''\n")
     (tmp_path / "notebooks").mkdir()
@@ -107,21 +127,25 @@ def test_everything_is_made_from_the_results(root, capsys):
     assert main(["report", "--check"]) == 0
     folder = root / "data" / "results" / "pocket" / "pocket"
     lines = json.loads((folder / "claims.json").read_text())
-    assert len(lines) == 14
-    assert lines[0] == {"id": "C1", "verdict": "reproduced", "paper": 6, "ours": 0.2, "low": 0.1, "high": 0.3,
-                        "n": 60, "unit": "F1", "notebook": "01_value_flow"}
+    assert len(lines) == 16
+    assert {key: lines[0][key] for key in ("id", "verdict", "value", "low", "high", "n", "units", "note", "notebook")} == {
+        "id": "C1", "verdict": "present", "value": 12, "low": 10, "high": 14, "n": 400, "units": 60, "note": "On 6 of 6 tasks.",
+        "notebook": "01_value_flow"}  # fmt: skip
     readme = (root / "README.md").read_text()
-    assert "TYPED" not in readme and "**reproduced**" in readme and "0.200 [0.100, 0.300]" in readme
+    assert "TYPED" not in readme and "| **present** | The effect is +12.0 [+10.0, +14.0] points. |" in readme and "in this small model" in readme
+    assert max(line.count("|") for line in readme.splitlines()) == 6 + 1
     assert "It works." in readme and "figures/01_value_flow.png" in readme
     text = (folder / "REPORT.md").read_text()
-    assert "| e5 | 0.200 [0.100, 0.300] | 5 |" in text and "- regularisation: 0.1" in text
+    assert text.startswith("# In this small model. Profile `pocket`") and "reproduced" not in text + readme
+    assert "| co-segmentation | +9.0 [+7.0, +11.0] points | 2 | 2.9 | 400 | 100 | present |" in text
+    assert "| yes: 6 tasks, 1 are needed |" in text and "run notebook 01 again" in text and "- regularisation: 0.1" in text
     assert "| revision | abc |" in text and "mine" not in text, "what differs between machines has no place in it"
     assert "written: README.md" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("edit", "old", "new"), [
-    ("README.md", "**reproduced**", "**not reproduced**"), ("data/results/pocket/pocket/claims.json", '"reproduced"', '"inconclusive"'),
-    ("data/results/pocket/pocket/01_value_flow.json", '"low": 0.1', '"low": -1.0')])
+    ("README.md", "**present**", "**absent**"), ("data/results/pocket/pocket/claims.json", '"present"', '"absent"'),
+    ("data/results/pocket/pocket/01_value_flow.json", '"low": 10', '"low": -1')])
 def test_a_stale_file_is_found(root, edit, old, new):
     report.write(root)
     text = (root / edit).read_text()

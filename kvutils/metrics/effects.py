@@ -40,8 +40,8 @@ def measured(primary: dict, others: Sequence[dict] = (), prerequisites: Sequence
 
 
 def prerequisite(name: str, holds: bool, reason: str) -> dict:
-    """Something that has been measured and has to hold, or the effect cannot appear. reason: with its numbers, read after "cannot
-    appear here: " where it fails."""
+    """Something that has been measured and has to hold, or the effect cannot appear. reason: with its numbers, a sentence of its
+    own where it fails."""
     return {"name": name, "holds": bool(holds), "reason": reason}
 
 
@@ -52,16 +52,20 @@ def enough(name: str, count: int, least: int) -> dict:
 
 def no_ceiling(name: str, errors: int, least: int = FEWEST_ERRORS) -> dict:
     """The model makes enough errors on it to gain anything."""
-    return prerequisite(f"{name}: below the ceiling", errors >= least, f"ceiling: {errors:,} errors on {name}, fewer than {least}")
+    found = f"ceiling: {errors:,} errors on {name}, fewer than" if errors < least else f"{errors:,} errors on {name}, at least"
+    return prerequisite(f"{name}: below the ceiling", errors >= least, f"{found} {least}")
 
 
 def no_floor(name: str, above_control: Effect, unit: str) -> dict:
     """The baseline is above its untrained control: the interval of their difference lies above 0."""
     found = f"{above_control.mean:+.1f} [{above_control.low:+.1f}, {above_control.high:+.1f}] {unit}"
-    return prerequisite(f"{name}: above the floor", above_control.low > 0, f"floor: {name} is {found} from its untrained control")
+    holds = above_control.low > 0
+    return prerequisite(f"{name}: above the floor", holds, f"{'' if holds else 'floor: '}{name} is {found} from its untrained control")
 
 
 def lever(name: str, cost: Effect, smallest: float, unit: str) -> dict:
     """Removing all that an intervention could touch costs at least the smallest effect of interest."""
     found = f"{cost.mean:.2f} [{cost.low:.2f}, {cost.high:.2f}] {unit}"
-    return prerequisite(f"{name}: a lever", cost.mean >= smallest, f"no lever: {name} costs {found}, less than {smallest:g}")
+    holds = cost.mean >= smallest
+    known = f"{name} costs {found}, at least {smallest:g}" if holds else f"no lever: {name} costs {found}, less than {smallest:g}"
+    return prerequisite(f"{name}: a lever", holds, known)

@@ -4,6 +4,7 @@ Nothing here depends on the working directory: papermill runs a notebook from on
 import os
 import platform
 import subprocess
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,11 +17,11 @@ from IPython.display import Markdown
 from kvutils import named_folder
 from kvutils.datasets import USES, data_sources
 from kvutils.errors import ParameterError, one_of
-from kvutils.metrics.statistics import interval_text
 from kvutils.models import MLM, base_name
 from kvutils.run import DEFAULT, report
 from kvutils.run import PROFILES as PROFILES
 from kvutils.run.sizes import SIZES as SIZES
+from kvutils.run.verdicts import Verdict, judge
 from kvutils.store import Parts, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,24 +75,20 @@ class Run:
         return Parts(cache_root() / self.profile / self.folder.name / "parts", mlm=mlm.settings, profile=self.profile, options=data_options,
                      sources=sources, **depends)  # fmt: skip
 
-    def verdicts(self, claims: Mapping[str, Mapping]) -> dict[str, int]:
-        """Print the verdict of each claim of this notebook, `C1: reproduced (6 of 6 comparisons hold)`; -> how many hold."""
-        held = {}
-        for claim in report.load_claims():
-            if (name := claim["id"]) in claims:
-                verdict, held[name] = report.judge(claim, claims[name])
-                parts = len(claims[name].get("entries") or [])
-                print(f"{name}: {verdict}" + (f" ({held[name]} of {parts} comparisons hold)" if claim["rule"]["kind"] != "above" else ""))
-        return held
+    def verdicts(self, claims: Mapping[str, Mapping]) -> dict[str, Verdict]:
+        """Print the verdict of each claim of this notebook, why, and its note; -> {claim: verdict}."""
+        found = {claim["id"]: judge(claim, claims[claim["id"]]) for claim in report.load_claims() if claim["id"] in claims}
+        if self.profile == "pocket":
+            print("In this small model:")
+        for name, verdict in found.items():
+            text = f"{name}: {verdict.word}. {verdict.why} {claims[name].get('note', '')}"
+            print(textwrap.fill(text, 110, subsequent_indent="    ", break_on_hyphens=False))
+        return found
 
     def claims_table(self, claims: Mapping[str, Mapping]) -> Markdown:
-        """What stands behind the verdicts: of each claim its value, if it has one, and every comparison."""
-        lines = []
-        for name, claim in claims.items():
-            if claim.get("value") is not None:
-                lines.append((f"**{name}**", claim["unit"], f"**{interval_text(claim, sign=True)}**", claim["n"]))
-            lines += [(name, each["name"], interval_text(each, sign=True), each["n"]) for each in claim.get("entries") or []]
-        return table(("claim", "comparison", "value [95 % interval]", "n"), lines)
+        """What stands behind the verdicts: of each claim its primary comparison (bold) and the others, each with its own word."""
+        lines = [line for claim in report.load_claims() if claim["id"] in claims for line in report.comparisons(claim, claims[claim["id"]])]
+        return table(report.COMPARISONS, lines)
 
     def choices(self, choices: Mapping[str, str]) -> Markdown:
         """The choices made where the paper is silent."""
@@ -101,7 +98,7 @@ class Run:
                **sections: object) -> None:
         """Write the results, draw the figures from them, print the finding.
 
-        claims: {id: {value, low, high, n, unit, entries}}; sections: `choices` and whatever else the figures and the report
+        claims: {id: `kvutils.metrics.effects.measured`}; sections: `choices` and whatever else the figures and the report
         read. What the results came from, with `sources` such as `data_sources(...)`, is apart in provenance/<notebook>.json.
         """
         from kvutils import plots

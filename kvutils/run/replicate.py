@@ -30,6 +30,7 @@ from kvutils.models import MODELS, find_model
 from kvutils.run import compare, notebook, plan, report
 from kvutils.run.notebook import Run
 from kvutils.run.sizes import left_out, parameters_of
+from kvutils.run.verdicts import NOTHING
 from kvutils.store import atomic, digest, need_writable, read_json, write_text
 
 BAR = re.compile(r"\d%\||\d\w* \[\d+:\d\d")  # what every line of a tqdm bar contains
@@ -172,10 +173,10 @@ def show(path: Path) -> str:
 
 
 def verdict_lines(lines: list[dict]) -> str:
-    """The verdict table for a terminal; claims that are not run in one line."""
-    out = [f"{line['id']:<4}{line['verdict']:<16}{report.interval(line, 'ours')} {line['unit']}  (paper: {report.number(line['paper'])})"
-           for line in lines if line["verdict"] != "not run"]
-    return "\n".join([*out, "not run: " + " ".join(line["id"] for line in lines if line["verdict"] == "not run")])
+    """The verdict table for a terminal; claims that nothing has measured in one line."""
+    silent = " ".join(line["id"] for line in lines if line["why"] == NOTHING)
+    out = [f"{line['id']:<5}{line['verdict']:<20}{line['why']}" for line in lines if line["why"] != NOTHING]
+    return "\n".join([*out, f"not measured: {silent}"] if silent else out)
 
 
 def run_all(paths: Mapping[Path, dict], executed: Path) -> list[str]:
@@ -249,7 +250,8 @@ def replicate(chosen: argparse.Namespace) -> int:
     if rank() or not run.folder.exists():
         return int(bool(failures))
     written = report.write(out)
-    print(f"\n{verdict_lines(report.rows(report.read_results(run.folder)))}\n")
+    said = "In this small model:\n" if report.is_small(run.folder) else ""
+    print(f"\n{said}{verdict_lines(report.rows(report.read_results(run.folder), report.read_together(run.folder.parent)))}\n")
     print(f"results: {show(run.folder)}\nfigures: {show(run.figures)}")
     print("".join(f"updated: {show(path)}\n" for path in written), end="")
     if failures:

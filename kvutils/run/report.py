@@ -3,7 +3,6 @@
 Reads data/claims.yaml and data/results/<profile>/<model>/<notebook>.json. Writes claims.json and REPORT.md beside the results, and
 the generated parts of README.md. A verdict is computed here or not at all."""
 
-import math
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,76 +11,89 @@ import yaml
 
 from kvutils import data_folder
 from kvutils.errors import DataError
-from kvutils.run import DEFAULT
+from kvutils.run import DEFAULT, across
+from kvutils.run.verdicts import FEW_UNITS, NOT_MEASURED, PRESENT, interval_of, judge, word_of_part
 from kvutils.store import read_json, to_json, write_text
 
-RULES = ("above", "entries_above", "entries_within")
 PICTURES = {"02_siglip_baseline": "02_steps", "03_input_agnostic_keys": "03_block_effects", "04_prefix": "04_prefix_effects",
             "05_blink_gap": "05_readouts"}  # the figure that stands for a notebook in the README, where it is not named after it
-FIELDS = {"id", "section", "statement", "paper", "unit", "notebook", "rule"}
+FIELDS = ("id", "short", "section", "statement", "paper", "effect", "unit", "smallest", "why", "kind", "primary", "needs", "notebook")
+KINDS = ("effect", "tasks", "equal")
+COMPARISONS = ("claim", "comparison", "value [95 % interval]", "smallest effect of interest", "detectable", "n", "units", "verdict")
+
+ABOUT = ("Made by `make report` from the results beside it, by the rules of `kvutils/run/verdicts.py` and the numbers of `data/claims.yaml`. "
+         "What the words mean is said in the README.")
 
 
 def load_claims(path: Path | None = None) -> list[dict]:
-    """The claims of data/claims.yaml, in their order."""
+    """The claims of data/claims.yaml, in their order; DataError for one without all of its fields."""
     path = path or data_folder() / "claims.yaml"
     claims = yaml.safe_load(path.read_text(encoding="utf-8"))["claims"]
     for claim in claims:
-        if claim.keys() != FIELDS or claim["rule"].get("kind") not in RULES:
-            raise DataError(f"{path}: claim {claim.get('id')}: expected {sorted(FIELDS)} and a rule of kind {', '.join(RULES)}; found {claim}.")
+        if claim.keys() != set(FIELDS) or claim["kind"] not in KINDS or not isinstance(claim["smallest"], int | float) or claim["smallest"] <= 0:
+            raise DataError(f"{path}: claim {claim.get('id')}: expected {', '.join(FIELDS)}, a kind that is one of "
+                            f"{', '.join(KINDS)} and a smallest effect above 0; found {claim}.")  # fmt: skip
     return claims
 
 
-def _side(part: Mapping, rule: Mapping, where: str) -> int:
-    """+1 if the part's interval satisfies the rule, -1 if it is wholly on the other side, 0 if it is open or undefined."""
-    low, high = part.get("low"), part.get("high")
-    if low is None and high is None and part.get("reason"):
-        return 0
-    if low is None or high is None or not -math.inf < low <= high < math.inf:
-        raise DataError(f"{where}: expected an interval with low <= high, found low={low!r}, high={high!r}.")
-    if rule["kind"] == "entries_within":
-        bound = rule["tolerance"]
-        return 1 if -bound <= low and high <= bound else -1 if low > bound or high < -bound else 0
-    null = rule.get("null", 0.0)
-    return 1 if low > null else -1 if high < null else 0
+def row(claim: Mapping, found: Mapping | None) -> dict:
+    """One line of claims.json: the verdict, why, and the numbers that it rests on, in the claim's unit."""
+    verdict = judge(claim, found)
+    found = found if found and "primary" in found else {}
+    one, tasks = found.get("primary", {}), found.get("tasks", []) if claim["kind"] == "tasks" else []
+    return {"id": claim["id"], "verdict": verdict.word, "why": verdict.why, "note": found.get("note", ""),
+            **{key: claim[key] for key in ("paper", "effect", "unit", "smallest", "notebook")}, "comparison": one.get("name"),
+            **{key: one.get(key) for key in ("value", "low", "high", "detectable", "n", "units", "reason")},
+            "tasks": {each["name"]: word_of_part(claim, each) for each in tasks}, "prerequisites": found.get("prerequisites", [])}  # fmt: skip
 
 
-def judge(claim: Mapping, measured: Mapping | None) -> tuple[str, int]:
-    """(verdict, number of parts that hold) of a claim, by its rule; see data/claims.yaml for the rules."""
-    if measured is None:
-        return "not run", 0
-    rule = claim["rule"]
-    parts = [measured] if rule["kind"] == "above" else measured.get("entries") or []
-    if not parts:
-        raise DataError(f"claim {claim['id']}: its rule needs `entries` and the results have none.")
-    sides = [_side(part, rule, f"claim {claim['id']}, {part.get('name', 'headline')}") for part in parts]
-    needed = len(parts) if rule.get("at_least", "all") == "all" else rule["at_least"]
-    if sides.count(1) >= needed:
-        return "reproduced", sides.count(1)
-    possible = max(len(parts), needed) - sides.count(-1)
-    return ("inconclusive" if possible >= needed else "not reproduced"), sides.count(1)
+def ours(line: Mapping) -> str:
+    """What was measured of a line of claims.json: `+0.04 [+0.00, +0.10] F1 points`, or the number of tasks that are ahead."""
+    if line["tasks"]:
+        return f"{list(line['tasks'].values()).count(PRESENT)} of {len(line['tasks'])} tasks"
+    if line["n"] is None:
+        return "–"
+    return interval_of(line) if line["low"] is None else f"{interval_of(line)} {line['unit']}"
 
 
-def row(claim: Mapping, measured: Mapping | None) -> dict:
-    """One line of claims.json. Where the results give entries but no value of their own, ours is how many of them hold; a value
-    that is undefined for a reason stays so, as a count would not be in its unit."""
-    verdict, holding = judge(claim, measured)
-    measured = measured or {}
-    ours = measured.get("value")
-    if ours is None and measured and not measured.get("reason") and claim["rule"]["kind"] != "above":
-        ours = holding
-    return {"id": claim["id"], "verdict": verdict, "paper": claim["paper"], "ours": ours,
-            "low": measured.get("low"), "high": measured.get("high"), "n": measured.get("n"),
-            "unit": measured.get("unit") or claim["unit"], "notebook": claim["notebook"]}
+def comparisons(claim: Mapping, found: Mapping) -> list[tuple]:
+    """What stands behind a verdict: rows under `COMPARISONS`, the primary one in bold, each with its own word."""
+    if "primary" not in found:
+        return [(claim["id"], judge(claim, found).why, *[""] * (len(COMPARISONS) - 3), NOT_MEASURED)]
+    parts = {each["name"]: each for each in (*found.get("tasks", ()), *found["others"])}
+    parts.pop(found["primary"]["name"], None)
+    lines = []
+    for one in (found["primary"], *parts.values()):
+        unit, own = one.get("unit", claim["unit"]), one is found["primary"]
+        known = one.get("smallest", claim["smallest"] if unit == claim["unit"] else None)
+        value = ours(row(claim, found)) if own else f"{interval_of(one)} {'' if one['low'] is None else unit}".strip()
+        detectable = "–" if one["detectable"] is None else f"{one['detectable']:.2g}"
+        lines.append((f"**{claim['id']}**" if own else claim["id"], f"**{one['name']}**" if own else one["name"], value,
+                      "–" if known is None else f"{known:g}", detectable, one["n"], units(one),
+                      judge(claim, found).word if own else word_of_part(claim, one)))  # fmt: skip
+    return lines
 
 
-def measurement(claim: Mapping, results: Mapping[str, Mapping]) -> Mapping | None:
-    """What a claim's notebook has stored of it; None if it was not run or not measured."""
-    return results.get(claim["notebook"], {}).get("claims", {}).get(claim["id"])
+def units(one: Mapping) -> str:
+    """The number of independent units, and whether they are few."""
+    return "–" if not one["units"] else f"{one['units']}, few units" if one["units"] < FEW_UNITS else f"{one['units']:,}"
 
 
-def rows(results: Mapping[str, Mapping]) -> list[dict]:
-    """The lines of claims.json, one per claim, from {notebook: its results}."""
-    return [row(claim, measurement(claim, results)) for claim in load_claims()]
+def measurement(claim: Mapping, results: Mapping[str, Mapping], together: Mapping[str, Mapping]) -> Mapping | None:
+    """What is stored of a claim: by its notebook or, without one, of several models `together`; None if it was not measured."""
+    held = together if claim["notebook"] is None else results.get(claim["notebook"], {}).get("claims", {})
+    return held.get(claim["id"])
+
+
+def rows(results: Mapping[str, Mapping], together: Mapping[str, Mapping] | None = None) -> list[dict]:
+    """The lines of claims.json, one per claim, from {notebook: its results} and `read_together`."""
+    return [row(claim, measurement(claim, results, together or {})) for claim in load_claims()]
+
+
+def read_together(profile: Path) -> dict[str, dict]:
+    """{claim: what was found} of the claims about all models of a profile, data/results/<profile>."""
+    folders = {path.parent for path in profile.glob("*/[0-9][0-9]_*.json")}
+    return across.measure({each.name: (read_results(each), read_results(each / "provenance")) for each in sorted(folders)}, load_claims())
 
 
 _IN_A_CELL = str.maketrans({"|": "\\|", "<": "&lt;", "\n": "<br>"})
@@ -100,35 +112,49 @@ def number(value: object) -> str:
     return f"{round(value, digits) + 0.0:,.{digits}f}"  # + 0.0: no "-0.000"
 
 
-def interval(part: Mapping, value: str = "value") -> str:
-    """`0.123 [0.100, 0.146]`."""
-    if part.get("low") is None:
-        return f"not defined: {part['reason']}" if part.get("reason") else number(part.get(value))
-    return f"{number(part.get(value))} [{number(part['low'])}, {number(part['high'])}]"
-
-
 def markdown_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
     """A table as Markdown; numbers as `number` shows them. Prompts, as `<|im_start|>user` and a line break, stay in their cell."""
     lines = [f"| {' | '.join(number(each).translate(_IN_A_CELL) for each in line)} |" for line in (header, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 
-def table(lines: list[dict]) -> str:
-    """The verdict table of claims.json's lines as Markdown."""
-    header = ["", "claim", "paper §", "paper", "ours [95 % interval]", "unit", "n", "verdict", "notebook"]
-    return markdown_table(header, [[line["id"], claim["statement"].strip(), claim["section"], line["paper"], interval(line, "ours"), line["unit"],
-        line["n"], f"**{line['verdict']}**", line["notebook"][:2]] for claim, line in zip(load_claims(), lines, strict=True)])  # fmt: skip
+def table(lines: list[dict], small: bool) -> str:
+    """The verdicts of claims.json's lines as Markdown: the paper's claims, then our questions; small: of a pocket model."""
+    claims = {claim["id"]: claim for claim in load_claims()}
+    here = f"{'in this small model' if small else 'ours'} [95 % interval]"
+    out = []
+    for question, header in ((False, ("", "claim", "paper", here, "verdict", "why")), (True, ("", "question of ours", here, "verdict", "why"))):
+        cells = [[line["id"], claims[line["id"]]["short"], *([] if question else [line["paper"]]), ours(line), f"**{line['verdict']}**", line["why"]]
+                 for line in lines if line["id"].startswith("X") == question]  # fmt: skip
+        out.append(markdown_table(header, cells))
+    return "\n\n".join(out)
 
 
-def details(results: Mapping[str, Mapping], provenance: Mapping[str, Mapping]) -> str:
+def numbers_table(lines: list[dict]) -> str:
+    """What the verdicts rest on, as Markdown."""
+    header = ("", "verdict", "paper", "ours [95 % interval]", "smallest effect of interest", "detectable", "n", "units", "what has to hold first")
+    cells = []
+    for line in lines:
+        needs = "\n".join(f"{'yes' if each['holds'] else '**no**'}: {each['reason']}" for each in line["prerequisites"]) or "–"
+        detectable = "–" if line["detectable"] is None else f"{line['detectable']:.2g} {line['unit']}"
+        effect = line["paper"] if line["effect"] is None else f"{line['effect']:g} {'tasks' if line['tasks'] else line['unit']}"
+        cells.append([line["id"], f"**{line['verdict']}**", effect, ours(line), f"{line['smallest']:g} {line['unit']}", detectable,
+                      "–" if line["n"] is None else f"{line['n']:,}", units(line), needs])  # fmt: skip
+    return markdown_table(header, cells)
+
+
+def details(lines: list[dict], results: Mapping[str, Mapping], provenance: Mapping[str, Mapping], together: Mapping[str, Mapping]) -> str:
     """REPORT.md's other parts: the comparisons behind each verdict, the choices made, what was measured on which data; but
     not commit, versions and processor, which differ from machine to machine."""
     out = []
-    for claim in load_claims():
-        entries = (measurement(claim, results) or {}).get("entries")
-        if entries:
-            comparisons = markdown_table(["", "value [95 % interval]", "n"], [[each["name"], interval(each), each.get("n")] for each in entries])
-            out += [f"\n## {claim['id']}: the comparisons\n", comparisons]
+    for claim, line in zip(load_claims(), lines, strict=True):
+        paper = "a question of ours" if claim["paper"] is None else f"the paper, section {claim['section']}: {claim['paper']}"
+        out += [f"\n## {claim['id']}: {line['verdict']}\n", f"{claim['statement'].strip()} ({paper})\n", f"**{line['why']}** {line['note']}".strip(),
+                f"\nJudged by: {claim['primary'].strip()}. Smallest effect of interest: {claim['smallest']:g} {claim['unit']} ({claim['why']}). "
+                f"What has to hold first: {claim['needs']}."]  # fmt: skip
+        found = measurement(claim, results, together)
+        if found and "primary" in found:
+            out += ["", markdown_table(COMPARISONS[1:], [cells[1:] for cells in comparisons(claim, found)])]
     for name, found in results.items():
         if found.get("choices"):
             out.append(f"\n## {name}: choices where the paper is silent\n")
@@ -147,9 +173,14 @@ def result_folders(root: Path) -> list[Path]:
 
 def title_of(folder: Path) -> str:
     """Profile, model and size of a folder of results, as a heading names them."""
-    size = next((found["parameters"]["size"] for found in read_results(folder).values() if "size" in found.get("parameters", {})), "full")
+    size = across.size_of(read_results(folder))
     about = f"Profile `{folder.parent.name}`, model `{folder.name.removesuffix(f'-{size}')}`"
     return about if size == "full" else f"{about}, **{size}**: a sample of the data, so its intervals are wide"
+
+
+def is_small(folder: Path) -> bool:
+    """Whether a folder holds results of the pocket profile, which say what happens in a small model."""
+    return folder.parent.name == "pocket"
 
 
 def fill(text: str, block: str, content: str) -> str:
@@ -181,7 +212,8 @@ def readme(text: str, root: Path) -> str:
     results = read_results(root / "data" / "results" / Path(*DEFAULT))
     gallery = [f"![{name}](figures/{PICTURES.get(name, name)}.png)\n\n**{name[:2]}** {found['finding']}"
                for name, found in results.items() if found.get("finding")]
-    tables = [f"{title_of(folder)}:\n\n{table(rows(read_results(folder)))}" for folder in result_folders(root)] or [table(rows({}))]
+    tables = [f"{title_of(folder)}:\n\n{table(rows(read_results(folder), read_together(folder.parent)), is_small(folder))}"
+              for folder in result_folders(root)] or [table(rows({}), False)]  # fmt: skip
     for block, parts in {"badges": badges, "gallery": gallery, "verdicts": tables}.items():
         text = fill(text, block, "\n\n".join(parts))
     return text
@@ -192,10 +224,12 @@ def generated(root: Path) -> dict[Path, str]:
     files = {}
     for folder in result_folders(root):
         results, provenance = read_results(folder), read_results(folder / "provenance")
-        lines = rows(results)
+        together = read_together(folder.parent)
+        lines = rows(results, together)
         files[folder / "claims.json"] = to_json(lines)
-        title = f"# Verdicts: {title_of(folder)}\n\nMade by `make report`.\n\n"
-        files[folder / "REPORT.md"] = title + table(lines) + "\n" + details(results, provenance)
+        title = f"# {'In this small model. ' if is_small(folder) else ''}{title_of(folder)}\n\n{ABOUT}\n\n"
+        numbers = f"\n\n## The numbers\n\n{numbers_table(lines)}\n"
+        files[folder / "REPORT.md"] = title + table(lines, is_small(folder)) + numbers + details(lines, results, provenance, together)
     path = root / "README.md"
     if path.exists():  # a folder of results somewhere else has none
         files[path] = readme(path.read_text(encoding="utf-8"), root)

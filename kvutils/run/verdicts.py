@@ -26,6 +26,7 @@ NOT_MEASURED, CANNOT_APPEAR, PRESENT, OPPOSITE, ABSENT, CANNOT_TELL = (
     "not measured", "cannot appear here", "present", "opposite", "absent", "cannot tell")
 HOLDS, FAILS = "holds", "does not hold"
 VERDICTS = (NOT_MEASURED, CANNOT_APPEAR, PRESENT, OPPOSITE, ABSENT, CANNOT_TELL, HOLDS, FAILS)
+NOTHING = "Nothing has measured it yet."
 FEW_UNITS = 10  # below: "few units" is said
 LEVEL = 0.025  # one-sided, of a 95 % interval
 
@@ -41,32 +42,27 @@ class Verdict:
 def judge(claim: Mapping, found: Mapping | None) -> Verdict:
     """The verdict on a claim of data/claims.yaml from what a notebook stored of it (`kvutils.metrics.effects`)."""
     if found is None:
-        return Verdict(NOT_MEASURED, "Nothing has measured it yet.")
+        return Verdict(NOT_MEASURED, NOTHING)
+    if "primary" not in found:
+        again = f"run notebook {claim['notebook'][:2]} again" if claim["notebook"] else "run the notebooks again"
+        return Verdict(NOT_MEASURED, f"Its results are of another version of kvutils: {again}.")
     failed = [each["reason"] for each in found["prerequisites"] if not each["holds"]]
     if failed:
-        return Verdict(CANNOT_APPEAR, f"It cannot appear here: {'; '.join(failed)}.")
-    rule = {"effect": of_effect, "tasks": of_tasks, "equal": of_equality}[claim["kind"]]
-    verdict = rule(claim, found)
-    if claim["id"].startswith("X"):
-        verdict = Verdict({PRESENT: HOLDS, ABSENT: FAILS}.get(verdict.word, verdict.word), verdict.why)
-    return verdict
+        return Verdict(CANNOT_APPEAR, _sentence("; ".join(failed)))
+    verdict = of_tasks(claim, found) if claim["kind"] == "tasks" else of_effect(claim, found)
+    return Verdict(_of_a_question(claim, verdict.word), verdict.why)
 
 
-def of_effect(claim: Mapping, found: Mapping) -> Verdict:
-    """By the primary comparison."""
-    one, unit = found["primary"], claim["unit"]
-    if one["low"] is None:
-        return Verdict(NOT_MEASURED, f"Not defined: {one['reason']}.")
-    smallest, about = claim["smallest"], _about(one, unit)
-    word = word_of(one, smallest)
-    if word == PRESENT:
-        return Verdict(word, f"The effect is there: {about}{_size(claim, found)}.")
-    if word == OPPOSITE:
-        return Verdict(word, f"It points the other way: {about}.")
-    if word == ABSENT:
-        return Verdict(word, f"Effects of {smallest:g} {unit} or more are excluded: {about}.")
-    least = "nothing ever differed" if one["detectable"] is None else f"only {one['detectable']:.2g} {unit} or more would have been found"
-    return Verdict(word, f"Open: {about}; {least} with probability .8.")
+def word_of_part(claim: Mapping, one: Mapping) -> str:
+    """The word for one comparison of a claim, or "–" where it is in a unit in which no smallest effect of interest is stated."""
+    smallest = one.get("smallest", claim["smallest"] if one.get("unit", claim["unit"]) == claim["unit"] else None)
+    if smallest is None:
+        return NOT_MEASURED if one["low"] is None else "–"
+    return _of_a_question(claim, (unchanged if claim["kind"] == "equal" else word_of)(one, smallest))
+
+
+def _of_a_question(claim: Mapping, word: str) -> str:
+    return {PRESENT: HOLDS, ABSENT: FAILS}.get(word, word) if claim["id"].startswith("X") else word
 
 
 def word_of(one: Mapping, smallest: float) -> str:
@@ -80,36 +76,52 @@ def word_of(one: Mapping, smallest: float) -> str:
     return ABSENT if -smallest < one["low90"] and one["high90"] < smallest else CANNOT_TELL
 
 
-def of_equality(claim: Mapping, found: Mapping) -> Verdict:
-    """Does nothing change? By the largest change, the primary comparison."""
-    one, smallest, unit = found["primary"], claim["smallest"], claim["unit"]
+def unchanged(one: Mapping, smallest: float) -> str:
+    """Verdict on one change that should not be: `PRESENT` where equality is shown, `ABSENT` where a change is."""
     if one["low"] is None:
-        return Verdict(NOT_MEASURED, f"Not defined: {one['reason']}.")
+        return NOT_MEASURED
     if -smallest < one["low90"] and one["high90"] < smallest:
-        return Verdict(PRESENT, f"Changes of {smallest:g} {unit} or more are excluded; the largest is {_about(one, unit)}.")
-    if one["low"] > smallest or one["high"] < -smallest:
-        return Verdict(ABSENT, f"It changes by more than {smallest:g} {unit}: {_about(one, unit)}.")
-    return Verdict(CANNOT_TELL, f"Open: the largest change is {_about(one, unit)}.")
+        return PRESENT
+    return ABSENT if one["low"] > smallest or one["high"] < -smallest else CANNOT_TELL
+
+
+def of_effect(claim: Mapping, found: Mapping) -> Verdict:
+    """By the primary comparison; of a question whether nothing changes it is the largest change."""
+    one, smallest, unit, equal = found["primary"], claim["smallest"], claim["unit"], claim["kind"] == "equal"
+    word = (unchanged if equal else word_of)(one, smallest)
+    if word == NOT_MEASURED:
+        return Verdict(word, _sentence(one["reason"]))
+    what, about = "largest change" if equal else "effect", f"{interval_of(one)} {unit}{_few(one)}"
+    if word == (PRESENT if equal else ABSENT):
+        value, low, high = texts(one["value"], one["low90"], one["high90"])
+        return Verdict(word, f"{'A change' if equal else 'An effect'} of {smallest:g} {unit} or more is excluded: the {what} is {value} {unit}, "
+                             f"its 90 % interval [{low}, {high}]{_few(one)}.")  # fmt: skip
+    if word == CANNOT_TELL:
+        least = "" if one["detectable"] is None else f"; only {one['detectable']:.2g} {unit} or more would have been found with probability .8"
+        return Verdict(word, f"Open: the {what} is {about}{least}.")
+    if word == OPPOSITE:
+        return Verdict(word, f"The effect points the other way: {about}.")
+    return Verdict(word, f"The {what} is {about}, more than {smallest:g}." if equal else f"The effect is {about}{_size(claim, found)}.")
 
 
 def of_tasks(claim: Mapping, found: Mapping) -> Verdict:
     """By the number of tasks that are ahead."""
-    tasks, smallest = [each for each in found["tasks"] if each["low"] is not None], claim["smallest"]
+    tasks, smallest, paper = [each for each in found.get("tasks", ()) if each["low"] is not None], claim["smallest"], claim["effect"]
     if not tasks:
         return Verdict(NOT_MEASURED, "No task was measured.")
     ahead, behind = (_surely(tasks, sign) for sign in (1, -1))
     behind = [each for each in behind if each["low"] < -smallest]
     words = [word_of(each, smallest) for each in tasks]
-    about = f"{words.count(PRESENT)} of {len(tasks)} tasks ahead, {words.count(OPPOSITE)} behind, {words.count(ABSENT)} equal, "
-    about += f"{len(tasks) - sum(map(words.count, (PRESENT, OPPOSITE, ABSENT)))} open"
+    count = {word: words.count(word) for word in (PRESENT, OPPOSITE, ABSENT, CANNOT_TELL)}
+    about = f"{count[PRESENT]} of {len(tasks)} tasks ahead, {count[OPPOSITE]} behind, {count[ABSENT]} equal, {count[CANNOT_TELL]} open"
     if ahead:
-        size = "as many as in the paper" if words.count(PRESENT) >= claim["effect"] else f"fewer than the paper's {claim['effect']}"
-        return Verdict(PRESENT, f"It is there: {about}; {size}.")
+        size = f"fewer ahead than the {paper} of the paper" if count[PRESENT] < paper else "as many ahead as in the paper"
+        return Verdict(PRESENT, f"{about}; {size}.")
     if behind:
-        return Verdict(OPPOSITE, f"It points the other way: {about} (paper: {claim['effect']} ahead).")
-    if words.count(ABSENT) == len(tasks):
-        return Verdict(ABSENT, f"Differences of {smallest:g} {claim['unit']} or more are excluded: {about}.")
-    return Verdict(CANNOT_TELL, f"Open: {about}.")
+        return Verdict(OPPOSITE, f"It points the other way: {about}; in the paper {paper} are ahead.")
+    if count[ABSENT] == len(tasks):
+        return Verdict(ABSENT, f"Differences of {smallest:g} {claim['unit']} or more are excluded on all {len(tasks)} tasks.")
+    return Verdict(CANNOT_TELL, f"Open: {about}; in the paper {paper} are ahead.")
 
 
 def _surely(tasks: Sequence[Mapping], sign: int) -> list[Mapping]:
@@ -127,15 +139,37 @@ def _surely(tasks: Sequence[Mapping], sign: int) -> list[Mapping]:
     return sure
 
 
-def _about(one: Mapping, unit: str) -> str:
-    few = f", few units ({one['units']})" if one["units"] < FEW_UNITS else ""
-    return f"{one['value']:+.2f} [{one['low']:+.2f}, {one['high']:+.2f}] {unit}{few}"
+def texts(*values: float) -> list[str]:
+    """`+0.04`, `-0.10`: with sign and the same number of decimals, two where all are below 10, else one; no `-0.00`.
+
+    >>> texts(0.04, -0.001, 1.25), texts(12.34, 8)
+    (['+0.04', '+0.00', '+1.25'], ['+12.3', '+8.0'])
+    """
+    digits = 2 if max(map(abs, values)) < 9.995 else 1
+    return [f"{round(value, digits) + 0.0:+.{digits}f}" for value in values]
+
+
+def interval_of(one: Mapping) -> str:
+    """`+0.04 [+0.00, +0.10]` of a comparison, or why it is not defined."""
+    if one["low"] is None:
+        known = "" if one["value"] is None else f"{texts(one['value'])[0]}, interval "
+        return f"{known}not defined: {one['reason']}"
+    return "{} [{}, {}]".format(*texts(one["value"], one["low"], one["high"]))
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:].rstrip('.')}."
+
+
+def _few(one: Mapping) -> str:
+    return f" (few units: {one['units']})" if one["units"] < FEW_UNITS else ""
 
 
 def _size(claim: Mapping, found: Mapping) -> str:
-    """How a present effect compares with the paper's figure, where it states one."""
-    one = found.get("size") or found["primary"]
-    if claim["effect"] is None:
+    """How a present effect compares with the paper's figure, where it states one; in the paper's terms where they are others."""
+    one, paper = found.get("size") or found["primary"], claim["effect"]
+    if paper is None:
         return "" if one["high"] >= claim["smallest"] else f", smaller than what would matter ({claim['smallest']:g})"
-    reaches = one["high"] is not None and one["high"] >= claim["effect"]
-    return f", of the paper's size ({claim['effect']:g})" if reaches else f", smaller than the paper's {claim['effect']:g}"
+    terms = f"; in its terms ours is {interval_of(one)}" if found.get("size") else ""
+    reaches = one["high"] is not None and one["high"] >= paper
+    return f", of the paper's size ({paper:g}{terms})" if reaches else f", smaller than the paper's {paper:g}{terms}"

@@ -1,0 +1,85 @@
+"""Claims about several models: X1 over families, C3 over models, seeds and training stages, from their results read together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import NormalDist
+
+import numpy as np
+
+from kvutils.metrics.effects import measured, part
+from kvutils.metrics.statistics import POWER, Effect
+from kvutils.run.verdicts import ABSENT, CANNOT_TELL, OPPOSITE, PRESENT, judge, word_of
+
+FEWEST_MODELS, FEWEST_FAMILIES = 6, 2
+IN_EVERY_FAMILY = ("C1", "C2a", "C2b")
+Models = Mapping[str, tuple[Mapping, Mapping]]  # name -> ({notebook: results}, {notebook: provenance})
+
+
+def measure(models: Models, claims: Sequence[Mapping]) -> dict[str, dict]:
+    """{"C3": ..., "X1": ...} as a notebook stores claims, of the models of one profile. Samples (`SIZE=quick`) count where there is
+    nothing else."""
+    full = {name: each for name, each in models.items() if size_of(each[0]) == "full"} or models
+    return {"C3": ability(full), "X1": families(full, {claim["id"]: claim for claim in claims})}
+
+
+def size_of(results: Mapping[str, Mapping]) -> str:
+    """Of the data that a folder of results was measured on."""
+    return next((found["parameters"]["size"] for found in results.values() if "size" in found.get("parameters", {})), "full")
+
+
+def families(models: Models, claims: Mapping[str, Mapping]) -> dict:
+    """X1: the weakest of the effects of C1, C2a and C2b over the families, by verdict, then by value. Each family speaks by the model
+    of which most claims are measured. What cannot appear in one of them cannot be said of all."""
+    chosen: dict[str, tuple[int, str, dict]] = {}
+    for name, (results, provenance) in sorted(models.items()):
+        found = {key: each for key, each in results.get("01_value_flow", {}).get("claims", {}).items() if "primary" in each}
+        family = provenance.get("01_value_flow", {}).get("family")
+        if family and set(IN_EVERY_FAMILY) <= found.keys():
+            count = sum(len(each.get("claims", {})) for each in results.values())
+            if family not in chosen or count > chosen[family][0]:
+                chosen[family] = count, name, found
+    if len(chosen) < FEWEST_FAMILIES:
+        return measured(part("weakest effect over the families", reason=f"{len(chosen)} of {FEWEST_FAMILIES} families measured"))
+    parts, needs, words = [], [], []
+    for family, (_, name, found) in chosen.items():
+        for key in IN_EVERY_FAMILY:
+            one = found[key]["primary"]
+            parts.append(one | {"name": f"{key} in {family} ({name})"})
+            needs += [each | {"name": f"{family}: {each['name']}", "reason": f"{family}: {each['reason']}"} for each in found[key]["prerequisites"]]
+            words.append(judge(claims[key], found[key]).word)
+    order = [OPPOSITE, ABSENT, CANNOT_TELL, PRESENT]  # of an undefined one the reason comes first
+    weakest = min(parts, key=lambda one: (-1, 0) if one["low"] is None else (order.index(word_of(one, claims["X1"]["smallest"])), one["value"]))
+    note = f"{words.count(PRESENT)} of {len(words)} effects are present, over {len(chosen)} families."
+    return measured(weakest, [each for each in parts if each is not weakest], needs, note)
+
+
+def ability(models: Models) -> dict:
+    """C3: correlation of what the language model adds, mean over the tasks of notebook 01, with accuracy, the mean of POPE's (notebook
+    03) and BLINK's official total (05); models that lack one of the three are left out."""
+    points = {}
+    for name, (results, _) in sorted(models.items()):
+        added = results.get("01_value_flow", {}).get("language_model_adds", {}).get("mean", {}).get("value")
+        pope = results.get("03_input_agnostic_keys", {}).get("blocking", {}).get("pope", {}).get("plain", {})
+        blink = results.get("05_blink_gap", {}).get("official", {}).get("accuracy", {}).get("Total")
+        accuracy = pope.get("scores", {}).get("mean", {}).get("accuracy", {}).get("mean")
+        if None not in (added, accuracy, blink):
+            points[name] = added, 100 * (accuracy + blink) / 2
+    name = "correlation of best value minus projector with accuracy (mean of POPE and BLINK)"
+    if len(points) < FEWEST_MODELS:
+        return measured(part(name, reason=f"{len(points)} of {FEWEST_MODELS} models or stages measured"))
+    added, accuracy = np.array(list(points.values())).T
+    note = "; ".join(f"{model}: adds {x:+.1f} points, accuracy {y:.1f} %" for model, (x, y) in points.items()) + "."
+    return measured(correlation(name, added, accuracy), note=note)
+
+
+def correlation(name: str, x: np.ndarray, y: np.ndarray) -> dict:
+    """Part of Pearson's r of n >= 4 pairs, its intervals by Fisher's transformation; undefined where one of them never differs."""
+    if min(np.ptp(x), np.ptp(y)) == 0:
+        return part(name, reason="the models do not differ")
+    r, error, normal = float(np.corrcoef(x, y)[0, 1]), 1 / math.sqrt(len(x) - 3), NormalDist()
+    z = math.atanh(min(max(r, -1 + 1e-12), 1 - 1e-12))
+    (low90, high90), (low, high) = ((math.tanh(z - reach), math.tanh(z + reach)) for reach in (error * normal.inv_cdf(p) for p in (0.95, 0.975)))
+    detectable = math.tanh(error * (normal.inv_cdf(0.975) + normal.inv_cdf(POWER)))
+    return part(name, Effect(r, low, high, len(x), error, len(x)), low90=low90, high90=high90, detectable=detectable)
