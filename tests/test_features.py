@@ -258,14 +258,15 @@ def test_text_scores_are_dot_products_with_centred_values_and_embeddings(pocket)
     assert list(pocket.alignment.vocabulary) == names
     scores = pocket.alignment.scores(features.features, TEXTS)
     for mlm, prefix, beside in ((pocket.mlm, "", "uncentred."), (pocket.untrained, "untrained.", None)):
-        texts, common = (text_values(mlm, each).flatten(2) for each in (TEXTS, names))  # (texts, L, G * D)
+        texts, bare, behind = (text_values(mlm, each).flatten(2) for each in (TEXTS, names, ["the fish", "the car"]))  # (texts, L, G * D)
+        common = torch.stack([bare.mean(0), behind.mean(0)])  # of names, and of those behind the article of "the red car"
         for layer in pocket.layers:
             image = features.features[f"{prefix}value.{layer}"].float().T
-            for start, centre in (("", common[:, layer].mean(0)), *([(beside, 0)] if beside else [])):
+            for start, centre in (("", common[:, layer]), *([(beside, 0)] if beside else [])):
                 expected = (texts[:, layer] - centre) @ image
                 torch.testing.assert_close(scores[f"{start}{prefix}value.{layer}"], expected, rtol=1e-4, atol=1e-4)
     rows = pocket.mlm.model.get_input_embeddings().weight
-    text, *common = (rows[pocket.mlm.tokenizer(each)["input_ids"]].mean(0) for each in ("the red car", *names))
+    text, *common = (rows[pocket.mlm.tokenizer(each)["input_ids"]].mean(0) for each in ("the red car", "the fish", "the car"))
     for source, vector in {"projector": text - sum(common) / 2, "uncentred.projector": text}.items():
         torch.testing.assert_close(scores[source][1], features.features["projector"].float() @ vector)
     assert list(scores) == pocket.alignment.sources
@@ -293,6 +294,8 @@ def test_the_vocabulary_is_that_of_the_model_and_never_of_the_data():
     own, other = FeatureExtractor(spelled), FeatureExtractor(spelled, vocabulary=["cat", "dog"])
     assert own.fingerprint != other.fingerprint and own.fingerprint == FeatureExtractor(spelled, vocabulary=COCO_NAMES).fingerprint
     assert not torch.allclose(own.alignment.text("cat")["value.2"], other.alignment.text("cat")["value.2"])
+    assert other.alignment.names_like("A cat on the left") == ("a cat", "a dog")
+    assert [other.alignment.names_like(each) for each in ("cat", "the", "left cat")] == 3 * [("cat", "dog")]
     with pytest.raises(ParameterError, match=r"centred over names .* found \['fish'\].*vocabulary="):
         FeatureExtractor(tiny_pocket(words=["fish", "red", "the"])).alignment.text("red fish")
 
@@ -307,8 +310,8 @@ def test_the_lens_is_what_the_modules_give(pocket):
     per_query_head = [values[head // (mlm.num_heads // mlm.num_kv_heads)] for head in range(mlm.num_heads)]
     added = language_model.layers[layer].self_attn.o_proj(torch.cat(per_query_head))
     logits = mlm.model.lm_head(language_model.norm(added))
-    text, *common = (logits[mlm.tokenizer(each)["input_ids"]].mean() for each in ("the red car", *pocket.alignment.vocabulary))
-    expected = text - sum(common) / len(common)
+    text, *common = (logits[mlm.tokenizer(each)["input_ids"]].mean() for each in ("the red car", "the fish", "the car"))
+    expected = text - sum(common) / 2
     torch.testing.assert_close(pocket.alignment.scores(features.features, TEXTS)[f"lens.value.{layer}"][1, token], expected)
 
 

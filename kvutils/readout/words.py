@@ -12,10 +12,11 @@
     uncentred....      value.l and the last three by the plain text vector, beside
 
 All scores are dot products (paper, section 3.1; sources beyond value.l are ours). Text vectors are centred (ours): from each the mean
-over a fixed vocabulary of names is subtracted, per source and layer. Vectors of different texts share most of their direction
-(anisotropy: Ethayarajh, EMNLP 2019, and, with the same remedy, Mu & Viswanath, ICLR 2018); that part lays the same map under every
-text, and its size, which differs between layers, would be read as what a layer knows. A constant added to all text vectors changes no
-centred score, and centring adds one number per token to the scores of all names, so that their argmax stays.
+over a fixed vocabulary of names is subtracted, per source and layer; the names are read behind the article that the text begins with,
+whose value would else be in every expression and in no name. Vectors of different texts share most of their direction (anisotropy:
+Ethayarajh, EMNLP 2019, and, with the same remedy, Mu & Viswanath, ICLR 2018); that part lays the same map under every text, and its
+size, which differs between layers, would be read as what a layer knows. A constant added to all text vectors changes no centred score,
+and centring adds one number per token to the scores of all class names, so that their argmax stays.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from kvutils.readout.encoders import depth_read
 
 # SigLIP learned captions, not bare names; a leading "the " of an expression gives way to it.
 SIGLIP_TEMPLATE = "a {}"
+ARTICLES = ("the", "a", "an")
 UNCENTRED = "uncentred."  # prefix of the sources whose text vectors are as they are
 # Vocabularies of names, whatever data are scored: COCO's 80, and, for a model with a closed vocabulary of words, those of the pocket world.
 COCO_NAMES = tuple((
@@ -169,7 +171,7 @@ class TextAlignment:
         self.sources += [f"{family}.{layer}" for family in families for layer in self.layers]
         self.sources += [UNCENTRED + source for source in plain]
         self._texts: dict[str, dict[str, torch.Tensor]] = {}
-        self._mean: dict[str, torch.Tensor] = {}  # over the vocabulary, read when the first text is
+        self._means: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}  # over the names that texts are like
         self._image: tuple[Any, dict[str, torch.Tensor]] = None, {}  # features of the image before, and what was made of them
         self._roots: dict[int, torch.Tensor] = {}
 
@@ -178,17 +180,21 @@ class TextAlignment:
         source = source.removeprefix(UNCENTRED).removeprefix("lens.")
         return f"head.{source}" if self._cut and source in ("encoder_original", "encoder") else source
 
+    def names_like(self, text: str) -> tuple[str, ...]:
+        """The names whose mean vector is subtracted from that of a text. ParameterError where they are fewer than two, no vocabulary."""
+        if len(self.vocabulary) < 2:
+            raise ParameterError(f"text vectors are centred over names that the model knows, found {list(self.vocabulary)} for "
+                                 f"{self.mlm.name}; pass vocabulary=[...], at least two names, to FeatureExtractor")  # fmt: skip
+        first, *rest = text.lower().split()
+        return tuple(f"{first} {name}" for name in self.vocabulary) if rest and first in ARTICLES else self.vocabulary
+
     def text(self, text: str) -> dict[str, torch.Tensor]:
         """Vector (C,) float32 of the text in every source, centred or, in `uncentred.` ones, as it is; read one at a time, so without
-        batch effects. ParameterError where the vocabulary has fewer than two names, whose mean would be none."""
-        if not self._mean:
-            if len(self.vocabulary) < 2:
-                raise ParameterError(f"text vectors are centred over names that the model knows, found {list(self.vocabulary)} for "
-                                     f"{self.mlm.name}; pass vocabulary=[...], at least two names, to FeatureExtractor")  # fmt: skip
-            self._mean = self._plain(self.vocabulary)
+        batch effects. ParameterError as `names_like`."""
         if text not in self._texts:
-            plain = self._plain([text])
-            made = {source: vector - self._mean[source] for source, vector in plain.items()}
+            names, plain = self.names_like(text), self._plain([text])
+            mean = self._means[names] = self._means[names] if names in self._means else self._plain(names)
+            made = {source: vector - mean[source] for source, vector in plain.items()}
             made |= {UNCENTRED + source: vector for source, vector in plain.items()}
             self._texts[text] = {source: made[source] for source in self.sources}
         return self._texts[text]

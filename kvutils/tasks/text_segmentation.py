@@ -7,6 +7,7 @@ and detection (RefCOCO), read with words. Both make score maps of an image and a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import ClassVar
 
 import numpy as np
@@ -14,13 +15,12 @@ import torch
 from PIL import Image
 
 from kvutils.datasets.samples import LabelledImage, NamedMask
-from kvutils.errors import DataError, ImageError, one_of
-from kvutils.kvcache import capture
+from kvutils.errors import DataError, ImageError, ModelError, one_of
 from kvutils.layout import TokenLayout
 from kvutils.metrics.masks import RankedMaps, box_iou, largest_region_boxes, true_and_void
 from kvutils.metrics.statistics import column_mean, column_ratio
 from kvutils.probes import LinearProbe, fit_linear_probe
-from kvutils.readout.features import FeatureExtractor, ImageFeatures, Opener, image_tokens, stack_images
+from kvutils.readout.features import FeatureExtractor, ImageFeatures, Opener, stack_images
 from kvutils.readout.words import start_tokens, text_values
 from kvutils.tasks.base import SHUFFLED, Row, ScoreTable, Task, opener, sample_seed, shuffled_labels
 
@@ -218,21 +218,21 @@ def other_reading(task: TextSegmentation, extractor: FeatureExtractor, summary: 
     read = {"ours": start, "other": [] if start else end}
     samples, rows = [], []
 
-    def vectors(texts: Sequence[str]) -> torch.Tensor:  # (ways, channels), the mean over the texts
+    @cache
+    def vectors(texts: tuple[str, ...]) -> torch.Tensor:
+        """(ways, channels), the mean over the texts."""
         return torch.cat([text_values(mlm, texts, layer, behind=behind).mean(0).flatten(1) for behind in read.values()])
 
-    common = vectors(extractor.alignment.vocabulary)
     for sample in task.samples[:count]:
         try:
             if not (sample.mask == 1).any():
                 continue
-            (shot,) = capture(mlm, [sample.image], layers=[layer], keys=False, features=False)
-        except (DataError, ImageError):  # `run_task` has counted and named it
+            (image,) = extractor.images([(sample.image_id, sample.image)], sources=[f"value.{layer}"])
+        except (DataError, ImageError, ModelError):  # `run_task` has counted and named it
             continue
         samples.append(sample)
-        shot = shot.select(image_tokens(shot.layout))
-        scores = (vectors([sample.text]) - common).to(shot.values.device) @ shot.value(layer).float().T
-        rows.append(map_scores(scores, sample.mask, task.threshold, layout=shot.layout))
+        values, centred = image.stack([f"value.{layer}"])[0], vectors((sample.text,)) - vectors(extractor.alignment.names_like(sample.text))
+        rows.append(map_scores(centred.to(values.device) @ values.T, sample.mask, task.threshold, layout=image.layout))
     table = ScoreTable(task.name, [each.id for each in samples], [each.group for each in samples], list(read), list(COLUMNS), np.array(rows))
     behind = {way: mlm.tokenizer.convert_ids_to_tokens(tokens) for way, tokens in read.items()}
     scores = {way: table.interval(way, task.statistic, n_boot, seed) for way in read}
