@@ -24,14 +24,14 @@ from kvutils.run.verdicts import judge
 from kvutils.store import Parts, to_json
 from kvutils.tasks import key_blocking, key_statistics
 from kvutils.tasks.bimodality import separation, variance_threshold
-from kvutils.tasks.input_agnostic_keys import claim_c5, claim_c6, claim_x2, claim_x4, open_data
-from kvutils.tasks.key_blocking import BLOCK, CONTROLS, NONE, READING, conditions, effects
+from kvutils.tasks.input_agnostic_keys import claim_c5, claim_x4, open_data
+from kvutils.tasks.key_blocking import BLOCK, CONTROLS, EVERY, NONE, READING, claim_c6, claim_x2, conditions, effects
 from kvutils.tasks.key_selections import select_all, select_lowest, selected_mass
 from kvutils.tasks.key_statistics import agnostic, compare_trained, describe_keys, modes, thresholds
 from kvutils.tasks.key_table import KeyTable, measure_keys
 from kvutils.tasks.knock_out import KnockOut, as_questions, blocked_layers, condition_of, knock_out, reading_layers, summarise_knock_out
 from kvutils.tasks.yes_no import Mme, Pope
-from tests.tiny_models import noisy, picture, tiny_pocket
+from tests.tiny_models import compare_answers, noisy, picture, summarise_answers, tiny_pocket
 
 BLANK = picture(32, 32)
 CLAIMS = {claim["id"]: claim for claim in load_claims()}
@@ -388,7 +388,7 @@ def test_controls_match_the_block():
         assert near[chosen].max() < near[~chosen & table.real].min()
         assert late[highest].min() > late[~highest & table.real].max()
     assert about["families"]["random"]["draws"] == 3 and about["families"][BLOCK]["keys"] == 12
-    assert about["method"] == "raw threshold" and about["share"] == pytest.approx(12 / 64)
+    assert about["method"] == "raw threshold" and about["below"] == 12 and about["share"] == pytest.approx(12 / 64)
 
 
 def test_without_a_key_below_the_threshold_the_lowest_are_blocked():
@@ -396,7 +396,7 @@ def test_without_a_key_below_the_threshold_the_lowest_are_blocked():
     found = thresholds(table)
     assert not agnostic(table, found, "raw")[4:].any()
     blocks, about = conditions(table, found, [0, 1], draws=1)
-    assert "lowest 0.1" in about["method"] and blocks[BLOCK].mask.sum((1, 2)).tolist() == [3, 3]
+    assert "lowest 0.1" in about["method"] and about["below"] == 0 and blocks[BLOCK].mask.sum((1, 2)).tolist() == [3, 3]
     assert blocks[BLOCK].name == BLOCK
     assert select_lowest(table, 0.5, [5]).mask.sum() == 16
     for bad, message in (({"reading": [1]}, "2 reading layers"), ({"reading": [0, 1], "draws": 0}, "draws"),
@@ -432,37 +432,76 @@ def test_answers_under_blocks(mlm, tmp_path, monkeypatch):
     assert len(calls) == 4, "another block under the same name is another answer"
 
 
-def corrected(task, answers, every):
-    return [s.truth if i % every == 0 else text for i, (s, text) in enumerate(zip(task.samples, answers, strict=True))]
+ABOUT = {"layers": [4, 5], "below": 12}
 
 
-def test_effects_and_claims():
-    task = Pope([replace(s, image_id=f"im{i // 4}", picture=BLANK) for i, s in enumerate(yes_no(100))])
-    answers = {NONE: noisy(task, 0.75, 0)}
-    answers[BLOCK] = corrected(task, answers[NONE], 3)
-    for name in CONTROLS[:2]:
-        answers |= {f"{name}/{draw:02d}": noisy(task, 0.75, draw + 1) for draw in range(4)}
-    answers |= dict.fromkeys(CONTROLS[2:], answers[NONE])
-    found = effects(task, answers, 400)
-    assert set(found["families"]) == {BLOCK, *CONTROLS} and set(found["versus"]) == set(CONTROLS)
-    assert found["families"]["random"]["sets"] == [4, 1] and len(found["families"]["random"]["draws"]) == 4
+def answered(task, accuracy=0.75, block=0.1, every=-0.1, draws=8):
+    """Answers of `accuracy`; of the block and with all keys hidden so much better; draws of other keys hardly differ."""
+    plain = noisy(task, accuracy, 0)
+
+    def changed(gain, seed):
+        chance, truth = np.random.default_rng(seed).random(len(plain)), [s.truth for s in task.samples]
+        other = {"yes": "no", "no": "yes"}
+        turned = [t if gain > 0 else other[t] for t in truth]
+        share = abs(gain) / (1 - accuracy if gain > 0 else accuracy)
+        return [new if c < share else old for new, old, c in zip(turned, plain, chance, strict=True)]
+
+    answers = {NONE: plain, BLOCK: changed(block, 1), EVERY: changed(every, 2)}
+    answers |= {f"{name}/{draw:02d}": changed((-1) ** draw * 1e-3, 3 + draw) for name in CONTROLS[:2] for draw in range(draws)}
+    return answers | dict.fromkeys(CONTROLS[2:], plain)
+
+
+@pytest.fixture(scope="module")
+def asked():
+    subsets = ("random", "popular", "adversarial")
+    pope = [YesNoSample(f"{subset}-{i}-{truth}-{k}", f"im{i}", BLANK, "is it there", truth, subset)
+            for subset in subsets for i in range(200) for truth in ("yes", "no") for k in range(2)]  # fmt: skip
+    mme = [YesNoSample(f"{i}{t}", f"im{i}", BLANK, f"{t} {i}", t, "existence") for i in range(80) for t in ("yes", "no")]
+    return Pope(pope), Mme(mme)
+
+
+def test_effects_of_a_block_and_of_its_controls(asked):
+    pope, mme = asked
+    answers = answered(pope)
+    found, other = effects(pope, answers, 300), effects(mme, answered(mme), 300)
+    assert set(found["families"]) == {BLOCK, EVERY, *CONTROLS} and set(found["versus"]) == {EVERY, *CONTROLS}
+    assert found["families"]["random"]["sets"] == [8, 1] and len(found["families"]["random"]["draws"]) == 8
     assert found["versus"]["random"]["as_large"] == 0 and "as_large" not in found["versus"][CONTROLS[2]]
-    gain = found["families"][BLOCK]["headline"]
-    assert gain["low"] > 0 and found["versus"][CONTROLS[2]]["mean"] == pytest.approx(gain["mean"])
-    mme = Mme([YesNoSample(f"{i}{t}", f"im{i}", BLANK, f"{t} {i}", t, "existence")
-               for i in range(80) for t in ("yes", "no")])  # fmt: skip
-    plain = noisy(mme, 0.7, 5)
-    other = effects(mme, {NONE: plain, BLOCK: corrected(mme, plain, 4)}, 400)
-    claim = claim_c6(found, other)
-    assert judge(CLAIMS["C6"], claim) == ("reproduced", 2)
-    assert claim["value"] == pytest.approx(100 * gain["mean"]) and claim["entries"][0]["name"].startswith("POPE")
-    assert claim["entries"][1]["value"] == pytest.approx(other["families"][BLOCK]["headline"]["mean"])
-    specific = claim_x2(found)
-    assert judge(CLAIMS["X2"], specific) == ("reproduced", 4) and len(specific["entries"]) == 4
-    power = key_blocking.power_statement(found, 0.03)
-    assert power["detectable"][CONTROLS[2]] is None and power["largest"] > power["detectable"][BLOCK]
-    assert power["enough"] == (power["largest"] <= 0.03) and key_blocking.power_statement(found, 1)["enough"]
-    assert json.loads(to_json(found))["versus"] == found["versus"]
+    gain, same = found["families"][BLOCK]["headline"], found["versus"][CONTROLS[2]]
+    assert gain == compare_answers(pope, answers[BLOCK], answers[NONE], 300)["headline"] == same
+    assert found["plain"] == summarise_answers(pope, answers[NONE], 300) and json.loads(to_json(found)) == found
+    claim = claim_c6(ABOUT, found, other)
+    assert claim["primary"]["value"] == pytest.approx(100 * gain["mean"]) and claim["primary"]["units"] == 200
+    by_name = {each["name"]: each for each in claim["others"]}
+    score = by_name["MME score, blocked minus unblocked"]
+    assert score["value"] == pytest.approx(other["families"][BLOCK]["headline"]["mean"])
+    assert (score["unit"], score["smallest"]) == ("score points", 2)
+    assert "(paper: 78.1)" in claim["note"] and f"{score['detectable']:.1f} or more would have been found" in claim["note"]
+    specific = claim_x2(ABOUT, found)
+    assert specific["primary"]["value"] == pytest.approx(100 * found["versus"]["random"]["mean"])
+    assert [each["name"] for each in specific["others"]] == [f"POPE F1, block minus {name}" for name in CONTROLS[1:]]
+    assert specific["prerequisites"] == claim["prerequisites"] and "0% (random), 0% (random, same attention)" in specific["note"]
+
+
+@pytest.mark.parametrize(("changes", "about", "words", "why"), [
+    ({"block": 0.1}, {}, ("present", "holds"), "paper's size"),
+    ({"block": -0.1}, {}, ("opposite", "opposite"), ""),
+    ({"block": 0}, {}, ("absent", "does not hold"), "1.5 F1 points"),
+    ({"block": 0.1, "every": 0}, {}, ("cannot appear here",) * 2, "hiding every image key of layers 4-5 costs 0.00"),
+    ({"block": 0, "every": 0.1}, {}, ("absent", "does not hold"), ""),  # better without any of them: something can change
+    ({"block": 0.1}, {"below": 0}, ("cannot appear here",) * 2, "0 image keys of layers 4-5 are below"),
+    ({"block": 0.005, "accuracy": 0.993}, {}, ("cannot appear here",) * 2, "eiling: 19 errors on POPE"),
+    ({"block": 0.005, "accuracy": 0.989}, {}, ("cannot appear here",) * 2, "eiling: F1 could rise by 1.2 points, 1.5 would matter"),
+])  # fmt: skip
+def test_verdicts_on_a_block(asked, verdict, changes, about, words, why):
+    found = [effects(task, answered(task, **changes), 300) for task in asked]
+    claims = claim_c6(ABOUT | about, *found), claim_x2(ABOUT | about, found[0])
+    assert (verdict("C6", claims[0]), verdict("X2", claims[1])) == words
+    assert why in judge(CLAIMS["C6"], claims[0]).why
+
+
+def test_what_matters_is_what_the_claims_say(asked):
+    assert {100 * asked[0].smallest} == {CLAIMS[name]["smallest"] for name in ("C6", "X2")}
 
 
 def test_the_sweep_reports_on_the_other_half(monkeypatch):

@@ -29,8 +29,8 @@ from kvutils.tasks.blink_interventions import claim_x5, interventions
 from kvutils.tasks.blink_tables import claim_c8, describe_table, official_scores
 from kvutils.tasks.choices import check_items, read_items
 from kvutils.tasks.foreground_segmentation import ForegroundSegmentation
-from kvutils.tasks.input_agnostic_keys import ATTENTION_QUESTIONS, claim_c5, claim_c6, claim_x2, claim_x4, open_data
-from kvutils.tasks.key_blocking import ask_under_blocks, conditions, effects, last_layers
+from kvutils.tasks.input_agnostic_keys import ATTENTION_QUESTIONS, claim_c5, claim_x4, open_data
+from kvutils.tasks.key_blocking import ask_under_blocks, claim_c6, claim_x2, conditions, effects, last_layers
 from kvutils.tasks.key_statistics import compare_trained, describe_keys
 from kvutils.tasks.key_table import measure_keys
 from kvutils.tasks.knock_out import knock_out, reading_layers, summarise_knock_out
@@ -132,10 +132,10 @@ def test_keys_and_blocks(data):
     assert summarise_knock_out(curve, BOOT)["kinds"]["all"]["n"] == len(reading)
     block_layers = last_layers(mlm.num_layers)
     chosen = reading_layers(curve, len(block_layers), 0)["layers"]
-    blocks, _ = conditions(table, limits, chosen, layers=block_layers, draws=2)
+    blocks, about = conditions(table, limits, chosen, layers=block_layers, draws=2)
     tasks = [Pope(found["pope"]), Mme(found["mme"])]
     effect = [effects(task, ask_under_blocks(task, mlm, blocks, progress=False)[0], BOOT) for task in tasks]
-    claims = {"C5": claim_c5(described), "C6": claim_c6(*effect), "X2": claim_x2(effect[0]), "X4": claim_x4(described, compared)}
+    claims = {"C5": claim_c5(described), "C6": claim_c6(about, *effect), "X2": claim_x2(about, effect[0]), "X4": claim_x4(described, compared)}
     assert set(verdicts(claims)) == set(claims)
 
 

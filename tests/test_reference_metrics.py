@@ -27,7 +27,8 @@ from kvutils.readout import matching
 from kvutils.tasks.correspondence import SemanticCorrespondence, TemporalCorrespondence, point_hits
 from kvutils.tasks.foreground_segmentation import foreground_background_iou, foreground_miou
 from kvutils.tasks.text_segmentation import IOU, UNION, ReferringSegmentation, map_scores
-from kvutils.tasks.yes_no import Mme, Pope, summarise_answers
+from kvutils.tasks.yes_no import Mme, Pope
+from tests.tiny_models import summarise_answers
 
 ROOT = os.environ.get("KVUTILS_FIXTURES")
 SAMPLES = os.environ.get("KVUTILS_SAMPLES")

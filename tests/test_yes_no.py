@@ -1,7 +1,6 @@
 """POPE and MME as tasks: scores with intervals over images, answers that say neither, paired differences, power."""
 
 import json
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -11,10 +10,10 @@ from PIL import Image
 from kvutils.datasets.mme import SUBTASKS
 from kvutils.datasets.samples import YesNoSample
 from kvutils.errors import DataError
-from kvutils.metrics.statistics import bootstrap_ci, detectable, paired_difference, standard_error
+from kvutils.metrics.statistics import Effect, bootstrap_ci, paired_difference
 from kvutils.store import to_json
-from kvutils.tasks.yes_no import Mme, Pope, compare_answers, summarise_answers
-from tests.tiny_models import noisy
+from kvutils.tasks.yes_no import Mme, Pope, Scored
+from tests.tiny_models import compare_answers, noisy, summarise_answers
 
 BLANK = Image.new("RGB", (4, 4))
 SPLITS = ("random", "popular", "adversarial")
@@ -92,9 +91,17 @@ def test_mme_totals_need_all_their_subtasks_but_not_a_yes_or_no_in_each():
     assert summary["unknown"] == 6 and summary["scores"]["OCR"]["unknown"]["mean"] == 1
     assert scores.pop("OCR") == 0 and scores.pop("perception") == 1800 and scores.pop("total") == 2600
     assert scores.pop("cognition") == scores.pop("hallucination") == 800 and set(scores.values()) == {200}
-    extra = Mme(mme_samples(2, ("existence", "same_color")))  # a subtask that MME does not have
-    assert set(extra.totals) == {"total"}
-    assert summarise_answers(extra, ["yes", "no"] * 4, n_boot=50)["headline"]["mean"] == 400
+
+
+def test_a_subtask_that_mme_does_not_have_stands_beside_its_total():
+    extra = Mme(mme_samples(2, ("existence", "same_color", "count")))
+    assert set(extra.totals) == {"total"} and extra.smallest == 4, "1 % of twice 200"
+    answers = ["yes", "no"] * 2 + ["no", "yes"] * 2 + ["yes", "no"] * 2
+    summary = summarise_answers(extra, answers, n_boot=50)
+    assert summary["headline"]["mean"] == 400 and summary["headline"]["n"] == 8 and summary["errors"] == 4
+    assert summary["scores"]["same_color"]["score"]["mean"] == 0
+    with pytest.raises(DataError, match="MME's total needs a subtask of MME's, found same_color; name one of existence"):
+        Mme(mme_samples(2, ("same_color",)))
 
 
 def test_pope_counts_what_says_neither():
@@ -119,7 +126,7 @@ def test_a_true_difference_shows_and_its_absence_too():
     mended = np.random.default_rng(5).random(900) < 0.4
     better = [s.truth if now else said for s, said, now in zip(task.samples, plain, mended, strict=True)]
     found = compare_answers(task, better, plain, n_boot=500)
-    assert found["headline"]["low"] > 0.03 and found["headline"]["detectable"] < 0.03
+    assert found["headline"]["low"] > 0.03 and Effect.of(found["headline"]).detectable < 0.03
     a, b = (summarise_answers(task, x, n_boot=5)["headline"]["mean"] for x in (better, plain))
     assert found["headline"]["mean"] == pytest.approx(a - b)
     for split in SPLITS:
@@ -132,7 +139,7 @@ def test_a_true_difference_shows_and_its_absence_too():
     none = compare_answers(task, other, noisy(task, 0.97, seed=7, start=plain), n_boot=500)["headline"]
     assert none["low"] < 0 < none["high"]
     same = compare_answers(task, plain, plain, n_boot=50)["headline"]
-    assert same == {"mean": 0, "low": 0, "high": 0, "n": 900, "detectable": None}
+    assert same == {"mean": 0, "low": 0, "high": 0, "n": 900, "error": 0, "units": 150}
     assert json.loads(to_json(found)) == found
 
 
@@ -140,14 +147,9 @@ def test_a_difference_is_the_paired_one_of_the_statistics_module():
     task = Pope(pope_samples(30, ("popular",)))
     a, b = noisy(task, 0.9, 1), noisy(task, 0.8, 2)
     groups, counts = [s.image_id for s in task.samples], [task.values(x) for x in (a, b)]
-    direct = paired_difference(*counts, f1_statistic, 300, 9, groups).as_dict()
-
-    def difference(weights, both):
-        return f1_statistic(weights, both[:, 0]) - f1_statistic(weights, both[:, 1])
-
-    size = detectable(standard_error(np.stack(counts, axis=1), difference, 300, 9, groups))
+    direct = paired_difference(*counts, f1_statistic, 300, 9, groups)
     found = compare_answers(task, a, b, 300, 9)["scores"]["popular"]["f1"]
-    assert found == pytest.approx(direct | {"detectable": size})
+    assert found == pytest.approx(direct.as_dict()) and Effect.of(found).detectable == pytest.approx(direct.detectable)
 
 
 def test_several_answer_sets_are_averaged():
@@ -167,18 +169,35 @@ def test_several_answer_sets_are_averaged():
     assert narrow < one["high"] - one["low"]
 
 
-def test_standard_errors():
-    scores = np.random.default_rng(1).normal(size=(300, 2)) * (1, 3)
-    expected = scores.std(axis=0) / np.sqrt(300)
-    assert standard_error(scores, n_boot=4000) == pytest.approx(expected, rel=0.05)
-    assert standard_error(scores[:, 0], n_boot=4000) == pytest.approx(expected[0], rel=0.05)
-    groups = [i // 30 for i in range(300)]
-    clustered = np.repeat(scores[:10, 0], 30)
-    assert standard_error(clustered, groups=groups) > 4 * standard_error(clustered)
-    assert math.isnan(standard_error([1.0, 2.0], lambda w, s: np.full(len(w), np.nan)))
-    assert detectable(0.01) == pytest.approx(0.02802, abs=1e-5), "z of 97.5 % and of the power, 80 %, add up"
-    assert detectable(0.01, power=0.9) == pytest.approx(0.03242, abs=1e-5)
-    assert math.isnan(detectable(0.0)) and np.isnan(detectable(np.array([0, np.nan]))).all()
+def test_the_variance_between_draws_is_what_images_do_not_explain():
+    """Draws of one family, answers with an effect of their own: its variance comes back, without what chance adds."""
+    task, random, between = Pope(pope_samples(200, ("random",))), np.random.default_rng(3), []
+    for _ in range(20):
+        shifts = 0.8 + 0.05 * random.normal(size=20)
+        scored = Scored.of(task, {str(d): noisy(task, shift, int(random.integers(2**32))) for d, shift in enumerate(shifts)}, 300)
+        others = [str(d) for d in range(1, 20)]
+        mean, one_more = (scored.change(*sides)["scores"]["pooled"]["accuracy"] for sides in ((others, ["0"]), (["0"], others)))
+        assert one_more["mean"] == pytest.approx(-mean["mean"]) and 19 <= one_more["units"] <= 60 < mean["units"]
+        between.append(one_more["error"] ** 2 - mean["error"] ** 2)
+        assert one_more["high"] - one_more["low"] > 4 * one_more["error"], "Student's t"
+    assert np.mean(between) == pytest.approx(0.05**2, rel=0.25)
+
+
+@pytest.mark.parametrize("spread", (0.0, 0.15))
+def test_a_draw_is_not_better_than_its_own_family(spread):
+    """One of 13 draws of random keys against the others, over and over: without the draws as units up to 15 to 40 % would "hold"."""
+    samples = pope_samples(60, ("random",))
+    task, random, held, over_images = Pope(samples), np.random.default_rng(8), 0, 0
+    for _ in range(120):
+        hard = random.normal(size=120)
+        wrong = (hard + 0.3 * random.normal(size=(13, 120)) < -0.8 + spread * random.normal(size=(13, 1))).tolist()
+        flip = {"yes": "no", "no": "yes"}
+        sets = {str(d): [flip[s.truth] if w else s.truth for s, w in zip(samples, row, strict=True)] for d, row in enumerate(wrong)}
+        scored = Scored.of(task, sets, 200, int(random.integers(2**32)))
+        held += scored.change(["0"], [str(d) for d in range(1, 13)])["headline"]["low"] > 0
+        drawn = scored.found.draws[:, :, scored.keys.index(task.metric)]
+        over_images += np.quantile(drawn[:, 0] - drawn[:, 1:].mean(axis=1), 0.025) > 0
+    assert held / 120 <= 0.05 and (not spread or over_images / 120 > 0.1)
 
 
 def test_unusable_samples_and_answers():
@@ -187,7 +206,7 @@ def test_unusable_samples_and_answers():
         (lambda: Pope([]), "no questions"),
         (lambda: Pope([samples[0], replace(samples[1], picture=Image.new("RGB", (5, 5)))]), "two images have"),
         (lambda: Mme(mme_samples(2)[:3]), "image 'im1' has 1 questions, not two"),
-        (lambda: summarise_answers(Pope(samples), ["yes"]), "1 answers for 12 questions"),
+        (lambda: summarise_answers(Pope(samples), ["yes"]), "these: 1 answers for 12 questions"),
         (lambda: compare_answers(Pope(samples), ["yes"] * 12, [["yes"] * 12, ["no"]]), "1 answers for 12"),
     ):
         with pytest.raises(DataError, match=message):

@@ -37,6 +37,7 @@ from kvutils.models import MLM, Encoder, wrap_mlm
 from kvutils.processors import ImageOnlyLlavaOnevisionProcessor, ImageOnlyQwen2_5_VLProcessor
 from kvutils.prompts import TextInputs, prepare_text
 from kvutils.tasks.base import ScoreTable
+from kvutils.tasks.yes_no import Scored
 from kvutils.vision import VisionInputs, encode_images, prepare_images
 
 WORDS = "a red blue fish car on the left right what is colour of this picture user assistant yes no :".split()
@@ -185,6 +186,18 @@ def noisy(task, accuracy: float, seed: int, start: list[str] | None = None) -> l
     flip = {"yes": "no", "no": "yes"}
     words = [sample.truth for sample in task.samples] if start is None else start
     return [word if fine else flip[word] for word, fine in zip(words, right, strict=True)]
+
+
+def summarise_answers(task, answers: list[str], n_boot: int = 2000, seed: int = 0) -> dict:
+    """Scores of one answer set."""
+    return Scored.of(task, {"these": answers}, n_boot, seed).summary("these")
+
+
+def compare_answers(task, now, before, n_boot: int = 2000, seed: int = 0) -> dict:
+    """What changes from one answer set, or the mean of several, to another."""
+    sides = [[each] if isinstance(each[0], str) else each for each in (now, before)]
+    sets = {f"{side}{number}": answers for side, found in enumerate(sides) for number, answers in enumerate(found)}
+    return Scored.of(task, sets, n_boot, seed).change(*([name for name in sets if name[0] == side] for side in "01"))
 
 
 @torch.no_grad()

@@ -64,8 +64,9 @@ def no_floor(name: str, above_control: Effect, unit: str) -> dict:
 
 
 def lever(name: str, cost: Effect, smallest: float, unit: str) -> dict:
-    """Removing all that an intervention could touch costs at least the smallest effect of interest."""
-    found = f"{cost.mean:.2f} [{cost.low:.2f}, {cost.high:.2f}] {unit}"
-    holds = cost.mean >= smallest
+    """Removing all that an intervention could touch costs, or gains, at least the smallest effect of interest."""
+    mean, low, high = (round(each, 2) + 0.0 for each in (cost.mean, cost.low, cost.high))  # + 0.0: no "-0.00"
+    found = f"{mean:.2f} [{low:.2f}, {high:.2f}] {unit}"
+    holds = abs(cost.mean) >= smallest
     known = f"{name} costs {found}, at least {smallest:g}" if holds else f"no lever: {name} costs {found}, less than {smallest:g}"
     return prerequisite(f"{name}: a lever", holds, known)

@@ -137,26 +137,39 @@ def knock_out_curves(knock_out: Mapping, measure: str, block: Sequence[int]) -> 
 
 @styled
 def block_effects(blocking: Mapping) -> Figure:
-    """POPE and MME: score under each block minus without it, with 95 % intervals; single draws of random controls."""
+    """POPE and MME: score under each block minus without it, with 95 % intervals; single draws of random controls.
+
+    First the gate, every key of the layers hidden: while it stays in the band of changes too small to matter, no other can leave it."""
     about, tasks = blocking["about"]["families"], in_order(blocking, TASKS)
-    rank = {"input-agnostic": 0, "random": 1, "random,": 1, "highest": 2, "same": 3, "reading": 4, "all": 5}
+    rank = {"all": 0, "input-agnostic": 1, "random": 2, "random,": 2, "highest": 3, "same": 4, "reading": 5}
     names = sorted(about, key=lambda name: (rank.get(name.split()[0], 9), name))
-    size = (4.6 + 3.6 * len(tasks), 0.42 * len(names) + 1.5)
+    size = (4.6 + 3.6 * len(tasks), 0.42 * len(names) + 1.9)
     figure, axes = plt.subplots(1, len(tasks), figsize=size, sharey=True, squeeze=False)
     spans = [np.unique([min(about[name]["layers"]), max(about[name]["layers"])]) for name in names]
-    labels = [f"{name}\n({about[name]['keys']:.0f} keys, layers {'-'.join(map(str, span))})" for name, span in zip(names, spans, strict=True)]
+    shown = [{"all keys": "gate: all keys", "input-agnostic": "the block: input-agnostic"}.get(name, name) for name in names]
+    labels = [f"{each}\n({about[name]['keys']:.0f} keys, layers {'-'.join(map(str, span))})" for each, name, span in zip(shown, names, spans, strict=True)]
     for axis, (task, measured) in zip(axes[0], tasks.items(), strict=True):
         points, (unit, factor) = [], TASKS[task]
+        small = measured["smallest"] * factor
+        axis.axvspan(-small, small, color=COLOURS[7], alpha=0.18, lw=0, label="too small to matter (smallest effect of interest)")
         for row, name in enumerate(names):
             colour, marker = BLOCK_STYLE.get(name.split()[0], (COLOURS[7], "s"))
             draws = np.array(measured["families"][name].get("draws", [])) * factor
             axis.plot(draws, np.full(len(draws), row + 0.28), "|", color=colour, ms=7, alpha=0.6)
             points.append((row, measured["families"][name]["headline"], colour, marker, None))
         forest(axis, points, labels, factor=factor)
+        axis.axhline(0.55, color="black", lw=0.8, ls=":")
+        axis.set_xscale("symlog", linthresh=small, linscale=2)  # or a change of 20 points hides those of 0.2
+        low, high = (1.3 * edge for edge in axis.get_xlim())
+        ticks = [small * each for each in (-64, -16, -4, -1, -0.5, 0, 0.5, 1, 4, 16) if min(low, -small) <= small * each <= max(high, small)]
+        axis.set_xlim(low, high)
+        axis.set_xticks(ticks, [f"{tick:+g}" if tick else "0" for tick in ticks])
+        axis.minorticks_off()
         plain = measured["plain"]["headline"]["mean"] * factor
         axis.set(xlabel=f"change of {unit}", title=f"{unit.split()[0]}: {plain:.1f} without a block")
     axes[0, 0].tick_params(axis="y", labelsize=7.5)
-    figure.supxlabel("points and bars: mean and 95 % interval over images; ticks: single draws of random keys", fontsize=8)
+    legend_below(figure, axes[0, :1], title="points and bars: mean and 95 % interval; ticks: single draws of random keys; beyond the band the scale is "
+                 "logarithmic", fontsize=8)  # fmt: skip
     return figure
 
 

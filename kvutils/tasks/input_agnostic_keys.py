@@ -1,4 +1,4 @@
-"""The data that notebook 03 reads, and claims C5, C6, X2 and X4 in the form that data/claims.yaml asks for."""
+"""The data that notebook 03 reads, and claims C5 and X4 in the form that data/claims.yaml asks for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from kvutils.datasets.samples import YesNoSample
 from kvutils.errors import ParameterError
 from kvutils.metrics.old import claim_of_parts, undefined
 from kvutils.metrics.statistics import Interval
-from kvutils.tasks.key_blocking import BLOCK, CONTROLS
 from kvutils.tasks.knock_out import as_questions
 
 ATTENTION_QUESTIONS = {  # the text whose attention to the image keys is measured
@@ -21,7 +20,6 @@ ATTENTION_QUESTIONS = {  # the text whose attention to the image keys is measure
 }  # fmt: skip
 IMAGE_SIZE = {"pocket": None, "paper": (640, 480)}  # pocket scenes are of one size; most COCO images are of this one
 READING_IMAGES = 100  # of each subset of POPE and MME, for the knock-out curve of a profile without questions by kind
-POINTS = {"pope": 100.0, "mme": 1.0}  # F1 in points; the score of MME is in points already
 
 
 def open_data(profile: str, options: Mapping[str, Mapping] | None = None, size: Sequence[int] = (), prompts: str = "paper"
@@ -63,21 +61,6 @@ def claim_c5(described: Mapping) -> dict:
     found = described["modes"]
     entries = [Interval.of(each).claim(f"layer {layer}") for layer, each in enumerate(found["layers"])]
     return Interval.of(found["median"]).claim(unit="Ashman's D within layers, median", entries=entries)
-
-
-def claim_c6(pope: Mapping, mme: Mapping) -> dict:
-    """C6: blocked minus unblocked on POPE (F1 points) and MME (score). pope, mme: of `effects`."""
-    blocked = [found["families"][BLOCK] for found in (pope, mme)]
-    changes = [Interval.of(each["headline"]).scaled(POINTS[each["task"]]) for each in blocked]
-    entries = [change.claim(f"{each['title']}: {each['metric']}") for change, each in zip(changes, blocked, strict=True)]
-    return changes[0].claim(unit="POPE F1 points", entries=entries)
-
-
-def claim_x2(pope: Mapping) -> dict:
-    """X2: effect of the block on POPE minus that of each control, in F1 points."""
-    points = {name: Interval.of(pope["versus"][name]).scaled(POINTS["pope"]) for name in CONTROLS}
-    entries = [found.claim(f"{pope['plain']['title']}: block minus {name}") for name, found in points.items()]
-    return claim_of_parts(entries, f"controls of {len(entries)}")
 
 
 def claim_x4(described: Mapping, compared: Mapping) -> dict:

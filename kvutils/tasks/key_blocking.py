@@ -6,6 +6,7 @@ image serves all conditions, and finished chunks of images are kept.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -15,7 +16,8 @@ import numpy as np
 from kvutils.answer import YES_NO, answer_all
 from kvutils.errors import ParameterError, at_least
 from kvutils.keys import KeySelection
-from kvutils.metrics.statistics import choosing_half
+from kvutils.metrics.effects import lever, measured, no_ceiling, part, prerequisite
+from kvutils.metrics.statistics import Effect, choosing_half
 from kvutils.models import MLM
 from kvutils.store import Parts, digest, in_chunks
 from kvutils.tasks.key_selections import (
@@ -29,14 +31,16 @@ from kvutils.tasks.key_selections import (
 )
 from kvutils.tasks.key_statistics import agnostic
 from kvutils.tasks.key_table import KeyTable
-from kvutils.tasks.yes_no import POWER, YesNoTask, compare_answers, summarise_answers
+from kvutils.tasks.yes_no import Scored, YesNoTask
 
-NONE, BLOCK = "none", "input-agnostic"
+NONE, BLOCK, EVERY = "none", "input-agnostic", "all keys"
 CONTROLS = ("random", "random, same attention", "highest variance", "same positions, early layers")
 READING = ("reading layers, input-agnostic", "reading layers, lowest variance", "reading layers, random")
 FALLBACK = 0.1  # share of the keys that is blocked where none is below the threshold
 SCALE = "raw"  # whose threshold: the paper's
 READING_DRAWS = 5  # of random keys in the reading layers
+PAPER_F1 = 78.1  # of POPE, without a block
+POINTS = {"pope": 100.0, "mme": 1.0}  # F1 in points; the score of MME is in points already
 
 
 def last_layers(layers: int) -> tuple[int, ...]:
@@ -53,7 +57,8 @@ def conditions(table: KeyTable, thresholds: dict, reading: Sequence[int], layers
     reading: as many layers where the image is read, from `reading_layers`. Controls: random keys, as many in each layer
     and head; random keys that receive as much attention; the keys that vary most; the same positions in the first layers;
     in the reading layers the keys below the threshold, and as many lowest and random ones as the block has. "all keys" of
-    the layers bounds what any block of them can do. about: JSON-able.
+    the layers bounds what any block of them can do. about: JSON-able; `below`: how many keys of these layers are below the
+    paper's threshold or one between two modes, 0 where there is neither.
     """
     at_least("draws", draws)
     total, heads, tokens = table.variance.shape
@@ -63,6 +68,7 @@ def conditions(table: KeyTable, thresholds: dict, reading: Sequence[int], layers
         raise ParameterError(f"expected {len(layers)} reading layers, as many as are blocked, found {reading}")
     every = KeySelection(BLOCK, agnostic(table, thresholds, SCALE), tuple(range(total)))
     block, method = every.restrict(layers), f"{SCALE} threshold"
+    below = int(block.mask.sum()) if thresholds[SCALE]["method"] in ("paper", "valley") else 0
     if not block.mask.any():
         block = replace(select_lowest(table, FALLBACK, layers), name=BLOCK)
         method = f"no key below the {SCALE} threshold: lowest {FALLBACK:g} of each layer"
@@ -78,9 +84,9 @@ def conditions(table: KeyTable, thresholds: dict, reading: Sequence[int], layers
     found[READING[0]] = every.restrict(reading)
     found[READING[1]] = replace(lowest, name=READING[1])
     found |= _drawn(READING[2], READING_DRAWS, lambda draw: select_random(like, real, seed + draw))
-    found["all keys"] = select_all(layers, heads, tokens)
+    found[EVERY] = select_all(layers, heads, tokens)
     about = {
-        "layers": list(layers), "reading": list(reading), "early": list(early), "scale": SCALE, "method": method,
+        "layers": list(layers), "reading": list(reading), "early": list(early), "scale": SCALE, "method": method, "below": below,
         "draws": draws, "reading_draws": READING_DRAWS, "seed": seed, "count": block.mask.sum(-1).tolist(),
         "share": float(block.mask.sum() / (len(layers) * heads * real.sum())),
         "families": {name: _about(each, table) for name, each in _by_family(found).items()},
@@ -143,42 +149,72 @@ def ask_under_blocks(
 
 
 def effects(task: YesNoTask, answers: Mapping[str, Sequence[str]], n_boot: int = 2000, seed: int = 0) -> dict:
-    """What every family of conditions changes, and how the block differs from each; JSON-able.
+    """What every family of conditions changes, and how the block differs from each, from one set of resamples; JSON-able.
 
-    plain: scores without a block. families: `compare_answers` of the family (its draws together) with no block;
-    draws: the headline difference of each draw. versus: block minus family. as_large: share of a family's draws
-    that change the headline at least as much as the block, upwards. Intervals are over images, not draws.
+    plain: scores without a block. families: `Scored.change` of the family (its draws together) against no block; draws: the
+    headline difference of each draw. versus: block minus family, judged as one more of its draws. as_large: share of a
+    family's draws that change the headline at least as much as the block, upwards. smallest: effect of interest of the headline.
     """
-    sets, plain = _by_family(answers), answers[NONE]
-    families = {name: compare_answers(task, texts, plain, n_boot, seed) for name, texts in sets.items()}
-    mine, versus = families[BLOCK]["headline"]["mean"], {}
-    for name, texts in sets.items():
+    scored = Scored.of(task, answers, n_boot, seed)
+    sets, versus = _by_family({name: name for name in answers}), {}
+    families = {name: scored.change(members, [NONE]) for name, members in sets.items()}
+    for name, members in sets.items():
         if name != BLOCK:
-            versus[name] = compare_answers(task, answers[BLOCK], texts, n_boot, seed)["headline"]
-        if len(texts) > 1:
-            draws = families[name]["draws"] = [compare_answers(task, each, plain, 2)["headline"]["mean"] for each in texts]
-            versus[name]["as_large"] = float(np.mean(np.array(draws) >= mine))
-    return {"plain": summarise_answers(task, plain, n_boot, seed), "families": families, "versus": versus}
+            versus[name] = scored.change([BLOCK], members)["headline"]
+        if len(members) > 1:
+            draws = families[name]["draws"] = [scored.headline(each) - scored.headline(NONE) for each in members]
+            versus[name]["as_large"] = float(np.mean(np.array(draws) >= families[BLOCK]["headline"]["mean"]))
+    return {"plain": scored.summary(NONE), "families": families, "versus": versus, "smallest": task.smallest}
 
 
-def power_statement(found: Mapping, wanted: float) -> dict:
-    """Would a true effect of `wanted` (in the headline's unit) show with probability `POWER`? From measured effects.
+def claim_c6(about: Mapping, pope: Mapping, mme: Mapping) -> dict:
+    """C6: blocked minus unblocked on POPE, F1 points; MME beside. about: of `conditions`; pope, mme: of `effects`."""
+    blocked, every = (_points(found["headline"]) for found in (pope["families"][BLOCK], pope["families"][EVERY]))
+    beside = [part("POPE F1, all late image keys hidden minus none", every)]
+    for metric, name in (("accuracy", "accuracy"), ("yes_ratio", "share of yes")):
+        beside.append(part(f"POPE {name}, blocked minus unblocked", _points(pope["families"][BLOCK]["scores"]["mean"][metric]), unit="points"))
+    for family, name in ((BLOCK, "blocked minus unblocked"), (EVERY, "all late image keys hidden minus none")):
+        effect = Effect.of(mme["families"][family]["headline"])
+        beside.append(part(f"MME score, {name}", effect, unit="score points", smallest=mme["smallest"]))
+    effect, plain = Effect.of(mme["families"][BLOCK]["headline"]), POINTS["pope"] * pope["plain"]["headline"]["mean"]
+    seen = "no answer changed" if math.isnan(effect.detectable) else f"{effect.detectable:.1f} or more would have been found"
+    note = (f"F1 is {plain:.1f} without a block (paper: {PAPER_F1}) and changes by {blocked.mean:+.2f} with it, by {every.mean:+.2f} with every image "
+            f"key of these layers hidden. MME's total of at most {100 * mme['smallest']:g} changes by {effect.mean:+.1f} ({seen}; 1 % of the total, "
+            f"{mme['smallest']:g}, would matter: ours, the paper states no figure).")  # fmt: skip
+    return measured(part("POPE F1, blocked minus unblocked", blocked), beside, _needs(about, pope), note)
 
-    detectable: by family, None where no answer changed. largest: of the families that block as many keys. A family
-    that changes more answers is noisier, so the largest is the careful figure.
-    """
-    sizes = {name: each["headline"]["detectable"] for name, each in found["families"].items()}
-    matched = [sizes[name] for name in (BLOCK, *CONTROLS) if sizes.get(name) is not None]
-    largest = max(matched) if matched else None
-    return {"wanted": wanted, "power": POWER, "detectable": sizes, "largest": largest,
-            "enough": None if largest is None else largest <= wanted}  # fmt: skip
+
+def claim_x2(about: Mapping, pope: Mapping) -> dict:
+    """X2: effect of the block on POPE minus that of as many random keys, F1 points, draws as units; the other controls beside."""
+    parts = [part(f"POPE F1, block minus {name}", _points(pope["versus"][name])) for name in CONTROLS]
+    chances = [f"{pope['versus'][name]['as_large']:.0%} ({name})" for name in CONTROLS[:2] if "as_large" in pope["versus"][name]]
+    note = f"Draws of other keys that raise F1 as much as the block or more: {', '.join(chances) or 'one draw tells none'}."
+    return measured(parts[0], parts[1:], _needs(about, pope), note)
+
+
+def _points(found: Mapping) -> Effect:
+    return Effect.of(found).scaled(POINTS["pope"])
+
+
+def _needs(about: Mapping, pope: Mapping) -> list[dict]:
+    """What C6 and X2 need: keys to hide, layers in which the image is read, and errors."""
+    smallest, room = POINTS["pope"] * pope["smallest"], POINTS["pope"] * (1 - pope["plain"]["headline"]["mean"])
+    limit = f"{'' if room >= smallest else 'ceiling: '}F1 could rise by {room:.1f} points, {smallest:g} would matter"
+    layers = f"layers {min(about['layers'])}-{max(about['layers'])}"
+    return [
+        prerequisite("keys found by C5", about["below"] > 0, f"{about['below']} image keys of {layers} are below a threshold between two modes"),
+        lever(f"hiding every image key of {layers}", _points(pope["families"][EVERY]["headline"]).scaled(-1), smallest, "F1 points"),
+        no_ceiling("POPE", pope["plain"]["errors"]),
+        prerequisite("POPE: room for the effect", room >= smallest, limit),
+    ]
 
 
 def sweep(
     task: YesNoTask, mlm: MLM, table: KeyTable, shares: Sequence[float] = (0.05, 0.1, 0.2, 0.35, 0.5),
     depths: Sequence[int] | None = None, parts: Parts | None = None, n_boot: int = 2000, seed: int = 0, **options,
 ) -> dict:  # fmt: skip
-    """Share of keys (lowest variance of each layer) x number of last layers: chosen on one half, reported on the other.
+    """Share of keys (lowest variance of each layer) x number of last layers: chosen on one half, reported on the other half
+    alone, as reading all cells on both would double the longest measurement of the notebook.
 
     grid[i][j]: effect on the headline for shares[i] and depths[j], on the choosing half of the images; held_out: the
     effect of the best cell on the other half. depths: default one, a third, half, two thirds of the layers, and all.
@@ -192,12 +228,13 @@ def sweep(
     cells = {f"{share:g} {depth}": select_lowest(table, share, range(total - depth, total))
              for share in shares for depth in depths}  # fmt: skip
     answers, _ = ask_under_blocks(halves[0], mlm, {NONE: None} | cells, parts, **options)
-    headlines = [compare_answers(halves[0], answers[cell], answers[NONE], n_boot, seed)["headline"] for cell in cells]
+    scored = Scored.of(halves[0], answers, n_boot, seed)
+    headlines = [scored.change([cell], [NONE])["headline"] for cell in cells]
     grid = [headlines[row * len(depths) : (row + 1) * len(depths)] for row in range(len(shares))]
     place = int(np.argmax([headline["mean"] for headline in headlines]))
     best = list(cells)[place]
     again, _ = ask_under_blocks(halves[1], mlm, {NONE: None, best: cells[best]}, parts, **options)
-    held_out = compare_answers(halves[1], again[best], again[NONE], n_boot, seed)
+    held_out = Scored.of(halves[1], again, n_boot, seed).change([best], [NONE])
     return {
         "metric": ".".join(task.metric), "shares": list(shares), "depths": list(depths), "grid": grid,
         "best": {"share": shares[place // len(depths)], "depth": depths[place % len(depths)]},

@@ -22,7 +22,7 @@ from kvutils.answer import SessionBatch, spellings
 from kvutils.datasets.samples import Question, YesNoSample
 from kvutils.errors import DataError
 from kvutils.metrics.answers import low_mass
-from kvutils.metrics.statistics import bootstrap_ci, choosing_half, mean_statistic
+from kvutils.metrics.statistics import Halves, bootstrap_ci, column_ratio, mean_statistic
 from kvutils.models import MLM
 from kvutils.prompts import PromptTokens
 from kvutils.store import Parts, in_chunks
@@ -163,14 +163,16 @@ def summarise_knock_out(table: KnockOut, n_boot: int = 2000, seed: int = 0) -> d
 
 
 def reading_layers(table: KnockOut, width: int, seed: int = 0) -> dict:
-    """The `width` adjacent layers where the image is read: hiding it in each alone adds most loss, summed.
+    """The `width` adjacent layers where the image is read: hiding it in each alone adds most loss, summed. Kinds count equally.
 
-    Chosen on one half of the scenes; `added` is the sum there, `held_out` on the other half. Kinds count equally.
+    layers: chosen on all scenes, where hiding the image adds `windows`. held_out: what is added in the layers that one half of
+    the scenes chooses, on the other half, both ways. ParameterError for fewer than four scenes.
     """
-    balance, chosen = table.balance, choosing_half(table.groups, seed)
-    added = np.stack([table.of(f"one {layer}")[:, 1] - table.of("none")[:, 1] for layer in range(table.layers)])
-    halves = [(added[:, half] * balance[half]).sum(1) / balance[half].sum() for half in (chosen, ~chosen)]
-    sums = [np.convolve(half, np.ones(width), "valid") for half in halves]
-    first = int(sums[0].argmax())
-    return {"layers": list(range(first, first + width)), "added": float(sums[0][first]),
-            "held_out": float(sums[1][first]), "windows": sums[0].tolist()}  # fmt: skip
+    added = np.stack([table.of(f"one {layer}")[:, 1] - table.of("none")[:, 1] for layer in range(table.layers)], axis=1)
+    sums = np.lib.stride_tricks.sliding_window_view(added, width, axis=1).sum(axis=-1)  # (n, windows)
+    scores = np.stack([sums, np.ones_like(sums)], axis=-1) * table.balance[:, None, None]
+    mean, halves = column_ratio(0, 1), Halves.of(table.groups, seed)
+    held_out = halves.read(scores, halves.best(scores, mean)).sum(axis=0)
+    windows = scores[..., 0].sum(axis=0) / table.balance.sum()
+    first = int(windows.argmax())
+    return {"layers": list(range(first, first + width)), "held_out": float(held_out[0] / held_out[1]), "windows": windows.tolist()}

@@ -9,21 +9,21 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
+from scipy.stats import t as student
 
-from kvutils.datasets.mme import GROUPS
+from kvutils.datasets.mme import GROUPS, SUBTASKS
 from kvutils.datasets.samples import YesNoSample
 from kvutils.errors import DataError
 from kvutils.metrics.answers import mme_parse, pope_counts, pope_parse
-from kvutils.metrics.old import standard_error
-from kvutils.metrics.statistics import Interval, Statistic, bootstrap_ci, detectable, ratio
+from kvutils.metrics.statistics import Effect, Interval, Resampled, ratio, resample
 
 Measures = dict[tuple[str, str], np.ndarray]  # (subset or summary, metric) -> (n_boot,)
 MEAN, POOLED, TOTAL = "mean", "pooled", "total"
-POWER = 0.8  # probability with which a detectable difference would show
 
 
 class YesNoTask(ABC):
@@ -32,6 +32,7 @@ class YesNoTask(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     metric: ClassVar[tuple[str, str]]  # the headline: (subset or summary, metric)
+    smallest: float  # effect of interest, in the headline's unit
     convention: ClassVar[str]  # whose reading of an answer
 
     def __init__(self, samples: Sequence[YesNoSample]):
@@ -69,11 +70,13 @@ class YesNoTask(ABC):
 
     def right(self, answers: Sequence[str]) -> np.ndarray:
         """(n,) bool: which questions are answered right."""
-        return np.array([self.read(answer)[0] == sample.truth for answer, sample in zip(answers, self.samples, strict=True)])
+        said = {answer: self.read(answer)[0] for answer in set(answers)}
+        return np.array([said[answer] == sample.truth for answer, sample in zip(answers, self.samples, strict=True)])
 
     def unknown(self, answers: Sequence[str]) -> np.ndarray:
         """(n,) bool: which answers say neither yes nor no."""
-        return np.array([self.read(answer)[1] for answer in answers])
+        neither = {answer: self.read(answer)[1] for answer in set(answers)}
+        return np.array([neither[answer] for answer in answers])
 
 
 class Pope(YesNoTask):
@@ -86,6 +89,7 @@ class Pope(YesNoTask):
 
     name, title, convention = "pope", "POPE", "pope"
     metric = (MEAN, "f1")
+    smallest = 0.015  # as claims C6 and X2 in data/claims.yaml, in points: half of the paper's +3.1
 
     def read(self, answer: str) -> tuple[str, bool]:
         said = pope_parse(answer)
@@ -114,10 +118,11 @@ class Mme(YesNoTask):
     """MME: two questions per image, one true and one false, read as by the authors' script (`mme_parse`).
 
     Per subtask: acc, share of questions that are right; acc_plus, share of images with both right; score, 100 times
-    their sum (0 to 200). Summaries add scores up: `total` over all subtasks of the samples (the headline), and
-    perception, cognition and hallucination where all of their subtasks are there. An answer that is neither yes nor no
-    is wrong, and counts as unknown: a subtask of such answers alone, on which the authors' script stops, scores 0.
-    Raises DataError unless every image of a subtask has two questions.
+    their sum (0 to 200). Summaries add scores up: `total` over the samples' subtasks that are MME's (the headline), and
+    perception, cognition and hallucination where all of their subtasks are there. A subtask that MME does not have stands
+    beside, in no summary. An answer that is neither yes nor no is wrong, and counts as unknown: a subtask of such answers
+    alone, on which the authors' script stops, scores 0. The smallest effect of interest is 1 % of the highest total (ours,
+    the paper states no figure). Raises DataError unless a subtask is MME's, and every image of a subtask has two questions.
     """
 
     name, title, convention = "mme", "MME", "official"
@@ -131,7 +136,10 @@ class Mme(YesNoTask):
         for (subtask, image), pair in self.pairs.items():
             if len(pair) != 2:
                 raise DataError(f"MME {subtask}: image {image!r} has {len(pair)} questions, not two")
-        self.totals = {TOTAL: list(range(len(self.subsets)))}
+        self.totals = {TOTAL: [number for number, name in enumerate(self.subsets) if name in SUBTASKS]}
+        if not self.totals[TOTAL]:
+            raise DataError(f"MME's total needs a subtask of MME's, found {', '.join(self.subsets)}; name one of {', '.join(SUBTASKS)} in split=")
+        self.smallest = 0.01 * 200 * len(self.totals[TOTAL])
         for name, members in GROUPS.items():
             if name != "all" and set(members) <= set(self.subsets):
                 self.totals[name] = [self.subsets.index(member) for member in members]
@@ -165,78 +173,108 @@ class Mme(YesNoTask):
         return [self.subsets[i] for i in self.totals[name]] if name in self.totals else [name]
 
 
-def summarise_answers(task: YesNoTask, answers: Sequence[str], n_boot: int = 2000, seed: int = 0) -> dict:
-    """Every metric of every subset with its 95 % interval over images; JSON-able.
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """Every metric of several answer sets to the same questions, resampled together over images.
 
-    scores: by subset, then summaries over subsets, each metric as mean, low, high, n. headline: one of them. unknown:
-    how many answers say neither yes nor no; they are scored as the authors do, never dropped.
+    sets: name -> one answer text per question; keys: the (subset or summary, metric) of every metric; found: value (sets,
+    metrics), draws (R, sets, metrics); right (sets, n) bool: which questions each set answers right.
     """
-    keys, statistic = _statistic(task)
-    found = _report(task, keys, bootstrap_ci(_values(task, [answers]), statistic, n_boot, seed))
-    return found | {"unknown": int(task.unknown(answers).sum())}
+
+    task: YesNoTask
+    sets: Mapping[str, Sequence[str]]
+    keys: list[tuple[str, str]]
+    found: Resampled
+    right: np.ndarray
+
+    @classmethod
+    def of(cls, task: YesNoTask, sets: Mapping[str, Sequence[str]], n_boot: int = 2000, seed: int = 0) -> Scored:
+        """DataError where a set has more or fewer answers than the task has questions."""
+        for name, answers in sets.items():
+            if isinstance(answers, str) or len(answers) != len(task.samples):
+                raise DataError(f"{task.name}, {name}: {len(answers)} answers for {len(task.samples)} questions")
+        values = np.stack([task.values(answers) for answers in sets.values()], axis=1)  # (n, sets, k)
+        sums = np.zeros((len(task.images), len(sets), len(task.subsets), values.shape[-1]))  # over the questions of an image
+        np.add.at(sums, task.image_of, values[:, :, None, :] * task.member[:, None, :, None])
+        keys = list(task.measures(sums[:1].sum(axis=1)))
+
+        def measured(weights: np.ndarray) -> np.ndarray:
+            drawn = np.tensordot(weights, sums, 1)  # (R, sets, subsets, k)
+            each = task.measures(drawn.reshape(-1, *drawn.shape[2:]))
+            return np.stack([each[key] for key in keys], axis=1).reshape(*drawn.shape[:2], len(keys))
+
+        right = np.stack([task.right(answers) for answers in sets.values()])
+        return cls(task, sets, keys, resample(measured, len(task.images), n_boot, seed), right)
+
+    def summary(self, name: str) -> dict:
+        """Every metric of every subset of one answer set with its 95 % interval over images; JSON-able.
+
+        scores: by subset, then summaries over subsets, each metric as mean, low, high, n. headline: one of them. errors: how
+        many answers are not right; unknown: how many say neither yes nor no: they are scored as the authors do, never dropped.
+        """
+        place = list(self.sets).index(name)
+        found = replace(self.found, value=self.found.value[place], draws=self.found.draws[:, place])
+        errors, unknown = ~self.right[place], self.task.unknown(self.sets[name])
+        return self._report(found.intervals()) | {"errors": int(errors.sum()), "unknown": int(unknown.sum())}
+
+    def change(self, now: Sequence[str], before: Sequence[str]) -> dict:
+        """Mean score of the sets `now` minus that of the sets `before`, an `Effect` of every metric, paired; JSON-able.
+
+        Several sets are draws (20 of random keys, say) of many that could be: the variance between them counts as in
+        `_with_draws`, and a single set against several is judged as if it were one more of theirs. changed: by subset the
+        share of questions that are right and were wrong, and the reverse, over all pairs of sets.
+        """
+        places, was = ([list(self.sets).index(name) for name in side] for side in (now, before))
+
+        def between(values: np.ndarray) -> np.ndarray:
+            return values[..., places, :].mean(axis=-2) - values[..., was, :].mean(axis=-2)
+
+        found = replace(self.found, value=between(self.found.value), draws=between(self.found.draws)).effects()
+        for side, other in ((places, was), (was, places)):
+            if len(side) > 1:
+                drawn = replace(self.found, value=self.found.value[side], draws=self.found.draws[:, side])
+                found = _with_draws(found, drawn, 1 / len(side) + (side is was and len(other) == 1))
+        right, was_right = (self.right[side].mean(axis=0) for side in (places, was))  # (n,) shares
+        gained, lost = right * (1 - was_right), (1 - right) * was_right
+        changed = {subset: {"now_right": float(gained[mine].mean()), "now_wrong": float(lost[mine].mean())}
+                   for subset, mine in zip(self.task.subsets, self.task.member.T, strict=True)}  # fmt: skip
+        return self._report(found) | {"sets": [len(now), len(before)], "changed": changed}
+
+    def headline(self, name: str) -> float:
+        """One set's headline."""
+        return float(self.found.value[list(self.sets).index(name), self.keys.index(self.task.metric)])
+
+    def _report(self, intervals: Sequence[Interval]) -> dict:
+        """What was measured; scores: subset -> metric -> mean, low, high and n, the number of questions; the headline of them."""
+        task, scores = self.task, {}
+        for (subset, metric), interval in zip(self.keys, intervals, strict=True):
+            n = sum(task.questions[name] for name in task.members(subset))
+            scores.setdefault(subset, {})[metric] = interval.as_dict() | {"n": n}
+        return {
+            "task": task.name, "title": task.title, "metric": ".".join(task.metric), "convention": task.convention,
+            "n": len(task.samples), "images": len(task.images), "questions": task.questions,
+            "headline": scores[task.metric[0]][task.metric[1]], "scores": scores,
+        }  # fmt: skip
 
 
-def compare_answers(
-    task: YesNoTask, answers: Sequence[str] | Sequence[Sequence[str]], baseline: Sequence[str] | Sequence[Sequence[str]],
-    n_boot: int = 2000, seed: int = 0,
-) -> dict:  # fmt: skip
-    """Answers minus baseline over the same questions: paired differences of every metric; JSON-able.
+def _with_draws(effects: Sequence[Effect], drawn: Resampled, times: float) -> list[Effect]:
+    """Effects (metrics) that rest on drawn (K, metrics), with the variance between draws beside that of images.
 
-    Either may be several answer sets, such as 20 draws of random keys: then the mean of their scores is meant (the
-    interval is over images, not over draws). scores: as in `summarise_answers`, each with `detectable`, the true
-    difference that would show with probability `POWER` (None where no score changed in any resample). changed: by
-    subset the share of questions that are right and were wrong, and the reverse, over all pairs of sets.
+    Scores R_k of K draws differ by what was drawn (variance v) and by the chance of the images: their sample variance s2 is v + t
+    on average, where t = sum_k Var(R_k - mean R) / (K - 1) over resamples of images. So v = s2 - t, at least 0, and error^2 is that
+    over images + times v. times = 1 / K for the mean of all draws that could be; 1 + 1 / K if one more of them is compared with it.
+    Student's t with Welch and Satterthwaite's freedom, at least K - 1: K - 1 of s2, units - 1 of the rest.
     """
-    now, before = ([each] if isinstance(each[0], str) else list(each) for each in (answers, baseline))
-    keys, statistic = _statistic(task)
-
-    def paired(weights: np.ndarray, both: np.ndarray) -> np.ndarray:
-        return statistic(weights, both[:, : len(now)]) - statistic(weights, both[:, len(now) :])
-
-    both = np.concatenate([_values(task, each) for each in (now, before)], axis=1)
-    found = _report(task, keys, bootstrap_ci(both, paired, n_boot, seed))
-    visible = detectable(standard_error(both, paired, n_boot, seed), len(task.images), POWER)
-    for (subset, metric), size in zip(keys, visible.tolist(), strict=True):
-        found["scores"][subset][metric]["detectable"] = None if math.isnan(size) else size
-    is_right, was_right = (np.mean([task.right(each) for each in sets], axis=0) for sets in (now, before))  # (n,) shares
-    gained, lost = is_right * (1 - was_right), (1 - is_right) * was_right
-    changed = {subset: {"now_right": float(gained[mine].mean()), "now_wrong": float(lost[mine].mean())}
-               for subset, mine in zip(task.subsets, task.member.T, strict=True)}  # fmt: skip
-    return found | {"sets": [len(now), len(before)], "power": POWER, "changed": changed}
-
-
-def _values(task: YesNoTask, sets: Sequence[Sequence[str]]) -> np.ndarray:
-    """(images, sets, subsets, k): sums of the values over the questions of an image, the unit of resampling."""
-    for answers in sets:
-        if isinstance(answers, str) or len(answers) != len(task.samples):
-            raise DataError(f"{task.name}: {len(answers)} answers for {len(task.samples)} questions")
-    values = np.stack([task.values(answers) for answers in sets], axis=1)
-    sums = np.zeros((len(task.images), len(sets), len(task.subsets), values.shape[-1]))
-    np.add.at(sums, task.image_of, values[:, :, None, :] * task.member[:, None, :, None])
-    return sums
-
-
-def _statistic(task: YesNoTask) -> tuple[list[tuple[str, str]], Statistic]:
-    """The (subset, metric) of every metric, and the statistic that gives them: their mean over answer sets."""
-    k = task.values([""] * len(task.samples)).shape[1]
-    keys = list(task.measures(np.ones((1, len(task.subsets), k))))
-
-    def statistic(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-        sums = np.tensordot(weights, values, 1)  # (n_boot, sets, subsets, k)
-        each = (task.measures(sums[:, number]) for number in range(values.shape[1]))
-        return np.mean([np.stack([found[key] for key in keys], axis=1) for found in each], axis=0)
-
-    return keys, statistic
-
-
-def _report(task: YesNoTask, keys: Sequence[tuple[str, str]], intervals: Sequence[Interval]) -> dict:
-    """What was measured; scores: subset -> metric -> mean, low, high and n, the number of questions; the headline of them."""
-    scores: dict[str, dict[str, dict]] = {}
-    for (subset, metric), interval in zip(keys, intervals, strict=True):
-        n = sum(task.questions[name] for name in task.members(subset))
-        scores.setdefault(subset, {})[metric] = interval.as_dict() | {"n": n}
-    return {
-        "task": task.name, "title": task.title, "metric": ".".join(task.metric), "convention": task.convention,
-        "n": len(task.samples), "images": len(task.images), "questions": task.questions,
-        "headline": scores[task.metric[0]][task.metric[1]], "scores": scores,
-    }  # fmt: skip
+    k = len(drawn.value)
+    apart = replace(drawn, value=drawn.value - drawn.value.mean(axis=0), draws=drawn.draws - drawn.draws.mean(axis=1, keepdims=True))
+    within = (apart.error**2).sum(axis=0) / (k - 1)
+    found = []
+    for each, total, noise in zip(effects, drawn.value.var(axis=0, ddof=1), within, strict=True):
+        if total > noise:
+            draws, images = times * total, each.error**2 - times * noise
+            freedom = max(k - 1, (draws + images) ** 2 / (draws**2 / (k - 1) + images**2 / (each.units - 1)))
+            error = math.sqrt(draws + images)
+            reach = float(student.ppf(0.975, freedom)) * error
+            each = Effect(each.mean, each.mean - reach, each.mean + reach, each.n, error, round(freedom) + 1)
+        found.append(each)
+    return found
