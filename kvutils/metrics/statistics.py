@@ -191,10 +191,10 @@ class Resampled:
 
 
 def resample(
-    compute: Callable[[np.ndarray], np.ndarray], n: int, n_boot: int, seed: int, groups: Sequence[Hashable] | None = None
+    compute: Callable[[np.ndarray], np.ndarray], n: int, n_boot: int, seed: int, groups: Sequence[Hashable] | None = None, few: int = FEW_UNITS
 ) -> Resampled:
     """compute (weights (R, n)) -> (R, ...) of all n items, and of n_boot resamples of their groups or, where these are fewer than
-    `FEW_UNITS`, without each group in turn."""
+    `few`, without each group in turn. few: 0 for what hardly moves without one group, such as the place of a maximum."""
     at_least("n_boot", n_boot)
     order: dict[Hashable, int] = {}  # by first appearance, so that names do not matter
     found = [[order.setdefault(name, len(order)) for name in each] for each in units_of(range(n) if groups is None else groups)]
@@ -204,7 +204,7 @@ def resample(
     def weights(counts: np.ndarray) -> np.ndarray:
         return np.pad(counts, ((0, 0), (0, 1)), constant_values=1)[:, unit].prod(axis=2).astype(float)
 
-    if units < FEW_UNITS:
+    if units < few:
         kept = weights(1 - np.eye(units)) if units > 1 else np.empty((0, n))
         kept = kept[kept.any(axis=1)]
         return Resampled(value, np.asarray(compute(kept)) if len(kept) else np.full((1, *value.shape), np.nan), n, units, jackknife=True)
@@ -282,14 +282,15 @@ class Halves:
 
     def best(self, scores: np.ndarray, statistic: Statistic = mean_statistic) -> list[int]:
         """[2] index of the best of the L layers of scores (n, L, ...) for the first, and for the second half; the earliest on a tie."""
-        return [int(np.nanargmax(_curve(statistic)(np.ones((1, chooses.sum())), scores[chooses])[0])) for chooses in self.choosing]
+        return [int(np.nanargmax(each_layer(statistic)(np.ones((1, chooses.sum())), scores[chooses])[0])) for chooses in self.choosing]
 
     def read(self, scores: np.ndarray, best: Sequence[int]) -> np.ndarray:
         """(n, ...) scores of every item at the layer that was chosen for its half: no item has chosen its own layer."""
         return scores[np.arange(len(scores)), np.where(self.second, best[1], best[0])]
 
 
-def _curve(statistic: Statistic) -> Statistic:
+def each_layer(statistic: Statistic) -> Statistic:
+    """That statistic of every layer (or source) of scores (n, L, ...): (n_boot, L)."""
     return lambda weights, items: np.stack([statistic(weights, items[:, layer]) for layer in range(items.shape[1])], axis=1)
 
 
@@ -307,7 +308,7 @@ def build_then_degrade(scores, halves: Halves, groups: Sequence[Hashable] | None
     best = [1 + index for index in halves.best(scores[:, 1:-1], statistic)]
     inside, options = halves.read(scores, best), (statistic, n_boot, seed, groups)
     first, last = (paired_difference(inside, scores[:, other], *options) for other in (0, -1))
-    found = resample(lambda w: _curve(statistic)(w, scores), len(scores), n_boot, seed, groups)
+    found = resample(lambda w: each_layer(statistic)(w, scores), len(scores), n_boot, seed, groups, few=0)
     peaks = np.nanargmax(found.draws, axis=1)
     low, high = np.quantile(peaks, _TAILS, method="inverted_cdf")
     return {

@@ -11,21 +11,20 @@ import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from kvutils.errors import DataError, ImageError, one_of
-from kvutils.metrics.old import peak_then_degrade
-from kvutils.metrics.statistics import Halves, Statistic, bootstrap_ci, choosing_half, paired_difference, units_of
+from kvutils.errors import DataError, ImageError, ParameterError
+from kvutils.metrics.statistics import Statistic, bootstrap_ci, build_then_degrade, each_layer
 from kvutils.probes import ConvergenceError
 from kvutils.readout.features import HEADS, FeatureExtractor, ImageFeatures, Opener, picture_key
 from kvutils.store import Parts, in_chunks
+from kvutils.tasks.tables import FIRST, SHUFFLED, UNTRAINED, BestValues, Group, ScoreTable, by_layer, differences
 
-SHUFFLED, UNTRAINED = "shuffled.", "untrained."  # prefixes of control sources
 SKIPPED, FEW = 0.1, 5  # a run stops when more than both, a share and a number, of its samples cannot be scored
 
 
@@ -43,15 +42,6 @@ def shuffled_labels(labels: torch.Tensor, seed: int, known: torch.Tensor) -> tor
     return out
 
 
-def by_layer(sources: Iterable[str], family: str) -> list[tuple[int, str]]:
-    """(layer, source) of the sources `<family>.<layer>`, by layer."""
-    found = (re.fullmatch(re.escape(family) + r"\.(\d+)", source) for source in sources)
-    return sorted((int(match[1]), match[0]) for match in found if match)
-
-
-Group = str | tuple[str, str]  # what is resampled together; two names: an item of two units, such as a pair of pictures
-
-
 @dataclass(frozen=True)
 class Row:
     """Scores of one scored item: its id, its group, and per source its `columns`."""
@@ -59,57 +49,6 @@ class Row:
     id: str
     group: Group
     values: dict[str, tuple[float, ...]]
-
-
-@dataclass(frozen=True, eq=False)
-class ScoreTable:
-    """All rows of a task: values (n, S, k) float64 for n ids, S sources, k columns. skipped: samples (or rows) without a score,
-    and why; left_out: sources without one, and of how many rows. splits (n,): what stays together when halves are made, the groups
-    where none are given; pictures (n,): ids of each row's pictures."""
-
-    task: str
-    ids: list[str]
-    groups: list[Group]
-    sources: list[str]
-    columns: list[str]
-    values: np.ndarray
-    skipped: Mapping[str, str] = field(default_factory=dict)
-    left_out: Mapping[str, int] = field(default_factory=dict)
-    splits: Sequence[Group] = ()
-    pictures: Sequence[tuple[str, ...]] = ()
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def of(self, source: str) -> np.ndarray:
-        """(n, k) values of a source."""
-        one_of(f"source of {self.task}", source, self.sources)
-        return self.values[:, self.sources.index(source)]
-
-    @property
-    def units(self) -> int:
-        """How many units the rows are resampled by."""
-        return len({name for names in units_of(self.groups) for name in names})
-
-    def halves(self, seed: int = 0) -> Halves:
-        """Which rows choose a layer for which others; by groups where there are fewer than 4 splits. ParameterError where no two
-        units can choose for each half."""
-        splits = self.splits if len(set(self.splits)) >= 4 else self.groups
-        return Halves.of(splits, seed, self.pictures or None)
-
-    def held_out(self, seed: int = 0) -> ScoreTable:
-        """The rows of the half of the groups that chooses no layer, see `choosing_half`."""
-        kept = np.flatnonzero(~choosing_half(self.groups, seed))
-        ids, groups = ([names[i] for i in kept] for names in (self.ids, self.groups))
-        return replace(self, ids=ids, groups=groups, values=self.values[kept])
-
-    def interval(self, source: str, statistic: Statistic, n_boot: int, seed: int) -> dict:
-        """A statistic of a source, with its interval; JSON-able."""
-        return bootstrap_ci(self.of(source), statistic, n_boot, seed, self.groups).as_dict()
-
-    def difference(self, source: str, other: str, statistic: Statistic, n_boot: int, seed: int) -> dict:
-        """That of a source minus that of another, paired: an `Effect`, JSON-able."""
-        return paired_difference(self.of(source), self.of(other), statistic, n_boot, seed, self.groups).as_dict()
 
 
 class Task(ABC):
@@ -248,10 +187,12 @@ def _too_many(task: Task, skipped: Mapping[str, str], parts: Parts | None) -> Da
 def summarise(table: ScoreTable, task: Task, n_boot: int = 2000, seed: int = 0) -> dict:
     """Every metric of every source with its interval, and the tests on layers; JSON-able.
 
-    skipped, why_skipped, left_out: what has no score, see `ScoreTable`. sources: headline metric per source. secondary: the
-    other metrics. build_then_degrade: per family of layers (value, key, ...) what `peak_then_degrade` finds. value_best: the
-    best value layer, chosen on one half of the groups; its score and its paired differences to every other source, and to its
-    own control, on the other half. Families are tested only with at least 4 groups.
+    skipped, why_skipped, left_out: what has no score, see `ScoreTable`. sources: headline metric per source. secondary: the other
+    metrics. Layers are chosen on one half of the rows and read on the other, both ways, among those from 1 on: values of layer 0, the
+    first value projection, are a linear map of the projector's output. build_then_degrade: per family of at least three such layers,
+    but of controls, what `statistics.build_then_degrade` finds; its peak in layers, and as a share of the depth. value_best: see
+    `BestValues`; its score, and its paired differences to every source without layers, to the first value projection, and to the
+    "control". no_layer: why no layer was chosen.
     """
     summary: dict = {
         "task": table.task, "title": task.title, "metric": task.metric,
@@ -261,30 +202,32 @@ def summarise(table: ScoreTable, task: Task, n_boot: int = 2000, seed: int = 0) 
         "secondary": {name: _intervals(table, s, n_boot, seed) for name, s in task.statistics.items()},
         "build_then_degrade": {},
     }  # fmt: skip
-    if summary["groups"] < 4:
-        return summary
-    for family in sorted({re.sub(r"\.\d+$", "", s) for s in table.sources if re.search(r"\.\d+$", s)}):
-        numbers, sources = zip(*by_layer(table.sources, family), strict=True)
-        if len(numbers) > 1:
-            curve = np.stack([table.of(source) for source in sources], axis=1)
-            found = peak_then_degrade(curve, table.groups, seed, task.statistic, n_boot)
-            peak, low, high = (numbers[int(found["peak"][name])] for name in ("mean", "low", "high"))
+    try:
+        halves = table.halves(seed)
+    except ParameterError as error:
+        return summary | {"no_layer": str(error)}
+    families = {re.sub(r"\.\d+$", "", s) for s in table.sources if re.search(r"\.\d+$", s) and not s.startswith((SHUFFLED, UNTRAINED))}
+    for family in sorted(families):
+        layers = {layer: source for layer, source in by_layer(table.sources, family) if layer > 0}
+        if len(layers) >= 3:
+            curve = np.stack([table.of(source) for source in layers.values()], axis=1)
+            found, numbers = build_then_degrade(curve, halves, table.groups, task.statistic, n_boot, seed), list(layers)
+            peak = {key: numbers[int(found["peak"][key])] for key in ("mean", "low", "high")}
             summary["build_then_degrade"][family] = found | {
-                "layers": list(numbers), "best_layer": numbers[found["best"]],
-                "peak_layer": peak, "peak_layer_low": low, "peak_layer_high": high,
+                "layers": numbers, "best": [numbers[index] for index in found["best"]], "peak": peak,
+                "peak_depth": {key: layer / numbers[-1] for key, layer in peak.items()},
             }  # fmt: skip
-    if "value" in summary["build_then_degrade"]:
-        best = f"value.{summary['build_then_degrade']['value']['best_layer']}"
-        rest, options = table.held_out(seed), (task.statistic, n_boot, seed)
-        minus = {source: rest.difference(best, source, *options) for source in table.sources if source != best}
-        score = rest.interval(best, *options)
-        summary["value_best"] = {"source": best, "score": score, "minus": minus, "control": task.control + best}
+    if any(layer for layer, _ in by_layer(table.sources, "value")):
+        best = BestValues.of(table, task.statistic, halves, n_boot, seed)
+        others = {source: table.of(source) for source in table.sources if "." not in source or source == FIRST}
+        if best.control:
+            others["control"] = best.control_values
+        minus = differences({name: (best.values, other) for name, other in others.items()}, table, task.statistic, n_boot, seed)
+        score = bootstrap_ci(best.values, task.statistic, n_boot, seed, table.groups).as_dict()
+        summary["value_best"] = {"layers": best.layers, "score": score, "minus": minus, "control": best.control, "nothing": best.nothing}
     return summary
 
 
 def _intervals(table: ScoreTable, statistic: Statistic, n_boot: int, seed: int) -> dict[str, dict]:
-    def curve(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-        return np.stack([statistic(weights, values[:, s]) for s in range(values.shape[1])], axis=1)
-
-    found = bootstrap_ci(table.values, curve, n_boot, seed, table.groups)
+    found = bootstrap_ci(table.values, each_layer(statistic), n_boot, seed, table.groups)
     return {source: interval.as_dict() for source, interval in zip(table.sources, found, strict=True)}

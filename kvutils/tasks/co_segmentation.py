@@ -14,7 +14,8 @@ from kvutils.metrics.statistics import column_mean
 from kvutils.readout.attention import QUESTION
 from kvutils.readout.clusters import MAX_CLUSTERS, cluster_tokens, oracle_clusters, salient_clusters
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, Opener, token_means
-from kvutils.tasks.base import UNTRAINED, Row, Task, opener
+from kvutils.tasks.base import Row, Task, opener
+from kvutils.tasks.tables import UNTRAINED
 
 N_INIT, SEED = 1, 0  # of k-means: starts per k, and where they are drawn
 _J, _J_ORACLE, _J_RELATIVE, _PRECISION, _CLUSTERS = range(5)

@@ -17,7 +17,8 @@ from kvutils.metrics.statistics import Statistic, column_mean, column_ratio
 from kvutils.metrics.video import davis_sequence
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, Opener, stack_images
 from kvutils.readout.matching import copy_first_mask, cosine_similarity, propagate_labels, soft_argmax
-from kvutils.tasks.base import UNTRAINED, Row, Task, opener
+from kvutils.tasks.base import Row, Task, opener
+from kvutils.tasks.tables import UNTRAINED
 
 ALPHA, TEMPERATURE, RADIUS = 0.1, 0.04, 1.5  # of PCK; of the soft-argmax, its radius in token sizes
 _POINTS, _HITS, _HITS_STRICT, _HITS_IMAGE, _SOFT, _SOFT_IMAGE = range(6)

@@ -1,35 +1,38 @@
 """The paper's section 3.1 as one measurement: the six tasks of a profile, the models they are run on, claims C1, C2, C4.
 
 Along the data flow: SigLIP as published -> (finetuning) -> the model's own encoder -> (projection) -> projector ->
-(language model) -> values. What each step adds to, or loses of, what the six tasks read is the paper's Table 1.
+(first value projection) -> values of layer 0 -> (language model) -> values of later layers. What each step adds to, or loses of, what
+the six tasks read is the paper's Table 1.
 """
 
+import math
 from collections.abc import Mapping
 
 from kvutils.datasets import USES, class_names, open_uses
-from kvutils.errors import ParameterError
-from kvutils.metrics.old import claim_of_parts, undefined
-from kvutils.metrics.statistics import UNDEFINED, Interval
+from kvutils.metrics.effects import measured, part, prerequisite
+from kvutils.metrics.statistics import UNDEFINED, Effect, bootstrap_ci, mean_effect
 from kvutils.models import load_encoder, load_mlm, original_encoder
 from kvutils.readout.features import FeatureExtractor
 from kvutils.readout.words import load_siglip_text
-from kvutils.tasks.base import ScoreTable, Task, summarise
+from kvutils.tasks.base import Task
 from kvutils.tasks.co_segmentation import CoSegmentation
 from kvutils.tasks.correspondence import SemanticCorrespondence, TemporalCorrespondence
 from kvutils.tasks.foreground_segmentation import ForegroundSegmentation
+from kvutils.tasks.tables import FIRST, BestValues, ScoreTable, differences
 from kvutils.tasks.text_segmentation import ReferringSegmentation, SemanticSegmentation, SemanticSegmentationProbe
 
 SIX = (ForegroundSegmentation, CoSegmentation, SemanticSegmentation, ReferringSegmentation, SemanticCorrespondence,
        TemporalCorrespondence)  # fmt: skip
-CHAIN = ("encoder_original", "encoder", "projector", "value")  # along the data flow; value: of the best layer
+CHAIN = ("encoder_original", "encoder", "projector", FIRST, "value")  # along the data flow; value: of the best layer from 1 on
 STEPS = {  # step -> (before, after)
     "finetuning": ("encoder_original", "encoder"),
     "projection": ("encoder", "projector"),
-    "language model": ("projector", "value"),
+    "first value projection": ("projector", FIRST),
+    "language model": (FIRST, "value"),
     "all steps": ("encoder_original", "value"),
 }
-_FEW = "independent units are too few to choose a layer and test it on others; at least 4 are needed"
-_LEFT_OUT = "its data set was left out"
+DEPTHS = {"segmentation": (0.52, 0.56), "correspondence": (0.26, 0.37)}  # the paper's peaks: layers 14-15 and 7-10 of 0..27
+_LEFT_OUT = "its data set was left out, or it has too few units to choose a layer"
 
 
 def open_extractor(model: str, seed: int = 0, max_pixels: int = 0, **options) -> FeatureExtractor:
@@ -54,66 +57,131 @@ def value_flow_tasks(profile: str, options: Mapping[str, Mapping | None] | None 
     return tasks
 
 
-def _why(summaries: Mapping[str, Mapping], name: str) -> str:
-    return f"{summaries[name]['groups']} {_FEW}" if name in summaries else _LEFT_OUT
+Effects = Mapping[str, Effect | str]  # title of a task -> its effect in points, or why there is none
+
+
+def _effects(found: Mapping[str, Mapping], *keys: str) -> Effects:
+    """The differences that summaries (or chains) store under these keys."""
+    effects = {}
+    for task in SIX:
+        each = found.get(task.name, {})
+        why = each.get("no_layer", f"{keys[-1]}: nothing to compare with") if each else _LEFT_OUT
+        for key in keys:
+            each = each.get(key, {})
+        effect = Effect.of(each).scaled(100) if each else UNDEFINED
+        effects[task.title] = effect if math.isfinite(effect.mean + effect.error) else why
+    return effects
+
+
+def _named(effects: Effects, sign: int) -> list[str]:
+    """The tasks above 0 (sign 1) or below (-1)."""
+    return [title for title, each in effects.items() if isinstance(each, Effect) and (each.low > 0 if sign > 0 else each.high < 0)]
+
+
+def _above(effects: Effects, controls: Mapping[str, Effects], name: str) -> tuple[Effects, dict]:
+    """The effects of the tasks on which what is compared is above its control, since elsewhere there is nothing to see, and the
+    prerequisite that there is such a task. controls: what is compared -> per task it minus its control."""
+    kept = dict(effects)
+    for title, each in effects.items():
+        floor = [what for what, above in controls.items() if title not in _named(above, 1)]
+        if isinstance(each, Effect) and floor:
+            kept[title] = f"{' and '.join(floor)} not above the control"
+    left = [title for title in kept if isinstance(effects[title], Effect) and isinstance(kept[title], str)]
+    any_left = any(isinstance(each, Effect) for each in kept.values()) or not left
+    return kept, prerequisite(name, any_left, f"floor: not above the control: {', '.join(left)}" if left else "on every task measured")
+
+
+def _parts(name: str, effects: Effects) -> list[dict]:
+    return [part(f"{title}: {name}", *((each,) if isinstance(each, Effect) else (UNDEFINED, each))) for title, each in effects.items()]
+
+
+def _mean(name: str, effects: Effects) -> dict:
+    there = [each for each in effects.values() if isinstance(each, Effect)]
+    return part(f"{name}, mean over {len(there)} tasks", mean_effect(there), next((e for e in effects.values() if isinstance(e, str)), ""))
+
+
+def _says(effects: Effects, above: str, below: str) -> str:
+    """`fall on 5 of 6 tasks (...), rise on 0`: which these are, and which are missing."""
+    missing, said = {title: each for title, each in effects.items() if isinstance(each, str)}, []
+    for verb, sign in ((above, 1), (below, -1)):
+        names, of = _named(effects, sign), len(effects) - len(missing)
+        said.append(f"{verb} on {len(names)} of {of} tasks" + (f" ({', '.join(names)})" if 0 < len(names) < of else ""))
+    return ", ".join([*said, *(f"without {title} ({why})" for title, why in missing.items())])
 
 
 def claim_c1(summaries: Mapping[str, Mapping]) -> dict:
-    """C1, per task: the best value layer (chosen on one half of the items) minus the task's control, on the other half."""
-    entries = []
-    for name in (task.name for task in SIX):
-        best = summaries.get(name, {}).get("value_best")
-        if best is None or best["control"] not in best["minus"]:
-            entries.append(undefined(f"{name}: best value layer minus its control", _why(summaries, name)))
-        else:
-            minus = Interval.of(best["minus"][best["control"]])
-            entries.append(minus.claim(f"{name}: {best['source']} minus {best['control']}"))
-    return claim_of_parts(entries, "tasks of 6")
+    """C1: the best value layer minus the better of pixels and untrained values (`BestValues`), in points, mean over the tasks; beside
+    it every task, and the difference to the first value projection."""
+    effects, name = _effects(summaries, "value_best", "minus", "control"), "best value layer minus its control"
+    nothing = [f"{each['title']}: {kind} predict nothing ({each['metric']} {score['mean']:.3f}), which is no control"
+               for each in summaries.values() for kind, score in each.get("value_best", {}).get("nothing", {}).items()]  # fmt: skip
+    usable = not nothing or any(isinstance(each, Effect) for each in effects.values())
+    need = prerequisite("a control that predicts something", usable, "; ".join(nothing) or "every control predicts something")
+    first = _mean("best value layer minus first value projection", _effects(summaries, "value_best", "minus", FIRST))
+    note = f"The best value layer is {_says(effects, 'above its control', 'below it')}."
+    return measured(_mean(name, effects), [*_parts(name, effects), first], [need], note)
 
 
-def claim_c2(summaries: Mapping[str, Mapping]) -> dict:
-    """C2, per task: best value layer minus first and minus last, on the half of the items that did not choose it."""
-    entries = []
-    for name in (task.name for task in SIX):
-        found = summaries.get(name, {}).get("build_then_degrade", {}).get("value")
-        for part, against in (("minus_first", "first"), ("minus_last", "last")):
-            if found is None:
-                entries.append(undefined(f"{name}: best value layer minus {against}", _why(summaries, name)))
-            else:
-                entries.append(Interval.of(found[part]).claim(f"{name}: layer {found['best_layer']} minus {against}"))
-    return claim_of_parts(entries, "comparisons of 12")
+def claim_c2a(summaries: Mapping[str, Mapping]) -> dict:
+    """C2, first half: the best layer between the first and the last minus layer 1, in points, mean over the tasks whose best layer is
+    above its control. Beside it every task, and the difference to the first value projection."""
+    first = _parts("best value layer minus first value projection", _effects(summaries, "value_best", "minus", FIRST))
+    said = []
+    for kind, (low, high) in DEPTHS.items():
+        shapes = [summaries[t.name]["build_then_degrade"].get("value") for t in SIX if kind in t.name and t.name in summaries]
+        depths = [shape["peak_depth"]["mean"] for shape in shapes if shape]
+        said += [f"{kind} peaks at {min(depths):.2f} to {max(depths):.2f} of the depth (paper: {low} to {high})"] if depths else []
+    found = _shape(summaries, "minus_first", "layer 1", "The values build up to a layer between", "fall from layer 1")
+    return found | {"others": found["others"] + first, "note": " ".join([found["note"], *(f"{each.capitalize()}." for each in said)])}
+
+
+def claim_c2b(summaries: Mapping[str, Mapping]) -> dict:
+    """C2, second half: the best layer between the first and the last minus the last, as `claim_c2a`."""
+    return _shape(summaries, "minus_last", "last layer", "The values fall towards the last layer", "rise")
+
+
+def _shape(summaries: Mapping[str, Mapping], against: str, end: str, above: str, below: str) -> dict:
+    every, name = _effects(summaries, "build_then_degrade", "value", against), f"best layer between minus {end}"
+    control = {"the best layer": _effects(summaries, "value_best", "minus", "control")}
+    effects, need = _above(every, control, "the best layer above its control")
+    return measured(_mean(name, effects), _parts(name, every), [need], f"{_says(effects, above, below)}.")
+
+
+def language_model_adds(summaries: Mapping[str, Mapping]) -> dict:
+    """What the language model adds over its projector input: best value layer minus projector, in points, on average (`mean`) and
+    per task (`tasks`), as parts. C3 compares models by it."""
+    effects, name = _effects(summaries, "value_best", "minus", "projector"), "best value layer minus projector"
+    return {"mean": _mean(name, effects), "tasks": _parts(name, effects)}
 
 
 def compare_along_chain(table: ScoreTable, task: Task, n_boot: int = 2000, seed: int = 0) -> dict:
     """Scores of the chain's sources and the paired differences between them; JSON-able.
 
-    The best value layer is chosen on one half of the groups; everything is measured on the other half, on the same items.
-    scores, steps: {name: interval}, of None for a source that the table has left out, and where the task has no score of the
-    model's own encoder: the tower of Qwen2.5-VL and LLaVA-NeXT is no SigLIP, so it has no text to compare its patches with.
-    Raises ParameterError where another source is missing, and where there are too few groups to choose a layer."""
-    summary = summarise(table, task, n_boot, seed)
-    if "value_best" not in summary:
-        raise ParameterError(f"{table.task}: {summary['groups']} units are too few to choose a layer; at least 4 are needed")
-    best = summary["value_best"]["source"]
-    rest, options = table.held_out(seed), (task.statistic, n_boot, seed)
-    gone = {"encoder", *table.left_out}.difference(table.sources)
-    there = {name: best if name == "value" else name for name in CHAIN if name not in gone}
+    The best value layer (from 1 on) is chosen for each half of the rows on the other, `layers`; all rows are used. scores: {name:
+    interval}, steps: {name: `Effect`}, of None for a source that the table has left out, and where the task has no score of the model's
+    own encoder: the tower of Qwen2.5-VL and LLaVA-NeXT is no SigLIP, so it has no text to compare its patches with. above_control:
+    SigLIP, and the best values, minus the control of `BestValues`. Raises ParameterError where another source is missing, and where
+    there are too few units to choose a layer."""
+    options = (task.statistic, n_boot, seed)
+    best = BestValues.of(table, task.statistic, table.halves(seed), n_boot, seed)
+    gone = {"encoder", FIRST, *table.left_out}.difference(table.sources)
+    there = {name: best.values if name == "value" else table.of(name) for name in CHAIN if name not in gone}
     scores, steps = (dict.fromkeys(names, UNDEFINED.as_dict()) for names in (CHAIN, STEPS))
-    scores |= {name: rest.interval(source, *options) for name, source in there.items()}
-    steps |= {name: rest.difference(there[after], there[before], *options)
-              for name, (before, after) in STEPS.items() if {before, after} <= there.keys()}  # fmt: skip
-    return {"title": task.title, "metric": task.metric, "n": len(rest), "groups": len(set(rest.groups)), "best": best,
-            "scores": scores, "steps": steps}  # fmt: skip
+    scores |= {name: bootstrap_ci(values, *options, table.groups).as_dict() for name, values in there.items()}
+    pairs = {name: (there[after], there[before]) for name, (before, after) in STEPS.items() if {before, after} <= there.keys()}
+    above = {name: (there[name], best.control_values) for name in ("encoder_original", "value") if best.control and name in there}
+    found = differences(pairs | above, table, *options)
+    return {"title": task.title, "metric": task.metric, "n": len(table), "groups": table.units, "layers": best.layers, "control": best.control,
+            "scores": scores, "steps": steps | {name: found[name] for name in pairs}, "above_control": {name: found[name] for name in above}}
 
 
 def claim_c4(chains: Mapping[str, Mapping]) -> dict:
-    """C4, per task: SigLIP before any finetuning minus the best value layer, on items that did not choose the layer; undefined
-    for a task that `chains` lacks: too few units, or no data."""
-    entries = []
-    for name in (task.name for task in SIX):
-        if name not in chains:
-            entries.append(undefined(f"{name}: SigLIP minus best value layer", f"{_LEFT_OUT}, or {_FEW}"))
-        else:
-            lost = Interval.of(chains[name]["steps"]["all steps"]).scaled(-1)
-            entries.append(lost.claim(f"{name}: SigLIP minus {chains[name]['best']}"))
-    return claim_of_parts(entries, "tasks of 6")
+    """C4: SigLIP before any finetuning minus the best value layer, in points, on the tasks where both are above their control
+    (`tasks`); the others are named. A task that `chains` lacks has no data, or too few units."""
+    lost = {title: each if isinstance(each, str) else each.scaled(-1) for title, each in _effects(chains, "steps", "all steps").items()}
+    both = {label: _effects(chains, "above_control", name) for name, label in (("encoder_original", "SigLIP"), ("value", "the best layer"))}
+    effects, need = _above(lost, both, "both above their control")
+    tasks = [each for each in _parts("SigLIP minus best value layer", effects) if each["value"] is not None]
+    ahead = Effect(len(_named(effects, 1)), math.nan, math.nan, len(tasks), math.nan, len(tasks))
+    number = part("tasks on which SigLIP is ahead", ahead, "a count", unit="tasks")
+    return measured(number, [], [need], f"SigLIP is {_says(effects, 'ahead', 'behind')}.", tasks=tasks)

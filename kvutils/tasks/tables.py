@@ -1,0 +1,127 @@
+"""Scores of a task as a table, the best value layer of it, and what that is compared with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kvutils.errors import ParameterError, one_of
+from kvutils.metrics.statistics import Halves, Statistic, bootstrap_ci, each_layer, effect, paired_difference, units_of
+
+SHUFFLED, UNTRAINED = "shuffled.", "untrained."  # prefixes of control sources
+FIRST = "value.0"  # the first value projection: a linear map of the projector's output, no attention has run
+Group = str | tuple[str, str]  # what is resampled together; two names: an item of two units, such as a pair of pictures
+
+
+def by_layer(sources: Iterable[str], family: str) -> list[tuple[int, str]]:
+    """(layer, source) of the sources `<family>.<layer>`, by layer."""
+    found = (re.fullmatch(re.escape(family) + r"\.(\d+)", source) for source in sources)
+    return sorted((int(match[1]), match[0]) for match in found if match)
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreTable:
+    """All rows of a task: values (n, S, k) float64 for n ids, S sources, k columns. skipped: samples (or rows) without a score,
+    and why; left_out: sources without one, and of how many rows. splits (n,): what stays together when halves are made, the groups
+    where none are given; pictures (n,): ids of each row's pictures."""
+
+    task: str
+    ids: list[str]
+    groups: list[Group]
+    sources: list[str]
+    columns: list[str]
+    values: np.ndarray
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    splits: Sequence[Group] = ()
+    pictures: Sequence[tuple[str, ...]] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def of(self, source: str) -> np.ndarray:
+        """(n, k) values of a source."""
+        one_of(f"source of {self.task}", source, self.sources)
+        return self.values[:, self.sources.index(source)]
+
+    @property
+    def units(self) -> int:
+        """How many units the rows are resampled by."""
+        return len({name for names in units_of(self.groups) for name in names})
+
+    def halves(self, seed: int = 0) -> Halves:
+        """Which rows choose a layer for which others; by groups where there are fewer than 4 splits. What shares a picture with the
+        other half does not choose; where that leaves less than a tenth of the rows to choose, what shares a unit does not (the
+        pictures that are scored are apart, others need not be). ParameterError where there are fewer than 4 units."""
+        splits = self.splits if len(set(self.splits)) >= 4 else self.groups
+        units = units_of(self.groups)
+        try:
+            halves = Halves.of(splits, seed, self.pictures or units)
+        except ParameterError:
+            halves = None
+        enough = halves and halves.choosing.sum(axis=1).min() >= len(self) / 10
+        return halves if enough else Halves.of(splits, seed, units)
+
+    def best_of(self, sources: Sequence[str], statistic: Statistic, halves: Halves) -> tuple[list[str], np.ndarray]:
+        """The best of some sources for each half, chosen by the other [2], and (n, k) values of every row in that of its half."""
+        values = self.values[:, [self.sources.index(source) for source in sources]]
+        best = halves.best(values, statistic)
+        return [sources[index] for index in best], halves.read(values, best)
+
+    def interval(self, source: str, statistic: Statistic, n_boot: int, seed: int) -> dict:
+        """A statistic of a source, with its interval; JSON-able."""
+        return bootstrap_ci(self.of(source), statistic, n_boot, seed, self.groups).as_dict()
+
+    def difference(self, source: str, other: str, statistic: Statistic, n_boot: int, seed: int) -> dict:
+        """That of a source minus that of another, paired: an `Effect`, JSON-able."""
+        return paired_difference(self.of(source), self.of(other), statistic, n_boot, seed, self.groups).as_dict()
+
+
+@dataclass(frozen=True, eq=False)
+class BestValues:
+    """The best value layer from 1 on, chosen for each half of a table on the other: two `layers`, and the (n, k) values of every row.
+
+    control: the better of pixels and the untrained model's values, or where a task has no pixels of these and the wrong text, chosen
+    in the same way: two sources, and their values; none where no control predicts anything. nothing: the controls whose interval
+    reaches 0, with their score: to be better than these means little."""
+
+    layers: list[int]
+    values: np.ndarray
+    control: list[str]
+    control_values: np.ndarray | None
+    nothing: dict[str, dict]
+
+    @classmethod
+    def of(cls, table: ScoreTable, statistic: Statistic, halves: Halves, n_boot: int, seed: int) -> BestValues:
+        plain, untrained, wrong = (by_layer(table.sources, f"{prefix}value") for prefix in ("", UNTRAINED, SHUFFLED))
+        best, values = table.best_of([source for layer, source in plain if layer > 0], statistic, halves)
+        pixels = [source for source in table.sources if source == "pixels"]
+        kinds = {"pixels": pixels, "untrained values": [s for _, s in untrained], "wrong text": [] if pixels else [s for _, s in wrong]}
+        usable, nothing = [], {}
+        for kind, names in kinds.items():
+            if names:
+                highest = max(names, key=lambda name: statistic(np.ones((1, len(table))), table.of(name))[0])
+                score = table.interval(highest, statistic, n_boot, seed)
+                if score["low"] is not None and score["low"] > 0:
+                    usable += names
+                else:
+                    nothing[kind] = score
+        control, read = table.best_of(usable, statistic, halves) if usable else ([], None)
+        return cls([int(name.rpartition(".")[2]) for name in best], values, control, read, nothing)
+
+
+def differences(
+    pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], table: ScoreTable, statistic: Statistic, n_boot: int, seed: int
+) -> dict[str, dict]:
+    """A statistic of the first minus that of the second of each pair of values (n, k) of a table's rows, all from the same
+    resamples: name -> `Effect`, JSON-able."""
+    both = np.stack([np.stack(pair, axis=1) for pair in pairs.values()], axis=1)  # (n, pairs, 2, k)
+
+    def minus(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
+        first, second = (each_layer(statistic)(weights, values[:, :, i]) for i in range(2))
+        return first - second
+
+    return {name: found.as_dict() for name, found in zip(pairs, effect(both, minus, n_boot, seed, table.groups), strict=True)}
