@@ -38,7 +38,7 @@ from kvutils.tasks.prefix import DomainPrefix, ReferringPrefix, run_prefixes, wi
 from kvutils.tasks.prefix_answers import ask_behind_prefixes, summarise_prefix_answers
 from kvutils.tasks.prefix_effects import claim_c7, claim_x3, summarise_prefixes
 from kvutils.tasks.prefixes import CONDITIONS, PrefixWriter
-from kvutils.tasks.value_flow import SIX, claim_c1, claim_c2, claim_c4, compare_along_chain, open_extractor, value_flow_tasks
+from kvutils.tasks.value_flow import SIX, claim_c1, claim_c2a, claim_c2b, claim_c4, compare_along_chain, open_extractor, value_flow_tasks
 from kvutils.tasks.yes_no import Mme, Pope
 from tests import mini_data, mini_models
 
@@ -94,7 +94,7 @@ FEW = {
 
 
 def test_value_flow_and_its_baseline(data):
-    extractor = open_extractor("pocket", layers=[0, 4, 7])
+    extractor = open_extractor("pocket", layers=[0, 2, 4, 7])
     tasks = value_flow_tasks("paper", FEW)
     summaries, chains = {}, {}
     for name, task in tasks.items():
@@ -106,11 +106,11 @@ def test_value_flow_and_its_baseline(data):
         if len(set(table.groups)) >= 4 and name in {each.name for each in SIX}:
             chains[name] = compare_along_chain(table, task, BOOT)
     assert "value_best" not in summaries["temporal_correspondence"] and len(chains) == 5  # two clips choose no layer
-    claims = {"C1": claim_c1(summaries), "C2": claim_c2(summaries), "C4": claim_c4(chains)}
-    undefined = [e for claim in claims.values() for e in claim["entries"] if e["value"] is None]
-    assert len(undefined) == 4 and all("temporal" in e["name"] and "too few" in e["reason"] for e in undefined)
-    found = verdicts(claims)
-    assert set(found) == set(claims) and found["C1"] in ("inconclusive", "not reproduced")
+    claims = {"C1": claim_c1(summaries), "C2a": claim_c2a(summaries), "C2b": claim_c2b(summaries), "C4": claim_c4(chains)}
+    parts = [each for claim in claims.values() for each in claim["others"]]
+    undefined = [each for each in parts if each["value"] is None]
+    assert len(undefined) == 4 and all("Temporal" in each["name"] and "at least 4" in each["reason"] for each in undefined)
+    assert "without Temporal" in claims["C4"]["note"] and claims["C1"]["primary"]["value"] is not None
     assert DRAW["01_value_flow"]({"tasks": summaries, "pictures": {}}).keys() == {"01_value_flow", "01_build_then_degrade"}
     sources = data_sources(USES["paper"]["01"].values(), FEW)["data"]
     assert list(sources.values()) == ["files in the official layout"] * 7
@@ -188,14 +188,15 @@ def test_an_episode_without_background_is_left_out(data):
 
 def test_figures_take_any_interval_and_any_depth():
     assert error_bar({"mean": 0.5, "low": 0.6, "high": 0.9}, 100) == [[0.0], [40.0]]  # percentile intervals do that
-    assert flow_axis(8) == ([0, 1, 2, 3], 4, 5)
-    before, line, first = flow_axis(28)
-    assert before == [0, 3, 6, 9] and before[-1] < line < first
+    assert flow_axis(8) == ([0, 1, 2, 3, 4], 5, 5)  # layer 1 at 6
+    before, line, offset = flow_axis(28)
+    assert before == [0, 3, 6, 9, 12] and before[-1] < line < offset + 1
     assert layers_of(["pixels", "key.9", "value.27", "value.3"]) == [3, 27]
     _, (axis,) = panels(1, 1, 4, 3)
     found = {"mean": 0.5, "low": 0.4, "high": None}  # undefined: its place stays empty
     along_the_flow(axis, {f"value.{layer}": found for layer in range(28)}, {"value": SOURCE_STYLE["value"]})
-    assert [tick.get_text() for tick in axis.get_xticklabels()[:6]] == ["pixels", "SigLIP", "encoder", "projector", "0", "3"]
+    labels = [tick.get_text() for tick in axis.get_xticklabels()[:7]]
+    assert labels == ["pixels", "SigLIP", "encoder", "projector", "first projection", "1", "4"]
     plt.close("all")
 
 

@@ -1,26 +1,36 @@
-"""Notebook 02: differences along the chain from SigLIP to the values, on tables whose differences are known."""
+"""Notebooks 01 and 02: claims on C1, C2 and C4, and differences along the chain from SigLIP to the values, on tables whose differences are known."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from tiny_models import score_table
 
-from kvutils import plots
+from kvutils import data_folder, plots
 from kvutils.errors import ParameterError
 from kvutils.images import encode_image
 from kvutils.metrics.statistics import choosing_half
 from kvutils.plots import baseline as plots_baseline
+from kvutils.run.verdicts import judge
+from kvutils.store import to_json
+from kvutils.tasks.base import summarise
+from kvutils.tasks.co_segmentation import CoSegmentation
 from kvutils.tasks.text_segmentation import SemanticSegmentation
-from kvutils.tasks.value_flow import CHAIN, SIX, STEPS, claim_c4, compare_along_chain
+from kvutils.tasks.value_flow import CHAIN, SIX, STEPS, claim_c1, claim_c2a, claim_c2b, claim_c4, compare_along_chain, language_model_adds
 
-LEVELS = {"pixels": 0.1, "encoder_original": 0.5, "encoder": 0.7, "projector": 0.6, "value.0": 0.3, "value.1": 0.45}
+LEVELS = {"pixels": 0.1, "encoder_original": 0.5, "encoder": 0.7, "projector": 0.6, "value.0": 0.65, "value.1": 0.3, "value.2": 0.45}
+
+
+def judged(name: str, claim: dict) -> str:
+    claims = yaml.safe_load((data_folder() / "claims.yaml").read_text())["claims"]
+    return judge(next(each for each in claims if each["id"] == name), claim).word
 
 
 def table_of(levels: dict[str, float], n: int = 80):
-    shuffled = {f"shuffled.{source}": 0.1 for source in levels if source.startswith("value.")}
-    return score_table("semantic_segmentation", levels | shuffled, SemanticSegmentation.columns, n)
+    untrained = {f"untrained.{source}": 0.05 for source in levels if source.startswith("value.")}
+    return score_table("semantic_segmentation", levels | untrained, SemanticSegmentation.columns, n)
 
 
 def chain_of(levels: dict[str, float]) -> dict:
@@ -28,25 +38,30 @@ def chain_of(levels: dict[str, float]) -> dict:
 
 
 def test_steps_are_the_planted_differences_and_add_up():
+    """Layer 0 is the best of all, but a step of its own: the language model begins behind it."""
     chain = chain_of(LEVELS)
-    assert chain["best"] == "value.1" and list(chain["scores"]) == list(CHAIN)
-    for step, value in {"finetuning": 0.2, "projection": -0.1, "language model": -0.15, "all steps": -0.05}.items():
+    assert chain["layers"] == [2, 2] and list(chain["scores"]) == list(CHAIN) and chain["n"] == 80 and chain["groups"] == 40
+    steps = {"finetuning": 0.2, "projection": -0.1, "first value projection": 0.05, "language model": -0.2, "all steps": -0.05}
+    for step, value in steps.items():
         found = chain["steps"][step]
         assert found["mean"] == pytest.approx(value, abs=0.02) and found["low"] < found["mean"] < found["high"]
         # Paired: what an item gives to all sources (0.2) does not widen the interval.
         assert found["high"] - found["low"] < 0.05 < chain["scores"]["value"]["high"] - chain["scores"]["value"]["low"]
     total = sum(chain["steps"][step]["mean"] for step in list(STEPS)[:-1])
     assert total == pytest.approx(chain["steps"]["all steps"]["mean"], abs=1e-12)
+    assert chain["control"] == ["pixels", "pixels"]
+    assert chain["above_control"]["value"]["mean"] == pytest.approx(0.35, abs=0.02)
 
 
-def test_only_the_half_that_did_not_choose_the_layer_is_reported():
+def test_each_half_is_read_in_the_layer_that_the_other_chose():
     table = table_of(LEVELS)
     choosing = choosing_half(table.groups)
-    # Where the layer is chosen, layer 0 is by far the best; elsewhere it is as before, the worse of the two.
-    table.values[choosing, table.sources.index("value.0"), 0] += 1
+    # In one half layer 1 is by far the best; in the other it is as before, the worse of the two.
+    table.values[choosing, table.sources.index("value.1"), 0] += 1
     chain = compare_along_chain(table, SemanticSegmentation([]), n_boot=300)
-    assert chain["best"] == "value.0" and chain["n"] == (~choosing).sum() and chain["groups"] == 20
-    assert chain["scores"]["value"]["mean"] == pytest.approx(0.3, abs=0.1) and chain["steps"]["all steps"]["high"] < 0
+    assert chain["layers"] == [2, 1] and chain["n"] == 80
+    read = np.where(choosing, table.of("value.2")[:, 0], table.of("value.1")[:, 0])  # the +1 is never read
+    assert chain["scores"]["value"]["mean"] == pytest.approx(read.mean()) and chain["steps"]["all steps"]["high"] < 0
 
 
 def test_what_is_missing_is_an_error():
@@ -68,19 +83,72 @@ def test_a_tower_that_is_no_siglip_has_no_score_by_text(tmp_path):
     scores, steps = chain["scores"], chain["steps"]
     assert scores["encoder"]["mean"] is steps["finetuning"]["low"] is steps["projection"]["mean"] is None
     assert steps["all steps"]["mean"] == pytest.approx(chain_of(LEVELS)["steps"]["all steps"]["mean"], abs=0.02)
-    assert claim_c4({task.name: chain for task in SIX})["entries"][0]["value"] > 0
+    assert claim_c4({task.name: chain for task in SIX})["tasks"][0]["value"] > 0
     chains = {task.name: chain | {"title": task.title, "metric": task.metric} for task in SIX}
     drawn = {"a": plots_baseline.scores_along_chain(chains), "b": plots_baseline.steps_along_chain(chains)}
     assert all(path.stat().st_size > 10_000 for path in plots.save(drawn, tmp_path))
 
 
-@pytest.mark.parametrize("values, expected", [(0.45, "reproduced"), (0.65, "not reproduced"), (0.5, "inconclusive")])
-def test_the_claim_is_that_siglip_is_ahead(verdict, values, expected):
-    chain = chain_of(LEVELS | {"value.1": values})
+@pytest.mark.parametrize("values, expected", [(0.45, "present"), (0.65, "opposite"), (0.5, "absent")])
+def test_the_claim_is_that_siglip_is_ahead(values, expected):
+    chain = chain_of(LEVELS | {"value.2": values})
     claim = claim_c4({task.name: chain for task in SIX})
-    assert len(claim["entries"]) == 6 and claim["entries"][0]["name"].endswith("SigLIP minus value.1")
-    assert all(e["low"] < e["value"] < e["high"] for e in claim["entries"])
-    assert claim["entries"][0]["value"] == pytest.approx(0.5 - values, abs=0.02) and verdict("C4", claim) == expected
+    assert len(claim["tasks"]) == 6 and claim["tasks"][0]["name"].endswith("SigLIP minus best value layer")
+    assert all(e["low"] < e["value"] < e["high"] and e["units"] == 40 for e in claim["tasks"])
+    assert claim["tasks"][0]["value"] == pytest.approx(50 - 100 * values, abs=1) and judged("C4", claim) == expected
+    assert claim["primary"]["value"] == (6 if expected == "present" else 0)
+
+
+def test_a_task_at_the_floor_says_nothing_about_siglip():
+    chains = {task.name: chain_of(LEVELS) for task in SIX}
+    chains["co_segmentation"] = chain_of(LEVELS | {"encoder_original": 0.05})  # not above pixels
+    claim = claim_c4(chains)
+    assert len(claim["tasks"]) == 5 and "5 of 5 tasks" in claim["note"] and claim["prerequisites"][0]["holds"]
+    assert "without Co-segmentation (SigLIP not above the control)" in claim["note"]
+    claim = claim_c4({name: chains["co_segmentation"] for name in chains})
+    assert judged("C4", claim) == "cannot appear here" and judged("C4", claim_c4({})) == "not measured"
+
+
+FLOW = {"pixels": 0.1, "projector": 0.3, "value.0": 0.6} | {f"value.{i}": 0.3 for i in range(1, 7)}
+
+
+def claims_of(levels: dict[str, float], **others: float) -> dict:
+    """C1, C2a, C2b of six such tasks, and the summaries behind them."""
+    untrained = {f"untrained.{source}": 0.05 for source in levels if source.startswith("value.")} | others
+    table = score_table("semantic_segmentation", levels | untrained, SemanticSegmentation.columns, own=0.05)
+    summaries = {task.name: summarise(table, SemanticSegmentation([]), 200) | {"title": task.title} for task in SIX}
+    return {"C1": claim_c1(summaries), "C2a": claim_c2a(summaries), "C2b": claim_c2b(summaries)} | {"tasks": summaries}
+
+
+@pytest.mark.parametrize("curve, c2a, c2b", [
+    ({3: 0.45, 4: 0.45}, "present", "present"), ({1: 0.5, 2: 0.4, 6: 0.2}, "opposite", "present"),
+    ({4: 0.35, 5: 0.38, 6: 0.5}, "present", "opposite"), ({}, "absent", "absent"),
+])  # fmt: skip
+def test_rise_and_fall_are_two_claims_and_layer_0_is_none(curve, c2a, c2b):
+    found = claims_of(FLOW | {f"value.{layer}": level for layer, level in curve.items()})
+    assert (judged("C1", found["C1"]), judged("C2a", found["C2a"]), judged("C2b", found["C2b"])) == ("present", c2a, c2b)
+    assert found["C2a"]["primary"]["name"].endswith("mean over 6 tasks") and len(found["C2b"]["others"]) == 6
+    last = {f"{task.title}: best value layer minus first value projection": -1 for task in SIX}
+    assert {each["name"]: np.sign(each["high"]) for each in found["C2a"]["others"][6:]} == last
+    adds = language_model_adds(found["tasks"])
+    assert adds["mean"]["value"] == pytest.approx(100 * (max([0.3, *curve.values()]) - 0.3), abs=1.5) and len(adds["tasks"]) == 6
+    to_json([found, adds])
+
+
+def test_what_predicts_nothing_is_no_control_and_a_floor_has_no_shape():
+    without = {source: level for source, level in FLOW.items() if source != "pixels"}
+    nothing = {f"untrained.value.{layer}": 0.0 for layer in range(7)}
+    table = score_table("co_segmentation", without | nothing, CoSegmentation.columns, own=0.05, shared=0)
+    table.values[:, -7:] = 0.0
+    summary = summarise(table, CoSegmentation([]), 200)
+    alone = {CoSegmentation.name: summary}
+    assert judged("C1", claim_c1(alone)) == "cannot appear here"
+    assert "untrained values predict nothing (Jaccard 0.000)" in claim_c1(alone)["prerequisites"][0]["reason"]
+    other = claims_of(FLOW)["tasks"] | alone
+    claim = claim_c1(other)
+    assert judged("C1", claim) == "present" and "5 of 5 tasks" in claim["note"] and "without Co-segmentation" in claim["note"]
+    floor = claims_of(dict.fromkeys(FLOW, 0.3))  # no better than pixels
+    assert judged("C1", floor["C1"]) == "absent" and judged("C2a", floor["C2a"]) == judged("C2b", floor["C2b"]) == "cannot appear here"
 
 
 def test_figures_need_only_the_results_file(redraw):

@@ -14,7 +14,6 @@ from kvutils import VOID
 from kvutils.datasets.samples import Clip, Episode, ImageGroup, KeypointPair, LabelledImage, NamedMask
 from kvutils.errors import DataError, ImageError, ParameterError
 from kvutils.images import open_image
-from kvutils.metrics.statistics import choosing_half
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, token_means
 from kvutils.store import Parts, to_json
 from kvutils.tasks.base import by_layer, run_task, summarise
@@ -375,30 +374,37 @@ def test_stored_parts_give_the_same_bytes_and_no_other_task_takes_them(tmp_path)
     assert whole == scored(task, parts)
 
 
-def fake_table(n: int = 40):
-    """Mean curve 0.3, 0.6, 0.5, 0.2 over layers, projector 0.4, shuffled 0.1."""
-    levels = {f"value.{i}": m for i, m in enumerate((0.3, 0.6, 0.5, 0.2))} | {"projector": 0.4}
-    levels |= {f"shuffled.value.{i}": 0.1 for i in range(4)}
-    return score_table("semantic_segmentation", levels, SemanticSegmentation.columns, n, shared=0.05)
+def fake_table(n: int = 40, columns=SemanticSegmentation.columns):
+    """Mean curve 0.7, 0.3, 0.6, 0.5, 0.2 over layers 0 to 4, projector 0.4, untrained 0.1, wrong text 0."""
+    levels = {f"value.{i}": m for i, m in enumerate((0.7, 0.3, 0.6, 0.5, 0.2))} | {"projector": 0.4}
+    levels |= {f"shuffled.value.{i}": 0.0 for i in range(5)} | {f"untrained.value.{i}": 0.1 for i in range(5)}
+    return score_table("semantic_segmentation", levels, columns, n, shared=0.05)
 
 
-def test_summary_tests_the_best_layer_on_the_other_half():
+def test_summary_reads_every_row_in_the_layer_that_the_other_half_chose():
     table = fake_table()
     summary = summarise(table, SemanticSegmentation([]), n_boot=300)
     assert summary["n"] == 40 and summary["groups"] == 20 and list(summary["secondary"]) == ["IoU"]
-    shape = summary["build_then_degrade"]["value"]
-    assert shape["best_layer"] == 1 and shape["builds"] and shape["degrades"] and shape["peak_layer_low"] == 1
-    best = summary["value_best"]
-    assert best["source"] == "value.1" and best["control"] == "shuffled.value.1" and best["minus"][best["control"]]["low"] > 0.4
-    held = ~choosing_half(table.groups)
-    for found, other in ((best["minus"]["projector"], "projector"), (shape["minus_last"], "value.3")):
-        difference = (table.of("value.1") - table.of(other))[held, 0].mean()
-        assert found["mean"] == pytest.approx(difference) and found["n"] == held.sum()
-    assert len(set(np.array(table.groups)[held])) == 10
-    assert summary["sources"]["value.2"]["low"] < 0.5 < summary["sources"]["value.2"]["high"]
+    shape, best = summary["build_then_degrade"]["value"], summary["value_best"]
+    assert shape["layers"] == [1, 2, 3, 4] and shape["best"] == [2, 2] and shape["peak"] == {"mean": 2, "low": 2, "high": 2}
+    assert shape["peak_depth"]["mean"] == 0.5 and best["layers"] == [2, 2]  # layer 0 is higher, and no layer of the language model
+    for found, other in ((best["minus"]["projector"], "projector"), (best["minus"]["value.0"], "value.0"), (shape["minus_first"], "value.1")):
+        assert found["mean"] == pytest.approx((table.of("value.2") - table.of(other))[:, 0].mean()) and found["units"] == 20
+    assert best["minus"]["control"]["low"] > 0.45 and all(name.startswith("untrained.") for name in best["control"])
+    assert list(best["nothing"]) == ["wrong text"] and set(summary["build_then_degrade"]) == {"value"}
+    assert summary["sources"]["value.2"]["low"] < 0.6 < summary["sources"]["value.2"]["high"]
     to_json(summary)
     few = summarise(fake_table(n=4), SemanticSegmentation([]), n_boot=50)  # two groups
-    assert few["build_then_degrade"] == {} and "value_best" not in few
+    assert few["build_then_degrade"] == {} and "value_best" not in few and "at least 4" in few["no_layer"]
+
+
+def test_pixels_are_a_control_where_a_task_has_them():
+    table = fake_table()
+    pixels = replace(table, sources=["pixels" if name == "shuffled.value.0" else name for name in table.sources])
+    pixels.values[:, pixels.sources.index("pixels"), 0] += 0.3
+    best = summarise(pixels, SemanticSegmentation([]), n_boot=100)["value_best"]
+    assert best["control"] == ["pixels", "pixels"] and best["nothing"] == {}
+    assert best["minus"]["control"]["mean"] == pytest.approx((pixels.of("value.2") - pixels.of("pixels"))[:, 0].mean())
 
 
 class OfPairs(SemanticCorrespondence):

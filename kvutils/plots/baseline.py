@@ -5,14 +5,15 @@ from collections.abc import Mapping
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from kvutils.plots.style import COLOURS, error_bar, forest, in_order, legend_below, panels, styled
+from kvutils.plots.style import COLOURS, error_bar, forest, in_order, layers_text, legend_below, panels, styled
 from kvutils.plots.value_flow import similarity_maps
 
-CHAIN_LABELS = {"encoder_original": "SigLIP", "encoder": "encoder", "projector": "projector", "value": "best values"}
+CHAIN_LABELS = {"encoder_original": "SigLIP", "encoder": "encoder", "projector": "projector", "value.0": "first\nproj.", "value": "best values"}
 STEP_STYLE = {  # step -> colour, marker, label
     "finetuning": (COLOURS[1], "s", "finetuning (encoder minus SigLIP)"),
     "projection": (COLOURS[2], "^", "projection (projector minus encoder)"),
-    "language model": (COLOURS[0], "o", "language model (best values minus projector)"),
+    "first value projection": (COLOURS[4], "v", "first value projection (values of layer 0 minus projector)"),
+    "language model": (COLOURS[0], "o", "language model (best values from layer 1 on minus layer 0)"),
     "all steps": ("black", "D", "all steps (best values minus SigLIP)"),
 }
 
@@ -30,8 +31,7 @@ def scores_along_chain(chains: Mapping[str, Mapping]) -> Figure:
             colour, marker = (COLOURS[0], "o") if x == len(found) - 1 else ("black", "D")
             axis.errorbar(x, found[x]["mean"], yerr=error_bar(found[x]), fmt=marker, ms=5, color=colour, capsize=3)
         axis.axhline(found[0]["mean"], color="black", lw=0.7, ls=(0, (6, 4)))
-        layer = chain["best"].split(".")[1]
-        axis.set_xticks(range(len(found)), [*list(CHAIN_LABELS.values())[:-1], f"values,\nlayer {layer}"])
+        axis.set_xticks(range(len(found)), [*list(CHAIN_LABELS.values())[:-1], f"values,\n{layers_text(chain['layers'])}"], fontsize=8)
         axis.set(title=f"{chain['title']}\n{chain['n']} items in {chain['groups']} units", ylabel=chain["metric"])
         axis.margins(x=0.12)
     return figure
@@ -45,7 +45,7 @@ def steps_along_chain(chains: Mapping[str, Mapping]) -> Figure:
     points = [
         (row + shift, chain["steps"][step], colour, marker, None if row else label)
         for row, chain in enumerate(chains.values())
-        for shift, (step, (colour, marker, label)) in zip((-0.27, -0.09, 0.09, 0.27), STEP_STYLE.items(), strict=True)
+        for shift, (step, (colour, marker, label)) in zip((-0.3, -0.15, 0, 0.15, 0.3), STEP_STYLE.items(), strict=True)
     ]
     forest(axis, points, [f"{chain['title']}\n({chain['metric']})" for chain in chains.values()])
     for row in range(1, len(chains)):

@@ -27,6 +27,7 @@ SOURCE_STYLE = {  # family of sources -> colour, line, marker, label
 }
 # What comes before the language model, in order of the data flow; its points in a legend.
 BEFORE = {"pixels": "pixels", "encoder_original": "SigLIP", "encoder": "encoder", "projector": "projector"}
+FIRST = "first projection"  # of values (and keys): layer 0
 BEFORE_HANDLE = plt.Line2D([], [], color="black", marker="D", ms=4, ls="none")
 TASK_ORDER = (
     "foreground_segmentation", "co_segmentation", "semantic_segmentation", "referring_segmentation",
@@ -128,28 +129,35 @@ def layers_of(sources: Iterable[str], family: str = "value") -> list[int]:
 
 
 def flow_axis(layers: int) -> tuple[list[int], int, int]:
-    """Along the data flow: x of what comes `BEFORE`, of the line between, of layer 0; wider where layers are many."""
+    """Along the data flow: x of what comes `BEFORE` and of `FIRST`, of the line behind them, and of a layer 0; wider where layers are many."""
     step = max(1, round(layers / 9))
-    before = [step * place for place in range(len(BEFORE))]
+    before = [step * place for place in range(len(BEFORE) + 1)]
     line = before[-1] + max(1, step - 1)
-    return before, line, line + max(1, step - 1)
+    return before, line, line + max(1, step - 1) - 1
 
 
 def along_the_flow(axis, sources: Mapping[str, Mapping], families: Mapping[str, tuple]) -> int:
-    """Scores along the data flow: points for what comes before the language model, a curve over layers for each family
-    (-> its style). Returns x of layer 0.
+    """Scores along the data flow: points for what comes before the language model, among it layer 0, which is a linear map of the
+    projector's output, and a curve over the layers from 1 on for each family (-> its style). Returns what is x - layer.
     """
     layers = layers_of(sources)
     before, line, offset = flow_axis(max(layers, default=-1) + 1)
+    points = [(x, source, "black", "D") for x, source in zip(before, BEFORE, strict=False)]
     for family, style in families.items():
-        if own := layers_of(sources, family):
+        points.append((before[-1], f"{family}.0", style[0], style[2]))
+        if own := [layer for layer in layers_of(sources, family) if layer > 0]:
             curve(axis, np.array(own) + offset, [sources[f"{family}.{layer}"] for layer in own], style)
-    for x, source in zip(before, BEFORE, strict=True):
-        if source in sources:
-            axis.errorbar(x, sources[source]["mean"], yerr=error_bar(sources[source]), fmt="D", ms=4, color="black", capsize=2)
-    ticks = layers[:: max(1, -(-len(layers) // 12))]  # every layer of a small model, every fourth or so of a large one
-    axis.set_xticks([*before, *(layer + offset for layer in ticks)], [*BEFORE.values(), *map(str, ticks)])
-    for tick in axis.get_xticklabels()[: len(BEFORE)]:
+    for x, source, colour, marker in points:
+        if source in sources and None not in (sources[source]["low"], sources[source]["high"]):
+            axis.errorbar(x, sources[source]["mean"], yerr=error_bar(sources[source]), fmt=marker, ms=4, color=colour, capsize=2)
+    ticks = [layer for layer in layers if layer > 0][:: max(1, -(-len(layers) // 12))]  # every layer of a small model, some of a large one
+    axis.set_xticks([*before, *(layer + offset for layer in ticks)], [*BEFORE.values(), FIRST, *map(str, ticks)])
+    for tick in axis.get_xticklabels()[: len(before)]:
         tick.set(rotation=40, ha="right")
     axis.axvline(line, color="grey", lw=0.5)
     return offset
+
+
+def layers_text(layers: Sequence[int]) -> str:
+    """`layer 2`, or `layers 2 and 5` where each half of the items has its own."""
+    return f"layer {layers[0]}" if len(set(layers)) == 1 else f"layers {' and '.join(map(str, layers))}"

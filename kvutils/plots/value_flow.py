@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from kvutils.plots import style
-from kvutils.plots.style import BEFORE, COLOURS, along_the_flow, decode_image, forest, in_order, panels, picture, styled
+from kvutils.plots.style import BEFORE, COLOURS, along_the_flow, decode_image, forest, in_order, layers_text, panels, picture, styled
 
 
 @styled
@@ -46,6 +46,8 @@ def _gallery(maps: Mapping[str, object], scene: Mapping, title: str) -> tuple[Fi
 
 def _label(source: str) -> str:
     layer = re.fullmatch(r"(.*)\.(\d+)", source)
+    if layer and layer[1] == "value" and layer[2] == "0":
+        return "first value projection"
     return f"{ {'value': 'values', 'key': 'keys'}.get(layer[1], layer[1])}, layer {layer[2]}" if layer else BEFORE[source]
 
 
@@ -75,7 +77,7 @@ def similarity_maps(scene: Mapping) -> Figure:
 
 @styled
 def layer_curves(tasks: Mapping[str, Mapping]) -> Figure:
-    """Each task's score along the data flow: pixels, encoders and projector, then the layers, with 95 % bands."""
+    """Each task's score along the data flow: pixels, encoders, projector and first projection, then the layers, with 95 % bands."""
     tasks = in_order(tasks)
     figure, (*axes, last) = panels(len(tasks) + 1, 4, 3.25, 3.2)
     for axis, summary in zip(axes, tasks.values(), strict=True):
@@ -93,16 +95,16 @@ def layer_curves(tasks: Mapping[str, Mapping]) -> Figure:
 
 @styled
 def build_then_degrade(tasks: Mapping[str, Mapping]) -> Figure:
-    """Best value layer minus first and minus last, on the half of the items that did not choose it."""
+    """Best layer between the first and the last minus each of the two, chosen for each half of the items on the other."""
     tasks = {name: each for name, each in in_order(tasks).items() if "value" in each["build_then_degrade"]}
     figure, axis = plt.subplots(figsize=(8.5, 0.55 * len(tasks) + 1.3))
-    parts = (("minus_first", 0.13, COLOURS[0], "o", "best minus first layer (builds up)"),
-             ("minus_last", -0.13, COLOURS[1], "s", "best minus last layer (degrades)"))  # fmt: skip
+    parts = (("minus_first", 0.13, COLOURS[0], "o", "best layer between minus layer 1 (builds up)"),
+             ("minus_last", -0.13, COLOURS[1], "s", "best layer between minus last layer (degrades)"))  # fmt: skip
     found = [each["build_then_degrade"]["value"] for each in tasks.values()]
     points = [(row + shift, each[part], colour, marker, None if row else label)
               for row, each in enumerate(found) for part, shift, colour, marker, label in parts]  # fmt: skip
-    forest(axis, points, [f"{task['title']} (layer {each['best_layer']})" for task, each in zip(tasks.values(), found, strict=True)])
-    axis.set(xlabel="difference of the task's score, with 95 % interval", title="Image values: best layer against the ends")
+    forest(axis, points, [f"{task['title']}\n({layers_text(each['best'])})" for task, each in zip(tasks.values(), found, strict=True)])
+    axis.set(xlabel="difference of the task's score, with 95 % interval", title="Image values: best layer between against the ends")
     style.legend_below(figure, [axis], ncols=2)
     return figure
 

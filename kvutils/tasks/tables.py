@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from kvutils.errors import ParameterError, one_of
-from kvutils.metrics.statistics import Halves, Statistic, bootstrap_ci, each_layer, effect, paired_difference, units_of
+from kvutils.metrics.statistics import Halves, Statistic, bootstrap_ci, choosing_half, each_layer, effect, paired_difference, units_of
 
 SHUFFLED, UNTRAINED = "shuffled.", "untrained."  # prefixes of control sources
 FIRST = "value.0"  # the first value projection: a linear map of the projector's output, no attention has run
@@ -70,6 +70,11 @@ class ScoreTable:
         values = self.values[:, [self.sources.index(source) for source in sources]]
         best = halves.best(values, statistic)
         return [sources[index] for index in best], halves.read(values, best)
+
+    def held_out(self, seed: int = 0) -> ScoreTable:  # goes with the prefixes' move to `halves`
+        kept = np.flatnonzero(~choosing_half(self.groups, seed))
+        ids, groups = ([names[i] for i in kept] for names in (self.ids, self.groups))
+        return replace(self, ids=ids, groups=groups, values=self.values[kept])
 
     def interval(self, source: str, statistic: Statistic, n_boot: int, seed: int) -> dict:
         """A statistic of a source, with its interval; JSON-able."""
