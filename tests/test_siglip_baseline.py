@@ -4,16 +4,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 from tiny_models import score_table
 
-from kvutils import data_folder, plots
+from kvutils import plots
 from kvutils.errors import ParameterError
 from kvutils.images import encode_image
 from kvutils.metrics.statistics import choosing_half
 from kvutils.plots import baseline as plots_baseline
-from kvutils.run.verdicts import judge
 from kvutils.store import to_json
 from kvutils.tasks.base import summarise
 from kvutils.tasks.co_segmentation import CoSegmentation
@@ -21,11 +19,6 @@ from kvutils.tasks.text_segmentation import SemanticSegmentation
 from kvutils.tasks.value_flow import CHAIN, SIX, STEPS, claim_c1, claim_c2a, claim_c2b, claim_c4, compare_along_chain, language_model_adds
 
 LEVELS = {"pixels": 0.1, "encoder_original": 0.5, "encoder": 0.7, "projector": 0.6, "value.0": 0.65, "value.1": 0.3, "value.2": 0.45}
-
-
-def judged(name: str, claim: dict) -> str:
-    claims = yaml.safe_load((data_folder() / "claims.yaml").read_text())["claims"]
-    return judge(next(each for each in claims if each["id"] == name), claim).word
 
 
 def table_of(levels: dict[str, float], n: int = 80):
@@ -90,23 +83,23 @@ def test_a_tower_that_is_no_siglip_has_no_score_by_text(tmp_path):
 
 
 @pytest.mark.parametrize("values, expected", [(0.45, "present"), (0.65, "opposite"), (0.5, "absent")])
-def test_the_claim_is_that_siglip_is_ahead(values, expected):
+def test_the_claim_is_that_siglip_is_ahead(verdict, values, expected):
     chain = chain_of(LEVELS | {"value.2": values})
     claim = claim_c4({task.name: chain for task in SIX})
     assert len(claim["tasks"]) == 6 and claim["tasks"][0]["name"].endswith("SigLIP minus best value layer")
     assert all(e["low"] < e["value"] < e["high"] and e["units"] == 40 for e in claim["tasks"])
-    assert claim["tasks"][0]["value"] == pytest.approx(50 - 100 * values, abs=1) and judged("C4", claim) == expected
+    assert claim["tasks"][0]["value"] == pytest.approx(50 - 100 * values, abs=1) and verdict("C4", claim) == expected
     assert claim["primary"]["value"] == (6 if expected == "present" else 0)
 
 
-def test_a_task_at_the_floor_says_nothing_about_siglip():
+def test_a_task_at_the_floor_says_nothing_about_siglip(verdict):
     chains = {task.name: chain_of(LEVELS) for task in SIX}
     chains["co_segmentation"] = chain_of(LEVELS | {"encoder_original": 0.05})  # not above pixels
     claim = claim_c4(chains)
     assert len(claim["tasks"]) == 5 and "5 of 5 tasks" in claim["note"] and claim["prerequisites"][0]["holds"]
     assert "without Co-segmentation (SigLIP not above the control)" in claim["note"]
     claim = claim_c4({name: chains["co_segmentation"] for name in chains})
-    assert judged("C4", claim) == "cannot appear here" and judged("C4", claim_c4({})) == "not measured"
+    assert verdict("C4", claim) == "cannot appear here" and verdict("C4", claim_c4({})) == "not measured"
 
 
 FLOW = {"pixels": 0.1, "projector": 0.3, "value.0": 0.6} | {f"value.{i}": 0.3 for i in range(1, 7)}
@@ -124,9 +117,9 @@ def claims_of(levels: dict[str, float], **others: float) -> dict:
     ({3: 0.45, 4: 0.45}, "present", "present"), ({1: 0.5, 2: 0.4, 6: 0.2}, "opposite", "present"),
     ({4: 0.35, 5: 0.38, 6: 0.5}, "present", "opposite"), ({}, "absent", "absent"),
 ])  # fmt: skip
-def test_rise_and_fall_are_two_claims_and_layer_0_is_none(curve, c2a, c2b):
+def test_rise_and_fall_are_two_claims_and_layer_0_is_none(verdict, curve, c2a, c2b):
     found = claims_of(FLOW | {f"value.{layer}": level for layer, level in curve.items()})
-    assert (judged("C1", found["C1"]), judged("C2a", found["C2a"]), judged("C2b", found["C2b"])) == ("present", c2a, c2b)
+    assert (verdict("C1", found["C1"]), verdict("C2a", found["C2a"]), verdict("C2b", found["C2b"])) == ("present", c2a, c2b)
     assert found["C2a"]["primary"]["name"].endswith("mean over 6 tasks") and len(found["C2b"]["others"]) == 6
     last = {f"{task.title}: best value layer minus first value projection": -1 for task in SIX}
     assert {each["name"]: np.sign(each["high"]) for each in found["C2a"]["others"][6:]} == last
@@ -135,20 +128,20 @@ def test_rise_and_fall_are_two_claims_and_layer_0_is_none(curve, c2a, c2b):
     to_json([found, adds])
 
 
-def test_what_predicts_nothing_is_no_control_and_a_floor_has_no_shape():
+def test_what_predicts_nothing_is_no_control_and_a_floor_has_no_shape(verdict):
     without = {source: level for source, level in FLOW.items() if source != "pixels"}
     nothing = {f"untrained.value.{layer}": 0.0 for layer in range(7)}
     table = score_table("co_segmentation", without | nothing, CoSegmentation.columns, own=0.05, shared=0)
     table.values[:, -7:] = 0.0
     summary = summarise(table, CoSegmentation([]), 200)
     alone = {CoSegmentation.name: summary}
-    assert judged("C1", claim_c1(alone)) == "cannot appear here"
+    assert verdict("C1", claim_c1(alone)) == "cannot appear here"
     assert "untrained values predict nothing (Jaccard 0.000)" in claim_c1(alone)["prerequisites"][0]["reason"]
     other = claims_of(FLOW)["tasks"] | alone
     claim = claim_c1(other)
-    assert judged("C1", claim) == "present" and "5 of 5 tasks" in claim["note"] and "without Co-segmentation" in claim["note"]
+    assert verdict("C1", claim) == "present" and "5 of 5 tasks" in claim["note"] and "without Co-segmentation" in claim["note"]
     floor = claims_of(dict.fromkeys(FLOW, 0.3))  # no better than pixels
-    assert judged("C1", floor["C1"]) == "absent" and judged("C2a", floor["C2a"]) == judged("C2b", floor["C2b"]) == "cannot appear here"
+    assert verdict("C1", floor["C1"]) == "absent" and verdict("C2a", floor["C2a"]) == verdict("C2b", floor["C2b"]) == "cannot appear here"
 
 
 def test_figures_need_only_the_results_file(redraw):

@@ -218,7 +218,7 @@ def summarise(table: ScoreTable, task: Task, n_boot: int = 2000, seed: int = 0) 
                 "peak_depth": {key: layer / numbers[-1] for key, layer in peak.items()},
             }  # fmt: skip
     if any(layer for layer, _ in by_layer(table.sources, "value")):
-        best = BestValues.of(table, task.statistic, halves, n_boot, seed)
+        best = BestValues.of(table, task.statistic, halves)
         others = {source: table.of(source) for source in table.sources if "." not in source or source == FIRST}
         if best.control:
             others["control"] = best.control_values

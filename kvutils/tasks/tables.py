@@ -13,6 +13,7 @@ from kvutils.metrics.statistics import Halves, Statistic, bootstrap_ci, choosing
 
 SHUFFLED, UNTRAINED = "shuffled.", "untrained."  # prefixes of control sources
 FIRST = "value.0"  # the first value projection: a linear map of the projector's output, no attention has run
+NOTHING = 0.005  # a score below half a point
 Group = str | tuple[str, str]  # what is resampled together; two names: an item of two units, such as a pair of pictures
 
 
@@ -90,17 +91,17 @@ class BestValues:
     """The best value layer from 1 on, chosen for each half of a table on the other: two `layers`, and the (n, k) values of every row.
 
     control: the better of pixels and the untrained model's values, or where a task has no pixels of these and the wrong text, chosen
-    in the same way: two sources, and their values; none where no control predicts anything. nothing: the controls whose interval
-    reaches 0, with their score: to be better than these means little."""
+    in the same way: two sources, and their values; none where no control predicts anything. nothing: the controls whose score is below
+    `NOTHING`, such as clusters of which none is salient, with it: to be better than these means little."""
 
     layers: list[int]
     values: np.ndarray
     control: list[str]
     control_values: np.ndarray | None
-    nothing: dict[str, dict]
+    nothing: dict[str, float]
 
     @classmethod
-    def of(cls, table: ScoreTable, statistic: Statistic, halves: Halves, n_boot: int, seed: int) -> BestValues:
+    def of(cls, table: ScoreTable, statistic: Statistic, halves: Halves) -> BestValues:
         plain, untrained, wrong = (by_layer(table.sources, f"{prefix}value") for prefix in ("", UNTRAINED, SHUFFLED))
         best, values = table.best_of([source for layer, source in plain if layer > 0], statistic, halves)
         pixels = [source for source in table.sources if source == "pixels"]
@@ -108,9 +109,8 @@ class BestValues:
         usable, nothing = [], {}
         for kind, names in kinds.items():
             if names:
-                highest = max(names, key=lambda name: statistic(np.ones((1, len(table))), table.of(name))[0])
-                score = table.interval(highest, statistic, n_boot, seed)
-                if score["low"] is not None and score["low"] > 0:
+                score = max(float(statistic(np.ones((1, len(table))), table.of(name))[0]) for name in names)
+                if score >= NOTHING:
                     usable += names
                 else:
                     nothing[kind] = score

@@ -113,7 +113,7 @@ def claim_c1(summaries: Mapping[str, Mapping]) -> dict:
     """C1: the best value layer minus the better of pixels and untrained values (`BestValues`), in points, mean over the tasks; beside
     it every task, and the difference to the first value projection."""
     effects, name = _effects(summaries, "value_best", "minus", "control"), "best value layer minus its control"
-    nothing = [f"{each['title']}: {kind} predict nothing ({each['metric']} {score['mean']:.3f}), which is no control"
+    nothing = [f"{each['title']}: {kind} predict nothing ({each['metric']} {score:.3f}), which is no control"
                for each in summaries.values() for kind, score in each.get("value_best", {}).get("nothing", {}).items()]  # fmt: skip
     usable = not nothing or any(isinstance(each, Effect) for each in effects.values())
     need = prerequisite("a control that predicts something", usable, "; ".join(nothing) or "every control predicts something")
@@ -163,7 +163,7 @@ def compare_along_chain(table: ScoreTable, task: Task, n_boot: int = 2000, seed:
     SigLIP, and the best values, minus the control of `BestValues`. Raises ParameterError where another source is missing, and where
     there are too few units to choose a layer."""
     options = (task.statistic, n_boot, seed)
-    best = BestValues.of(table, task.statistic, table.halves(seed), n_boot, seed)
+    best = BestValues.of(table, task.statistic, table.halves(seed))
     gone = {"encoder", FIRST, *table.left_out}.difference(table.sources)
     there = {name: best.values if name == "value" else table.of(name) for name in CHAIN if name not in gone}
     scores, steps = (dict.fromkeys(names, UNDEFINED.as_dict()) for names in (CHAIN, STEPS))
