@@ -42,17 +42,18 @@ def families(models: Models, claims: Mapping[str, Mapping]) -> dict:
                 chosen[family] = count, name, found
     if len(chosen) < FEWEST_FAMILIES:
         return measured(part("weakest effect over the families", reason=f"{len(chosen)} of {FEWEST_FAMILIES} families measured"))
-    parts, needs, words = [], [], []
+    parts, needs, words = [], {}, []
     for family, (_, name, found) in chosen.items():
         for key in IN_EVERY_FAMILY:
             one = found[key]["primary"]
             parts.append(one | {"name": f"{key} in {family} ({name})"})
-            needs += [each | {"name": f"{family}: {each['name']}", "reason": f"{family}: {each['reason']}"} for each in found[key]["prerequisites"]]
+            said = {f"{each['reason']} ({family})": each for each in found[key]["prerequisites"]}
+            needs |= {reason: {**each, "reason": reason} for reason, each in said.items()}
             words.append(judge(claims[key], found[key]).word)
     order = [OPPOSITE, ABSENT, CANNOT_TELL, PRESENT]  # of an undefined one the reason comes first
     weakest = min(parts, key=lambda one: (-1, 0) if one["low"] is None else (order.index(word_of(one, claims["X1"]["smallest"])), one["value"]))
     note = f"{words.count(PRESENT)} of {len(words)} effects are present, over {len(chosen)} families."
-    return measured(weakest, [each for each in parts if each is not weakest], needs, note)
+    return measured(weakest, [each for each in parts if each is not weakest], list(needs.values()), note)
 
 
 def ability(models: Models) -> dict:

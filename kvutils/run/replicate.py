@@ -85,6 +85,18 @@ def changed_parameters(book: NotebookNode, given: dict) -> dict:
     return {name: value for name, value in given.items() if value != known[name]}
 
 
+def check_given(paths: Mapping[Path, dict]) -> None:
+    """What every notebook objects to in its parameters is said once, as a ParameterError, before any of them runs."""
+    objections = []
+    for path, parameters in paths.items():
+        try:
+            changed_parameters(nbformat.read(path, as_version=4), parameters)
+            return
+        except ParameterError as error:
+            objections.append(error)
+    raise objections[0]
+
+
 def set_colab_cells(book: NotebookNode, name: str, address: str) -> None:
     """Make the cells tagged `colab` a badge and a set-up for the repository's public address (none without one)."""
     new = nbformat.v4
@@ -236,6 +248,7 @@ def replicate(chosen: argparse.Namespace) -> int:
     out, run = notebook.output_root(), Run("", **parameters, size=chosen.size)
     paths = {path: parameters | parameters_of(path.stem[:2], chosen.profile, chosen.size, chosen.data, more)
              for path in find_notebooks(chosen.notebooks, notebook.ROOT / "notebooks")}  # fmt: skip
+    check_given(paths)
     plan.check_ready(chosen.profile, model, {path.stem[:2]: each for path, each in paths.items()})
     need_writable(out, "--out or KVUTILS_OUT")
     need_writable(notebook.cache_root(), "KVUTILS_CACHE")

@@ -12,7 +12,7 @@ import yaml
 from kvutils import data_folder
 from kvutils.errors import DataError
 from kvutils.run import DEFAULT, across
-from kvutils.run.verdicts import FEW_UNITS, NOT_MEASURED, PRESENT, interval_of, judge, word_of_part
+from kvutils.run.verdicts import FEW_UNITS, NOT_MEASURED, PRESENT, amount, interval_of, judge, word_of_part
 from kvutils.store import read_json, to_json, write_text
 
 PICTURES = {"02_siglip_baseline": "02_steps", "03_input_agnostic_keys": "03_block_effects", "04_prefix": "04_prefix_effects",
@@ -42,7 +42,7 @@ def row(claim: Mapping, found: Mapping | None) -> dict:
     found = found if found and "primary" in found else {}
     one, tasks = found.get("primary", {}), found.get("tasks", []) if claim["kind"] == "tasks" else []
     return {"id": claim["id"], "verdict": verdict.word, "why": verdict.why, "note": found.get("note", ""),
-            **{key: claim[key] for key in ("paper", "effect", "unit", "smallest", "notebook")}, "comparison": one.get("name"),
+            **{key: claim[key] for key in ("kind", "paper", "effect", "unit", "smallest", "notebook")}, "comparison": one.get("name"),
             **{key: one.get(key) for key in ("value", "low", "high", "detectable", "n", "units", "reason")},
             "tasks": {each["name"]: word_of_part(claim, each) for each in tasks}, "prerequisites": found.get("prerequisites", [])}  # fmt: skip
 
@@ -51,7 +51,7 @@ def ours(line: Mapping) -> str:
     """What was measured of a line of claims.json: `+0.04 [+0.00, +0.10] F1 points`, or the number of tasks that are ahead."""
     if line["tasks"]:
         return f"{list(line['tasks'].values()).count(PRESENT)} of {len(line['tasks'])} tasks"
-    if line["n"] is None:
+    if line["value"] is None:
         return "–"
     return interval_of(line) if line["low"] is None else f"{interval_of(line)} {line['unit']}"
 
@@ -137,8 +137,8 @@ def numbers_table(lines: list[dict]) -> str:
     for line in lines:
         needs = "\n".join(f"{'yes' if each['holds'] else '**no**'}: {each['reason']}" for each in line["prerequisites"]) or "–"
         detectable = "–" if line["detectable"] is None else f"{line['detectable']:.2g} {line['unit']}"
-        effect = line["paper"] if line["effect"] is None else f"{line['effect']:g} {'tasks' if line['tasks'] else line['unit']}"
-        cells.append([line["id"], f"**{line['verdict']}**", effect, ours(line), f"{line['smallest']:g} {line['unit']}", detectable,
+        effect = line["paper"] if line["effect"] is None else amount(line["effect"], "tasks" if line["kind"] == "tasks" else line["unit"])
+        cells.append([line["id"], f"**{line['verdict']}**", effect, ours(line), amount(line["smallest"], line["unit"]), detectable,
                       "–" if line["n"] is None else f"{line['n']:,}", units(line), needs])  # fmt: skip
     return markdown_table(header, cells)
 
@@ -148,9 +148,9 @@ def details(lines: list[dict], results: Mapping[str, Mapping], provenance: Mappi
     not commit, versions and processor, which differ from machine to machine."""
     out = []
     for claim, line in zip(load_claims(), lines, strict=True):
-        paper = "a question of ours" if claim["paper"] is None else f"the paper, section {claim['section']}: {claim['paper']}"
-        out += [f"\n## {claim['id']}: {line['verdict']}\n", f"{claim['statement'].strip()} ({paper})\n", f"**{line['why']}** {line['note']}".strip(),
-                f"\nJudged by: {claim['primary'].strip()}. Smallest effect of interest: {claim['smallest']:g} {claim['unit']} ({claim['why']}). "
+        paper = "A question of ours." if claim["paper"] is None else f"The paper, section {claim['section']}: {claim['paper']}."
+        out += [f"\n## {claim['id']}: {line['verdict']}\n", f"{claim['statement'].strip()} {paper}\n", f"**{line['why']}** {line['note']}".strip(),
+                f"\nJudged by: {claim['primary'].strip()}. Smallest effect of interest: {amount(claim['smallest'], claim['unit'])} ({claim['why']}). "
                 f"What has to hold first: {claim['needs']}."]  # fmt: skip
         found = measurement(claim, results, together)
         if found and "primary" in found:

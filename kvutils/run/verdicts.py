@@ -48,7 +48,7 @@ def judge(claim: Mapping, found: Mapping | None) -> Verdict:
         return Verdict(NOT_MEASURED, f"Its results are of another version of kvutils: {again}.")
     failed = [each["reason"] for each in found["prerequisites"] if not each["holds"]]
     if failed:
-        return Verdict(CANNOT_APPEAR, _sentence("; ".join(failed)))
+        return Verdict(CANNOT_APPEAR, _sentence("; ".join(dict.fromkeys(failed))))
     verdict = of_tasks(claim, found) if claim["kind"] == "tasks" else of_effect(claim, found)
     return Verdict(_of_a_question(claim, verdict.word), verdict.why)
 
@@ -94,7 +94,7 @@ def of_effect(claim: Mapping, found: Mapping) -> Verdict:
     what, about = "largest change" if equal else "effect", f"{interval_of(one)} {unit}{_few(one)}"
     if word == (PRESENT if equal else ABSENT):
         value, low, high = texts(one["value"], one["low90"], one["high90"])
-        return Verdict(word, f"{'A change' if equal else 'An effect'} of {smallest:g} {unit} or more is excluded: the {what} is {value} {unit}, "
+        return Verdict(word, f"{'A change' if equal else 'An effect'} of {amount(smallest, unit)} or more is excluded: the {what} is {value} {unit}, "
                              f"its 90 % interval [{low}, {high}]{_few(one)}.")  # fmt: skip
     if word == CANNOT_TELL:
         least = "" if one["detectable"] is None else f"; only {one['detectable']:.2g} {unit} or more would have been found with probability .8"
@@ -120,7 +120,7 @@ def of_tasks(claim: Mapping, found: Mapping) -> Verdict:
     if behind:
         return Verdict(OPPOSITE, f"It points the other way: {about}; in the paper {paper} are ahead.")
     if count[ABSENT] == len(tasks):
-        return Verdict(ABSENT, f"Differences of {smallest:g} {claim['unit']} or more are excluded on all {len(tasks)} tasks.")
+        return Verdict(ABSENT, f"Differences of {amount(smallest, claim['unit'])} or more are excluded on all {len(tasks)} tasks.")
     return Verdict(CANNOT_TELL, f"Open: {about}; in the paper {paper} are ahead.")
 
 
@@ -137,6 +137,11 @@ def _surely(tasks: Sequence[Mapping], sign: int) -> list[Mapping]:
             break
         sure.append(one)
     return sure
+
+
+def amount(value: float, unit: str) -> str:
+    """`1.5 F1 points`, `1 layer`."""
+    return f"{value:g} {unit.removesuffix('s') if value == 1 and ' ' not in unit else unit}"
 
 
 def texts(*values: float) -> list[str]:

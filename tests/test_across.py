@@ -1,0 +1,98 @@
+"""X1 and C3 are read from the results of several models together."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy.stats import pearsonr
+
+from kvutils.metrics.effects import measured, no_floor, part
+from kvutils.metrics.statistics import Effect
+from kvutils.run import report
+from kvutils.run.across import correlation
+from kvutils.store import write_json
+
+
+def effect(value: float, reach: float = 1.0) -> Effect:
+    return Effect(value, value - reach, value + reach, 100, reach / 1.96, 100)
+
+
+FLOOR = no_floor("referring", effect(0.2), "points")
+
+
+def write_model(root, name, family="llava_onevision", values=(5.0, 4.0, 6.0), reach=1.0, needs=(), added=None, accuracy=0.8, size="full", more=()):
+    """The results of a model as notebooks 01, 03 and 05 leave them; values: the effects of C1, C2a and C2b, in points."""
+    folder = root / "data" / "results" / "paper" / name
+    claims = {key: measured(part("mean", effect(value, reach)), prerequisites=needs) for key, value in zip(("C1", "C2a", "C2b"), values)}
+    adds = {} if added is None else {"language_model_adds": {"mean": part("mean over the tasks", effect(added))}}
+    write_json(folder / "01_value_flow.json", {"claims": claims | {key: claims["C1"] for key in more}, "parameters": {"size": size}, **adds})
+    write_json(folder / "provenance" / "01_value_flow.json", {"family": family})
+    if added is not None:
+        write_json(folder / "03_input_agnostic_keys.json", {"blocking": {"pope": {"plain": {"scores": {"mean": {"accuracy": {"mean": accuracy}}}}}}})
+        write_json(folder / "05_blink_gap.json", {"official": {"accuracy": {"Total": accuracy - 0.1}}})
+
+
+def lines_of(root) -> dict[str, dict[str, dict]]:
+    """{model: {claim: its line in claims.json}}"""
+    report.write(root)
+    return {path.parent.name: {line["id"]: line for line in json.loads(path.read_text())} for path in root.rglob("claims.json")}
+
+
+@pytest.mark.parametrize(("second", "verdict", "weakest"), [
+    ({"values": (5.0, 3.0, 6.0)}, "holds", "C2a in qwen2_5_vl (b)"), ({"values": (5.0, 0.1, 6.0)}, "does not hold", "C2a in qwen2_5_vl (b)"),
+    ({"values": (5.0, -9.0, 0.1)}, "opposite", "C2a in qwen2_5_vl (b)"),
+    ({"values": (5.0, 0.0, 2.0), "reach": 4.0}, "cannot tell", "C2a in qwen2_5_vl (b)"),
+    ({"values": (3.9, 9.0, 2.5), "reach": 3.0}, "cannot tell", "C2b in qwen2_5_vl (b)"),  # the smallest of all is present elsewhere
+    ({"needs": [FLOOR]}, "cannot appear here", None), ({"family": "llava_onevision"}, "not measured", None),
+    ({"size": "quick"}, "not measured", None)])  # fmt: skip
+def test_x1_is_as_strong_as_its_weakest_effect(tmp_path, second, verdict, weakest):
+    write_model(tmp_path, "a", values=(5.0, 4.0, 2.4))
+    write_model(tmp_path, "b", **{"family": "qwen2_5_vl"} | second)
+    found = lines_of(tmp_path)
+    assert found["a"]["X1"] == found["b"]["X1"], "the same in each model's report"
+    assert found["a"]["X1"]["verdict"] == verdict and found["a"]["C1"]["verdict"] == "present"
+    said = found["a"]["X1"]["why"]
+    if verdict == "holds":  # of all effects the smallest is the first family's
+        weakest = "C2b in llava_onevision (a)"
+    assert weakest in (None, found["a"]["X1"]["comparison"])
+    assert verdict != "not measured" or said == "1 of 2 families measured."
+    assert verdict != "cannot appear here" or said.endswith("points from its untrained control (qwen2_5_vl).") and said.count("Floor") == 1
+
+
+def test_a_family_speaks_by_its_fullest_model_and_samples_where_there_is_nothing_else(tmp_path):
+    write_model(tmp_path, "a", values=(0.0, 0.0, 0.0), size="quick")
+    write_model(tmp_path, "b", values=(5.0, 5.0, 5.0), size="quick", more=["C9"])
+    write_model(tmp_path, "c", family="qwen2_5_vl", size="quick")
+    assert lines_of(tmp_path)["c"]["X1"]["verdict"] == "holds"
+    write_json(tmp_path / "data/results/paper/c/01_value_flow.json", {"claims": {"C1": {"entries": []}, "C2": {}}})  # of an older version, full
+    found = lines_of(tmp_path)["c"]
+    assert found["X1"]["why"] == "0 of 2 families measured." and found["C1"]["why"].endswith("run notebook 01 again.")
+
+
+@pytest.mark.parametrize(("noise", "count", "verdict"), [(0.001, 6, "present"), (0.001, 5, "not measured"), (1.0, 8, "cannot tell")])
+def test_c3_is_a_correlation_over_models(tmp_path, noise, count, verdict):
+    rng = np.random.default_rng(1)
+    ability = np.linspace(0.5, 0.8, count)
+    added = 20 * ability + 20 * noise * rng.normal(size=count)
+    for index in range(count):
+        write_model(tmp_path, f"stage-{index}", added=added[index], accuracy=ability[index])
+    write_model(tmp_path, "without-blink")
+    line = lines_of(tmp_path)["stage-0"]["C3"]
+    assert line["verdict"] == verdict
+    if verdict == "not measured":
+        assert line["why"] == "5 of 6 models or stages measured."
+        return
+    assert line["n"] == line["units"] == count and "stage-0: adds" in line["note"] and "accuracy 45.0 %" in line["note"]
+    found = pearsonr(added, ability)
+    assert line["value"] == pytest.approx(found.statistic, abs=1e-5)
+    assert (line["low"], line["high"]) == pytest.approx(tuple(found.confidence_interval()), abs=1e-5)
+
+
+def test_a_correlation_of_zero_is_absent_with_enough_models_alone():
+    x = np.arange(200.0)
+    y = np.where(np.arange(200) % 2, 1.0, -1.0)
+    many = correlation("r", x, y)
+    assert -0.5 < many["low90"] < many["high90"] < 0.5 and many["detectable"] == pytest.approx(0.197, abs=0.002)
+    few = correlation("r", x[:6], y[:6])
+    assert few["low90"] < -0.5 and few["detectable"] == pytest.approx(0.924, abs=0.002)
+    assert correlation("r", x, x)["low"] > 0.99 and correlation("r", x, np.ones(200))["reason"] == "the models do not differ"
