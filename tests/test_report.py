@@ -71,13 +71,13 @@ def test_words_and_sentences(about, found, verdict, why):
 
 
 def test_each_comparison_has_its_own_word():
-    lines = report.comparisons(claim(), measured(one(2.9, 1.0), [one(0, 0.6, name="MME", unit="points", smallest=9), one(0.3, 0.1, 5, "depth", unit="share"),
-                                                                 part("other", Effect(1, *[float("nan")] * 2, 1, float("nan"), 1))]))  # fmt: skip
-    assert lines == [
-        ("**C6**", "**blocked minus not**", "+2.90 [+1.90, +3.90] F1 points", "1.5", "1.4", 400, "100", "present"),
-        ("C6", "MME", "+0.00 [-0.60, +0.60] points", "9", "0.87", 400, "100", "absent"),
-        ("C6", "depth", "+0.30 [+0.20, +0.40] share", "–", "0.19", 400, "5, few units", "–"),
-        ("C6", "other", "+1.00, interval not defined: too few independent units to resample", "1.5", "–", 1, "1, few units", "not measured")]
+    bare = part("other", Effect(1, *[float("nan")] * 2, 1, float("nan"), 1))
+    others = [one(0, 0.6, name="MME", unit="points", smallest=9), one(0.3, 0.1, 5, "depth", unit="share"), bare]
+    assert report.comparisons(claim(), measured(one(2.9, 1.0), others)) == [
+        ["**C6**", "**blocked minus not**", "+2.90 [+1.90, +3.90] F1 points", "1.5", "1.4", 400, "100", "present"],
+        ["C6", "MME", "+0.00 [-0.60, +0.60] points", "9", "0.87", 400, "100", "absent"],
+        ["C6", "depth", "+0.30 [+0.20, +0.40] share", None, "0.19", 400, "5, few units", None],
+        ["C6", "other", "+1.00, interval not defined: too few independent units to resample", "1.5", None, 1, "1, few units", "not measured"]]
     assert [word_of_part(claim("X6", "equal"), one(value, 0.1)) for value in (0, 3)] == [HOLDS, FAILS]
     assert word_of_part(claim("X2"), part("a", UNDEFINED)) == NOT_MEASURED
     assert report.comparisons(claim(), {"entries": []})[0][1].endswith("run notebook 01 again.")

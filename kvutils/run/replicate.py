@@ -264,7 +264,7 @@ def replicate(chosen: argparse.Namespace) -> int:
         return int(bool(failures))
     written = report.write(out)
     said = "In this small model:\n" if report.is_small(run.folder) else ""
-    print(f"\n{said}{verdict_lines(report.rows(report.read_results(run.folder), report.read_together(run.folder.parent)))}\n")
+    print(f"\n{said}{verdict_lines(report.rows(report.read_all(run.folder)))}\n")
     print(f"results: {show(run.folder)}\nfigures: {show(run.figures)}")
     print("".join(f"updated: {show(path)}\n" for path in written), end="")
     if failures:

@@ -12,7 +12,7 @@ import yaml
 from kvutils import data_folder
 from kvutils.errors import DataError
 from kvutils.run import DEFAULT, across
-from kvutils.run.verdicts import FEW_UNITS, NOT_MEASURED, PRESENT, amount, interval_of, judge, word_of_part
+from kvutils.run.verdicts import FEW_UNITS, NOT_MEASURED, PRESENT, amount, interval_of, judge, smallest_of, word_of_part
 from kvutils.store import read_json, to_json, write_text
 
 PICTURES = {"02_siglip_baseline": "02_steps", "03_input_agnostic_keys": "03_block_effects", "04_prefix": "04_prefix_effects",
@@ -56,22 +56,21 @@ def ours(line: Mapping) -> str:
     return interval_of(line) if line["low"] is None else f"{interval_of(line)} {line['unit']}"
 
 
-def comparisons(claim: Mapping, found: Mapping) -> list[tuple]:
+def comparisons(claim: Mapping, found: Mapping) -> list[list]:
     """What stands behind a verdict: rows under `COMPARISONS`, the primary one in bold, each with its own word."""
     if "primary" not in found:
-        return [(claim["id"], judge(claim, found).why, *[""] * (len(COMPARISONS) - 3), NOT_MEASURED)]
+        return [[claim["id"], judge(claim, found).why, *[""] * (len(COMPARISONS) - 3), NOT_MEASURED]]
     parts = {each["name"]: each for each in (*found.get("tasks", ()), *found["others"])}
     parts.pop(found["primary"]["name"], None)
-    lines = []
-    for one in (found["primary"], *parts.values()):
-        unit, own = one.get("unit", claim["unit"]), one is found["primary"]
-        known = one.get("smallest", claim["smallest"] if unit == claim["unit"] else None)
-        value = ours(row(claim, found)) if own else f"{interval_of(one)} {'' if one['low'] is None else unit}".strip()
-        detectable = "–" if one["detectable"] is None else f"{one['detectable']:.2g}"
-        lines.append((f"**{claim['id']}**" if own else claim["id"], f"**{one['name']}**" if own else one["name"], value,
-                      "–" if known is None else f"{known:g}", detectable, one["n"], units(one),
-                      judge(claim, found).word if own else word_of_part(claim, one)))  # fmt: skip
-    return lines
+    line = row(claim, found)
+    lines = [(claim["id"], found["primary"], ours(line), line["verdict"])]
+    for one in parts.values():
+        value = interval_of(one) if one["low"] is None else f"{interval_of(one)} {one.get('unit', claim['unit'])}"
+        lines.append((claim["id"], one, value, word_of_part(claim, one)))
+    cells = [[name, one["name"], value, (least := smallest_of(claim, one)) and f"{least:g}", one["detectable"] and f"{one['detectable']:.2g}", one["n"], units(one), word]
+             for name, one, value, word in lines]  # fmt: skip
+    cells[0][:2] = (f"**{text}**" for text in cells[0][:2])
+    return cells
 
 
 def units(one: Mapping) -> str:
@@ -79,21 +78,14 @@ def units(one: Mapping) -> str:
     return "–" if not one["units"] else f"{one['units']}, few units" if one["units"] < FEW_UNITS else f"{one['units']:,}"
 
 
-def measurement(claim: Mapping, results: Mapping[str, Mapping], together: Mapping[str, Mapping]) -> Mapping | None:
-    """What is stored of a claim: by its notebook or, without one, of several models `together`; None if it was not measured."""
-    held = together if claim["notebook"] is None else results.get(claim["notebook"], {}).get("claims", {})
-    return held.get(claim["id"])
+def measurement(claim: Mapping, results: Mapping) -> Mapping | None:
+    """What is stored of a claim, by its notebook or for several models; None if it was not measured."""
+    return results.get(claim["notebook"], {}).get("claims", {}).get(claim["id"])
 
 
-def rows(results: Mapping[str, Mapping], together: Mapping[str, Mapping] | None = None) -> list[dict]:
-    """The lines of claims.json, one per claim, from {notebook: its results} and `read_together`."""
-    return [row(claim, measurement(claim, results, together or {})) for claim in load_claims()]
-
-
-def read_together(profile: Path) -> dict[str, dict]:
-    """{claim: what was found} of the claims about all models of a profile, data/results/<profile>."""
-    folders = {path.parent for path in profile.glob("*/[0-9][0-9]_*.json")}
-    return across.measure({each.name: (read_results(each), read_results(each / "provenance")) for each in sorted(folders)}, load_claims())
+def rows(results: Mapping) -> list[dict]:
+    """The lines of claims.json, one per claim, from `read_all`."""
+    return [row(claim, measurement(claim, results)) for claim in load_claims()]
 
 
 _IN_A_CELL = str.maketrans({"|": "\\|", "<": "&lt;", "\n": "<br>"})
@@ -102,6 +94,13 @@ _IN_A_CELL = str.maketrans({"|": "\\|", "<": "&lt;", "\n": "<br>"})
 def read_results(folder: Path) -> dict[str, dict]:
     """{notebook: results} of the results files in a folder."""
     return {path.stem: read_json(path) for path in sorted(folder.glob("[0-9][0-9]_*.json"))}
+
+
+def read_all(folder: Path) -> dict:
+    """The results in data/results/<profile>/<model>, and under None the claims that all models of the profile are read for."""
+    models = sorted({path.parent for path in folder.parent.glob("*/[0-9][0-9]_*.json")})
+    together = across.measure({each.name: (read_results(each), read_results(each / "provenance")) for each in models}, load_claims())
+    return {**read_results(folder), None: {"claims": together}}
 
 
 def number(value: object) -> str:
@@ -136,14 +135,14 @@ def numbers_table(lines: list[dict]) -> str:
     cells = []
     for line in lines:
         needs = "\n".join(f"{'yes' if each['holds'] else '**no**'}: {each['reason']}" for each in line["prerequisites"]) or "–"
-        detectable = "–" if line["detectable"] is None else f"{line['detectable']:.2g} {line['unit']}"
+        detectable = line["detectable"] and f"{line['detectable']:.2g} {line['unit']}"
         effect = line["paper"] if line["effect"] is None else amount(line["effect"], "tasks" if line["kind"] == "tasks" else line["unit"])
         cells.append([line["id"], f"**{line['verdict']}**", effect, ours(line), amount(line["smallest"], line["unit"]), detectable,
-                      "–" if line["n"] is None else f"{line['n']:,}", units(line), needs])  # fmt: skip
+                      line["n"], units(line), needs])  # fmt: skip
     return markdown_table(header, cells)
 
 
-def details(lines: list[dict], results: Mapping[str, Mapping], provenance: Mapping[str, Mapping], together: Mapping[str, Mapping]) -> str:
+def details(lines: list[dict], results: Mapping, provenance: Mapping[str, Mapping]) -> str:
     """REPORT.md's other parts: the comparisons behind each verdict, the choices made, what was measured on which data; but
     not commit, versions and processor, which differ from machine to machine."""
     out = []
@@ -152,7 +151,7 @@ def details(lines: list[dict], results: Mapping[str, Mapping], provenance: Mappi
         out += [f"\n## {claim['id']}: {line['verdict']}\n", f"{claim['statement'].strip()} {paper}\n", f"**{line['why']}** {line['note']}".strip(),
                 f"\nJudged by: {claim['primary'].strip()}. Smallest effect of interest: {amount(claim['smallest'], claim['unit'])} ({claim['why']}). "
                 f"What has to hold first: {claim['needs']}."]  # fmt: skip
-        found = measurement(claim, results, together)
+        found = measurement(claim, results)
         if found and "primary" in found:
             out += ["", markdown_table(COMPARISONS[1:], [cells[1:] for cells in comparisons(claim, found)])]
     for name, found in results.items():
@@ -212,7 +211,7 @@ def readme(text: str, root: Path) -> str:
     results = read_results(root / "data" / "results" / Path(*DEFAULT))
     gallery = [f"![{name}](figures/{PICTURES.get(name, name)}.png)\n\n**{name[:2]}** {found['finding']}"
                for name, found in results.items() if found.get("finding")]
-    tables = [f"{title_of(folder)}:\n\n{table(rows(read_results(folder), read_together(folder.parent)), is_small(folder))}"
+    tables = [f"{title_of(folder)}:\n\n{table(rows(read_all(folder)), is_small(folder))}"
               for folder in result_folders(root)] or [table(rows({}), False)]  # fmt: skip
     for block, parts in {"badges": badges, "gallery": gallery, "verdicts": tables}.items():
         text = fill(text, block, "\n\n".join(parts))
@@ -223,13 +222,12 @@ def generated(root: Path) -> dict[Path, str]:
     """{path: text} of every generated file as the results under `root` make it."""
     files = {}
     for folder in result_folders(root):
-        results, provenance = read_results(folder), read_results(folder / "provenance")
-        together = read_together(folder.parent)
-        lines = rows(results, together)
+        results = read_all(folder)
+        lines = rows(results)
         files[folder / "claims.json"] = to_json(lines)
         title = f"# {'In this small model. ' if is_small(folder) else ''}{title_of(folder)}\n\n{ABOUT}\n\n"
         numbers = f"\n\n## The numbers\n\n{numbers_table(lines)}\n"
-        files[folder / "REPORT.md"] = title + table(lines, is_small(folder)) + numbers + details(lines, results, provenance, together)
+        files[folder / "REPORT.md"] = title + table(lines, is_small(folder)) + numbers + details(lines, results, read_results(folder / "provenance"))
     path = root / "README.md"
     if path.exists():  # a folder of results somewhere else has none
         files[path] = readme(path.read_text(encoding="utf-8"), root)

@@ -25,7 +25,6 @@ from scipy.stats import t as student
 NOT_MEASURED, CANNOT_APPEAR, PRESENT, OPPOSITE, ABSENT, CANNOT_TELL = (
     "not measured", "cannot appear here", "present", "opposite", "absent", "cannot tell")
 HOLDS, FAILS = "holds", "does not hold"
-VERDICTS = (NOT_MEASURED, CANNOT_APPEAR, PRESENT, OPPOSITE, ABSENT, CANNOT_TELL, HOLDS, FAILS)
 NOTHING = "Nothing has measured it yet."
 FEW_UNITS = 10  # below: "few units" is said
 LEVEL = 0.025  # one-sided, of a 95 % interval
@@ -33,7 +32,7 @@ LEVEL = 0.025  # one-sided, of a 95 % interval
 
 @dataclass(frozen=True)
 class Verdict:
-    """A word of `VERDICTS`, and one plain sentence of why, with numbers."""
+    """A word, as above, and one plain sentence of why, with numbers."""
 
     word: str
     why: str
@@ -53,11 +52,15 @@ def judge(claim: Mapping, found: Mapping | None) -> Verdict:
     return Verdict(_of_a_question(claim, verdict.word), verdict.why)
 
 
-def word_of_part(claim: Mapping, one: Mapping) -> str:
-    """The word for one comparison of a claim, or "–" where it is in a unit in which no smallest effect of interest is stated."""
-    smallest = one.get("smallest", claim["smallest"] if one.get("unit", claim["unit"]) == claim["unit"] else None)
-    if smallest is None:
-        return NOT_MEASURED if one["low"] is None else "–"
+def smallest_of(claim: Mapping, one: Mapping) -> float | None:
+    """The smallest effect of interest of a comparison: its own, or that of the claim where it is in the same unit."""
+    return one.get("smallest", claim["smallest"] if one.get("unit", claim["unit"]) == claim["unit"] else None)
+
+
+def word_of_part(claim: Mapping, one: Mapping) -> str | None:
+    """The word for one comparison of a claim; None where no smallest effect of interest is stated."""
+    if (smallest := smallest_of(claim, one)) is None:
+        return None
     return _of_a_question(claim, (unchanged if claim["kind"] == "equal" else word_of)(one, smallest))
 
 
