@@ -23,7 +23,7 @@ FLOOR = no_floor("referring", effect(0.2), "points")
 def write_model(root, name, family="llava_onevision", values=(5.0, 4.0, 6.0), reach=1.0, needs=(), added=None, accuracy=0.8, size="full", more=()):
     """The results of a model as notebooks 01, 03 and 05 leave them; values: the effects of C1, C2a and C2b, in points."""
     folder = root / "data" / "results" / "paper" / name
-    claims = {key: measured(part("mean", effect(value, reach)), prerequisites=needs) for key, value in zip(("C1", "C2a", "C2b"), values)}
+    claims = {key: measured(part("mean", effect(value, reach)), prerequisites=needs) for key, value in zip(("C1", "C2a", "C2b"), values, strict=True)}
     adds = {} if added is None else {"language_model_adds": {"mean": part("mean over the tasks", effect(added))}}
     write_json(folder / "01_value_flow.json", {"claims": claims | {key: claims["C1"] for key in more}, "parameters": {"size": size}, **adds})
     write_json(folder / "provenance" / "01_value_flow.json", {"family": family})

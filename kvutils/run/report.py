@@ -67,8 +67,8 @@ def comparisons(claim: Mapping, found: Mapping) -> list[list]:
     for one in parts.values():
         value = interval_of(one) if one["low"] is None else f"{interval_of(one)} {one.get('unit', claim['unit'])}"
         lines.append((claim["id"], one, value, word_of_part(claim, one)))
-    cells = [[name, one["name"], value, (least := smallest_of(claim, one)) and f"{least:g}", one["detectable"] and f"{one['detectable']:.2g}", one["n"], units(one), word]
-             for name, one, value, word in lines]  # fmt: skip
+    cells = [[name, one["name"], value, (least := smallest_of(claim, one)) and f"{least:g}", one["detectable"] and f"{one['detectable']:.2g}",
+              one["n"], units(one), word] for name, one, value, word in lines]  # fmt: skip
     cells[0][:2] = (f"**{text}**" for text in cells[0][:2])
     return cells
 

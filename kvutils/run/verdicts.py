@@ -25,6 +25,7 @@ from scipy.stats import t as student
 NOT_MEASURED, CANNOT_APPEAR, PRESENT, OPPOSITE, ABSENT, CANNOT_TELL = (
     "not measured", "cannot appear here", "present", "opposite", "absent", "cannot tell")
 HOLDS, FAILS = "holds", "does not hold"
+VERDICTS = (NOT_MEASURED, CANNOT_APPEAR, PRESENT, OPPOSITE, ABSENT, CANNOT_TELL, HOLDS, FAILS)
 NOTHING = "Nothing has measured it yet."
 FEW_UNITS = 10  # below: "few units" is said
 LEVEL = 0.025  # one-sided, of a 95 % interval
@@ -32,7 +33,7 @@ LEVEL = 0.025  # one-sided, of a 95 % interval
 
 @dataclass(frozen=True)
 class Verdict:
-    """A word, as above, and one plain sentence of why, with numbers."""
+    """A word of `VERDICTS`, and one plain sentence of why, with numbers."""
 
     word: str
     why: str
