@@ -20,10 +20,10 @@ from kvutils.datasets.pocket.choices import SUBTASKS
 from kvutils.datasets.pocket.world import draw_mark
 from kvutils.datasets.samples import MultipleChoice
 from kvutils.errors import DataError, ParameterError
-from kvutils.metrics.statistics import choosing_half
+from kvutils.metrics.statistics import Halves
 from kvutils.store import Parts
 from kvutils.tasks import blink_interventions, blink_tables, choices
-from kvutils.tasks.blink_interventions import DECIDES, GATE, HEADLINE, Evidence, add_values, choose_weight, interventions
+from kvutils.tasks.blink_interventions import DECIDES, GATE, HEADLINE, Evidence, add_values, choose_weight, claim_x5, interventions
 from kvutils.tasks.blink_tables import CELLS, claim_c8, describe_example, describe_table, table_of_two
 from kvutils.tasks.choices import UNRESOLVED, ChoiceTable, check_items, read_items, said, score_options, some_items
 from kvutils.tasks.value_readouts import mean_similarity, point_similarity, style_similarity
@@ -214,8 +214,10 @@ def test_a_stopped_run_goes_on_and_gives_the_same(items, mlm, tmp_path, monkeypa
 
 
 def table_of(model, sources, options=2, subtask="Art_Style") -> ChoiceTable:
-    """model, sources[name] (n,) bool: who is right; wrong answers are the option after the right one."""
+    """model, sources[name] (n,) bool: who is right; wrong answers are the option after the right one. A layer 0 that never is, unless
+    it is given."""
     n = len(model)
+    sources = {"value.0": np.zeros(n, bool)} | sources
     gold = np.arange(n) % options
 
     def scores(right) -> np.ndarray:
@@ -231,8 +233,8 @@ def table_of(model, sources, options=2, subtask="Art_Style") -> ChoiceTable:
 def test_two_by_two_with_both_denominators():
     value = np.array([1, 1, 1, 1, 1, 0, 0, 0, 0, 0], bool)
     model = np.array([1, 0, 0, 0, 1, 1, 0, 0, 0, 0], bool)
-    table = table_of(model, {"value.0": value}, options=4)
-    found = table_of_two(table, table.says("value.0"), n_boot=400)
+    table = table_of(model, {"value.1": value}, options=4)
+    found = table_of_two(table, table.says("value.1"), n_boot=400)
     # The readout says 0 1 2 3 0 2 3 0 1 2; the model misses items whose answers are 1 2 3 2 3 0 1.
     guess = (3 * 1 + 2 * 2 + 3 * 2 + 2 * 2) / 100
     assert found["counts"] == {"both": 2, "value_only": 3, "model_only": 1, "neither": 4} and found["errors"] == 7
@@ -242,50 +244,51 @@ def test_two_by_two_with_both_denominators():
         assert found[f"at_{name}"]["mean"] == pytest.approx(level)
         assert found[f"above_{name}"]["mean"] == pytest.approx(0.3 - level)
     assert found["above_chance"]["low"] < found["above_chance"]["mean"] < found["above_chance"]["high"]
-    right = table_of(np.ones(12, bool), {"value.0": np.ones(12, bool)})  # no errors: no share of them
+    right = table_of(np.ones(12, bool), {"value.1": np.ones(12, bool)})  # no errors: no share of them
     found = table_of_two(right, right.gold, n_boot=50)
-    assert found["of_errors"] == {"mean": None, "low": None, "high": None, "n": 0} and found["shares"]["value_only"]["mean"] == 0
+    undefined = dict.fromkeys(("mean", "low", "high", "error"))
+    assert found["of_errors"] == undefined | {"n": 0, "units": 12} and found["shares"]["value_only"]["mean"] == 0
 
 
 def test_opposite_preferences_are_not_knowledge(verdict):
     """A model that always says one option and a readout that always says the other: chance is passed, guessing is not."""
-    table = table_of(np.zeros(200, bool), {"value.0": np.zeros(200, bool)})
+    table = table_of(np.zeros(200, bool), {"value.1": np.zeros(200, bool)})
     table.said[:] = 1
     table.scores[..., 0], table.scores[..., 1] = 1.0, 0.0
     described = describe_table(table, n_boot=200)
-    held_out = described["held_out"]
-    assert held_out["above_chance"]["low"] > 0.15 and held_out["value_accuracy"]["low"] < 0.5 < held_out["value_accuracy"]["high"]
-    assert held_out["above_guess"]["mean"] == pytest.approx(0, abs=1e-9) and described["chosen"]["said"] == [200, 0]
-    assert verdict("C8", claim_c8({"Art_Style": described})) == "inconclusive"
+    found = described["table"]
+    assert found["above_chance"]["low"] > 0.15 and found["value_accuracy"]["low"] < 0.5 < found["value_accuracy"]["high"]
+    assert found["above_guess"]["mean"] == pytest.approx(0, abs=1e-9) and described["said"] == [200, 0]
+    assert verdict("C8", claim_c8({"Art_Style": described})) == "absent"
 
 
 @pytest.mark.parametrize("form", ["{}", "({})", "{}.", "({}).", "{})", "{}. the image", "Answer: {}", "**{}**", "?"])
 def test_c8_and_x5_do_not_depend_on_how_the_letter_is_written(items, verdict, form):
     """A model that is right on every item: nothing is hidden, and nothing can be gained."""
-    table = table_of(np.ones(200, bool), {"value.0": np.random.default_rng(0).random(200) < 0.8})
+    table = table_of(np.ones(200, bool), {"value.1": np.random.default_rng(0).random(200) < 0.8})
     item = replace(items[0], options=("(A)", "(B)"))
     table.said[:] = [said(item, form.format("AB"[gold])) for gold in table.gold]
     described, surfaced = describe_table(table, 200), interventions(table, 200)
-    c8, x5 = claim_c8({"Art_Style": described}), blink_interventions.claim_x5({"Art_Style": surfaced}, 200)
-    read = form != "?"  # nothing can be read: nothing is claimed
-    assert (c8["value"], x5["value"]) == ((0, 0) if read else (None, None))
-    assert verdict("X5", x5) == "inconclusive" and verdict("C8", c8) in ("not reproduced", "inconclusive")
-    assert ("reason" in c8, "reason" in x5, described["model"]["unresolved"]["mean"]) == ((False, False, 0) if read else (True, True, 1))
-    assert described["held_out"]["by_option_scores"]["shares"]["value_only"]["mean"] == 0
+    c8, x5 = claim_c8({"Art_Style": described}), claim_x5({"Art_Style": surfaced})
+    read = form != "?"  # nothing can be read: nothing is claimed, not even a ceiling
+    for name, claim in (("C8", c8), ("X5", x5)):
+        assert verdict(name, claim) == ("cannot appear here" if read else "not measured")
+        why = claim["prerequisites"][0]["reason"] if read else claim["primary"]["reason"]
+        assert why == ("errors of the model: art style 0 in 200 answers; 20 are needed" if read else "art style (no answer names an option)")
+    assert described["model"]["unresolved"]["mean"] == (not read) and described["by_option_scores"]["shares"]["value_only"]["mean"] == 0
 
 
 def test_unresolved_answers_are_counted_and_in_no_cell():
     right = np.ones(20, bool)
-    table = table_of(right, {"value.0": right})
+    table = table_of(right, {"value.1": right})
     table.said[:5] = UNRESOLVED
     found = describe_table(table, n_boot=50)
     assert found["model"]["unresolved"]["mean"] == 0.25 and found["model"]["accuracy"]["mean"] == 0.75
     assert found["model"]["option_scores"]["mean"] == 1 and found["model"]["said"]["-1"] == 5
-    n = int((~choosing_half(table.ids))[5:].sum())
-    held_out, without = found["held_out"], table_of_two(some_items(table, table.resolved), table.gold[5:], n_boot=50)
-    assert held_out["counts"] == {"both": n, "value_only": 0, "model_only": 0, "neither": 0} and held_out["errors"] == 0
-    assert held_out["n"] == held_out["shares"]["both"]["n"] == n and held_out["unresolved"] == 10 - n
-    assert held_out["by_option_scores"]["n"] == 10 and found["cross_validated"]["shares"]["both"] == without["shares"]["both"]
+    all_of_it, without = found["table"], table_of_two(some_items(table, table.resolved), table.gold[5:], n_boot=50)
+    assert all_of_it["counts"] == {"both": 15, "value_only": 0, "model_only": 0, "neither": 0} and all_of_it["errors"] == 0
+    assert all_of_it["n"] == all_of_it["shares"]["both"]["units"] == 15 and all_of_it["unresolved"] == 5
+    assert found["by_option_scores"]["n"] == 20 and all_of_it["shares"]["both"] == without["shares"]["both"]
     assert found["model"]["option_mass"]["mean"] == pytest.approx(np.exp(-1) + np.exp(-2)) and found["model"]["warnings"] == []
     table.option_scores[:] -= 1  # the model would say something else
     assert "Art_Style".replace("_", " ").lower() in describe_table(table, n_boot=5)["model"]["warnings"][0]
@@ -293,64 +296,83 @@ def test_unresolved_answers_are_counted_and_in_no_cell():
     half = uncertain()
     half.said[np.arange(400) % 3 == 0] = UNRESOLVED
     some = interventions(half, n_boot=50)
-    report = ~choosing_half(half.ids) & half.resolved
-    assert some["n"] == report.sum() and some["unresolved"] == 200 - report.sum()
-    assert some["model"]["mean"] == pytest.approx(half.model_right[report].mean())
-    assert some["changes"][DECIDES]["accuracy"]["mean"] == pytest.approx(half.right(some["source"])[report].mean())
+    assert (some["n"], some["unresolved"], some["errors"]) == (266, 134, half.model_wrong.sum())
+    assert some["model"]["mean"] == pytest.approx(half.model_right[half.resolved].mean())
+    assert some["changes"][DECIDES]["accuracy"]["mean"] == pytest.approx(half.right("value.1")[half.resolved].mean())
     assert some["changes"][GATE]["accuracy"]["mean"] == 1 and some["changes"][GATE]["change"]["n"] == some["n"]
 
 
 def test_official_scores_and_the_telling_item():
     value, model = np.ones(12, bool), np.arange(12) % 3 > 0
-    table = table_of(model, {"value.0": value})
+    table = table_of(model, {"value.1": value})
     table.said[1] = UNRESOLVED
-    found = blink_tables.official_scores({"Art_Style": table, "b": table_of(value, {"value.0": value})})
+    found = blink_tables.official_scores({"Art_Style": table, "b": table_of(value, {"value.1": value})})
     assert found["accuracy"] == {"Art_Style": 7 / 12, "b": 1, "Total": pytest.approx(19 / 24)}
     assert found["unresolved"] == {"Art_Style": 1 / 12, "b": 0}
-    reported = [i for i in range(12) if not choosing_half(table.ids)[i]]
-    wrong = [i for i in reported if i % 3 == 0]
-    assert blink_tables.telling_item(table, "value.0") == table.ids[wrong[0]]
-    assert blink_tables.telling_item(table_of(value, {"value.0": value}), "value.0") == table.ids[reported[0]]
+    assert blink_tables.telling_item(table) == (table.ids[0], "value.1")  # 1 is not resolved
+    assert blink_tables.telling_item(table_of(value, {"value.1": value})) == (table.ids[0], "value.1")
+    assert blink_tables.telling_item(table_of(np.arange(12) != 7, {"value.1": value}))[0] == table.ids[7]
 
 
-def test_the_layer_is_chosen_on_one_half_and_reported_on_the_other():
+def test_the_layer_is_chosen_on_each_half_and_read_on_the_other():
     n = 80
-    choosing = choosing_half([f"Art_Style-{i}" for i in range(n)])
-    always, never = np.ones(n, bool), np.zeros(n, bool)
-    # value.0 is right only where layers are chosen; value.1 everywhere else, and on three choosing items in four.
-    sources = {"pixels": never, "value.0": choosing, "value.1": ~choosing | (np.arange(n) % 4 > 0), "untrained.value.0": always}
+    halves = Halves.of([f"Art_Style-{i}" for i in range(n)])
+    always, never, second = np.ones(n, bool), np.zeros(n, bool), halves.second
+    # Each layer is right in one half only, which chooses it, so that it is read on the other: never right. Layer 0 is never chosen.
+    sources = {"pixels": never, "value.0": always, "value.1": second, "value.2": ~second, "untrained.value.0": never, "untrained.value.1": always}
     table = table_of(never, sources)
     found = describe_table(table, n_boot=50)
-    assert found["chosen"]["source"] == "value.0" and found["chosen"]["accuracy_where_chosen"] == 1
-    assert found["held_out"]["n"] == (~choosing).sum() and found["held_out"]["shares"]["value_only"]["mean"] == 0
-    assert found["held_out"]["others"]["untrained.value.0"]["values_minus_this"]["mean"] == -1
-    assert set(found["held_out"]["others"]) == {"pixels", "untrained.value.0"}
-    # Over all items, and so in cross-validation, value.1 is the better layer.
-    assert set(found["cross_validated"]["layers"]) == {"value.1"} and found["cross_validated"]["n"] == n
-    assert found["cross_validated"]["value_accuracy"]["mean"] == pytest.approx(sources["value.1"].mean())
-    assert blink_tables.choose_layer(table, ~choosing) == "value.1"
-    # Nothing that is reported on the held-out half changes what is chosen.
-    table.scores[~choosing] = 0
-    assert describe_table(table, n_boot=20)["chosen"]["source"] == "value.0"
-    with pytest.raises(ParameterError, match="3 independent items are too few .* at least 4"):
-        describe_table(table_of(never[:3], {"value.0": never[:3]}))
+    assert found["layers"] == [1, 2] and found["table"]["n"] == n and found["table"]["shares"]["value_only"]["mean"] == 0
+    assert found["others"]["untrained.value"]["values_minus_this"]["mean"] == -1 and found["others"]["untrained.value"]["layers"] == [1, 1]
+    assert set(found["others"]) == {"pixels", "value.0", "untrained.value"} and found["others"]["value.0"]["counts"]["value_only"] == n
+    # Nothing that is reported on a half changes what is read there.
+    table.scores[second] = 0
+    assert describe_table(table, n_boot=20)["layers"][1] == found["layers"][1]
+    with pytest.raises(ParameterError, match="at least 4 independent units, two in each half, found 3"):
+        describe_table(table_of(never[:3], {"value.1": never[:3]}))
 
 
-@pytest.mark.parametrize("value, expected", [(1.0, "reproduced"), (0.5, "inconclusive"), (0.1, "not reproduced")])
+def chosen_right(share: float, n: int, subtask: str, wrong: float = 1.0) -> ChoiceTable:
+    """A readout that is right on exactly this share, and a model wrong on another, of each half of n items."""
+    random, right, model = np.random.default_rng(3), np.zeros(n, bool), np.ones(n, bool)
+    second = Halves.of([f"{subtask}-{i}" for i in range(n)]).second
+    for members in map(np.flatnonzero, (second, ~second)):
+        right[random.permutation(members)[: round(share * len(members))]] = True
+        model[random.permutation(members)[: round(wrong * len(members))]] = False
+    return table_of(model, {"value.1": right}, subtask=subtask)
+
+
+@pytest.mark.parametrize("value, expected", [(1.0, "present"), (0.54, "cannot tell"), (0.1, "opposite")])
 def test_c8_compares_with_a_readout_at_chance(verdict, value, expected):
-    random = np.random.default_rng(3)
-    described = {}
-    for subtask in ("Art_Style", "Visual_Similarity"):
-        right = np.zeros(200, bool)
-        half = choosing_half([f"{subtask}-{i}" for i in range(200)])
-        for members in (half, ~half):  # exactly this share right in each half
-            index = np.flatnonzero(members)
-            right[random.permutation(index)[: round(value * len(index))]] = True
-        described[subtask] = describe_table(table_of(np.zeros(200, bool), {"value.0": right}, subtask=subtask), n_boot=200)
+    names = ("Art_Style", "Visual_Similarity")
+    described = {name: describe_table(chosen_right(value, 200, name), n_boot=200) for name in names}
     claim = claim_c8(described)
-    assert verdict("C8", claim) == expected and len(claim["entries"]) == 2
-    assert claim["value"] == pytest.approx(100 * value) and claim["n"] == 100
-    assert claim["entries"][0]["value"] == pytest.approx(100 * (value - 0.5), abs=3)  # the readout's options are not quite even
+    assert verdict("C8", claim) == expected and claim["primary"]["name"] == "art style: value right, model wrong, minus guess"
+    assert claim["size"]["value"] == pytest.approx(100 * value) and claim["primary"]["n"] == claim["primary"]["units"] == 200
+    assert claim["primary"]["value"] == pytest.approx(100 * (value - 0.5), abs=3)  # the readout's options are not quite even
+    named = {each["name"]: each["value"] for each in claim["others"]}
+    assert named["visual similarity: of the model's errors"] == pytest.approx(100 * value) and len(named) == 2 * 5
+    assert claim["note"].startswith(f"Above guessing on {2 * (value == 1)} of 2 subtasks (art style {claim['primary']['value']:+.1f}, ")
+
+
+def test_where_art_style_is_at_the_ceiling_the_other_subtasks_speak(verdict):
+    tables = {"Art_Style": chosen_right(0.9, 200, "Art_Style", wrong=0.09), "Visual_Similarity": chosen_right(0.9, 400, "Visual_Similarity"),
+              "Semantic_Correspondence": chosen_right(0.7, 200, "Semantic_Correspondence")}  # fmt: skip
+    described, surfaced = ({name: use(table, 200) for name, table in tables.items()} for use in (describe_table, interventions))
+    c8, x5 = claim_c8(described), claim_x5(surfaced)
+    speaking = "mean of visual similarity, semantic correspondence"
+    assert c8["primary"]["name"] == f"{speaking}: value right, model wrong, minus guess" and c8["size"]["value"] == pytest.approx(80)
+    assert x5["primary"]["name"] == f"{speaking}: value added minus the model" and x5["primary"]["value"] == pytest.approx(80)
+    assert (verdict("C8", c8), verdict("X5", x5)) == ("present", "holds") and "art style (18 errors of the model in 200 answers)" in x5["note"]
+    ceiling = {"Art_Style": described["Art_Style"]}
+    assert verdict("C8", claim_c8(ceiling)) == verdict("X5", claim_x5({"Art_Style": surfaced["Art_Style"]})) == "cannot appear here"
+    # Of three subtasks one cannot be read: it is named, and no ceiling.
+    tables["Visual_Similarity"].said[:] = UNRESOLVED
+    described["Visual_Similarity"] = describe_table(tables["Visual_Similarity"], 200)
+    c8 = claim_c8(described)
+    assert c8["primary"]["name"].startswith("semantic correspondence: ")
+    (silent,) = (each for each in c8["others"] if each["name"].startswith("visual similarity"))
+    assert silent["reason"] == "no answer names an option" and "50.0 % of the answers name no option" in c8["note"]
 
 
 def uncertain(n=400) -> ChoiceTable:
@@ -358,7 +380,7 @@ def uncertain(n=400) -> ChoiceTable:
     random = np.random.default_rng(0)
     model = random.random(n) < 0.6
     value = np.where(model, random.random(n) < 0.7, True)
-    table = table_of(model, {"pixels": random.random(n) < 0.5, "value.0": value})
+    table = table_of(model, {"pixels": random.random(n) < 0.5, "value.1": value})
     table.option_scores[:] = np.where(model[:, None], 5 * table.option_scores, 0.2 * table.option_scores)
     return table
 
@@ -371,22 +393,23 @@ def test_a_gate_that_can_help_helps_and_costs_nothing_and_others_do_not_help():
     for each in found["changes"].values():
         assert each["change"]["mean"] == pytest.approx(each["gained"]["mean"] - each["lost"]["mean"])
     either, scores = found["changes"]["either right"], found["changes"]["option scores alone"]
-    assert either["accuracy"]["mean"] == 1 and scores["change"]["mean"] == 0 and found["weight"] > 0 and found["n"] == 200
+    assert either["accuracy"]["mean"] == 1 and scores["change"]["mean"] == 0 and min(found["weights"]) > 0 and found["n"] == 400
     assert found["others"]["pixels"]["mean"] < found["changes"][HEADLINE]["change"]["mean"]
     random = np.random.default_rng(1)  # values that know nothing
-    found = interventions(table_of(random.random(400) < 0.8, {"value.0": random.random(400) < 0.5}), n_boot=300)
+    found = interventions(table_of(random.random(400) < 0.8, {"value.1": random.random(400) < 0.5}), n_boot=300)
     assert found["changes"][GATE]["change"]["high"] <= 0.02 and found["changes"][HEADLINE]["change"]["high"] <= 0.02
     assert found["changes"][DECIDES]["change"]["high"] < 0 and found["changes"][DECIDES]["cost"]["low"] > 0.3
 
 
-def test_what_is_reported_fits_nothing():
+def test_no_half_fits_what_is_read_on_it():
     table = uncertain()
-    held_out = ~choosing_half(table.groups)
+    second = Halves.of(table.groups).second
     before = interventions(table, n_boot=20)
-    table.scores[held_out] *= -1  # there, the readout now says the opposite
+    table.scores[second] *= -1  # there, the readout now says the opposite
     after = interventions(table, n_boot=20)
-    assert (after["source"], after["weight"]) == (before["source"], before["weight"])
-    assert after["changes"][DECIDES]["accuracy"]["mean"] == pytest.approx(1 - before["changes"][DECIDES]["accuracy"]["mean"])
+    assert (after["layers"][1], after["weights"][1]) == (before["layers"][1], before["weights"][1]) and after["weights"][0] != before["weights"][0]
+    right = table.right("value.1")  # decides: as it now is on the second half, and as it was on the first
+    assert after["changes"][DECIDES]["accuracy"]["mean"] == pytest.approx(right.mean()) and before["changes"][DECIDES]["accuracy"]["mean"] > 0.8
 
 
 def test_weights_and_scores_by_hand():
@@ -398,7 +421,7 @@ def test_weights_and_scores_by_hand():
     assert choose_weight(found, np.array([False, True])) == 0.0  # nothing to gain
     table = uncertain(n=40)
     fit = np.arange(40) < 20
-    seen = blink_interventions.evidence(table, "value.0", fit)
+    seen = blink_interventions.evidence(table, "value.1", fit)
     assert seen.value[fit].std() == pytest.approx(1) and np.allclose(seen.model.mean(axis=1), 0)
 
 
@@ -415,36 +438,36 @@ def test_a_gate_without_two_kinds_of_disagreement_trusts_one_side():
         assert blink_interventions.fit_gate(found, np.ones(4, bool))(found).tolist() == expected
 
 
-@pytest.mark.parametrize("helps, expected", [(True, "reproduced"), (None, "inconclusive"), (False, "not reproduced")])
+@pytest.mark.parametrize("helps, expected", [(True, "holds"), (None, "does not hold"), (False, "opposite")])
 def test_x5_is_the_mean_change_over_subtasks(verdict, helps, expected):
-    found = {name: interventions(uncertain(n), n_boot=50) for name, n in (("Art_Style", 400), ("b", 80))}
+    found = {name: interventions(uncertain(n), n_boot=50) | {"title": name} for name, n in (("a", 400), ("b", 80))}
+    changes = [each["changes"][HEADLINE]["change"] for each in found.values()]
     if helps is not True:  # a chosen weight can fall back to 0, so what is not so is put in by hand
-        for each in found.values():
-            each["differences"][HEADLINE] = [0 if helps is None else -(i % 2) for i in range(each["n"])]
-    claim = blink_interventions.claim_x5(found, n_boot=200)
-    assert verdict("X5", claim) == expected and claim["n"] == 240 and len(claim["entries"]) == 2 * 3  # interventions
-    if helps:  # subtasks weigh alike, however many items they have
-        means = [each["changes"][HEADLINE]["change"]["mean"] for each in found.values()]
-        assert claim["value"] == pytest.approx(np.mean(means)) and means[0] != means[1]
+        for change in changes:
+            change |= {"mean": 0, "low": 0, "high": 0, "error": 0} if helps is None else {"mean": -change["mean"], "low": -change["high"]}
+    claim = claim_x5(found)
+    assert verdict("X5", claim) == expected and claim["primary"]["n"] == 480 and len(claim["others"]) == 2 * 5
+    assert claim["primary"]["value"] == pytest.approx(100 * np.mean([each["mean"] for each in changes]))  # subtasks weigh alike
+    assert found["a"]["beyond_scores"]["mean"] == pytest.approx(found["a"]["changes"][HEADLINE]["accuracy"]["mean"] - found["a"]["model"]["mean"])
 
 
 def test_figures_need_only_the_results_file(items, redraw):
     random = np.random.default_rng(0)
     described, surfaced, examples = {}, {}, {}
-    names = "pixels encoder_original encoder projector value.0 value.1 alone.value.0 untrained.value.0".split()
+    names = "pixels encoder_original encoder projector value.1 value.1 alone.value.1 untrained.value.1".split()
     for subtask, options in (("Art_Style", 2), ("Semantic_Correspondence", 4)):
         table = table_of(random.random(60) < 0.6, {name: random.random(60) < 0.6 for name in names}, options, subtask)
         described[subtask], surfaced[subtask] = describe_table(table, n_boot=50), interventions(table, n_boot=50)
         item = next(each for each in items if each.subtask == subtask)
         table.ids[0] = item.id
-        examples[subtask] = describe_example(item, table, described[subtask]["chosen"]["source"])
+        examples[subtask] = describe_example(item, table, "value.1")
     results = {"subtasks": described, "interventions": surfaced, "examples": examples, "method": examples["Art_Style"]}
     figures = redraw("05_blink_gap", results)
     assert {name.removeprefix("05_") for name in figures} == {
         "example_art_style", "example_semantic_correspondence", "interventions", "method", "readouts", "sources",
         "two_by_two"}  # fmt: skip
     texts = [text.get_text() for axis in figures["05_two_by_two"].axes for text in axis.texts]
-    counts = [each["held_out"]["counts"][cell] for each in described.values() for cell in CELLS]
+    counts = [each["table"]["counts"][cell] for each in described.values() for cell in CELLS]
     assert [int(text.split("\n")[0]) for text in texts] == counts
     left = figures["05_interventions"].axes[0]
     drawn = [line.get_xdata()[0] for line in left.lines if line.get_marker() == "^"]

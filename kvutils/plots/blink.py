@@ -2,7 +2,7 @@
 
 import string
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -17,6 +17,7 @@ READING_STYLE = {  # family of sources -> colour, line, marker, label
     "alone.value": (COLOURS[1], "--", "s", "values, each image alone"),
     "untrained.value": (COLOURS[7], ":", "^", "values, untrained model"),
 }
+SOURCES = {**{family: each[3] for family, each in READING_STYLE.items()}, "value.0": "first value projection", **dict(reversed(BEFORE.items()))}
 READOUT_LABELS = {
     "style": "style statistics (mean and Gram)", "mean": "mean token", "point": "token at the point",
     "around": "3 x 3 tokens at the point",
@@ -33,13 +34,13 @@ INTERVENTION_STYLE = {  # -> colour, marker, label
 @styled
 def readout_curves(subtasks: Mapping[str, Mapping]) -> Figure:
     """Accuracy of the readouts along the data flow beside the model's, with 95 % bands; a column per subtask, a row per
-    readout (the first row has the readout that the claims are about).
+    readout (the first row has the readout that the claims are about, and the layers that were chosen, each on one half).
     """
     subtasks = style.in_order(subtasks, ORDER)
     rows = max(len(each["readouts"]) for each in subtasks.values())
     figure, axes = plt.subplots(rows, len(subtasks), figsize=(4.4 * len(subtasks), 3.1 * rows + 0.5), squeeze=False, sharey="col")
     for column, found in zip(axes.T, subtasks.values(), strict=True):
-        names = [found["chosen"]["readout"], *(name for name in found["readouts"] if name != found["chosen"]["readout"])]
+        names = [found["readout"], *(name for name in found["readouts"] if name != found["readout"])]
         for axis, name in zip(column, names, strict=False):
             offset = along_the_flow(axis, found["readouts"][name], READING_STYLE)
             accuracy = found["model"]["accuracy"]
@@ -49,38 +50,37 @@ def readout_curves(subtasks: Mapping[str, Mapping]) -> Figure:
             also = "" if name == names[0] else "also measured: "
             axis.set(ylim=(0, 1.02), title=f"{found['title']} ({found['n']} items)\n{also}{READOUT_LABELS[name]}")
         column[-1].set_xlabel("before the language model  |  layer")
-        chosen = int(found["chosen"]["source"].rsplit(".", 1)[1])
-        column[0].axvline(chosen + offset, color=COLOURS[0], lw=6, alpha=0.12)
+        for layer in set(found["layers"]):
+            column[0].axvline(layer + offset, color=COLOURS[0], lw=6, alpha=0.12)
     for axis in axes[:, 0]:
         axis.set_ylabel("accuracy (share of items)")
     more = {"before the language model": style.BEFORE_HANDLE,
-            "layer chosen on one half of the items": plt.Line2D([], [], color=COLOURS[0], lw=6, alpha=0.25)}  # fmt: skip
+            "layer chosen on one half of the items, read on the other": plt.Line2D([], [], color=COLOURS[0], lw=6, alpha=0.25)}  # fmt: skip
     legend_below(figure, axes.flat, more, ncols=3)
     return figure
 
 
 @styled
 def tables_of_two(subtasks: Mapping[str, Mapping]) -> Figure:
-    """Value right or wrong by model right or wrong, on the items that did not choose the layer."""
+    """Value right or wrong by model right or wrong, over all items, each read at the layer that the other half has chosen."""
     subtasks = style.in_order(subtasks, ORDER)
     figure, axes = panels(len(subtasks), len(subtasks), 4.2, 4.0)
     for axis, found in zip(axes, subtasks.values(), strict=True):
-        held_out = found["held_out"]
+        table = found["table"]
         cells = np.array((("both", "value_only"), ("model_only", "neither")))
-        shares = np.array([[held_out["shares"][name]["mean"] for name in row] for row in cells], dtype=float)  # NaN: undefined
+        shares = np.array([[table["shares"][name]["mean"] for name in row] for row in cells], dtype=float)  # NaN: undefined
         axis.imshow(shares, cmap="Blues", vmin=0, vmax=1.3)
         for (y, x), name in np.ndenumerate(cells):
-            text = f"{held_out['counts'][name]}\n" + "\n".join(_percent(held_out["shares"][name]))
+            text = f"{table['counts'][name]}\n" + "\n".join(_percent(table["shares"][name]))
             weight, colour = "bold" if name == "value_only" else "normal", "white" if shares[y, x] > 0.75 else "black"
             axis.text(x, y, text, ha="center", va="center", fontsize=10, weight=weight, color=colour)
         axis.set_xticks((0, 1), ("model right", "model wrong"))
         axis.set_yticks((0, 1), ("value\nright", "value\nwrong"))
         axis.grid(False)
-        layer = found["chosen"]["source"].rsplit(".", 1)[1]
-        chance = f"by guessing: {_percent(held_out['at_guess'])[0]} of these items"
-        unread = f"; {held_out['unresolved']} more unresolved" if held_out["unresolved"] else ""
-        axis.set_title(f"{found['title']}, values of layer {layer}\n{held_out['n']} items that did not choose the layer{unread}")
-        axis.set_xlabel(f"value right, model wrong:\n{_of_errors(held_out['of_errors'])}\n{chance}")
+        chance = f"by guessing: {_percent(table['at_guess'])[0]} of these items"
+        unread = f"; {table['unresolved']} more unresolved" if table["unresolved"] else ""
+        axis.set_title(f"{found['title']}, values of {style.layers_text(found['layers'])}\n{table['n']} items{unread}")
+        axis.set_xlabel(f"value right, model wrong:\n{_of_errors(table['of_errors'])}\n{chance}")
     figure.supxlabel("in the cells: number of items, share of them [95 % interval]", fontsize=8)
     return figure
 
@@ -106,34 +106,29 @@ def shares_by_source(subtasks: Mapping[str, Mapping]) -> Figure:
     subtasks = style.in_order(subtasks, ORDER)
     figure, axes = panels(len(subtasks), len(subtasks), 3.3 + 2.6 / len(subtasks), 3.5, sharex=True)
     for place, (axis, found) in enumerate(zip(axes, subtasks.values(), strict=True)):
-        others = found["held_out"]["others"]
-        layered = sorted(source for source in others if source not in BEFORE)
-        tables = {found["chosen"]["source"]: found["held_out"]} | style.in_order(others, [*layered, *reversed(BEFORE)])
+        tables = {"value": found["table"] | {"layers": found["layers"]}} | style.in_order(found["others"], SOURCES)
         points = []
         for row, (source, each) in enumerate(tables.items()):
-            colour, _, marker, _ = READING_STYLE.get(source.rpartition(".")[0], ("black", "", "D", ""))
+            colour, _, marker, _ = READING_STYLE.get(source, ("black", "", "D", ""))
             points.append((row, each["shares"]["value_only"], colour, marker, None))
             label = None if row else "by guessing, options as often as this readout"
             guess = np.nan if each["at_guess"]["mean"] is None else each["at_guess"]["mean"]
             axis.plot(guess, row, "|", ms=16, mew=2, color=COLOURS[3], label=label)
-        forest(axis, points, [_label(source, place == 0) for source in tables], zero=False)
-        axis.set(title=f"{found['title']}\n{found['held_out']['n']} items", xlabel="share of these items")
+        forest(axis, points, [_label(source, each.get("layers"), place == 0) for source, each in tables.items()], zero=False)
+        axis.set(title=f"{found['title']}\n{found['table']['n']} items", xlabel="share of these items")
     legend_below(figure, axes[:1])
-    figure.suptitle("Readout right, model wrong, with 95 % intervals (layers chosen on the other half of the items)", fontsize=10)
+    figure.suptitle("Readout right, model wrong, with 95 % intervals (layers chosen on one half, read on the other)", fontsize=10)
     return figure
 
 
-def _label(source: str, first: bool) -> str:
-    """In the first column in full, in the others what differs there: the layer."""
-    family, _, layer = source.rpartition(".")
-    if family not in READING_STYLE:
-        return BEFORE[source] if first else ""
-    return f"{READING_STYLE[family][3]}, layer {layer}" if first else f"layer {layer}"
+def _label(source: str, layers: Sequence[int] | None, first: bool) -> str:
+    """In the first column in full, in the others what differs there: the layers."""
+    return ", ".join([SOURCES[source]] * first + ([] if layers is None else [style.layers_text(layers)]))
 
 
 @styled
 def intervention_effects(found: Mapping[str, Mapping]) -> Figure:
-    """What each way to surface the readout changes, and what it costs, on the items that fitted nothing."""
+    """What each way to surface the readout changes, and what it costs, each item by what was fitted on the other half."""
     rows = [(task, name) for task in style.in_order(found, ORDER) for name in INTERVENTION_STYLE if name in found[task]["changes"]]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 0.36 * len(rows) + 1.5), sharey=True, width_ratios=(1.5, 1))
     firsts = [row for row, (task, _) in enumerate(rows) if row == 0 or rows[row - 1][0] != task]

@@ -4,13 +4,13 @@
     value added      option log-probabilities plus a weight times the standardised readout score
     learned gate     where the two disagree, a logistic regression on both margins says whom to trust
 
-Layer, weight and gate are fitted on one half of the items and reported on the other, against the model's own answers where
-these name an option.
+Layer (from 1 on), weight and gate are fitted on each half of the items and read on the other, so that every item is used and none
+has fitted its own; against the model's own answers where these name an option.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,13 +18,15 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from kvutils.metrics.statistics import UNDEFINED, Interval, bootstrap_ci, column_ratio, ratio
-from kvutils.tasks.blink_tables import UNREAD, choose_layer, halves, other_sources
+from kvutils.metrics.effects import measured
+from kvutils.metrics.statistics import Halves, ratio, resample
+from kvutils.tasks.blink_tables import Subtasks, choose_layers, layers_of, other_sources
 from kvutils.tasks.choices import UNRESOLVED, ChoiceTable, some_items
 
 WEIGHTS = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # nats per standard deviation of the readout
 DECIDES, ADDED, GATE = "value decides", "value added", "learned gate"
 INTERVENTIONS = (DECIDES, ADDED, GATE)
+SCORES, EITHER = "option scores alone", "either right"
 HEADLINE = ADDED  # set before anything was measured: it can fall back to the model (weight 0) and needs no second model
 
 
@@ -80,69 +82,60 @@ def _margins(found: Evidence) -> np.ndarray:
     return np.stack([each[:, -1] - each[:, -2] for each in ordered], axis=1)
 
 
+def surface(table: ChoiceTable, halves: Halves, sources: Sequence[str]) -> tuple[dict[str, np.ndarray], list[float]]:
+    """name -> (n,) answers of each intervention, and the two weights: those of a half by the source that is named for it, with what was
+    fitted on the other."""
+    answers = {name: np.zeros(len(table), dtype=int) for name in (*INTERVENTIONS, SCORES, EITHER)}
+    weights = []
+    for half, fit, source in zip((~halves.second, halves.second), halves.choosing, sources, strict=True):
+        found = evidence(table, source, fit)
+        readout, weight = found.value.argmax(axis=1), choose_weight(found, fit)
+        weights.append(weight)
+        said = {DECIDES: readout, ADDED: add_values(found, weight), GATE: fit_gate(found, fit)(found), SCORES: add_values(found, 0.0),
+                EITHER: np.where(readout == found.gold, readout, found.said)}  # fmt: skip
+        for name, each in said.items():
+            answers[name][half] = each[half]
+    return answers, weights
+
+
 def interventions(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dict:
-    """Each intervention on the n items that fitted nothing and whose answer names an option, against that; JSON-able.
+    """Each intervention on the n items whose answer names an option, against that; fitted on each half, read on the other; JSON-able.
 
-    changes: name -> accuracy, change (paired), gained and lost (shares of items newly right and newly wrong), cost (lost
-    as a share of the items that the model had right), n. Beside `INTERVENTIONS`: "option scores alone" (no values: what
-    comes of reading the answer from log-probabilities) and "either right" (a perfect gate: the upper bound). others: the
-    change by `HEADLINE` with every other source in place of the values. answers: of the reported items, per name.
+    layers, weights: of the two halves. errors: of the model. changes: name -> accuracy, change (paired), gained and lost (shares of
+    items newly right and newly wrong), cost (lost as a share of the items that the model had right), n. Beside `INTERVENTIONS`:
+    `SCORES` (no values: what comes of reading the answer from log-probabilities) and `EITHER` (a perfect gate: the upper bound).
+    beyond_scores: accuracy by `HEADLINE` minus that by `SCORES`. others: the change by `HEADLINE` with every other source in
+    place of the values.
     """
-    fit, report = halves(table, seed)
-    source = choose_layer(table, fit)
-    found = evidence(table, source, fit)
-    weight = choose_weight(found, fit)
-    readout = found.value.argmax(axis=1)
-    answers = {
-        DECIDES: readout, ADDED: add_values(found, weight), GATE: fit_gate(found, fit)(found),
-        "option scores alone": add_values(found, 0.0), "either right": np.where(readout == found.gold, readout, found.said),
-    }  # fmt: skip
-    rest = some_items(table, report)
-    right = {name: each[report] == rest.gold for name, each in answers.items()}
-    others = {}
-    for other in other_sources(table, fit):
-        instead = evidence(table, other, fit)
-        added = add_values(instead, choose_weight(instead, fit))[report] == rest.gold
-        others[other] = _change(rest, added, n_boot, seed)["change"]
+    halves = Halves.of(table.groups, seed)
+    sources = choose_layers(table, halves)
+    answers, weights = surface(table, halves, sources)
+    rest, model = some_items(table, table.resolved), table.model_right[table.resolved]
+    others = {name: surface(table, halves, each)[0][HEADLINE] for name, each in other_sources(table, halves).items()}
+    right = {name: said[table.resolved] == rest.gold for name, said in (answers | others).items()}
+    columns = {("model",): model, ("beyond_scores",): right[HEADLINE].astype(int) - right[SCORES]}
+    for name, each in right.items():
+        gained, lost = each & ~model, model & ~each
+        parts = {"accuracy": each, "change": gained.astype(int) - lost, "gained": gained, "lost": lost, "cost": lost}
+        columns |= {(name, key): column for key, column in parts.items()}
+    of = np.stack([model if key[-1] == "cost" else rest.resolved for key in columns], axis=1).astype(float)  # the cost: of these items
+    packed = np.stack([*columns.values()], axis=1).astype(float)
+    effects = resample(lambda w: ratio(w @ packed, w @ of), len(rest), n_boot, seed, rest.groups).effects()
+    found = {key: each.as_dict() | {"n": int(n)} for key, each, n in zip(columns, effects, of.sum(axis=0), strict=True)}
     return {
-        "title": table.title, "source": source, "weight": weight, "others": others,
-        "n": int(rest.resolved.sum()), "unresolved": int((~rest.resolved).sum()),
-        "groups": [group for group, kept in zip(rest.groups, rest.resolved, strict=True) if kept],
-        "model": _share(rest, rest.model_right, rest.resolved, n_boot, seed),
-        "changes": {name: _change(rest, each, n_boot, seed) for name, each in right.items()},
-        "differences": {name: (each.astype(int) - rest.model_right)[rest.resolved].tolist() for name, each in right.items()},
+        "title": table.title, "layers": layers_of(sources), "weights": weights, "n": len(rest), "unresolved": len(table) - len(rest),
+        "errors": int(rest.model_wrong.sum()), "model": found["model",], "beyond_scores": found["beyond_scores",],
+        "changes": {name: {key: found[name, key] for key in ("accuracy", "change", "gained", "lost", "cost")} for name in answers},
+        "others": {name: found[name, "change"] for name in others},
     }  # fmt: skip
 
 
-def _change(table: ChoiceTable, right: np.ndarray, n_boot: int, seed: int) -> dict:
-    """Accuracy, paired change and cost of answers that are `right` (n,) bool where the model is `table.model_right`."""
-    model, among = table.model_right, table.resolved
-    gained, lost = right & table.model_wrong, model & ~right
-    parts = {"accuracy": (right & among, among), "change": (gained.astype(int) - lost, among), "gained": (gained, among),
-             "lost": (lost, among), "cost": (lost, model)}  # fmt: skip
-    return {name: _share(table, *part, n_boot, seed) for name, part in parts.items()}
-
-
-def _share(table: ChoiceTable, part: np.ndarray, among: np.ndarray, n_boot: int, seed: int) -> dict:
-    """Sum of `part` (n,) as a share of the items `among` (n,) bool; undefined where there is none."""
-    found = bootstrap_ci(np.column_stack([part, among]), column_ratio(0, 1), n_boot, seed, table.groups)
-    return found.as_dict() | {"n": int(among.sum())}
-
-
-def claim_x5(found: Mapping[str, Mapping], n_boot: int = 2000, seed: int = 0) -> dict:
-    """X5 from `interventions` of each subtask: change of accuracy by `HEADLINE`, subtasks weighing alike (as in BLINK's
-    total), on the items that fitted nothing. Entries: every intervention on every subtask.
+def claim_x5(found: Mapping[str, Mapping]) -> dict:
+    """X5 from `interventions` of each subtask: change of accuracy by `HEADLINE`, in points, mean over the subtasks on which the model
+    makes enough errors (weighing alike, as in BLINK's total). others: every intervention on each of these.
     """
-    changes = [each["differences"][HEADLINE] for each in found.values()]
-    groups = [group for each in found.values() for group in each["groups"]]
-    member = np.repeat(np.eye(len(changes)), [len(each) for each in changes], axis=0)  # (n, subtasks)
-    packed = np.concatenate([member * np.concatenate(changes)[:, None], member], axis=1)
-
-    def mean_of_subtasks(weights: np.ndarray, packed: np.ndarray) -> np.ndarray:
-        sums = weights @ packed
-        return ratio(sums[:, : len(changes)], sums[:, len(changes) :]).mean(axis=1)
-
-    total = bootstrap_ci(packed, mean_of_subtasks, n_boot, seed, groups) if groups else UNDEFINED
-    entries = [Interval.of(each["changes"][name]["change"]).claim(f"{each['title']}: {name} ({each['source']}) minus model", UNREAD)
-               for each in found.values() for name in INTERVENTIONS]  # fmt: skip
-    return total.claim(None, UNREAD, unit="accuracy", entries=entries)
+    subtasks = Subtasks({each["title"]: each for each in found.values()})
+    names = {f"{name} minus the model": ("changes", name, "change") for name in (HEADLINE, DECIDES, GATE, SCORES)}
+    others = subtasks.parts(names | {f"{HEADLINE} minus {SCORES}": ("beyond_scores",)})
+    key = ("changes", HEADLINE, "change")
+    return measured(subtasks.mean(f"{HEADLINE} minus the model", subtasks.able, *key), others, subtasks.needs, subtasks.note("Gains", *key))

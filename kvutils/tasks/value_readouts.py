@@ -2,8 +2,9 @@
 
     style    cosine of the mean token plus cosine of the Gram matrix, halved: the statistics of style transfer
     mean     cosine of the mean token
-    point    cosine of the token under each candidate point with that under the reference point, mean token subtracted
-    around   the same with the mean of the 3 x 3 tokens around each point: a painted mark covers the token under it
+    around   cosine of the mean of the 3 x 3 tokens around each candidate point with that around the reference point, mean token
+             subtracted: a painted mark covers the token under it, and what it marks lies around it
+    point    the same with the token under each point alone: it reads the painted letter
 
 Features are (S, N, C): S sources of C channels on the N tokens of an image. Scores are (S, K) for K options, higher is
 more alike; nothing is fitted. The paper names style statistics and nearest neighbours; their exact form is ours.
@@ -26,11 +27,11 @@ from kvutils.readout.matching import cosine_similarity
 READOUTS = {
     "Art_Style": ("style", "mean"),
     "Visual_Similarity": ("mean", "style"),
-    "Semantic_Correspondence": ("point", "around"),
-    "Functional_Correspondence": ("point", "around"),
-    "Visual_Correspondence": ("point", "around"),
+    "Semantic_Correspondence": ("around", "point"),
+    "Functional_Correspondence": ("around", "point"),
+    "Visual_Correspondence": ("around", "point"),
 }
-POINTS = ("point", "around")  # readouts that need to know where the points are
+POINTS = ("around", "point")  # readouts that need to know where the points are
 
 
 def mean_similarity(images: Sequence[Tensor]) -> Tensor:
