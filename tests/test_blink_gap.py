@@ -274,7 +274,7 @@ def test_c8_and_x5_do_not_depend_on_how_the_letter_is_written(items, verdict, fo
     for name, claim in (("C8", c8), ("X5", x5)):
         assert verdict(name, claim) == ("cannot appear here" if read else "not measured")
         why = claim["prerequisites"][0]["reason"] if read else claim["primary"]["reason"]
-        assert why == ("errors of the model: art style 0 in 200 answers; 20 are needed" if read else "art style (no answer names an option)")
+        assert why == ("errors of the model: art style 0 in 200 answers; 20 are needed" if read else "no answer names an option on art style")
     assert described["model"]["unresolved"]["mean"] == (not read) and described["by_option_scores"]["shares"]["value_only"]["mean"] == 0
 
 
@@ -363,7 +363,7 @@ def test_where_art_style_is_at_the_ceiling_the_other_subtasks_speak(verdict):
     speaking = "mean of visual similarity, semantic correspondence"
     assert c8["primary"]["name"] == f"{speaking}: value right, model wrong, minus guess" and c8["size"]["value"] == pytest.approx(80)
     assert x5["primary"]["name"] == f"{speaking}: value added minus the model" and x5["primary"]["value"] == pytest.approx(80)
-    assert (verdict("C8", c8), verdict("X5", x5)) == ("present", "holds") and "art style (18 errors of the model in 200 answers)" in x5["note"]
+    assert (verdict("C8", c8), verdict("X5", x5)) == ("present", "holds") and "; art style left out: 18 errors of the model in 200 answers." in x5["note"]
     ceiling = {"Art_Style": described["Art_Style"]}
     assert verdict("C8", claim_c8(ceiling)) == verdict("X5", claim_x5({"Art_Style": surfaced["Art_Style"]})) == "cannot appear here"
     # Of three subtasks one cannot be read: it is named, and no ceiling.
@@ -454,7 +454,8 @@ def test_x5_is_the_mean_change_over_subtasks(verdict, helps, expected):
 def test_figures_need_only_the_results_file(items, redraw):
     random = np.random.default_rng(0)
     described, surfaced, examples = {}, {}, {}
-    names = "pixels encoder_original encoder projector value.1 value.1 alone.value.1 untrained.value.1".split()
+    names = ["pixels", "encoder_original", "encoder", "projector"]
+    names += [f"{family}{layer}" for family in ("value.", "alone.value.", "untrained.value.") for layer in range(3)]
     for subtask, options in (("Art_Style", 2), ("Semantic_Correspondence", 4)):
         table = table_of(random.random(60) < 0.6, {name: random.random(60) < 0.6 for name in names}, options, subtask)
         described[subtask], surfaced[subtask] = describe_table(table, n_boot=50), interventions(table, n_boot=50)

@@ -167,7 +167,6 @@ class Subtasks:
         self.able = [title for title, each in found.items() if each["errors"] >= FEWEST_ERRORS]
         self.silent = {title: f"{each['errors']} errors of the model in {each['n']} answers" if each["n"] else "no answer names an option"
                        for title, each in found.items() if title not in self.able}  # fmt: skip
-        self.why = ", ".join(f"{title} ({reason})" for title, reason in self.silent.items())
         counts = ", ".join(f"{title} {each['errors']} in {each['n']} answers" for title, each in found.items())
         needed = prerequisite("errors of the model", self.able, f"errors of the model: {counts}; {FEWEST_ERRORS} are needed")
         self.needs = [needed] if any(each["n"] for each in found.values()) else []
@@ -180,22 +179,24 @@ class Subtasks:
         """The part of a claim about these subtasks, each with the same weight."""
         effects = [self.effect(title, *keys) for title in titles]
         about = f"mean of {', '.join(titles)}" if len(titles) > 1 else "".join(titles) or "no subtask"
-        return part(f"{about}: {name}", effects[0] if len(effects) == 1 else mean_effect(effects), self.why)
+        reason = "the model makes too few errors" if self.needs else f"no answer names an option on {', '.join(self.found)}"
+        return part(f"{about}: {name}", effects[0] if len(effects) == 1 else mean_effect(effects), reason)
 
     def parts(self, names: Mapping[str, Sequence[str]]) -> list[dict]:
         """{name: keys} for every subtask that is able, and of the others one that says why not."""
-        found = [part(f"{title}: {name}", self.effect(title, *keys), "the model makes no error")
-                 for title in self.able for name, keys in names.items()]  # fmt: skip
+        found = [part(f"{title}: {name}", self.effect(title, *keys)) for title in self.able for name, keys in names.items()]
         return found + [part(f"{title}: {next(iter(names))}", reason=reason) for title, reason in self.silent.items()]
 
     def note(self, verb: str, *keys: str) -> str:
-        """On how many of the subtasks that are able the effect is above 0, and what it is on each."""
+        """On how many of the subtasks that are able the effect is above 0, what it is on each, and what is left out; "" of none."""
         effects = {title: self.effect(title, *keys) for title in self.able}
         each = ", ".join(f"{title} {effect.mean:+.1f}" for title, effect in effects.items())
         text = f"{verb} on {sum(effect.low > 0 for effect in effects.values())} of {len(effects)} subtasks ({each})"
-        unresolved, read = (sum(found[key] for found in self.found.values()) for key in ("unresolved", "n"))
-        left_out = f"; left out: {self.why}" if self.why else ""
-        return f"{text}{left_out}; {100 * unresolved / (unresolved + read):.1f} % of the answers name no option."
+        text += "".join(f"; {title} left out: {reason}" for title, reason in self.silent.items())
+        unresolved = sum(found["unresolved"] for found in self.found.values())
+        share = 100 * unresolved / (unresolved + sum(found["n"] for found in self.found.values()))
+        text += f"; {share:.1f} % of the answers name no option" if unresolved else ""
+        return f"{text}." if effects else ""
 
 
 def claim_c8(described: Mapping[str, Mapping]) -> dict:
