@@ -20,7 +20,7 @@ from kvutils.tasks.base import by_layer, run_task, summarise
 from kvutils.tasks.co_segmentation import CoSegmentation
 from kvutils.tasks.correspondence import COPY_FIRST, SemanticCorrespondence, TemporalCorrespondence
 from kvutils.tasks.foreground_segmentation import ForegroundSegmentation, support_labels
-from kvutils.tasks.text_segmentation import ReferringSegmentation, SemanticSegmentation, SemanticSegmentationProbe, other_reading
+from kvutils.tasks.text_segmentation import ReferringSegmentation, SemanticSegmentation, SemanticSegmentationProbe, other_reading, uncentred
 from tests.tiny_models import grid_layout, picture, score_table, tiny, tiny_pocket
 
 SIZES = ((48, 48), (60, 36), (36, 60))  # W, H: grids differ between images
@@ -191,6 +191,16 @@ def test_texts_read_the_other_way():
     begun = other_reading(task, FeatureExtractor(tiny("llava_next"), keys=False), summary, n_boot=20)
     assert begun["layer"] != 2 and begun["n"] == 12  # nor does a damaged picture stop it
     assert begun["behind"] == {"ours": ["<bos>"], "other": []} and begun["other_minus_ours"]["mean"] != 0
+
+
+def test_the_table_of_texts_as_they_are():
+    table = run_task(SemanticSegmentation(named()[0]), FeatureExtractor(tiny_pocket(), tiny_pocket(seed=1), keys=False), progress=False)
+    plain = uncentred(table)
+    assert plain.sources == [each for each in table.sources if not each.startswith(("uncentred.", "lens."))] and plain.ids == table.ids
+    for source in plain.sources:
+        control = source.startswith(("untrained.", "shuffled."))
+        assert np.array_equal(plain.of(source), table.of(source if control else f"uncentred.{source}"))
+    assert not np.array_equal(plain.of("value.2"), table.of("value.2"))
 
 
 def test_wrong_texts_do_not_hold_for_the_image():

@@ -7,6 +7,7 @@ and detection (RefCOCO), read with words. Both make score maps of an image and a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import ClassVar
 
@@ -21,8 +22,8 @@ from kvutils.metrics.masks import RankedMaps, box_iou, largest_region_boxes, tru
 from kvutils.metrics.statistics import column_mean, column_ratio
 from kvutils.probes import LinearProbe, fit_linear_probe
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, Opener, stack_images
-from kvutils.readout.words import start_tokens, text_values
-from kvutils.tasks.base import SHUFFLED, Row, ScoreTable, Task, opener, sample_seed, shuffled_labels
+from kvutils.readout.words import UNCENTRED, start_tokens, text_values
+from kvutils.tasks.base import SHUFFLED, UNTRAINED, Row, ScoreTable, Task, opener, sample_seed, shuffled_labels
 
 AP, INTERSECTION, UNION, IOU, BOX = range(5)
 COLUMNS = ("ap", "intersection", "union", "iou")
@@ -202,6 +203,14 @@ class ReferringSegmentation(TextSegmentation):
     columns = (*COLUMNS, "box")
     statistic = staticmethod(column_mean(IOU))
     statistics = {"oIoU": column_ratio(INTERSECTION, UNION), "AP": column_mean(AP), "Acc@0.5": column_mean(BOX)}
+
+
+def uncentred(table: ScoreTable) -> ScoreTable:
+    """A task's table as if its texts were not centred: those scores under the plain names, and the controls as they are."""
+    beside = {source.removeprefix(UNCENTRED): source for source in table.sources if source.startswith(UNCENTRED)}
+    names = [source for source in table.sources if source in beside or source.startswith((UNTRAINED, SHUFFLED))]
+    values = np.stack([table.of(beside.get(source, source)) for source in names], axis=1)
+    return replace(table, sources=names, values=values)
 
 
 def other_reading(task: TextSegmentation, extractor: FeatureExtractor, summary: Mapping, count: int = 80, n_boot: int = 2000,
