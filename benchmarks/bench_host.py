@@ -43,7 +43,7 @@ from kvutils.readout.features import FeatureExtractor, ImageFeatures, image_toke
 from kvutils.tasks.co_segmentation import CoSegmentation
 from kvutils.tasks.correspondence import SemanticCorrespondence, TemporalCorrespondence
 from kvutils.tasks.foreground_segmentation import ForegroundSegmentation
-from kvutils.tasks.prefix import DomainPrefix, ReferringPrefix, run_prefixes
+from kvutils.tasks.prefix import run_prefixes
 from kvutils.tasks.prefixes import CONDITIONS
 from kvutils.tasks.text_segmentation import ReferringSegmentation, SemanticSegmentation
 
@@ -198,7 +198,7 @@ class Workshop:
         readout.prefixes = lambda sample: {condition: condition for condition in CONDITIONS}
         found = {condition: [self.features(readout.samples[0], self.of_prefixes)] for condition in CONDITIONS}
         self.of_prefixes.images = lambda items, prefix=None, *_, **__: found[prefix]
-        return Item(f"{unit}, {len(CONDITIONS)} conditions", lambda: run_prefixes(readout, self.of_prefixes, progress=False))
+        return Item(f"{unit}, {len(CONDITIONS)} conditions", lambda: run_prefixes(readout, progress=False))
 
     def prefix_referring(self) -> Item:
         sample = self.named(self.picture("coco", COCO), ["fish"])[0]

@@ -46,7 +46,7 @@ from kvutils.tasks.base import run_task
 from kvutils.tasks.choices import read_items
 from kvutils.tasks.key_blocking import ask_under_blocks, last_layers, select_lowest
 from kvutils.tasks.key_table import measure_keys
-from kvutils.tasks.prefix import DomainPrefix, ReferringPrefix, run_prefixes
+from kvutils.tasks.prefix import run_prefixes
 from kvutils.tasks.prefix_answers import ask_behind_prefixes
 from kvutils.tasks.prefixes import PrefixWriter
 from kvutils.tasks.value_flow import value_flow_tasks
@@ -223,7 +223,7 @@ class Rehearsal:
         prefixes = readout.prefixes(readout.samples[0])
         if self.small:
             readout.prefixes = lambda _: prefixes
-        self.step("04", "referring", len(readout.samples), "sentence", lambda: run_prefixes(readout, extractor, progress=False))
+        self.step("04", "referring", len(readout.samples), "sentence", lambda: run_prefixes(readout, progress=False))
         scored = self._enlarge(tuple({one.domain: one for one in open_dataset("pocket-bdd-10k", scenes=12)}.values()))  # one of each
         train = self._enlarged("pocket-bdd-10k-train", scenes=few)
         names = class_names("pocket-bdd-10k-train")
@@ -232,9 +232,9 @@ class Rehearsal:
             if self.small:
                 each.prefixes = lambda _: prefixes
             if kind == "probe":
-                self.step("04", "domains_fit", len(train), "image", lambda each=each: each.fit(extractor))
+                self.step("04", "domains_fit", len(train), "image", lambda each=each: each.fit())
             each.fit = lambda _: None  # it is fitted
-            self.step("04", f"domains_by_{kind}", len(scored), "image", lambda each=each: run_prefixes(each, extractor, progress=False))
+            self.step("04", f"domains_by_{kind}", len(scored), "image", lambda each=each: run_prefixes(each, progress=False))
         pope = self._enlarged("pocket-pope", scenes=2 * few)
         self.step("04", "answers", len({s.image_id for s in pope}), "image", lambda: ask_behind_prefixes(pope, mlm, writer, progress=False))
 

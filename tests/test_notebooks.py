@@ -107,7 +107,7 @@ def test_the_prefix_of_notebook_04():
     cells = Cells("04").run("cell-02", "cell-03", "cell-04", "cell-06", "method-prefix", data_options=few)
     readout, sample = cells["readout"], cells["sample"]
     readout.samples = [sample]
-    table = run_prefixes(readout, cells["extractor"], progress=False)
+    table = run_prefixes(readout, progress=False)
     features = cells["extractor"].images([(sample.image_id, sample.image)])[0]
     share = token_means(features.layout, readout.objects(sample.mask)[..., None])[:, 0].mean()
     for condition, distance in cells["distance"].items():

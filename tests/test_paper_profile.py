@@ -150,7 +150,7 @@ def test_prefixes(data, tmp_path):
     summaries = {}
     for readout in readouts:
         assert with_controls(readout, 10_000) == with_controls(readout)  # from the first again where too few are left
-        table = run_prefixes(readout, extractor, progress=False)
+        table = run_prefixes(readout, progress=False)
         assert not table.skipped and len(table) == len(readout.samples)
         summaries[readout.name] = summarise_prefixes(table, readout.statistic, BOOT)
     moved = summaries["domain_by_probe"]["moved"]  # road and sky are the background of a set that has no other

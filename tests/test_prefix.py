@@ -122,10 +122,10 @@ def domain_readouts(mlm, writer):
 def test_domain_readouts_run_and_resume_with_the_same_bytes(domain_readouts, readout, tmp_path):
     extractor, readouts = domain_readouts
     parts = Parts(tmp_path, model="m")
-    table = run_prefixes(readouts[readout], extractor, parts, progress=False, chunk=4)
+    table = run_prefixes(readouts[readout], parts, progress=False, chunk=4)
     assert table.sources[:3] == ["none.0", "none.5", "correct.0"] and len(table) == 6 and not table.skipped
     sorted(parts.folder.rglob("*.safetensors"))[-1].unlink()
-    assert to_json(vars(run_prefixes(readouts[readout], extractor, parts, progress=False, chunk=4))) == to_json(vars(table))
+    assert to_json(vars(run_prefixes(readouts[readout], parts, progress=False, chunk=4))) == to_json(vars(table))
     # Values of layer 0 cannot move, later ones do; without prefix nothing does.
     moves = {source: table.of(source)[:, -2:] for source in table.sources}
     assert (moves["correct.0"] == 0).all() and (moves["none.5"] == 0).all() and (moves["correct.5"] > 0).all()
@@ -157,7 +157,7 @@ def test_a_layer_without_a_probe_and_a_damaged_picture_are_left_out_and_named(ml
     monkeypatch.setattr("kvutils.tasks.prefix.fit_linear_probe", second_layer_fails)
     extractor = FeatureExtractor(mlm, layers=[0, 5], keys=False)
     scenes = [DomainImage("bad", damaged, scenes[0].mask, domain="fog"), *scenes]
-    table = run_prefixes(DomainPrefix(scenes, train, class_names("pocket-bdd-10k-train"), extractor, writer, "probe"), extractor, progress=False)
+    table = run_prefixes(DomainPrefix(scenes, train, class_names("pocket-bdd-10k-train"), extractor, writer, "probe"), progress=False)
     assert len(table) == 6 and table.skipped == {"bad": "bad: street.png is no picture"} and np.isfinite(table.values).all()
     assert table.sources == [f"{c}.0" for c in CONDITIONS] and table.left_out == {f"{c}.5": 6 for c in CONDITIONS}
 
@@ -167,7 +167,7 @@ def test_the_vision_tower_sees_a_picture_once_behind_all_prefixes(mlm, writer):
     extractor, seen = FeatureExtractor(mlm, layers=[0, 5], keys=False), []
     readout = DomainPrefix(sample, [], class_names("pocket-bdd-10k-train"), extractor, writer, "text")
     with mlm.model.model.vision_tower.register_forward_hook(lambda *_: seen.append(1)):
-        table = run_prefixes(readout, extractor, progress=False)
+        table = run_prefixes(readout, progress=False)
     assert len(table) == 2 == len(seen)
     again = extractor.images([(sample[0].id, sample[0].image)], readout.prefixes(sample[0])["wrong"], ["value.5"])[0]
     apart = FeatureExtractor(mlm, keys=False).images([(sample[0].id, sample[0].image)], readout.prefixes(sample[0])["wrong"])[0]
@@ -197,7 +197,7 @@ def test_referring_readout_scores_the_planted_thing(mlm, writer, monkeypatch):
     with pytest.raises(DataError, match="equal length"):
         prefix_picture(readout, number, 4)
     with pytest.raises(DataError, match="none of"):
-        run_prefixes(readout, extractor, progress=False)
+        run_prefixes(readout, progress=False)
 
 
 def test_distance_moved_is_relative_and_weighted():
