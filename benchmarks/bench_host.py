@@ -44,6 +44,7 @@ from kvutils.tasks.co_segmentation import CoSegmentation
 from kvutils.tasks.correspondence import SemanticCorrespondence, TemporalCorrespondence
 from kvutils.tasks.foreground_segmentation import ForegroundSegmentation
 from kvutils.tasks.prefix import run_prefixes
+from kvutils.tasks.prefix_readouts import DomainPrefix, ReferringPrefix
 from kvutils.tasks.prefixes import CONDITIONS
 from kvutils.tasks.text_segmentation import ReferringSegmentation, SemanticSegmentation
 
@@ -194,11 +195,11 @@ class Workshop:
         return Item(f"picture, {BATCH} in a batch", run, BATCH)
 
     def prefix(self, readout, unit: str) -> Item:
-        """A readout of notebook 04 over its only sample, under every condition."""
+        """A readout of notebook 04 over its only sample."""
         readout.prefixes = lambda sample: {condition: condition for condition in CONDITIONS}
         found = {condition: [self.features(readout.samples[0], self.of_prefixes)] for condition in CONDITIONS}
         self.of_prefixes.images = lambda items, prefix=None, *_, **__: found[prefix]
-        return Item(f"{unit}, {len(CONDITIONS)} conditions", lambda: run_prefixes(readout, progress=False))
+        return Item(f"{unit}, {len(readout.families)} scores", lambda: run_prefixes(readout, progress=False))
 
     def prefix_referring(self) -> Item:
         sample = self.named(self.picture("coco", COCO), ["fish"])[0]

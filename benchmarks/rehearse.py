@@ -48,6 +48,7 @@ from kvutils.tasks.key_blocking import ask_under_blocks, last_layers, select_low
 from kvutils.tasks.key_table import measure_keys
 from kvutils.tasks.prefix import run_prefixes
 from kvutils.tasks.prefix_answers import ask_behind_prefixes
+from kvutils.tasks.prefix_readouts import DomainPrefix, ReferringPrefix
 from kvutils.tasks.prefixes import PrefixWriter
 from kvutils.tasks.value_flow import value_flow_tasks
 from kvutils.tasks.yes_no import Pope
@@ -162,7 +163,7 @@ class Rehearsal:
             capture(mlm, [Image.new("RGB", IMAGE)])  # kernels are chosen and memory is reserved in the first pass
             self._value_flow(FeatureExtractor(mlm, untrained, encoder))
             self._keys(mlm)
-            self._prefixes(mlm, FeatureExtractor(mlm, keys=False))
+            self._prefixes(mlm, FeatureExtractor(mlm, untrained, keys=False))
             items = self._enlarged("pocket-blink", items=self.samples)
             self.step("05", "choices", len(items), "item", lambda: read_items(
                 mlm, items, encoder_original=encoder, untrained=untrained, max_new_tokens=16, progress=False))  # random weights end nowhere

@@ -34,9 +34,10 @@ from kvutils.tasks.key_blocking import ask_under_blocks, claim_c6, claim_x2, con
 from kvutils.tasks.key_statistics import compare_trained, describe_keys
 from kvutils.tasks.key_table import measure_keys
 from kvutils.tasks.knock_out import knock_out, reading_layers, summarise_knock_out
-from kvutils.tasks.prefix import DomainPrefix, ReferringPrefix, run_prefixes, with_controls
+from kvutils.tasks.prefix import run_prefixes, with_controls
 from kvutils.tasks.prefix_answers import ask_behind_prefixes, summarise_prefix_answers
-from kvutils.tasks.prefix_effects import claim_c7, claim_x3, summarise_prefixes
+from kvutils.tasks.prefix_effects import claim_c7a, claim_c7b, claim_x3, summarise_prefixes
+from kvutils.tasks.prefix_readouts import DomainPrefix, ReferringPrefix
 from kvutils.tasks.prefixes import CONDITIONS, PrefixWriter
 from kvutils.tasks.value_flow import SIX, claim_c1, claim_c2a, claim_c2b, claim_c4, compare_along_chain, open_extractor, value_flow_tasks
 from kvutils.tasks.yes_no import Mme, Pope
@@ -141,7 +142,7 @@ def test_keys_and_blocks(data):
 
 def test_prefixes(data, tmp_path):
     mlm = load_mlm(str(mini_models.save_pocket_with_words(tmp_path / "pocket-words")), device="cpu")
-    extractor, writer = FeatureExtractor(mlm, layers=[0, 2, 6], keys=False), PrefixWriter(mlm, "paper")
+    extractor, writer = FeatureExtractor(mlm, load_mlm("pocket", untrained=True), layers=[0, 2, 6], keys=False), PrefixWriter(mlm, "paper")
     options = {"refcoco": {"max_images": 4}, "bdd-10k": {"images": 6}, "bdd-10k-train": {"images": 10}}
     found = {use: open_dataset(name, **options.get(name, {})) for use, name in USES["paper"]["04"].items()}
     names = class_names("bdd-10k-train")
@@ -153,11 +154,11 @@ def test_prefixes(data, tmp_path):
         table = run_prefixes(readout, progress=False)
         assert not table.skipped and len(table) == len(readout.samples)
         summaries[readout.name] = summarise_prefixes(table, readout.statistic, BOOT)
-    moved = summaries["domain_by_probe"]["moved"]  # road and sky are the background of a set that has no other
+    moved = summaries["domain_by_text"]["moved"]  # road and sky are the background of a set that has no other
     assert all(moved[part]["correct"][-1]["mean"] > 0.001 for part in ("objects", "background"))
     answers = summarise_prefix_answers(ask_behind_prefixes(found["questions"], mlm, writer, images=2, progress=False), BOOT)
     assert answers["images"] == 2 and set(answers["rates"]["accuracy"]) == set(CONDITIONS)
-    assert set(verdicts({"C7": claim_c7(summaries), "X3": claim_x3(summaries)})) == {"C7", "X3"}
+    assert set(verdicts({"C7a": claim_c7a(summaries), "C7b": claim_c7b(summaries), "X3": claim_x3(summaries)})) == {"C7a", "C7b", "X3"}
 
 
 def test_multiple_choice(data):

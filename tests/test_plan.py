@@ -164,12 +164,12 @@ def test_what_is_missing_is_said_before_anything_starts(monkeypatch, tmp_path):
 
 
 def test_the_readme_has_the_computed_numbers():
-    """Parameters, gigabytes, tokens, weights on the GPU in notebooks 01 and 04."""
+    """Parameters, gigabytes, tokens, weights on the GPU in notebook 01."""
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     rows = {line.split("`")[1]: line for line in lines if line.startswith("| `") and "GiB" in line}
     assert set(rows) == set(PAPER)
     for name, row in rows.items():
-        memory = " / ".join(f"{weights_on_gpu(find_model(name), number):.0f}" for number in ("01", "04"))
+        memory = f"{weights_on_gpu(find_model(name), '01'):.0f}"
         expected = [f"{plan.SIZES[name]:.2f} B", f"{plan.SIZES[name] * 2:.0f} GB", f"{MODELS[name].sizes[4]:,}", f"{memory} GiB"]
         assert [cell.strip() for cell in row.split("|")[2:-1]] == expected
     total = sum(about.to_get for about in CATALOG.values())

@@ -1,5 +1,6 @@
 """Notebook 04: prefixes of equal length, what is read behind them, and effects that are known beforehand."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,21 +14,30 @@ from kvutils.datasets.refcoco import CATEGORIES
 from kvutils.datasets.samples import DomainImage, YesNoSample
 from kvutils.errors import DataError, ParameterError
 from kvutils.images import encode_image
-from kvutils.metrics.statistics import choosing_half
+from kvutils.metrics.statistics import Halves, paired_difference
 from kvutils.models import FAMILIES, load_mlm
 from kvutils.probes import fit_linear_probe
 from kvutils.prompts import tokenize
 from kvutils.readout.features import FeatureExtractor
+from kvutils.readout.maps import to_grid
+from kvutils.run.report import load_claims
+from kvutils.run.verdicts import word_of
 from kvutils.store import Parts, to_json
 from kvutils.tasks import prefix_answers
-from kvutils.tasks.prefix import MOVED, NOWHERE, DomainPrefix, ReferringPrefix, moved, prefix_picture, run_prefixes, with_controls
-from kvutils.tasks.prefix_effects import claim_c7, claim_x3, summarise_prefixes
+from kvutils.tasks.prefix import NOWHERE, moved, prefix_picture, run_prefixes, with_controls
+from kvutils.tasks.prefix_effects import DOMAIN_SMALLEST, claim_c7a, claim_c7b, claim_x3, summarise_prefixes
+from kvutils.tasks.prefix_readouts import FEWER, MOVED, DomainPrefix, ReferringPrefix
 from kvutils.tasks.prefixes import CONDITIONS, PrefixWriter
 
 
 @pytest.fixture(scope="module")
 def mlm():
     return load_mlm("pocket", untrained=True, seed=3)
+
+
+@pytest.fixture(scope="module")
+def control():
+    return load_mlm("pocket", untrained=True, seed=4)
 
 
 @pytest.fixture(scope="module")
@@ -111,36 +121,28 @@ def test_domain_scenes_are_of_their_domains_and_disjoint():
 
 
 @pytest.fixture(scope="module")
-def domain_readouts(mlm, writer):
-    extractor = FeatureExtractor(mlm, layers=[0, 5], keys=False)
+def domain_readouts(mlm, control, writer):
+    extractor = FeatureExtractor(mlm, control, layers=[0, 5], keys=False)
     scored, train = open_dataset("pocket-bdd-10k", scenes=6), open_dataset("pocket-bdd-10k-train", scenes=30)
     names = class_names("pocket-bdd-10k-train")
-    return extractor, {r: DomainPrefix(scored, train, names, extractor, writer, r) for r in ("text", "probe")}
+    return {r: DomainPrefix(scored, train, names, extractor, writer, r) for r in ("text", "probe")}
 
 
 @pytest.mark.parametrize("readout", ["text", "probe"])
 def test_domain_readouts_run_and_resume_with_the_same_bytes(domain_readouts, readout, tmp_path):
-    extractor, readouts = domain_readouts
-    parts = Parts(tmp_path, model="m")
+    readouts, parts = domain_readouts, Parts(tmp_path, model="m")
     table = run_prefixes(readouts[readout], parts, progress=False, chunk=4)
     assert table.sources[:3] == ["none.0", "none.5", "correct.0"] and len(table) == 6 and not table.skipped
     sorted(parts.folder.rglob("*.safetensors"))[-1].unlink()
     assert to_json(vars(run_prefixes(readouts[readout], parts, progress=False, chunk=4))) == to_json(vars(table))
     # Values of layer 0 cannot move, later ones do; without prefix nothing does.
+    assert {source.partition(".")[0] for source in table.sources} == {*FEWER} | ({*CONDITIONS, "untrained"} if readout == "text" else set())
     moves = {source: table.of(source)[:, -2:] for source in table.sources}
     assert (moves["correct.0"] == 0).all() and (moves["none.5"] == 0).all() and (moves["correct.5"] > 0).all()
     # Every scored pixel is counted once: true and said pixels of all classes are equally many.
     k = (len(table.columns) - len(MOVED)) // 3
     _, true, said = (table.of("wrong.5")[:, i * k : (i + 1) * k].sum(1) for i in range(3))
     assert (true == said).all() and (true > 0).all()
-
-
-def test_too_few_images_are_said_before_anything_is_read(domain_readouts, monkeypatch):
-    readout = domain_readouts[1]["text"]
-    assert with_controls(readout, 2) == 2
-    monkeypatch.setattr(readout, "samples", readout.samples[:3])
-    with pytest.raises(DataError, match="domain_by_text: 3 images with prefixes of equal length are too few to choose a layer"):
-        with_controls(readout)
 
 
 def test_a_layer_without_a_probe_and_a_damaged_picture_are_left_out_and_named(mlm, writer, monkeypatch):
@@ -154,30 +156,31 @@ def test_a_layer_without_a_probe_and_a_damaged_picture_are_left_out_and_named(ml
         probe.converged[1] = False
         return probe
 
-    monkeypatch.setattr("kvutils.tasks.prefix.fit_linear_probe", second_layer_fails)
+    monkeypatch.setattr("kvutils.tasks.prefix_readouts.fit_linear_probe", second_layer_fails)
     extractor = FeatureExtractor(mlm, layers=[0, 5], keys=False)
     scenes = [DomainImage("bad", damaged, scenes[0].mask, domain="fog"), *scenes]
     table = run_prefixes(DomainPrefix(scenes, train, class_names("pocket-bdd-10k-train"), extractor, writer, "probe"), progress=False)
     assert len(table) == 6 and table.skipped == {"bad": "bad: street.png is no picture"} and np.isfinite(table.values).all()
-    assert table.sources == [f"{c}.0" for c in CONDITIONS] and table.left_out == {f"{c}.5": 6 for c in CONDITIONS}
+    assert table.sources == [f"{c}.0" for c in FEWER] and table.left_out == {f"{c}.5": 6 for c in FEWER}
 
 
-def test_the_vision_tower_sees_a_picture_once_behind_all_prefixes(mlm, writer):
+def test_the_vision_tower_sees_a_picture_once_behind_all_prefixes(mlm, control, writer):
     sample = list({one.domain: one for one in open_dataset("pocket-bdd-10k", scenes=6)}.values())
-    extractor, seen = FeatureExtractor(mlm, layers=[0, 5], keys=False), []
+    extractor, seen = FeatureExtractor(mlm, control, layers=[0, 5], keys=False), []
     readout = DomainPrefix(sample, [], class_names("pocket-bdd-10k-train"), extractor, writer, "text")
     with mlm.model.model.vision_tower.register_forward_hook(lambda *_: seen.append(1)):
         table = run_prefixes(readout, progress=False)
     assert len(table) == 2 == len(seen)
+    assert np.abs(table.of("untrained.5") - table.of("none.5")).max() > 0  # the values of another model
     again = extractor.images([(sample[0].id, sample[0].image)], readout.prefixes(sample[0])["wrong"], ["value.5"])[0]
     apart = FeatureExtractor(mlm, keys=False).images([(sample[0].id, sample[0].image)], readout.prefixes(sample[0])["wrong"])[0]
     assert torch.equal(again.features["value.5"], apart.features["value.5"])
 
 
-def test_referring_readout_scores_the_planted_thing(mlm, writer, monkeypatch):
+def test_referring_readout_scores_the_planted_thing(mlm, control, writer, monkeypatch):
     """Values that hold their expression where the mask is: the score is that of a perfect map, whatever the prefix."""
     samples = open_dataset("pocket-refcoco", scenes=6)
-    extractor = FeatureExtractor(mlm, layers=[1, 4], keys=False)
+    extractor = FeatureExtractor(mlm, control, layers=[1, 4], keys=False)
     readout = ReferringPrefix(samples, extractor, writer, "class_name")
     number = next(i for i, one in enumerate(samples) if readout.prefixes(one))  # an image may show every class
     sample = samples[number]
@@ -187,17 +190,21 @@ def test_referring_readout_scores_the_planted_thing(mlm, writer, monkeypatch):
     planted = torch.stack([labels[:, None] * vector, torch.zeros(len(labels), len(vector))])
     right, empty = readout.score(sample, sample.mask, planted, image, "none")
     assert right[3] > 0.6 and right[0] > 0.9 > empty[0]
+    for family, source in (("uncentred.random", "uncentred.value.4"), ("untrained", "untrained.value.4")):  # by texts of their own
+        assert torch.equal(readout.texts([sample.text], family)[1, 0], extractor.alignment.text(sample.text)[source])
     prefixes = readout.prefixes(sample)
-    assert prefixes["correct"] == f"look for the {sample.class_name}"
+    assert with_controls(readout) == number and prefixes["correct"] == f"look for the {sample.class_name}"
     shown = {one.class_name for one in samples if one.image_id == sample.image_id}
     assert prefixes["wrong"].split()[-1] not in shown
     picture = prefix_picture(readout, number, 4)
-    assert len(picture["maps"]) == 4 and np.shape(picture["maps"]["none"]) == (12, 12)
+    expected = image.features["value.4"].float() @ extractor.alignment.text(sample.text)["value.4"]
+    assert len(picture["maps"]) == 4 and np.allclose(picture["maps"]["none"], to_grid(image.layout, expected.numpy()), atol=1e-3)
     monkeypatch.setattr(readout, "prefixes", lambda sample: None)
     with pytest.raises(DataError, match="equal length"):
         prefix_picture(readout, number, 4)
-    with pytest.raises(DataError, match="none of"):
-        run_prefixes(readout, progress=False)
+    for refused in (run_prefixes, with_controls):
+        with pytest.raises(DataError, match="none of"):
+            refused(readout)
 
 
 def test_distance_moved_is_relative_and_weighted():
@@ -210,13 +217,20 @@ def test_distance_moved_is_relative_and_weighted():
     assert moved(values, plain, np.array([0.5, 0.0, 0.0, 0.0])) == [(pytest.approx(1.0), pytest.approx(1.0 / 3.5))]
 
 
-def table_of(effects: dict[str, float], n: int = 80):
-    """IoU of 0.5 in layer 2, 0.4 in layer 1, 0.9 in layer 0; a condition adds its effect in layers 1 and 2."""
+COLUMNS = ("ap", "intersection", "union", "iou", "box", *MOVED)
+
+
+def table_of(effects: dict[str, float], n: int = 80, floor: float = 0.2, own: float = 0.01):
+    """IoU of 0.5 in layer 2, 0.4 in layer 1, 0.9 in layer 0; a condition adds its effect in layers 1 and 2. Uncentred half as much;
+    the untrained model has `floor`."""
     level, reached = {0: 0.9, 1: 0.4, 2: 0.5}, (1, 2)
     levels = {f"{c}.{layer}": level[layer] + (layer in reached) * effects.get(c, 0.0) for c in CONDITIONS for layer in level}
-    columns = ("ap", "intersection", "union", "iou", "box", *MOVED)
-    table = score_table("referring_by_class_name", levels, columns, n, column=3, shared=0.15, own=0.01)
-    table.values[:, len(level) :, 5:] = (0.2, 0.1)  # all but "none"
+    levels |= {f"uncentred.{c}.{layer}": (level[layer] + (layer in reached) * effects.get(c, 0.0)) / 2
+               for c in ("none", "correct", "random") for layer in level}  # fmt: skip
+    levels |= {f"untrained.{layer}": floor for layer in level}
+    table = score_table("referring_by_class_name", levels, COLUMNS, n, column=3, shared=0.15, own=own)
+    table.values[..., 5:] = -1
+    table.values[:, : len(level) * len(CONDITIONS), 5:] = (0.2, 0.1)
     return table
 
 
@@ -227,31 +241,77 @@ def statistic(weights, values):
 def test_effects_are_the_planted_ones_in_a_layer_that_a_prefix_reaches():
     table = table_of({"correct": 0.04, "wrong": -0.02, "filler": 0.01})
     found = summarise_prefixes(table, statistic, 300)
-    assert found["best_layer"] == 2 and found["held_out"] == (~choosing_half(table.groups)).sum()
-    minus = found["best"]["correct_minus"]
+    best = found["best"]
+    assert found["best_layer"] == 2 and best["layers"] == [2, 2]
     for condition, wanted in {"none": 0.04, "wrong": 0.06, "random": 0.04, "filler": 0.03}.items():
-        assert minus[condition]["mean"] == pytest.approx(wanted, abs=0.01)
-        assert minus[condition]["high"] - minus[condition]["low"] < 0.02  # paired: what items differ by does not matter
+        one = best["correct_minus"][condition]
+        assert one["mean"] == pytest.approx(wanted, abs=0.01) and one["n"] == 80 and one["units"] == 40  # every sample reports
+        assert one["high"] - one["low"] < 0.02  # paired: what items differ by does not matter
+        assert 0 < one["error"] < 0.005
+    assert best["random_minus_none"]["mean"] == pytest.approx(0, abs=0.01) and best["above_untrained"]["mean"] == pytest.approx(0.3, abs=0.01)
     assert found["added"]["wrong"][1]["mean"] == pytest.approx(-0.02, abs=0.01)
+    assert found["uncentred"]["best"]["correct_minus"]["none"]["mean"] == pytest.approx(0.02, abs=0.01)
+    assert "uncentred" not in found["uncentred"] and "moved" not in found["uncentred"]
     for part, distance in (("objects", 0.2), ("background", 0.1)):
         assert found["moved"][part]["correct"][0]["mean"] == pytest.approx(distance)
-    with pytest.raises(DataError, match="at least 4"):
-        summarise_prefixes(table_of({}, n=6), statistic, 20)
+        assert found["moved"][part]["correct"][0]["n"] == 80
+    table.values[:, :, 6] = -1  # no image has a background
+    assert summarise_prefixes(table, statistic, 30)["moved"]["background"]["filler"][1]["mean"] is None
 
 
-@pytest.mark.parametrize("effects, c7, x3", [
-    ({"correct": 0.04}, "reproduced", "reproduced"),
+def test_layers_are_chosen_without_a_prefix_on_the_other_half_and_all_samples_are_read():
+    """One half is best in layer 1, the other in layer 2: each is read where the other is best, whatever prefixes do there."""
+    table = table_of({"correct": 0.04})
+    halves, sources = Halves.of(table.groups, 0), table.sources
+    for half, (high, low) in ((halves.second, (1, 2)), (~halves.second, (2, 1))):
+        for c in ("none", "correct"):
+            table.values[half, sources.index(f"{c}.{high}"), 3] += 1
+            table.values[half, sources.index(f"{c}.{low}"), 3] -= 0.2
+    table.values[:, sources.index("correct.1"), 3] += 0.5  # would change the choice, if it were made on this
+    best = summarise_prefixes(table, statistic, 300)["best"]
+    assert best["layers"] == [1, 2]
+    read = [np.where(halves.second, table.of(f"{c}.2")[:, 3], table.of(f"{c}.1")[:, 3]) for c in ("correct", "none")]
+    assert best["correct_minus"]["none"] == pytest.approx(paired_difference(*read, n_boot=300, groups=table.groups).as_dict())
+
+
+@pytest.mark.parametrize("change, why", [
+    (dict(n=6), "3 images are too few to choose a layer"), (dict(floor=0.2), "only the first layer")])  # fmt: skip
+def test_claims_that_cannot_be_measured_say_why(verdict, change, why):
+    table = table_of({}, **change)
+    if "floor" in change:
+        kept = [i for i, source in enumerate(table.sources) if source.endswith(".0")]
+        table = replace(table, sources=[table.sources[i] for i in kept], values=table.values[:, kept])
+    found = summarise_prefixes(table, statistic, 20)
+    assert found["best"]["layers"] == [] and found["best_layer"] in found["layers"] and found["scores"]["none"][0]["mean"] is not None
+    for name, claim in (("C7a", claim_c7a), ("C7b", claim_c7b), ("X3", claim_x3)):
+        for summaries, reason in (({"referring_by_class_name": found, "domain_by_text": found}, why), ({}, "left out")):
+            claimed = claim(summaries)
+            assert verdict(name, claimed) == "not measured" and reason in claimed["primary"]["reason"]
+            assert claimed["prerequisites"] == [] and all(each["value"] is None and each["reason"] for each in claimed["others"])
+
+
+@pytest.mark.parametrize("effects, floor, c7a, c7b, x3", [
+    ({"correct": 0.04}, 0.2, "present", "present", "holds"),
     # Better than no prefix, but so is every control: the token count does it.
-    ({name: 0.04 for name in CONDITIONS[1:]}, "inconclusive", "inconclusive"),
-    ({"correct": -0.04}, "not reproduced", "not reproduced"),
-    ({"correct": 0.04, "reversed": 0.04}, "reproduced", "inconclusive")])  # fmt: skip
-def test_verdicts(verdict, effects, c7, x3):
-    found = summarise_prefixes(table_of(effects), statistic, 300)
-    summaries = {"referring_by_class_name": found, "domain_by_probe": found}
-    first, second = claim_c7(summaries), claim_x3(summaries)
-    assert len(first["entries"]) == 6 and len(second["entries"]) == 8
-    assert (verdict("C7", first), verdict("X3", second)) == (c7, x3)
-    assert first["value"] == pytest.approx(100 * effects["correct"], abs=1)  # points
+    ({name: 0.04 for name in CONDITIONS[1:]}, 0.2, "present", "present", "does not hold"),
+    ({"correct": -0.04}, 0.2, "opposite", "opposite", "opposite"),
+    ({"correct": 0.04, "reversed": 0.04}, 0.2, "present", "present", "holds"),
+    ({}, 0.2, "absent", "absent", "does not hold"),
+    # At 0.5 the untrained model reads as well: nothing can be improved.
+    ({"correct": 0.04}, 0.6, "cannot appear here", "cannot appear here", "cannot appear here")])  # fmt: skip
+def test_verdicts(verdict, effects, floor, c7a, c7b, x3):
+    found = summarise_prefixes(table_of(effects, n=100, floor=floor, own=0.001), statistic, 300)
+    summaries = dict.fromkeys(("referring_by_class_name", "referring_by_expression", "domain_by_text", "domain_by_probe"), found)
+    claims = claim_c7a(summaries), claim_c7b(summaries), claim_x3(summaries)
+    assert tuple(verdict(name, claim) for name, claim in zip(("C7a", "C7b", "X3"), claims, strict=True)) == (c7a, c7b, x3)
+    first, _, third = claims
+    assert first["primary"]["value"] == pytest.approx(100 * effects.get("correct", 0), abs=0.1)  # points
+    (random,) = (each for each in first["others"] if "random minus none (expected: absent)" in each["name"])
+    assert word_of(random, 0.3) == ("present" if effects.get("random") else "absent")
+    assert ["uncentred" in each["name"] for each in first["others"]].count(True) == 1
+    assert f"mIoU of {100 * found['best']['scores']['none']['mean']:.1f} (none), " in first["note"] and "in layer 2." in first["note"]
+    assert [each.get("smallest") for each in third["others"]] == [None] * 3 + [DOMAIN_SMALLEST] * 4
+    assert DOMAIN_SMALLEST == next(claim["smallest"] for claim in load_claims() if claim["id"] == "C7b")
 
 
 def questions(images: int = 6) -> list[YesNoSample]:
@@ -293,7 +353,7 @@ def test_questions_of_another_form_are_errors(writer, mlm):
 
 
 def test_figures_need_only_the_results_file(redraw):
-    about = {"title": "Referring\nsegmentation", "metric": "mIoU"}
+    about = {"title": "Referring\nsegmentation", "metric": "mIoU", "smallest": 0.3}
     summary = summarise_prefixes(table_of({"correct": 0.04}), statistic, 30) | about
     answers = score_table("prefix_answers", dict.fromkeys(CONDITIONS, 0.0), prefix_answers.COLUMNS, n=8)
     answers.values[:] = np.random.default_rng(0).integers(1, 4, answers.values.shape)

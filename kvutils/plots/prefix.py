@@ -1,7 +1,8 @@
 """Figures of notebook 04: what words before the image change in its values, and in the answers."""
 
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -26,20 +27,30 @@ def _title(axis, title: str, n: str, xlabel: str) -> None:
 
 
 def _points(found: Mapping[str, Mapping], conditions: Iterable[str]) -> list[tuple]:
-    return [(row, found[name], CONDITION_STYLE[name][0], CONDITION_STYLE[name][2], None) for row, name in enumerate(conditions)]
+    """A row per condition; those that were not read stay empty."""
+    return [(row, found[c], CONDITION_STYLE[c][0], CONDITION_STYLE[c][2], None) for row, c in enumerate(conditions) if c in found]
 
 
 @styled
 def prefix_effects(readouts: Mapping[str, Mapping]) -> Figure:
-    """Correct prefix minus every other condition at the best layer, in points of mIoU with 95 % intervals."""
+    """Correct prefix minus every other condition, and random words minus none, at the best layers, in points of mIoU with 95 %
+    intervals; grey: differences smaller than the smallest effect of interest."""
     readouts = in_order(readouts, READOUT_ORDER)
-    figure, axes = panels(len(readouts), len(readouts), 3.1, 3.4, sharey=True)
+    figure, axes = panels(len(readouts), len(readouts), 3.1, 3.6, sharey=True)
     others = [condition for condition in CONDITION_STYLE if condition != "correct"]
-    names = [f"correct minus {CONDITION_STYLE[name][3]}" for name in others]
+    names = [*(f"correct minus {CONDITION_STYLE[name][3]}" for name in others), "random words minus no prefix"]
     for axis, found in zip(axes, readouts.values(), strict=True):
-        forest(axis, _points(found["best"]["correct_minus"], others), names, factor=100)
-        _title(axis, found["title"], f"layer {found['best_layer']}, {found['held_out']} samples", "mIoU points")
+        best, random = found["best"], ("dimgrey", "s")
+        points = [*_points(best["correct_minus"], others), (len(others), best["random_minus_none"], *random, None)]
+        axis.axvspan(-found["smallest"], found["smallest"], color="0.9", lw=0)
+        forest(axis, points, names, factor=100)
+        _title(axis, found["title"], f"{_layers(best['layers'])}, {found['n']} samples", "mIoU points")
     return figure
+
+
+def _layers(chosen: Sequence[int]) -> str:
+    """Of the best layers of the two halves."""
+    return "layer " + " and ".join(map(str, dict.fromkeys(chosen))) if chosen else "no layer chosen"
 
 
 @styled
@@ -49,7 +60,7 @@ def added_by_layer(readouts: Mapping[str, Mapping]) -> Figure:
     figure, axes = panels(len(readouts), len(readouts), 3.3, 3.3)
     for axis, found in zip(axes, readouts.values(), strict=True):
         for condition, style in CONDITION_STYLE.items():
-            if condition != "none":  # bands of all six would hide each other; the results file has them
+            if condition in found["added"]:  # bands of all six would hide each other; the results file has them
                 curve(axis, found["layers"], found["added"][condition], style, 100, band=condition == "correct")
         axis.axhline(0, color="black", lw=0.8)
         _title(axis, found["title"], f"{found['n']} samples", "layer")
@@ -61,15 +72,15 @@ def added_by_layer(readouts: Mapping[str, Mapping]) -> Figure:
 @styled
 def movement_by_layer(readouts: Mapping[str, Mapping]) -> Figure:
     """How far values move with each prefix, on objects and on background, layer by layer."""
-    readouts = in_order(readouts, [name for name in READOUT_ORDER if name != "domain_by_text"])  # as in domain_by_probe
+    readouts = in_order(readouts, [name for name in READOUT_ORDER if name != "domain_by_probe"])  # as in domain_by_text
     figure, axes = panels(len(readouts), len(readouts), 3.6, 3.4, sharey=True)
     for axis, found in zip(axes, readouts.values(), strict=True):
-        for condition in ("correct", "wrong", "random", "filler"):
+        shown = [condition for condition in ("correct", "wrong", "random", "filler") if condition in found["added"]]
+        for condition, (part, line) in product(shown, (("objects", "-"), ("background", ":"))):
             colour, _, marker, label = CONDITION_STYLE[condition]
-            for part, line in (("objects", "-"), ("background", ":")):
-                style = (colour, line, marker, f"{label}, {part}")
-                curve(axis, found["layers"], found["moved"][part][condition], style, 100, band=False)
-        _title(axis, found["title"].replace(" by probe", ""), f"{found['n']} samples", "layer")
+            style = (colour, line, marker, f"{label}, {part}")
+            curve(axis, found["layers"], found["moved"][part][condition], style, 100, band=False)
+        _title(axis, found["title"].replace(" by text", ""), f"{found['n']} samples", "layer")
     axes[0].set_ylabel("distance moved (% of the value's length)")
     legend_below(figure, axes[:1], ncols=4)
     return figure

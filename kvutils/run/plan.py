@@ -30,7 +30,6 @@ NOTEBOOKS = ("01", "02", "03", "04", "05")
 GIB = 2**30
 SIZES = {"llava-onevision-7b": 8.03, "llava-onevision-0.5b": 0.89, "qwen2.5-vl-7b": 8.29, "qwen2.5-vl-3b": 3.75,
          "llava-next-llama3-8b": 8.36}  # billions of weights, as published
-_ONE_MODEL = ("04",)  # the others load a second one with random weights, as a control
 _NO_ENCODER = ("03", "04")  # the others compare with SigLIP
 _GET = "with network it comes by itself; without, `hf download {}` elsewhere and copy HF_HOME"
 
@@ -142,10 +141,10 @@ def _next(missing: Mapping[str, object]) -> list[str]:
 
 
 def weights_on_gpu(spec: ModelSpec, notebook: str) -> float | None:
-    """GiB of the weights that a notebook loads, in bfloat16 (SigLIP: 0.8); None for a model that is not a published one."""
+    """GiB of the weights that a notebook loads, in bfloat16: a model, another with random weights as its control, SigLIP (0.8); None for
+    a model that is not a published one."""
     size = {known.source: SIZES.get(name) for name, known in MODELS.items()}.get(spec.source)
-    models = 1 if notebook in _ONE_MODEL else 2
-    return size and (2e9 * models * size + (0 if notebook in _NO_ENCODER else 0.86e9)) / GIB
+    return size and (2 * 2e9 * size + (0 if notebook in _NO_ENCODER else 0.86e9)) / GIB
 
 
 def table(profile: str, model: str, notebooks: Sequence[str] = NOTEBOOKS, size: str = "full", source: str = "files", gpu: str | None = None) -> str:

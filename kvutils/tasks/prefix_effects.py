@@ -9,8 +9,9 @@ import numpy as np
 
 from kvutils.metrics.effects import measured, no_floor, part
 from kvutils.metrics.statistics import UNDEFINED, Effect, Halves, Resampled, Statistic, bootstrap_ci, resample
+from kvutils.readout.words import UNCENTRED
 from kvutils.tasks.base import ScoreTable, by_layer
-from kvutils.tasks.prefix_readouts import MOVED, UNCENTRED, UNTRAINED
+from kvutils.tasks.prefix_readouts import MOVED, UNTRAINED
 from kvutils.tasks.prefixes import CONDITIONS
 
 REFERRING, EXPRESSION, DOMAIN, PROBE = "referring_by_class_name", "referring_by_expression", "domain_by_text", "domain_by_probe"
@@ -125,9 +126,10 @@ def _claim(summaries: Mapping[str, Mapping], readout: str, other: str, others: S
     if primary["low"] is None:
         return measured(primary, others)
     best, name = summaries[readout]["best"], readout.replace("_", " ")
+    places = " and ".join(map(str, dict.fromkeys(best["layers"])))
     above = [no_floor(f"{name} without a prefix", Effect.of(best["above_untrained"]).scaled(100), "mIoU points")] if "above_untrained" in best else []
     levels = ", ".join(f"{100 * best['scores'][c]['mean']:.1f} ({c})" for c in told)
-    return measured(primary, others, above, f"The mIoU of {name} by prefix is {levels}, in layers {best['layers'][0]} and {best['layers'][1]}.")
+    return measured(primary, others, above, f"{name.capitalize()} has an mIoU of {levels}, read in layer {places}.")
 
 
 def _part(summaries: Mapping[str, Mapping], readout: str, one: str, other: str, about: str = "", **more: object) -> dict:

@@ -25,12 +25,13 @@ from kvutils.metrics.masks import class_counts, class_mean_iou
 from kvutils.metrics.statistics import Statistic, column_mean
 from kvutils.probes import LinearProbe, fit_linear_probe, join_probes
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, Item
+from kvutils.readout.words import UNCENTRED
 from kvutils.tasks.base import sample_seed
 from kvutils.tasks.prefixes import CONDITIONS, PrefixWriter
 from kvutils.tasks.text_segmentation import COLUMNS, IOU, map_scores
 
 log = logging.getLogger(__name__)
-UNTRAINED, UNCENTRED = "untrained", "uncentred."
+UNTRAINED = "untrained"
 FEWER = CONDITIONS[:4]  # none, correct, wrong, random: for readouts that stand beside the one that a claim is judged by
 MOVED = ("moved_objects", "moved_background")  # the last columns of every readout
 STUFF = frozenset(BDD_NAMES[: BDD_NAMES.index("person")])  # road, sky ...: every pixel of BDD has a class, these are no objects
