@@ -234,7 +234,7 @@ class Rehearsal:
                 each.prefixes = lambda _: prefixes
             if kind == "probe":
                 self.step("04", "domains_fit", len(train), "image", lambda each=each: each.fit())
-            each.fit = lambda _: None  # it is fitted
+            each.fit = lambda: None  # it is fitted
             self.step("04", f"domains_by_{kind}", len(scored), "image", lambda each=each: run_prefixes(each, progress=False))
         pope = self._enlarged("pocket-pope", scenes=2 * few)
         self.step("04", "answers", len({s.image_id for s in pope}), "image", lambda: ask_behind_prefixes(pope, mlm, writer, progress=False))

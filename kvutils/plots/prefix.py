@@ -50,7 +50,7 @@ def prefix_effects(readouts: Mapping[str, Mapping]) -> Figure:
 
 def _layers(chosen: Sequence[int]) -> str:
     """Of the best layers of the two halves."""
-    return "layer " + " and ".join(map(str, dict.fromkeys(chosen))) if chosen else "no layer chosen"
+    return "layer " + " and layer ".join(map(str, dict.fromkeys(chosen))) if chosen else "no layer chosen"
 
 
 @styled

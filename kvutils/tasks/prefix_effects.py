@@ -126,7 +126,7 @@ def _claim(summaries: Mapping[str, Mapping], readout: str, other: str, others: S
     if primary["low"] is None:
         return measured(primary, others)
     best, name = summaries[readout]["best"], readout.replace("_", " ")
-    places = " and ".join(map(str, dict.fromkeys(best["layers"])))
+    places = " and layer ".join(map(str, dict.fromkeys(best["layers"])))
     above = [no_floor(f"{name} without a prefix", Effect.of(best["above_untrained"]).scaled(100), "mIoU points")] if "above_untrained" in best else []
     levels = ", ".join(f"{100 * best['scores'][c]['mean']:.1f} ({c})" for c in told)
     return measured(primary, others, above, f"{name.capitalize()} has an mIoU of {levels}, read in layer {places}.")
