@@ -106,6 +106,10 @@ def test_every_family_gives_one_full_grid(family):
     assert set(extractor.alignment.sources) >= {"projector", "value.1", "lens.value.3"}
     scores = extractor.alignment.scores(one.features, ["fish", "red car"])
     assert all(score.shape == (2, len(one.layout)) for score in scores.values())
+    names, values = extractor.alignment.vocabulary, one.features["value.3"].float().T
+    assert names == ("fish", "car")
+    common = text_values(extractor.mlm, names, [3]).flatten(1).mean(0) @ values
+    torch.testing.assert_close(scores["value.3"] + common, scores["uncentred.value.3"], rtol=1e-3, atol=1e-3)
     assert 0 <= extractor.saliency(items[0]).min() and extractor.saliency(items[0]).max() == 1
 
 
@@ -284,6 +288,15 @@ def test_what_all_texts_share_changes_no_centred_score_and_no_choice_of_a_name(p
         torch.testing.assert_close(after[source], before[source], rtol=1e-3, atol=1e-3)
         assert not torch.allclose(after[f"uncentred.{source}"], before[f"uncentred.{source}"], rtol=0.1, atol=0.1)
         assert torch.equal(before[source].argmax(0), before[f"uncentred.{source}"].argmax(0))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_published_tokenizers_spell_the_vocabulary(published, family):
+    mlm = published(family)
+    own, beside = (FeatureExtractor(mlm, layers=[1], keys=False).alignment.text("a left car")[name] for name in ("value.1", "uncentred.value.1"))
+    names = [f"a {name}" for name in COCO_NAMES]
+    assert vocabulary_of(mlm) == COCO_NAMES
+    torch.testing.assert_close(own, beside - text_values(mlm, names, [1]).flatten(1).mean(0), rtol=1e-3, atol=1e-4)
 
 
 def test_the_vocabulary_is_that_of_the_model_and_never_of_the_data():

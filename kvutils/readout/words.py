@@ -168,8 +168,7 @@ class TextAlignment:
         self._cut = bool(encoder) and depth_read(encoder, mlm) < encoder.model.config.num_hidden_layers
         families = ["value", *(["untrained.value"] if untrained else []), "lens.value"]
         plain = [*self.sources, *(f"value.{layer}" for layer in self.layers)]
-        self.sources += [f"{family}.{layer}" for family in families for layer in self.layers]
-        self.sources += [UNCENTRED + source for source in plain]
+        self.sources += [*(f"{family}.{layer}" for family in families for layer in self.layers), *(UNCENTRED + source for source in plain)]
         self._texts: dict[str, dict[str, torch.Tensor]] = {}
         self._means: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}  # over the names that texts are like
         self._image: tuple[Any, dict[str, torch.Tensor]] = None, {}  # features of the image before, and what was made of them
@@ -201,9 +200,10 @@ class TextAlignment:
 
     def _plain(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Vector in every source as it is, of one text, or the mean over several."""
-        vectors = self._values("value", self.mlm, texts)
-        if self.untrained is not None:
-            vectors |= self._values("untrained.value", self.untrained, texts)
+        vectors = {}
+        for family, mlm in {"value": self.mlm, **({"untrained.value": self.untrained} if self.untrained else {})}.items():
+            values = text_values(mlm, texts, layers=self.layers).mean(0).flatten(1)
+            vectors |= {f"{family}.{layer}": value for layer, value in zip(self.layers, values, strict=True)}
         ids = [torch.tensor(words_of(self.mlm, text)) for text in texts]
         tables = self.mlm.model.get_input_embeddings().weight, self.mlm.model.lm_head.weight
         vectors["projector"], lens = (torch.stack([rows[each.to(rows.device)].float().mean(0) for each in ids]).mean(0).cpu().detach()
@@ -239,10 +239,6 @@ class TextAlignment:
         tower = getattr(model, "vision_model", model)
         patches = image.unsqueeze(1).to(model.device, model.dtype)
         return normalize(tower.head(tower.post_layernorm(patches)).float(), dim=-1).to(image.device)
-
-    def _values(self, family: str, mlm: MLM, texts: Sequence[str]) -> dict[str, torch.Tensor]:
-        values = text_values(mlm, texts, layers=self.layers).mean(0)
-        return {f"{family}.{layer}": value.flatten() for layer, value in zip(self.layers, values, strict=True)}
 
     # What values v (N, G*D) add to the residual stream when attended to with full weight is x = W v, where W sums the output
     # projection over the query heads that share a value; its final norm is x / rms(x) * g. A text's row t of the head then scores
