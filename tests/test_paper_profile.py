@@ -110,7 +110,7 @@ def test_value_flow_and_its_baseline(data):
     claims = {"C1": claim_c1(summaries), "C2a": claim_c2a(summaries), "C2b": claim_c2b(summaries), "C4": claim_c4(chains)}
     parts = [each for claim in claims.values() for each in claim["others"]]
     undefined = [each for each in parts if each["value"] is None]
-    assert len(undefined) == 4 and all("Temporal" in each["name"] and "at least 4" in each["reason"] for each in undefined)
+    assert len(undefined) == 4 and all("Temporal" in each["name"] and "2 units are too few" in each["reason"] for each in undefined)
     assert "without Temporal" in claims["C4"]["note"] and claims["C1"]["primary"]["value"] is not None
     assert DRAW["01_value_flow"]({"tasks": summaries, "pictures": {}}).keys() == {"01_value_flow", "01_build_then_degrade"}
     sources = data_sources(USES["paper"]["01"].values(), FEW)["data"]

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from kvutils.plots.style import COLOURS, error_bar, forest, in_order, layers_text, legend_below, panels, styled
 from kvutils.plots.value_flow import similarity_maps
 
-CHAIN_LABELS = {"encoder_original": "SigLIP", "encoder": "encoder", "projector": "projector", "value.0": "first\nproj.", "value": "best values"}
+CHAIN_LABELS = {"encoder_original": "SigLIP", "encoder": "encoder", "projector": "projector", "value.0": "first\nprojection", "value": "best\nvalues"}
 STEP_STYLE = {  # step -> colour, marker, label
     "finetuning": (COLOURS[1], "s", "finetuning (encoder minus SigLIP)"),
     "projection": (COLOURS[2], "^", "projection (projector minus encoder)"),
@@ -31,8 +31,8 @@ def scores_along_chain(chains: Mapping[str, Mapping]) -> Figure:
             colour, marker = (COLOURS[0], "o") if x == len(found) - 1 else ("black", "D")
             axis.errorbar(x, found[x]["mean"], yerr=error_bar(found[x]), fmt=marker, ms=5, color=colour, capsize=3)
         axis.axhline(found[0]["mean"], color="black", lw=0.7, ls=(0, (6, 4)))
-        axis.set_xticks(range(len(found)), [*list(CHAIN_LABELS.values())[:-1], f"values,\n{layers_text(chain['layers'])}"], fontsize=8)
-        axis.set(title=f"{chain['title']}\n{chain['n']} items in {chain['groups']} units", ylabel=chain["metric"])
+        axis.set_xticks(range(len(found)), CHAIN_LABELS.values(), fontsize=8)
+        axis.set(title=f"{chain['title']}\n{chain['n']} items in {chain['groups']} units, {layers_text(chain['layers'])}", ylabel=chain["metric"])
         axis.margins(x=0.12)
     return figure
 

@@ -144,8 +144,8 @@ def along_the_flow(axis, sources: Mapping[str, Mapping], families: Mapping[str, 
     layers = layers_of(sources)
     before, line, offset = flow_axis(max(layers, default=-1) + 1)
     points = [(x, source, "black", "D") for x, source in zip(before, BEFORE, strict=False)]
-    for family, style in families.items():
-        points.append((before[-1], f"{family}.0", style[0], style[2]))
+    for place, (family, style) in enumerate(families.items()):
+        points.append((before[-1] + (0.3 * place / len(families) - 0.12) * before[1], f"{family}.0", style[0], style[2]))
         if own := [layer for layer in layers_of(sources, family) if layer > 0]:
             curve(axis, np.array(own) + offset, [sources[f"{family}.{layer}"] for layer in own], style)
     for x, source, colour, marker in points:

@@ -204,8 +204,8 @@ def summarise(table: ScoreTable, task: Task, n_boot: int = 2000, seed: int = 0) 
     }  # fmt: skip
     try:
         halves = table.halves(seed)
-    except ParameterError as error:
-        return summary | {"no_layer": str(error)}
+    except ParameterError:
+        return summary | {"no_layer": f"{table.units} units are too few to choose a layer and to read it"}
     families = {re.sub(r"\.\d+$", "", s) for s in table.sources if re.search(r"\.\d+$", s) and not s.startswith((SHUFFLED, UNTRAINED))}
     for family in sorted(families):
         layers = {layer: source for layer, source in by_layer(table.sources, family) if layer > 0}

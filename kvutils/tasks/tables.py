@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -54,17 +55,17 @@ class ScoreTable:
         return len({name for names in units_of(self.groups) for name in names})
 
     def halves(self, seed: int = 0) -> Halves:
-        """Which rows choose a layer for which others; by groups where there are fewer than 4 splits. What shares a picture with the
-        other half does not choose; where that leaves less than a tenth of the rows to choose, what shares a unit does not (the
-        pictures that are scored are apart, others need not be). ParameterError where there are fewer than 4 units."""
-        splits = self.splits if len(set(self.splits)) >= 4 else self.groups
-        units = units_of(self.groups)
-        try:
-            halves = Halves.of(splits, seed, self.pictures or units)
-        except ParameterError:
-            halves = None
-        enough = halves and halves.choosing.sum(axis=1).min() >= len(self) / 10
-        return halves if enough else Halves.of(splits, seed, units)
+        """Which rows choose a layer for which others. Splits stay together, and what shares a picture with the other half does not
+        choose; where that leaves less than a tenth of the rows to choose, what shares a unit does not (the pictures that are scored are
+        apart, others need not be), and then, or where there are fewer than 4 splits, groups stay together. ParameterError where
+        there are fewer than 4 units."""
+        units, splits = units_of(self.groups), self.splits if len(set(self.splits)) >= 4 else self.groups
+        for together, apart in ((splits, self.pictures or units), (splits, units)):
+            with suppress(ParameterError):
+                halves = Halves.of(together, seed, apart)
+                if halves.choosing.sum(axis=1).min() >= len(self) / 10:
+                    return halves
+        return Halves.of(self.groups, seed, units)
 
     def best_of(self, sources: Sequence[str], statistic: Statistic, halves: Halves) -> tuple[list[str], np.ndarray]:
         """The best of some sources for each half, chosen by the other [2], and (n, k) values of every row in that of its half."""

@@ -105,7 +105,7 @@ def _says(effects: Effects, above: str, below: str) -> str:
     missing, said = {title: each for title, each in effects.items() if isinstance(each, str)}, []
     for verb, sign in ((above, 1), (below, -1)):
         names, of = _named(effects, sign), len(effects) - len(missing)
-        some = f" ({', '.join(names)})" if 0 < len(names) < of else ""
+        some = f" ({'; '.join(names)})" if 0 < len(names) < of else ""
         said.append(f"{verb} on {len(names)}" + (f" of {of} tasks" if sign > 0 else "") + some)
     return ", ".join([*said, *(f"without {title} ({why})" for title, why in missing.items())])
 
