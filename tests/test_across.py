@@ -20,11 +20,13 @@ def effect(value: float, reach: float = 1.0) -> Effect:
 FLOOR = no_floor("referring", effect(0.2), "points")
 
 
-def write_model(root, name, family="llava_onevision", values=(5.0, 4.0, 6.0), reach=1.0, needs=(), added=None, accuracy=0.8, size="full", more=()):
+def write_model(root, name, family="llava_onevision", values=(5.0, 4.0, 6.0), reach=1.0, needs=(), size="full", more=(), **points):
     """The results of a model as notebooks 01, 03 and 05 leave them; values: the effects of C1, C2a and C2b, in points."""
     folder = root / "data" / "results" / "paper" / name
     claims = {key: measured(part("mean", effect(value, reach)), prerequisites=needs) for key, value in zip(("C1", "C2a", "C2b"), values, strict=True)}
-    adds = {} if added is None else {"language_model_adds": {"mean": part("mean over the tasks", effect(added))}}
+    added, accuracy, tasks = (points.get(key, other) for key, other in {"added": None, "accuracy": 0.8, "tasks": 6}.items())
+    one = part("task", effect(added or 0.0))
+    adds = {} if added is None else {"language_model_adds": {"mean": one, "tasks": [one] * tasks}}
     write_json(folder / "01_value_flow.json", {"claims": claims | {key: claims["C1"] for key in more}, "parameters": {"size": size}, **adds})
     write_json(folder / "provenance" / "01_value_flow.json", {"family": family})
     if added is not None:
@@ -76,13 +78,14 @@ def test_c3_is_a_correlation_over_models(tmp_path, noise, count, verdict):
     added = 20 * ability + 20 * noise * rng.normal(size=count)
     for index in range(count):
         write_model(tmp_path, f"stage-{index}", added=added[index], accuracy=ability[index])
-    write_model(tmp_path, "without-blink")
+    write_model(tmp_path, "stage-without-answers")
+    write_model(tmp_path, "stage-of-one-task", added=-90, accuracy=0.9, tasks=1)
     line = lines_of(tmp_path)["stage-0"]["C3"]
     assert line["verdict"] == verdict
     if verdict == "not measured":
         assert line["why"] == "5 of 6 models or stages measured."
         return
-    assert line["n"] == line["units"] == count and "stage-0: adds" in line["note"] and "accuracy 45.0 %" in line["note"]
+    assert line["n"] == line["units"] == count and line["note"].startswith("Mean over 6 tasks: stage-0 adds") and "accuracy 45.0 %" in line["note"]
     found = pearsonr(added, ability)
     assert line["value"] == pytest.approx(found.statistic, abs=1e-5)
     assert (line["low"], line["high"]) == pytest.approx(tuple(found.confidence_interval()), abs=1e-5)

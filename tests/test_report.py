@@ -176,4 +176,4 @@ def test_the_committed_tables_are_those_of_the_committed_results():
     status = subprocess.run(["git", "-C", str(notebook.ROOT), "status", "--porcelain", "data/results"], capture_output=True, text=True)
     if stale and re.search(r"/\d\d_\w+\.json", status.stdout):
         pytest.skip("a `make replicate` was interrupted between its results and the tables")
-    assert stale == [], "run `make report`"
+    assert not stale, "run `make report`"

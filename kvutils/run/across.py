@@ -58,20 +58,22 @@ def families(models: Models, claims: Mapping[str, Mapping]) -> dict:
 
 def ability(models: Models) -> dict:
     """C3: correlation of what the language model adds, mean over the tasks of notebook 01, with accuracy, the mean of POPE's (notebook
-    03) and BLINK's official total (05); models that lack one of the three are left out."""
+    03) and BLINK's official total (05). Models that lack one of the three, or a task that others have, are left out."""
     points = {}
     for name, (results, _) in sorted(models.items()):
-        added = results.get("01_value_flow", {}).get("language_model_adds", {}).get("mean", {}).get("value")
+        adds = results.get("01_value_flow", {}).get("language_model_adds", {"mean": {"value": None}, "tasks": []})
         pope = results.get("03_input_agnostic_keys", {}).get("blocking", {}).get("pope", {}).get("plain", {})
+        pope = pope.get("scores", {}).get("mean", {}).get("accuracy", {}).get("mean")
         blink = results.get("05_blink_gap", {}).get("official", {}).get("accuracy", {}).get("Total")
-        accuracy = pope.get("scores", {}).get("mean", {}).get("accuracy", {}).get("mean")
-        if None not in (added, accuracy, blink):
-            points[name] = added, 100 * (accuracy + blink) / 2
+        if None not in (adds["mean"]["value"], pope, blink):
+            points[name] = adds["mean"]["value"], 50 * (pope + blink), sum(each["value"] is not None for each in adds["tasks"])
+    most = max((tasks for *_, tasks in points.values()), default=0)
+    points = {model: (x, y) for model, (x, y, tasks) in points.items() if tasks == most}
     name = "correlation of best value minus projector with accuracy (mean of POPE and BLINK)"
     if len(points) < FEWEST_MODELS:
         return measured(part(name, reason=f"{len(points)} of {FEWEST_MODELS} models or stages measured"))
     added, accuracy = np.array(list(points.values())).T
-    note = "; ".join(f"{model}: adds {x:+.1f} points, accuracy {y:.1f} %" for model, (x, y) in points.items()) + "."
+    note = f"Mean over {most} tasks: " + "; ".join(f"{model} adds {x:+.1f} points, accuracy {y:.1f} %" for model, (x, y) in points.items()) + "."
     return measured(correlation(name, added, accuracy), note=note)
 
 

@@ -289,7 +289,7 @@ def figures(chosen: argparse.Namespace) -> int:
 def make_report(chosen: argparse.Namespace) -> int:
     """Write the generated files that are stale, or with --check only name them; 1 if there are some then."""
     root = notebook.output_root()
-    paths = report.stale(root) if chosen.check else report.write(root)
+    paths = list(report.stale(root)) if chosen.check else report.write(root)
     for path in paths:
         print(f"{'stale, `make report` writes it anew' if chosen.check else 'written'}: {path.relative_to(root)}")
     if not paths:

@@ -5,6 +5,7 @@ the generated parts of README.md. A verdict is computed here or not at all."""
 
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -25,6 +26,7 @@ ABOUT = ("Made by `make report` from the results beside it, by the rules of `kvu
          "What the words mean is said in the README.")
 
 
+@cache
 def load_claims(path: Path | None = None) -> list[dict]:
     """The claims of data/claims.yaml, in their order; DataError for one without all of its fields."""
     path = path or data_folder() / "claims.yaml"
@@ -234,14 +236,14 @@ def generated(root: Path) -> dict[Path, str]:
     return files
 
 
-def stale(root: Path) -> list[Path]:
-    """The generated files that are missing or differ from what the results make."""
-    return [path for path, text in generated(root).items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+def stale(root: Path) -> dict[Path, str]:
+    """{path: text} of the generated files that are missing or differ from what the results make."""
+    return {path: text for path, text in generated(root).items() if not path.exists() or path.read_text(encoding="utf-8") != text}
 
 
 def write(root: Path) -> list[Path]:
     """Write the generated files that are stale; returns their paths."""
-    files, old = generated(root), stale(root)
-    for path in old:
-        write_text(path, files[path])
-    return old
+    old = stale(root)
+    for path, text in old.items():
+        write_text(path, text)
+    return list(old)
