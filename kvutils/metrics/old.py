@@ -21,11 +21,6 @@ def percentile_interval(value, draws, n):
     return Interval(float(value), float(low), float(high), n)
 
 
-def standard_error(scores, statistic=mean_statistic, n_boot=2000, seed=0, groups=None):
-    scores = _scores(scores)
-    return resample(lambda w: statistic(w, scores), len(scores), n_boot, seed, groups).error
-
-
 def peak_then_degrade(scores, groups=None, seed=0, statistic=mean_statistic, n_boot=2000):
     scores = _scores(scores)
     names = list(range(len(scores)) if groups is None else groups)

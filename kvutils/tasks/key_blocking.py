@@ -40,7 +40,6 @@ FALLBACK = 0.1  # share of the keys that is blocked where none is below the thre
 SCALE = "raw"  # whose threshold: the paper's
 READING_DRAWS = 5  # of random keys in the reading layers
 PAPER_F1 = 78.1  # of POPE, without a block
-POINTS = {"pope": 100.0, "mme": 1.0}  # F1 in points; the score of MME is in points already
 
 
 def last_layers(layers: int) -> tuple[int, ...]:
@@ -176,11 +175,12 @@ def claim_c6(about: Mapping, pope: Mapping, mme: Mapping) -> dict:
     for family, name in ((BLOCK, "blocked minus unblocked"), (EVERY, "all late image keys hidden minus none")):
         effect = Effect.of(mme["families"][family]["headline"])
         beside.append(part(f"MME score, {name}", effect, unit="score points", smallest=mme["smallest"]))
-    effect, plain = Effect.of(mme["families"][BLOCK]["headline"]), POINTS["pope"] * pope["plain"]["headline"]["mean"]
+    effect, turned = Effect.of(mme["families"][BLOCK]["headline"]), pope["families"][EVERY]["changed"]
     seen = "no answer changed" if math.isnan(effect.detectable) else f"{effect.detectable:.1f} or more would have been found"
-    note = (f"F1 is {plain:.1f} without a block (paper: {PAPER_F1}) and changes by {blocked.mean:+.2f} with it, by {every.mean:+.2f} with every image "
-            f"key of these layers hidden. MME's total of at most {100 * mme['smallest']:g} changes by {effect.mean:+.1f} ({seen}; 1 % of the total, "
-            f"{mme['smallest']:g}, would matter: ours, the paper states no figure).")  # fmt: skip
+    note = (f"F1 is {100 * pope['plain']['headline']['mean']:.1f} without a block (paper: {PAPER_F1}) and changes by {blocked.mean:+.2f} with it, by "
+            f"{every.mean:+.2f} with every image key of these layers hidden, which turns {turned['now_right']:.1%} of the questions right and "
+            f"{turned['now_wrong']:.1%} wrong. MME's total of at most {100 * mme['smallest']:g} changes by {effect.mean:+.1f} ({seen}; 1 % of the "
+            f"total, {mme['smallest']:g}, would matter: ours, the paper states no figure).")  # fmt: skip
     return measured(part("POPE F1, blocked minus unblocked", blocked), beside, _needs(about, pope), note)
 
 
@@ -193,12 +193,12 @@ def claim_x2(about: Mapping, pope: Mapping) -> dict:
 
 
 def _points(found: Mapping) -> Effect:
-    return Effect.of(found).scaled(POINTS["pope"])
+    return Effect.of(found).scaled(100)
 
 
 def _needs(about: Mapping, pope: Mapping) -> list[dict]:
     """What C6 and X2 need: keys to hide, layers in which the image is read, and errors."""
-    smallest, room = POINTS["pope"] * pope["smallest"], POINTS["pope"] * (1 - pope["plain"]["headline"]["mean"])
+    smallest, room = 100 * pope["smallest"], 100 * (1 - pope["plain"]["headline"]["mean"])
     limit = f"{'' if room >= smallest else 'ceiling: '}F1 could rise by {room:.1f} points, {smallest:g} would matter"
     layers = f"layers {min(about['layers'])}-{max(about['layers'])}"
     return [
@@ -234,9 +234,9 @@ def sweep(
     place = int(np.argmax([headline["mean"] for headline in headlines]))
     best = list(cells)[place]
     again, _ = ask_under_blocks(halves[1], mlm, {NONE: None, best: cells[best]}, parts, **options)
-    held_out = Scored.of(halves[1], again, n_boot, seed).change([best], [NONE])
+    held_out = Scored.of(halves[1], again, n_boot, seed).change([best], [NONE])["headline"]
     return {
         "metric": ".".join(task.metric), "shares": list(shares), "depths": list(depths), "grid": grid,
         "best": {"share": shares[place // len(depths)], "depth": depths[place % len(depths)]},
-        "held_out": held_out["headline"], "held_out_scores": held_out, "images": [len(half.images) for half in halves],
+        "held_out": held_out, "images": [len(half.images) for half in halves],
     }  # fmt: skip

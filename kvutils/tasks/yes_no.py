@@ -190,9 +190,8 @@ class Scored:
     @classmethod
     def of(cls, task: YesNoTask, sets: Mapping[str, Sequence[str]], n_boot: int = 2000, seed: int = 0) -> Scored:
         """DataError where a set has more or fewer answers than the task has questions."""
-        for name, answers in sets.items():
-            if isinstance(answers, str) or len(answers) != len(task.samples):
-                raise DataError(f"{task.name}, {name}: {len(answers)} answers for {len(task.samples)} questions")
+        if wrong := [name for name, answers in sets.items() if isinstance(answers, str) or len(answers) != len(task.samples)]:
+            raise DataError(f"{task.name}, {wrong[0]}: {len(sets[wrong[0]])} answers for {len(task.samples)} questions")
         values = np.stack([task.values(answers) for answers in sets.values()], axis=1)  # (n, sets, k)
         sums = np.zeros((len(task.images), len(sets), len(task.subsets), values.shape[-1]))  # over the questions of an image
         np.add.at(sums, task.image_of, values[:, :, None, :] * task.member[:, None, :, None])
@@ -221,8 +220,8 @@ class Scored:
         """Mean score of the sets `now` minus that of the sets `before`, an `Effect` of every metric, paired; JSON-able.
 
         Several sets are draws (20 of random keys, say) of many that could be: the variance between them counts as in
-        `_with_draws`, and a single set against several is judged as if it were one more of theirs. changed: by subset the
-        share of questions that are right and were wrong, and the reverse, over all pairs of sets.
+        `_with_draws`, and a single set against several is judged as if it were one more of theirs. changed: the share of
+        questions that are right and were wrong, and the reverse, over all pairs of sets.
         """
         places, was = ([list(self.sets).index(name) for name in side] for side in (now, before))
 
@@ -235,9 +234,7 @@ class Scored:
                 drawn = replace(self.found, value=self.found.value[side], draws=self.found.draws[:, side])
                 found = _with_draws(found, drawn, 1 / len(side) + (side is was and len(other) == 1))
         right, was_right = (self.right[side].mean(axis=0) for side in (places, was))  # (n,) shares
-        gained, lost = right * (1 - was_right), (1 - right) * was_right
-        changed = {subset: {"now_right": float(gained[mine].mean()), "now_wrong": float(lost[mine].mean())}
-                   for subset, mine in zip(self.task.subsets, self.task.member.T, strict=True)}  # fmt: skip
+        changed = {"now_right": float((right * (1 - was_right)).mean()), "now_wrong": float(((1 - right) * was_right).mean())}
         return self._report(found) | {"sets": [len(now), len(before)], "changed": changed}
 
     def headline(self, name: str) -> float:
@@ -265,11 +262,9 @@ def _with_draws(effects: Sequence[Effect], drawn: Resampled, times: float) -> li
     over images + times v. times = 1 / K for the mean of all draws that could be; 1 + 1 / K if one more of them is compared with it.
     Student's t with Welch and Satterthwaite's freedom, at least K - 1: K - 1 of s2, units - 1 of the rest.
     """
-    k = len(drawn.value)
-    apart = replace(drawn, value=drawn.value - drawn.value.mean(axis=0), draws=drawn.draws - drawn.draws.mean(axis=1, keepdims=True))
-    within = (apart.error**2).sum(axis=0) / (k - 1)
-    found = []
-    for each, total, noise in zip(effects, drawn.value.var(axis=0, ddof=1), within, strict=True):
+    k, found = len(drawn.value), []
+    chance = replace(drawn, draws=drawn.draws - drawn.draws.mean(axis=1, keepdims=True)).error
+    for each, total, noise in zip(effects, drawn.value.var(axis=0, ddof=1), (chance**2).sum(axis=0) / (k - 1), strict=True):
         if total > noise:
             draws, images = times * total, each.error**2 - times * noise
             freedom = max(k - 1, (draws + images) ** 2 / (draws**2 / (k - 1) + images**2 / (each.units - 1)))
