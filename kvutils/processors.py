@@ -4,11 +4,13 @@ The published OneVision and Qwen2.5-VL processors own a video processor, which n
 only shows images, so `ImageOnly...` leave video out and use the PIL image processors of `transformers`. The
 torchvision path resizes slightly differently; `MLM.image_backend` says which one a model has."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+import transformers
 import yaml
 from transformers import AutoConfig, AutoTokenizer, LlavaNextProcessor, LlavaOnevisionProcessor, Qwen2_5_VLProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -90,6 +92,18 @@ def load_processor(source: str | Path, family: str, revision: str = "main"):
         image = f"<|vision_start|>{token}<|vision_end|>" if family == "qwen2_5_vl" else token
         processor.chat_template = template if token in template else _AS_TEXT.replace("IMAGE", image) + template
     return processor
+
+
+def other_backend(processor, family: str):
+    """A processor that resizes pictures with the other of the two libraries, and is else the same. ParameterError without torchvision."""
+    chosen = pil = _CLASSES[family][2]
+    if isinstance(processor.image_processor, pil):
+        if find_spec("torchvision") is None:
+            raise ParameterError("torchvision is not installed here; `pip install torchvision` beside this torch, then run again")
+        chosen = getattr(transformers, pil.__name__.removesuffix("Pil"))
+    other = copy.copy(processor)
+    other.image_processor = chosen.from_dict(processor.image_processor.to_dict())
+    return other
 
 
 def _told_by(config) -> dict:

@@ -90,9 +90,15 @@ def unchanged(one: Mapping, smallest: float) -> str:
 
 
 def of_effect(claim: Mapping, found: Mapping) -> Verdict:
-    """By the primary comparison; of a question whether nothing changes it is the largest change."""
+    """By the primary comparison. Of a question whether nothing changes it is the change that may be largest; that something changes
+    is shown by any of the comparisons, by Holm's procedure over all."""
     one, smallest, unit, equal = found["primary"], claim["smallest"], claim["unit"], claim["kind"] == "equal"
     word = (unchanged if equal else word_of)(one, smallest)
+    if equal and word != NOT_MEASURED:
+        listed = [each for each in (one, *found["others"]) if each["low"] is not None]
+        sure = [each for sign in (1, -1) for each in _surely(listed, sign, smallest)]
+        word = ABSENT if sure else PRESENT if word == PRESENT else CANNOT_TELL
+        one = max(sure, key=lambda each: abs(each["value"]), default=one)
     if word == NOT_MEASURED:
         return Verdict(word, _sentence(one["reason"]))
     what, about = "largest change" if equal else "effect", f"{interval_of(one)} {unit}{_few(one)}"
@@ -128,12 +134,13 @@ def of_tasks(claim: Mapping, found: Mapping) -> Verdict:
     return Verdict(CANNOT_TELL, f"Open: {about}; in the paper {paper} are ahead.")
 
 
-def _surely(tasks: Sequence[Mapping], sign: int) -> list[Mapping]:
-    """The tasks above 0 (sign 1) or below (-1) by Holm's procedure: one false one among them in 2.5 % of the cases."""
+def _surely(tasks: Sequence[Mapping], sign: int, beyond: float = 0.0) -> list[Mapping]:
+    """The tasks above `beyond` (sign 1) or below minus it (-1) by Holm's procedure: one false one among them in 2.5 % of the cases."""
     def chance(one: Mapping) -> float:
+        over = sign * one["value"] - beyond
         if not one["error"]:
-            return 0.0 if sign * one["value"] > 0 else 1.0
-        return float(student.sf(sign * one["value"] / one["error"], one["units"] - 1))
+            return 0.0 if over > 0 else 1.0
+        return float(student.sf(over / one["error"], one["units"] - 1))
 
     sure = []
     for rank, one in enumerate(sorted(tasks, key=chance)):

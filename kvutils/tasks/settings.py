@@ -1,0 +1,212 @@
+"""X6: do batch size, precision, attention backend, image backend or resolution change any figure?
+
+A setting is one change to how a model runs. Under each, the headline scores of the six tasks are measured again, in a middle and in
+the last layer of the values, on some of the same items, and POPE's F1. Features know no batch: every picture is read alone, so
+that the batch size can change answers only.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from kvutils.datasets import USES, open_dataset
+from kvutils.errors import DataError, MemoryLimitError, ParameterError
+from kvutils.metrics.effects import measured, part
+from kvutils.metrics.statistics import Effect, paired_difference, resample
+from kvutils.models import MLM, QWEN
+from kvutils.processors import other_backend
+from kvutils.readout.features import FeatureExtractor, ImageFeatures, Opener
+from kvutils.store import Parts, digest, in_chunks
+from kvutils.tasks.base import ScoreTable, Task, run_task
+from kvutils.tasks.key_blocking import NONE, ask_under_blocks
+from kvutils.tasks.yes_no import Pope
+
+PICTURES, FEWEST = 48, 4  # of each task, about; its items at least
+BATCH = 16  # prompts that are answered together
+COARSE = 3 / 4  # of the side of a picture
+DTYPES, ATTENTION = ("float32", "bfloat16", "float16"), ("sdpa", "eager")
+Load = Callable[..., MLM]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model, pictures at `scale` of their side and brought back, and how many prompts are answered together."""
+
+    mlm: MLM
+    scale: float = 1.0
+    batch_size: int = BATCH
+
+    def shown(self, image: Image.Image) -> Image.Image:
+        """A picture as the model is shown it: of the same size, so that points and masks fit it."""
+        if self.scale == 1:
+            return image
+        smaller = image.resize([max(1, round(side * self.scale)) for side in image.size], Image.Resampling.BICUBIC)
+        return smaller.resize(image.size, Image.Resampling.BICUBIC)
+
+
+class ValueReader(FeatureExtractor):
+    """The image values of some layers under a setting, and nothing else."""
+
+    def __init__(self, setting: Setting, layers: Sequence[int]):
+        super().__init__(setting.mlm, layers=layers, keys=False)
+        self.setting = setting
+        self.alignment.sources = self.sources
+
+    @property
+    def sources(self) -> list[str]:
+        return [f"value.{layer}" for layer in self.layers]
+
+    @property
+    def fingerprint(self) -> str:
+        return digest([super().fingerprint, self.setting.scale])
+
+    def image(self, name: str, key: str, opened: Opener, *rest: Any, **more: Any) -> ImageFeatures:
+        return super().image(name, key, lambda: self.setting.shown(opened()), *rest, **more)
+
+    def saliency(self, item: tuple[str, Image.Image], *rest: Any) -> torch.Tensor:
+        return super().saliency((item[0], self.setting.shown(item[1])), *rest)
+
+
+def settings_of(mlm: MLM, load: Load, pixels: int) -> dict[str, Callable[[], Setting]]:
+    """The settings of a model by name; each is made when it is called, and raises ParameterError where it cannot be had.
+
+    load(dtype=, attention=) gives the model anew. pixels: of a picture, as many as are usual. A lower resolution is `COARSE` of
+    the side: fixed grids of tokens are shown pictures made smaller and brought back, Qwen2.5-VL gets fewer tokens. float16 is for
+    GPUs alone."""
+    now = {"dtype": str(mlm.dtype).removeprefix("torch."), "attention": mlm.attention}
+    looks = {name: getattr(mlm, name) for name in ("base_view_only", "max_pixels", "pad_to_square", "prompts")}
+
+    def loaded(**change: str) -> Setting:
+        if change.get("dtype") == "float16" and mlm.device.type == "cpu":
+            raise ParameterError("float16 is for GPUs; a CPU takes three times as long for it as for float32")
+        return Setting(replace(load(**now | change), **looks))
+
+    found: dict[str, Callable[[], Setting]] = {"batch size 1": lambda: Setting(mlm, batch_size=1)}
+    found |= {f"precision {name}": partial(loaded, dtype=name) for name in DTYPES if name != now["dtype"]}
+    found |= {f"attention {name}": partial(loaded, attention=name) for name in ATTENTION if name != now["attention"]}
+    backend = "torchvision" if mlm.image_backend == "pil" else "pil"
+    found[f"image backend {backend}"] = lambda: Setting(replace(mlm, processor=other_backend(mlm.processor, mlm.family)))
+    fewer = int(COARSE**2 * min(pixels, mlm.max_pixels or pixels))
+    lower = (lambda: Setting(replace(mlm, max_pixels=fewer))) if mlm.family == QWEN else lambda: Setting(mlm, COARSE)
+    return found | {f"resolution {COARSE:g} of the side": lower}
+
+
+def some_of(task: Task, pictures: int = PICTURES) -> Task:
+    """A task with a few of its samples, spread over all of them, that show about so many pictures."""
+    few, samples = copy.copy(task), task.samples
+    count = min(len(samples), max(FEWEST, pictures // len(task.images(samples[0]))))
+    few.samples = [samples[i * len(samples) // count] for i in range(count)]
+    return few
+
+
+def open_pope(profile: str) -> Pope | None:
+    """POPE as notebook 03 reads it; None where it is not on this machine."""
+    try:
+        return Pope(open_dataset(USES[profile]["03"]["pope"]))
+    except DataError:
+        return None
+
+
+def setting_changes(
+    tasks: Mapping[str, Task], tables: Mapping[str, ScoreTable], pope: Pope | None, mlm: MLM, load: Load, parts: Parts | None = None, *,
+    pictures: int = PICTURES, n_boot: int = 2000, seed: int = 0, progress: bool = True,
+) -> dict:  # fmt: skip
+    """Every setting's change of every headline score, with it minus without, paired; JSON-able.
+
+    tables: the tasks' scores under the model's own settings, of all layers. layers: those that are compared. changes: setting ->
+    score -> part, in points. left_out: setting -> why it cannot be had, or has nothing to change. pictures: of each task, and of POPE."""
+    layers = sorted({mlm.num_layers // 2, mlm.num_layers - 1})
+    few = [some_of(task, pictures) for name, task in tasks.items() if name in tables]
+    if pope is not None:
+        count = min(pictures, len(pope.images))
+        shown = {pope.images[i * len(pope.images) // count] for i in range(count)}
+        pope = Pope([sample for sample in pope.samples if sample.image_id in shown])
+    sizes = [np.prod(opened().size) for task in few for sample in task.samples for _, opened in task.images(sample)[:1]]
+    plain, changes, left_out = Setting(mlm), {}, {}
+    said = pope and _answers(pope, plain, parts)
+
+    def measure(setting: Setting) -> dict[str, dict]:
+        found = {}
+        if setting.batch_size == plain.batch_size:
+            reader = ValueReader(setting, layers)
+            for task in few:
+                found |= _task_changes(task, tables[task.name], run_task(task, reader, parts, progress=False), reader.sources, n_boot, seed)
+        if pope is not None:
+            found[f"{pope.title}, F1"] = _f1_change(pope, _answers(pope, setting, parts), said, n_boot, seed)
+        return found
+
+    for name, make in tqdm(settings_of(mlm, load, int(np.median(sizes or [1]))).items(), "settings", disable=not progress):
+        try:
+            found = {score: each | {"name": f"{name}: {score}"} for score, each in measure(make()).items()}
+            changes |= {name: found} if found else {}
+            left_out |= {} if found else {name: "nothing is answered without POPE, which is not on this machine"}
+        except (ParameterError, MemoryLimitError) as error:
+            left_out[name] = str(error)
+    return {"layers": layers, "changes": changes, "left_out": left_out}
+
+
+def _task_changes(task: Task, before: ScoreTable, after: ScoreTable, sources: Sequence[str], n_boot: int, seed: int) -> dict[str, dict]:
+    """Score -> part, over the rows that both tables have."""
+    rows = {name: number for number, name in enumerate(before.ids)}
+    kept = [number for number, name in enumerate(after.ids) if name in rows]
+    same, groups, found = [rows[after.ids[number]] for number in kept], [after.groups[number] for number in kept], {}
+    for source in sources:
+        score = f"{task.title}, layer {source.rpartition('.')[2]}"
+        if {source} <= {*before.sources} & {*after.sources} and kept:
+            change = paired_difference(after.of(source)[kept], before.of(source)[same], task.statistic, n_boot, seed, groups)
+            found[score] = part(score, change.scaled(100))
+        else:
+            found[score] = part(score, reason="the values are not finite under one of the two settings")
+    return found
+
+
+def _answers(pope: Pope, setting: Setting, parts: Parts | None) -> list[str]:
+    pictures = {sample.image_id: sample for sample in pope.samples}
+    opened = {name: partial(lambda sample: setting.shown(sample.image), sample) for name, sample in pictures.items()}
+    asked = Pope([replace(sample, picture=opened[sample.image_id], size=None) for sample in pope.samples])
+
+    def ask(some: list) -> list[str]:
+        return ask_under_blocks(asked, setting.mlm, {NONE: None}, batch_size=setting.batch_size, progress=False)[0][NONE]
+
+    depends = [setting.mlm.settings, setting.scale, setting.batch_size]
+    return list(in_chunks(parts, "settings/pope", asked.samples, ask, len(asked.samples), depends, progress=False))[0]
+
+
+def _f1_change(pope: Pope, now: Sequence[str], before: Sequence[str], n_boot: int, seed: int) -> dict:
+    """The headline under two answer sets, resampled over images."""
+    values = [pope.values(answers) for answers in (now, before)]
+
+    def change(weights: np.ndarray) -> np.ndarray:
+        new, old = (pope.measures(np.einsum("rn,ns,nk->rsk", weights, pope.member, each, optimize=True))[pope.metric] for each in values)
+        return new - old
+
+    return part("F1", resample(change, len(pope.samples), n_boot, seed, pope.image_of.tolist()).effects().scaled(100))
+
+
+def claim_x6(found: Mapping) -> dict:
+    """X6. The largest of many changes is biased upwards and says little by itself; what decides is a bound that holds for every score.
+    So the primary comparison is the change whose 90 % interval reaches furthest from 0; all others are listed."""
+    listed = [each for scores in found["changes"].values() for each in scores.values()]
+    known = [each for each in listed if each["low90"] is not None]
+    primary = max(known, key=lambda each: max(-each["low90"], each["high90"]), default=part("any setting", reason="no setting can be changed here"))
+    notes = [largest_change(name, scores) for name, scores in found["changes"].items()]
+    notes += [f"{name}: not measured ({why.rstrip('.')})" for name, why in found["left_out"].items()]
+    return measured(primary, [each for each in listed if each is not primary], note=f"Largest changes, in points: {'; '.join(notes)}.")
+
+
+def largest_change(setting: str, scores: Mapping[str, Mapping]) -> str:
+    """The score that a setting changes most, in words, and how much the other scores change at most."""
+    order = sorted((score for score in scores if scores[score]["value"] is not None), key=lambda score: -abs(scores[score]["value"]))
+    if not order:
+        return f"{setting}: not defined"
+    others = f", all others at most {abs(scores[order[1]]['value']):.2f}" if len(order) > 1 else ""
+    return f"{setting}: {round(scores[order[0]]['value'], 2) + 0.0:+.2f} ({order[0]}){others}"
