@@ -21,7 +21,7 @@ from tqdm import tqdm
 from kvutils.datasets import USES, open_dataset
 from kvutils.errors import DataError, MemoryLimitError, ParameterError
 from kvutils.metrics.effects import measured, part
-from kvutils.metrics.statistics import Effect, paired_difference, resample
+from kvutils.metrics.statistics import paired_difference, resample
 from kvutils.models import MLM, QWEN
 from kvutils.processors import other_backend
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, Opener
