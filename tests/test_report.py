@@ -77,7 +77,7 @@ def test_each_comparison_has_its_own_word():
         ["**C6**", "**blocked minus not**", "+2.90 [+1.90, +3.90] F1 points", "1.5", "1.4", 400, "100", "present"],
         ["C6", "MME", "+0.00 [-0.60, +0.60] points", "9", "0.87", 400, "100", "absent"],
         ["C6", "depth", "+0.30 [+0.20, +0.40] share", None, "0.19", 400, "5, few units", None],
-        ["C6", "other", "+1.00, interval not defined: too few independent units to resample", "1.5", None, 1, "1, few units", "not measured"]]
+        ["C6", "other", "+1.00, interval not defined: too few independent units to resample", "1.5", None, 1, "1", "not measured"]]
     assert [word_of_part(claim("X6", "equal"), one(value, 0.1)) for value in (0, 3)] == [HOLDS, FAILS]
     assert word_of_part(claim("X2"), part("a", UNDEFINED)) == NOT_MEASURED
     assert report.comparisons(claim(), {"entries": []})[0][1].endswith("run notebook 01 again.")
@@ -90,7 +90,8 @@ def test_a_line_of_the_tables():
     assert line["prerequisites"] == [{"name": "keys", "holds": True, "reason": "3 keys, 1 are needed"}]
     assert report.ours(report.row(claim(), None)) == "–" == report.ours(report.row(claim(), {"entries": []}))
     many = report.row(claim(kind="tasks", effect=3), measured(part("ahead"), tasks=[one(5, 1, name="a"), one(-5, 1, name="b")]))
-    assert report.ours(many) == "1 of 2 tasks" and many["tasks"] == {"a": "present", "b": "opposite"}
+    none = report.row(claim(kind="tasks"), measured(part("ahead", Effect(0, *[float("nan")] * 2, 0, float("nan"), 0))))
+    assert report.ours(many) == "1 of 2 tasks" and report.ours(none) == "–" and many["tasks"] == {"a": "present", "b": "opposite"}
 
 
 def test_all_claims_are_there():

@@ -51,8 +51,8 @@ def row(claim: Mapping, found: Mapping | None) -> dict:
 
 def ours(line: Mapping) -> str:
     """What was measured of a line of claims.json: `+0.04 [+0.00, +0.10] F1 points`, or the number of tasks that are ahead."""
-    if line["tasks"]:
-        return f"{list(line['tasks'].values()).count(PRESENT)} of {len(line['tasks'])} tasks"
+    if line["kind"] == "tasks":
+        return f"{list(line['tasks'].values()).count(PRESENT)} of {len(line['tasks'])} tasks" if line["tasks"] else "–"
     if line["value"] is None:
         return "–"
     return interval_of(line) if line["low"] is None else f"{interval_of(line)} {line['unit']}"
@@ -76,8 +76,9 @@ def comparisons(claim: Mapping, found: Mapping) -> list[list]:
 
 
 def units(one: Mapping) -> str:
-    """The number of independent units, and whether they are few."""
-    return "–" if not one["units"] else f"{one['units']}, few units" if one["units"] < FEW_UNITS else f"{one['units']:,}"
+    """The number of independent units, and whether an interval rests on few."""
+    few = one["low"] is not None and one["units"] < FEW_UNITS
+    return f"{one['units']:,}{', few units' if few else ''}" if one["units"] else "–"
 
 
 def measurement(claim: Mapping, results: Mapping) -> Mapping | None:
