@@ -87,8 +87,9 @@ def _above(effects: Effects, controls: Mapping[str, Effects], name: str) -> tupl
         if isinstance(each, Effect) and floor:
             kept[title] = f"{' and '.join(floor)} not above the control"
     left = [title for title in kept if isinstance(effects[title], Effect) and isinstance(kept[title], str)]
-    any_left = any(isinstance(each, Effect) for each in kept.values()) or not left
-    return kept, prerequisite(name, any_left, f"floor: not above the control: {', '.join(left)}" if left else "on every task measured")
+    there = sum(isinstance(each, Effect) for each in kept.values())
+    said = f"{'' if there else 'floor: '}{name} on {there} of {there + len(left)} tasks, not on {', '.join(left)}"
+    return kept, prerequisite(name, bool(there or not left), said if left else f"{name} on every task measured")
 
 
 def _parts(name: str, effects: Effects) -> list[dict]:
