@@ -1,25 +1,32 @@
-"""Two groups of keys or one? Two normal distributions fitted to the log-variance, and the threshold between them.
+"""Two groups of keys or one? `variance_threshold` asks it of all keys together, as the paper does; `bimodal_layers` within heads (ours).
 
 Ashman's D = |m1 - m2| / sqrt((s1^2 + s2^2) / 2) alone calls a flat or a skewed distribution bimodal: two normals describe
-it better than one. So D counts only where the numbers themselves are rarer between the two means, and each group has 1 %
-of them. `variance_threshold` asks this of all keys of a model, once; `separation` of many resamples at once (both ours).
+it better than one. So D counts only where the keys themselves are rarer between the two means. And the deepest valley of a sample
+is there by chance, and deeper still in its resamples, so that a resampled count of layers is too large. So the valley of a layer is
+chosen on one half of the token positions and read on the other, both ways: of keys of one mode it is none.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
+from scipy.stats import t as student
 from sklearn.mixture import GaussianMixture
 
 from kvutils.errors import DataError
+from kvutils.metrics.statistics import UNDEFINED, Effect, Halves, Resampled, resample
 from kvutils.models import base_name
 
 PAPER_THRESHOLDS = {"llava-onevision-7b": 450.0}  # squared key units, section 3.2
 QUANTILE = 0.1  # of the variances: the threshold where there are no two modes (ours)
-VALLEY = 0.8  # of the lower mode's density: above that there is no valley
-_SMALLEST = 0.01  # share of the numbers; fewer are outliers
+VALLEY = 0.8  # of the lower mode's density: a layer whose valley is above has one mode
+SIDE = 0.03, 8  # share and number of the keys on each side of a valley, at least; fewer are outliers (ours)
+LEVEL = 0.025  # one-sided, of a 95 % interval
+_SMALLEST = 0.01  # share of the keys of a mode of all keys together
 _MOST = 5_000  # numbers that are fitted; evenly spaced ranks stand for more
-Fit = tuple[np.ndarray, np.ndarray, np.ndarray]  # means, standard deviations, shares: (R, 2) each, lower first
+_GRID = 200  # places at which a density is read
 
 
 def variance_threshold(variance: torch.Tensor, model: str | None = None) -> dict:
@@ -36,7 +43,9 @@ def variance_threshold(variance: torch.Tensor, model: str | None = None) -> dict
     logs = np.log(values[values > 0])
     if len(logs) < 10 or np.ptp(logs) < 1e-9:
         raise DataError(f"a threshold needs at least 10 different variances, found {len(np.unique(logs))}")
-    points = _ranks(logs)[:, None]
+    if len(logs) > _MOST:
+        logs = np.quantile(logs, (np.arange(_MOST) + 0.5) / _MOST)
+    points = logs[:, None]
     one, two = (GaussianMixture(k, n_init=3, random_state=0).fit(points) for k in (1, 2))
     order = two.means_[:, 0].argsort()
     means, spread, shares = two.means_[order, 0], two.covariances_[order, 0, 0], two.weights_[order]
@@ -55,73 +64,106 @@ def variance_threshold(variance: torch.Tensor, model: str | None = None) -> dict
             "modes": np.exp(means).tolist(), "shares": shares.tolist()}  # fmt: skip
 
 
-def separation(values: np.ndarray, start: Fit | None = None) -> tuple[np.ndarray, Fit]:
-    """(R,) Ashman's D of each row of values (R, n), 0 where there is no valley between the means; and the fit.
+def bimodal_layers(logs: np.ndarray, n_boot: int = 2000, seed: int = 0) -> dict:
+    """In how many layers has the log-variance (L, G, P), each head's mode subtracted, two modes? JSON-able.
 
-    A valley: between the means a kernel density (Gaussian, Silverman's width for the spread within the groups) falls below
-    `VALLEY` of the lower mode's, and each group has 1 % of the numbers; never among equal ones. start: an earlier fit of
-    one row, for resamples of it.
-    """
-    values = _ranks(np.atleast_2d(values))
-    if start is not None:
-        start = tuple(np.repeat(each, len(values), axis=0) for each in start)
-    means, sds, shares = fit = _fit_two_normals(values, start)
-    d = (means[:, 1] - means[:, 0]) / np.sqrt((sds**2).mean(axis=1))
-    there = [_has_valley(*each) for each in zip(values, means, sds, strict=True)]
-    return np.where(np.array(there) & (shares.min(axis=1) >= _SMALLEST), d, 0.0), fit
+    Heads are aligned at their modes since a mixture of one-moded heads of any width and skew then has one mode; at their means or
+    medians it may have two. A layer has two (`two_modes`: "yes") if its valley is below `VALLEY` of the lower mode's density, Ashman's
+    D is above 2, and the valley is real by Holm's procedure over the layers; "no" if the 95 % interval excludes such a valley; else
+    "open". Intervals are over the P positions, each with all its heads. layers: per layer `two_modes`, `separation` (D), `valley` (the
+    density in it over the lower mode's, an interval; 1: none) and `modes` (lower mode, valley, upper mode, as multiples of the variance
+    at the head's mode). count: an effect: the layers that have them in the sample, from those with "yes" to all but those with "no";
+    its error is that of a 90 % interval as wide. late_minus_early: the same of the share of the later half's layers minus the earlier's.
+    heads: the count with whole heads left out in turn. ParameterError for fewer than four positions."""
+    layers, heads, positions = logs.shape
+    halves, values = Halves.of(range(positions), seed), logs - head_modes(logs)
+    packed = np.stack([_at_chosen(each, halves) for each in values], axis=1)
+    found = resample(lambda w: _depth(np.tensordot(w, packed, 1)), positions, n_boot, seed)
+    depths, where = found.effects(), np.array([_valley(each) for each in values])
+    separate = np.array([_ashman(*each) for each in zip(values, where, strict=True)])
+    there = (found.value > -np.log(VALLEY)) & (separate > 2)
+    chance = np.array([student.sf(each.mean / each.error, positions - 1) if each.error > 0 else float(each.mean <= 0) for each in depths])
+    order = chance.argsort()
+    sure = np.zeros(layers, bool)
+    sure[order] = np.logical_and.accumulate(chance[order] * (layers - np.arange(layers)) <= LEVEL)
+    sure, possible = sure & there, there | np.array([not each.high < -np.log(VALLEY) for each in depths])
+    late, without = np.arange(layers) >= layers // 2, [np.delete(values, head, axis=1) for head in range(heads) if heads > 1]
 
+    def within(of: np.ndarray, sign: np.ndarray) -> Effect:
+        """Sum over layers of a weight, from what is sure to what is possible."""
+        low, high = (float((sign * np.where(sign > 0, a, b)).sum()) for a, b in ((sure, possible), (possible, sure)))
+        value = float((sign * of).sum())
+        return replace(UNDEFINED, mean=value, low=low, high=high, n=positions, units=positions,
+                       error=max(value - low, high - value) / float(student.ppf(1 - 2 * LEVEL, positions - 1)))  # fmt: skip
 
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """(..., n) numbers, or evenly spaced ranks of them where they are more than can be fitted."""
-    if values.shape[-1] <= _MOST:
-        return values
-    return np.moveaxis(np.quantile(values, (np.arange(_MOST) + 0.5) / _MOST, axis=-1), 0, -1)
-
-
-def _fit_two_normals(values: np.ndarray, start: Fit | None) -> Fit:
-    """Expectation maximisation for each row of values (R, n). Without a start, the likeliest of five splits.
-
-    Standard deviations stay above 1 % of a row's.
-    """
-    if start is None:
-        fits = []
-        for cut in (0.1, 0.25, 0.5, 0.75, 0.9):
-            limit = np.quantile(values, cut, axis=1, keepdims=True)
-            fits.append(_climb(values, [values <= limit, values > limit], 150))
-        best = np.argmax([likelihood for _, likelihood in fits], axis=0)
-        fit = tuple(np.stack([fits[b][0][k][row] for row, b in enumerate(best)]) for k in range(3))
-    else:
-        fit, _ = _climb(values, _responsible(values, start)[0], 50)
-    order = np.argsort(fit[0], axis=1)
-    return tuple(np.take_along_axis(each, order, axis=1) for each in fit)
-
-
-def _climb(values: np.ndarray, parts, steps: int) -> tuple[Fit, np.ndarray]:
-    """From (responsibility of the first, of the second) to the fit and its mean log-likelihood (R,)."""
-    floor = np.maximum(1e-2 * values.std(axis=1), 1e-12)
-    for _ in range(steps):
-        sums = [np.maximum(part.sum(1), 1e-9) for part in parts]
-        means = [(part * values).sum(1) / n for part, n in zip(parts, sums, strict=True)]
-        spread = [np.maximum(np.sqrt((part * (values - mean[:, None]) ** 2).sum(1) / n), floor)
-                  for part, mean, n in zip(parts, means, sums, strict=True)]  # fmt: skip
-        fit = tuple(np.stack(each, axis=1) for each in (means, spread, [n / values.shape[1] for n in sums]))
-        parts, likelihood = _responsible(values, fit)
-    return fit, likelihood
+    counts = np.array([_count(each, halves) for each in without])
+    return {
+        "layers": [
+            {"two_modes": "yes" if yes else "open" if maybe else "no", "separation": float(d), "modes": np.exp(points).tolist(),
+             "valley": {name: float(np.exp(-max(x, 0.0))) for name, x in (("mean", each.mean), ("low", each.high), ("high", each.low))}}
+            for yes, maybe, d, points, each in zip(sure, possible, separate, where, depths, strict=True)
+        ],
+        "count": within(there, np.ones(layers)).as_dict(),
+        "late_minus_early": within(there, np.where(late, 1 / late.sum(), -1 / max((~late).sum(), 1))).as_dict(),
+        "heads": (Resampled(np.array(there.sum()), counts, heads, heads, jackknife=True).effects() if heads > 1 else UNDEFINED).as_dict(),
+    }  # fmt: skip
 
 
-def _responsible(values: np.ndarray, fit: Fit) -> tuple[list[np.ndarray], np.ndarray]:
-    logs = [np.log(share[:, None]) - np.log(sd[:, None]) - 0.5 * ((values - mean[:, None]) / sd[:, None]) ** 2
-            for mean, sd, share in zip(*(each.T for each in fit), strict=True)]  # fmt: skip
-    total = np.logaddexp(*logs)
-    return [np.exp(each - total) for each in logs], total.mean(axis=1)
+def head_modes(logs: np.ndarray) -> np.ndarray:
+    """(L, G, 1) where the density of each head's log-variances (L, G, P) is highest."""
+    def mode(values: np.ndarray) -> float:
+        grid = np.linspace(*np.quantile(values, (0.01, 0.99)), _GRID)
+        return grid[_density(values, grid, _width(values)).sum(1).argmax()]
+
+    return np.array([[[mode(head)] for head in layer] for layer in logs])
 
 
-def _has_valley(values: np.ndarray, means: np.ndarray, sds: np.ndarray) -> bool:
-    width = 0.9 * np.sqrt((sds**2).mean()) * len(values) ** -0.2
-    grid = np.linspace(means[0] - sds[0], means[1] + sds[1], 121)
-    density = np.exp(-0.5 * ((grid[:, None] - values) / width) ** 2).sum(1)
-    between = np.flatnonzero((grid > means[0]) & (grid < means[1]))
-    if not len(between):
-        return False
-    valley = between[density[between].argmin()]
-    return bool(density[valley] < VALLEY * min(density[:valley].max(initial=0), density[valley:].max()))
+def _count(values: np.ndarray, halves: Halves) -> int:
+    """Layers of centred log-variances (L, G, P) with a valley and D above 2, in this sample."""
+    depths = [_depth(_at_chosen(each, halves).sum(0)) > -np.log(VALLEY) for each in values]
+    return sum(deep and _ashman(each, _valley(each)) > 2 for deep, each in zip(depths, values, strict=True))
+
+
+def _density(values: np.ndarray, where: np.ndarray, width: float) -> np.ndarray:
+    """(places, ...) unnormalised Gaussian kernels of values (...) at some places."""
+    return np.exp(-0.5 * ((where.reshape(-1, *[1] * values.ndim) - values) / width) ** 2)
+
+
+def _width(values: np.ndarray) -> float:
+    """Silverman's width. By the standard deviation: by the quartiles it is so small that the tails of a wide head are all valleys."""
+    return max(0.9 * values.std() * values.size**-0.2, 1e-9)
+
+
+def _valley(values: np.ndarray) -> np.ndarray:
+    """(3,) lower mode, valley, upper mode: where the density is lowest in relation to what is higher on both sides of it."""
+    values, grid = values.ravel(), np.linspace(values.min(), values.max(), _GRID)
+    density = _density(values, grid, _width(values)).sum(1)
+    left, right = np.maximum.accumulate(density), np.maximum.accumulate(density[::-1])[::-1]
+    least = max(SIDE[0], SIDE[1] / len(values))
+    low, high = np.quantile(values, (least, 1 - least)) if least < 0.5 else values[[0, 0]]
+    depth = np.where((grid > low) & (grid < high), np.minimum(left, right) / (density + 1e-12), 0)
+    valley = depth.argmax()
+    return grid[[density[: valley + 1].argmax(), valley, valley + density[valley:].argmax()]]
+
+
+def _at_chosen(values: np.ndarray, halves: Halves) -> np.ndarray:
+    """(P, 2, 3) what each position adds to the density at the places that the other half has chosen; values (G, P) of a layer."""
+    found = np.zeros((values.shape[1], 2, 3))
+    for half, chooses in enumerate(halves.choosing):
+        chosen, read = values[:, chooses], values[:, ~chooses]
+        found[~chooses, half] = _density(read, _valley(chosen), _width(chosen)).mean(1).T
+    return found
+
+
+def _depth(sums: np.ndarray) -> np.ndarray:
+    """(...) log of the lower mode's density over the valley's, mean over the halves of sums (..., 2, 3)."""
+    logs = np.log(sums + 1e-6)
+    return (np.minimum(logs[..., 0], logs[..., 2]) - logs[..., 1]).mean(-1)
+
+
+def _ashman(values: np.ndarray, modes: np.ndarray) -> float:
+    """Ashman's D of two normal distributions fitted from the two modes on; 0 where they are one."""
+    if modes[0] == modes[2] or np.ptp(values) < 1e-9:
+        return 0.0
+    two = GaussianMixture(2, means_init=modes[[0, 2], None], random_state=0).fit(values.reshape(-1, 1))
+    return float(abs(np.subtract(*two.means_[:, 0])) / np.sqrt(two.covariances_.mean()))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from kvutils.datasets import open_uses
 from kvutils.datasets.samples import YesNoSample
 from kvutils.errors import ParameterError
-from kvutils.metrics.old import claim_of_parts, undefined
-from kvutils.metrics.statistics import Interval
+from kvutils.metrics.effects import enough, measured, part
+from kvutils.metrics.statistics import Effect
 from kvutils.tasks.knock_out import as_questions
 
 ATTENTION_QUESTIONS = {  # the text whose attention to the image keys is measured
@@ -20,6 +19,8 @@ ATTENTION_QUESTIONS = {  # the text whose attention to the image keys is measure
 }  # fmt: skip
 IMAGE_SIZE = {"pocket": None, "paper": (640, 480)}  # pocket scenes are of one size; most COCO images are of this one
 READING_IMAGES = 100  # of each subset of POPE and MME, for the knock-out curve of a profile without questions by kind
+FEWEST_IMAGES = 100  # on one grid, for the variance of a key to be told from its noise
+SMALLEST_SHARE, SMALLEST_SINK = 2, 0.5  # % of keys (data/claims.yaml, X4); times the average key's attention or norm (ours)
 
 
 def open_data(profile: str, options: Mapping[str, Mapping] | None = None, size: Sequence[int] = (), prompts: str = "paper"
@@ -54,26 +55,55 @@ def _first_images(samples: list[YesNoSample], count: int) -> list[YesNoSample]:
 
 
 def claim_c5(described: Mapping) -> dict:
-    """C5: median over layers of Ashman's D of the log-variance centred within each head. described: of `describe_keys`.
+    """C5: layers whose log-variance, each head's mode subtracted, has two modes. described: of `describe_keys`, or what it holds of
+    `images`, `modes`, `thresholds`, `shares` and `order`.
 
-    A pooled histogram has two modes as soon as keys of some layers or heads are longer; this has not. Entries: the layers.
+    A pooled histogram has two modes as soon as keys of some layers or heads are longer; this has not.
     """
-    found = described["modes"]
-    entries = [Interval.of(each).claim(f"layer {layer}") for layer, each in enumerate(found["layers"])]
-    return Interval.of(found["median"]).claim(unit="Ashman's D within layers, median", entries=entries)
+    found, pooled, layers = described["modes"], described["thresholds"]["raw"], described["modes"]["layers"]
+    which = {word: [str(layer) for layer, each in enumerate(layers) if each["two_modes"] == word] for word in ("yes", "open")}
+    late, near = (Effect.of(each).scaled(100) for each in (found["late_minus_early"], described["shares"]["near_constant"]["all"]))
+    others = [
+        part("the same count, with whole KV heads left out", Effect.of(found["heads"]), "one KV head"),
+        part("share of such layers, later half minus earlier", late, unit="% of layers", smallest=100 / max(len(layers) // 2, 1)),
+        part("near-constant keys", near, unit="% of keys", smallest=SMALLEST_SHARE),
+    ]
+    note = f"Two modes within heads in {len(which['yes'])} of {len(layers)} layers ({', '.join(which['yes']) or 'none'}), " \
+           f"open in {len(which['open'])} ({', '.join(which['open']) or 'none'}); all layers together have " \
+           f"{'two modes' if pooled['two_modes'] else 'one mode'}, which layers of different scale alone can make.{_order_note(described)}"
+    return measured(part("layers with two modes", Effect.of(found["count"])), others, [_images(described)], note)
 
 
 def claim_x4(described: Mapping, compared: Mapping) -> dict:
-    """X4: share in the trained minus the untrained model, and attention per key minus that of other keys.
+    """X4: share of keys that vary little within their head, trained minus untrained; and whether these are attention sinks.
 
-    The share is scale-free, as keys of random weights are short: below the valley of variance / mean norm^2 where
-    it has two modes, else below a fixed value. The attention is that of the keys below the paper's kind of
-    threshold, in multiples of the average key's; undefined where no head has keys of both kinds.
+    The threshold is the valley of the trained model in layers with two modes, else variance below a fixed share of the squared
+    norm: keys of random weights are short, so that below an absolute threshold all of them lie. Attention and norm are those
+    of the trained model's keys below the threshold minus the others of their head, undefined where no head has both.
     """
-    scale = "scale_free" if described["thresholds"]["scale_free"]["two_modes"] else "near_constant"
-    share = Interval.of(compared[scale]["difference"]["all"])
-    mass = Interval.of(described["sinks"]["raw"]["mass"]["all"])
-    attention = "attention per key (multiples of the average key's), input-agnostic minus others"
-    missing = undefined(attention, "no layer and head has keys below and above the threshold")
-    received = missing if math.isnan(mass.mean) else mass.claim(attention)
-    return claim_of_parts([share.claim(f"share of keys ({scale}), trained minus untrained"), received], "comparisons of 2")
+    primary = compared["within_heads"]
+    difference, untrained = Effect.of(primary["difference"]["all"]).scaled(100), 100 * primary["untrained"]["all"]["mean"]
+    sinks, why = described["sinks"]["within_heads"], "no layer and head has keys below and above the threshold"
+    others = [
+        part("near-constant keys, trained minus untrained", Effect.of(compared["near_constant"]["difference"]["all"]).scaled(100)),
+        *(part(f"{name} of these keys minus that of the others of their head", Effect.of(sinks[kind]["all"]), why,
+               unit="times the average key's", smallest=SMALLEST_SINK)
+          for kind, name in (("mass", "attention per key"), ("norm", "norm"))),
+    ]  # fmt: skip
+    valleys = sum(each["method"] == "valley" for each in described["thresholds"]["within_heads"])
+    note = f"{untrained + difference.mean:.1f} % of the trained model's keys vary little, {untrained:.1f} % of the untrained one's (by the " \
+           f"valley of the log-variance in {valleys} layers, by a fixed limit in the others).{_order_note(described)}"
+    return measured(part("share within heads, trained minus untrained", difference), others, [_images(described)], note)
+
+
+def _images(described: Mapping) -> dict:
+    return enough("images on one grid", described["images"], FEWEST_IMAGES)
+
+
+def _order_note(described: Mapping) -> str:
+    """Whether it is the place in the order of tokens that makes keys vary little."""
+    if not (order := described.get("order")):
+        return ""
+    first, turned, picture = (order["curves"][name]["all"]["mean"] for name in ("first", "turned_first", "turned_picture"))
+    return (f" Behind layer 0 the lowest {order['lowest']:.0%} of each head holds {first:.2f} of the first row's keys; with the patches fed in "
+            f"reverse {turned:.2f} of the new first row's, and {picture:.2f} of those that show the old one.")

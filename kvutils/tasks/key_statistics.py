@@ -2,11 +2,11 @@
 
 Three scales of the same variance are told apart throughout:
 
-  raw         squared key units, as in the paper. Layers and heads whose keys are longer vary more, so a pooled
-              histogram can have two modes only because there are two kinds of layers.
-  per_layer   the raw variance with a threshold of each layer's own.
-  scale_free  variance / mean norm^2: what is left when a model multiplies all its keys by a number.
-  near_constant  the same below a fixed `NEAR_CONSTANT`, which needs no modes and so compares models that have none.
+  raw            squared key units, as in the paper. Layers and heads whose keys are longer vary more, so a pooled
+                 histogram can have two modes only because there are two kinds of layers.
+  within_heads   in relation to the variance that most keys of the same head have; below the valley of a layer with two modes whose
+                 upper one holds most keys, in other layers near_constant.
+  near_constant  variance / mean norm^2 below a fixed `NEAR_CONSTANT`, which needs no modes and so compares models that have none.
 
 Intervals are over token positions (the same resample in all layers and heads): images are so many that the noise of a
 variance is small (`reliability` says how small), and positions are what another crop would change.
@@ -14,16 +14,18 @@ variance is small (`reliability` says how small), and positions are what another
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 
-from kvutils.metrics.old import percentile_interval
-from kvutils.metrics.statistics import Statistic, bootstrap_ci, mean_statistic
-from kvutils.tasks.bimodality import separation, variance_threshold
+from kvutils.metrics.statistics import Statistic, mean_statistic, resample
+from kvutils.tasks.bimodality import bimodal_layers, head_modes, variance_threshold
 from kvutils.tasks.key_table import KeyTable
 
-SCALES = ("raw", "per_layer", "scale_free", "near_constant")
+SCALES = ("raw", "within_heads", "near_constant")
 NEAR_CONSTANT = 0.1  # of the squared norm varies, the rest is the same in every image (ours)
+LOWEST = 0.1  # share of a head's keys that are called its lowest: a number that needs neither modes nor a threshold (ours)
 _BINS = 60  # of a histogram
 
 
@@ -32,66 +34,51 @@ def _logs(variance: torch.Tensor, real: torch.Tensor) -> np.ndarray:
     return variance[..., real].clamp(min=1e-30).log().numpy()
 
 
-def modes(table: KeyTable, n_boot: int = 200, seed: int = 0) -> dict:
-    """Is the variance bimodal within layers? Per layer, and as the median over layers; JSON-able.
+def thresholds(table: KeyTable, model: str | None = None, modes: Mapping | None = None) -> dict:
+    """What counts as input-agnostic, on each of the `SCALES`: a `variance_threshold`, a list of limits per layer, a fixed number.
 
-    D is that of `separation` of the log-variance minus the median of its head, so that neither layers nor heads of
-    different scale can make two modes. layers: per layer D with its 95 % interval over positions. median: of the layers' D
-    (the claim). best: the layer with the highest D on the even chunks of images, and its D on the odd ones. pooled: all
-    layers together, raw and scale-free, which that artefact can fake.
+    model: a name in `MODELS`; the paper's threshold holds for the raw variance of its own model. modes: of `bimodal_layers`, if
+    they are known.
     """
-    every, even, odd = (_logs(each, table.real) for each in (table.variance, *table.halves))
-    logs, even, odd = (each - np.median(each, axis=-1, keepdims=True) for each in (every, even, odd))
-    n = logs.shape[-1]
-    places = np.random.default_rng(seed).integers(0, n, size=(n_boot, n))
-    value, draws = zip(*(_separated(each, places) for each in logs), strict=True)
-    value, draws = np.array(value), np.stack(draws, axis=1)
-    best = int(np.argmax([separation(each.reshape(1, -1))[0] for each in even]))
-    again, again_draws = _separated(odd[best], places)
-    return {
-        "n": n,
-        "unit": "Ashman's D of the log-variance, centred within each head; 0 without a valley",
-        "interval": "over token positions",
-        "layers": [each.as_dict() for each in percentile_interval(value, draws, n)],
-        "median": percentile_interval(np.median(value), np.median(draws, axis=1), n).as_dict(),
-        "best": {"layer": best} | percentile_interval(again, again_draws, n).as_dict(),
-        "pooled": {name: variance_threshold(each[..., table.real])
-                   for name, each in (("raw", table.variance), ("scale_free", table.scale_free))},
-    }  # fmt: skip
+    modes = modes or bimodal_layers(_logs(table.variance, table.real))
+    near = {"value": NEAR_CONSTANT, "two_modes": None, "method": "near-constant"}
+    valleys = [{"value": each["modes"][1], "two_modes": True, "method": "valley"} if _lower_group(each) else near for each in modes["layers"]]
+    return {"raw": variance_threshold(table.variance[..., table.real], model), "within_heads": valleys, "near_constant": near}
 
 
-def thresholds(table: KeyTable, model: str | None = None) -> dict:
-    """What counts as input-agnostic, on each of the `SCALES`: a `variance_threshold`, a list of them per layer.
-
-    model: a name in `MODELS`; the paper's threshold holds for the raw variance of its own model.
-    """
-    variance, scale_free = table.variance[..., table.real], table.scale_free[..., table.real]
-    return {
-        "raw": variance_threshold(variance, model),
-        "per_layer": [variance_threshold(each) for each in variance],
-        "scale_free": variance_threshold(scale_free),
-        "near_constant": {"value": NEAR_CONSTANT, "two_modes": None, "method": "fixed"},
-    }
+def _lower_group(layer: Mapping) -> bool:
+    """Two modes, the lower one of fewer keys: the head's mode is the upper one."""
+    low, _, high = np.abs(np.log(layer["modes"]))
+    return layer["two_modes"] == "yes" and bool(high < low)
 
 
 def agnostic(table: KeyTable, found: dict, scale: str = "raw") -> torch.Tensor:
     """(L, G, N) bool: the keys below the threshold of a scale, never a newline. found: from `thresholds`."""
-    values = table.scale_free if scale in ("scale_free", "near_constant") else table.variance
-    limit = found[scale]
-    limits = [each["value"] for each in limit] if isinstance(limit, list) else [limit["value"]] * len(values)
-    return (values < torch.tensor(limits, dtype=torch.float64)[:, None, None]) & table.real
+    if scale == "raw":
+        return (table.variance < found["raw"]["value"]) & table.real
+    near = (table.scale_free < NEAR_CONSTANT) & table.real
+    if scale == "within_heads":
+        usual = torch.from_numpy(np.exp(head_modes(_logs(table.variance, table.real))))
+        for layer, limit in enumerate(found[scale]):
+            if limit["method"] == "valley":
+                near[layer] = (table.variance[layer] < limit["value"] * usual[layer]) & table.real
+    return near
 
 
-def describe_keys(table: KeyTable, model: str | None = None, n_boot: int = 2000, mode_draws: int = 200, seed: int = 0) -> dict:
-    """All that the figures and the tables of a model's keys need; JSON-able. model: as in `thresholds`."""
-    found = thresholds(table, model)
+def describe_keys(
+    table: KeyTable, model: str | None = None, n_boot: int = 2000, seed: int = 0, turned: torch.Tensor | None = None
+) -> dict:
+    """All that the figures and the tables of a model's keys need; JSON-able. model: as in `thresholds`; turned: of `measure_turned`."""
+    modes = bimodal_layers(_logs(table.variance, table.real), n_boot, seed)
+    found = thresholds(table, model, modes)
     chosen = {scale: agnostic(table, found, scale) for scale in SCALES}
     real = table.real
     return {
         "model": table.name, "images": table.images, "mass_images": table.mass_images,
         "layers": len(table.variance), "heads": table.variance.shape[1], "positions": int(real.sum()),
         "thresholds": found,
-        "modes": modes(table, mode_draws, seed),
+        "modes": modes,
+        "order": None if turned is None else causal_order(table, turned, n_boot, seed),
         "reliability": _correlations(table.halves[0][..., real].log(), table.halves[1][..., real].log()),
         "shares": {scale: shares(table, mask, n_boot, seed) for scale, mask in chosen.items()},
         "mean_norm": table.norm[..., real].mean(-1).tolist(),
@@ -166,13 +153,44 @@ def foreground(table: KeyTable, mask: torch.Tensor, threshold: float, n_boot: in
     }
 
 
+def causal_order(table: KeyTable, turned: torch.Tensor, n_boot: int = 2000, seed: int = 0) -> dict:
+    """Do keys vary little for what their patch shows, or for being among the first tokens that are read? JSON-able.
+
+    turned (L, G, N): the variance of the tokens' keys where the patches were fed in reverse, so that slot i held the patch of the
+    last but i. Of each head the `LOWEST` share of keys: their share among the first `row` tokens (the first row of the grid) and among
+    the others, in the usual order (`first`, `rest`) and in reverse (`turned_first`, and `turned_picture`, the last tokens, which show
+    the first row's patches). follows: turned_first minus turned_picture, above 0 where it is the place in the order. all: mean over layers,
+    without layer 0, whose keys are computed before any token has seen another. maps: the share at each patch, mean over layers and heads.
+    """
+    real, row = table.real, next(iter(table.layout.grids.values()))[1]
+    lowest = [(each[..., real].argsort(-1).argsort(-1) < LOWEST * int(real.sum())).double().mean(1).numpy() for each in (table.variance, turned)]
+    first = np.arange(lowest[0].shape[-1]) < row
+    places = {"first": (0, first), "rest": (0, ~first), "turned_first": (1, first), "turned_picture": (1, first[::-1])}
+    packed = np.stack([each.T for each in lowest], axis=1)  # (P, 2, L)
+
+    def statistic(weights: np.ndarray, packed: np.ndarray) -> np.ndarray:
+        curves = [weights @ (packed[:, order] * there[:, None]) / np.maximum(weights @ there, 1)[:, None] for order, there in places.values()]
+        curves = np.stack([*curves, curves[2] - curves[3]], axis=1)  # (R, 5, L)
+        return np.concatenate([curves[..., 1:].mean(-1, keepdims=True), curves], axis=-1).reshape(len(weights), -1)
+
+    found = [each.as_dict() for each in resample(lambda w: statistic(w, packed), len(packed), n_boot, seed).effects()]
+    step = len(found) // 5
+    curves = {name: {"all": found[i * step], "layers": found[i * step + 1 : (i + 1) * step]} for i, name in enumerate((*places, "follows"))}
+    drawn = {}
+    for name, each in zip(("usual", "turned"), (lowest[0], lowest[1][:, ::-1]), strict=True):
+        values = np.full(len(real), np.nan)
+        values[real.numpy()] = each[1:].mean(0)
+        drawn[name] = _grid(table, values)
+    return {"row": int(row), "lowest": LOWEST, "curves": curves, "maps": drawn}
+
+
 def compare_trained(trained: KeyTable, untrained: KeyTable, found: dict, n_boot: int = 2000, seed: int = 0) -> dict:
     """X4: share of input-agnostic keys, trained minus untrained, with intervals over positions; JSON-able.
 
-    Both are measured with the trained model's threshold. Keys of random weights are short, so that under an absolute
+    Both are measured with the trained model's thresholds. Keys of random weights are short, so that under an absolute
     threshold (raw) all of them vary little; the other two are free of that."""
     result = {}
-    for scale in ("raw", "scale_free", "near_constant"):
+    for scale in SCALES:
         masks = [agnostic(each, found, scale) for each in (trained, untrained)]
         gap = (masks[0].double() - masks[1].double())[..., trained.real].movedim(-1, 0).numpy()
         result[scale] = {"difference": _all_and_layers(_over_heads(gap), mean_statistic, n_boot, seed),
@@ -193,13 +211,6 @@ def residual_log_variance(variance: torch.Tensor, foreground: np.ndarray) -> tor
     y = torch.where(used > 0, logs, 0.0)
     slope = (used * x * y).sum(-1, keepdim=True) / (used * x * x).sum(-1, keepdim=True).clamp(min=1e-12)
     return logs - slope * x
-
-
-def _separated(logs: np.ndarray, places: np.ndarray) -> tuple[float, np.ndarray]:
-    """D of the log-variances (G, P) of a layer, and of its resamples places (n_boot, P)."""
-    value, fit = separation(logs.reshape(1, -1))
-    draws, _ = separation(logs[:, places].swapaxes(0, 1).reshape(len(places), -1), fit)
-    return float(value[0]), draws
 
 
 def _correlations(one: torch.Tensor, two: torch.Tensor) -> list[float | None]:
@@ -224,37 +235,37 @@ def _over_heads(values: np.ndarray) -> np.ndarray:
 
 def _all_and_layers(values: np.ndarray, statistic: Statistic, n_boot: int, seed: int) -> dict:
     """Intervals over positions of a statistic of values (P, ...) that gives the model's number, then each layer's."""
-    every, *layers = (each.as_dict() for each in bootstrap_ci(values, statistic, n_boot, seed))
-    return {"all": every, "layers": layers}
+    found = resample(lambda w: statistic(w, values), len(values), n_boot, seed)
+    return {"all": found.effects()[0].as_dict(), "layers": [each.as_dict() for each in found.intervals()[1:]]}
 
 
 def histograms(table: KeyTable) -> dict:
-    """Counts of log10 of the variance, raw and scale-free, per layer on common edges."""
-    found = {}
-    for name, each in (("raw", table.variance), ("scale_free", table.scale_free)):
-        logs = each[..., table.real].clamp(min=1e-30).log10().numpy()
-        edges = np.linspace(logs.min(), logs.max() + 1e-9, _BINS + 1)
-        found[name] = {"log10_edges": edges.tolist(), "layers": [np.histogram(layer, edges)[0].tolist() for layer in logs]}
+    """Counts of log10 of the variance per layer on common edges: raw, and over that at the mode of the key's head."""
+    found, logs = {}, _logs(table.variance, table.real)
+    for name, each in (("raw", logs), ("within_heads", logs - head_modes(logs))):
+        each = each / np.log(10)
+        edges = np.linspace(each.min(), each.max() + 1e-9, _BINS + 1)
+        found[name] = {"log10_edges": edges.tolist(), "layers": [np.histogram(layer, edges)[0].tolist() for layer in each]}
     return found
 
 
 def maps(table: KeyTable, mask: torch.Tensor) -> dict:
     """Layer x rows x columns of the base view: mean over heads of log10 variance, of attention (multiples of the
     average key's), share of heads that hold the key; foreground frequency (rows, columns)."""
-    places = table.layout.spatial("base")
-    cells = table.layout.cells[places]
-    rows, columns = cells.max(axis=0) + 1
-
-    def grid(values: np.ndarray) -> list:
-        out = np.full((*values.shape[:-1], rows, columns), None)
-        out[..., cells[:, 0], cells[:, 1]] = values[..., places].round(4)
-        return out.tolist()
-
     mass = table.mass / table.mass[..., table.real].mean(-1, keepdim=True).clamp(min=1e-300)
     return {
-        "log10_variance": grid(table.variance.clamp(min=1e-30).log10().mean(1).numpy()),
-        "mass": grid(mass.mean(1).numpy()),
-        "agnostic": grid(mask.double().mean(1).numpy()),
-        "foreground": grid(table.foreground),
+        "log10_variance": _grid(table, table.variance.clamp(min=1e-30).log10().mean(1).numpy()),
+        "mass": _grid(table, mass.mean(1).numpy()),
+        "agnostic": _grid(table, mask.double().mean(1).numpy()),
+        "foreground": _grid(table, table.foreground),
         "size": list(table.layout.image_size),
     }
+
+
+def _grid(table: KeyTable, values: np.ndarray) -> list:
+    """(..., rows, columns) of values (..., N) of the base view, None where there is no token."""
+    places = table.layout.spatial("base")
+    cells = table.layout.cells[places]
+    out = np.full((*values.shape[:-1], *(cells.max(axis=0) + 1)), None)
+    out[..., cells[:, 0], cells[:, 1]] = values[..., places].round(4)
+    return out.tolist()

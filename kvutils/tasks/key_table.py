@@ -10,16 +10,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 
 from kvutils import VOID
 from kvutils.datasets.samples import LabelledImage
 from kvutils.errors import DataError, at_least
 from kvutils.keys import KeyVariance, SameGrid
-from kvutils.kvcache import Capture, capture
+from kvutils.kvcache import Capture, capture, capture_prepared
 from kvutils.layout import TokenLayout
 from kvutils.models import MLM
 from kvutils.readout.attention import attention_mass
 from kvutils.store import Parts, in_chunks
+from kvutils.vision import encode_images, over_images, prepare_images
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,3 +101,37 @@ def measure_keys(
     layout = grid.layout or capture(mlm, [images[0].image], layers=[0], values=False, features=False)[0].layout
     return KeyTable(mlm.name, total.result, total.mean_norm, mass / mass_images, halves, np.asarray(foreground) / total.count,
                     layout, total.count, mass_images)  # fmt: skip
+
+
+@torch.no_grad()
+def measure_turned(mlm: MLM, images: Sequence[LabelledImage], parts: Parts | None = None, *, chunk: int = 50, progress: bool = True
+                   ) -> torch.Tensor:  # fmt: skip
+    """(L, G, N) variance of the keys over images whose patches are fed in reverse order: slot i holds the last patch but i.
+
+    Newlines and positions stay where they are. What is low at the same slots as in the usual order comes from the place in the
+    order; what moves along with the patches comes from what they show. images, parts: as in `measure_keys`, whose grid they have."""
+
+    def run(pictures: Sequence[Image.Image], names: Sequence[str]) -> list[Capture]:
+        vision = prepare_images(mlm, pictures, names)
+        encoder, projected = encode_images(mlm, vision)
+        projected = [tokens[torch.from_numpy(turned(layout)).to(tokens.device)] for tokens, layout in zip(projected, vision.layouts, strict=True)]
+        return capture_prepared(mlm, vision, None, tuple(range(mlm.num_layers)), values=False, features=False, encoded=(encoder, projected))
+
+    def compute(some: list[int]) -> dict:
+        variance = KeyVariance()
+        for one in over_images(run, [images[i].image for i in some], batch_size=8):
+            variance.update(one.keys[None])
+        return variance.state_dict()
+
+    total = KeyVariance()
+    for found in in_chunks(parts, "keys_turned", range(len(images)), compute, chunk, mlm.settings, of=lambda i: images[i].id, unit="image",
+                           progress=progress):  # fmt: skip
+        total.merge(KeyVariance.from_state(found))
+    return total.result
+
+
+def turned(layout: TokenLayout) -> np.ndarray:
+    """(N,) which token's patch is at each token where patches are in reverse order; newlines keep their places."""
+    order, real = np.arange(len(layout)), np.flatnonzero(~layout.is_newline)
+    order[real] = real[::-1]
+    return order
