@@ -125,7 +125,7 @@ def test_keys_and_blocks(data):
     tables = {name: measure_keys(mlm, found["keys"], ATTENTION_QUESTIONS["paper"], mass_images=2, chunk=4, progress=False)
               for name, mlm in models.items()}  # fmt: skip
     mlm, table = models["trained"], tables["trained"]
-    described = describe_keys(table, "pocket", BOOT, mode_draws=5)
+    described = describe_keys(table, "pocket", BOOT)
     limits = described["thresholds"]
     compared = compare_trained(*tables.values(), limits, BOOT)
     reading = [replace(question, kind="all of them") for question in found["reading"][::6]]

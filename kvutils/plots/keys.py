@@ -14,40 +14,62 @@ KNOCK_OUT_STYLE = {  # which layers are hidden -> colour, line, marker, label
     "from": (COLOURS[1], "--", "s", "hidden in this layer and all after it"),
     "until": (COLOURS[2], "-.", "D", "hidden in this layer and all before it"),
 }
+MODES = {"yes": "two modes, D = {:.2f}", "open": "open, D = {:.2f}", "no": "one mode"}
 BLOCK_STYLE = {"input-agnostic": (COLOURS[0], "o"), "reading": (COLOURS[2], "D"), "all": (COLOURS[3], "v")}  # else: a control
 
 
 @styled
 def variance_histograms(keys: Mapping, scale: str = "raw") -> Figure:
-    """Log10 of the keys' variance per layer, with the pooled threshold and the layer's own; last panel: pooled.
+    """Log10 of the keys' variance per layer; last panel: all layers together, as in the paper.
 
-    D of a layer is that of the variance centred within heads, and counts only with a valley; that of the pooled
-    panel is not, and layers of different scale raise it. keys: trained and untrained descriptions. scale: "raw" or
-    "scale_free"."""
-    trained = keys["trained"]
-    layers, found = trained["layers"], trained["thresholds"]
+    keys: trained and untrained descriptions. scale: "raw", with the threshold of all layers together; or "within_heads", over the variance
+    at the mode of the key's head, with the valley of a layer that has one."""
+    trained, raw = keys["trained"], scale == "raw"
+    layers, found = trained["layers"], trained["thresholds"]["raw"]
     columns = 4 if layers < 16 else 7
     figure, axes = panels(layers + 1, columns, 3.1, 2.2, sharex=True)
-    unit = "variance (squared key units)" if scale == "raw" else "variance / mean norm$^2$"
+    unit = "variance (squared key units)" if raw else "variance / that of most keys of the head"
     for layer, axis in enumerate(axes):
         whole = layer == layers
         for label, colour in (("untrained", COLOURS[7]), ("trained", COLOURS[0])):
             counts, edges = (np.array(keys[label]["histograms"][scale][name]) for name in ("layers", "log10_edges"))
             counts = counts.sum(0) if whole else counts[layer]
             axis.stairs(counts, edges, fill=label == "trained", color=colour, alpha=0.75, lw=1.2, label=label)
-        axis.axvline(np.log10(found[scale]["value"]), color="black", lw=1.3, label="threshold of all layers together")
-        if whole:
-            name = f"all layers together: D = {found[scale]['separation']:.2f}"
-        else:
-            d = trained["modes"]["layers"][layer]["mean"]
-            name = f"layer {layer}: " + (f"two modes, D = {d:.2f}" if d else "one mode")
-            if scale == "raw":
-                axis.axvline(np.log10(found["per_layer"][layer]["value"]), color=COLOURS[1], ls="--", lw=1.3, label="threshold of this layer")
+        if raw:
+            axis.axvline(np.log10(found["value"]), color="black", lw=1.3, label="threshold of all layers together")
+        name = "all layers together" + (f": D = {found['separation']:.2f}" if raw else "")
+        if not whole:
+            about = trained["modes"]["layers"][layer]
+            name = f"layer {layer}: " + MODES[about["two_modes"]].format(about["separation"])
+            if not raw and about["two_modes"] != "no":
+                axis.axvline(np.log10(about["modes"][1]), color=COLOURS[1], ls="--", lw=1.3, label="valley")
         axis.set(title=name, ylabel="keys" if layer % columns == 0 else "")
         if layer + columns > layers:
             axis.tick_params(labelbottom=True)
             axis.set_xlabel(f"log$_{{10}}$ {unit}", fontsize=8)
-    legend_below(figure, axes[:1], ncols=4)
+    legend_below(figure, axes, ncols=4)
+    return figure
+
+
+@styled
+def causal_order(keys: Mapping) -> Figure:
+    """Share of keys among the lowest of their head: at each patch, in the usual order and in reverse, and by layer."""
+    trained = keys["trained"]
+    about, size = trained["order"], trained["maps"]["size"]
+    figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.1), width_ratios=(1, 1, 1.6))
+    for axis, name, title in zip(axes, ("usual", "turned"), ("usual order:\nupper left patch first", "reverse order:\nlower right patch first"), strict=False):
+        drawn = picture(axis, np.array(about["maps"][name], dtype=float), size, title, vmin=0, vmax=1, cmap="magma")
+    figure.colorbar(drawn, ax=axes[:2], shrink=0.8, label=f"share among the lowest {about['lowest']:.0%}\n(heads, layers 1 on)")
+    styles = {
+        "first": (COLOURS[0], "-", "o", "first row, usual order"),
+        "turned_first": (COLOURS[1], "--", "s", "first tokens in reverse order"),
+        "turned_picture": (COLOURS[2], "-.", "D", "what the first row shows, in reverse"),
+        "rest": (COLOURS[7], ":", "^", "other rows, usual order"),
+    }
+    for name, style in styles.items():
+        curve(axes[2], range(trained["layers"]), about["curves"][name]["layers"], style)
+    axes[2].set(title=f"the lowest {about['lowest']:.0%} of each head's keys", xlabel="layer", ylabel="share of these tokens' keys", ylim=(-0.03, 1.03))
+    axes[2].legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
@@ -83,21 +105,22 @@ def position_maps(keys: Mapping, scene: Mapping) -> Figure:
 
 @styled
 def shares_by_layer(keys: Mapping) -> Figure:
-    """Share of input-agnostic keys per layer, trained and untrained, raw and scale-free; what foreground explains."""
+    """Share of input-agnostic keys per layer, trained and untrained, on each scale; what foreground explains."""
     trained, compared = keys["trained"], keys["compared"]
     layers = range(trained["layers"])
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.1), width_ratios=(1, 1, 1, 1.05))
     titles = {
         "raw": "raw: below the threshold\nof all layers together",
-        "scale_free": "scale-free: below the threshold\nof variance / mean norm$^2$",
+        "within_heads": "within heads: below the valley\nof {} layers, else near-constant",
         "near_constant": "near-constant: variance below\n{:.0%} of mean norm$^2$",
     }
     for axis, (scale, title) in zip(axes, titles.items(), strict=False):
         curve(axis, layers, trained["shares"][scale]["layers"], (COLOURS[0], "-", "o", "trained"))
         curve(axis, layers, compared[scale]["untrained"]["layers"], (COLOURS[7], ":", "^", "untrained"))
-        title = title.format(trained["thresholds"][scale]["value"])
-        if not trained["thresholds"][scale]["two_modes"] and scale != "near_constant":
-            title += f"\n(no two modes: {trained['thresholds'][scale]['method']})"
+        limit = trained["thresholds"][scale]
+        title = title.format(sum(each["method"] == "valley" for each in limit) if scale == "within_heads" else limit["value"])
+        if scale == "raw" and not limit["two_modes"]:
+            title += f"\n(no two modes: {limit['method']})"
         axis.set(title=title, xlabel="layer", ylim=(-0.03, 1.03))
     after = trained["foreground"]["share_after"]["layers"]
     curve(axes[0], layers, after, (COLOURS[1], "--", "s", "trained, without\nforeground frequency"))
@@ -202,7 +225,8 @@ def draw(results: Mapping) -> dict[str, Figure]:
     keys, block = results["keys"], results["blocking"]["about"]["layers"]
     return {
         "03_variance": variance_histograms(keys),
-        "03_variance_scale_free": variance_histograms(keys, "scale_free"),
+        "03_variance_within_heads": variance_histograms(keys, "within_heads"),
+        "03_causal_order": causal_order(keys),
         "03_position_maps": position_maps(keys, results["picture"]),
         "03_shares": shares_by_layer(keys),
         "03_knock_out_accuracy": knock_out_curves(results["knock_out"], "accuracy", block),
