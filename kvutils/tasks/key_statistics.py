@@ -159,7 +159,7 @@ def causal_order(table: KeyTable, turned: torch.Tensor, n_boot: int = 2000, seed
     turned (L, G, N): the variance of the tokens' keys where the patches were fed in reverse, so that slot i held the patch of the
     last but i. Of each head the `LOWEST` share of keys: their share among the first `row` tokens (the first row of the grid) and among
     the others, in the usual order (`first`, `rest`) and in reverse (`turned_first`, and `turned_picture`, the last tokens, which show
-    the first row's patches). follows: turned_first minus turned_picture, above 0 where it is the place in the order. all: mean over layers,
+    the first row's patches). Above `LOWEST` by chance, the one is an effect of the place, the other of the picture. all: mean over layers,
     without layer 0, whose keys are computed before any token has seen another. maps: the share at each patch, mean over layers and heads.
     """
     real, row = table.real, next(iter(table.layout.grids.values()))[1]
@@ -170,12 +170,12 @@ def causal_order(table: KeyTable, turned: torch.Tensor, n_boot: int = 2000, seed
 
     def statistic(weights: np.ndarray, packed: np.ndarray) -> np.ndarray:
         curves = [weights @ (packed[:, order] * there[:, None]) / np.maximum(weights @ there, 1)[:, None] for order, there in places.values()]
-        curves = np.stack([*curves, curves[2] - curves[3]], axis=1)  # (R, 5, L)
+        curves = np.stack(curves, axis=1)  # (R, 4, L)
         return np.concatenate([curves[..., 1:].mean(-1, keepdims=True), curves], axis=-1).reshape(len(weights), -1)
 
-    found = [each.as_dict() for each in resample(lambda w: statistic(w, packed), len(packed), n_boot, seed).effects()]
-    step = len(found) // 5
-    curves = {name: {"all": found[i * step], "layers": found[i * step + 1 : (i + 1) * step]} for i, name in enumerate((*places, "follows"))}
+    found = [each.as_dict() for each in resample(lambda w: statistic(w, packed), len(packed), n_boot, seed).intervals()]
+    step = len(found) // len(places)
+    curves = {name: {"all": found[i * step], "layers": found[i * step + 1 : (i + 1) * step]} for i, name in enumerate(places)}
     drawn = {}
     for name, each in zip(("usual", "turned"), (lowest[0], lowest[1][:, ::-1]), strict=True):
         values = np.full(len(real), np.nan)
