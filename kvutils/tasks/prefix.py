@@ -6,7 +6,6 @@ the same samples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from itertools import chain
 from typing import Any
@@ -20,7 +19,7 @@ from kvutils.readout.features import token_means
 from kvutils.readout.maps import to_grid
 from kvutils.store import Parts, in_chunks
 from kvutils.tasks.base import FEW, SKIPPED, ScoreTable
-from kvutils.tasks.prefix_readouts import Prefixes, PrefixReadout, ReferringPrefix
+from kvutils.tasks.prefix_readouts import FEWER, Prefixes, PrefixReadout, ReferringPrefix
 from kvutils.tasks.prefixes import CONDITIONS
 from kvutils.tasks.text_segmentation import IOU
 
@@ -54,7 +53,7 @@ def run_prefixes(readout: PrefixReadout, parts: Parts | None = None, progress: b
             values = "has no prefixes of equal length in every condition" if prefixes is None else _values(readout, sample, prefixes)
         except (DataError, ImageError) as error:
             values = str(error)
-        return [sample.id, readout.group_of(sample), values]
+        return [sample.id, getattr(sample, "group", sample.id), values]
 
     def compute(some: list) -> list:
         fit()
@@ -82,7 +81,7 @@ def run_prefixes(readout: PrefixReadout, parts: Parts | None = None, progress: b
 
 def _values(readout: PrefixReadout, sample: Any, prefixes: Prefixes) -> list:
     """Per source the columns of a sample. All families in a row: the vision tower sees the image once."""
-    item, mask = readout.image_of(sample), np.asarray(sample.mask)  # read once: both may be files
+    item, mask = (getattr(sample, "image_id", sample.id), sample.image), np.asarray(sample.mask)  # read once: both may be files
     found: list = []
     for family in readout.families:
         image, values = readout.read(item, prefixes, family)
@@ -110,21 +109,19 @@ def with_controls(readout: PrefixReadout, start: int = 0) -> int:
     return found
 
 
-def prefix_picture(
-    readout: ReferringPrefix, number: int, layer: int, order: Sequence[str] = ("none", "correct", "wrong", "random")
-) -> dict:
-    """What the figure of one referring expression needs, JSON-able: its score on every token behind some prefixes, in one
-    layer. Raises DataError where the sample has no controls of equal length."""
+def prefix_picture(readout: ReferringPrefix, number: int, layer: int) -> dict:
+    """What the figure of one referring expression needs, JSON-able: its score on every token behind `FEWER` prefixes, in one layer.
+    Raises DataError where the sample has no controls of equal length."""
     sample = readout.samples[number]
     prefixes = readout.prefixes(sample)
     if prefixes is None:
         raise DataError(f"{sample.id} has no prefixes of equal length in every condition; show another sample")
-    place, item, mask = list(readout.extractor.layers).index(layer), readout.image_of(sample), np.asarray(sample.mask)
+    place, item, mask = list(readout.extractor.layers).index(layer), (sample.image_id, sample.image), np.asarray(sample.mask)
     maps, ious = {}, {}
-    for condition in order:
+    for condition in FEWER:
         image, values = readout.read(item, prefixes, condition)
         scores = readout.scores(sample, values, condition)[place]
         maps[condition] = to_grid(image.layout, scores.cpu().numpy()).round(4).tolist()
         ious[condition] = readout.score(sample, mask, values, image, condition)[place][IOU]
     return {"image": encode_image(sample.image), "size": list(sample.image.size), "text": sample.text, "layer": layer,
-            "order": list(order), "maps": maps, "ious": ious, "prefixes": {c: prefixes[c] for c in order}}  # fmt: skip
+            "order": list(FEWER), "maps": maps, "ious": ious, "prefixes": {c: prefixes[c] for c in FEWER}}  # fmt: skip

@@ -11,7 +11,7 @@ from kvutils.metrics.effects import measured, no_floor, part
 from kvutils.metrics.statistics import UNDEFINED, Effect, Halves, Resampled, Statistic, bootstrap_ci, resample
 from kvutils.readout.words import UNCENTRED
 from kvutils.tasks.base import ScoreTable, by_layer
-from kvutils.tasks.prefix_readouts import MOVED, UNTRAINED
+from kvutils.tasks.prefix_readouts import FEWER, MOVED, UNTRAINED
 from kvutils.tasks.prefixes import CONDITIONS
 
 REFERRING, EXPRESSION, DOMAIN, PROBE = "referring_by_class_name", "referring_by_expression", "domain_by_text", "domain_by_probe"
@@ -97,19 +97,16 @@ def _moved(table: ScoreTable, column: str, conditions: Sequence[str], layers: Se
 
 def claim_c7a(summaries: Mapping[str, Mapping]) -> dict:
     """C7a, in points of mIoU: the class name before referring expressions, correct prefix minus none."""
-    others = [_part(summaries, REFERRING, "correct", "wrong"), _part(summaries, REFERRING, "random", "none"),
-              *(_part(summaries, EXPRESSION, "correct", other) for other in ("none", "wrong"))]  # fmt: skip
-    if "uncentred" in summaries.get(REFERRING, {}):
-        others.append(_part({REFERRING: summaries[REFERRING]["uncentred"]}, REFERRING, "correct", "none", ", uncentred"))
-    return _claim(summaries, REFERRING, "none", others, ("none", "correct", "wrong", "random"))
+    others = ((REFERRING, "correct", "wrong"), (REFERRING, "random", "none"), (EXPRESSION, "correct", "none"), (EXPRESSION, "correct", "wrong"),
+              (UNCENTRED + REFERRING, "correct", "none"))  # fmt: skip
+    return _claim(summaries, REFERRING, "none", [_part(summaries, *each) for each in others], FEWER)
 
 
 def claim_c7b(summaries: Mapping[str, Mapping]) -> dict:
     """C7b, in points of mIoU: the domain before street scenes, correct prefix minus none, read by text; by the probe in `others`."""
-    pairs = (("correct", "wrong"), ("random", "none"))
-    others = [_part(summaries, DOMAIN, *pair) for pair in pairs]
-    others += [_part(summaries, PROBE, *pair) for pair in (("correct", "none"), *pairs)]
-    return _claim(summaries, DOMAIN, "none", others, ("none", "correct", "wrong", "random"))
+    others = ((DOMAIN, "correct", "wrong"), (DOMAIN, "random", "none"), (PROBE, "correct", "none"), (PROBE, "correct", "wrong"),
+              (PROBE, "random", "none"))  # fmt: skip
+    return _claim(summaries, DOMAIN, "none", [_part(summaries, *each) for each in others], FEWER)
 
 
 def claim_x3(summaries: Mapping[str, Mapping]) -> dict:
@@ -126,17 +123,19 @@ def _claim(summaries: Mapping[str, Mapping], readout: str, other: str, others: S
     if primary["low"] is None:
         return measured(primary, others)
     best, name = summaries[readout]["best"], readout.replace("_", " ")
-    places = " and layer ".join(map(str, dict.fromkeys(best["layers"])))
-    above = [no_floor(f"{name} without a prefix", Effect.of(best["above_untrained"]).scaled(100), "mIoU points")] if "above_untrained" in best else []
+    floor = [no_floor(f"{name} without a prefix", Effect.of(found).scaled(100), "mIoU points") for found in [best.get("above_untrained")] if found]
     levels = ", ".join(f"{100 * best['scores'][c]['mean']:.1f} ({c})" for c in told)
-    return measured(primary, others, above, f"{name.capitalize()} has an mIoU of {levels}, read in layer {places}.")
+    places = " and layer ".join(map(str, dict.fromkeys(best["layers"])))
+    return measured(primary, others, floor, f"{name.capitalize()} has an mIoU of {levels}, read in layer {places}.")
 
 
-def _part(summaries: Mapping[str, Mapping], readout: str, one: str, other: str, about: str = "", **more: object) -> dict:
+def _part(summaries: Mapping[str, Mapping], readout: str, one: str, other: str, **more: object) -> dict:
     """One difference at the best layers, in points."""
-    name = f"{readout.replace('_', ' ')}{about}: {one} minus {other}" + " (expected: absent)" * (one == "random")
-    if readout not in summaries:
+    name = f"{readout.replace('_', ' ').replace('.', ' ')}: {one} minus {other}" + " (expected: absent)" * (one == "random")
+    summary = summaries.get(readout.removeprefix(UNCENTRED), {})
+    summary = summary.get("uncentred", {}) if readout.startswith(UNCENTRED) else summary
+    if not summary:
         return part(name, reason="its data set was left out", **more)
-    best = summaries[readout]["best"]
+    best = summary["best"]
     found = best["random_minus_none"] if one == "random" else best["correct_minus"][other]
     return part(name, Effect.of(found).scaled(100), found.get("reason", "too few independent units to resample"), **more)

@@ -58,10 +58,8 @@ class PrefixReadout(ABC):
         """A prefix per condition; None where there is no control of the same length."""
 
     @abstractmethod
-    def score(
-        self, sample: Any, mask: np.ndarray, values: torch.Tensor, image: ImageFeatures, family: str
-    ) -> list[tuple[float, ...]]:
-        """`columns` of each layer's values (L, N, C) of a sample with a mask (H, W) in a family."""
+    def score(self, sample: Any, mask: np.ndarray, values: torch.Tensor, image: ImageFeatures, family: str) -> list[tuple]:
+        """`columns` but `MOVED` of each layer's values (L, N, C) of a sample with a mask (H, W) in a family."""
 
     def fit(self) -> None:  # noqa: B027
         """Work before the first sample, such as fitting a probe; left out when every part is stored."""
@@ -70,14 +68,8 @@ class PrefixReadout(ABC):
         """(H, W) bool: the pixels of objects in a mask, for how far values move there."""
         return (mask > 0) & (mask != VOID)
 
-    def image_of(self, sample: Any) -> tuple[str, Any]:
-        return getattr(sample, "image_id", sample.id), sample.image
-
-    def group_of(self, sample: Any) -> str:
-        return getattr(sample, "group", sample.id)
-
     def read(self, item: Item, prefixes: Prefixes, family: str) -> tuple[ImageFeatures, torch.Tensor]:
-        """An image behind the prefix of a family, and its values (L, N, C) there, of nothing but what is read."""
+        """Features of an image behind the prefix of a family, and its values there, (L, N, C)."""
         prefix = prefixes["none" if family == UNTRAINED else family.removeprefix(UNCENTRED)]
         control = prefix is None and UNTRAINED in self.families  # the two models together: an image is prepared once
         sources = {kind: [f"{kind}value.{layer}" for layer in self.extractor.layers] for kind in ("", *[f"{UNTRAINED}."] * control)}
@@ -122,26 +114,22 @@ class ReferringPrefix(PrefixReadout):
         """(L, N) dot products of the expression with values (L, N, C)."""
         return torch.einsum("lnc,lc->ln", values, self.texts([sample.text], family)[:, 0].to(values.device))
 
-    def score(
-        self, sample: NamedMask, mask: np.ndarray, values: torch.Tensor, image: ImageFeatures, family: str
-    ) -> list[tuple[float, ...]]:
+    def score(self, sample: NamedMask, mask: np.ndarray, values: torch.Tensor, image: ImageFeatures, family: str) -> list[tuple]:
         return [tuple(row) for row in map_scores(self.scores(sample, values, family), mask, layout=image.layout).tolist()]
 
 
 class DomainPrefix(PrefixReadout):
     """Semantic segmentation of one domain with the domain's name before the image; mIoU over the classes that occur.
 
-    readout "text": the class name with the largest dot product, on pixels that show some class (background has no
-    name); it is the same for centred texts, which all lose one vector. readout "probe": under `FEWER` conditions, a linear probe
+    readout "text": the class name with the largest dot product, on pixels that show some class (background has no name); centring
+    texts does not change it, as all lose one vector. readout "probe": under `FEWER` conditions, a linear probe
     each, fitted on the tokens of other images of the domains, each with its own prefix of that condition, for the classes (and
     background) that their tokens show: it says no other. Objects, for how far values move, are all classes but `STUFF`."""
 
     statistic = staticmethod(lambda weights, values: class_mean_iou(weights, values[:, : -len(MOVED)]))
 
-    def __init__(
-        self, samples: Sequence[DomainImage], train: Sequence[DomainImage], class_names: Sequence[str],
-        extractor: FeatureExtractor, writer: PrefixWriter, readout: str, seed: int = 0, strength: float = 0.01,
-    ):  # fmt: skip
+    def __init__(self, samples: Sequence[DomainImage], train: Sequence[DomainImage], class_names: Sequence[str],
+                 extractor: FeatureExtractor, writer: PrefixWriter, readout: str, seed: int = 0, strength: float = 0.01):  # fmt: skip
         super().__init__(extractor, writer, (*CONDITIONS, UNTRAINED) if readout == "text" else FEWER, seed)
         self.samples, self.train, self.class_names = samples, train, tuple(class_names)
         self.readout, self.strength = readout, strength
@@ -171,8 +159,7 @@ class DomainPrefix(PrefixReadout):
         chosen = [(image, prefixes) for image in self.train if (prefixes := self.prefixes(image)) is not None]
         for condition in self.families:
             found = [self.read((image.id, image.image), prefixes, condition)[0] for image, prefixes in chosen]
-            pairs = zip(found, chosen, strict=True)
-            labels = np.concatenate([one.layout.token_labels(image.mask)[0] for one, (image, _) in pairs])
+            labels = np.concatenate([one.layout.token_labels(image.mask)[0] for one, (image, _) in zip(found, chosen, strict=True)])
             self._seen = np.unique(labels[labels >= 0])
             if len(self._seen) < 2:
                 raise DataError(f"{self.name}: the training tokens show fewer than two classes; pass more training images")
@@ -183,15 +170,12 @@ class DomainPrefix(PrefixReadout):
             probes, values = [], [f"value.{layer}" for layer in self.extractor.layers]
             for names in found[0].by_width(values, rows=len(labels)):
                 features = torch.cat([one.stack(names) for one in found], dim=1)
-                probe = fit_linear_probe(features, y.to(features.device), len(self._seen), self.strength,
-                                         sample_weight=(y >= 0).to(features.device))  # fmt: skip
-                probes.append(probe)
+                weight = (y >= 0).to(features.device)
+                probes.append(fit_linear_probe(features, y.to(features.device), len(self._seen), self.strength, sample_weight=weight))
             self._probes[condition] = join_probes(probes)
             self.lacking |= set((~self._probes[condition].converged).nonzero()[:, 0].tolist())
 
-    def score(
-        self, sample: LabelledImage, mask: np.ndarray, values: torch.Tensor, image: ImageFeatures, family: str
-    ) -> list[tuple[float, ...]]:
+    def score(self, sample: LabelledImage, mask: np.ndarray, values: torch.Tensor, image: ImageFeatures, family: str) -> list[tuple]:
         if self.readout == "text":
             scores = torch.einsum("lnc,lkc->lkn", values, self.texts(self.class_names, family).to(values.device))
         else:
