@@ -52,7 +52,7 @@ class Row:
 
 
 class Task(ABC):
-    """One task over its samples. `columns` are the numbers per row and source; `control` prefixes the control sources;
+    """One task over its samples. `columns` are the numbers per row and source; `shuffled`: it has a control of shuffled labels or texts;
     `statistic` is the headline metric of values (n, k) for each row of weights (n_boot, n), called `metric`;
     `parameters` (JSON-able) are all that changes the scores but the samples."""
 
@@ -60,7 +60,7 @@ class Task(ABC):
     title: ClassVar[str]
     metric: ClassVar[str]
     columns: ClassVar[tuple[str, ...]]
-    control: ClassVar[str]
+    shuffled: ClassVar[bool] = False
     chunk: ClassVar[int] = 25  # samples that are scored, and kept, together
     statistic: ClassVar[Statistic]
     statistics: ClassVar[Mapping[str, Statistic]] = {}  # the other metrics, by name
@@ -72,7 +72,7 @@ class Task(ABC):
 
     def sources(self, extractor: FeatureExtractor) -> list[str]:
         """The sources of this task's rows, in order."""
-        shuffled = [f"{SHUFFLED}value.{layer}" for layer in extractor.layers] if self.control == SHUFFLED else []
+        shuffled = [f"{SHUFFLED}value.{layer}" for layer in extractor.layers] if self.shuffled else []
         return extractor.sources + shuffled
 
     def reads(self, source: str, extractor: FeatureExtractor) -> str:

@@ -15,7 +15,6 @@ from kvutils.readout.attention import QUESTION
 from kvutils.readout.clusters import MAX_CLUSTERS, cluster_tokens, oracle_clusters, salient_clusters
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, Opener, token_means
 from kvutils.tasks.base import Row, Task, opener
-from kvutils.tasks.tables import UNTRAINED
 
 N_INIT, SEED = 1, 0  # of k-means: starts per k, and where they are drawn
 _J, _J_ORACLE, _J_RELATIVE, _PRECISION, _CLUSTERS = range(5)
@@ -36,7 +35,6 @@ class CoSegmentation(Task):
     title = "Co-segmentation"
     metric = "Jaccard"
     columns = ("j", "j_oracle", "j_relative", "precision", "clusters")
-    control = UNTRAINED
     statistic = staticmethod(column_mean(_J))
     statistics = {"J, oracle": column_mean(_J_ORACLE), "J, relative threshold": column_mean(_J_RELATIVE),
                   "P": column_mean(_PRECISION), "clusters": column_mean(_CLUSTERS)}  # fmt: skip

@@ -18,7 +18,6 @@ from kvutils.metrics.video import davis_sequence
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, Opener, stack_images
 from kvutils.readout.matching import copy_first_mask, cosine_similarity, propagate_labels, soft_argmax
 from kvutils.tasks.base import Row, Task, opener
-from kvutils.tasks.tables import UNTRAINED
 
 ALPHA, TEMPERATURE, RADIUS = 0.1, 0.04, 1.5  # of PCK; of the soft-argmax, its radius in token sizes
 _POINTS, _HITS, _HITS_STRICT, _HITS_IMAGE, _SOFT, _SOFT_IMAGE = range(6)
@@ -50,7 +49,6 @@ class SemanticCorrespondence(Task):
     title = "Semantic correspondence"
     metric = "PCK@0.1 per image"
     columns = ("points", "hits", "hits_strict", "hits_image", "soft_hits", "soft_hits_image")
-    control = UNTRAINED
     statistic = staticmethod(mean_over_pairs(_HITS))
     statistics = {
         "PCK@0.1 per point": column_ratio(_HITS_STRICT, _POINTS),
@@ -115,7 +113,6 @@ class TemporalCorrespondence(Task):
     title = "Temporal correspondence"
     metric = "J&F"
     columns = ("j", "f", "j_dino", "f_dino")
-    control = UNTRAINED
     chunk = 1  # a clip has a hundred frames
     statistic = staticmethod(j_and_f(_J, _F))
     statistics = {"J": column_mean(_J), "F": column_mean(_F), "J&F, label propagation": j_and_f(_J_DINO, _F_DINO),

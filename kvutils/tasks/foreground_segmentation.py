@@ -54,7 +54,7 @@ class ForegroundSegmentation(Task):
     title = "Foreground segmentation"
     metric = "fg mIoU"
     columns = ("fold", "class", "i_bg", "i_fg", "u_bg", "u_fg", "converged")
-    control = SHUFFLED
+    shuffled = True
     statistic = staticmethod(foreground_miou)
     statistics = {"FB-IoU": foreground_background_iou, "converged": column_mean(_CONVERGED)}
 

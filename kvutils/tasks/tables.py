@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from kvutils.errors import ParameterError, one_of
-from kvutils.metrics.statistics import Halves, Statistic, bootstrap_ci, choosing_half, each_layer, effect, paired_difference, units_of
+from kvutils.metrics.statistics import Halves, Statistic, bootstrap_ci, each_layer, effect, paired_difference, units_of
 
 SHUFFLED, UNTRAINED = "shuffled.", "untrained."  # prefixes of control sources
 FIRST = "value.0"  # the first value projection: a linear map of the projector's output, no attention has run
@@ -73,11 +73,6 @@ class ScoreTable:
         best = halves.best(values, statistic)
         return [sources[index] for index in best], halves.read(values, best)
 
-    def held_out(self, seed: int = 0) -> ScoreTable:  # goes with the prefixes' move to `halves`
-        kept = np.flatnonzero(~choosing_half(self.groups, seed))
-        ids, groups = ([names[i] for i in kept] for names in (self.ids, self.groups))
-        return replace(self, ids=ids, groups=groups, values=self.values[kept])
-
     def interval(self, source: str, statistic: Statistic, n_boot: int, seed: int) -> dict:
         """A statistic of a source, with its interval; JSON-able."""
         return bootstrap_ci(self.of(source), statistic, n_boot, seed, self.groups).as_dict()
@@ -107,14 +102,10 @@ class BestValues:
         best, values = table.best_of([source for layer, source in plain if layer > 0], statistic, halves)
         pixels = [source for source in table.sources if source == "pixels"]
         kinds = {"pixels": pixels, "untrained values": [s for _, s in untrained], "wrong text": [] if pixels else [s for _, s in wrong]}
-        usable, nothing = [], {}
-        for kind, names in kinds.items():
-            if names:
-                score = max(float(statistic(np.ones((1, len(table))), table.of(name))[0]) for name in names)
-                if score >= NOTHING:
-                    usable += names
-                else:
-                    nothing[kind] = score
+        every = np.ones((1, len(table)))
+        scores = {kind: max(float(statistic(every, table.of(name))[0]) for name in names) for kind, names in kinds.items() if names}
+        nothing = {kind: score for kind, score in scores.items() if score < NOTHING}
+        usable = [name for kind in scores if kind not in nothing for name in kinds[kind]]
         control, read = table.best_of(usable, statistic, halves) if usable else ([], None)
         return cls([int(name.rpartition(".")[2]) for name in best], values, control, read, nothing)
 

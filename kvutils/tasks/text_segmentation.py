@@ -60,7 +60,7 @@ class TextSegmentation(Task):
     """
 
     columns = COLUMNS
-    control = SHUFFLED
+    shuffled = True
 
     threshold: ClassVar[float | None] = None  # foreground is above it; None: Otsu's
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 
 from kvutils.datasets import USES, class_names, open_uses
-from kvutils.metrics.effects import measured, part, prerequisite
+from kvutils.metrics.effects import effect_of, measured, part, prerequisite
 from kvutils.metrics.statistics import UNDEFINED, Effect, bootstrap_ci, mean_effect
 from kvutils.models import load_encoder, load_mlm, original_encoder
 from kvutils.readout.features import FeatureExtractor
@@ -32,6 +32,7 @@ STEPS = {  # step -> (before, after)
     "all steps": ("encoder_original", "value"),
 }
 DEPTHS = {"segmentation": (0.52, 0.56), "correspondence": (0.26, 0.37)}  # the paper's peaks: layers 14-15 and 7-10 of 0..27
+BEYOND_FIRST = "best value layer minus first value projection"
 _LEFT_OUT = "its data set was left out, or it has too few units to choose a layer"
 
 
@@ -57,55 +58,47 @@ def value_flow_tasks(profile: str, options: Mapping[str, Mapping | None] | None 
     return tasks
 
 
-Effects = Mapping[str, Effect | str]  # title of a task -> its effect in points, or why there is none
-
-
-def _effects(found: Mapping[str, Mapping], *keys: str) -> Effects:
-    """The differences that summaries (or chains) store under these keys."""
-    effects = {}
+def _parts(found: Mapping[str, Mapping], name: str, *keys: str, factor: float = 100) -> dict[str, dict]:
+    """Title of each of the six tasks -> the difference that summaries (or chains) store under these keys, in points, as a part."""
+    parts = {}
     for task in SIX:
         each = found.get(task.name, {})
-        why = each.get("no_layer", f"{keys[-1]}: nothing to compare with") if each else _LEFT_OUT
+        why = each.get("no_layer", "there is nothing to compare it with") if each else _LEFT_OUT
         for key in keys:
             each = each.get(key, {})
-        effect = Effect.of(each).scaled(100) if each else UNDEFINED
-        effects[task.title] = effect if math.isfinite(effect.mean + effect.error) else why
-    return effects
+        parts[task.title] = part(f"{task.title}: {name}", Effect.of(each).scaled(factor) if each else UNDEFINED, why)
+    return parts
 
 
-def _named(effects: Effects, sign: int) -> list[str]:
+def _named(parts: Mapping[str, dict], sign: int) -> list[str]:
     """The tasks above 0 (sign 1) or below (-1)."""
-    return [title for title, each in effects.items() if isinstance(each, Effect) and (each.low > 0 if sign > 0 else each.high < 0)]
+    return [title for title, each in parts.items() if each["low"] is not None and (each["low"] > 0 if sign > 0 else each["high"] < 0)]
 
 
-def _above(effects: Effects, controls: Mapping[str, Effects], name: str) -> tuple[Effects, dict]:
-    """The effects of the tasks on which what is compared is above its control, since elsewhere there is nothing to see, and the
-    prerequisite that there is such a task. controls: what is compared -> per task it minus its control."""
-    kept = dict(effects)
-    for title, each in effects.items():
+def _above(parts: Mapping[str, dict], controls: Mapping[str, Mapping[str, dict]], name: str) -> tuple[dict[str, dict], dict]:
+    """The parts of the tasks on which what is compared is above its control, the others undefined, since there is nothing to see, and
+    the prerequisite that there is such a task. controls: what is compared -> per task it minus its control."""
+    kept, left = dict(parts), []
+    for title, each in parts.items():
         floor = [what for what, above in controls.items() if title not in _named(above, 1)]
-        if isinstance(each, Effect) and floor:
-            kept[title] = f"{' and '.join(floor)} not above the control"
-    left = [title for title in kept if isinstance(effects[title], Effect) and isinstance(kept[title], str)]
-    there = sum(isinstance(each, Effect) for each in kept.values())
-    said = f"{'' if there else 'floor: '}{name} on {there} of {there + len(left)} tasks, not on {', '.join(left)}"
-    return kept, prerequisite(name, bool(there or not left), said if left else f"{name} on every task measured")
+        if each["low"] is not None and floor:
+            kept[title] = each | {"low": None, "reason": f"{' and '.join(floor)} not above the control"}
+            left.append(title)
+    there = sum(each["low"] is not None for each in kept.values())
+    said = f"{'' if there else 'floor: '}{name} on {there} of {there + len(left)} tasks, not on {'; '.join(left)}"
+    return kept, prerequisite(name, there or not left, said if left else f"{name} on every task measured")
 
 
-def _parts(name: str, effects: Effects) -> list[dict]:
-    return [part(f"{title}: {name}", *((each,) if isinstance(each, Effect) else (UNDEFINED, each))) for title, each in effects.items()]
+def _mean(name: str, parts: Mapping[str, dict]) -> dict:
+    there = [effect_of(each) for each in parts.values() if each["low"] is not None]
+    return part(f"{name}, mean over {len(there)} tasks", mean_effect(there), next((p["reason"] for p in parts.values() if "reason" in p), ""))
 
 
-def _mean(name: str, effects: Effects) -> dict:
-    there = [each for each in effects.values() if isinstance(each, Effect)]
-    return part(f"{name}, mean over {len(there)} tasks", mean_effect(there), next((e for e in effects.values() if isinstance(e, str)), ""))
-
-
-def _says(effects: Effects, above: str, below: str) -> str:
+def _says(parts: Mapping[str, dict], above: str, below: str) -> str:
     """`fall on 5 of 6 tasks (...), rise on 0`: which these are, and which are missing."""
-    missing, said = {title: each for title, each in effects.items() if isinstance(each, str)}, []
+    missing, said = {title: each["reason"] for title, each in parts.items() if each["low"] is None}, []
     for verb, sign in ((above, 1), (below, -1)):
-        names, of = _named(effects, sign), len(effects) - len(missing)
+        names, of = _named(parts, sign), len(parts) - len(missing)
         some = f" ({'; '.join(names)})" if 0 < len(names) < of else ""
         said.append(f"{verb} on {len(names)}" + (f" of {of} tasks" if sign > 0 else "") + some)
     return ", ".join([*said, *(f"without {title} ({why})" for title, why in missing.items())])
@@ -114,27 +107,27 @@ def _says(effects: Effects, above: str, below: str) -> str:
 def claim_c1(summaries: Mapping[str, Mapping]) -> dict:
     """C1: the best value layer minus the better of pixels and untrained values (`BestValues`), in points, mean over the tasks; beside
     it every task, and the difference to the first value projection."""
-    effects, name = _effects(summaries, "value_best", "minus", "control"), "best value layer minus its control"
+    name = "best value layer minus its control"
+    parts, first = _parts(summaries, name, "value_best", "minus", "control"), _parts(summaries, BEYOND_FIRST, "value_best", "minus", FIRST)
     nothing = [f"{each['title']}: {kind} predict nothing ({each['metric']} {score:.3f}), which is no control"
                for each in summaries.values() for kind, score in each.get("value_best", {}).get("nothing", {}).items()]  # fmt: skip
-    usable = not nothing or any(isinstance(each, Effect) for each in effects.values())
+    usable = not nothing or any(each["low"] is not None for each in parts.values())
     need = prerequisite("a control that predicts something", usable, "; ".join(nothing) or "every control predicts something")
-    first = _mean("best value layer minus first value projection", _effects(summaries, "value_best", "minus", FIRST))
-    note = f"The best value layer is {_says(effects, 'above its control', 'below it')}."
-    return measured(_mean(name, effects), [*_parts(name, effects), first], [need], note)
+    note = f"The best value layer is {_says(parts, 'above its control', 'below it')}."
+    return measured(_mean(name, parts), [*parts.values(), _mean(BEYOND_FIRST, first)], [need], note)
 
 
 def claim_c2a(summaries: Mapping[str, Mapping]) -> dict:
     """C2, first half: the best layer between the first and the last minus layer 1, in points, mean over the tasks whose best layer is
     above its control. Beside it every task, and the difference to the first value projection."""
-    first = _parts("best value layer minus first value projection", _effects(summaries, "value_best", "minus", FIRST))
+    first = _parts(summaries, BEYOND_FIRST, "value_best", "minus", FIRST)
     said = []
     for kind, (low, high) in DEPTHS.items():
         shapes = [summaries[t.name]["build_then_degrade"].get("value") for t in SIX if kind in t.name and t.name in summaries]
         depths = [shape["peak_depth"]["mean"] for shape in shapes if shape]
         said += [f"{kind} peaks at {min(depths):.2f} to {max(depths):.2f} of the depth (paper: {low} to {high})"] if depths else []
     found = _shape(summaries, "minus_first", "layer 1", "The values build up to a layer between", "fall from layer 1")
-    return found | {"others": found["others"] + first, "note": " ".join([found["note"], *(f"{each.capitalize()}." for each in said)])}
+    return found | {"others": [*found["others"], *first.values()], "note": " ".join([found["note"], *(f"{each.capitalize()}." for each in said)])}
 
 
 def claim_c2b(summaries: Mapping[str, Mapping]) -> dict:
@@ -143,17 +136,19 @@ def claim_c2b(summaries: Mapping[str, Mapping]) -> dict:
 
 
 def _shape(summaries: Mapping[str, Mapping], against: str, end: str, above: str, below: str) -> dict:
-    every, name = _effects(summaries, "build_then_degrade", "value", against), f"best layer between minus {end}"
-    control = {"the best layer": _effects(summaries, "value_best", "minus", "control")}
-    effects, need = _above(every, control, "the best layer above its control")
-    return measured(_mean(name, effects), _parts(name, every), [need], f"{_says(effects, above, below)}.")
+    name = f"best layer between minus {end}"
+    every = _parts(summaries, name, "build_then_degrade", "value", against)
+    control = {"the best layer": _parts(summaries, "", "value_best", "minus", "control")}
+    parts, need = _above(every, control, "the best layer above its control")
+    return measured(_mean(name, parts), every.values(), [need], f"{_says(parts, above, below)}.")
 
 
 def language_model_adds(summaries: Mapping[str, Mapping]) -> dict:
     """What the language model adds over its projector input: best value layer minus projector, in points, on average (`mean`) and
     per task (`tasks`), as parts. C3 compares models by it."""
-    effects, name = _effects(summaries, "value_best", "minus", "projector"), "best value layer minus projector"
-    return {"mean": _mean(name, effects), "tasks": _parts(name, effects)}
+    name = "best value layer minus projector"
+    parts = _parts(summaries, name, "value_best", "minus", "projector")
+    return {"mean": _mean(name, parts), "tasks": list(parts.values())}
 
 
 def compare_along_chain(table: ScoreTable, task: Task, n_boot: int = 2000, seed: int = 0) -> dict:
@@ -180,10 +175,10 @@ def compare_along_chain(table: ScoreTable, task: Task, n_boot: int = 2000, seed:
 def claim_c4(chains: Mapping[str, Mapping]) -> dict:
     """C4: SigLIP before any finetuning minus the best value layer, in points, on the tasks where both are above their control
     (`tasks`); the others are named. A task that `chains` lacks has no data, or too few units."""
-    lost = {title: each if isinstance(each, str) else each.scaled(-1) for title, each in _effects(chains, "steps", "all steps").items()}
-    both = {label: _effects(chains, "above_control", name) for name, label in (("encoder_original", "SigLIP"), ("value", "the best layer"))}
-    effects, need = _above(lost, both, "both above their control")
-    tasks = [each for each in _parts("SigLIP minus best value layer", effects) if each["value"] is not None]
-    ahead = Effect(len(_named(effects, 1)), math.nan, math.nan, len(tasks), math.nan, len(tasks))
-    number = part("tasks on which SigLIP is ahead", ahead, "a count", unit="tasks")
-    return measured(number, [], [need], f"SigLIP is {_says(effects, 'ahead', 'behind')}.", tasks=tasks)
+    lost = _parts(chains, "SigLIP minus best value layer", "steps", "all steps", factor=-100)
+    both = {label: _parts(chains, "", "above_control", name) for name, label in (("encoder_original", "SigLIP"), ("value", "the best layer"))}
+    parts, need = _above(lost, both, "both above their control")
+    tasks, ahead = [each for each in parts.values() if each["low"] is not None], _named(parts, 1)
+    count = Effect(len(ahead), math.nan, math.nan, len(tasks), math.nan, len(tasks))
+    number = part("tasks on which SigLIP is ahead", count, "a count", unit="tasks")
+    return measured(number, [], [need], f"SigLIP is {_says(parts, 'ahead', 'behind')}.", tasks=tasks)
