@@ -137,7 +137,7 @@ def test_everything_is_made_from_the_results(root, capsys):
     assert max(line.count("|") for line in readme.splitlines()) == 6 + 1
     assert "It works." in readme and "figures/01_value_flow.png" in readme
     text = (folder / "REPORT.md").read_text()
-    assert text.startswith("# In this small model. Profile `pocket`") and "reproduced" not in text + readme
+    assert text.startswith("# Profile `pocket`") and "| in this small model [95 % interval] |" in text and "reproduced" not in text + readme
     assert "| co-segmentation | +9.0 [+7.0, +11.0] points | 2 | 2.9 | 400 | 100 | present |" in text
     assert "| yes: 6 tasks, 1 are needed |" in text and "run notebook 01 again" in text and "- regularisation: 0.1" in text
     assert "| revision | abc |" in text and "mine" not in text, "what differs between machines has no place in it"

@@ -32,18 +32,16 @@ def size_of(results: Mapping[str, Mapping]) -> str:
 def families(models: Models, claims: Mapping[str, Mapping]) -> dict:
     """X1: the weakest of the effects of C1, C2a and C2b over the families, by verdict, then by value. Each family speaks by the model
     of which most claims are measured. What cannot appear in one of them cannot be said of all."""
-    chosen: dict[str, tuple[int, str, dict]] = {}
-    for name, (results, provenance) in sorted(models.items()):
+    chosen: dict[str, tuple[str, dict]] = {}
+    for name, (results, provenance) in sorted(models.items(), key=lambda each: -sum(len(found.get("claims", ())) for found in each[1][0].values())):
         found = {key: each for key, each in results.get("01_value_flow", {}).get("claims", {}).items() if "primary" in each}
         family = provenance.get("01_value_flow", {}).get("family")
         if family and set(IN_EVERY_FAMILY) <= found.keys():
-            count = sum(len(each.get("claims", {})) for each in results.values())
-            if family not in chosen or count > chosen[family][0]:
-                chosen[family] = count, name, found
+            chosen.setdefault(family, (name, found))
     if len(chosen) < FEWEST_FAMILIES:
         return measured(part("weakest effect over the families", reason=f"{len(chosen)} of {FEWEST_FAMILIES} families measured"))
     parts, needs, words = [], {}, []
-    for family, (_, name, found) in chosen.items():
+    for family, (name, found) in chosen.items():
         for key in IN_EVERY_FAMILY:
             one = found[key]["primary"]
             parts.append(one | {"name": f"{key} in {family} ({name})"})

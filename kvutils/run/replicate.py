@@ -86,15 +86,12 @@ def changed_parameters(book: NotebookNode, given: dict) -> dict:
 
 
 def check_given(paths: Mapping[Path, dict]) -> None:
-    """What every notebook objects to in its parameters is said once, as a ParameterError, before any of them runs."""
-    objections = []
+    """ParameterError, once and before any of them runs, for what every notebook objects to in its parameters."""
     for path, parameters in paths.items():
-        try:
+        with suppress(ParameterError):
             changed_parameters(nbformat.read(path, as_version=4), parameters)
             return
-        except ParameterError as error:
-            objections.append(error)
-    raise objections[0]
+    changed_parameters(nbformat.read(path, as_version=4), parameters)
 
 
 def set_colab_cells(book: NotebookNode, name: str, address: str) -> None:
@@ -263,7 +260,7 @@ def replicate(chosen: argparse.Namespace) -> int:
     if rank() or not run.folder.exists():
         return int(bool(failures))
     written = report.write(out)
-    said = "In this small model:\n" if report.is_small(run.folder) else ""
+    said = "In this small model:\n" if run.profile == "pocket" else ""
     print(f"\n{said}{verdict_lines(report.rows(report.read_all(run.folder)))}\n")
     print(f"results: {show(run.folder)}\nfigures: {show(run.figures)}")
     print("".join(f"updated: {show(path)}\n" for path in written), end="")

@@ -19,11 +19,8 @@ from kvutils.store import read_json, to_json, write_text
 PICTURES = {"02_siglip_baseline": "02_steps", "03_input_agnostic_keys": "03_block_effects", "04_prefix": "04_prefix_effects",
             "05_blink_gap": "05_readouts"}  # the figure that stands for a notebook in the README, where it is not named after it
 FIELDS = ("id", "short", "section", "statement", "paper", "effect", "unit", "smallest", "why", "kind", "primary", "needs", "notebook")
-KINDS = ("effect", "tasks", "equal")
 COMPARISONS = ("claim", "comparison", "value [95 % interval]", "smallest effect of interest", "detectable", "n", "units", "verdict")
 
-ABOUT = ("Made by `make report` from the results beside it, by the rules of `kvutils/run/verdicts.py` and the numbers of `data/claims.yaml`. "
-         "What the words mean is said in the README.")
 
 
 @cache
@@ -32,9 +29,9 @@ def load_claims(path: Path | None = None) -> list[dict]:
     path = path or data_folder() / "claims.yaml"
     claims = yaml.safe_load(path.read_text(encoding="utf-8"))["claims"]
     for claim in claims:
-        if claim.keys() != set(FIELDS) or claim["kind"] not in KINDS or not isinstance(claim["smallest"], int | float) or claim["smallest"] <= 0:
+        if claim.keys() != set(FIELDS) or claim["kind"] not in ("effect", "tasks", "equal") or not (claim["smallest"] or 0) > 0:
             raise DataError(f"{path}: claim {claim.get('id')}: expected {', '.join(FIELDS)}, a kind that is one of "
-                            f"{', '.join(KINDS)} and a smallest effect above 0; found {claim}.")  # fmt: skip
+                            f"effect, tasks, equal and a smallest effect above 0; found {claim}.")  # fmt: skip
     return claims
 
 
@@ -120,10 +117,10 @@ def markdown_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -
     return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 
-def table(lines: list[dict], small: bool) -> str:
-    """The verdicts of claims.json's lines as Markdown: the paper's claims, then our questions; small: of a pocket model."""
+def table(lines: list[dict], profile: str) -> str:
+    """The verdicts of claims.json's lines as Markdown: the paper's claims, then our questions."""
     claims = {claim["id"]: claim for claim in load_claims()}
-    here = f"{'in this small model' if small else 'ours'} [95 % interval]"
+    here = f"{'in this small model' if profile == 'pocket' else 'ours'} [95 % interval]"
     out = []
     for question, header in ((False, ("", "claim", "paper", here, "verdict", "why")), (True, ("", "question of ours", here, "verdict", "why"))):
         cells = [[line["id"], claims[line["id"]]["short"], *([] if question else [line["paper"]]), ours(line), f"**{line['verdict']}**", line["why"]]
@@ -180,11 +177,6 @@ def title_of(folder: Path) -> str:
     return about if size == "full" else f"{about}, **{size}**: a sample of the data, so its intervals are wide"
 
 
-def is_small(folder: Path) -> bool:
-    """Whether a folder holds results of the pocket profile, which say what happens in a small model."""
-    return folder.parent.name == "pocket"
-
-
 def fill(text: str, block: str, content: str) -> str:
     """`text` with the lines between `<!-- block:start -->` and `<!-- block:end -->` replaced."""
     start, end = f"<!-- {block}:start -->", f"<!-- {block}:end -->"
@@ -214,8 +206,8 @@ def readme(text: str, root: Path) -> str:
     results = read_results(root / "data" / "results" / Path(*DEFAULT))
     gallery = [f"![{name}](figures/{PICTURES.get(name, name)}.png)\n\n**{name[:2]}** {found['finding']}"
                for name, found in results.items() if found.get("finding")]
-    tables = [f"{title_of(folder)}:\n\n{table(rows(read_all(folder)), is_small(folder))}"
-              for folder in result_folders(root)] or [table(rows({}), False)]  # fmt: skip
+    tables = [f"{title_of(folder)}:\n\n{table(rows(read_all(folder)), folder.parent.name)}"
+              for folder in result_folders(root)] or [table(rows({}), DEFAULT[0])]  # fmt: skip
     for block, parts in {"badges": badges, "gallery": gallery, "verdicts": tables}.items():
         text = fill(text, block, "\n\n".join(parts))
     return text
@@ -228,9 +220,9 @@ def generated(root: Path) -> dict[Path, str]:
         results = read_all(folder)
         lines = rows(results)
         files[folder / "claims.json"] = to_json(lines)
-        title = f"# {'In this small model. ' if is_small(folder) else ''}{title_of(folder)}\n\n{ABOUT}\n\n"
-        numbers = f"\n\n## The numbers\n\n{numbers_table(lines)}\n"
-        files[folder / "REPORT.md"] = title + table(lines, is_small(folder)) + numbers + details(lines, results, read_results(folder / "provenance"))
+        about = "Made by `make report` from the results beside it, by the rules of `kvutils/run/verdicts.py`; the README says what the words mean."
+        parts = [f"# {title_of(folder)}", about, table(lines, folder.parent.name), f"## The numbers\n\n{numbers_table(lines)}"]
+        files[folder / "REPORT.md"] = "\n\n".join([*parts, details(lines, results, read_results(folder / "provenance"))])
     path = root / "README.md"
     if path.exists():  # a folder of results somewhere else has none
         files[path] = readme(path.read_text(encoding="utf-8"), root)

@@ -62,38 +62,33 @@ def word_of_part(claim: Mapping, one: Mapping) -> str | None:
     """The word for one comparison of a claim; None where no smallest effect of interest is stated."""
     if (smallest := smallest_of(claim, one)) is None:
         return None
-    return _of_a_question(claim, (unchanged if claim["kind"] == "equal" else word_of)(one, smallest))
+    return _of_a_question(claim, word_of(one, smallest, claim["kind"] == "equal"))
 
 
 def _of_a_question(claim: Mapping, word: str) -> str:
     return {PRESENT: HOLDS, ABSENT: FAILS}.get(word, word) if claim["id"].startswith("X") else word
 
 
-def word_of(one: Mapping, smallest: float) -> str:
-    """Verdict on one comparison: `PRESENT`, `OPPOSITE`, `ABSENT`, `CANNOT_TELL`, or `NOT_MEASURED` where it is undefined."""
+def word_of(one: Mapping, smallest: float, equal: bool = False) -> str:
+    """Verdict on one comparison: `PRESENT`, `OPPOSITE`, `ABSENT`, `CANNOT_TELL`, or `NOT_MEASURED` where it is undefined; of a change
+    that should not be (`equal`): `PRESENT` where equality is shown, `ABSENT` where a change is."""
     if one["low"] is None:
         return NOT_MEASURED
+    excluded = -smallest < one["low90"] and one["high90"] < smallest
+    if equal:
+        return PRESENT if excluded else ABSENT if one["low"] > smallest or one["high"] < -smallest else CANNOT_TELL
     if one["low"] > 0:
         return PRESENT
     if one["high"] < 0 and one["low"] < -smallest:
         return OPPOSITE
-    return ABSENT if -smallest < one["low90"] and one["high90"] < smallest else CANNOT_TELL
-
-
-def unchanged(one: Mapping, smallest: float) -> str:
-    """Verdict on one change that should not be: `PRESENT` where equality is shown, `ABSENT` where a change is."""
-    if one["low"] is None:
-        return NOT_MEASURED
-    if -smallest < one["low90"] and one["high90"] < smallest:
-        return PRESENT
-    return ABSENT if one["low"] > smallest or one["high"] < -smallest else CANNOT_TELL
+    return ABSENT if excluded else CANNOT_TELL
 
 
 def of_effect(claim: Mapping, found: Mapping) -> Verdict:
     """By the primary comparison. Of a question whether nothing changes it is the change that may be largest; that something changes
     is shown by any of the comparisons, by Holm's procedure over all."""
     one, smallest, unit, equal = found["primary"], claim["smallest"], claim["unit"], claim["kind"] == "equal"
-    word = (unchanged if equal else word_of)(one, smallest)
+    word = word_of(one, smallest, equal)
     if equal and word != NOT_MEASURED:
         listed = [each for each in (one, *found["others"]) if each["low"] is not None]
         sure = [each for sign in (1, -1) for each in _surely(listed, sign, smallest)]
