@@ -309,9 +309,8 @@ def test_official_scores_and_the_telling_item():
     found = blink_tables.official_scores({"Art_Style": table, "b": table_of(value, {"value.1": value})})
     assert found["accuracy"] == {"Art_Style": 7 / 12, "b": 1, "Total": pytest.approx(19 / 24)}
     assert found["unresolved"] == {"Art_Style": 1 / 12, "b": 0}
-    assert blink_tables.telling_item(table) == (table.ids[0], "value.1")  # 1 is not resolved
-    assert blink_tables.telling_item(table_of(value, {"value.1": value})) == (table.ids[0], "value.1")
-    assert blink_tables.telling_item(table_of(np.arange(12) != 7, {"value.1": value}))[0] == table.ids[7]
+    for right, place in ((model, 0), (value, 0), (np.arange(12) != 7, 7)):
+        assert describe_table(table_of(right, {"value.1": value}), 5)["telling"] == {"id": table.ids[place], "source": "value.1"}
 
 
 def test_the_layer_is_chosen_on_each_half_and_read_on_the_other():
@@ -322,12 +321,12 @@ def test_the_layer_is_chosen_on_each_half_and_read_on_the_other():
     sources = {"pixels": never, "value.0": always, "value.1": second, "value.2": ~second, "untrained.value.0": never, "untrained.value.1": always}
     table = table_of(never, sources)
     found = describe_table(table, n_boot=50)
-    assert found["layers"] == [1, 2] and found["table"]["n"] == n and found["table"]["shares"]["value_only"]["mean"] == 0
+    assert found["table"]["layers"] == [1, 2] and found["table"]["n"] == n and found["table"]["shares"]["value_only"]["mean"] == 0
     assert found["others"]["untrained.value"]["values_minus_this"]["mean"] == -1 and found["others"]["untrained.value"]["layers"] == [1, 1]
     assert set(found["others"]) == {"pixels", "value.0", "untrained.value"} and found["others"]["value.0"]["counts"]["value_only"] == n
     # Nothing that is reported on a half changes what is read there.
     table.scores[second] = 0
-    assert describe_table(table, n_boot=20)["layers"][1] == found["layers"][1]
+    assert describe_table(table, n_boot=20)["table"]["layers"][1] == 2
     with pytest.raises(ParameterError, match="at least 4 independent units, two in each half, found 3"):
         describe_table(table_of(never[:3], {"value.1": never[:3]}))
 
@@ -347,11 +346,11 @@ def test_c8_compares_with_a_readout_at_chance(verdict, value, expected):
     names = ("Art_Style", "Visual_Similarity")
     described = {name: describe_table(chosen_right(value, 200, name), n_boot=200) for name in names}
     claim = claim_c8(described)
-    assert verdict("C8", claim) == expected and claim["primary"]["name"] == "art style: value right, model wrong, minus guess"
+    assert verdict("C8", claim) == expected and claim["primary"]["name"] == "art style: value right, model wrong, minus guessing"
     assert claim["size"]["value"] == pytest.approx(100 * value) and claim["primary"]["n"] == claim["primary"]["units"] == 200
     assert claim["primary"]["value"] == pytest.approx(100 * (value - 0.5), abs=3)  # the readout's options are not quite even
     named = {each["name"]: each["value"] for each in claim["others"]}
-    assert named["visual similarity: of the model's errors"] == pytest.approx(100 * value) and len(named) == 2 * 5
+    assert named["visual similarity: of the model's errors"] == pytest.approx(100 * value) and len(named) == 2 * 6
     assert claim["note"].startswith(f"Above guessing on {2 * (value == 1)} of 2 subtasks (art style {claim['primary']['value']:+.1f}, ")
 
 
@@ -361,9 +360,10 @@ def test_where_art_style_is_at_the_ceiling_the_other_subtasks_speak(verdict):
     described, surfaced = ({name: use(table, 200) for name, table in tables.items()} for use in (describe_table, interventions))
     c8, x5 = claim_c8(described), claim_x5(surfaced)
     speaking = "mean of visual similarity, semantic correspondence"
-    assert c8["primary"]["name"] == f"{speaking}: value right, model wrong, minus guess" and c8["size"]["value"] == pytest.approx(80)
+    assert c8["primary"]["name"] == f"{speaking}: value right, model wrong, minus guessing" and c8["size"]["value"] == pytest.approx(80)
     assert x5["primary"]["name"] == f"{speaking}: value added minus the model" and x5["primary"]["value"] == pytest.approx(80)
-    assert (verdict("C8", c8), verdict("X5", x5)) == ("present", "holds") and "; art style left out: 18 errors of the model in 200 answers." in x5["note"]
+    assert (verdict("C8", c8), verdict("X5", x5)) == ("present", "holds")
+    assert "; art style left out: 18 errors of the model in 200 answers." in x5["note"]
     ceiling = {"Art_Style": described["Art_Style"]}
     assert verdict("C8", claim_c8(ceiling)) == verdict("X5", claim_x5({"Art_Style": surfaced["Art_Style"]})) == "cannot appear here"
     # Of three subtasks one cannot be read: it is named, and no ceiling.
@@ -372,7 +372,7 @@ def test_where_art_style_is_at_the_ceiling_the_other_subtasks_speak(verdict):
     c8 = claim_c8(described)
     assert c8["primary"]["name"].startswith("semantic correspondence: ")
     (silent,) = (each for each in c8["others"] if each["name"].startswith("visual similarity"))
-    assert silent["reason"] == "no answer names an option" and "50.0 % of the answers name no option" in c8["note"]
+    assert silent["reason"] == "no answer names an option" and "; 400 of 800 answers name no option." in c8["note"]
 
 
 def uncertain(n=400) -> ChoiceTable:

@@ -50,7 +50,7 @@ def readout_curves(subtasks: Mapping[str, Mapping]) -> Figure:
             also = "" if name == names[0] else "also measured: "
             axis.set(ylim=(0, 1.02), title=f"{found['title']} ({found['n']} items)\n{also}{READOUT_LABELS[name]}")
         column[-1].set_xlabel("before the language model  |  layer")
-        for layer in set(found["layers"]):
+        for layer in set(found["table"]["layers"]):
             column[0].axvline(layer + offset, color=COLOURS[0], lw=6, alpha=0.12)
     for axis in axes[:, 0]:
         axis.set_ylabel("accuracy (share of items)")
@@ -79,7 +79,7 @@ def tables_of_two(subtasks: Mapping[str, Mapping]) -> Figure:
         axis.grid(False)
         chance = f"by guessing: {_percent(table['at_guess'])[0]} of these items"
         unread = f"; {table['unresolved']} more unresolved" if table["unresolved"] else ""
-        axis.set_title(f"{found['title']}, values of {style.layers_text(found['layers'])}\n{table['n']} items{unread}")
+        axis.set_title(f"{found['title']}, values of {style.layers_text(table['layers'])}\n{table['n']} items{unread}")
         axis.set_xlabel(f"value right, model wrong:\n{_of_errors(table['of_errors'])}\n{chance}")
     figure.supxlabel("in the cells: number of items, share of them [95 % interval]", fontsize=8)
     return figure
@@ -106,7 +106,7 @@ def shares_by_source(subtasks: Mapping[str, Mapping]) -> Figure:
     subtasks = style.in_order(subtasks, ORDER)
     figure, axes = panels(len(subtasks), len(subtasks), 3.3 + 2.6 / len(subtasks), 3.5, sharex=True)
     for place, (axis, found) in enumerate(zip(axes, subtasks.values(), strict=True)):
-        tables = {"value": found["table"] | {"layers": found["layers"]}} | style.in_order(found["others"], SOURCES)
+        tables = {"value": found["table"]} | style.in_order(found["others"], SOURCES)
         points = []
         for row, (source, each) in enumerate(tables.items()):
             colour, _, marker, _ = READING_STYLE.get(source, ("black", "", "D", ""))
@@ -114,16 +114,16 @@ def shares_by_source(subtasks: Mapping[str, Mapping]) -> Figure:
             label = None if row else "by guessing, options as often as this readout"
             guess = np.nan if each["at_guess"]["mean"] is None else each["at_guess"]["mean"]
             axis.plot(guess, row, "|", ms=16, mew=2, color=COLOURS[3], label=label)
-        forest(axis, points, [_label(source, each.get("layers"), place == 0) for source, each in tables.items()], zero=False)
+        forest(axis, points, [_label(source, each["layers"], place == 0) for source, each in tables.items()], zero=False)
         axis.set(title=f"{found['title']}\n{found['table']['n']} items", xlabel="share of these items")
     legend_below(figure, axes[:1])
     figure.suptitle("Readout right, model wrong, with 95 % intervals (layers chosen on one half, read on the other)", fontsize=10)
     return figure
 
 
-def _label(source: str, layers: Sequence[int] | None, first: bool) -> str:
+def _label(source: str, layers: Sequence[int], first: bool) -> str:
     """In the first column in full, in the others what differs there: the layers."""
-    return ", ".join([SOURCES[source]] * first + ([] if layers is None else [style.layers_text(layers)]))
+    return ", ".join([SOURCES[source]] * first + [style.layers_text(layers)] * bool(layers))
 
 
 @styled

@@ -20,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 
 from kvutils.metrics.effects import measured
 from kvutils.metrics.statistics import Halves, ratio, resample
-from kvutils.tasks.blink_tables import Subtasks, choose_layers, layers_of, other_sources
+from kvutils.tasks.blink_tables import Subtasks, layers_of, other_sources, sources_of
 from kvutils.tasks.choices import UNRESOLVED, ChoiceTable, some_items
 
 WEIGHTS = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # nats per standard deviation of the readout
@@ -108,7 +108,7 @@ def interventions(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dict
     place of the values.
     """
     halves = Halves.of(table.groups, seed)
-    sources = choose_layers(table, halves)
+    sources = sources_of(table, halves)
     answers, weights = surface(table, halves, sources)
     rest, model = some_items(table, table.resolved), table.model_right[table.resolved]
     others = {name: surface(table, halves, each)[0][HEADLINE] for name, each in other_sources(table, halves).items()}

@@ -24,14 +24,16 @@ from kvutils.tasks.choices import UNRESOLVED, ChoiceTable, some_items
 
 CELLS = ("both", "value_only", "model_only", "neither")  # who is right
 FIRST = "value.0"  # the first value projection
-SINGLE = ("pixels", "encoder_original", "encoder", "projector", FIRST)  # sources without a choice of layers
-FAMILIES = ("alone.value", "untrained.value")
+OTHERS = ("pixels", "encoder_original", "encoder", "projector", FIRST, "alone.value", "untrained.value")  # beside the values
 HEADLINE = "art style"  # the paper's subtask
 
 
-def choose_layers(table: ChoiceTable, halves: Halves, family: str = "value", readout: str | None = None) -> list[str]:
-    """[2] the layer >= 1 of a family that is right most often where it is chosen for the first, and for the second half."""
-    sources = table.layers(family)[1:]
+def sources_of(table: ChoiceTable, halves: Halves, name: str = "value", readout: str | None = None) -> list[str]:
+    """[2] the source that answers the first, and the second half: `name` or, of a family, the layer >= 1 that is right most often on
+    the items that choose for it."""
+    if name in table.sources:
+        return [name] * 2
+    sources = table.layers(name)[1:]
     return [sources[best] for best in halves.best(np.stack([table.right(source, readout) for source in sources], axis=1))]
 
 
@@ -41,14 +43,13 @@ def says_of(table: ChoiceTable, halves: Halves, sources: Sequence[str], readout:
 
 
 def other_sources(table: ChoiceTable, halves: Halves) -> dict[str, list[str]]:
-    """What the values are compared with, by half: the sources without layers, and of other families layers chosen alike."""
-    single = {name: [name] * 2 for name in SINGLE if name in table.sources}
-    return single | {family: choose_layers(table, halves, family) for family in FAMILIES if table.layers(family)}
+    """What the values are compared with, and its sources of the two halves."""
+    return {name: sources_of(table, halves, name) for name in OTHERS if name in table.sources or table.layers(name)}
 
 
 def layers_of(sources: Sequence[str]) -> list[int]:
-    """The layers of sources `<family>.<layer>`."""
-    return [int(source.rsplit(".", 1)[1]) for source in sources]
+    """The layers of the two sources; none where there was no choice."""
+    return [int(source.rpartition(".")[2]) for source in sources if source not in OTHERS]
 
 
 def describe_table(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dict:
@@ -56,26 +57,24 @@ def describe_table(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dic
 
     model: accuracy (unresolved answers count as wrong, as in BLINK), unresolved (share), accuracy of the highest option score,
     said (how often each option, -1 unresolved), option_mass (probability that the options hold together), warnings.
-    readouts: readout -> source -> accuracy. Cross-fitted: layers, that of the values for each half; said, how often they say
-    each option; table, their `table_of_two`; others, that of every other source; by_option_scores, with the model's most
-    probable option as its answer, for all items; by_readouts, by the subtask's other readouts.
+    readouts: readout -> source -> accuracy. said: how often the values say each option. telling: id and source of the first item with
+    value right and model wrong, of the first one if there is none. Cross-fitted, each a `table_of_two` and the layers of the
+    two halves: table, of the values; others, of every other source; by_option_scores, with the model's most probable option
+    as its answer, for all items; by_readouts, by the subtask's other readouts.
     ParameterError for fewer than four independent items.
     """
     halves = Halves.of(table.groups, seed)
-    sources = choose_layers(table, halves)
+    sources = sources_of(table, halves)
     says = says_of(table, halves, sources)
+    telling = int(np.argmax((says == table.gold) & table.model_wrong))
 
     def accuracies(right: Mapping[str, np.ndarray]) -> dict[str, dict]:
         found = bootstrap_ci(np.column_stack([*right.values()]), mean_statistic, n_boot, seed, table.groups)
         return {name: each.as_dict() for name, each in zip(right, found, strict=True)}
 
-    others, by_readouts = {}, {}
-    for name, chosen in other_sources(table, halves).items():
-        layers = {"layers": layers_of(chosen)} if name in FAMILIES else {}
-        others[name] = _other(table, says_of(table, halves, chosen), says, n_boot, seed) | layers
-    for name in table.readouts[1:]:
-        chosen = choose_layers(table, halves, "value", name)
-        by_readouts[name] = table_of_two(table, says_of(table, halves, chosen, name), n_boot, seed) | {"layers": layers_of(chosen)}
+    def two(chosen: Sequence[str], readout: str | None = None, against: ChoiceTable = table) -> dict:
+        return table_of_two(against, says_of(table, halves, chosen, readout), n_boot, seed) | {"layers": layers_of(chosen)}
+
     return {
         "subtask": table.subtask, "title": table.title, "n": len(table), "groups": len(set(table.groups)),
         "options": table.options, "chance": 1 / table.options,
@@ -86,9 +85,13 @@ def describe_table(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dic
             "warnings": low_mass({f"{table.title}, {len(table)} items": table.mass.mean()}),
         },
         "readouts": {name: accuracies({source: table.right(source, name) for source in table.sources}) for name in table.readouts},
-        "readout": table.readouts[0], "layers": layers_of(sources), "said": np.bincount(says, minlength=table.options).tolist(),
-        "table": table_of_two(table, says, n_boot, seed), "others": others, "by_readouts": by_readouts,
-        "by_option_scores": table_of_two(replace(table, said=table.option_scores.argmax(axis=1)), says, n_boot, seed),
+        "readout": table.readouts[0], "said": np.bincount(says, minlength=table.options).tolist(),
+        "telling": {"id": table.ids[telling], "source": sources[int(halves.second[telling])]},
+        "table": two(sources),
+        "others": {name: two(each) | _minus(table, says, says_of(table, halves, each), n_boot, seed)
+                   for name, each in other_sources(table, halves).items()},
+        "by_option_scores": two(sources, against=replace(table, said=table.option_scores.argmax(axis=1))),
+        "by_readouts": {name: two(sources_of(table, halves, readout=name), name) for name in table.readouts[1:]},
     }  # fmt: skip
 
 
@@ -132,15 +135,12 @@ def table_of_two(table: ChoiceTable, says: np.ndarray, n_boot: int = 2000, seed:
     }  # fmt: skip
 
 
-def _other(table: ChoiceTable, says: np.ndarray, values: np.ndarray, n_boot: int, seed: int) -> dict:
-    """The 2 x 2 table of another source's answers (n,), and by how much the values' exceed it: in their share of "value
-    right, model wrong", and in accuracy."""
-    rest = some_items(table, table.resolved)
-    ahead = (values == table.gold).astype(float) - (says == table.gold)
+def _minus(table: ChoiceTable, values: np.ndarray, says: np.ndarray, n_boot: int, seed: int) -> dict:
+    """By how much the values' answers (n,) exceed others: in their share of "value right, model wrong", and in accuracy."""
+    rest, ahead = some_items(table, table.resolved), (values == table.gold).astype(float) - (says == table.gold)
     packed = ahead[table.resolved, None] * np.column_stack([rest.model_wrong, rest.resolved])
-    minus = resample(lambda w: ratio(w @ packed, w.sum(axis=1, keepdims=True)), len(rest), n_boot, seed, rest.groups).effects()
-    names = ("values_minus_this", "accuracy_minus_this")
-    return table_of_two(table, says, n_boot, seed) | {name: each.as_dict() for name, each in zip(names, minus, strict=True)}
+    found = resample(lambda w: ratio(w @ packed, w.sum(axis=1, keepdims=True)), len(rest), n_boot, seed, rest.groups).effects()
+    return dict(zip(("values_minus_this", "accuracy_minus_this"), (each.as_dict() for each in found), strict=True))
 
 
 def official_scores(tables: Mapping[str, ChoiceTable]) -> dict:
@@ -148,14 +148,6 @@ def official_scores(tables: Mapping[str, ChoiceTable]) -> dict:
     letter = {UNRESOLVED: NEEDS_JUDGE} | {option: f"({name})" for option, name in enumerate(LETTERS)}
     pairs = {name: zip(table.gold.tolist(), table.said.tolist(), strict=True) for name, table in tables.items()}
     return blink_scores({name: [(letter[gold], letter[said]) for gold, said in mine] for name, mine in pairs.items()})
-
-
-def telling_item(table: ChoiceTable, seed: int = 0) -> tuple[str, str]:
-    """Id of the first item with value right and model wrong, of the first one if there is none; and the source that answers it."""
-    halves = Halves.of(table.groups, seed)
-    sources = choose_layers(table, halves)
-    place = int(np.argmax((says_of(table, halves, sources) == table.gold) & table.model_wrong))
-    return table.ids[place], sources[int(halves.second[place])]
 
 
 class Subtasks:
@@ -193,9 +185,8 @@ class Subtasks:
         each = ", ".join(f"{title} {effect.mean:+.1f}" for title, effect in effects.items())
         text = f"{verb} on {sum(effect.low > 0 for effect in effects.values())} of {len(effects)} subtasks ({each})"
         text += "".join(f"; {title} left out: {reason}" for title, reason in self.silent.items())
-        unresolved = sum(found["unresolved"] for found in self.found.values())
-        share = 100 * unresolved / (unresolved + sum(found["n"] for found in self.found.values()))
-        text += f"; {share:.1f} % of the answers name no option" if unresolved else ""
+        unresolved, read = (sum(one[key] for one in self.found.values()) for key in ("unresolved", "n"))
+        text += f"; {unresolved} of {unresolved + read} answers name no option" if unresolved else ""
         return f"{text}." if effects else ""
 
 
@@ -210,11 +201,14 @@ def claim_c8(described: Mapping[str, Mapping]) -> dict:
                          for each in described.values()})  # fmt: skip
     speaking = [HEADLINE] if HEADLINE in subtasks.able else subtasks.able
     share, key = "value right, model wrong", ("table", "above_guess")
-    names = {f"{share}, minus {level}": ("table", f"above_{level}") for level in ("guess", "chance", "independence")}
-    others = subtasks.parts(names | {"first value projection right, model wrong, minus guess": ("others", FIRST, "above_guess")})
-    others += [part(f"{title}: of the model's errors", subtasks.effect(title, "table", "of_errors"), unit="% of errors")
-               for title in subtasks.able]  # fmt: skip
-    return measured(subtasks.mean(f"{share}, minus guess", speaking, *key), others, subtasks.needs, subtasks.note("Above guessing", *key),
+    names = {f"{share}, minus {name}": ("table", f"above_{level}") for name, level in (("guessing", "guess"), ("chance", "chance"),
+                                                                                       ("independence", "independence"))}  # fmt: skip
+    others = subtasks.parts(names | {"first value projection right, model wrong, minus guessing": ("others", FIRST, "above_guess")})
+    for title in subtasks.able:
+        others += [part(f"{title}: readout {name} right, model wrong, minus guessing", Effect.of(each["above_guess"]).scaled(100))
+                   for name, each in subtasks.found[title]["by_readouts"].items()]  # fmt: skip
+        others.append(part(f"{title}: of the model's errors", subtasks.effect(title, "table", "of_errors"), unit="% of errors"))
+    return measured(subtasks.mean(f"{share}, minus guessing", speaking, *key), others, subtasks.needs, subtasks.note("Above guessing", *key),
                     size=subtasks.mean(share, speaking, "table", "shares", "value_only"))  # fmt: skip
 
 
