@@ -17,6 +17,7 @@ from kvutils.errors import DataError, ParameterError
 from kvutils.images import encode_image
 from kvutils.keys import key_variance
 from kvutils.layout import build_layout
+from kvutils.metrics.statistics import Halves
 from kvutils.metrics.statistics import Effect
 from kvutils.prompts import PromptTokens
 from kvutils.readout.attention import attention_mass
@@ -392,6 +393,12 @@ def test_the_curve_and_the_reading_layers():
     assert both == pytest.approx(-0.375), "kinds weigh equally"
     found = reading_layers(table, 2)
     assert found["layers"] == [1, 2] and found["held_out"] == pytest.approx(3, abs=0.05)
+    values[..., 1], second = 0, Halves.of(table.groups).second  # one half reads in layers 0 and 1, the other in 2 and 3
+    for half, layers, loss in ((~second, (0, 1), 1.5), (second, (2, 3), 0.5)):
+        for layer in layers:
+            values[half, names.index(f"one {layer}"), 1] = loss
+    found = reading_layers(replace(table, kinds=["one"] * n), 2)
+    assert found["layers"] == [0, 1] and found["windows"] == pytest.approx([1.5, 1, 0.5]) and found["held_out"] == 0
     assert json.loads(to_json(summary)) == summary
 
 
