@@ -55,11 +55,6 @@ class Interval:
         low, high = sorted((self.low * factor, self.high * factor))
         return replace(self, mean=self.mean * factor, low=low, high=high)
 
-    def claim(self, name=None, reason="too few independent units to resample", **more):  # goes with issue 13
-        found = {k: v for k, v in self.as_dict().items() if k in ("mean", "low", "high", "n")}
-        found |= {"reason": reason} if reason and math.isnan(self.mean + self.low) else {}
-        return ({} if name is None else {"name": name}) | {"value": found.pop("mean")} | found | more
-
 
 @dataclass(frozen=True)
 class Effect(Interval):
