@@ -95,7 +95,7 @@ class Workshop:
         encoder = Encoder(tower.eval().to(device), None, "siglip-so400m, random", "in memory")
         text = SimpleNamespace(name="random", template="{}", embed=lambda _: torch.nn.functional.normalize(torch.randn(1152), dim=0))
         self.chosen = np.linspace(0, LAYERS - 1, layers).round().astype(int).tolist()
-        self.extractor = FeatureExtractor(self.mlm, self.mlm, encoder, encoder_text=text, layers=self.chosen)
+        self.extractor = FeatureExtractor(self.mlm, self.mlm, encoder, encoder_text=text, keys=False, layers=self.chosen)
         self.of_prefixes = FeatureExtractor(self.mlm, keys=False, layers=self.chosen)
         self.rng = np.random.default_rng(0)
 

@@ -161,7 +161,7 @@ class Rehearsal:
             if self.small:
                 stack.enter_context(mock.patch("torch.nn.functional.scaled_dot_product_attention", mean_of_values))
             capture(mlm, [Image.new("RGB", IMAGE)])  # kernels are chosen and memory is reserved in the first pass
-            self._value_flow(FeatureExtractor(mlm, untrained, encoder))
+            self._value_flow(FeatureExtractor(mlm, untrained, encoder, keys=False))
             self._keys(mlm)
             self._prefixes(mlm, FeatureExtractor(mlm, untrained, keys=False))
             items = self._enlarged("pocket-blink", items=self.samples)

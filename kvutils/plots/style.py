@@ -20,7 +20,6 @@ from PIL import Image
 COLOURS = sns.color_palette("colorblind")
 SOURCE_STYLE = {  # family of sources -> colour, line, marker, label
     "value": (COLOURS[0], "-", "o", "image values"),
-    "key": (COLOURS[1], "--", "s", "image keys"),
     "untrained.value": (COLOURS[7], ":", "^", "values, untrained model"),
     "shuffled.value": (COLOURS[3], ":", "v", "control: shuffled labels or text"),
     "lens.value": (COLOURS[2], "-.", "D", "values through the output head"),

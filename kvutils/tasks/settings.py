@@ -1,8 +1,7 @@
 """X6: do batch size, precision, attention backend, image backend or resolution change any figure?
 
-A setting is one change to how a model runs. Under each, the headline scores of the six tasks are measured again, in a middle and in
-the last layer of the values, on some of the same items, and POPE's F1. Features know no batch: every picture is read alone, so
-that the batch size can change answers only.
+Under each setting, one change to how a model runs, the headline scores of the six tasks are measured again, in a middle and in the
+last layer of the values, on some of the same items, and POPE's F1. Every picture is read alone: a batch can change answers only.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from tqdm import tqdm
 from kvutils.datasets import USES, open_dataset
 from kvutils.errors import DataError, MemoryLimitError, ParameterError
 from kvutils.metrics.effects import measured, part
-from kvutils.metrics.statistics import paired_difference, resample
+from kvutils.metrics.statistics import UNDEFINED, paired_difference, resample
 from kvutils.models import MLM, QWEN
 from kvutils.processors import other_backend
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, Opener
@@ -34,7 +33,7 @@ PICTURES, FEWEST = 48, 4  # of each task, about; its items at least
 BATCH = 16  # prompts that are answered together
 COARSE = 3 / 4  # of the side of a picture
 DTYPES, ATTENTION = ("float32", "bfloat16", "float16"), ("sdpa", "eager")
-Load = Callable[..., MLM]
+Load, T = Callable[..., MLM], TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,8 @@ class Setting:
 
     def shown(self, image: Image.Image) -> Image.Image:
         """A picture as the model is shown it: of the same size, so that points and masks fit it."""
-        if self.scale == 1:
-            return image
-        smaller = image.resize([max(1, round(side * self.scale)) for side in image.size], Image.Resampling.BICUBIC)
-        return smaller.resize(image.size, Image.Resampling.BICUBIC)
+        small = [max(1, round(side * self.scale)) for side in image.size]
+        return image if self.scale == 1 else image.resize(small, Image.Resampling.BICUBIC).resize(image.size, Image.Resampling.BICUBIC)
 
 
 class ValueReader(FeatureExtractor):
@@ -79,9 +76,8 @@ class ValueReader(FeatureExtractor):
 def settings_of(mlm: MLM, load: Load, pixels: int) -> dict[str, Callable[[], Setting]]:
     """The settings of a model by name; each is made when it is called, and raises ParameterError where it cannot be had.
 
-    load(dtype=, attention=) gives the model anew. pixels: of a picture, as many as are usual. A lower resolution is `COARSE` of
-    the side: fixed grids of tokens are shown pictures made smaller and brought back, Qwen2.5-VL gets fewer tokens. float16 is for
-    GPUs alone."""
+    load(dtype=, attention=) gives the model anew. pixels: of a usual picture. A lower resolution is `COARSE` of the side: fixed grids
+    of tokens are shown pictures made smaller and brought back, Qwen2.5-VL gets fewer tokens. float16 is for GPUs alone."""
     now = {"dtype": str(mlm.dtype).removeprefix("torch."), "attention": mlm.attention}
     looks = {name: getattr(mlm, name) for name in ("base_view_only", "max_pixels", "pad_to_square", "prompts")}
 
@@ -102,10 +98,14 @@ def settings_of(mlm: MLM, load: Load, pixels: int) -> dict[str, Callable[[], Set
 
 def some_of(task: Task, pictures: int = PICTURES) -> Task:
     """A task with a few of its samples, spread over all of them, that show about so many pictures."""
-    few, samples = copy.copy(task), task.samples
-    count = min(len(samples), max(FEWEST, pictures // len(task.images(samples[0]))))
-    few.samples = [samples[i * len(samples) // count] for i in range(count)]
+    few = copy.copy(task)
+    few.samples = _spread(task.samples, max(FEWEST, pictures // len(task.images(task.samples[0]))))
     return few
+
+
+def _spread(items: Sequence[T], count: int) -> list[T]:
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def open_pope(profile: str) -> Pope | None:
@@ -127,10 +127,9 @@ def setting_changes(
     layers = sorted({mlm.num_layers // 2, mlm.num_layers - 1})
     few = [some_of(task, pictures) for name, task in tasks.items() if name in tables]
     if pope is not None:
-        count = min(pictures, len(pope.images))
-        shown = {pope.images[i * len(pope.images) // count] for i in range(count)}
+        shown = set(_spread(pope.images, pictures))
         pope = Pope([sample for sample in pope.samples if sample.image_id in shown])
-    sizes = [np.prod(opened().size) for task in few for sample in task.samples for _, opened in task.images(sample)[:1]]
+    sizes = [np.prod(task.images(task.samples[0])[0][1]().size) for task in few]
     plain, changes, left_out = Setting(mlm), {}, {}
     said = pope and _answers(pope, plain, parts)
 
@@ -156,16 +155,14 @@ def setting_changes(
 
 def _task_changes(task: Task, before: ScoreTable, after: ScoreTable, sources: Sequence[str], n_boot: int, seed: int) -> dict[str, dict]:
     """Score -> part, over the rows that both tables have."""
-    rows = {name: number for number, name in enumerate(before.ids)}
-    kept = [number for number, name in enumerate(after.ids) if name in rows]
+    rows, kept = dict(zip(before.ids, range(len(before)), strict=True)), [number for number, name in enumerate(after.ids) if name in before.ids]
     same, groups, found = [rows[after.ids[number]] for number in kept], [after.groups[number] for number in kept], {}
     for source in sources:
-        score = f"{task.title}, layer {source.rpartition('.')[2]}"
-        if {source} <= {*before.sources} & {*after.sources} and kept:
-            change = paired_difference(after.of(source)[kept], before.of(source)[same], task.statistic, n_boot, seed, groups)
-            found[score] = part(score, change.scaled(100))
-        else:
-            found[score] = part(score, reason="the values are not finite under one of the two settings")
+        known = kept and source in before.sources and source in after.sources
+        pair = (after.of(source)[kept], before.of(source)[same]) if known else ()
+        change = paired_difference(*pair, task.statistic, n_boot, seed, groups).scaled(100) if known else UNDEFINED
+        reason = "too few independent units" if known else "the values are not finite with or without it"
+        found[f"{task.title}, layer {source.rpartition('.')[2]}"] = part(source, change, reason)
     return found
 
 
@@ -204,9 +201,10 @@ def claim_x6(found: Mapping) -> dict:
 
 
 def largest_change(setting: str, scores: Mapping[str, Mapping]) -> str:
-    """The score that a setting changes most, in words, and how much the other scores change at most."""
-    order = sorted((score for score in scores if scores[score]["value"] is not None), key=lambda score: -abs(scores[score]["value"]))
-    if not order:
+    """The score that a setting changes most, in words, and how much the scores of other tasks change at most."""
+    sizes = {score: abs(each["value"]) for score, each in scores.items() if each["value"] is not None}
+    if not sizes:
         return f"{setting}: not defined"
-    others = f", all others at most {abs(scores[order[1]]['value']):.2f}" if len(order) > 1 else ""
-    return f"{setting}: {round(scores[order[0]]['value'], 2) + 0.0:+.2f} ({order[0]}){others}"
+    most = max(sizes, key=sizes.get)
+    others = [size for score, size in sizes.items() if score.split(",")[0] != most.split(",")[0]]
+    return f"{setting}: {round(scores[most]['value'], 2) + 0.0:+.2f} ({most})" + (f", other tasks at most {max(others):.2f}" if others else "")

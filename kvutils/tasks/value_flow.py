@@ -38,11 +38,12 @@ _LEFT_OUT = "its data set was left out, or it has too few units to choose a laye
 
 def open_extractor(model: str, seed: int = 0, max_pixels: int = 0, **options) -> FeatureExtractor:
     """Everything the tasks compare, loaded by the model's name: the MLM (max_pixels as in `load_mlm`), the same architecture
-    with random weights (of the given seed), and the encoder before it was finetuned. options: those of `FeatureExtractor`."""
+    with random weights (of the given seed), and the encoder before it was finetuned. Keys are left to notebook 03: the claims of
+    section 3.1 are about values. options: those of `FeatureExtractor`."""
     encoder = original_encoder(model)
     text = load_siglip_text(encoder)  # first: what its tokenizer lacks is said before the large models are read
     mlm, untrained = load_mlm(model, max_pixels=max_pixels), load_mlm(model, max_pixels=max_pixels, untrained=True, seed=seed)
-    return FeatureExtractor(mlm, untrained, load_encoder(encoder), encoder_text=text, **options)
+    return FeatureExtractor(mlm, untrained, load_encoder(encoder), encoder_text=text, keys=False, **options)
 
 
 def value_flow_tasks(profile: str, options: Mapping[str, Mapping | None] | None = None) -> dict[str, Task]:
