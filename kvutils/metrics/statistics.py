@@ -3,8 +3,7 @@
 Resampling is a matrix of weights (n_boot, n): how often each item was drawn. A statistic is a function of the
 weights and the scores, so that ratios of sums (overall IoU, class-wise mIoU, F1) are resampled by a few matrix
 products. Questions about one scene, or sentences about one image, are not independent: pass them as `groups`. An item of
-two groups, (a, b), such as a pair of images, is drawn as often as both: the weight is the product (Owen's pigeonhole bootstrap),
-over those of the two that other items have as well.
+two groups, (a, b), such as a pair of images, is drawn as often as both (Owen's pigeonhole bootstrap; see `units_of`).
 
 Below `FEW_UNITS` units a percentile bootstrap is too narrow (of 4 groups it misses a null effect in 15 % of the samples, not 5 %);
 there the interval is Student's t around the value, with the jackknife's standard error (units left out one by one).
@@ -75,9 +74,14 @@ class Effect(Interval):
 
     @property
     def detectable(self) -> float:
-        """The true difference that the two-sided 5 % test finds with probability `POWER`; NaN where nothing ever differed, which
-        tells nothing about the noise."""
-        return float(detectable(self.error, self.units))
+        """The true difference that the two-sided 5 % test finds with probability `POWER`, about 2.8 standard errors, more for few
+        units; NaN where nothing ever differed, which tells nothing about the noise.
+
+        >>> round(Effect(1.0, 0.8, 1.2, 10_000, 0.1, 10_000).detectable, 2)
+        0.28
+        """
+        factor = _quantile(_TAILS[1], self.units) + _quantile(POWER, self.units)
+        return float(factor * self.error) if self.error > 0 else math.nan
 
 
 UNDEFINED = Effect(math.nan, math.nan, math.nan, 0, math.nan, 0)
@@ -185,9 +189,8 @@ class Resampled:
         return found if np.ndim(self.value) else found[0]
 
 
-def resample(
-    compute: Callable[[np.ndarray], np.ndarray], n: int, n_boot: int, seed: int, groups: Sequence[Hashable] | None = None, few: int = FEW_UNITS
-) -> Resampled:
+def resample(compute: Callable[[np.ndarray], np.ndarray], n: int, n_boot: int, seed: int, groups: Sequence[Hashable] | None = None,
+             few: int = FEW_UNITS) -> Resampled:  # fmt: skip
     """compute (weights (R, n)) -> (R, ...) of all n items, and of n_boot resamples of their groups or, where these are fewer than
     `few`, without each group in turn. few: 0 for what hardly moves without one group, such as the place of a maximum."""
     at_least("n_boot", n_boot)
@@ -222,19 +225,6 @@ def units_of(groups: Sequence[Hashable]) -> list[tuple]:
 def _quantile(level: float, units) -> np.ndarray:
     """Of Student's t for so many units; of the normal distribution, all but, for many."""
     return student.ppf(level, np.maximum(units, 2) - 1)
-
-
-def detectable(error, units, power: float = POWER) -> np.ndarray:
-    """The true difference that a two-sided 5 % test finds with probability `power`, from its standard error.
-
-    About 2.8 standard errors, more for few units. NaN where the error is 0: measurements that never differ tell nothing about the
-    noise of a difference.
-
-    >>> float(detectable(1.0, 10_000).round(2))
-    2.8
-    """
-    error, factor = np.asarray(error, dtype=float), _quantile(_TAILS[1], units) + _quantile(power, units)
-    return np.where(error > 0, factor * error, np.nan)[()]
 
 
 def mean_effect(effects: Sequence[Effect]) -> Effect:
