@@ -60,10 +60,9 @@ def table_of(variance, **changes):
     """A KeyTable of the 4 x 4 grid and newline of a tiny pocket model, or of a wider one; no model is run."""
     size = 8 * round((variance.shape[-1] - 1) ** 0.5)
     ones = torch.ones_like(variance)
-    halves = variance * (1 + 0.01 * torch.randn(2, *variance.shape, dtype=torch.float64))
     often = np.random.default_rng(0).random(variance.shape[-1])
     layout = build_layout(tiny_pocket(image_size=size), (size, size))
-    return replace(KeyTable("made up", variance, ones, ones / 20, halves, often, layout, 100, 100), **changes)
+    return replace(KeyTable("made up", variance, ones, ones / 20, often, layout, 100, 100), **changes)
 
 
 def log_normal(layers, heads, tokens, spread=0.3, seed=0):
@@ -86,8 +85,6 @@ def test_the_table_is_what_its_parts_measure(mlm):
     torch.testing.assert_close(table.norm, direct.mean_norm, rtol=1e-5, atol=1e-9)
     torch.testing.assert_close(table.mass, attention_mass(mlm, pictures[:5], QUESTIONS), rtol=1e-4, atol=1e-7)
     assert (table.images, table.mass_images) == (10, 5) and table.variance.shape == (5, 2, 17)
-    even = key_variance(mlm, [pictures[i] for i in (0, 1, 2, 6, 7, 8)]).result
-    torch.testing.assert_close(table.halves[0], even, rtol=1e-5, atol=1e-9)
     layout = table.layout
     upper = ~layout.is_newline & (layout.cells[:, 0] < 2) & (layout.cells[:, 1] < 3)
     np.testing.assert_array_equal(table.foreground, np.where(upper, 0.5, 0))
@@ -104,7 +101,7 @@ def test_a_stopped_measurement_goes_on(mlm, tmp_path):
     resumed = measure_keys(mlm, labelled(6), QUESTIONS[:1], parts, chunk=2, progress=False)
     again = measure_keys(mlm, labelled(6), QUESTIONS[:1], parts, chunk=2, progress=False)  # nothing left to read
     for one in (resumed, again):
-        for name in ("variance", "norm", "mass", "halves"):
+        for name in ("variance", "norm", "mass"):
             assert torch.equal(getattr(one, name), getattr(plain, name)), name
         assert np.array_equal(one.foreground, plain.foreground) and one.layout.grids == plain.layout.grids
     with pytest.raises(DataError, match="two chunks"):
@@ -199,10 +196,8 @@ def test_what_the_foreground_explains():
     often = np.linspace(0, 0.5, 101)
     variance = log_normal(2, 2, 101, 0.05) * torch.from_numpy(np.exp(4 * often))
     table = table_of(variance, foreground=often)
-    mask = (table.variance < 1.6) & table.real
-    seen = key_statistics.foreground(table, mask, 1.6, 50)
+    seen = key_statistics.foreground(table, 50)
     assert seen["correlation"]["all"]["low"] > 0.99 and len(seen["correlation"]["layers"]) == 2
-    assert mask.double().mean() > 0.2 and seen["share_after"]["all"]["mean"] == 0 and seen["kept"] == 0
     described = describe_keys(table, n_boot=50)
     assert described["foreground"]["correlation"] == seen["correlation"]
     assert np.array(described["maps"]["foreground"]).shape == (10, 10)
@@ -280,24 +275,6 @@ def test_without_two_modes_the_threshold_is_a_stated_quantile():
     assert variance_threshold(close)["separation"] < 2 < variance_threshold(outliers)["separation"]
     with pytest.raises(DataError, match="10 different variances"):
         variance_threshold(torch.ones(3, 2, 50, dtype=torch.float64))
-
-
-def test_what_the_foreground_explains_is_taken_out():
-    rng = np.random.default_rng(0)
-    frequency = rng.random(60)
-    centred = torch.from_numpy(frequency - frequency.mean())
-    noise = torch.from_numpy(rng.standard_normal((3, 2, 60)))
-    noise -= noise.mean(-1, keepdim=True)
-    noise -= (noise @ centred)[..., None] / (centred @ centred) * centred  # what no line explains
-    slope = torch.tensor([[1.0, 2.0], [0.0, -3.0], [5.0, 1.0]]).double()[..., None]
-    kept = torch.arange(6.0).double().reshape(3, 2, 1) + noise
-    variance = (kept + slope * centred).exp()
-    torch.testing.assert_close(key_statistics.residual_log_variance(variance, frequency), kept)
-    assert torch.equal(key_statistics.residual_log_variance(variance, np.full(60, 0.5)), variance.log())  # nothing to explain
-    variance[0, 0, 5] = 0
-    found = key_statistics.residual_log_variance(variance, frequency)
-    assert found[0, 0, 5] == -torch.inf and found[0, 0].isfinite().sum() == 59
-    torch.testing.assert_close(found[1:], kept[1:])
 
 
 def questions(images=5):

@@ -57,7 +57,8 @@ def causal_order(keys: Mapping) -> Figure:
     trained = keys["trained"]
     about, size = trained["order"], trained["maps"]["size"]
     figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.1), width_ratios=(1, 1, 1.6))
-    for axis, name, title in zip(axes, ("usual", "turned"), ("usual order:\nupper left patch first", "reverse order:\nlower right patch first"), strict=False):
+    titles = {"usual": "usual order:\nupper left patch first", "turned": "reverse order:\nlower right patch first"}
+    for axis, (name, title) in zip(axes, titles.items(), strict=False):
         drawn = picture(axis, np.array(about["maps"][name], dtype=float), size, title, vmin=0, vmax=1, cmap="magma")
     figure.colorbar(drawn, ax=axes[:2], shrink=0.8, label=f"share among the lowest {about['lowest']:.0%}\n(heads, layers 1 on)")
     styles = {
@@ -68,7 +69,8 @@ def causal_order(keys: Mapping) -> Figure:
     }
     for name, style in styles.items():
         curve(axes[2], range(trained["layers"]), about["curves"][name]["layers"], style)
-    axes[2].set(title=f"the lowest {about['lowest']:.0%} of each head's keys", xlabel="layer", ylabel="share of these tokens' keys", ylim=(-0.03, 1.03))
+    title = f"the lowest {about['lowest']:.0%} of each head's keys"
+    axes[2].set(title=title, xlabel="layer", ylabel="share of these tokens' keys", ylim=(-0.03, 1.03))
     axes[2].legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
@@ -105,7 +107,7 @@ def position_maps(keys: Mapping, scene: Mapping) -> Figure:
 
 @styled
 def shares_by_layer(keys: Mapping) -> Figure:
-    """Share of input-agnostic keys per layer, trained and untrained, on each scale; what foreground explains."""
+    """Share of input-agnostic keys per layer, trained and untrained, on each scale; what these keys are."""
     trained, compared = keys["trained"], keys["compared"]
     layers = range(trained["layers"])
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.1), width_ratios=(1, 1, 1, 1.05))
@@ -122,8 +124,6 @@ def shares_by_layer(keys: Mapping) -> Figure:
         if scale == "raw" and not limit["two_modes"]:
             title += f"\n(no two modes: {limit['method']})"
         axis.set(title=title, xlabel="layer", ylim=(-0.03, 1.03))
-    after = trained["foreground"]["share_after"]["layers"]
-    curve(axes[0], layers, after, (COLOURS[1], "--", "s", "trained, without\nforeground frequency"))
     axes[0].set_ylabel("share of keys")
     axes[0].legend(fontsize=7.5)
     sinks = trained["sinks"]["raw"]

@@ -22,7 +22,7 @@ from kvutils.models import base_name
 PAPER_THRESHOLDS = {"llava-onevision-7b": 450.0}  # squared key units, section 3.2
 QUANTILE = 0.1  # of the variances: the threshold where there are no two modes (ours)
 VALLEY = 0.8  # of the lower mode's density: a layer whose valley is above has one mode
-SIDE = 0.03, 8  # share and number of the keys on each side of a valley, at least; fewer are outliers (ours)
+SIDE = 0.05  # share of the keys on each side of a valley, at least; the tails of fewer are noise (ours)
 LEVEL = 0.025  # one-sided, of a 95 % interval
 _SMALLEST = 0.01  # share of the keys of a mode of all keys together
 _MOST = 5_000  # numbers that are fitted; evenly spaced ranks stand for more
@@ -139,8 +139,7 @@ def _valley(values: np.ndarray) -> np.ndarray:
     values, grid = values.ravel(), np.linspace(values.min(), values.max(), _GRID)
     density = _density(values, grid, _width(values)).sum(1)
     left, right = np.maximum.accumulate(density), np.maximum.accumulate(density[::-1])[::-1]
-    least = max(SIDE[0], SIDE[1] / len(values))
-    low, high = np.quantile(values, (least, 1 - least)) if least < 0.5 else values[[0, 0]]
+    low, high = np.quantile(values, (SIDE, 1 - SIDE))
     depth = np.where((grid > low) & (grid < high), np.minimum(left, right) / (density + 1e-12), 0)
     valley = depth.argmax()
     return grid[[density[: valley + 1].argmax(), valley, valley + density[valley:].argmax()]]

@@ -9,7 +9,7 @@ Three scales of the same variance are told apart throughout:
   near_constant  variance / mean norm^2 below a fixed `NEAR_CONSTANT`, which needs no modes and so compares models that have none.
 
 Intervals are over token positions (the same resample in all layers and heads): images are so many that the noise of a
-variance is small (`reliability` says how small), and positions are what another crop would change.
+variance is small (sqrt(2 / n) of it at most, if keys are normal), and positions are what another crop would change.
 """
 
 from __future__ import annotations
@@ -72,20 +72,15 @@ def describe_keys(
     modes = bimodal_layers(_logs(table.variance, table.real), n_boot, seed)
     found = thresholds(table, model, modes)
     chosen = {scale: agnostic(table, found, scale) for scale in SCALES}
-    real = table.real
     return {
         "model": table.name, "images": table.images, "mass_images": table.mass_images,
-        "layers": len(table.variance), "heads": table.variance.shape[1], "positions": int(real.sum()),
+        "layers": len(table.variance), "heads": table.variance.shape[1], "positions": int(table.real.sum()),
         "thresholds": found,
         "modes": modes,
         "order": None if turned is None else causal_order(table, turned, n_boot, seed),
-        "reliability": _correlations(table.halves[0][..., real].log(), table.halves[1][..., real].log()),
         "shares": {scale: shares(table, mask, n_boot, seed) for scale, mask in chosen.items()},
-        "mean_norm": table.norm[..., real].mean(-1).tolist(),
-        "mean_variance": table.variance[..., real].mean(-1).tolist(),
-        "image_mass": table.mass[..., real].sum(-1).tolist(),
         "sinks": {scale: sinks(table, mask, n_boot, seed) for scale, mask in chosen.items()},
-        "foreground": foreground(table, chosen["raw"], found["raw"]["value"], n_boot, seed),
+        "foreground": foreground(table, n_boot, seed),
         "histograms": histograms(table),
         "maps": maps(table, chosen["raw"]),
     }  # fmt: skip
@@ -121,13 +116,9 @@ def sinks(table: KeyTable, mask: torch.Tensor, n_boot: int = 2000, seed: int = 0
     return result
 
 
-def foreground(table: KeyTable, mask: torch.Tensor, threshold: float, n_boot: int = 2000, seed: int = 0) -> dict:
-    """Does a key vary little because its position is seldom foreground? Correlation, and what is left without it.
-
-    correlation: of the log-variance with the foreground frequency over positions, mean over heads, for all and by layer.
-    share_after: input-agnostic share when the linear part is taken out of the log-variance and the same threshold is used;
-    kept: share of the keys of `mask` still below it. Intervals are over positions.
-    """
+def foreground(table: KeyTable, n_boot: int = 2000, seed: int = 0) -> dict:
+    """Does a key vary little because its position is seldom foreground? Correlation of the log-variance with the foreground frequency
+    over positions, mean over heads, for all and by layer; intervals over positions."""
     real = table.real
     logs = _logs(table.variance, real)
     often = table.foreground[real.numpy()]
@@ -143,14 +134,7 @@ def foreground(table: KeyTable, mask: torch.Tensor, threshold: float, n_boot: in
             r = np.where(spread > 1e-24, cov / np.sqrt(np.maximum(spread, 1e-300)), np.nan)
         return _over_heads(r.reshape(len(weights), *logs.shape[:2]))
 
-    after = torch.zeros_like(mask)
-    after[..., real] = residual_log_variance(table.variance[..., real], often).exp() < threshold
-    return {
-        "frequency": {"mean": float(often.mean()), "low": float(often.min()), "high": float(often.max())},
-        "correlation": _all_and_layers(packed, correlate, n_boot, seed),
-        "share_after": shares(table, after, n_boot, seed),
-        "kept": float((after & mask).sum() / mask.sum()) if mask.any() else None,
-    }
+    return {"correlation": _all_and_layers(packed, correlate, n_boot, seed)}
 
 
 def causal_order(table: KeyTable, turned: torch.Tensor, n_boot: int = 2000, seed: int = 0) -> dict:
@@ -196,31 +180,6 @@ def compare_trained(trained: KeyTable, untrained: KeyTable, found: dict, n_boot:
         result[scale] = {"difference": _all_and_layers(_over_heads(gap), mean_statistic, n_boot, seed),
                          "untrained": shares(untrained, masks[1], n_boot, seed)}  # fmt: skip
     return result
-
-
-def residual_log_variance(variance: torch.Tensor, foreground: np.ndarray) -> torch.Tensor:
-    """(..., P) log-variance without what is linear in how often, 0..1, a position (P,) is foreground.
-
-    A position that always shows background varies little for that reason alone. One line per layer and head is fitted by
-    least squares over the positions, variances of zero (minus infinity) left out; the mean of the log-variance stays, so
-    that exp() of the result is a variance again.
-    """
-    logs, level = variance.log(), torch.from_numpy(foreground)
-    used = logs.isfinite().double()
-    x = level - (used * level).sum(-1, keepdim=True) / used.sum(-1, keepdim=True).clamp(min=1)
-    y = torch.where(used > 0, logs, 0.0)
-    slope = (used * x * y).sum(-1, keepdim=True) / (used * x * x).sum(-1, keepdim=True).clamp(min=1e-12)
-    return logs - slope * x
-
-
-def _correlations(one: torch.Tensor, two: torch.Tensor) -> list[float | None]:
-    """Per layer, Pearson's r of two log-variances (L, G, P) over heads and positions."""
-    found = []
-    for a, b in zip(one.flatten(1).numpy(), two.flatten(1).numpy(), strict=True):
-        fine = np.isfinite(a) & np.isfinite(b)
-        varied = fine.sum() > 2 and a[fine].std() > 0 and b[fine].std() > 0
-        found.append(float(np.corrcoef(a[fine], b[fine])[0, 1]) if varied else None)
-    return found
 
 
 def _over_heads(values: np.ndarray) -> np.ndarray:

@@ -29,7 +29,7 @@ class KeyTable:
     """Statistics of every image key of a model. All tensors are float64 on the CPU.
 
     variance, norm, mass (L, G, N): L2 variance over images (squared key units), mean L2 norm, mean attention
-    weight (0..1) from the text. halves (2, L, G, N): the variance of the images in even and in odd chunks.
+    weight (0..1) from the text.
     foreground (N,): share of images, 0..1, in which the token is mostly foreground. layout: of every image.
     """
 
@@ -37,7 +37,6 @@ class KeyTable:
     variance: torch.Tensor
     norm: torch.Tensor
     mass: torch.Tensor
-    halves: torch.Tensor
     foreground: np.ndarray
     layout: TokenLayout
     images: int
@@ -69,8 +68,7 @@ def measure_keys(
     if len(images) <= chunk:
         raise DataError(f"{len(images)} images make no two chunks of {chunk}: give more, or a smaller chunk")
     mass_images = min(mass_images, len(images))
-    grid, streams = SameGrid(), (KeyVariance(), KeyVariance())
-    mass, foreground = 0.0, 0.0
+    grid, total, mass, foreground = SameGrid(), KeyVariance(), 0.0, 0.0
 
     def compute(some: list[int]) -> dict:
         samples, variance, seen = [images[i] for i in some], KeyVariance(), []
@@ -92,15 +90,13 @@ def measure_keys(
     chunks = in_chunks(parts, "keys", range(len(images)), compute, chunk,
                        [mlm.settings, list(questions)],
                        of=lambda i: [images[i].id, i < mass_images], unit="image", progress=progress)  # fmt: skip
-    for number, found in enumerate(chunks):
+    for found in chunks:
         foreground, mass = foreground + found["foreground"], mass + found.get("mass", 0.0)
-        streams[number % 2].merge(KeyVariance.from_state(found))
-    halves = torch.stack([stream.result for stream in streams])
-    total = KeyVariance().merge(streams[0]).merge(streams[1])
+        total.merge(KeyVariance.from_state(found))
     # The layout of images whose keys were stored: one is read again.
     layout = grid.layout or capture(mlm, [images[0].image], layers=[0], values=False, features=False)[0].layout
-    return KeyTable(mlm.name, total.result, total.mean_norm, mass / mass_images, halves, np.asarray(foreground) / total.count,
-                    layout, total.count, mass_images)  # fmt: skip
+    return KeyTable(mlm.name, total.result, total.mean_norm, mass / mass_images,
+                    np.asarray(foreground) / total.count, layout, total.count, mass_images)  # fmt: skip
 
 
 @torch.no_grad()
