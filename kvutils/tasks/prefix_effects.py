@@ -77,8 +77,7 @@ def summarise_prefixes(table: ScoreTable, statistic: Statistic, n_boot: int = 20
     if UNTRAINED in families:
         best["above_untrained"] = at_best("none", UNTRAINED)
     if not kind and MOVED[0] in table.columns:
-        summary["moved"] = {part: _moved(table, column, conditions[1:], layers, n_boot, seed)
-                            for part, column in zip(("objects", "background"), MOVED, strict=True)}  # fmt: skip
+        summary["moved"] = {column.removeprefix("moved_"): _moved(table, column, conditions[1:], layers, n_boot, seed) for column in MOVED}
     if not kind and by_layer(table.sources, f"{UNCENTRED}none"):
         summary["uncentred"] = summarise_prefixes(table, statistic, n_boot, seed, UNCENTRED)
     return summary
