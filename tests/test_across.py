@@ -58,7 +58,7 @@ def test_x1_is_as_strong_as_its_weakest_effect(tmp_path, second, verdict, weakes
         weakest = "C2b in llava_onevision (a)"
     assert weakest in (None, found["a"]["X1"]["comparison"])
     assert verdict != "not measured" or said == "1 of 2 families measured."
-    assert verdict != "cannot appear here" or said.endswith("points from its untrained control (qwen2_5_vl).") and said.count("Floor") == 1
+    assert verdict != "cannot appear here" or said.endswith("points from its control (qwen2_5_vl).") and said.count("Floor") == 1
 
 
 def test_a_family_speaks_by_its_fullest_model_and_samples_where_there_is_nothing_else(tmp_path):

@@ -37,7 +37,7 @@ FLOOR = no_floor("referring", Effect(0.2, -0.4, 0.8, 9, 0.3, 9), "mIoU points")
     ({}, measured(one(5, 1), prerequisites=[enough("images", 100, 100), no_ceiling("POPE", 3)]), "cannot appear here",
      "Ceiling: 3 errors on POPE, fewer than 20."),
     ({}, measured(one(5, 1), prerequisites=[FLOOR, enough("keys", 0, 1)]), "cannot appear here",
-     "Floor: referring is +0.2 [-0.4, +0.8] mIoU points from its untrained control; 0 keys, 1 are needed."),
+     "Floor: referring is +0.2 [-0.4, +0.8] mIoU points from its control; 0 keys, 1 are needed."),
     ({}, measured(one(2.9, 1.0)), "present", "The effect is +2.90 [+1.90, +3.90] F1 points, of the paper's size (3.1)."),
     ({}, measured(one(0.9, 0.5)), "present", "The effect is +0.90 [+0.40, +1.40] F1 points, smaller than the paper's 3.1."),
     ({}, measured(one(5, 1), size=one(2, 0.5)), "present",

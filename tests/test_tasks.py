@@ -412,6 +412,8 @@ def test_pixels_are_a_control_where_a_task_has_them():
     table = fake_table()
     pixels = replace(table, sources=["pixels" if name == "shuffled.value.0" else name for name in table.sources])
     pixels.values[:, pixels.sources.index("pixels"), 0] += 0.3
+    first, lucky = pixels.halves().second, pixels.sources.index("untrained.value.1")
+    pixels.values[first, lucky, 0], pixels.values[~first, lucky, 0] = 0.5, 0.0  # better than pixels in one half, not over all rows
     best = summarise(pixels, SemanticSegmentation([]), n_boot=100)["value_best"]
     assert best["control"] == ["pixels", "pixels"] and best["nothing"] == {}
     assert best["minus"]["control"]["mean"] == pytest.approx((pixels.of("value.2") - pixels.of("pixels"))[:, 0].mean())

@@ -57,10 +57,10 @@ def no_ceiling(name: str, errors: int, least: int = FEWEST_ERRORS) -> dict:
 
 
 def no_floor(name: str, above_control: Effect, unit: str) -> dict:
-    """The baseline is above its untrained control: the interval of their difference lies above 0."""
+    """The baseline is above its control, such as the untrained model: the interval of their difference lies above 0."""
     found = f"{above_control.mean:+.1f} [{above_control.low:+.1f}, {above_control.high:+.1f}] {unit}"
     holds = above_control.low > 0
-    return prerequisite(f"{name}: above the floor", holds, f"{'' if holds else 'floor: '}{name} is {found} from its untrained control")
+    return prerequisite(f"{name}: above the floor", holds, f"{'' if holds else 'floor: '}{name} is {found} from its control")
 
 
 def lever(name: str, cost: Effect, smallest: float, unit: str) -> dict:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 
 from kvutils.datasets import USES, class_names, open_uses
-from kvutils.metrics.effects import effect_of, measured, part, prerequisite
+from kvutils.metrics.effects import effect_of, measured, no_floor, part, prerequisite
 from kvutils.metrics.statistics import UNDEFINED, Effect, bootstrap_ci, mean_effect
 from kvutils.models import load_encoder, load_mlm, original_encoder
 from kvutils.readout.features import FeatureExtractor
@@ -76,20 +76,6 @@ def _named(parts: Mapping[str, dict], sign: int) -> list[str]:
     return [title for title, each in parts.items() if each["low"] is not None and (each["low"] > 0 if sign > 0 else each["high"] < 0)]
 
 
-def _above(parts: Mapping[str, dict], controls: Mapping[str, Mapping[str, dict]], name: str) -> tuple[dict[str, dict], dict]:
-    """The parts of the tasks on which what is compared is above its control, the others undefined, since there is nothing to see, and
-    the prerequisite that there is such a task. controls: what is compared -> per task it minus its control."""
-    kept, left = dict(parts), []
-    for title, each in parts.items():
-        floor = [what for what, above in controls.items() if title not in _named(above, 1)]
-        if each["low"] is not None and floor:
-            kept[title] = each | {"low": None, "reason": f"{' and '.join(floor)} not above the control"}
-            left.append(title)
-    there = sum(each["low"] is not None for each in kept.values())
-    said = f"{'' if there else 'floor: '}{name} on {there} of {there + len(left)} tasks, not on {'; '.join(left)}"
-    return kept, prerequisite(name, there or not left, said if left else f"{name} on every task measured")
-
-
 def _mean(name: str, parts: Mapping[str, dict]) -> dict:
     there = [effect_of(each) for each in parts.values() if each["low"] is not None]
     return part(f"{name}, mean over {len(there)} tasks", mean_effect(there), next((p["reason"] for p in parts.values() if "reason" in p), ""))
@@ -119,8 +105,8 @@ def claim_c1(summaries: Mapping[str, Mapping]) -> dict:
 
 
 def claim_c2a(summaries: Mapping[str, Mapping]) -> dict:
-    """C2, first half: the best layer between the first and the last minus layer 1, in points, mean over the tasks whose best layer is
-    above its control. Beside it every task, and the difference to the first value projection."""
+    """C2, first half: the best layer between the first and the last minus layer 1, in points, mean over the tasks, which are together
+    above their controls. Beside it every task, and the difference to the first value projection."""
     first = _parts(summaries, BEYOND_FIRST, "value_best", "minus", FIRST)
     said = []
     for kind, (low, high) in DEPTHS.items():
@@ -138,10 +124,10 @@ def claim_c2b(summaries: Mapping[str, Mapping]) -> dict:
 
 def _shape(summaries: Mapping[str, Mapping], against: str, end: str, above: str, below: str) -> dict:
     name = f"best layer between minus {end}"
-    every = _parts(summaries, name, "build_then_degrade", "value", against)
-    control = {"the best layer": _parts(summaries, "", "value_best", "minus", "control")}
-    parts, need = _above(every, control, "the best layer above its control")
-    return measured(_mean(name, parts), every.values(), [need], f"{_says(parts, above, below)}.")
+    parts = _parts(summaries, name, "build_then_degrade", "value", against)
+    control = _mean("", _parts(summaries, "", "value_best", "minus", "control"))  # of all: tasks that chance lifts would show a shape as well
+    needs = [] if control["low"] is None else [no_floor("the best value layer", effect_of(control), "points, mean over the tasks,")]
+    return measured(_mean(name, parts), parts.values(), needs, f"{_says(parts, above, below)}.")
 
 
 def language_model_adds(summaries: Mapping[str, Mapping]) -> dict:
@@ -177,9 +163,13 @@ def claim_c4(chains: Mapping[str, Mapping]) -> dict:
     """C4: SigLIP before any finetuning minus the best value layer, in points, on the tasks where both are above their control
     (`tasks`); the others are named. A task that `chains` lacks has no data, or too few units."""
     lost = _parts(chains, "SigLIP minus best value layer", "steps", "all steps", factor=-100)
-    both = {label: _parts(chains, "", "above_control", name) for name, label in (("encoder_original", "SigLIP"), ("value", "the best layer"))}
-    parts, need = _above(lost, both, "both above their control")
-    tasks, ahead = [each for each in parts.values() if each["low"] is not None], _named(parts, 1)
-    count = Effect(len(ahead), math.nan, math.nan, len(tasks), math.nan, len(tasks))
-    number = part("tasks on which SigLIP is ahead", count, "a count", unit="tasks")
+    above = {label: _named(_parts(chains, "", "above_control", name), 1) for label, name in {"SigLIP": CHAIN[0], "the best layer": CHAIN[-1]}.items()}
+    floor = {title: [label for label, names in above.items() if title not in names] for title, each in lost.items() if each["low"] is not None}
+    parts = lost | {title: lost[title] | {"low": None, "reason": f"{' and '.join(labels)} not above the control"}
+                    for title, labels in floor.items() if labels}  # fmt: skip
+    tasks, left = [each for each in parts.values() if each["low"] is not None], [title for title, labels in floor.items() if labels]
+    said = f"both above their control on {len(tasks)} of {len(floor)} tasks" + (f", not on {'; '.join(left)}" if left else "")
+    need = prerequisite("both above their control", bool(tasks or not left), said if tasks else f"floor: {said}")
+    ahead = len(_named(parts, 1))
+    number = part("tasks on which SigLIP is ahead", Effect(ahead, math.nan, math.nan, len(tasks), math.nan, len(tasks)), "a count", unit="tasks")
     return measured(number, [], [need], f"SigLIP is {_says(parts, 'ahead', 'behind')}.", tasks=tasks)
