@@ -17,8 +17,7 @@ from kvutils.errors import DataError, ParameterError
 from kvutils.images import encode_image
 from kvutils.keys import key_variance
 from kvutils.layout import build_layout
-from kvutils.metrics.statistics import Halves
-from kvutils.metrics.statistics import Effect
+from kvutils.metrics.statistics import Effect, Halves
 from kvutils.prompts import PromptTokens
 from kvutils.readout.attention import attention_mass
 from kvutils.run.report import load_claims
@@ -213,11 +212,13 @@ def test_trained_minus_untrained(verdict):
     compared = compare_trained(*tables, described["thresholds"], 100)
     assert compared["raw"]["difference"]["all"]["mean"] < -0.7, "short keys all lie below an absolute threshold"
     claim = claim_x4(described, compared)
-    assert claim["primary"]["value"] == pytest.approx(100 * 29 / 144) and verdict("X4", claim) == "holds"
-    assert claim["others"][1]["low"] > 0.5 and claim["note"].startswith("20.1 % of the trained model's keys vary little, 0.0 %")
+    only_first = compare_trained(replace(tables[0], variance=torch.cat([trained[:1], log_normal(3, 2, 145)])), tables[1], described["thresholds"], 50)
+    assert only_first["within_heads"]["behind_layer_0"]["mean"] == 0 < only_first["within_heads"]["difference"]["all"]["low"]
+    assert claim["primary"]["value"] == claim["others"][0]["value"] == pytest.approx(100 * 29 / 144) and verdict("X4", claim) == "holds"
+    assert claim["others"][2]["low"] > 0.5 and claim["note"].startswith("20.1 % of the trained model's keys vary little, 0.0 %")
     described["sinks"]["within_heads"]["mass"]["all"] = dict.fromkeys(("mean", "low", "high", "n", "error", "units"))
     claim = claim_x4(described, compared | {"within_heads": compared["near_constant"]})  # measured for hours, and of one kind: said, not raised
-    assert claim["others"][1]["value"] is None and "above the threshold" in claim["others"][1]["reason"]
+    assert claim["others"][2]["value"] is None and "above the threshold" in claim["others"][2]["reason"]
 
 
 def test_patches_in_reverse_tell_place_from_picture(mlm):

@@ -85,6 +85,7 @@ def claim_x4(described: Mapping, compared: Mapping) -> dict:
     difference, untrained = Effect.of(primary["difference"]["all"]).scaled(100), 100 * primary["untrained"]["all"]["mean"]
     sinks, why = described["sinks"]["within_heads"], "no layer and head has keys below and above the threshold"
     others = [
+        part("the same behind layer 0, where attention has run", Effect.of(primary["behind_layer_0"]).scaled(100)),
         part("near-constant keys, trained minus untrained", Effect.of(compared["near_constant"]["difference"]["all"]).scaled(100)),
         *(part(f"{name} of these keys minus that of the others of their head", Effect.of(sinks[kind]["all"]), why,
                unit="times the average key's", smallest=SMALLEST_SINK)
@@ -92,7 +93,8 @@ def claim_x4(described: Mapping, compared: Mapping) -> dict:
     ]  # fmt: skip
     valleys = sum(each["method"] == "valley" for each in described["thresholds"]["within_heads"])
     note = f"{untrained + difference.mean:.1f} % of the trained model's keys vary little, {untrained:.1f} % of the untrained one's (by the " \
-           f"valley of the log-variance in {valleys} layers, by a fixed limit in the others).{_order_note(described)}"
+           f"valley of the log-variance in {valleys} layers, by a fixed limit in the others); behind layer 0 the difference is " \
+           f"{others[0]['value']:+.1f}.{_order_note(described)}"
     return measured(part("share within heads, trained minus untrained", difference), others, [_images(described)], note)
 
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from kvutils.metrics.statistics import Statistic, mean_statistic, resample
+from kvutils.metrics.statistics import Statistic, effect, mean_statistic, resample
 from kvutils.tasks.bimodality import bimodal_layers, head_modes, variance_threshold
 from kvutils.tasks.key_table import KeyTable
 
@@ -172,12 +172,14 @@ def compare_trained(trained: KeyTable, untrained: KeyTable, found: dict, n_boot:
     """X4: share of input-agnostic keys, trained minus untrained, with intervals over positions; JSON-able.
 
     Both are measured with the trained model's thresholds. Keys of random weights are short, so that under an absolute
-    threshold (raw) all of them vary little; the other two are free of that."""
+    threshold (raw) all of them vary little; the other two are free of that. behind_layer_0: without the layer whose keys are
+    computed from a patch alone."""
     result = {}
     for scale in SCALES:
         masks = [agnostic(each, found, scale) for each in (trained, untrained)]
         gap = (masks[0].double() - masks[1].double())[..., trained.real].movedim(-1, 0).numpy()
         result[scale] = {"difference": _all_and_layers(_over_heads(gap), mean_statistic, n_boot, seed),
+                         "behind_layer_0": effect(gap[:, 1:].mean((1, 2)), n_boot=n_boot, seed=seed).as_dict(),
                          "untrained": shares(untrained, masks[1], n_boot, seed)}  # fmt: skip
     return result
 
