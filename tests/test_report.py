@@ -63,6 +63,8 @@ FLOOR = no_floor("referring", Effect(0.2, -0.4, 0.8, 9, 0.3, 9), "mIoU points")
      "It points the other way: 0 of 2 tasks ahead, 1 behind, 1 equal, 0 open; in the paper 1 are ahead."),
     ({"kind": "tasks", "effect": 3}, measured(part("ahead"), tasks=[one(0, 0.5)] * 2), "absent",
      "Differences of 1.5 F1 points or more are excluded on all 2 tasks."),
+    ({"kind": "tasks", "effect": 3}, measured(part("ahead"), tasks=[one(1, 0.95), one(0, 9), one(0, 9)]), "cannot tell",
+     "Open: 1 of 3 tasks ahead, 0 behind, 0 equal, 2 open (one of several may be so by chance); in the paper 3 are ahead."),
     ({"kind": "tasks", "effect": 3}, measured(part("ahead")), "not measured", "No task was measured."),
 ])  # fmt: skip
 def test_words_and_sentences(about, found, verdict, why):

@@ -126,7 +126,8 @@ def of_tasks(claim: Mapping, found: Mapping) -> Verdict:
         return Verdict(OPPOSITE, f"It points the other way: {about}; in the paper {paper} are ahead.")
     if count[ABSENT] == len(tasks):
         return Verdict(ABSENT, f"Differences of {amount(smallest, claim['unit'])} or more are excluded on all {len(tasks)} tasks.")
-    return Verdict(CANNOT_TELL, f"Open: {about}; in the paper {paper} are ahead.")
+    chance = " (one of several may be so by chance)" if count[PRESENT] + count[OPPOSITE] else ""
+    return Verdict(CANNOT_TELL, f"Open: {about}{chance}; in the paper {paper} are ahead.")
 
 
 def _surely(tasks: Sequence[Mapping], sign: int, beyond: float = 0.0) -> list[Mapping]:
