@@ -1,8 +1,8 @@
 """Value right or wrong by model right or wrong: the 2 x 2 table, its denominators and its controls (section 4.2), claim C8.
 
 Cross-fitted: the layer that answers an item is chosen on the other half of the items, so that every item is reported and none has
-chosen its own layer. With more folds than two the same items choose for all, and the intervals become too narrow: of readouts that
-know nothing, 28 layers and 117 items, 6 to 7 % lie above guessing with five folds, 12 % with twenty, and 2.5 to 4 % with halves.
+chosen its own layer. With more folds than two the same items choose for all, and intervals become too narrow: of readouts that know
+nothing (28 layers, 117 items), 3 to 5 % lie above guessing with halves, 7 % with five folds, 12 % with twenty.
 Layers from 1 on: the values of layer 0 are a linear map of the projector's output, and stand beside as the first value projection.
 """
 
