@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kvutils.datasets.samples import KeypointPair, NamedMask, YesNoSample
+from kvutils.errors import ModelError
 from kvutils.metrics.effects import part
 from kvutils.metrics.statistics import Effect
 from kvutils.readout.features import FeatureExtractor
@@ -73,8 +74,16 @@ def test_a_change_is_found_where_one_is_planted_and_none_where_nothing_changes(f
         FeatureExtractor(mlm, keys=False), ValueReader(settings_of(mlm, load, 999)["precision bfloat16"](), [2, 4])))  # fmt: skip
     assert before != after
     claim = claim_x6(found)
-    without = setting_changes({}, {}, None, mlm, load, progress=False)
-    assert not without["changes"] and "without POPE" in without["left_out"]["batch size 1"]
+    def broken(dtype: str, attention: str):
+        if attention == "eager":
+            raise ModelError("half of the weights are missing")
+        mlm = load(dtype, attention)
+        mlm.model.model.language_model.layers[1].mlp.down_proj.weight.data *= float("nan")
+        return mlm
+
+    without = setting_changes({"referring_segmentation": tasks["referring_segmentation"]}, tables, None, mlm, broken, progress=False)
+    assert list(without["changes"]) == ["resolution 0.75 of the side"] and "without POPE" in without["left_out"]["batch size 1"]
+    assert without["left_out"]["attention eager"] == "half of the weights are missing" and "finite" in without["left_out"]["precision bfloat16"]
     assert len(claim["others"]) == 15 and claim["primary"] in found["changes"][claim["primary"]["name"].split(":")[0]].values()
     assert all(f"{name}: " in claim["note"] for name in (*found["changes"], *found["left_out"]))
 

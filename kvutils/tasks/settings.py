@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from kvutils.datasets import USES, open_dataset
-from kvutils.errors import DataError, MemoryLimitError, ParameterError
+from kvutils.errors import DataError, MemoryLimitError, ModelError, ParameterError
 from kvutils.metrics.effects import measured, part
 from kvutils.metrics.statistics import UNDEFINED, paired_difference, resample
 from kvutils.models import MLM, QWEN
@@ -148,7 +148,7 @@ def setting_changes(
             found = {score: each | {"name": f"{name}: {score}"} for score, each in measure(make()).items()}
             changes |= {name: found} if found else {}
             left_out |= {} if found else {name: "nothing is answered without POPE, which is not on this machine"}
-        except (ParameterError, MemoryLimitError) as error:
+        except (DataError, MemoryLimitError, ModelError, ParameterError) as error:  # such as values that exceed a precision
             left_out[name] = str(error)
     return {"layers": layers, "changes": changes, "left_out": left_out}
 
