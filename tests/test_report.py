@@ -100,6 +100,11 @@ def test_all_claims_are_there():
     assert [c["id"] for c in report.load_claims()] == "C1 C2a C2b C3 C4 C5 C6 C7a C7b C8 X1 X2 X3 X4 X5 X6".split()
 
 
+def test_what_matters_is_half_of_what_the_paper_states():
+    stated = {c["id"]: (c["smallest"], c["effect"]) for c in report.load_claims() if c["kind"] == "effect" and c["effect"] is not None}
+    assert list(stated) == ["C6", "C7a", "C7b", "C8"] and all(abs(least - found / 2) <= 0.05 + 1e-9 for least, found in stated.values())
+
+
 @pytest.mark.parametrize("broken", [{"kind": "looks good"}, {"smallest": 0}, {"smallest": None}, {"smal": 1}])
 def test_a_claim_without_its_fields_is_refused(tmp_path, broken):
     path = tmp_path / "claims.yaml"
