@@ -435,7 +435,7 @@ def test_a_gate_without_two_kinds_of_disagreement_trusts_one_side():
         ([1, 0, 1, 1], [1, 0, 1, 1], [0, 1, 0, 0]),  # they never differ
     ):
         found = Evidence(says(model), says(value), says(model).argmax(axis=1), np.zeros(4, int))
-        assert blink_interventions.fit_gate(found, np.ones(4, bool))(found).tolist() == expected
+        assert blink_interventions.gated(found, np.ones(4, bool)).tolist() == expected
 
 
 @pytest.mark.parametrize("helps, expected", [(True, "holds"), (None, "does not hold"), (False, "opposite")])

@@ -10,7 +10,7 @@ has fitted its own; against the model's own answers where these name an option.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,27 +59,21 @@ def add_values(found: Evidence, weight: float) -> np.ndarray:
     return (found.model + weight * found.value).argmax(axis=1)
 
 
-def fit_gate(found: Evidence, fit: np.ndarray) -> Callable[[Evidence], np.ndarray]:
-    """A function (evidence) -> answers (n,): the readout's where it disagrees with the model and the gate trusts it.
+def gated(found: Evidence, fit: np.ndarray) -> np.ndarray:
+    """(n,) the readout's answer where it disagrees with the model and the gate trusts it, else the model's.
 
-    Fitted where they disagree and exactly one is right (an answer that names no option is not wrong); if it is always the
-    same one, that one is always trusted, and if there is no such item, the model.
+    Fitted on those of the items `fit` (n,) bool where they disagree and exactly one is right (an answer that names no option is not
+    wrong); if it is always the same one, that one is always trusted, and if there is no such item, the model.
     """
     readout = found.value.argmax(axis=1)
     use = fit & (found.said != UNRESOLVED) & ((readout == found.gold) != (found.said == found.gold))
     value_right = (readout == found.gold)[use]
     if len(set(value_right.tolist())) < 2:
-        trusted = bool(value_right.any())
-        return lambda new: new.value.argmax(axis=1) if trusted else new.said
-    gate = make_pipeline(StandardScaler(), LogisticRegression())
-    gate.fit(_margins(found)[use], value_right)
-    return lambda new: np.where(gate.predict(_margins(new)), new.value.argmax(axis=1), new.said)
-
-
-def _margins(found: Evidence) -> np.ndarray:
-    """(n, 2) best minus second best option, of the model and of the readout."""
-    ordered = (np.sort(scores, axis=1) for scores in (found.model, found.value))
-    return np.stack([each[:, -1] - each[:, -2] for each in ordered], axis=1)
+        return readout if value_right.any() else found.said
+    ordered = [np.sort(scores, axis=1) for scores in (found.model, found.value)]
+    margins = np.stack([each[:, -1] - each[:, -2] for each in ordered], axis=1)  # (n, 2) best minus second best option
+    gate = make_pipeline(StandardScaler(), LogisticRegression()).fit(margins[use], value_right)
+    return np.where(gate.predict(margins), readout, found.said)
 
 
 def surface(table: ChoiceTable, halves: Halves, sources: Sequence[str]) -> tuple[dict[str, np.ndarray], list[float]]:
@@ -91,7 +85,7 @@ def surface(table: ChoiceTable, halves: Halves, sources: Sequence[str]) -> tuple
         found = evidence(table, source, fit)
         readout, weight = found.value.argmax(axis=1), choose_weight(found, fit)
         weights.append(weight)
-        said = {DECIDES: readout, ADDED: add_values(found, weight), GATE: fit_gate(found, fit)(found), SCORES: add_values(found, 0.0),
+        said = {DECIDES: readout, ADDED: add_values(found, weight), GATE: gated(found, fit), SCORES: add_values(found, 0.0),
                 EITHER: np.where(readout == found.gold, readout, found.said)}  # fmt: skip
         for name, each in said.items():
             answers[name][half] = each[half]
