@@ -48,6 +48,8 @@ FLOOR = no_floor("referring", Effect(0.2, -0.4, 0.8, 9, 0.3, 9), "mIoU points")
     ({}, measured(one(-3, 1)), "opposite", "The effect points the other way: -3.00 [-4.00, -2.00] F1 points."),
     ({}, measured(one(-0.001, 0.6)), "absent",
      "An effect of 1.5 F1 points or more is excluded: the effect is +0.00 F1 points, its 90 % interval [-0.51, +0.51]."),
+    ({}, measured(one(0, 0)), "absent", None),
+    ({}, measured(one(0, 0, 15)), "cannot tell", "Open: the effect is +0.00 [+0.00, +0.00] F1 points; too few to differ."),
     ({}, measured(one(0.5, 2.0)), "cannot tell",
      "Open: the effect is +0.50 [-1.50, +2.50] F1 points; only 2.9 F1 points or more would have been found with probability .8."),
     ({"name": "X2"}, measured(one(2.9, 1.0)), "holds", None), ({"name": "X2"}, measured(one(0, 0.6)), "does not hold", None),

@@ -28,6 +28,7 @@ HOLDS, FAILS = "holds", "does not hold"
 VERDICTS = (NOT_MEASURED, CANNOT_APPEAR, PRESENT, OPPOSITE, ABSENT, CANNOT_TELL, HOLDS, FAILS)
 NOTHING = "Nothing has measured it yet."
 FEW_UNITS = 10  # below: "few units" is said
+FEW_TO_EXCLUDE = 30  # units: where nothing differs in fewer, nothing is excluded either
 LEVEL = 0.025  # one-sided, of a 95 % interval
 
 
@@ -74,7 +75,8 @@ def word_of(one: Mapping, smallest: float, equal: bool = False) -> str:
     that should not be (`equal`): `PRESENT` where equality is shown, `ABSENT` where a change is."""
     if one["low"] is None:
         return NOT_MEASURED
-    excluded = -smallest < one["low90"] and one["high90"] < smallest
+    known = one["error"] or one["units"] >= FEW_TO_EXCLUDE
+    excluded = known and -smallest < one["low90"] and one["high90"] < smallest
     if equal:
         return PRESENT if excluded else ABSENT if one["low"] > smallest or one["high"] < -smallest else CANNOT_TELL
     if one["low"] > 0:
@@ -102,8 +104,8 @@ def of_effect(claim: Mapping, found: Mapping) -> Verdict:
         return Verdict(word, f"{'A change' if equal else 'An effect'} of {amount(smallest, unit)} or more is excluded: the {what} is {value} {unit}, "
                              f"its 90 % interval [{low}, {high}]{_few(one)}.")  # fmt: skip
     if word == CANNOT_TELL:
-        least = "" if one["detectable"] is None else f"; only {one['detectable']:.2g} {unit} or more would have been found with probability .8"
-        return Verdict(word, f"Open: the {what} is {about}{least}.")
+        least = f"only {one['detectable']:.2g} {unit} or more would have been found with probability .8" if one["error"] else "too few to differ"
+        return Verdict(word, f"Open: the {what} is {about}; {least}.")
     if word == OPPOSITE:
         return Verdict(word, f"The effect points the other way: {about}.")
     return Verdict(word, f"The {what} is {about}, more than {smallest:g}." if equal else f"The effect is {about}{_size(claim, found)}.")
