@@ -29,7 +29,7 @@ from kvutils.tasks.base import ScoreTable, Task, run_task
 from kvutils.tasks.key_blocking import NONE, ask_under_blocks
 from kvutils.tasks.yes_no import Pope
 
-PICTURES, FEWEST = 48, 4  # of each task, about; its items at least
+PICTURES, FEWEST = 40, 4  # of each task, about; its items at least
 BATCH = 16  # prompts that are answered together
 COARSE = 3 / 4  # of the side of a picture
 DTYPES, ATTENTION = ("float32", "bfloat16", "float16"), ("sdpa", "eager")
