@@ -26,7 +26,7 @@ from kvutils.tasks.key_table import KeyTable
 SCALES = ("raw", "within_heads", "near_constant")
 NEAR_CONSTANT = 0.1  # of the squared norm varies, the rest is the same in every image (ours)
 LOWEST = 0.1  # share of a head's keys that are called its lowest: a number that needs neither modes nor a threshold (ours)
-_BINS = 60  # of a histogram
+_BINS, _RANGE = 60, (-2.0, 0.5)  # of a histogram; log10 of a variance within heads
 
 
 def _logs(variance: torch.Tensor, real: torch.Tensor) -> np.ndarray:
@@ -201,11 +201,12 @@ def _all_and_layers(values: np.ndarray, statistic: Statistic, n_boot: int, seed:
 
 
 def histograms(table: KeyTable) -> dict:
-    """Counts of log10 of the variance per layer on common edges: raw, and over that at the mode of the key's head."""
-    found, logs = {}, _logs(table.variance, table.real)
-    for name, each in (("raw", logs), ("within_heads", logs - head_modes(logs))):
-        each = each / np.log(10)
-        edges = np.linspace(each.min(), each.max() + 1e-9, _BINS + 1)
+    """Counts of log10 of the variance per layer on common edges: raw, and over that at the mode of the key's head, on the same edges for
+    every model (`_RANGE`; what lies beyond counts at its ends)."""
+    logs, found = _logs(table.variance, table.real) / np.log(10), {}
+    inside = (logs - head_modes(logs)).clip(*_RANGE)
+    for name, each, (low, high) in (("raw", logs, (logs.min(), logs.max() + 1e-9)), ("within_heads", inside, _RANGE)):
+        edges = np.linspace(low, high, _BINS + 1)
         found[name] = {"log10_edges": edges.tolist(), "layers": [np.histogram(layer, edges)[0].tolist() for layer in each]}
     return found
 
