@@ -72,7 +72,7 @@ def bimodal_layers(logs: np.ndarray, n_boot: int = 2000, seed: int = 0) -> dict:
     D is above 2, and the valley is real by Holm's procedure over the layers; "no" if the 95 % interval excludes such a valley; else
     "open". Intervals are over the P positions, each with all its heads. layers: per layer `two_modes`, `separation` (D), `valley` (the
     density in it over the lower mode's, an interval; 1: none) and `modes` (lower mode, valley, upper mode, as multiples of the variance
-    at the head's mode). count: an effect: the layers that have them in the sample, from those with "yes" to all but those with "no";
+    at the head's mode). Behind layer 0, whose keys no attention has reached: count: an effect: the layers that have them in the sample, from those with "yes" to all but those with "no";
     its error is that of a 90 % interval as wide. late_minus_early: the same of the share of the later half's layers minus the earlier's.
     heads: the count with whole heads left out in turn. ParameterError for fewer than four positions."""
     layers, heads, positions = logs.shape
@@ -87,7 +87,8 @@ def bimodal_layers(logs: np.ndarray, n_boot: int = 2000, seed: int = 0) -> dict:
     sure = np.zeros(layers, bool)
     sure[order] = np.logical_and.accumulate(chance[order] * (layers - np.arange(layers)) <= LEVEL)
     sure, possible = sure & there, there | np.array([not each.high < -np.log(VALLEY) for each in depths])
-    late, without = np.arange(layers) >= layers // 2, [np.delete(values, head, axis=1) for head in range(heads) if heads > 1]
+    behind, late = np.arange(layers) > 0, np.arange(layers) >= layers // 2
+    early, without = behind & ~late, [np.delete(values, head, axis=1) for head in range(heads) if heads > 1]
 
     def within(of: np.ndarray, sign: np.ndarray) -> Effect:
         """Sum over layers of a weight, from what is sure to what is possible."""
@@ -96,16 +97,16 @@ def bimodal_layers(logs: np.ndarray, n_boot: int = 2000, seed: int = 0) -> dict:
         return replace(UNDEFINED, mean=value, low=low, high=high, n=positions, units=positions,
                        error=max(value - low, high - value) / float(student.ppf(1 - 2 * LEVEL, positions - 1)))  # fmt: skip
 
-    counts = np.array([_count(each, halves) for each in without])
+    counts = np.array([_count(each[1:], halves) for each in without])
     return {
         "layers": [
             {"two_modes": "yes" if yes else "open" if maybe else "no", "separation": float(d), "modes": np.exp(points).tolist(),
              "valley": {name: float(np.exp(-max(x, 0.0))) for name, x in (("mean", each.mean), ("low", each.high), ("high", each.low))}}
             for yes, maybe, d, points, each in zip(sure, possible, separate, where, depths, strict=True)
         ],
-        "count": within(there, np.ones(layers)).as_dict(),
-        "late_minus_early": within(there, np.where(late, 1 / late.sum(), -1 / max((~late).sum(), 1))).as_dict(),
-        "heads": (Resampled(np.array(there.sum()), counts, heads, heads, jackknife=True).effects() if heads > 1 else UNDEFINED).as_dict(),
+        "count": within(there, behind.astype(float)).as_dict(),
+        "late_minus_early": within(there, np.where(late, 1 / late.sum(), -1.0 * early / max(early.sum(), 1))).as_dict(),
+        "heads": (Resampled(np.array(there[1:].sum()), counts, heads, heads, jackknife=True).effects() if heads > 1 else UNDEFINED).as_dict(),
     }  # fmt: skip
 
 

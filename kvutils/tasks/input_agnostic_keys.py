@@ -55,47 +55,48 @@ def _first_images(samples: list[YesNoSample], count: int) -> list[YesNoSample]:
 
 
 def claim_c5(described: Mapping) -> dict:
-    """C5: layers whose log-variance, each head's mode subtracted, has two modes. described: of `describe_keys`, or what it holds of
+    """C5: layers behind layer 0 whose log-variance, each head's mode subtracted, has two modes. described: of `describe_keys`, or what it holds of
     `images`, `modes`, `thresholds`, `shares` and `order`.
 
     A pooled histogram has two modes as soon as keys of some layers or heads are longer; this has not.
     """
     found, pooled, layers = described["modes"], described["thresholds"]["raw"], described["modes"]["layers"]
-    which = {word: [str(layer) for layer, each in enumerate(layers) if each["two_modes"] == word] for word in ("yes", "open")}
+    which = {word: [str(layer) for layer, each in enumerate(layers) if each["two_modes"] == word and layer] for word in ("yes", "open")}
     late, near = (Effect.of(each).scaled(100) for each in (found["late_minus_early"], described["shares"]["near_constant"]["all"]))
     others = [
         part("the same count, with whole KV heads left out", Effect.of(found["heads"]), "one KV head"),
         part("share of such layers, later half minus earlier", late, unit="% of layers", smallest=100 / max(len(layers) // 2, 1)),
         part("near-constant keys", near, unit="% of keys", smallest=SMALLEST_SHARE),
     ]
-    note = f"Two modes within heads in {len(which['yes'])} of {len(layers)} layers ({', '.join(which['yes']) or 'none'}), " \
+    note = f"Two modes within heads in {len(which['yes'])} of {len(layers) - 1} layers behind layer 0 ({', '.join(which['yes']) or 'none'}), " \
            f"open in {len(which['open'])} ({', '.join(which['open']) or 'none'}); all layers together have " \
            f"{'two modes' if pooled['two_modes'] else 'one mode'}, which layers of different scale alone can make.{_order_note(described)}"
-    return measured(part("layers with two modes", Effect.of(found["count"])), others, [_images(described)], note)
+    return measured(part("layers behind layer 0 with two modes", Effect.of(found["count"])), others, [_images(described)], note)
 
 
 def claim_x4(described: Mapping, compared: Mapping) -> dict:
-    """X4: share of keys that vary little within their head, trained minus untrained; and whether these are attention sinks.
+    """X4: share of keys behind layer 0 that vary little within their head, trained minus untrained; and whether these are sinks.
 
     The threshold is the valley of the trained model in layers with two modes, else variance below a fixed share of the squared
     norm: keys of random weights are short, so that below an absolute threshold all of them lie. Attention and norm are those
     of the trained model's keys below the threshold minus the others of their head, undefined where no head has both.
     """
-    primary = compared["within_heads"]
-    difference, untrained = Effect.of(primary["difference"]["all"]).scaled(100), 100 * primary["untrained"]["all"]["mean"]
+    found = compared["within_heads"]
+    difference, every = (Effect.of(each).scaled(100) for each in (found["behind_layer_0"], found["difference"]["all"]))
     sinks, why = described["sinks"]["within_heads"], "no layer and head has keys below and above the threshold"
     others = [
-        part("the same behind layer 0, where attention has run", Effect.of(primary["behind_layer_0"]).scaled(100)),
+        part("the same with layer 0, whose keys are a projection of the patches alone", every),
         part("near-constant keys, trained minus untrained", Effect.of(compared["near_constant"]["difference"]["all"]).scaled(100)),
         *(part(f"{name} of these keys minus that of the others of their head", Effect.of(sinks[kind]["all"]), why,
                unit="times the average key's", smallest=SMALLEST_SINK)
           for kind, name in (("mass", "attention per key"), ("norm", "norm"))),
     ]  # fmt: skip
     valleys = sum(each["method"] == "valley" for each in described["thresholds"]["within_heads"])
-    note = f"{untrained + difference.mean:.1f} % of the trained model's keys vary little, {untrained:.1f} % of the untrained one's (by the " \
-           f"valley of the log-variance in {valleys} layers, by a fixed limit in the others); behind layer 0 the difference is " \
-           f"{others[0]['value']:+.1f}.{_order_note(described)}"
-    return measured(part("share within heads, trained minus untrained", difference), others, [_images(described)], note)
+    untrained = 100 * found["untrained"]["all"]["mean"]
+    note = f"With layer 0, whose keys no attention has reached, {untrained + every.mean:.1f} % of the trained model's keys vary little and " \
+           f"{untrained:.1f} % of the untrained one's (by the valley of the log-variance in {valleys} layers, by a fixed limit in the " \
+           f"others).{_order_note(described)}"
+    return measured(part("share within heads behind layer 0, trained minus untrained", difference), others, [_images(described)], note)
 
 
 def _images(described: Mapping) -> dict:
