@@ -8,8 +8,6 @@ with `note` a sentence of plain words with numbers, `tasks` the parts that a cla
 measurement in the paper's own terms, where the primary comparison is in others.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 

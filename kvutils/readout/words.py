@@ -19,8 +19,6 @@ size, which differs between layers, would be read as what a layer knows. A const
 and centring adds one number per token to the scores of all class names, so that their argmax stays.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

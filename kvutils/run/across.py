@@ -1,7 +1,5 @@
 """Claims about several models: X1 over families, C3 over models, seeds and training stages, from their results read together."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from statistics import NormalDist

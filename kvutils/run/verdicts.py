@@ -15,8 +15,6 @@ changes (`kind: equal`) holds where `absent` is shown, and fails where a change 
 X claims are questions of ours: they hold (present) or do not hold (absent); the other words are the same.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

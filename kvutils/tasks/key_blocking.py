@@ -4,8 +4,6 @@ Every condition is a `KeySelection`; "family/07" is one draw of a family of rand
 image serves all conditions, and finished chunks of images are kept.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace

@@ -5,8 +5,6 @@ choose as many keys, or keys that receive as much attention, in another way. rea
 the image; newlines are never drawn.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 import numpy as np

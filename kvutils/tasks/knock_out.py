@@ -11,8 +11,6 @@ A question is answered right when the right option scores highest among the opti
 models use); the loss is minus the log-probability (nats) that the answer begins with the right option.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ Every sample is read in every family of its readout. Sources are `<family>.<laye
 the same samples.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from itertools import chain
 from typing import Any

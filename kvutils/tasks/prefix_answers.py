@@ -1,7 +1,5 @@
 """Does a prefix change the answers? POPE's questions with the name of an object before the image."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

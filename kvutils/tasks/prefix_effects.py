@@ -1,7 +1,5 @@
 """What prefixes do to scores and values, with intervals; claims C7a, C7b and X3."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 

@@ -7,8 +7,6 @@ A readout turns the values of each layer into a few numbers (`columns`), for eac
     untrained                   without a prefix, in a model with random weights: the floor
 """
 
-from __future__ import annotations
-
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

@@ -14,8 +14,6 @@ the template ends the line. So prefixes of published models begin with a space a
 are those of its words, in any order.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 

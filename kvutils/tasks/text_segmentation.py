@@ -4,8 +4,6 @@ Task 3 is semantic segmentation (ImageNet-S), read with words or with a probe; t
 and detection (RefCOCO), read with words. Both make score maps of an image and ask how well they show one mask.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
