@@ -5,8 +5,7 @@
     {primary: part, others: [part, ...], prerequisites: [{name, holds, reason}, ...], note: text, tasks: [part, ...], size: part}
 
 with `note` a sentence of plain words with numbers, `tasks` the parts that a claim about a number of tasks is judged by, and `size` the
-measurement in the paper's own terms, where the primary comparison is in others.
-"""
+measurement in the paper's own terms, where the primary comparison is in others."""
 
 import math
 from collections.abc import Mapping, Sequence

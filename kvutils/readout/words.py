@@ -14,10 +14,9 @@
 All scores are dot products (paper, section 3.1; sources beyond value.l are ours). Text vectors are centred (ours): from each the mean
 over a fixed vocabulary of names is subtracted, per source and layer; the names are read behind the article that the text begins with,
 whose value would else be in every expression and in no name. Vectors of different texts share most of their direction (anisotropy:
-Ethayarajh, EMNLP 2019, and, with the same remedy, Mu & Viswanath, ICLR 2018); that part lays the same map under every text, and its
-size, which differs between layers, would be read as what a layer knows. A constant added to all text vectors changes no centred score,
-and centring adds one number per token to the scores of all class names, so that their argmax stays.
-"""
+Ethayarajh, EMNLP 2019, and, with the same remedy, Mu & Viswanath, ICLR 2018); that part lays the same map under every text, and its size,
+which differs between layers, would be read as what a layer knows. A constant added to all text vectors changes no centred score, and
+centring adds one number per token to the scores of all class names, so that their argmax stays."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,6 @@
-"""The command line: `kvutils VERB`, `python -m kvutils VERB`. One parser, one place for errors and for Ctrl-C.
-Exit codes: 0 done; 1 something failed, or is stale (`report --check`); 2 the command cannot be done as it stands, and the
-message says why; 3 nothing failed, but something is left to do by hand (`data`); 130 stopped by Ctrl-C.
-"""
+"""The command line: `kvutils VERB`, `python -m kvutils VERB`. One parser, one place for errors and for Ctrl-C. Exit codes: 0 done; 1
+something failed, or is stale (`report --check`); 2 the command cannot be done as it stands, and the message says why; 3 nothing failed,
+but something is left to do by hand (`data`); 130 stopped by Ctrl-C."""
 
 import argparse
 import json

@@ -98,9 +98,8 @@ class Run:
                **sections: object) -> None:
         """Write the results, draw the figures from them, print the finding.
 
-        claims: {id: `kvutils.metrics.effects.measured`}; sections: `choices` and whatever else the figures and the report
-        read. What the results came from, with `sources` such as `data_sources(...)`, is apart in provenance/<notebook>.json.
-        """
+        claims: {id: `kvutils.metrics.effects.measured`}; sections: `choices` and whatever else the figures and the report read. What the
+        results came from, with `sources` such as `data_sources(...)`, is apart in provenance/<notebook>.json."""
         from kvutils import plots
         write_json(self.folder / "provenance" / self.results.name, provenance(mlm, **sources or {}))
         write_json(self.results, {"notebook": self.notebook, "profile": self.profile, "model": self.model, "parameters": parameters,
@@ -117,10 +116,9 @@ def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> Markdow
 def check_parameters(namespace: dict, **known: type | tuple) -> dict:
     """The notebook's parameters, checked: `check_parameters(globals(), profile=PROFILES, seed=int)` in the cell after them.
 
-    `known` gives each name's type, or the tuple of its possible values. An unknown name (papermill only warns), a wrong type
-    and an impossible value are each a `ParameterError`. Every lower-case variable with a plain value counts as a parameter,
-    so the cells before this one only import.
-    """
+    `known` gives each name's type, or the tuple of its possible values. An unknown name (papermill only warns), a wrong type and an
+    impossible value are each a `ParameterError`. Every lower-case variable with a plain value counts as a parameter, so the cells before
+    this one only import."""
     if "_parameters" not in namespace:  # when the cell is run again, later variables are not parameters
         plain = (str, int, float, bool, list, dict, tuple, type(None))
         for name, value in namespace.items():

@@ -1,8 +1,7 @@
 """What a run of the notebooks needs, and what of it is there: data, gigabytes, memory, hours.
 
-Nothing is downloaded and no checkpoint is loaded. Hours come from a rehearsal of the model alone (`make rehearse`, which measures
-whole items; that of llava-onevision-0.5b is shipped), for the GPU that is named.
-"""
+Nothing is downloaded and no checkpoint is loaded. Hours come from a rehearsal of the model alone (`make rehearse`, which measures whole
+items; that of llava-onevision-0.5b is shipped), for the GPU that is named."""
 
 import os
 import sys

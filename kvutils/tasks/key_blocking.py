@@ -1,8 +1,7 @@
 """The blocking experiment of section 3.2 and its controls (C6, X2): which keys are hidden, and what that changes.
 
-Every condition is a `KeySelection`; "family/07" is one draw of a family of random controls. One prefill of an
-image serves all conditions, and finished chunks of images are kept.
-"""
+Every condition is a `KeySelection`; "family/07" is one draw of a family of random controls. One prefill of an image serves all
+conditions, and finished chunks of images are kept."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -49,14 +48,12 @@ def conditions(table: KeyTable, thresholds: dict, reading: Sequence[int], layers
                seed: int = 0) -> tuple[dict[str, KeySelection | None], dict]:  # fmt: skip
     """(name -> selection, what they are) of the experiment: no block, the block, every control.
 
-    layers: where keys are blocked (default `last_layers`). thresholds: as in `agnostic`; where no key of these layers is
-    below the threshold, the `FALLBACK` share of each layer that varies least is blocked instead, and `method` says so.
-    reading: as many layers where the image is read, from `reading_layers`. Controls: random keys, as many in each layer
-    and head; random keys that receive as much attention; the keys that vary most; the same positions in the first layers;
-    in the reading layers the keys below the threshold, and as many lowest and random ones as the block has. "all keys" of
-    the layers bounds what any block of them can do. about: JSON-able; `below`: how many keys of these layers are below the
-    paper's threshold or one between two modes, 0 where there is neither.
-    """
+    layers: where keys are blocked (default `last_layers`). thresholds: as in `agnostic`; where no key of these layers is below the
+    threshold, the `FALLBACK` share of each layer that varies least is blocked instead, and `method` says so. reading: as many layers
+    where the image is read, from `reading_layers`. Controls: random keys, as many in each layer and head; random keys that receive as
+    much attention; the keys that vary most; the same positions in the first layers; in the reading layers the keys below the threshold,
+    and as many lowest and random ones as the block has. "all keys" of the layers bounds what any block of them can do. about: JSON-able;
+    `below`: how many keys of these layers are below the paper's threshold or one between two modes, 0 where there is neither."""
     at_least("draws", draws)
     total, heads, tokens = table.variance.shape
     layers = last_layers(total) if layers is None else tuple(layers)
@@ -118,9 +115,8 @@ def ask_under_blocks(
     """Condition -> one answer text per question of the task, in its order; and condition -> how much probability yes and no
     hold together, mean over the questions. batch_size as in `answer_all`.
 
-    Questions with the same wording about one image are asked once. With `parts`, finished chunks of images are kept under
-    their questions and blocks, and a run that was stopped goes on.
-    """
+    Questions with the same wording about one image are asked once. With `parts`, finished chunks of images are kept under their questions
+    and blocks, and a run that was stopped goes on."""
     first, asked = {}, {}
     for sample in task.samples:
         first.setdefault(sample.image_id, sample)
@@ -148,10 +144,9 @@ def ask_under_blocks(
 def effects(task: YesNoTask, answers: Mapping[str, Sequence[str]], n_boot: int = 2000, seed: int = 0) -> dict:
     """What every family of conditions changes, and how the block differs from each, from one set of resamples; JSON-able.
 
-    plain: scores without a block. families: `Scored.change` of the family (its draws together) against no block; draws: the
-    headline difference of each draw. versus: block minus family, judged as one more of its draws. as_large: share of a
-    family's draws that change the headline at least as much as the block, upwards. smallest: effect of interest of the headline.
-    """
+    plain: scores without a block. families: `Scored.change` of the family (its draws together) against no block; draws: the headline
+    difference of each draw. versus: block minus family, judged as one more of its draws. as_large: share of a family's draws that change
+    the headline at least as much as the block, upwards. smallest: effect of interest of the headline."""
     scored = Scored.of(task, answers, n_boot, seed)
     sets, versus = _by_family({name: name for name in answers}), {}
     families = {name: scored.change(members, [NONE]) for name, members in sets.items()}
@@ -215,9 +210,8 @@ def sweep(
     """Share of keys (lowest variance of each layer) x number of last layers: chosen on one half, reported on the other half
     alone, as reading all cells on both would double the longest measurement of the notebook.
 
-    grid[i][j]: effect on the headline for shares[i] and depths[j], on the choosing half of the images; held_out: the
-    effect of the best cell on the other half. depths: default one, a third, half, two thirds of the layers, and all.
-    options: those of `ask_under_blocks`.
+    grid[i][j]: effect on the headline for shares[i] and depths[j], on the choosing half of the images; held_out: the effect of the best
+    cell on the other half. depths: default one, a third, half, two thirds of the layers, and all. options: those of `ask_under_blocks`.
     """
     total = len(table.variance)
     if depths is None:

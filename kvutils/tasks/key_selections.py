@@ -1,9 +1,8 @@
 """Which image keys to hide: those that vary least, and the controls they are compared with (section 3.2, C6, X2).
 
-Every selection is a `KeySelection` by layer, key-value head and image token. The controls take a selection (`like`) and
-choose as many keys, or keys that receive as much attention, in another way. real (N,) bool: the tokens that show a part of
-the image; newlines are never drawn.
-"""
+Every selection is a `KeySelection` by layer, key-value head and image token. The controls take a selection (`like`) and choose as many
+keys, or keys that receive as much attention, in another way. real (N,) bool: the tokens that show a part of the image; newlines are never
+drawn."""
 
 from collections.abc import Iterable, Sequence
 
@@ -62,10 +61,9 @@ def select_same_positions(like: KeySelection, layers: Iterable[int]) -> KeySelec
 def select_random_matched_mass(like: KeySelection, mass: torch.Tensor, real: torch.Tensor, seed: int) -> KeySelection:
     """Random keys that receive as much attention as those of `like`, however many that takes.
 
-    mass (L, G, N), as from `attention_mass`, of the layers of `like`. In each layer and head keys are drawn one by one, and
-    the draw ends where its mass is closest to that of `like`; of 16 draws the closest is taken. `selected_mass` of both
-    says how close that is: where few keys receive most of the attention it may not be.
-    """
+    mass (L, G, N), as from `attention_mass`, of the layers of `like`. In each layer and head keys are drawn one by one, and the draw ends
+    where its mass is closest to that of `like`; of 16 draws the closest is taken. `selected_mass` of both says how close that is: where
+    few keys receive most of the attention it may not be."""
     places = np.flatnonzero(real)
     random, mask = np.random.default_rng(seed), torch.zeros_like(like.mask)
     for (layer, head), target in np.ndenumerate(selected_mass(like, mass).numpy()):

@@ -7,9 +7,8 @@ is measured first: per kind of question, accuracy and loss with all image keys h
   from   in layer l and all after it: what is read before l is enough, as far as nothing is lost
   until  in layer l and all before it
 
-A question is answered right when the right option scores highest among the options of its kind (of every spelling that
-models use); the loss is minus the log-probability (nats) that the answer begins with the right option.
-"""
+A question is answered right when the right option scores highest among the options of its kind (of every spelling that models use); the
+loss is minus the log-probability (nats) that the answer begins with the right option."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,8 +35,7 @@ class KnockOut:
     """Per question and condition: values (n, C, 3) float64, right (0 or 1), loss (nats), and the probability that the options
     hold together.
 
-    conditions (C,): "none", then "one 0", "from 0", ...; kinds, groups (n,): kind of question, scene.
-    """
+    conditions (C,): "none", then "one 0", "from 0", ...; kinds, groups (n,): kind of question, scene."""
 
     layers: int
     conditions: list[str]
@@ -83,10 +81,9 @@ def knock_out(
 ) -> KnockOut:
     """Every question under every condition; each image is read once.
 
-    The questions of one `group` share its image. The images of a batch need the same number of tokens (batch_size=1 serves
-    any). With `parts`, finished batches are kept. Raises DataError for no samples or a kind with fewer than two different
-    options, and what `SessionBatch` raises.
-    """
+    The questions of one `group` share its image. The images of a batch need the same number of tokens (batch_size=1 serves any). With
+    `parts`, finished batches are kept. Raises DataError for no samples or a kind with fewer than two different options, and what
+    `SessionBatch` raises."""
     options = _options(samples)
     scenes: dict[str, list[Question]] = {}
     for sample in samples:
@@ -133,9 +130,8 @@ def _options(samples: Sequence[Question]) -> dict[str, list[str]]:
 def summarise_knock_out(table: KnockOut, n_boot: int = 2000, seed: int = 0) -> dict:
     """Per kind, and for all kinds: accuracy and loss without block and under each, with 95 % intervals over scenes.
 
-    kinds -> kind -> n, scenes, none {accuracy, loss, option_mass}, and per family a list over layers of these three and the
-    paired differences to none, accuracy_change and loss_change. warnings: where the options hold little probability. JSON-able.
-    """
+    kinds -> kind -> n, scenes, none {accuracy, loss, option_mass}, and per family a list over layers of these three and the paired
+    differences to none, accuracy_change and loss_change. warnings: where the options hold little probability. JSON-able."""
     every = table.balance
     kinds = {ALL: np.ones(len(table.kinds), bool)}
     kinds |= {kind: np.array(table.kinds) == kind for kind in dict.fromkeys(table.kinds)}
@@ -163,9 +159,8 @@ def summarise_knock_out(table: KnockOut, n_boot: int = 2000, seed: int = 0) -> d
 def reading_layers(table: KnockOut, width: int, seed: int = 0) -> dict:
     """The `width` adjacent layers where the image is read: hiding it in each alone adds most loss, summed. Kinds count equally.
 
-    layers: chosen on all scenes, where hiding the image adds `windows`. held_out: what is added in the layers that one half of
-    the scenes chooses, on the other half, both ways. ParameterError for fewer than four scenes.
-    """
+    layers: chosen on all scenes, where hiding the image adds `windows`. held_out: what is added in the layers that one half of the scenes
+    chooses, on the other half, both ways. ParameterError for fewer than four scenes."""
     added = np.stack([table.of(f"one {layer}")[:, 1] - table.of("none")[:, 1] for layer in range(table.layers)], axis=1)
     sums = np.lib.stride_tricks.sliding_window_view(added, width, axis=1).sum(axis=-1)  # (n, windows)
     scores = np.stack([sums, np.ones_like(sums)], axis=-1) * table.balance[:, None, None]

@@ -39,12 +39,11 @@ def ask_behind_prefixes(
 ) -> ScoreTable:
     """Answers about the first `images` images under every condition: rows are images, sources conditions.
 
-    The correct prefix names an object that one of the image's questions is about and that is there, the wrong one an
-    object that is asked about and is not. columns: right, yes and changed answers (against those without prefix), right
-    ones about the object that the prefix names, how many were asked of each kind, and the probability that yes and no hold
-    together. Wordings count once per image.
-    Answers are parsed as POPE's own script does (what is no "no" counts as yes). Images without an object of each kind,
-    or without controls of equal length, are `skipped`; DataError if all are."""
+    The correct prefix names an object that one of the image's questions is about and that is there, the wrong one an object that is asked
+    about and is not. columns: right, yes and changed answers (against those without prefix), right ones about the object that the prefix
+    names, how many were asked of each kind, and the probability that yes and no hold together. Wordings count once per image. Answers are
+    parsed as POPE's own script does (what is no "no" counts as yes). Images without an object of each kind, or without controls of equal
+    length, are `skipped`; DataError if all are."""
     asked: dict[str, dict[str, YesNoSample]] = {}
     for sample in samples:
         asked.setdefault(sample.image_id, {}).setdefault(sample.question, sample)

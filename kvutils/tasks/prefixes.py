@@ -8,11 +8,10 @@
     unrelated   a piece of an ordinary sentence about something else
     filler      one token repeated: nothing but the shift of all image tokens
 
-All but none have the same number of tokens, counted in the whole prompt as the model reads it. In byte-pair tokenizers the
-tokens of a word depend on what touches it: "umbrella" at the start of a line is two, " umbrella" one, and ".\\n" is one where
-the template ends the line. So prefixes of published models begin with a space and end in a word: then the tokens of a text
-are those of its words, in any order.
-"""
+All but none have the same number of tokens, counted in the whole prompt as the model reads it. In byte-pair tokenizers the tokens of a
+word depend on what touches it: "umbrella" at the start of a line is two, " umbrella" one, and ".\\n" is one where the template ends the
+line. So prefixes of published models begin with a space and end in a word: then the tokens of a text are those of its words, in any
+order."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass

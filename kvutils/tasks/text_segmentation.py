@@ -1,8 +1,7 @@
 """Tasks 3 and 4: what a text names, found among the image tokens (paper, section 3.1).
 
-Task 3 is semantic segmentation (ImageNet-S), read with words or with a probe; task 4 is referring-expression segmentation
-and detection (RefCOCO), read with words. Both make score maps of an image and ask how well they show one mask.
-"""
+Task 3 is semantic segmentation (ImageNet-S), read with words or with a probe; task 4 is referring-expression segmentation and detection
+(RefCOCO), read with words. Both make score maps of an image and ask how well they show one mask."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -53,9 +52,8 @@ class TextSegmentation(Task):
     """Score of a text on every image token, interpolated to pixels; Otsu's threshold per image (ours). Texts are centred, and as
     they are in `uncentred.` sources, which stand beside (`kvutils.readout.words`).
 
-    Control: the same scores for the text of another sample that does not hold for this image. Samples without a foreground
-    pixel are skipped.
-    """
+    Control: the same scores for the text of another sample that does not hold for this image. Samples without a foreground pixel are
+    skipped."""
 
     columns = COLUMNS
     shuffled = True
@@ -115,9 +113,8 @@ def _wrong_texts(samples: Sequence[NamedMask]) -> dict[str, str]:
 class SemanticSegmentation(TextSegmentation):
     """Zero-shot: the class name's vector . every image token, in each text-aligned source.
 
-    Headline: average precision over pixels, which needs no threshold. Second: IoU after Otsu's threshold (ours; the paper
-    states no rule). Control: a class name that is not in the image.
-    """
+    Headline: average precision over pixels, which needs no threshold. Second: IoU after Otsu's threshold (ours; the paper states no
+    rule). Control: a class name that is not in the image."""
 
     name = "semantic_segmentation"
     title = "Semantic segmentation, by text"
@@ -129,10 +126,9 @@ class SemanticSegmentation(TextSegmentation):
 class SemanticSegmentationProbe(SemanticSegmentation):
     """Supervised counterpart of the same samples and metrics, for every source (ours).
 
-    One multinomial probe per source, fitted on the tokens of other labelled images (`train`: class index + 1 of
-    `class_names`, 0 background, void excluded), class-balanced. A class's score is its log-odds against all others,
-    foreground is above 0. Control: the probe fitted on shuffled labels.
-    """
+    One multinomial probe per source, fitted on the tokens of other labelled images (`train`: class index + 1 of `class_names`, 0
+    background, void excluded), class-balanced. A class's score is its log-odds against all others, foreground is above 0. Control: the
+    probe fitted on shuffled labels."""
 
     name = "semantic_segmentation_probe"
     title = "Semantic segmentation, by probe"
@@ -190,10 +186,9 @@ class SemanticSegmentationProbe(SemanticSegmentation):
 class ReferringSegmentation(TextSegmentation):
     """Zero-shot: the expression's vector . every image token, in each text-aligned source.
 
-    Rows are sentences. Headline: mIoU after Otsu's threshold (ours; an empty union counts 0, as LAVT). Beside it oIoU
-    (sum I / sum U), the average precision over pixels, and Acc@0.5, the share of sentences whose box around the largest
-    region has an IoU of at least 0.5 with the true box. Control: an expression for another image.
-    """
+    Rows are sentences. Headline: mIoU after Otsu's threshold (ours; an empty union counts 0, as LAVT). Beside it oIoU (sum I / sum U),
+    the average precision over pixels, and Acc@0.5, the share of sentences whose box around the largest region has an IoU of at least 0.5
+    with the true box. Control: an expression for another image."""
 
     name = "referring_segmentation"
     title = "Referring-expression segmentation"
