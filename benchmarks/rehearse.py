@@ -44,7 +44,8 @@ from kvutils.run.plan import GIB
 from kvutils.store import need_writable, write_json
 from kvutils.tasks.base import run_task
 from kvutils.tasks.choices import read_items
-from kvutils.tasks.key_blocking import ask_under_blocks, last_layers, select_lowest
+from kvutils.tasks.key_blocking import ask_under_blocks, last_layers
+from kvutils.tasks.key_selections import select_lowest
 from kvutils.tasks.key_table import measure_keys
 from kvutils.tasks.prefix import run_prefixes
 from kvutils.tasks.prefix_answers import ask_behind_prefixes

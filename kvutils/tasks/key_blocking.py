@@ -17,15 +17,7 @@ from kvutils.metrics.effects import lever, measured, no_ceiling, part, prerequis
 from kvutils.metrics.statistics import Effect, choosing_half
 from kvutils.models import MLM
 from kvutils.store import Parts, digest, in_chunks
-from kvutils.tasks.key_selections import (
-    select_all,
-    select_highest,
-    select_lowest,
-    select_random,
-    select_random_matched_mass,
-    select_same_positions,  # fmt: skip
-    selected_mass,
-)
+from kvutils.tasks import key_selections as keys
 from kvutils.tasks.key_statistics import agnostic
 from kvutils.tasks.key_table import KeyTable
 from kvutils.tasks.yes_no import Scored, YesNoTask
@@ -57,32 +49,29 @@ def conditions(table: KeyTable, thresholds: dict, reading: Sequence[int], layers
     at_least("draws", draws)
     total, heads, tokens = table.variance.shape
     layers = last_layers(total) if layers is None else tuple(layers)
-    reading, early, real = tuple(reading), tuple(range(len(layers))), table.real
+    reading, real = tuple(reading), table.real
     if len(reading) != len(layers):
         raise ParameterError(f"expected {len(layers)} reading layers, as many as are blocked, found {reading}")
     every = KeySelection(BLOCK, agnostic(table, thresholds, SCALE), tuple(range(total)))
     block, method = every.restrict(layers), f"{SCALE} threshold"
     below = int(block.mask.sum()) if thresholds[SCALE]["method"] in ("paper", "valley") else 0
     if not block.mask.any():
-        block = replace(select_lowest(table, FALLBACK, layers), name=BLOCK)
+        block = replace(keys.select_lowest(table, FALLBACK, layers), name=BLOCK)
         method = f"no key below the {SCALE} threshold: lowest {FALLBACK:g} of each layer"
     variance, mass = table.variance[list(layers)], table.mass[list(layers)]
-    like = select_same_positions(block, reading)
-    # The keys that vary least are those of which minus the variance is highest.
-    lowest = select_highest(like, -table.variance[sorted(reading)], real)
+    like = keys.select_same_positions(block, reading)
     found: dict[str, KeySelection | None] = {NONE: None, BLOCK: block}
-    found |= _drawn(CONTROLS[0], draws, lambda draw: select_random(block, real, seed + draw))
-    found |= _drawn(CONTROLS[1], draws, lambda draw: select_random_matched_mass(block, mass, real, seed + draw))
-    found[CONTROLS[2]] = select_highest(block, variance, real)
-    found[CONTROLS[3]] = select_same_positions(block, early)
+    found |= _drawn(CONTROLS[0], draws, lambda draw: keys.select_random(block, real, seed + draw))
+    found |= _drawn(CONTROLS[1], draws, lambda draw: keys.select_random_matched_mass(block, mass, real, seed + draw))
+    found[CONTROLS[2]] = keys.select_highest(block, variance, real)
+    found[CONTROLS[3]] = keys.select_same_positions(block, range(len(layers)))
     found[READING[0]] = every.restrict(reading)
-    found[READING[1]] = replace(lowest, name=READING[1])
-    found |= _drawn(READING[2], READING_DRAWS, lambda draw: select_random(like, real, seed + draw))
-    found[EVERY] = select_all(layers, heads, tokens)
+    # The keys that vary least are those of which minus the variance is highest.
+    found[READING[1]] = replace(keys.select_highest(like, -table.variance[sorted(reading)], real), name=READING[1])
+    found |= _drawn(READING[2], READING_DRAWS, lambda draw: keys.select_random(like, real, seed + draw))
+    found[EVERY] = keys.select_all(layers, heads, tokens)
     about = {
-        "layers": list(layers), "reading": list(reading), "early": list(early), "scale": SCALE, "method": method, "below": below,
-        "draws": draws, "reading_draws": READING_DRAWS, "seed": seed, "count": block.mask.sum(-1).tolist(),
-        "share": float(block.mask.sum() / (len(layers) * heads * real.sum())),
+        "layers": list(layers), "method": method, "below": below, "share": float(block.mask.sum() / (len(layers) * heads * real.sum())),
         "families": {name: _about(each, table) for name, each in _by_family(found).items()},
     }  # fmt: skip
     return found, about
@@ -94,7 +83,7 @@ def _drawn(family: str, draws: int, select: Callable[[int], KeySelection]) -> di
 
 def _about(selections: Sequence[KeySelection], table: KeyTable) -> dict:
     """Keys of a selection, and the share of its text's attention they receive, mean over layers and heads."""
-    masses = [selected_mass(each, table.mass[list(each.layers)]).mean() for each in selections]
+    masses = [keys.selected_mass(each, table.mass[list(each.layers)]).mean() for each in selections]
     return {"keys": float(np.mean([int(each.mask.sum()) for each in selections])), "draws": len(selections),
             "layers": list(selections[0].layers), "mass": float(np.mean(masses))}  # fmt: skip
 
@@ -218,8 +207,7 @@ def sweep(
         depths = sorted({1, len(last_layers(total)), -(-total // 2), -(-2 * total // 3), total})
     chosen = choosing_half([s.image_id for s in task.samples], seed)
     halves = [type(task)([s for s, c in zip(task.samples, chosen, strict=True) if c == side]) for side in (True, False)]
-    cells = {f"{share:g} {depth}": select_lowest(table, share, range(total - depth, total))
-             for share in shares for depth in depths}  # fmt: skip
+    cells = {f"{share:g} {depth}": keys.select_lowest(table, share, range(total - depth, total)) for share in shares for depth in depths}
     answers, _ = ask_under_blocks(halves[0], mlm, {NONE: None} | cells, parts, **options)
     scored = Scored.of(halves[0], answers, n_boot, seed)
     headlines = [scored.change([cell], [NONE])["headline"] for cell in cells]

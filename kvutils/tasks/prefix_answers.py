@@ -48,20 +48,16 @@ def ask_behind_prefixes(
     for sample in samples:
         asked.setdefault(sample.image_id, {}).setdefault(sample.question, sample)
     names = list(asked)[:images]
-    plans, skipped = {}, []
+    plans: dict = {}
     for name in names:
         objects = {truth: [object_of(q) for q, s in asked[name].items() if s.truth == truth] for truth in ("yes", "no")}
         number = sample_seed(str(seed), "answers", name)
-        absent = [writer.correct("class_name", name) for name in objects["no"]]
-        first, prefixes = number % max(1, len(objects["yes"])), None
-        for present in (objects["yes"][first:] + objects["yes"][:first]) if absent else ():
-            prefixes = writer.write(writer.correct("class_name", present), absent, number)
-            if prefixes:
-                break
-        if prefixes is None:
-            skipped.append(name)
-        else:
-            plans[name] = prefixes
+        present, absent = ([writer.correct("class_name", each) for each in objects[truth]] for truth in ("yes", "no"))
+        first = number % max(1, len(present))
+        written = (writer.write(each, absent, number) for each in present[first:] + present[:first] if absent)
+        plans[name] = next(filter(None, written), None)
+    skipped = [name for name in names if plans[name] is None]
+    plans = {name: prefixes for name, prefixes in plans.items() if prefixes is not None}
     if not plans:
         raise DataError(f"none of {len(names)} images has questions about a present and an absent object, and prefixes of "
                         "equal length; pass more images")  # fmt: skip

@@ -32,7 +32,6 @@ class YesNoTask(ABC):
     title: ClassVar[str]
     metric: ClassVar[tuple[str, str]]  # the headline: (subset or summary, metric)
     smallest: float  # effect of interest, in the headline's unit
-    convention: ClassVar[str]  # whose reading of an answer
 
     def __init__(self, samples: Sequence[YesNoSample]):
         self.samples = list(samples)
@@ -85,7 +84,7 @@ class Pope(YesNoTask):
     without a true positive; precision is undefined without a yes. What is no "no" is taken for yes; an answer counts as unknown where it
     is taken for yes without the word."""
 
-    name, title, convention = "pope", "POPE", "pope"
+    name, title = "pope", "POPE"
     metric = (MEAN, "f1")
     smallest = 0.015  # as claims C6 and X2 in data/claims.yaml, in points: half of the paper's +3.1
 
@@ -122,7 +121,7 @@ class Mme(YesNoTask):
     effect of interest is 1 % of the highest total (ours, the paper states no figure). Raises DataError unless a subtask is MME's, and
     every image of a subtask has two questions."""
 
-    name, title, convention = "mme", "MME", "official"
+    name, title = "mme", "MME"
     metric = (TOTAL, "score")
 
     def __init__(self, samples: Sequence[YesNoSample]):
@@ -242,8 +241,7 @@ class Scored:
             n = sum(task.questions[name] for name in task.members(subset))
             scores.setdefault(subset, {})[metric] = interval.as_dict() | {"n": n}
         return {
-            "task": task.name, "title": task.title, "metric": ".".join(task.metric), "convention": task.convention,
-            "n": len(task.samples), "images": len(task.images), "questions": task.questions,
+            "title": task.title, "n": len(task.samples), "images": len(task.images), "questions": task.questions,
             "headline": scores[task.metric[0]][task.metric[1]], "scores": scores,
         }  # fmt: skip
 
