@@ -38,9 +38,8 @@ from kvutils.images import open_image
 from kvutils.kvcache import capture
 from kvutils.models import MLM, MODELS
 from kvutils.readout.features import FeatureExtractor
-from kvutils.run.hours import COSTS, device_name, hours_of, rehearsal_file
 from kvutils.run.notebook import provenance
-from kvutils.run.plan import GIB
+from kvutils.run.plan import COSTS, GIB, device_name, hours_of, rehearsal_file
 from kvutils.store import need_writable, write_json
 from kvutils.tasks.base import run_task
 from kvutils.tasks.choices import read_items

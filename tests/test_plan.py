@@ -19,9 +19,8 @@ from kvutils.errors import DataError, ModelError, ParameterError
 from kvutils.layout import check_mlm
 from kvutils.models import ENCODERS, MODELS, ModelSpec, find_model
 from kvutils.run import plan
-from kvutils.run.hours import COSTS, find_rehearsal, hours_of, rehearsal_file
 from kvutils.run.notebook import ROOT
-from kvutils.run.plan import NOTEBOOKS, check_ready, data_of, look_for_model, table, weights_on_gpu
+from kvutils.run.plan import COSTS, NOTEBOOKS, check_ready, data_of, find_rehearsal, hours_of, look_for_model, rehearsal_file, table, weights_on_gpu
 from kvutils.run.sizes import declared
 from kvutils.store import read_json, write_json
 from tests.tiny_models import tiny, tiny_siglip
@@ -95,7 +94,7 @@ def test_hours_are_host_seconds_and_passes_on_the_stated_gpu(monkeypatch):
     assert hours_of(report, "full", "t4", {"01": {"referring_segmentation": "refcoco"}})[0] == {"01": 0}
     with pytest.raises(ParameterError, match="unknown GPU 't5'; expected one of h200, h100, a100"):
         table("paper", "owner/name", ["05"], gpu="t5")  # also where there is no rehearsal to compute hours from
-    monkeypatch.setattr("kvutils.run.hours.device_name", lambda: "NVIDIA A100-SXM4-80GB")
+    monkeypatch.setattr("kvutils.run.plan.device_name", lambda: "NVIDIA A100-SXM4-80GB")
     assert "on one A100" in hours_of(report, "full")[1]
     measured, said = hours_of(report | {"device": "NVIDIA A100-SXM4-80GB", "full_size": True}, "full")
     assert measured["01"] == pytest.approx((10834 * 2.5 + 1500 * 9) / 3600) and "as a rehearsal measured them" in said

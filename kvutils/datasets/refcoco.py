@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 
+from kvutils import data_folder
 from kvutils.datasets.coco_masks import check_segmentation, segmentation_mask
 from kvutils.datasets.files import coco_files, expect, find, limits, read_json, reading, some_of, visible
 from kvutils.datasets.hub import HUB, holds_parquet, open_rows, picture_at
@@ -39,14 +40,7 @@ SPLITS = {"unc": ("train", "val", "testA", "testB"), "google": ("train", "val", 
 WHOLE, ANNOTATIONS = "jxu124/refcoco-benchmark", "jxu124/refcoco"
 # Of jxu124/refcoco: its own names of the UNC splits.
 _ANNOTATION_SPLITS = {"train": "train", "val": "validation", "testA": "test", "testB": "testB"}
-_NAMES = (
-    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, -, stop sign, parking meter, "
-    "bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, -, backpack, umbrella, -, -, handbag, tie, suitcase, "
-    "frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, -, "
-    "wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, "
-    "chair, couch, potted plant, bed, -, dining table, -, -, toilet, -, tv, laptop, mouse, remote, keyboard, cell phone, microwave, "
-    "oven, toaster, sink, refrigerator, -, book, clock, vase, scissors, teddy bear, hair drier, toothbrush"
-).split(", ")
+_NAMES = (data_folder() / "coco_names.txt").read_text(encoding="utf-8").splitlines()  # "-": an id without a category
 CATEGORIES = {number: name for number, name in enumerate(_NAMES, start=1) if name != "-"}  # COCO's 80, of ids 1 to 90
 
 

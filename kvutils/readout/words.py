@@ -26,6 +26,7 @@ import torch
 from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoTokenizer, SiglipModel, SiglipTextModel
 
+from kvutils import data_folder
 from kvutils.errors import ModelError, ParameterError
 from kvutils.language import not_finite, read_layers, resolve_layers
 from kvutils.models import ENCODERS, MLM, Encoder
@@ -38,14 +39,7 @@ SIGLIP_TEMPLATE = "a {}"
 ARTICLES = ("the", "a", "an")
 UNCENTRED = "uncentred."  # prefix of the sources whose text vectors are as they are
 # Vocabularies of names, whatever data are scored: COCO's 80, and, for a model with a closed vocabulary of words, those of the pocket world.
-COCO_NAMES = tuple((
-    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, parking meter, bench, "
-    "bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, "
-    "snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork, "
-    "knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, "
-    "dining table, toilet, tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, "
-    "vase, scissors, teddy bear, hair drier, toothbrush"
-).split(", "))  # fmt: skip
+COCO_NAMES = tuple(name for name in (data_folder() / "coco_names.txt").read_text(encoding="utf-8").splitlines() if name != "-")
 POCKET_NAMES = ("fish", "bird", "car", "boat", "tree", "house", "cup", "flag")
 
 

@@ -1,34 +1,38 @@
 """What a run of the notebooks needs, and what of it is there: data, gigabytes, memory, hours.
 
 Nothing is downloaded and no checkpoint is loaded. Hours come from a rehearsal of the model alone (`make rehearse`, which measures whole
-items; that of llava-onevision-0.5b is shipped), for the GPU that is named."""
+items; that of llava-onevision-0.5b is shipped): the host's seconds as rehearsed, the models' passes as measured on this GPU or by
+arithmetic on a stated one (data/sizes.yaml says how much each size reads, and how fast GPUs are)."""
 
 import os
+import platform
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
 
 import psutil
 import torch
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
+from kvutils import data_folder
 from kvutils.datasets import FOLDERS, USES, open_dataset
 from kvutils.datasets.catalog import CATALOG, data_root
 from kvutils.datasets.hub import HUB, ask_hub, hub_download
 from kvutils.errors import DataError, one_of
-from kvutils.models import ENCODERS, FAMILIES, MODELS, ModelSpec, find_model, original_encoder
-from kvutils.run.hours import device_name, find_rehearsal, hours_of
+from kvutils.models import ENCODERS, FAMILIES, MODELS, ModelSpec, base_name, find_model, original_encoder
+from kvutils.run.notebook import cache_root
 from kvutils.run.sizes import declared, left_out, parameters_of
 from kvutils.store import read_json
 
-T = TypeVar("T")
 NOTEBOOKS = ("01", "02", "03", "04", "05")
 GIB = 2**30
 SIZES = {"llava-onevision-7b": 8.03, "llava-onevision-0.5b": 0.89, "qwen2.5-vl-7b": 8.29, "qwen2.5-vl-3b": 3.75,
          "llava-next-llama3-8b": 8.36}  # billions of weights, as published
+# What a rehearsal keeps of a step: seconds in all; of the host, beside the models' passes; of the passes the tera-operations, the
+# gigabytes of weights that they read, and their number; of the rest what a GPU would do: seconds on one core, and number of operations.
+COSTS = ("seconds", "host", "tflop", "gbytes", "passes", "tensor", "calls")
 _NO_ENCODER = ("03", "04")  # the others compare with SigLIP
 _GET = "with network it comes by itself; without, `hf download {}` elsewhere and copy HF_HOME"
 
@@ -127,7 +131,7 @@ def _together(wanted: Mapping[str, Mapping]) -> dict[str, Mapping]:
     return {name: options for each in wanted.values() for name, options in each.items()}
 
 
-def _by_folder(missing: Mapping[str, T]) -> dict[str, T]:
+def _by_folder(missing: Mapping) -> dict:
     """What is missing, by the names of the catalog: two data sets may share a folder."""
     return {FOLDERS.get(name, name): problem for name, problem in missing.items()}
 
@@ -144,6 +148,53 @@ def weights_on_gpu(spec: ModelSpec, notebook: str) -> float | None:
     a model that is not a published one."""
     size = {known.source: SIZES.get(name) for name, known in MODELS.items()}.get(spec.source)
     return size and (2 * 2e9 * size + (0 if notebook in _NO_ENCODER else 0.86e9)) / GIB
+
+
+def device_name() -> str:
+    """The GPU of this machine, or what its processor is."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
+
+
+def rehearsal_file(model: str) -> Path:
+    """Where `make rehearse` leaves its report."""
+    return cache_root() / "rehearsal" / f"{base_name(model)}.json"
+
+
+def find_rehearsal(model: str) -> dict:
+    """The report of `make rehearse` here, else the one that is shipped; {} where there is none."""
+    shipped = data_folder() / "rehearsal" / f"{base_name(model)}.json"
+    return next((read_json(path) for path in (rehearsal_file(model), shipped) if path.is_file()), {})
+
+
+def hours_of(report: Mapping, size: str, gpu: str | None = None, lost: Mapping[str, Mapping] = {}) -> tuple[dict[str, float], str]:
+    """({notebook: hours of the paper profile}, on what and how they were made).
+
+    gpu: a name of data/sizes.yaml; default: this machine's, else an H100. lost: {notebook: {use: data set}} that is left out."""
+    known = declared()
+    gpus, rate, work = known["gpus"], known["assumed"], known["work"][size]
+    if gpu is None and report["full_size"] and report["device"] == device_name():
+        gpu, fast, wide, said = "", 0, 0, f"on one {device_name()}: as a rehearsal measured them there"
+    else:
+        gpu = next((name for name in gpus if name in device_name().lower()), "h100") if gpu is None else gpu.lower()
+        fast, wide = gpus[gpu]["tflops"], gpus[gpu]["tbytes"]
+        said = (f"on one {gpu.upper()}: host seconds as rehearsed ({report['device']}) x items; per pass operations / ({rate['share']:.0%} of {fast} "
+                f"TFLOP/s) + weights / {wide} TB/s + {rate['pause']} s;\n         other tensor work at {wide} to a core's {rate['core']} TB/s "
+                f"+ {rate['call']:g} s a call")
+
+    def seconds(cost: Mapping) -> float:
+        if not gpu:
+            return cost["seconds"]
+        passes = cost["tflop"] / (rate["share"] * fast) + cost["gbytes"] / 1000 / wide + cost["passes"] * rate["pause"]
+        return cost["host"] + passes + cost["tensor"] * rate["core"] / wide + cost["calls"] * rate["call"]
+
+    found: dict[str, float] = {}
+    for notebook in dict.fromkeys(step["notebook"] for step in report["steps"]):
+        steps = [step for step in report["steps"] if step["notebook"] == notebook]
+        a_read = sum(seconds(step["of_reads"]) for step in steps) / max(sum(step["reads"] for step in steps), 1)
+        kept = [step for step in steps if not step["step"].startswith(tuple(lost.get(notebook, {"-": ""})))]
+        found[notebook] = sum(work[step["step"]][0] * seconds(step["of_items"]) / step["items"] + work[step["step"]][1] * a_read
+                              for step in kept) / 3600  # fmt: skip
+    return found, said
 
 
 def table(profile: str, model: str, notebooks: Sequence[str] = NOTEBOOKS, size: str = "full", source: str = "files", gpu: str | None = None) -> str:
