@@ -397,13 +397,13 @@ def rates(name: str, size: str, truth: Truth, runs: int, seed: int = 0) -> tuple
 
 def misses(name: str, truth: Truth, shares: dict[str, float], seen: float, runs: int) -> str:
     """"" where the rates are as they should be, else what is wrong. An effect is found, and its absence shown, in 80 % where the data can
-    tell: where an effect of that size, or the smallest of interest, would have been found. Without one at most 5 % say that there
-    is. Both with two standard errors of so many runs."""
+    tell: where four fifths of an effect of that size would have been found (choosing a layer on half of the items costs some of it), or
+    the smallest of interest. Without one at most 5 % say that there is. Both with two standard errors of so many runs."""
     slack = lambda share: 2 * (share * (1 - share) / runs) ** 0.5  # noqa: E731
     false = max(shares.get(word, 0) for word in ("present", "holds")) if "present" not in truth.right and "holds" not in truth.right else 0
     if false > 0.05 + slack(0.05):
         return f"an effect that is not there in {false:.0%}"
-    can_tell = seen <= (0.95 * claims()[name]["smallest"] if {"absent", "does not hold"} & {*truth.right} else abs(truth.effect))
+    can_tell = seen <= (0.95 * claims()[name]["smallest"] if {"absent", "does not hold"} & {*truth.right} else 0.8 * abs(truth.effect))
     right = sum(shares.get(word, 0) for word in truth.right)
     return f"said in {right:.0%}" if right < 0.8 - slack(0.8) and (can_tell or np.isnan(seen) or "cannot appear here" in truth.right) else ""
 
