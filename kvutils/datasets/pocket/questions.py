@@ -17,7 +17,8 @@ from kvutils.datasets.pocket.shapes import CLASSES, PARTS, PLURALS
 from kvutils.datasets.pocket.world import CLASS_PRIOR, COLOURS, DOMAINS, LETTERS, PRESENT, STYLES, Rendered, Scene
 
 NUMBERS = ("none", "one", "two", "three", "four")
-SIDES = ("left", "right", "above", "below")
+OF = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
+SIDES = tuple(OF)
 MARGIN = 8.0  # pixels by which one thing must be further left (or higher) before it is asked about
 OPTIONS = ("(a)", "(b)", "(c)", "(d)")
 _TEMPLATE_WORDS = (
@@ -54,7 +55,7 @@ def facts_of(scene: Scene, rendered: Rendered) -> Facts:
     return Facts(tuple((t.cls, t.colour, *row) for t, row in zip(scene.things, exact.tolist(), strict=True)), scene.style, scene.domain)
 
 
-def _unique(facts: Facts, field: int) -> list[tuple]:
+def unique(facts: Facts, field: int) -> list[tuple]:
     """Present things whose class (field 0) or colour (field 1) no other visible thing shares."""
     counts = Counter(t[field] for t in facts.things if t[4] > 0.02)
     return [t for t in facts.present if counts[t[field]] == 1]
@@ -88,11 +89,11 @@ def _existence_colour(facts, rng):
 
 
 def _classes(facts, rng):
-    return [(f"what is the {COLOURS[t[1]]} thing ?", CLASSES[t[0]]) for t in _unique(facts, 1)]
+    return [(f"what is the {COLOURS[t[1]]} thing ?", CLASSES[t[0]]) for t in unique(facts, 1)]
 
 
 def _colours(facts, rng):
-    return [(f"what colour is the {CLASSES[t[0]]} ?", COLOURS[t[1]]) for t in _unique(facts, 0)]
+    return [(f"what colour is the {CLASSES[t[0]]} ?", COLOURS[t[1]]) for t in unique(facts, 0)]
 
 
 def _count(facts, rng):
@@ -116,25 +117,17 @@ def _count_class(facts, rng):
     return f"how many {PLURALS[cls]} are there ?", NUMBERS[counts[cls]]
 
 
-def _style(facts, rng):
-    return "what style is the image ?", STYLES[facts.style]
-
-
-def _domain(facts, rng):
-    return "what is the light ?", DOMAINS[facts.domain]
-
-
 def _positions(facts, rng):
     """One axis for all: "left" for one thing and "right" for another makes the class in the question matter."""
     axis, near, far = (2, "left", "right") if rng.random() < 0.5 else (3, "top", "bottom")
     return [
         (f"is the {CLASSES[t[0]]} {near} or {far} ?", near if t[axis] < 48 else far)
-        for t in _unique(facts, 0)
+        for t in unique(facts, 0)
         if abs(t[axis] - 48) >= MARGIN
     ]
 
 
-def _offset(one, two, side) -> float:
+def offset(one, two, side) -> float:
     """By how many pixels thing `one` lies to the given side of thing `two` (negative: on the other side)."""
     return {"left": two[2] - one[2], "right": one[2] - two[2], "above": two[3] - one[3], "below": one[3] - two[3]}[side]
 
@@ -142,47 +135,40 @@ def _offset(one, two, side) -> float:
 def _relations(facts, rng):
     """Each pair of things, on one random side, in both orders: one "yes" and one "no"."""
     found = []
-    for one, two in combinations(_unique(facts, 0), 2):
+    for one, two in combinations(unique(facts, 0), 2):
         side = pick(rng, SIDES)
-        gap = _offset(one, two, side)
+        gap = offset(one, two, side)
         if abs(gap) >= MARGIN:
-            of = f"{side} of" if side in ("left", "right") else side
             a, b = (CLASSES[t[0]] for t in ((one, two) if gap > 0 else (two, one)))
-            found += [(f"is the {a} {of} the {b} ?", "yes"), (f"is the {b} {of} the {a} ?", "no")]
+            found += [(f"is the {a} {OF[side]} the {b} ?", "yes"), (f"is the {b} {OF[side]} the {a} ?", "no")]
     return found
 
 
 def _neighbour(facts, rng):
-    """A thing of unique class, a side, and the only other thing that lies on that side; None if there is no such."""
-    anchors = _unique(facts, 0)
+    """A side of a thing of unique class, in words, and the only other thing that lies there; None if there is no such."""
+    anchors = unique(facts, 0)
     if not anchors or facts.partial or len(facts.present) < 2:
         return None
     anchor, side = pick(rng, anchors), pick(rng, SIDES)
-    gaps = [(_offset(t, anchor, side), t) for t in facts.present if t is not anchor]
+    gaps = [(offset(t, anchor, side), t) for t in facts.present if t is not anchor]
     if any(abs(gap) < MARGIN for gap, _ in gaps):
         return None
     there = [t for gap, t in gaps if gap > 0]
-    if len(there) != 1:
-        return None
-    return anchor, (f"{side} of" if side in ("left", "right") else side), there[0]
+    return (f"{OF[side]} the {CLASSES[anchor[0]]}", there[0]) if len(there) == 1 else None
 
 
 def _hop_colour(facts, rng):
-    if found := _neighbour(facts, rng):
-        anchor, of, other = found
-        return f"what colour is the thing {of} the {CLASSES[anchor[0]]} ?", COLOURS[other[1]]
-    return None
+    found = _neighbour(facts, rng)
+    return found and (f"what colour is the thing {found[0]} ?", COLOURS[found[1][1]])
 
 
 def _hop_class(facts, rng):
-    if found := _neighbour(facts, rng):
-        anchor, of, other = found
-        return f"what is the thing {of} the {CLASSES[anchor[0]]} ?", CLASSES[other[0]]
-    return None
+    found = _neighbour(facts, rng)
+    return found and (f"what is the thing {found[0]} ?", CLASSES[found[1][0]])
 
 
 def _hop_same(facts, rng):
-    things = _unique(facts, 0)
+    things = unique(facts, 0)
     pairs = [(a, b) for a in things for b in things if a is not b]
     wanted = rng.random() < 0.7  # equal colours are rarer than unequal ones: this comes out near half and half
     pairs = [(a, b) for a, b in pairs if (a[1] == b[1]) == wanted]
@@ -209,7 +195,7 @@ def _hop_match(facts, rng):
     if facts.partial:
         return None
     alike = Counter(t[1] for t in facts.present)
-    pairs = [(a, b) for a in _unique(facts, 0) for b in facts.present if a is not b and a[1] == b[1] and alike[a[1]] == 2]
+    pairs = [(a, b) for a in unique(facts, 0) for b in facts.present if a is not b and a[1] == b[1] and alike[a[1]] == 2]
     if not pairs:
         return None
     one, other = pick(rng, pairs)
@@ -227,7 +213,7 @@ def _list_things(facts, question, values):
     """"fish red , car blue" from left to right. The word behind a class is its colour (or side): one look from the
     class word, at the class word. A question has the look and the answer at different tokens; without these lists
     neither step was ever learned, and the model was content with a colour that is somewhere in view."""
-    things = sorted(_unique(facts, 0), key=lambda t: t[2])
+    things = sorted(unique(facts, 0), key=lambda t: t[2])
     return (question, " , ".join(f"{CLASSES[t[0]]} {values(t)}" for t in things)) if things else None
 
 
@@ -245,7 +231,8 @@ def _list_sides(facts, rng):
 LOOKUPS = {"class": _classes, "colour": _colours, "position": _positions, "relation": _relations}
 KINDS = {
     "existence": _existence, "existence_colour": _existence_colour, "class": _classes, "colour": _colours,
-    "count": _count, "count_class": _count_class, "style": _style, "domain": _domain, "position": _positions,
+    "count": _count, "count_class": _count_class, "style": lambda facts, rng: ("what style is the image ?", STYLES[facts.style]),
+    "domain": lambda facts, rng: ("what is the light ?", DOMAINS[facts.domain]), "position": _positions,
     "relation": _relations, "hop_colour": _hop_colour, "hop_class": _hop_class, "hop_same": _hop_same, "hop_more": _hop_more,
     "hop_match": _hop_match, "caption": _caption, "list_colours": _list_colours, "list_sides": _list_sides,
 }  # fmt: skip

@@ -7,7 +7,7 @@ trained on (the recipe draws those from seeds 1 and 2). `group` in every sample 
 A thing counts as present from a visible share of `PRESENT` on. Below that it is ambiguous and its pixels are `VOID`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from kvutils import VOID
+from kvutils.datasets.files import limits
 from kvutils.datasets.pascal5i import sample_episodes
 from kvutils.datasets.pocket.questions import facts_of, referring_expression
 from kvutils.datasets.pocket.shapes import CLASSES
@@ -86,10 +87,14 @@ def pocket_scene(stream: str, index: int, seed: int = SEED, kind: str = "mixed")
     return PocketScene(f"{stream}-{seed}-{index:05d}", scene, render(scene))
 
 
-def tries(wanted: int, what: str) -> Iterator[int]:
-    """0, 1, ...: the scenes that are looked at for `wanted` of `what`; ends in a ParameterError instead of searching for ever."""
-    yield from range(MAX_TRIES * wanted)
-    raise ParameterError(f"{wanted} {what} were not found among {MAX_TRIES * wanted} scenes")
+def tries(found: Sized, wanted: int, what: str) -> Iterator[int]:
+    """0, 1, ...: the scenes to look at until `wanted` of `what` are in `found`; a ParameterError instead of searching for ever."""
+    for index in range(MAX_TRIES * wanted):
+        if len(found) == wanted:
+            return
+        yield index
+    if len(found) < wanted:
+        raise ParameterError(f"{wanted} {what} were not found among {MAX_TRIES * wanted} scenes")
 
 
 def few_shot_episodes(per_fold: int = 50, scenes: int = 240, shot: int = 5, seed: int = SEED) -> list[Episode]:
@@ -98,9 +103,7 @@ def few_shot_episodes(per_fold: int = 50, scenes: int = 240, shot: int = 5, seed
     The list of a fold holds every (scene, class of the fold) with a present thing; masks are 1 on all visible pixels of
     the class, however little of a thing shows (Pascal's masks know no minimum).
     """
-    at_least("per_fold", per_fold)
-    at_least("scenes", scenes)
-    at_least("shot", shot)
+    limits(per_fold=per_fold, scenes=scenes, shot=shot)
     pool = {s.id: s for s in (pocket_scene("episodes", i, seed) for i in range(scenes))}
     episodes = []
     for fold in range(FOLDS):
@@ -118,11 +121,10 @@ def few_shot_episodes(per_fold: int = 50, scenes: int = 240, shot: int = 5, seed
 
 def image_groups(per_class: int = 2, images: int = 8, seed: int = SEED) -> list[ImageGroup]:
     """Twin of MSRC: sets of `images` scenes that share a class. No scene is in two sets."""
-    at_least("per_class", per_class)
-    at_least("images", images)
+    limits(per_class=per_class, images=images)
     sets: dict[int, list[list[PocketScene]]] = {c: [[] for _ in range(per_class)] for c in range(len(CLASSES))}
-    open_places = len(CLASSES) * per_class * images
-    for index in tries(open_places, "scenes of all classes"):
+    taken: list[int] = []
+    for index in tries(taken, len(CLASSES) * per_class * images, "scenes of all classes"):
         scene = pocket_scene("groups", index, seed)
         # The class that lacks most takes the scene, so that rare classes fill up.
         takers = [(sum(len(g) for g in sets[c]), c) for c in scene.present_classes]
@@ -130,9 +132,7 @@ def image_groups(per_class: int = 2, images: int = 8, seed: int = SEED) -> list[
         if takers:
             filled, cls = min(takers)
             sets[cls][filled // images].append(scene)
-            open_places -= 1
-        if not open_places:
-            break
+            taken.append(index)
     return [ImageGroup(f"{CLASSES[c]}-{number}", CLASSES[c], tuple(LabelledImage(s.id, s.image, s.class_mask(c)) for s in members))
             for c, groups in sets.items() for number, members in enumerate(groups)]  # fmt: skip
 
@@ -166,8 +166,9 @@ def referring_masks(scenes: int = 60, seed: int = SEED) -> list[NamedMask]:
     these is enough have no sample.
     """
     at_least("scenes", scenes)
-    samples, used = [], 0
-    for number in tries(scenes, "scenes with two things of a class"):
+    samples: list[NamedMask] = []
+    used: list[int] = []
+    for number in tries(used, scenes, "scenes with two things of a class"):
         scene = pocket_scene("referring", number, seed)
         if len(scene.present_classes) == len(scene.present):
             continue
@@ -177,19 +178,16 @@ def referring_masks(scenes: int = 60, seed: int = SEED) -> list[NamedMask]:
                 mask = (scene.drawn.mask == index + 1).astype(np.uint8)
                 name = CLASSES[scene.scene.things[index].cls]
                 samples.append(NamedMask(f"{scene.id}-{index}", scene.id, scene.image, text, mask, scene.id, name))
-        used += 1
-        if used == scenes:
-            break
+        used.append(number)
     return samples
 
 
 def keypoint_pairs(pairs: int = 160, seed: int = SEED, min_points: int = 2) -> list[KeypointPair]:
     """Twin of SPair-71k: two scenes with one large thing of the same class each. No scene is in two pairs."""
-    at_least("pairs", pairs)
-    at_least("min_points", min_points)
+    limits(pairs=pairs, min_points=min_points)
     waiting: dict[int, PocketScene] = {}
     samples: list[KeypointPair] = []
-    for index in tries(pairs, "pairs of scenes"):
+    for index in tries(samples, pairs, "pairs of scenes"):
         scene = pocket_scene("pairs", index, seed, "portrait")
         cls = scene.scene.things[0].cls
         first = waiting.pop(cls, scene)
@@ -200,8 +198,6 @@ def keypoint_pairs(pairs: int = 160, seed: int = SEED, min_points: int = 2) -> l
         source_points, target_points = (each.drawn.keypoints[0][both] for each in (first, scene))
         samples.append(KeypointPair(f"{first.id}-{scene.id}", CLASSES[cls], first.id, first.image, source_points, scene.id, scene.image,
                                     target_points, scene.thing_box(0)))  # fmt: skip
-        if len(samples) == pairs:
-            break
     return samples
 
 
@@ -210,7 +206,7 @@ def clips(count: int = 24, frames: int = 12, seed: int = SEED) -> list[Clip]:
     at_least("count", count)
     at_least("frames", frames, 3)  # the first is given, the last not scored
     samples: list[Clip] = []
-    for index in tries(count, "clips with visible things"):
+    for index in tries(samples, count, "clips with visible things"):
         scenes = sample_clip(np.random.default_rng((seed, _STREAMS["clips"], index)), frames)
         first = render(scenes[0])
         if first.visible.min() < PRESENT:
@@ -218,8 +214,6 @@ def clips(count: int = 24, frames: int = 12, seed: int = SEED) -> list[Clip]:
         drawn = [first, *(render(scene) for scene in scenes[1:])]
         images = tuple(Image.fromarray(d.image) for d in drawn)
         samples.append(Clip(f"clips-{seed}-{index:05d}", images, np.stack([d.mask for d in drawn])))
-        if len(samples) == count:
-            break
     return samples
 
 
@@ -244,11 +238,9 @@ def domain_scenes(scenes: int = 160, stream: str = "domains", domains: Sequence[
         one_of("domain", name, DOMAINS)
     one_of("stream", stream, ("domains", "domain-training"))
     samples: list[DomainImage] = []
-    for index in tries(scenes, f"scenes with {' or '.join(domains)}"):
+    for index in tries(samples, scenes, f"scenes with {' or '.join(domains)}"):
         name = DOMAINS[describe_scene(stream, index, seed).domain]
         if name in domains:
             scene = pocket_scene(stream, index, seed)
             samples.append(DomainImage(scene.id, scene.image, scene.class_map(), name))
-        if len(samples) == scenes:
-            break
     return samples

@@ -11,8 +11,9 @@ from itertools import permutations
 import numpy as np
 from PIL import Image
 
+from kvutils.datasets.files import limits
 from kvutils.datasets.mme import mme_subtasks
-from kvutils.datasets.pocket.questions import MARGIN, SCORED, SIDES, Facts, balanced_questions, facts_of, pick
+from kvutils.datasets.pocket.questions import MARGIN, OF, SCORED, SIDES, Facts, balanced_questions, facts_of, offset, pick, unique
 from kvutils.datasets.pocket.sets import SEED, PocketScene, describe_scene, pocket_scene, tries
 from kvutils.datasets.pocket.shapes import CLASSES, PLURALS
 from kvutils.datasets.pocket.world import CLASS_PRIOR, COLOURS, render, sample_kind, sample_scene
@@ -39,16 +40,13 @@ def pocket_pope(scenes: int = 600, split: str = "all", per_scene: int = 3, seed:
     600 scenes show a true difference of 3 F1 points with probability 0.8 as long as at most one answer in six changes;
     where 6 % of the answers change, as when a third of the image is hidden from the model, they show 1.6 points.
     """
-    at_least("scenes", scenes)
-    at_least("per_scene", per_scene)
+    limits(scenes=scenes, per_scene=per_scene)
     splits = pope_splits(split)
     found: list[tuple[int, PocketScene]] = []
-    for index in tries(scenes, "scenes with a visible thing"):
+    for index in tries(found, scenes, "scenes with a visible thing"):
         scene = pocket_scene("pope", index, seed)
         if scene.present:
             found.append((index, scene))
-        if len(found) == scenes:
-            break
     presence = np.array([np.isin(np.arange(len(CLASSES)), s.present_classes) for _, s in found], dtype=int)
     together = presence.T @ presence  # (8, 8) scenes that show both classes; on the diagonal, that show it
 
@@ -98,7 +96,7 @@ def pocket_mme(images: int = 300, split: str | Sequence[str] = "all", seed: int 
     at_least("images", images)
     subtasks = mme_subtasks(split, tuple(MME_FORMS))
     samples: dict[str, list[YesNoSample]] = {name: [] for name in subtasks}
-    for index in tries(images, "scenes for each subtask"):
+    for index in tries((), images, "scenes for each subtask"):
         lacking = [name for name in subtasks if len(samples[name]) < 2 * images]
         if not lacking:
             break
@@ -142,13 +140,11 @@ def _colour(facts: Facts, random: np.random.Generator) -> tuple[str, str] | None
 
 def _position(facts: Facts, random: np.random.Generator) -> tuple[str, str] | None:
     side = pick(random, SIDES)
-    axis, sign = (2 if side in ("left", "right") else 3), (1 if side in ("right", "below") else -1)
-    pairs = [(CLASSES[a[0]], CLASSES[b[0]]) for a, b in permutations(_only_ones(facts), 2) if sign * (a[axis] - b[axis]) >= MARGIN]
+    pairs = [(CLASSES[a[0]], CLASSES[b[0]]) for a, b in permutations(unique(facts, 0), 2) if offset(a, b, side) >= MARGIN]
     if not pairs:
         return None
     one, two = pick(random, pairs)
-    of = f"{side} of" if axis == 2 else side
-    return f"is the {one} {of} the {two} ?", f"is the {two} {of} the {one} ?"
+    return f"is the {one} {OF[side]} the {two} ?", f"is the {two} {OF[side]} the {one} ?"
 
 
 def _count(facts: Facts, random: np.random.Generator) -> tuple[str, str] | None:
@@ -163,7 +159,7 @@ def _count(facts: Facts, random: np.random.Generator) -> tuple[str, str] | None:
 
 
 def _same_colour(facts: Facts, random: np.random.Generator) -> tuple[str, str] | None:
-    pairs = list(permutations(_only_ones(facts), 2))
+    pairs = list(permutations(unique(facts, 0), 2))
     chosen = []
     for same in (True, False):
         fitting = [(a, b) for a, b in pairs if (a[1] == b[1]) == same]
@@ -175,12 +171,6 @@ def _same_colour(facts: Facts, random: np.random.Generator) -> tuple[str, str] |
 
 
 _PAIR_OF = {"existence": _existence, "count": _count, "position": _position, "color": _colour, "same_color": _same_colour}
-
-
-def _only_ones(facts: Facts) -> list[tuple]:
-    """Present things without another of their class in view."""
-    classes = [thing[0] for thing in (*facts.present, *facts.partial)]
-    return [thing for thing in facts.present if classes.count(thing[0]) == 1]
 
 
 def _random(*seed: int) -> np.random.Generator:
@@ -202,8 +192,7 @@ def questions_of_every_kind(per_kind: int = 200, scenes: int = 1200, kinds: tupl
     The scenes are those of a training pool of this seed, so no model was trained on them and no other set has them. The
     options of a kind are its answers. Raises ParameterError for sizes below 1 and unknown kinds.
     """
-    at_least("per_kind", per_kind)
-    at_least("scenes", scenes)
+    limits(per_kind=per_kind, scenes=scenes)
     for kind in kinds:
         one_of("kind of question about one image", kind, SCORED)
     pictures, facts = [], []
