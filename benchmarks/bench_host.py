@@ -119,7 +119,7 @@ class Workshop:
         for source in (*extractor.sources, "head.encoder", "head.encoder_original"):  # head: what text scores read of a tower that is cut
             width = {"pixels": 5, "projector": 3584}.get(source, 1152 if "encoder" in source else 512)
             means = torch.randn(int(shown.max()) + 1, width, generator=torch.Generator().manual_seed(width))
-            found[source] = (torch.randn(len(layout), width) + 0.3 * means[shown]).half().to(extractor.to or self.device)
+            found[source] = (torch.randn(len(layout), width) + 0.3 * means[shown]).half().to(self.device)
         return ImageFeatures(layout, found, self.device)
 
     def scored(self, task, pictures: list, unit: str, count: int = 1) -> Item:

@@ -257,7 +257,7 @@ OPTIONS = [
     ("blink", {"split": "train"}, "split of BLINK 'train'; expected one of val"),
     ("blink", {"subtasks": ("Style",)}, "subtask of BLINK 'Style'.*expected one of Art_Style"),
     *((name, {option: 0}, f"{option} must be a whole number of at least 1, not 0") for name, option in (
-        ("pascal-5i", "image_size"), ("pascal-5i", "shot"), ("msrc", "images"), ("imagenet-s", "max_images"),
+        ("pascal-5i", "shot"), ("msrc", "images"), ("imagenet-s", "max_images"),
         ("imagenet-s-train", "per_class"), ("coco", "count"), ("refcoco", "max_images"), ("spair-71k", "per_category"),
         ("spair-71k", "max_pairs"), ("pope", "max_images"), ("mme", "max_images"),
         ("bdd-10k", "images"), ("blink", "max_items"),

@@ -32,7 +32,8 @@ _LOADERS: dict[str, tuple[Callable[..., Iterable], Callable[..., Iterable]]] = {
 }  # fmt: skip
 _ON_DISK = {name: real for name, (real, _) in _LOADERS.items()}
 _GENERATED = {f"pocket-{name}": twin for name, (_, twin) in _LOADERS.items()} | {"pocket-questions": yes_no.questions_of_every_kind}
-DATASETS = (*_GENERATED, *_ON_DISK)
+_EVERY = _GENERATED | _ON_DISK
+DATASETS = tuple(_EVERY)
 FOLDERS = {"imagenet-s-train": "imagenet-s", "bdd-10k-train": "bdd-10k"}  # where it is not the data set's name
 _SIX_TASKS = {
     "foreground_segmentation": "pascal-5i",
@@ -51,8 +52,7 @@ _PAPER = {
     "05": {"choices": "blink"},
 }
 # profile -> notebook, by its number -> use -> the data set that is read for it
-USES = {"paper": _PAPER,
-        "pocket": {number: {use: f"pocket-{name}" for use, name in uses.items()} for number, uses in _PAPER.items()}}  # fmt: skip
+USES = {"paper": _PAPER, "pocket": {number: {use: f"pocket-{name}" for use, name in uses.items()} for number, uses in _PAPER.items()}}
 USES["pocket"]["03"]["reading"] = "pocket-questions"  # of every kind; the paper profile has no such set
 # Uses without which a notebook has nothing to say; the others may be left out, and what they were for is then not measured.
 NEEDED = {"03": ("keys", "pope", "mme"), "04": ("referring", "questions"), "05": ("choices",)}
@@ -69,7 +69,7 @@ def open_dataset(name: str, root: str | Path | None = None, **options) -> Sequen
     2
     """
     one_of("data set", name, DATASETS, DataError)
-    loader = _loader(name)
+    loader = _EVERY[name]
     if name in _ON_DISK:
         options["root"] = find_root(name, root)
     elif root is not None:
@@ -93,12 +93,8 @@ def open_uses(profile: str, notebook: str, options: Mapping[str, Mapping | None]
     kept = {use: name for use, name in names.items() if options.get(name, {}) is not None}
     if lacking := [names[use] for use in NEEDED.get(notebook, ()) if use not in kept] or ([] if kept else list(names.values())):
         raise ParameterError(f"notebook {notebook} has nothing to measure without {', '.join(lacking)}: do not leave it out")
-    asking = {name: {"prompts": prompts} for name in kept.values() if "prompts" in inspect.signature(_loader(name)).parameters}
+    asking = {name: {"prompts": prompts} for name in kept.values() if "prompts" in inspect.signature(_EVERY[name]).parameters}
     return {use: open_dataset(name, **asking.get(name, {}) | options.get(name, {})) for use, name in kept.items()}
-
-
-def _loader(name: str) -> Callable[..., Iterable]:
-    return _GENERATED.get(name) or _ON_DISK[name]
 
 
 def find_root(name: str, root: str | Path | None = None) -> str | Path:

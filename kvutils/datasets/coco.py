@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -123,17 +122,13 @@ def _from_parquet(root: str | Path, count: int, annotated: bool) -> list[Labelle
     records = rows.select_columns(list(_COLUMNS))  # without the pictures, which stay on disk
     samples = []
     for number in _choose(list(places), count, str(root)):
-        picture = picture_at(rows, places[number], "image", f"COCO {number:012d}")
-        samples.append(_boxed(records[places[number]], picture, annotated))
+        row, picture = records[places[number]], picture_at(rows, places[number], "image", f"COCO {number:012d}")
+        with reading(picture.name, "objects with bbox"):
+            objects = row["objects"]
+            boxes = objects["bbox"] if isinstance(objects, dict) else [one["bbox"] for one in objects]
+        drawn = partial(_fill, boxes, (row["width"], row["height"]), picture)
+        samples.append(LabelledImage(f"{number:012d}", picture, drawn if annotated else partial(_void, picture)))
     return samples
-
-
-def _boxed(row: dict[str, Any], picture: Picture, annotated: bool) -> LabelledImage:
-    with reading(picture.name, "objects with bbox"):
-        objects = row["objects"]
-        boxes = objects["bbox"] if isinstance(objects, dict) else [one["bbox"] for one in objects]
-    drawn = partial(_fill, boxes, (row["width"], row["height"]), picture)
-    return LabelledImage(f"{int(row['image_id']):012d}", picture, drawn if annotated else partial(_void, picture))
 
 
 def _fill(boxes: Sequence[Sequence[float]], size: tuple[int, int], picture: Picture) -> np.ndarray:

@@ -17,8 +17,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image
 
 from kvutils import VOID
 from kvutils.datasets.files import expect, find, limits, need, read_lines
@@ -60,18 +58,17 @@ def sample_episodes(entries: Sequence[tuple[str, int]], shot: int = 5, n_episode
 
 
 def pascal5i_episodes(root: str | Path, folds: Sequence[int] = tuple(range(FOLDS)), per_fold: int = 1000, shot: int = 5,
-                      seed: int = 0, image_size: int | None = None) -> list[Episode]:  # fmt: skip
+                      seed: int = 0) -> list[Episode]:  # fmt: skip
     """HSNet's test episodes, fold by fold: masks 1 on the class, 0 elsewhere, `VOID` on the annotators' borders.
 
-    per_fold keeps the first episodes of each fold's 1,000. image_size: side of the square to which pictures and
-    masks (query and support) are resized, 400 in HSNet's test; None (default, ours) keeps them as they are, because
-    the readout is interpolated to the pixels of the query's mask. Images are named by VOC, so one that serves
-    several classes keeps its id. Raises ParameterError for an impossible fold or size, DataError for missing files
+    per_fold keeps the first episodes of each fold's 1,000. Pictures and masks keep their size (HSNet's test resizes both to
+    400 x 400), because the readout is interpolated to the pixels of the query's mask. Images are named by VOC, so one that
+    serves several classes keeps its id. Raises ParameterError for an impossible fold or number, DataError for missing files
     (before anything is opened), a malformed list, and a mask that is no class image or lacks the class of its list.
     """
     if not folds or len(set(folds)) != len(folds) or set(folds) - set(range(FOLDS)):
         raise ParameterError(f"folds must be different ones of 0..{FOLDS - 1}, found {list(folds)}")
-    limits(per_fold=per_fold, shot=shot, image_size=image_size)
+    limits(per_fold=per_fold, shot=shot)
     places, hint = [Path(root) / place / "splits/pascal/val" for place in (".", "data", "hsnet/data")], ": HSNet's list of its images"
     lists = {fold: find("pascal-5i", *(place / f"fold{fold}.txt" for place in places), hint=hint) for fold in folds}
     drawn = {fold: sample_episodes(read_split(path, fold), shot, per_fold, seed) for fold, path in lists.items()}
@@ -85,8 +82,7 @@ def pascal5i_episodes(root: str | Path, folds: Sequence[int] = tuple(range(FOLDS
 
     def labelled(name: str, class_index: int) -> LabelledImage:
         picture, mask = files[name]
-        opened = partial(_read_mask, mask, picture, class_index, image_size)
-        return LabelledImage(name, partial(_read_picture, picture, image_size), opened)
+        return LabelledImage(name, picture, partial(_read_mask, mask, picture, class_index))
 
     episodes = []
     for fold, each in drawn.items():
@@ -109,20 +105,10 @@ def read_split(path: Path, fold: int) -> list[tuple[str, int]]:
     return entries
 
 
-def _read_picture(picture: Picture, size: int | None) -> Image.Image:
-    image = picture()
-    return image if size is None else image.resize((size, size), Image.Resampling.BILINEAR)
-
-
-def _read_mask(path: Path, picture: Picture, class_index: int, size: int | None) -> np.ndarray:
+def _read_mask(path: Path, picture: Picture, class_index: int) -> np.ndarray:
     """(H, W) uint8 of one class: 1, 0 or `VOID`."""
     labels = read_labels(path, picture, ("L", "P"), "class numbers (a palette or single-channel image)", len(CLASS_NAMES))
     found = np.flatnonzero(np.bincount(labels.ravel())).tolist()
     shown = f"class {class_index + 1} ({CLASS_NAMES[class_index]})"
     expect(class_index + 1 in found, f"{path}: its list says that it shows {shown}, found only {found}; are these SegmentationClass masks?")
-    mask = class_mask(labels, class_index + 1, VOID)
-    if size is None:
-        return mask
-    # The nearest pixel as HSNet takes it: torch rounds down, where Pillow takes the middle.
-    scaled = torch.nn.functional.interpolate(torch.from_numpy(mask)[None, None].float(), (size, size), mode="nearest")
-    return scaled[0, 0].to(torch.uint8).numpy()
+    return class_mask(labels, class_index + 1, VOID)

@@ -1,13 +1,13 @@
 """Figures of notebook 04: what words before the image change in its values, and in the answers."""
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import product
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from kvutils.plots.style import COLOURS, curve, decode_image, forest, in_order, legend_below, panels, picture, styled
+from kvutils.plots.style import COLOURS, curve, decode_image, forest, in_order, layers_text, legend_below, panels, picture, styled
 
 CONDITION_STYLE = {  # condition -> colour, line, marker, label
     "none": ("black", "-", "D", "no prefix"),
@@ -44,13 +44,8 @@ def prefix_effects(readouts: Mapping[str, Mapping]) -> Figure:
         points = [*_points(best["correct_minus"], others), (len(others), best["random_minus_none"], *random, None)]
         axis.axvspan(-found["smallest"], found["smallest"], color="0.9", lw=0)
         forest(axis, points, names, factor=100)
-        _title(axis, found["title"], f"{_layers(best['layers'])}, {found['n']} samples", "mIoU points")
+        _title(axis, found["title"], f"{layers_text(best['layers'])}, {found['n']} samples", "mIoU points")
     return figure
-
-
-def _layers(chosen: Sequence[int]) -> str:
-    """Of the best layers of the two halves."""
-    return "layer " + " and layer ".join(map(str, dict.fromkeys(chosen))) if chosen else "no layer chosen"
 
 
 @styled

@@ -159,5 +159,7 @@ def along_the_flow(axis, sources: Mapping[str, Mapping], families: Mapping[str, 
 
 
 def layers_text(layers: Sequence[int]) -> str:
-    """`layer 2`, or `layers 2 and 5` where each half of the items has its own."""
+    """`layer 2`, or `layers 2 and 5` where each half of the items has its own; `no layer` where there was no choice."""
+    if not layers:
+        return "no layer"
     return f"layer {layers[0]}" if len(set(layers)) == 1 else f"layers {' and '.join(map(str, layers))}"

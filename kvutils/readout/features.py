@@ -129,16 +129,16 @@ class FeatureExtractor:
     layers: of values and keys ("all" or numbers). encoder_text: the text tower of encoder_original, for text scores of the
     encoders. `alignment` scores texts. Pictures are kept up to `memory_bytes`, the least recently used goes first (default: a
     third of what is free, shared by the processes of this machine): on the model's device until that is `FULL`, then in main
-    memory. to: where all of them live instead. vocabulary: as in `TextAlignment`.
+    memory. vocabulary: as in `TextAlignment`.
     """
 
     def __init__(
         self, mlm: MLM, untrained: MLM | None = None, encoder_original: Encoder | None = None, *,
         encoder_text: SiglipText | None = None, layers: str | int | Iterable[int] = "all", keys: bool = True,
-        memory_bytes: int | None = None, to: str | torch.device | None = None, vocabulary: Sequence[str] | None = None,
+        memory_bytes: int | None = None, vocabulary: Sequence[str] | None = None,
     ):  # fmt: skip
         self.mlm, self.untrained, self.encoder_original = mlm, untrained, encoder_original
-        self.layers, self.keys, self.to = resolve_layers(mlm, layers), keys, to
+        self.layers, self.keys = resolve_layers(mlm, layers), keys
         self.memory_bytes = _free(mlm.device) // 3 if memory_bytes is None else memory_bytes
         self.alignment = TextAlignment(mlm, self.layers, untrained, encoder_original, encoder_text, vocabulary)
         self._memory: OrderedDict[str, ImageFeatures] = OrderedDict()
@@ -257,8 +257,8 @@ class FeatureExtractor:
     def _place(self) -> torch.device:
         """Where the next features live."""
         device = self.mlm.device
-        if self.to is not None or device.type != "cuda":
-            return torch.device(self.to or device)
+        if device.type != "cuda":
+            return device
         total = torch.cuda.get_device_properties(device).total_memory
         return device if torch.cuda.memory_allocated(device) < FULL * total else torch.device("cpu")
 
