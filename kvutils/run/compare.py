@@ -28,11 +28,10 @@ def committed(path: Path) -> dict:
 
 
 def numbers(value: object, place: str = "") -> Iterator[tuple[str, float]]:
-    """(place, number) of every number of a results file; its `provenance` apart, if it is in the file."""
+    """(place, number) of every number of a results file."""
     if isinstance(value, Mapping | list):
         for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
-            if (place, key) != ("", "provenance"):
-                yield from numbers(item, f"{place}.{key}".lstrip("."))
+            yield from numbers(item, f"{place}.{key}".lstrip("."))
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield place, value
 

@@ -22,7 +22,6 @@ FIELDS = ("id", "short", "section", "statement", "paper", "effect", "unit", "sma
 COMPARISONS = ("claim", "comparison", "value [95 % interval]", "smallest effect of interest", "detectable", "n", "units", "verdict")
 
 
-
 @cache
 def load_claims(path: Path | None = None) -> list[dict]:
     """The claims of data/claims.yaml, in their order; DataError for one without all of its fields."""

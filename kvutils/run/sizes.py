@@ -27,8 +27,7 @@ def parameters_of(notebook: str, profile: str, size: str = "full", source: str =
     found = {} if size == "full" else {"size": size} | declared()[size][profile].get(notebook, {})
     options = found.pop("data_options", {})
     if source == HUB:
-        options = {name: options.get(name, {}) | {"root": HUB} if CATALOG[FOLDERS.get(name, name)].hub else None
-                   for name in names}  # fmt: skip
+        options = {name: options.get(name, {}) | {"root": HUB} if CATALOG[FOLDERS.get(name, name)].hub else None for name in names}
     for name, chosen in _mapping("data_options", given.pop("data_options", {})).items():
         if name not in elsewhere:
             options[name] = chosen if chosen is None else (options.get(name) or {}) | _mapping(f"data_options of {name}", chosen)

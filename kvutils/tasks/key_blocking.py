@@ -70,11 +70,9 @@ def conditions(table: KeyTable, thresholds: dict, reading: Sequence[int], layers
     found[READING[1]] = replace(keys.select_highest(like, -table.variance[sorted(reading)], real), name=READING[1])
     found |= _drawn(READING[2], READING_DRAWS, lambda draw: keys.select_random(like, real, seed + draw))
     found[EVERY] = keys.select_all(layers, heads, tokens)
-    about = {
-        "layers": list(layers), "method": method, "below": below, "share": float(block.mask.sum() / (len(layers) * heads * real.sum())),
-        "families": {name: _about(each, table) for name, each in _by_family(found).items()},
-    }  # fmt: skip
-    return found, about
+    share = float(block.mask.sum() / (len(layers) * heads * real.sum()))
+    families = {name: _about(each, table) for name, each in _by_family(found).items()}
+    return found, {"layers": list(layers), "method": method, "below": below, "share": share, "families": families}
 
 
 def _drawn(family: str, draws: int, select: Callable[[int], KeySelection]) -> dict[str, KeySelection]:
@@ -97,10 +95,8 @@ def _by_family(found: Mapping[str, object]) -> dict[str, list]:
     return families
 
 
-def ask_under_blocks(
-    task: YesNoTask, mlm: MLM, blocks: Mapping[str, KeySelection | None], parts: Parts | None = None, *,
-    batch_size: int = 16, chunk: int = 48, progress: bool = True,
-) -> tuple[dict[str, list[str]], dict[str, float]]:  # fmt: skip
+def ask_under_blocks(task: YesNoTask, mlm: MLM, blocks: Mapping[str, KeySelection | None], parts: Parts | None = None, *, batch_size: int = 16,
+                     chunk: int = 48, progress: bool = True) -> tuple[dict[str, list[str]], dict[str, float]]:  # fmt: skip
     """Condition -> one answer text per question of the task, in its order; and condition -> how much probability yes and no
     hold together, mean over the questions. batch_size as in `answer_all`.
 
@@ -192,10 +188,8 @@ def _needs(about: Mapping, pope: Mapping) -> list[dict]:
     ]
 
 
-def sweep(
-    task: YesNoTask, mlm: MLM, table: KeyTable, shares: Sequence[float] = (0.05, 0.1, 0.2, 0.35, 0.5),
-    depths: Sequence[int] | None = None, parts: Parts | None = None, n_boot: int = 2000, seed: int = 0, **options,
-) -> dict:  # fmt: skip
+def sweep(task: YesNoTask, mlm: MLM, table: KeyTable, shares: Sequence[float] = (0.05, 0.1, 0.2, 0.35, 0.5),
+          depths: Sequence[int] | None = None, parts: Parts | None = None, n_boot: int = 2000, seed: int = 0, **options) -> dict:  # fmt: skip
     """Share of keys (lowest variance of each layer) x number of last layers: chosen on one half, reported on the other half
     alone, as reading all cells on both would double the longest measurement of the notebook.
 
@@ -203,8 +197,7 @@ def sweep(
     cell on the other half. depths: default one, a third, half, two thirds of the layers, and all. options: those of `ask_under_blocks`.
     """
     total = len(table.variance)
-    if depths is None:
-        depths = sorted({1, len(last_layers(total)), -(-total // 2), -(-2 * total // 3), total})
+    depths = depths or sorted({1, len(last_layers(total)), -(-total // 2), -(-2 * total // 3), total})
     chosen = choosing_half([s.image_id for s in task.samples], seed)
     halves = [type(task)([s for s, c in zip(task.samples, chosen, strict=True) if c == side]) for side in (True, False)]
     cells = {f"{share:g} {depth}": keys.select_lowest(table, share, range(total - depth, total)) for share in shares for depth in depths}
@@ -216,8 +209,5 @@ def sweep(
     best = list(cells)[place]
     again, _ = ask_under_blocks(halves[1], mlm, {NONE: None, best: cells[best]}, parts, **options)
     held_out = Scored.of(halves[1], again, n_boot, seed).change([best], [NONE])["headline"]
-    return {
-        "metric": ".".join(task.metric), "shares": list(shares), "depths": list(depths), "grid": grid,
-        "best": {"share": shares[place // len(depths)], "depth": depths[place % len(depths)]},
-        "held_out": held_out, "images": [len(half.images) for half in halves],
-    }  # fmt: skip
+    return {"shares": list(shares), "depths": list(depths), "grid": grid, "held_out": held_out, "images": [len(half.images) for half in halves],
+            "best": {"share": shares[place // len(depths)], "depth": depths[place % len(depths)]}}  # fmt: skip

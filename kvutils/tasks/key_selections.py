@@ -4,7 +4,7 @@ Every selection is a `KeySelection` by layer, key-value head and image token. Th
 keys, or keys that receive as much attention, in another way. real (N,) bool: the tokens that show a part of the image; newlines are never
 drawn."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -37,20 +37,22 @@ def select_lowest(table: KeyTable, share: float, layers: Sequence[int]) -> KeySe
 
 def select_random(like: KeySelection, real: torch.Tensor, seed: int) -> KeySelection:
     """As many keys in each layer and head as `like` has, drawn from all that are no newlines."""
-    places = np.flatnonzero(real)
-    random, mask = np.random.default_rng(seed), torch.zeros_like(like.mask)
-    for (layer, head), count in np.ndenumerate(like.mask.sum(-1).numpy()):
-        mask[layer, head, random.permutation(places)[:count]] = True
-    return KeySelection("random", mask, like.layers)
+    places, random = np.flatnonzero(real), np.random.default_rng(seed)
+    return _filled("random", like, like.mask.sum(-1), lambda _, count: random.permutation(places)[:count])
+
+
+def _filled(name: str, like: KeySelection, wanted: torch.Tensor, choose: Callable) -> KeySelection:
+    """The positions that choose((layer, head), wanted (L, G) there) gives, in the layers of `like`."""
+    mask = torch.zeros_like(like.mask)
+    for place, each in np.ndenumerate(wanted.numpy()):
+        mask[(*place, choose(place, each))] = True
+    return KeySelection(name, mask, like.layers)
 
 
 def select_highest(like: KeySelection, values: torch.Tensor, real: torch.Tensor) -> KeySelection:
     """As many keys in each layer and head as `like` has, those of the highest values (L, G, N), such as the variance."""
-    mask = torch.zeros_like(like.mask)
-    for (layer, head), count in np.ndenumerate(like.mask.sum(-1).numpy()):
-        order = values[layer, head].masked_fill(~real, -torch.inf).argsort(descending=True, stable=True)
-        mask[layer, head, order[:count]] = True
-    return KeySelection("highest variance", mask, like.layers)
+    order = values.masked_fill(~real, -torch.inf).argsort(descending=True, stable=True)
+    return _filled("highest variance", like, like.mask.sum(-1), lambda place, count: order[place][:count])
 
 
 def select_same_positions(like: KeySelection, layers: Iterable[int]) -> KeySelection:
@@ -64,17 +66,15 @@ def select_random_matched_mass(like: KeySelection, mass: torch.Tensor, real: tor
     mass (L, G, N), as from `attention_mass`, of the layers of `like`. In each layer and head keys are drawn one by one, and the draw ends
     where its mass is closest to that of `like`; of 16 draws the closest is taken. `selected_mass` of both says how close that is: where
     few keys receive most of the attention it may not be."""
-    places = np.flatnonzero(real)
-    random, mask = np.random.default_rng(seed), torch.zeros_like(like.mask)
-    for (layer, head), target in np.ndenumerate(selected_mass(like, mass).numpy()):
-        weights, nearest = mass[layer, head].numpy(), np.inf
-        for _ in range(_TRIES):
-            order = random.permutation(places)
-            gaps = np.abs(np.concatenate([[0], weights[order].cumsum()]) - target)
-            if gaps.min() < nearest:
-                nearest, chosen = gaps.min(), order[: gaps.argmin()]
-        mask[layer, head, chosen] = True
-    return KeySelection("random, same attention", mask, like.layers)
+    places, random, weights = np.flatnonzero(real), np.random.default_rng(seed), mass.numpy()
+
+    def choose(place: tuple[int, ...], target: float) -> np.ndarray:
+        orders = [random.permutation(places) for _ in range(_TRIES)]
+        gaps = [np.abs(np.concatenate([[0], weights[place][order].cumsum()]) - target) for order in orders]
+        closest = int(np.argmin([each.min() for each in gaps]))
+        return orders[closest][: gaps[closest].argmin()]
+
+    return _filled("random, same attention", like, selected_mass(like, mass), choose)
 
 
 def selected_mass(selection: KeySelection, mass: torch.Tensor) -> torch.Tensor:

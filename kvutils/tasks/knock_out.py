@@ -76,9 +76,7 @@ def as_questions(samples: Sequence[YesNoSample]) -> list[Question]:
     return [Question(s.id, s.subset, lambda s=s: (s.image,), s.question, s.truth, ("yes", "no"), s.image_id) for s in samples]
 
 
-def knock_out(
-    mlm: MLM, samples: Sequence[Question], parts: Parts | None = None, *, batch_size: int = 16, progress: bool = True
-) -> KnockOut:
+def knock_out(mlm: MLM, samples: Sequence[Question], parts: Parts | None = None, *, batch_size: int = 16, progress: bool = True) -> KnockOut:
     """Every question under every condition; each image is read once.
 
     The questions of one `group` share its image. The images of a batch need the same number of tokens (batch_size=1 serves any). With

@@ -33,10 +33,8 @@ def object_of(question: str) -> str:
     return found[1]
 
 
-def ask_behind_prefixes(
-    samples: Sequence[YesNoSample], mlm: MLM, writer: PrefixWriter, parts: Parts | None = None, images: int = 150,
-    seed: int = 0, batch_size: int = 16, progress: bool = True,
-) -> ScoreTable:
+def ask_behind_prefixes(samples: Sequence[YesNoSample], mlm: MLM, writer: PrefixWriter, parts: Parts | None = None, images: int = 150,
+                        seed: int = 0, batch_size: int = 16, progress: bool = True) -> ScoreTable:  # fmt: skip
     """Answers about the first `images` images under every condition: rows are images, sources conditions.
 
     The correct prefix names an object that one of the image's questions is about and that is there, the wrong one an object that is asked
@@ -86,10 +84,8 @@ def _counts(asked: dict[str, YesNoSample], told: list, plain: list, prefixes: di
     right = [word == sample.truth for word, sample in zip(said, asked.values(), strict=True)]
     prefix = prefixes["wrong" if condition == "wrong" else "correct"]
     named = [re.search(rf"\b{re.escape(object_of(question))}\b", prefix) is not None for question in asked]
-    return [
-        sum(right), said.count("yes"), sum(a != b for a, b in zip(said, before, strict=True)),
-        sum(r and n for r, n in zip(right, named, strict=True)), len(right), sum(named), sum(mass for _, mass in told),
-    ]  # fmt: skip
+    return [sum(right), said.count("yes"), sum(a != b for a, b in zip(said, before, strict=True)),
+            sum(r and n for r, n in zip(right, named, strict=True)), len(right), sum(named), sum(mass for _, mass in told)]  # fmt: skip
 
 
 def summarise_prefix_answers(table: ScoreTable, n_boot: int = 2000, seed: int = 0) -> dict:

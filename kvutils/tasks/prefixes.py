@@ -114,15 +114,12 @@ class PrefixWriter:
             "unrelated": self._pieces(rng),
             "filler": self._led([self.wording.filler] * n for n in range(1, 4 * len(words) + 8)),
         }
-        found = {"none": None, "correct": correct}
-        found |= {name: self._first(self.tokens(correct), texts) for name, texts in candidates.items()}
+        found, length = {"none": None, "correct": correct}, self.tokens(correct)
+        found |= {name: next((text for text in texts if self.tokens(text) == length), None) for name, texts in candidates.items()}
         if absent := [name for name in CONDITIONS[1:] if found[name] is None]:
             self.unmatched[correct] = absent
             return None
         return found
-
-    def _first(self, length: int, candidates: Iterable[str]) -> str | None:
-        return next((text for text in candidates if self.tokens(text) == length), None)
 
     def _led(self, texts: Iterable[Sequence[str]]) -> Iterator[str]:
         return (self.wording.lead + " ".join(words) for words in texts)

@@ -27,9 +27,8 @@ COLUMNS = ("ap", "intersection", "union", "iou")
 PIXELS = {"cpu": 2**19, "cuda": 2**26}  # of maps at once: what the cache, and a part of the memory, hold
 
 
-def map_scores(
-    scores: torch.Tensor, mask: np.ndarray, threshold: float | None = None, boxes: bool = False, layout: TokenLayout | None = None
-) -> np.ndarray:
+def map_scores(scores: torch.Tensor, mask: np.ndarray, threshold: float | None = None, boxes: bool = False,
+               layout: TokenLayout | None = None) -> np.ndarray:  # fmt: skip
     """(S, 4) `COLUMNS` of score maps (S, H, W), or of the scores (S, N) of a layout's tokens, brought to pixels.
 
     AP, I and U in pixels, IoU (0 for an empty union). Foreground is above the threshold (None: Otsu's, per map). boxes: a fifth

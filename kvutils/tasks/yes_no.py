@@ -155,14 +155,11 @@ class Mme(YesNoTask):
     def measures(self, sums: np.ndarray) -> Measures:
         right, both, yes, unknown, n = np.moveaxis(sums, -1, 0)  # each (n_boot, subsets)
         acc, acc_plus = ratio(right, n), ratio(both, n)
-        each = {"score": 100 * (acc + acc_plus), "acc": acc, "acc_plus": acc_plus, "yes_ratio": ratio(yes, n),
-                "unknown": ratio(unknown, n)}  # fmt: skip
+        each = {"score": 100 * (acc + acc_plus), "acc": acc, "acc_plus": acc_plus, "yes_ratio": ratio(yes, n), "unknown": ratio(unknown, n)}
         found = {(name, key): value[:, i] for i, name in enumerate(self.subsets) for key, value in each.items()}
         for name, members in self.totals.items():
-            questions = n[:, members].sum(axis=1)
-            found[name, "score"] = each["score"][:, members].sum(axis=1)
-            found[name, "yes_ratio"] = ratio(yes[:, members].sum(axis=1), questions)
-            found[name, "unknown"] = ratio(unknown[:, members].sum(axis=1), questions)
+            score, said, neither, questions = (some[:, members].sum(axis=1) for some in (each["score"], yes, unknown, n))
+            found |= {(name, "score"): score, (name, "yes_ratio"): ratio(said, questions), (name, "unknown"): ratio(neither, questions)}
         return found
 
     def members(self, name: str) -> Sequence[str]:
@@ -240,10 +237,8 @@ class Scored:
         for (subset, metric), interval in zip(self.keys, intervals, strict=True):
             n = sum(task.questions[name] for name in task.members(subset))
             scores.setdefault(subset, {})[metric] = interval.as_dict() | {"n": n}
-        return {
-            "title": task.title, "n": len(task.samples), "images": len(task.images), "questions": task.questions,
-            "headline": scores[task.metric[0]][task.metric[1]], "scores": scores,
-        }  # fmt: skip
+        return {"title": task.title, "n": len(task.samples), "images": len(task.images), "questions": task.questions,
+                "headline": scores[task.metric[0]][task.metric[1]], "scores": scores}  # fmt: skip
 
 
 def _with_draws(effects: Sequence[Effect], drawn: Resampled, times: float) -> list[Effect]:
