@@ -1,10 +1,12 @@
 """Claims to verdicts to tables, from stored results alone: `kvutils report`, and `--check` to see whether anything is stale.
 
 Reads data/claims.yaml and data/results/<profile>/<model>/<notebook>.json. Writes claims.json and REPORT.md beside the results, and
-the generated parts of README.md. A verdict is computed here or not at all."""
+the generated parts of README.md. A verdict is computed here or not at all. Also whether a run gave what is committed."""
 
+import json
+import subprocess
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +22,7 @@ PICTURES = {"02_siglip_baseline": "02_steps", "03_input_agnostic_keys": "03_bloc
             "05_blink_gap": "05_readouts"}  # the figure that stands for a notebook in the README, where it is not named after it
 FIELDS = ("id", "short", "section", "statement", "paper", "effect", "unit", "smallest", "why", "kind", "primary", "needs", "notebook")
 COMPARISONS = ("claim", "comparison", "value [95 % interval]", "smallest effect of interest", "detectable", "n", "units", "verdict")
+TOLERANCE = 1e-6  # relative: what another machine of the same kind may differ by
 
 
 @cache
@@ -239,3 +242,45 @@ def write(root: Path) -> list[Path]:
     for path, text in old.items():
         write_text(path, text)
     return list(old)
+
+
+def compare_verdicts(old: Path, new: Path, names: list[str]) -> list[str]:
+    """Where the verdicts of two folders of results differ, for the claims of the notebooks `names`."""
+    pairs = zip(rows(read_results(old)), rows(read_results(new)), strict=True)
+    return [f"{before['id']}: {before['verdict']} in {old}, {after['verdict']} now" for before, after in pairs
+            if before["notebook"] in names and before["verdict"] != after["verdict"]]
+
+
+def committed(path: Path) -> dict:
+    """A results file as git has it in HEAD; without git or before its first commit as it lies there; {} if it does not."""
+    there = next(each for each in path.parents if each.is_dir())
+    command = ["git", "-C", str(there), "show", f"HEAD:./{path.relative_to(there).as_posix()}"]
+    try:
+        return json.loads(subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout)
+    except (OSError, subprocess.CalledProcessError):
+        return read_json(path) if path.exists() else {}
+
+
+def numbers(value: object, place: str = "") -> Iterator[tuple[str, float]]:
+    """(place, number) of every number of a results file."""
+    if isinstance(value, Mapping | list):
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from numbers(item, f"{place}.{key}".lstrip("."))
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield place, value
+
+
+def compare_numbers(before: Mapping[str, Mapping], after: Mapping[str, Mapping]) -> str:
+    """`N numbers as committed, M differ (largest relative difference X, at KEY)`, over {notebook: results}."""
+    old, new = dict(numbers(before)), dict(numbers(after))
+    if not old:
+        return f"{len(new):,} numbers; no earlier results to compare with"
+    apart = {key: abs(new[key] - old[key]) / max(abs(new[key]), abs(old[key]), 1e-9) for key in old.keys() & new.keys()}
+    differ = {key: far for key, far in apart.items() if far > TOLERANCE}
+    text = f"{len(apart) - len(differ):,} numbers as committed, {len(differ):,} differ"
+    if differ:
+        worst = max(sorted(differ), key=differ.get)
+        text += f" (largest relative difference {differ[worst]:.2g}, at {worst}: {old[worst]:g} before, {new[worst]:g} now)"
+    changed = [f"{len(keys):,} {what} ({min(keys)}{', ...' if len(keys) > 1 else ''})"
+               for what, keys in (("new", new.keys() - old.keys()), ("gone", old.keys() - new.keys())) if keys]  # fmt: skip
+    return "; ".join([text, *changed])

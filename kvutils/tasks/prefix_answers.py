@@ -65,8 +65,7 @@ def ask_behind_prefixes(samples: Sequence[YesNoSample], mlm: MLM, writer: Prefix
         behind = {name: prefixes[condition] for name, prefixes in plans.items()}
         found = {}
         for prefix in dict.fromkeys(behind.values()):
-            members = [name for name, each in behind.items() if each == prefix]
-            rows = [(name, next(iter(asked[name].values())).image, list(asked[name])) for name in members]
+            rows = [(name, next(iter(asked[name].values())).image, list(asked[name])) for name, each in behind.items() if each == prefix]
             for name, blocks in answer_all(mlm, rows, options=YES_NO, prefix=prefix, batch_size=batch_size):
                 found[name] = [(answer.text, answer.mass) for answer in blocks["none"]]
         return found

@@ -43,8 +43,7 @@ class YesNoTask(ABC):
             if first is not sample.picture and first != sample.picture:
                 raise DataError(f"{self.name}: two images have the id {sample.image_id!r}")
         self.subsets = list(dict.fromkeys(sample.subset for sample in self.samples))
-        names = np.array([sample.subset for sample in self.samples])
-        self.member = names[:, None] == np.array(self.subsets)  # (n, subsets)
+        self.member = np.array([[sample.subset == name for name in self.subsets] for sample in self.samples])  # (n, subsets)
         self.questions = dict(zip(self.subsets, self.member.sum(axis=0).tolist(), strict=True))
         self.images = list(pictures)
         places = {name: place for place, name in enumerate(self.images)}
