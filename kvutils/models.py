@@ -1,7 +1,5 @@
 """Names to loaded models: three families of multimodal language models (MLMs) behind one small interface, and SigLIP."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Token ids of `prefix + images + question`, split behind the last image: what is cached, what is asked."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 

@@ -4,8 +4,6 @@ Other evaluators read the same answer otherwise ("I cannot tell" is *yes* for PO
 these are the rules of the benchmarks' authors.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 

@@ -4,8 +4,6 @@ Objects are labelled 1.. in index masks (frames, height, width); 255 is void. Th
 scored. In the semi-supervised task the toolkit turns void into background instead of ignoring it, and so does this.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

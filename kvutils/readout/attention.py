@@ -6,8 +6,6 @@ the attention of DINO's class token. A language model has none; its last prompt 
 comes closest.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 from collections.abc import Iterable, Sequence

@@ -4,8 +4,6 @@ Clusters that are salient in most images are the common object. An MLM has no cl
 so `oracle_clusters` reports beside it the best that any choice of clusters could do.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -4,8 +4,6 @@ Features are tokens (..., N, C) on a grid of h x w = N cells in row order; leadi
 are handled together. Similarity is the cosine. Points are x, y in pixels. Clips follow DINO's eval_video_segmentation.py.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from PIL import Image

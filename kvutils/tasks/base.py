@@ -5,8 +5,6 @@ A task turns one sample (an episode, a pair, a clip, ...) into rows; a row holds
 statistic `(weights (n_boot, n), values (n, k)) -> (n_boot,)`, see `kvutils.metrics.statistics`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from abc import ABC, abstractmethod

@@ -6,8 +6,6 @@ is there by chance, and deeper still in its resamples, so that a resampled count
 chosen on one half of the token positions and read on the other, both ways: of keys of one mode it is none.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

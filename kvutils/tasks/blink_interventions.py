@@ -8,8 +8,6 @@ Layer (from 1 on), weight and gate are fitted on each half of the items and read
 has fitted its own; against the model's own answers where these name an option.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

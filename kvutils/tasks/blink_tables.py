@@ -6,8 +6,6 @@ nothing (28 layers, 117 items), 3 to 5 % lie above guessing with halves, 7 % wit
 Layers from 1 on: the values of layer 0 are a linear map of the projector's output, and stand beside as the first value projection.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import reduce

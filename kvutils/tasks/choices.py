@@ -5,8 +5,6 @@ those of the same cache. `read_items` gives a `ChoiceTable`; what follows from i
 `blink_interventions`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 

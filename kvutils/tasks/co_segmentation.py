@@ -1,7 +1,5 @@
 """Task 2: co-segmentation (MSRC) by clustering the tokens of a group of images (paper, section 3.1; Amir et al.)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

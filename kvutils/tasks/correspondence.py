@@ -3,8 +3,6 @@
 Task 6: temporal correspondence (DAVIS-2017), a mask carried through a video (paper, section 3.1).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Task 1: few-shot foreground segmentation (Pascal-5i) by a linear probe (paper, section 3.1)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The data that notebook 03 reads, and claims C5 and X4 in the form that data/claims.yaml asks for."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 

@@ -12,8 +12,6 @@ Intervals are over token positions (the same resample in all layers and heads): 
 variance is small (sqrt(2 / n) of it at most, if keys are normal), and positions are what another crop would change.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

@@ -3,8 +3,6 @@
 `kvutils.tasks.key_statistics` says what the table means.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ Under each setting, one change to how a model runs, the headline scores of the s
 last layer of the values, on some of the same items, and POPE's F1. Every picture is read alone: a batch can change answers only.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -10,8 +10,6 @@ Features are (S, N, C): S sources of C channels on the N tokens of an image. Sco
 more alike; nothing is fitted. The paper names style statistics and nearest neighbours; their exact form is ours.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
