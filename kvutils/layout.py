@@ -1,10 +1,9 @@
 """Which sequence slot is which image token, and which rectangle of the original image it covers.
 
-LLaVA-OneVision and LLaVA-NeXT: base view (the image squashed to a square, or padded to one where `MLM.pad_to_square`), then
-the tiles (the image resized into the best resolution, padded, cut) row by row, a newline after every row. Qwen2.5-VL: one
-grid of merged 2x2 patches, no newlines.
-Token order, unpadding and OneVision's shrinking above anyres_max_9 are not re-implemented: grid coordinates are packed by
-the model's own `pack_image_features` in place of features."""
+LLaVA-OneVision and LLaVA-NeXT: base view (the image squashed to a square, or padded to one where `MLM.pad_to_square`), then the tiles
+(the image resized into the best resolution, padded, cut) row by row, a newline after every row. Qwen2.5-VL: one grid of merged 2x2
+patches, no newlines. Token order, unpadding and OneVision's shrinking above anyres_max_9 are not re-implemented: grid coordinates are
+packed by the model's own `pack_image_features` in place of features."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -113,8 +113,7 @@ def data_sources(names: Iterable[str], options: Mapping[str, Mapping] | None = N
     """{"data": name -> where it was read from} of the real data sets among `names`, for the provenance of a result: the
     hub's repository and revision, a copy of it, or files in the official layout; {} where all are generated.
 
-    options: those that each was opened with, None for one that was left out.
-    """
+    options: those that each was opened with, None for one that was left out."""
     found = {}
     for name in names:
         chosen = (options or {}).get(name, {})

@@ -10,8 +10,7 @@ labels are wrong (issue 20). Images of images/10k/test have no masks.
 
 What the paper read as "night and highway" is not published further. Ours: every image of train and val that its labels call
 night and highway, and as control, so that there is a wrong domain to name, as many by day on a highway. Images whose names
-begin alike (one recording) go either to those that are scored or to those that a probe is fitted on.
-"""
+begin alike (one recording) go either to those that are scored or to those that a probe is fitted on."""
 
 import hashlib
 import logging
@@ -51,12 +50,10 @@ def bdd10k_images(root: str | Path, domains: Sequence[Sequence[str]] = DOMAINS, 
                   part: str = "scored", balance: bool = True, images: int | None = None) -> list[DomainImage]:  # fmt: skip
     """Images of the domains, by name; `domain` is in words, such as "night highway".
 
-    domains: (time of day, scene) as BDD spells them, "" for any scene. split: train, val or both, as few images of
-    val are at night on a highway. part: "scored", "training" (the other recordings, 40 % of them) or "all". balance:
-    as many of every domain as the first has. images: so many in all, evenly from the domains while they last, chosen
-    by a hash of their names. Raises ParameterError for options that do not exist, DataError for missing and malformed
-    files and for a domain without images.
-    """
+    domains: (time of day, scene) as BDD spells them, "" for any scene. split: train, val or both, as few images of val are at night on
+    a highway. part: "scored", "training" (the other recordings, 40 % of them) or "all". balance: as many of every domain as the first
+    has. images: so many in all, evenly from the domains while they last, chosen by a hash of their names. Raises ParameterError for
+    options that do not exist, DataError for missing and malformed files and for a domain without images."""
     words = _check_domains(domains)
     splits = some_of("split of BDD-10K with masks", split, _SPLITS)
     one_of("part", part, PARTS)
@@ -98,8 +95,7 @@ def read_attributes(home: Path, names: set[str]) -> dict[str, dict]:
 
     labels/det_20/det_{train,val}.json, labels/bdd100k_labels_images_{train,val}.json: a list of {name, attributes};
     labels/100k/{train,val}/<name>.json: one image per file. The split of an image in the 100K set may be another than
-    in the 10K set, so all are read. Raises DataError where there is none of them, or one is malformed.
-    """
+    in the 10K set, so all are read. Raises DataError where there is none of them, or one is malformed."""
     labels = home / "labels"
     files = [labels / form.format(split) for form in ("det_20/det_{}.json", "bdd100k_labels_images_{}.json") for split in _SPLITS]
     files = [file for file in files if file.is_file()]

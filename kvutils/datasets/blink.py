@@ -5,8 +5,7 @@
 Columns: idx, question, image_1 ... image_4, choices, answer "(A)", prompt. Asked is the column `prompt`, by default as BLINK's
 own evaluation does, after a disclaimer in three subtasks (data/prompts.yaml). The answers of the test split are hidden. The
 questions about corresponding points paint their points into the images and give no coordinates, so notebook 05 reads only
-the subtasks that compare whole images.
-"""
+the subtasks that compare whole images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,8 +37,7 @@ def blink_items(root: str | Path, subtasks: str | Sequence[str] = READABLE, spli
 
     root: a local copy, or "hub". max_items keeps the first of each subtask. prompts: the form in which they are asked, see
     `wording`. Raises ParameterError for options that do not
-    exist, DataError for missing files and malformed rows, and for the test split, whose answers are not published.
-    """
+    exist, DataError for missing files and malformed rows, and for the test split, whose answers are not published."""
     named = some_of("subtask of BLINK", subtasks, SUBTASKS)
     limits(max_items=max_items)
     expect(split != "test", "BLINK: the answers of the test split are hidden, nothing can be scored on it; use split val")

@@ -5,8 +5,7 @@
 
 or a Parquet copy of detection-datasets/coco on the Hugging Face hub (split val; columns image_id, image, width,
 height, objects with bbox as x_min, y_min, x_max, y_max). That copy has boxes but no masks, and does not tell crowds
-apart: its foreground is coarse, the inside of the boxes. The images are the same.
-"""
+apart: its foreground is coarse, the inside of the boxes. The images are the same."""
 
 import logging
 from collections import defaultdict
@@ -35,12 +34,10 @@ _COLUMNS = ("image_id", "width", "height", "objects")
 def coco_images(root: str | Path, count: int = 1000, annotated: bool = True) -> list[LabelledImage]:
     """`count` images with label maps: 1 any annotated object, `VOID` in crowds, 0 background.
 
-    The paper takes 1,000 COCO images and does not say which. Here they are those of val2017 with the lowest numbers,
-    without the images that POPE asks about (`POPE_IMAGES`), in the order of their numbers: a number says nothing of
-    the content, a larger set begins with the smaller one, and disk and hub give the same images. annotated=False
-    needs no annotations; masks are then `VOID` everywhere, and shares of foreground 0. Raises ParameterError, and
-    DataError for missing images or annotations before anything is opened.
-    """
+    The paper takes 1,000 COCO images and does not say which. Here they are those of val2017 with the lowest numbers, without the images
+    that POPE asks about (`POPE_IMAGES`), in the order of their numbers: a number says nothing of the content, a larger set begins with
+    the smaller one, and disk and hub give the same images. annotated=False needs no annotations; masks are then `VOID` everywhere, and
+    shares of foreground 0. Raises ParameterError, and DataError for missing images or annotations before anything is opened."""
     limits(count=count)
     if str(root) == HUB:
         return _from_parquet(root, count, annotated)

@@ -1,10 +1,8 @@
 """COCO segmentations (polygons, plain or compressed run lengths) as masks, pixel for pixel as pycocotools.
 
-Run lengths are column-major and start with a run of zeros. A polygon is drawn as the COCO mask API does: edges are walked
-on a grid five times finer, the crossings of pixel-column centres toggle inside and outside; an odd last number is left out,
-and parts of fewer than three points enclose nothing. (pycocotools takes a first part of four numbers for a box, and so all
-others: that is not followed.)
-"""
+Run lengths are column-major and start with a run of zeros. A polygon is drawn as the COCO mask API does: edges are walked on a grid
+five times finer, the crossings of pixel-column centres toggle inside and outside; an odd last number is left out, and parts of fewer
+than three points enclose nothing. (pycocotools takes a first part of four numbers for a box, and so all others: that is not followed.)"""
 
 from collections.abc import Sequence
 
@@ -77,8 +75,7 @@ def _walk(start: np.ndarray, end: np.ndarray) -> np.ndarray:
 def check_segmentation(segmentation: object, height: int, width: int) -> list[np.ndarray] | list[int] | str | bytes:
     """What is to be drawn of a COCO `segmentation`: corners (n, 2) x, y of each polygon, or run lengths, plain or compressed.
 
-    DataError for other content, for polygons that enclose nothing and for another picture's size; nothing is drawn yet.
-    """
+    DataError for other content, for polygons that enclose nothing and for another picture's size; nothing is drawn yet."""
     if isinstance(segmentation, dict):
         size, counts = segmentation.get("size", [height, width]), segmentation.get("counts")
         own = isinstance(size, (list, tuple)) and tuple(size) == (height, width)

@@ -3,8 +3,7 @@
     DAVIS/JPEGImages/480p/<sequence>/00000.jpg ...    DAVIS/Annotations/480p/<sequence>/00000.png ...
     DAVIS/ImageSets/2017/val.txt                      one sequence name per line
 
-Annotations are palette images whose index is the object (from 1), 255 is void.
-"""
+Annotations are palette images whose index is the object (from 1), 255 is void."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -27,8 +26,7 @@ def davis_clips(root: str | Path, split: str = "val", sequences: Sequence[str] |
 
     root: the folder `DAVIS` or the one that holds it. That every frame has an annotation of its size, that a clip has the
     three frames of which one is scored, and that the first annotation is of DAVIS-2017 and marks an object, is checked at
-    once; frames and the other annotations are read when they are asked for. Raises DataError that names the file.
-    """
+    once; frames and the other annotations are read when they are asked for. Raises DataError that names the file."""
     if max_frames is not None:
         at_least("max_frames", max_frames, _FEWEST)
     home = find("davis-2017", Path(root) / "DAVIS" / "JPEGImages", Path(root) / "JPEGImages").parent

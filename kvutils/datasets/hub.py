@@ -1,11 +1,9 @@
 """Rows of a data set that the Hugging Face hub holds as Parquet: from a local copy, or from the hub at a fixed revision.
 
-A local copy has the repository's own layout, `<config>/<split>-00000-of-00001.parquet` or `data/<split>-...parquet`.
-From the hub (`root=HUB`) only the files of the split are downloaded, to the hub's own cache (COCO's 0.8 GB too: its images
-are wanted in the order of their numbers, which is not that of the rows). The revision that is found
-first is written down and used ever after, so that two runs read the same rows; it goes into the results as provenance.
-Pictures stay encoded until they are asked for.
-"""
+A local copy has the repository's own layout, `<config>/<split>-00000-of-00001.parquet` or `data/<split>-...parquet`. From the hub
+(`root=HUB`) only the files of the split are downloaded, to the hub's own cache (COCO's 0.8 GB too: its images are wanted in the order
+of their numbers, which is not that of the rows). The revision that is found first is written down and used ever after, so that two runs
+read the same rows; it goes into the results as provenance. Pictures stay encoded until they are asked for."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -37,8 +35,7 @@ def open_rows(name: str, root: str | Path, split: str, columns: Sequence[str], p
     """The rows of one split of the data set `name`, with at least `columns` and the first of the image columns `pictures`.
 
     root: `HUB`, or the folder of a local copy. repository: another one than the catalog's. Raises DataError for a missing
-    file, repository or column.
-    """
+    file, repository or column."""
     repository = repository or CATALOG[name].hub
     datasets.disable_progress_bars()
     try:

@@ -9,11 +9,9 @@
     data/names/ImageNetSemi_im50_train.txt            which training images,
     data/data.py                                      class names (read as text, never run)
 
-Masks are RGB images: class id = R + 256 G, 1 for the first of the sorted categories; 0 is everything else and
-1000 is ignored. The images themselves may also stay where ImageNet has them (folder `imagenet`, or `imagenet=`): the
-official lists say which they are. ILSVRC/imagenet-1k on the Hugging Face hub is not read: its columns are image and
-label, and the lists go by file name.
-"""
+Masks are RGB images: class id = R + 256 G, 1 for the first of the sorted categories; 0 is everything else and 1000 is ignored. The
+images themselves may also stay where ImageNet has them (folder `imagenet`, or `imagenet=`): the official lists say which they are.
+ILSVRC/imagenet-1k on the Hugging Face hub is not read: its columns are image and label, and the lists go by file name."""
 
 import ast
 import itertools
@@ -44,8 +42,7 @@ def imagenet_s_masks(root: str | Path, variant: int = 50, max_images: int | None
     as many classes occur as can. classes: only these (names or WordNet ids). An image may show more classes than the one of its
     folder; which is only known when its mask is decoded, and they count as background here. imagenet: where ImageNet is, if not
     in the folder `imagenet` of root, for images that are not in ImageNetS50/validation. Two of the 919 classes have the same
-    name (crane). Raises ParameterError, and DataError for missing files before anything is opened.
-    """
+    name (crane). Raises ParameterError, and DataError for missing files before anything is opened."""
     limits(max_images=max_images)
     lists, wnids = _lists(Path(root), variant)
     names = class_names(root, variant)
@@ -73,8 +70,7 @@ def imagenet_s_training(root: str | Path, variant: int = 50, per_class: int = 1,
 
     They are of ImageNet's training split, so none is in `imagenet_s_masks`. per_class: the first of each class's ten
     (the probe holds the tokens of all images in memory). Only variant 50: 255 is void, so more classes do not fit a
-    label map. imagenet: as in `imagenet_s_masks`. Raises ParameterError, and DataError for missing files.
-    """
+    label map. imagenet: as in `imagenet_s_masks`. Raises ParameterError, and DataError for missing files."""
     limits(per_class=per_class)
     lists, wnids = _lists(Path(root), variant)
     if variant >= VOID:
@@ -135,8 +131,7 @@ def _read_list(path: Path, wnids: Sequence[str]) -> _Entries:
     """The entry of every line, in file order.
 
     Lines are "<class>/<image>.JPEG" (training), "<class>/<image>.JPEG <class>/<image>.png" (names) or
-    "<ImageNet's class>/<image>.JPEG <class>/<image>.JPEG" (mapping).
-    """
+    "<ImageNet's class>/<image>.JPEG <class>/<image>.JPEG" (mapping)."""
     known, entries = set(wnids), []
     for where, line in read_lines(path):
         parts = line.split()

@@ -2,8 +2,7 @@
 
 Cameras store what their sensor saw, with a note (EXIF orientation) how to turn it. `open_image` turns; data sets are annotated, and
 their own tools read them, without that turn. So masks, points and boxes of every loader go through `Picture.turn`, which compares
-the sizes as well: labels over the pixels of another picture would be scored in silence.
-"""
+the sizes as well: labels over the pixels of another picture would be scored in silence."""
 
 import io
 from collections.abc import Callable, Iterable, Sequence
@@ -87,8 +86,7 @@ def read_labels(path: Path, picture: Picture, modes: Sequence[str], expected: st
 
     modes: the Pillow modes that the data set may have; expected says in the error what these are. Colours are never
     converted. highest: the indices are 0 to this one, and `VOID`. Raises DataError for a file that cannot be read, has
-    another mode, another index, or does not fit its picture.
-    """
+    another mode, another index, or does not fit its picture."""
     with reading(path, expected), Image.open(path) as image:
         mode, labels = image.mode, np.array(image)
     expect(mode in modes, f"{path}: expected {expected}, found a {mode!r} image; was the file converted?")

@@ -3,12 +3,10 @@
     MME_Benchmark_release_version/existence/000000006040.jpg, 000000006040.txt ...
     MME_Benchmark_release_version/artwork/images/0.jpg ...  artwork/questions_answers_YN/0.txt ...
 
-Subtasks come in either form. A text file holds two lines, question, tab, Yes or No. Each question ends with
-"Please answer yes or no.".
+Subtasks come in either form. A text file holds two lines, question, tab, Yes or No. Each question ends with "Please answer yes or no.".
 
 The hub copy lmms-lab/MME (Parquet, split test; question_id "code_reasoning/0020.png", question, answer, image,
-category) holds the same questions, two rows per image: samples have the same ids and texts.
-"""
+category) holds the same questions, two rows per image: samples have the same ids and texts."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -39,8 +37,7 @@ def mme_questions(root: str | Path, split: str | Sequence[str] = "all", max_imag
     root: the release folder, the one that holds it, a copy of lmms-lab/MME or "hub". split: a subtask, several, or
     "all", "perception", "cognition", "hallucination" (existence, count, position, color). max_images keeps the first
     images of each subtask. prompts: the form in which they are asked, see `wording`. Raises ParameterError for an unknown split, DataError
-    for a missing subtask or image and, with file and line number, a malformed line.
-    """
+    for a missing subtask or image and, with file and line number, a malformed line."""
     subtasks = mme_subtasks(split)
     limits(max_images=max_images)
     for subtask, stem, picture, pair, expected in (_hub_pairs if holds_parquet(root) else _file_pairs)(root, subtasks, max_images):

@@ -5,8 +5,7 @@
 
 The first number of a file name is the set of pictures (5: cows), the second counts within the set; the published
 database has 591 images. Protocol of Amir et al. (Deep ViT Features, MSRC7): seven classes, ten images each. Which ten
-is not said there; here they are the first, by number, of the set that shows most of the class.
-"""
+is not said there; here they are the first, by number, of the set that shows most of the class."""
 
 import logging
 import re
@@ -50,8 +49,7 @@ def msrc_groups(root: str | Path, classes: Sequence[str] = MSRC7, images: int | 
     name) in which the class covers most pixels. Which images show a class is only in the ground truth, so that is read up
     front (a second or two); pictures and masks are opened when they are asked for. unknown_colours: a colour that is no
     class is an "error" that names file and colour, or "void". Raises ParameterError for an unknown class or option,
-    DataError for a missing file, and for fewer images than asked.
-    """
+    DataError for a missing file, and for fewer images than asked."""
     if not classes or len(set(classes)) != len(classes) or set(classes) - set(COLOURS):
         raise ParameterError(f"classes must be different ones of {', '.join(COLOURS)}; found {list(classes)}")
     limits(images=images)

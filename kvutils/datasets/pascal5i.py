@@ -9,8 +9,7 @@ All 1,381 images of these four lists are in VOC's own ImageSets/Segmentation/val
 lists: the plain VOC archive is enough, the additional masks of SBD are for training only. SegmentationClassAug is
 single channel, SegmentationClass a palette image; both hold class numbers, 0 background, 255 void.
 
-Copies on the Hugging Face hub are not read: nateraw/pascal-voc-2012 has only image and mask, the lists go by name.
-"""
+Copies on the Hugging Face hub are not read: nateraw/pascal-voc-2012 has only image and mask, the lists go by name."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -36,8 +35,7 @@ def sample_episodes(entries: Sequence[tuple[str, int]], shot: int = 5, n_episode
 
     The query of episode i is line i mod n of the list. Supports are drawn one at a time from the images of the query's
     class with the legacy numpy generator; only the query itself is rejected, so a support may appear twice. Raises
-    DataError for a class whose only image is the query.
-    """
+    DataError for a class whose only image is the query."""
     by_class: dict[int, list[str]] = {}
     for name, class_index in entries:
         by_class.setdefault(class_index, []).append(name)
@@ -64,8 +62,7 @@ def pascal5i_episodes(root: str | Path, folds: Sequence[int] = tuple(range(FOLDS
     per_fold keeps the first episodes of each fold's 1,000. Pictures and masks keep their size (HSNet's test resizes both to
     400 x 400), because the readout is interpolated to the pixels of the query's mask. Images are named by VOC, so one that
     serves several classes keeps its id. Raises ParameterError for an impossible fold or number, DataError for missing files
-    (before anything is opened), a malformed list, and a mask that is no class image or lacks the class of its list.
-    """
+    (before anything is opened), a malformed list, and a mask that is no class image or lacks the class of its list."""
     if not folds or len(set(folds)) != len(folds) or set(folds) - set(range(FOLDS)):
         raise ParameterError(f"folds must be different ones of 0..{FOLDS - 1}, found {list(folds)}")
     limits(per_fold=per_fold, shot=shot)

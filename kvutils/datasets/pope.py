@@ -6,8 +6,7 @@ A list holds one JSON object per line: question_id, image, text, label (yes or n
 500 images of COCO val2014 with 6 questions each, half of them yes, and differ only in the negatives.
 
 The hub copy lmms-lab/POPE (Parquet, split test; question_id, question, answer, image_source, image, category) holds
-the same questions with their images: samples have the same ids, order and texts.
-"""
+the same questions with their images: samples have the same ids, order and texts."""
 
 import json
 import logging
@@ -32,8 +31,7 @@ def pope_questions(root: str | Path, split: str = "all", images: str | Path | No
     root: the repository's folder, the one with the lists, a copy of lmms-lab/POPE or "hub". images: the folder of the COCO images
     (default: val2014 in root, or coco/val2014 in root or beside it); they are opened when they are asked for. max_images keeps
     the first images of each list. prompts: the form in which they are asked, see `wording`. Raises
-    ParameterError for an unknown split, DataError for a missing list or image and, with file and line number, a malformed line.
-    """
+    ParameterError for an unknown split, DataError for a missing list or image and, with file and line number, a malformed line."""
     splits = pope_splits(split)
     limits(max_images=max_images)
     hub = holds_parquet(root)

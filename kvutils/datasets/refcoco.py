@@ -14,8 +14,7 @@ reference ("..._9.jpg") is no file: images go by their id. On the Hugging Face h
     lmms-lab/RefCOCO           refused: its val mixes the 3,811 references of UNC with 5,000 of Google and no column
                                says which is which; a mask is one flat list of points; no category
 
-A local copy is told by its columns. No copy has category names, only COCO's ids: their names are here.
-"""
+A local copy is told by its columns. No copy has category names, only COCO's ids: their names are here."""
 
 import json
 import pickle
@@ -67,8 +66,7 @@ def refcoco_masks(root: str | Path, split: str | Sequence[str] = "val", split_by
     root: the toolkit's data folder, a local copy of a hub repository, or "hub". split_by: "unc" (val, testA: people,
     testB: other things) or "google". images: the folder of COCO train2014. max_images keeps the first images. Masks are
     1 on the thing (inside any of its polygons), `group` is the image, `class_name` COCO's category. Raises ParameterError
-    for options that do not exist and DataError for missing and malformed files.
-    """
+    for options that do not exist and DataError for missing and malformed files."""
     one_of("split_by", split_by, SPLITS)
     splits = some_of(f"split of RefCOCO ({split_by})", split, SPLITS[split_by])
     limits(max_images=max_images)

@@ -5,8 +5,7 @@ A task sees only these, so that Pascal-5i and the pocket scenes run through the 
 annotation says nothing; points are `(x, y)` in pixels of that image.
 
 Fields marked `Opened()` are given as a value, or as a function without arguments that is called each time the field
-is read: the pictures of a whole benchmark, decoded, fill the memory.
-"""
+is read: the pictures of a whole benchmark, decoded, fill the memory."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -107,8 +106,7 @@ class ImageGroup:
 class NamedMask:
     """An image, a text and the pixels it names: a class name (ImageNet-S) or a referring expression (RefCOCO).
 
-    `group` is the unit of resampling when several samples come from one image.
-    """
+    `group` is the unit of resampling when several samples come from one image."""
 
     id: str
     image_id: str
@@ -124,8 +122,7 @@ class KeypointPair:
     """Two images of one class with corresponding key points (SPair-71k).
 
     `source_points` and `target_points` are (K, 2) x, y and correspond row by row; points that are not visible in
-    both images are left out by the data set. `target_box` is x0, y0, x1, y1.
-    """
+    both images are left out by the data set. `target_box` is x0, y0, x1, y1."""
 
     id: str
     category: str
@@ -152,8 +149,7 @@ class Question:
     """A question about one or more images with a short answer.
 
     `kind` names the question type (existence, colour, ...); `options` are the possible answers when there is a
-    fixed set; `group` is the scene: questions about one scene are not independent and are resampled together.
-    """
+    fixed set; `group` is the scene: questions about one scene are not independent and are resampled together."""
 
     id: str
     kind: str
@@ -168,11 +164,9 @@ class Question:
 class MultipleChoice:
     """A multiple-choice item with BLINK's fields: 2 to 4 images in prompt order, `prompt` as it is asked.
 
-    answer: "(A)", "(B)", ... `options` are the answers as the prompt spells them, one per choice: BLINK's "(A)" or
-    the pocket models' "(a)". reference_point (x, y) in pixels of the first image and candidate_points (K, 2) of the
-    second, one per choice, are None where there are none or where they are only painted in the pictures, as in BLINK
-    itself. `group` is the unit of resampling.
-    """
+    answer: "(A)", "(B)", ... `options` are the answers as the prompt spells them, one per choice: BLINK's "(A)" or the pocket models'
+    "(a)". reference_point (x, y) in pixels of the first image and candidate_points (K, 2) of the second, one per choice, are None where
+    there are none or where they are only painted in the pictures, as in BLINK itself. `group` is the unit of resampling."""
 
     id: str
     subtask: str
@@ -194,8 +188,7 @@ class YesNoSample:
     `subset` is the split of POPE or the subtask of MME; `truth` is "yes" or "no". `image_id` is the unit of
     resampling. The questions of one image, in all subsets, share `picture`: an image, the file that holds it or a
     function that opens it (the images of a whole benchmark, decoded, fill the memory), for `image`. size: (width,
-    height) to which `image` is resized, whatever its proportions; None leaves it as it is.
-    """
+    height) to which `image` is resized, whatever its proportions; None leaves it as it is."""
 
     id: str
     image_id: str

@@ -4,8 +4,7 @@
     PairAnnotation/test/000006-2008_002719-2008_007604:aeroplane.json ...      key points (x, y), boxes, image sizes
     JPEGImages/aeroplane/2008_002719.jpg ...
 
-File systems of Windows allow no ":" in a name. Where an unzipper wrote "_" or "%3A" instead, that file is taken.
-"""
+File systems of Windows allow no ":" in a name. Where an unzipper wrote "_" or "%3A" instead, that file is taken."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -34,8 +33,7 @@ def spair_pairs(root: str | Path, split: str = "test", layout: str = "large", ca
     root: the folder SPair-71k or the one that holds it. categories: only these. per_category: so many pairs of each,
     spread evenly over its part of the list, whose neighbours share their source image (SD-DINO scores 20 drawn at
     random unless told otherwise). max_pairs keeps the first. progress: a bar where reading the annotations takes
-    seconds. Raises ParameterError for options that do not exist and DataError for missing and malformed files.
-    """
+    seconds. Raises ParameterError for options that do not exist and DataError for missing and malformed files."""
     one_of("split of SPair-71k", split, SPLITS)
     one_of("layout of SPair-71k", layout, LAYOUTS)
     limits(per_category=per_category, max_pairs=max_pairs)

@@ -34,8 +34,7 @@ INTERVENTION_STYLE = {  # -> colour, marker, label
 @styled
 def readout_curves(subtasks: Mapping[str, Mapping]) -> Figure:
     """Accuracy of the readouts along the data flow beside the model's, with 95 % bands; a column per subtask, a row per
-    readout (the first row has the readout that the claims are about, and the layers that were chosen, each on one half).
-    """
+    readout (the first row has the readout that the claims are about, and the layers that were chosen, each on one half)."""
     subtasks = style.in_order(subtasks, ORDER)
     rows = max(len(each["readouts"]) for each in subtasks.values())
     figure, axes = plt.subplots(rows, len(subtasks), figsize=(4.4 * len(subtasks), 3.1 * rows + 0.5), squeeze=False, sharey="col")

@@ -1,8 +1,7 @@
 """One style for all figures, and the few things that they draw: pictures, curves with bands, points with intervals.
 
 Intervals are dictionaries {mean, low, high} of a results file; None is what is not defined, and is left out.
-Colours are seaborn's colour-blind palette; every kind of source keeps its colour in every figure.
-"""
+Colours are seaborn's colour-blind palette; every kind of source keeps its colour in every figure."""
 
 import base64
 import functools
@@ -138,8 +137,7 @@ def flow_axis(layers: int) -> tuple[list[int], int, int]:
 
 def along_the_flow(axis, sources: Mapping[str, Mapping], families: Mapping[str, tuple]) -> int:
     """Scores along the data flow: points for what comes before the language model, among it layer 0, which is a linear map of the
-    projector's output, and a curve over the layers from 1 on for each family (-> its style). Returns what is x - layer.
-    """
+    projector's output, and a curve over the layers from 1 on for each family (-> its style). Returns what is x - layer."""
     layers = layers_of(sources)
     before, line, offset = flow_axis(max(layers, default=-1) + 1)
     points = [(x, source, "black", "D") for x, source in zip(before, BEFORE, strict=False)]

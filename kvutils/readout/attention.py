@@ -1,10 +1,8 @@
 """Where the text behind an image looks: the attention that the image tokens receive from it.
 
-`attention_mass`: from all text behind the image, per key; are some keys attention sinks? `prompt_saliency`: from the last
-prompt token, per image token (ours). Co-segmentation after Amir et al. picks clusters that are salient; their saliency is
-the attention of DINO's class token. A language model has none; its last prompt token, from which the answer starts, is what
-comes closest.
-"""
+`attention_mass`: from all text behind the image, per key; are some keys attention sinks? `prompt_saliency`: from the last prompt token,
+per image token (ours). Co-segmentation after Amir et al. picks clusters that are salient; their saliency is the attention of DINO's
+class token. A language model has none; its last prompt token, from which the answer starts, is what comes closest."""
 
 import contextlib
 import copy
@@ -35,8 +33,7 @@ def attention_mass(
     The mean is over images, questions, all text tokens behind the image (question and what the chat template adds) and the
     query heads that a key-value head serves. Summed over N it is the share of its attention that the text spends on the
     image. The images need one token grid, as in `key_variance`, and may come from a generator. Raises DataError for
-    different token grids and for no images, ImageError, ParameterError.
-    """
+    different token grids and for no images, ImageError, ParameterError."""
     if isinstance(questions, str) or not questions:
         raise ParameterError(f"questions must be a list of at least one text, not {questions!r}")
     grid, prompts = SameGrid(), [mlm.prompt(question, prefix) for question in questions]
@@ -73,8 +70,7 @@ def _received(mlm: MLM, vision: VisionInputs, texts: Sequence[TextInputs], end: 
     """(L, G, N) the mean weight of the queries from `end` on, on the image tokens, summed over all sequences of the texts.
 
     What lies before `end`, alike in all texts, is read once with the model's own attention; only the rest runs with eager
-    attention, the only backend that returns its weights, so no T x T map is ever held.
-    """
+    attention, the only backend that returns its weights, so no T x T map is ever held."""
     language_model, cache, first = mlm.model.model.language_model, DynamicCache(), texts[0]
     columns = torch.from_numpy(vision.layouts[0].slots)
     mass = torch.zeros(mlm.num_layers, mlm.num_kv_heads, len(columns), dtype=torch.float64)

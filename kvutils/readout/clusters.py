@@ -1,8 +1,7 @@
 """Co-segmentation by clustering tokens of a group of images together, after Amir et al. (dino-vit-features).
 
 Clusters that are salient in most images are the common object. An MLM has no class token whose attention gives saliency,
-so `oracle_clusters` reports beside it the best that any choice of clusters could do.
-"""
+so `oracle_clusters` reports beside it the best that any choice of clusters could do."""
 
 from collections.abc import Sequence
 
@@ -20,8 +19,7 @@ def cluster_tokens(tokens: Sequence[np.ndarray], n_init: int = 10, seed: int = 0
     and inertias, the mean squared distance with 1, 2, ... clusters, as many as labels.
 
     k grows from 1 until inertia(k) > ELBOW * inertia(k - 1), at most MAX_CLUSTERS; that last k is the one used, as in the
-    reference. scikit-learn's k-means, of n_init starts per k, stands in for faiss, so labels are not bit-identical.
-    """
+    reference. scikit-learn's k-means, of n_init starts per k, stands in for faiss, so labels are not bit-identical."""
     points = normalize(np.concatenate(tokens).astype(np.float32))
     limit = min(MAX_CLUSTERS, len(np.unique(points[:MANY], axis=0)))
     if limit < MAX_CLUSTERS:  # hardly ever: sorting all points would cost as much as the clusters
@@ -42,8 +40,7 @@ def salient_clusters(
     """(votes (num_clusters,), indices of salient clusters). labels, saliency: (N_i,) per image.
 
     An image votes for a cluster if its tokens there have a mean saliency above the threshold; a cluster absent from the
-    image gets no vote. Salient: votes >= ceil(images * percentage / 100).
-    """
+    image gets no vote. Salient: votes >= ceil(images * percentage / 100)."""
     votes = np.zeros(num_clusters)
     for image_labels, image_saliency in zip(labels, saliency, strict=True):
         for cluster in np.unique(image_labels):
@@ -57,8 +54,7 @@ def oracle_clusters(
     """(indices of the best union of clusters, its mean Jaccard over images): the upper bound of any choice.
 
     labels (N_i,) per image; foreground, pixels (N_i,) true foreground and annotated pixels, or shares of the pixels, in each
-    token. All unions are tried. Two empty masks score 1.
-    """
+    token. All unions are tried. Two empty masks score 1."""
     k = num_clusters
     inside, area = (np.stack([np.bincount(c, w, k) for c, w in zip(labels, weights, strict=True)]) for weights in (foreground, pixels))
     chosen = (np.arange(2**k)[:, None] >> np.arange(k)) & 1  # (unions, clusters)

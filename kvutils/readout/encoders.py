@@ -44,12 +44,10 @@ def encode_prepared(
 ) -> list[torch.Tensor]:
     """Features (N, C) of one batch of pictures whose pixels are ready, on the encoder's device.
 
-    They are those of the depth of `depth_read`; head: of the last layer, which the pooling head was trained on. own: of the
-    MLM's own SigLIP tower, with head continued by the layers of `encoder` that it was cut by. LLaVA families: every crop is
-    normalised anew (and resized if the tower has another input size) and the patches are packed like the model's own;
-    newline rows are zeros. Qwen2.5-VL has no crops: the tower sees the whole image squashed to its square input. Patch grids
-    of another size are interpolated bilinearly.
-    """
+    They are those of the depth of `depth_read`; head: of the last layer, which the pooling head was trained on. own: of the MLM's own
+    SigLIP tower, with head continued by the layers of `encoder` that it was cut by. LLaVA families: every crop is normalised anew (and
+    resized if the tower has another input size) and the patches are packed like the model's own; newline rows are zeros. Qwen2.5-VL has
+    no crops: the tower sees the whole image squashed to its square input. Patch grids of another size are interpolated bilinearly."""
     depth = depth_read(encoder, mlm)
     tower = mlm.model.model.vision_tower if own else encoder.model
     config = tower.config

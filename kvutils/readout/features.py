@@ -11,8 +11,7 @@
 
 A picture is read alone: its features depend on no other, on no batch and on no interruption, and each is made once while
 memory allows. They are rounded to float16 when they are made. A source of a picture that exceeds float16 (65,504, as the
-tower of Qwen2.5-VL does for some) is kept as the model wrote it, in bfloat16 or float32.
-"""
+tower of Qwen2.5-VL does for some) is kept as the model wrote it, in bfloat16 or float32."""
 
 from __future__ import annotations
 
@@ -77,8 +76,7 @@ class ImageFeatures:
     def by_width(self, sources: Iterable[str], rows: int = 0) -> list[list[str]]:
         """The sources in groups of equal C, each of which can be stacked; order is kept within a group.
 
-        rows: tokens, of all images together, that will be stacked per source; a group has at most `STACK_BYTES` then.
-        """
+        rows: tokens, of all images together, that will be stacked per source; a group has at most `STACK_BYTES` then."""
         groups: dict[int, list[str]] = {}
         for source in sources:
             one_of("source", source, self.features)
@@ -110,8 +108,7 @@ def image_tokens(layout: TokenLayout) -> np.ndarray:
 def token_means(layout: TokenLayout, planes: np.ndarray) -> np.ndarray:
     """(N, K) mean of pixel planes (H, W, K) over the pixels whose centre is in each token's rectangle.
 
-    A rectangle without a pixel centre (an enlarged image) takes the pixel under its middle.
-    """
+    A rectangle without a pixel centre (an enlarged image) takes the pixel under its middle."""
     sums, pixels = layout.pixel_sums(np.asarray(planes, dtype=np.float64), np.arange(len(layout)))
     return sums / pixels[:, None]
 
@@ -129,8 +126,7 @@ class FeatureExtractor:
     layers: of values and keys ("all" or numbers). encoder_text: the text tower of encoder_original, for text scores of the
     encoders. `alignment` scores texts. Pictures are kept up to `memory_bytes`, the least recently used goes first (default: a
     third of what is free, shared by the processes of this machine): on the model's device until that is `FULL`, then in main
-    memory. vocabulary: as in `TextAlignment`.
-    """
+    memory. vocabulary: as in `TextAlignment`."""
 
     def __init__(
         self, mlm: MLM, untrained: MLM | None = None, encoder_original: Encoder | None = None, *,

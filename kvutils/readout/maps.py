@@ -43,8 +43,7 @@ def pca_colours(tokens: Sequence[np.ndarray]) -> list[np.ndarray]:
 def similarity_to_point(features: ImageFeatures, source: str, point: tuple[float, float]) -> np.ndarray:
     """(N,) cosine similarity of every token of a source to the token under a point (x, y in image pixels).
 
-    The mean token is subtracted first: in many layers all tokens share one large direction, and without this every
-    map is flat (ours)."""
+    The mean token is subtracted first: in many layers all tokens share one large direction, and without this every map is flat (ours)."""
     one_of("source", source, features.features)
     tokens = features.features[source].float().cpu()
     tokens = torch.nn.functional.normalize(tokens - tokens.mean(0), dim=-1)
@@ -72,8 +71,7 @@ def picture(
 def explore(model: MLM | FeatureExtractor, image: ImageLike) -> ipywidgets.Widget:
     """Sliders for a point and a feature source, in JupyterLab; shows which tokens are similar to the one under the point.
 
-    model: an `MLM`, or an extractor that has baselines beside it.
-    """
+    model: an `MLM`, or an extractor that has baselines beside it."""
     extractor = model if isinstance(model, FeatureExtractor) else FeatureExtractor(model, keys=False)
     picture = open_image(image)
     features = extractor.images([("explored", picture)])[0]

@@ -1,8 +1,7 @@
 """Correspondence by nearest neighbours: between two images (key points) and through a video (labels).
 
 Features are tokens (..., N, C) on a grid of h x w = N cells in row order; leading dimensions, such as S feature sources,
-are handled together. Similarity is the cosine. Points are x, y in pixels. Clips follow DINO's eval_video_segmentation.py.
-"""
+are handled together. Similarity is the cosine. Points are x, y in pixels. Clips follow DINO's eval_video_segmentation.py."""
 
 import numpy as np
 import torch
@@ -34,8 +33,7 @@ def soft_argmax(similarity: Tensor, centers: Tensor, temperature: float, radius:
     """(..., K, 2) expected position under softmax(similarity / temperature); ours, beside the hard match.
 
     similarity (..., K, N), centers (N, 2) x, y of the tokens. Only tokens within `radius` pixels of the most similar one
-    count, which keeps a second, distant mode from pulling the point between the two.
-    """
+    count, which keeps a second, distant mode from pulling the point between the two."""
     centers = centers.to(similarity)
     best = centers[similarity.argmax(dim=-1)]  # (..., K, 2)
     far = (best.unsqueeze(-2) - centers).norm(dim=-1) > radius
@@ -54,8 +52,7 @@ def propagate_step(cosine: Tensor, labels: Tensor, neighborhood: Tensor, topk: i
 
     cosine (..., N, n * N) of its tokens with those of n earlier frames, overwritten; labels (..., n, N, K) of these. Weights are
     exp(cosine / temperature), zero outside the neighbourhood; each target token keeps its topk largest over *all* context
-    frames together (ties with the last are kept too) and takes the weighted mean of their labels.
-    """
+    frames together (ties with the last are kept too) and takes the weighted mean of their labels."""
     frames, cells = labels.shape[-3:-1]
     affinity = cosine.div_(temperature).exp_()
     affinity.unflatten(-1, (frames, cells)).mul_(neighborhood.unsqueeze(1))
@@ -68,8 +65,7 @@ def propagate_step(cosine: Tensor, labels: Tensor, neighborhood: Tensor, topk: i
 def norm_mask(labels: Tensor) -> Tensor:
     """Soft labels (..., K, h, w) stretched to 0..1 per channel, as DINO's norm_mask.
 
-    Channels that are constant stay as they are (DINO divides 0 by 0 where the constant is positive).
-    """
+    Channels that are constant stay as they are (DINO divides 0 by 0 where the constant is positive)."""
     low, high = labels.amin(dim=(-2, -1), keepdim=True), labels.amax(dim=(-2, -1), keepdim=True)
     varies = (high > 0) & (high > low)
     return (labels - low.where(varies, 0)).div_((high - low).clamp_min(1e-38).where(varies, 1))
@@ -92,8 +88,7 @@ def propagate_labels(
 
     The context of a frame is the first frame and the n_last before it, see `propagate_step`; the grid covers the whole
     frame. The first frame is returned as given, with void as background. Sources are independent of each other and taken
-    as many at a time as fit in `CHUNK_BYTES`, all on the features' device.
-    """
+    as many at a time as fit in `CHUNK_BYTES`, all on the features' device."""
     sources, frames, cells, _ = features.shape
     features, first = unit_length(features), grid_labels(first_mask, grid).to(features.device)
     neighborhood = restrict_neighborhood(*grid, radius, features.device)

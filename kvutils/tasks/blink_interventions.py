@@ -5,8 +5,7 @@
     learned gate     where the two disagree, a logistic regression on both margins says whom to trust
 
 Layer (from 1 on), weight and gate are fitted on each half of the items and read on the other, so that every item is used and none
-has fitted its own; against the model's own answers where these name an option.
-"""
+has fitted its own; against the model's own answers where these name an option."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,8 +30,7 @@ HEADLINE = ADDED  # set before anything was measured: it can fall back to the mo
 @dataclass(frozen=True, eq=False)
 class Evidence:
     """The two sides of n items with K options: log-probabilities of the model, readout scores in units of their standard
-    deviation on the fitting items; both with mean 0 over options. said (n,) the model's answer, gold (n,) the right one.
-    """
+    deviation on the fitting items; both with mean 0 over options. said (n,) the model's answer, gold (n,) the right one."""
 
     model: np.ndarray
     value: np.ndarray
@@ -61,8 +59,7 @@ def gated(found: Evidence, fit: np.ndarray) -> np.ndarray:
     """(n,) the readout's answer where it disagrees with the model and the gate trusts it, else the model's.
 
     Fitted on those of the items `fit` (n,) bool where they disagree and exactly one is right (an answer that names no option is not
-    wrong); if it is always the same one, that one is always trusted, and if there is no such item, the model.
-    """
+    wrong); if it is always the same one, that one is always trusted, and if there is no such item, the model."""
     readout = found.value.argmax(axis=1)
     use = fit & (found.said != UNRESOLVED) & ((readout == found.gold) != (found.said == found.gold))
     value_right = (readout == found.gold)[use]
@@ -97,8 +94,7 @@ def interventions(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dict
     items newly right and newly wrong), cost (lost as a share of the items that the model had right), n. Beside `INTERVENTIONS`:
     `SCORES` (no values: what comes of reading the answer from log-probabilities) and `EITHER` (a perfect gate: the upper bound).
     beyond_scores: accuracy by `HEADLINE` minus that by `SCORES`. others: the change by `HEADLINE` with every other source in
-    place of the values.
-    """
+    place of the values."""
     halves = Halves.of(table.groups, seed)
     sources = sources_of(table, halves)
     answers, weights = surface(table, halves, sources)
@@ -124,8 +120,7 @@ def interventions(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dict
 
 def claim_x5(found: Mapping[str, Mapping]) -> dict:
     """X5 from `interventions` of each subtask: change of accuracy by `HEADLINE`, in points, mean over the subtasks on which the model
-    makes enough errors (weighing alike, as in BLINK's total). others: every intervention on each of these.
-    """
+    makes enough errors (weighing alike, as in BLINK's total). others: every intervention on each of these."""
     subtasks = Subtasks({each["title"]: each for each in found.values()})
     names = {f"{name} minus the model": ("changes", name, "change") for name in (HEADLINE, DECIDES, GATE, SCORES)}
     others = subtasks.parts(names | {f"{HEADLINE} minus {SCORES}": ("beyond_scores",)})

@@ -3,8 +3,7 @@
 Cross-fitted: the layer that answers an item is chosen on the other half of the items, so that every item is reported and none has
 chosen its own layer. With more folds than two the same items choose for all, and intervals become too narrow: of readouts that know
 nothing (28 layers, 117 items), 3 to 5 % lie above guessing with halves, 7 % with five folds, 12 % with twenty.
-Layers from 1 on: the values of layer 0 are a linear map of the projector's output, and stand beside as the first value projection.
-"""
+Layers from 1 on: the values of layer 0 are a linear map of the projector's output, and stand beside as the first value projection."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -59,8 +58,7 @@ def describe_table(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dic
     value right and model wrong, of the first one if there is none. Cross-fitted, each a `table_of_two` and the layers of the
     two halves: table, of the values; others, of every other source; by_option_scores, with the model's most probable option
     as its answer, for all items; by_readouts, by the subtask's other readouts.
-    ParameterError for fewer than four independent items.
-    """
+    ParameterError for fewer than four independent items."""
     halves = Halves.of(table.groups, seed)
     sources = sources_of(table, halves)
     says = says_of(table, halves, sources)
@@ -104,8 +102,7 @@ def table_of_two(table: ChoiceTable, says: np.ndarray, n_boot: int = 2000, seed:
       at_guess         a readout that guesses, each option as often as this one says it. Where the model prefers one
                        option and the readout another, the first level is passed without any knowledge; this is not
       at_independence  a readout of this accuracy that is as good on the model's errors as elsewhere (below it: values
-                       and model fail on the same items)
-    """
+                       and model fail on the same items)"""
     says, unresolved, table = says[table.resolved], int((~table.resolved).sum()), some_items(table, table.resolved)
     model, wrong, value, k = table.model_right, table.model_wrong, says == table.gold, table.options
     cells = np.stack([value & model, value & wrong, ~value & model, ~value & wrong], axis=1)
@@ -193,8 +190,7 @@ def claim_c8(described: Mapping[str, Mapping]) -> dict:
     answer names an option.
 
     Primary: art style, the paper's subtask; where the model makes too few errors on it, the mean over the subtasks where it makes
-    enough. size: the share itself, as the paper states it.
-    """
+    enough. size: the share itself, as the paper states it."""
     subtasks = Subtasks({each["title"]: each | {key: each["table"][key] for key in ("n", "unresolved", "errors")}
                          for each in described.values()})  # fmt: skip
     speaking = [HEADLINE] if HEADLINE in subtasks.able else subtasks.able

@@ -1,9 +1,7 @@
 """What the model answers to multiple-choice items, and what its image values answer without language (section 4.2).
 
-One pass per item: the prompt with all its images is read once; the model answers from that cache, and the values are
-those of the same cache. `read_items` gives a `ChoiceTable`; what follows from it is in `blink_tables` and
-`blink_interventions`.
-"""
+One pass per item: the prompt with all its images is read once; the model answers from that cache, and the values are those of the same
+cache. `read_items` gives a `ChoiceTable`; what follows from it is in `blink_tables` and `blink_interventions`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,8 +30,7 @@ class ChoiceTable:
     """n items of one subtask with K options each.
 
     gold (n,) right option; said (n,) the model's, `UNRESOLVED` where its text names none; option_scores (n, K) natural
-    log-probability that its answer begins with the option; scores (n, R, S, K) of the readouts by source.
-    """
+    log-probability that its answer begins with the option; scores (n, R, S, K) of the readouts by source."""
 
     subtask: str
     ids: list[str]
@@ -126,8 +123,7 @@ def read_items(
     Sources: value.l, from the cache that the model answers from; alone.value.l, of each image in a prompt of its own
     (it cannot know the other images); projector, encoder and pixels; and, where these models are given,
     encoder_original and untrained.value.l (in the item's prompt). With `parts`, finished batches are kept there, and a
-    run that was stopped goes on. Raises DataError as `check_items`.
-    """
+    run that was stopped goes on. Raises DataError as `check_items`."""
     at_least("batch_size", batch_size)
     by_subtask = check_items(items)
     mlm = base_views(mlm)
@@ -209,8 +205,7 @@ def score_options(
 
 def said(item: MultipleChoice, text: str) -> int:
     """Index of the option that the text names by BLINK's own extraction or, where that would ask its judge, by `read_letter`;
-    `UNRESOLVED` where neither finds one. An item's own spelling of its options is read as BLINK's, "(a)" as "(A)".
-    """
+    `UNRESOLVED` where neither finds one. An item's own spelling of its options is read as BLINK's, "(a)" as "(A)"."""
     letters = [f"({letter})" for letter in LETTERS[: len(item.options)]]
     for option, letter in zip(item.options, letters, strict=True):
         text = text.replace(option, letter)

@@ -1,7 +1,6 @@
 """Task 5: semantic correspondence (SPair-71k) by nearest neighbours (paper, section 3.1).
 
-Task 6: temporal correspondence (DAVIS-2017), a mask carried through a video (paper, section 3.1).
-"""
+Task 6: temporal correspondence (DAVIS-2017), a mask carried through a video (paper, section 3.1)."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -35,13 +34,11 @@ def point_hits(predicted: np.ndarray, truth: np.ndarray, size: float, alpha: flo
 class SemanticCorrespondence(Task):
     """The centre of the target token most similar (cosine) to the token under each source key point.
 
-    Headline: PCK@0.1 of the target's box, per pair, then the mean over pairs (HPF's rule, distance <=). Beside it PCK per
-    point (SD-DINO's rule, distance <), PCK@0.1 of the image's longer side, because 0.1 of a box can be less than a token,
-    and a soft-argmax over the tokens within `RADIUS` token sizes of the best match (ours), which predicts between token
-    centres. Points that are not finite (not visible in both images) are left out; a pair without points is skipped. Rows are
-    resampled over both images, which in SPair serve dozens of pairs each; layers are chosen on other categories than they are
-    read on, so that halves share no image.
-    """
+    Headline: PCK@0.1 of the target's box, per pair, then the mean over pairs (HPF's rule, distance <=). Beside it PCK per point
+    (SD-DINO's rule, distance <), PCK@0.1 of the image's longer side, because 0.1 of a box can be less than a token, and a soft-argmax
+    over the tokens within `RADIUS` token sizes of the best match (ours), which predicts between token centres. Points that are not
+    finite (not visible in both images) are left out; a pair without points is skipped. Rows are resampled over both images, which in
+    SPair serve dozens of pairs each; layers are chosen on other categories than they are read on, so that halves share no image."""
 
     name = "semantic_correspondence"
     title = "Semantic correspondence"
@@ -104,8 +101,7 @@ class TemporalCorrespondence(Task):
     paper matches frames by the "same method" as key points. Beside it DINO's label propagation (context: the first frame and the
     `N_LAST` before; temperature 0.1), whose many votes smooth over what single tokens lack. Ours: a token's first label is the
     share of its pixels (DINO takes the centre pixel), which does not lose objects smaller than a token. The first frame is given,
-    the last not scored, void is background.
-    """
+    the last not scored, void is background."""
 
     name = "temporal_correspondence"
     title = "Temporal correspondence"

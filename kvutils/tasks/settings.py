@@ -1,8 +1,7 @@
 """X6: do batch size, precision, attention backend, image backend or resolution change any figure?
 
 Under each setting, one change to how a model runs, the headline scores of the six tasks are measured again, in a middle and in the
-last layer of the values, on some of the same items, and POPE's F1. Every picture is read alone: a batch can change answers only.
-"""
+last layer of the values, on some of the same items, and POPE's F1. Every picture is read alone: a batch can change answers only."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence

@@ -7,8 +7,7 @@
     point    the same with the token under each point alone: it reads the painted letter
 
 Features are (S, N, C): S sources of C channels on the N tokens of an image. Scores are (S, K) for K options, higher is
-more alike; nothing is fitted. The paper names style statistics and nearest neighbours; their exact form is ours.
-"""
+more alike; nothing is fitted. The paper names style statistics and nearest neighbours; their exact form is ours."""
 
 from collections.abc import Sequence
 
@@ -50,8 +49,7 @@ def point_similarity(
     point (2,) of the first, the mean token of each image subtracted.
 
     layouts: of the features' tokens, a full grid. around: the mean of the tokens at most one row and one column away.
-    Raises DataError for a point outside its image.
-    """
+    Raises DataError for a point outside its image."""
     read = []
     for tokens, layout, points in zip(images, layouts, (reference, candidates), strict=True):
         at = layout.token_at(check_points(points, layout.image_size, "a point readout"))

@@ -5,8 +5,7 @@
     Semantic_Correspondence  a reference mark on the first image, lettered marks a-d on the second: which corresponds?
 
 Everything follows from a seed, and a larger set begins with the smaller one. Every scene is in one item only, so that
-items are independent. The right option is each letter equally often (in every run of as many items as there are options).
-"""
+items are independent. The right option is each letter equally often (in every run of as many items as there are options)."""
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
@@ -28,8 +27,7 @@ _ITEMS, _ANSWERS = 31, 32  # what random numbers are for
 def pocket_blink(items: int = 400, subtasks: Sequence[str] = (), seed: int = SEED) -> list[MultipleChoice]:
     """`items` multiple-choice items of each subtask (default: all of `SUBTASKS`), subtask by subtask.
 
-    Drawing takes about 10 to 20 ms an item. Raises ParameterError for no items and for an unknown subtask.
-    """
+    Drawing takes about 10 to 20 ms an item. Raises ParameterError for no items and for an unknown subtask."""
     at_least("items", items)
     wanted = (subtasks,) if isinstance(subtasks, str) else tuple(subtasks) or SUBTASKS
     for name in wanted:

@@ -2,8 +2,7 @@
 
 Every question kind is balanced where it is drawn: yes and no equally often, negative classes in proportion to how
 frequent the class is (so that frequency does not give the answer away), and nothing is asked whose answer depends on
-a thing that is hardly visible. What only training needs (prefixes, hints) is in the recipe, data/pocket/recipe.
-"""
+a thing that is hardly visible. What only training needs (prefixes, hints) is in the recipe, data/pocket/recipe."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence

@@ -4,8 +4,7 @@ Everything follows from a seed. Scene `i` of a stream depends on (seed, stream, 
 smaller one; streams keep the sets disjoint, and the default seed keeps them apart from the scenes the pocket models were
 trained on (the recipe draws those from seeds 1 and 2). `group` in every sample is its scene.
 
-A thing counts as present from a visible share of `PRESENT` on. Below that it is ambiguous and its pixels are `VOID`.
-"""
+A thing counts as present from a visible share of `PRESENT` on. Below that it is ambiguous and its pixels are `VOID`."""
 
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
@@ -101,8 +100,7 @@ def few_shot_episodes(per_fold: int = 50, scenes: int = 240, shot: int = 5, seed
     """Twin of Pascal-5i: 4 folds of 2 classes, episodes drawn from `scenes` scenes exactly as HSNet draws them.
 
     The list of a fold holds every (scene, class of the fold) with a present thing; masks are 1 on all visible pixels of
-    the class, however little of a thing shows (Pascal's masks know no minimum).
-    """
+    the class, however little of a thing shows (Pascal's masks know no minimum)."""
     limits(per_fold=per_fold, scenes=scenes, shot=shot)
     pool = {s.id: s for s in (pocket_scene("episodes", i, seed) for i in range(scenes))}
     episodes = []
@@ -163,8 +161,7 @@ def referring_masks(scenes: int = 60, seed: int = SEED) -> list[NamedMask]:
     """Twin of RefCOCO: scenes that show some class at least twice, and the shortest expression for each of its things.
 
     An expression names exactly one thing: by class, else colour and class, else left or right; things for which none of
-    these is enough have no sample.
-    """
+    these is enough have no sample."""
     at_least("scenes", scenes)
     samples: list[NamedMask] = []
     used: list[int] = []
@@ -220,8 +217,7 @@ def clips(count: int = 24, frames: int = 12, seed: int = SEED) -> list[Clip]:
 def key_images(count: int = 1000, seed: int = SEED) -> list[LabelledImage]:
     """Twin of the COCO images over which the variance of image keys is taken: scenes as they come.
 
-    Label maps as in `training_maps`: 0 is background. The real set may open its images when they are asked for.
-    """
+    Label maps as in `training_maps`: 0 is background. The real set may open its images when they are asked for."""
     at_least("count", count)
     return _labelled("keys", count, seed)
 
@@ -230,8 +226,7 @@ def domain_scenes(scenes: int = 160, stream: str = "domains", domains: Sequence[
                   seed: int = SEED) -> list[DomainImage]:  # fmt: skip
     """Twin of BDD-10K split by domain: labelled scenes of these lights only, label maps as in `training_maps`.
 
-    stream "domain-training" gives scenes of the same kind to fit a probe on.
-    """
+    stream "domain-training" gives scenes of the same kind to fit a probe on."""
     at_least("scenes", scenes)
     at_least("number of domains", len(domains))
     for name in domains:

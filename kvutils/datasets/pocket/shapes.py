@@ -2,8 +2,7 @@
 
 A silhouette is a union of polygons and ellipses; `DETAILS` are darker parts painted on top (eyes, windows, wheels).
 Every class has the same five named key points, so that correspondence has a meaning across two objects of a class.
-The front is always to the right, so a mirrored object is told from an unmirrored one by its shape.
-"""
+The front is always to the right, so a mirrored object is told from an unmirrored one by its shape."""
 
 import math
 

@@ -3,8 +3,7 @@
 A `Scene` is a plain description (objects, style, domain, background seed); `render` draws it and returns the image with
 instance masks, visibility and key points. Class and colour are independent, so colour alone never gives the class; classes
 are not equally frequent and some go together, because POPE's popular and adversarial splits need that; centres lie anywhere,
-so the border crops objects and object frequency is flat over positions.
-"""
+so the border crops objects and object frequency is flat over positions."""
 
 from dataclasses import dataclass, replace
 

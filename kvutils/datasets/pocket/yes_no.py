@@ -2,8 +2,7 @@
 
 Everything follows from a seed and from scene streams of its own (see `kvutils.datasets.pocket.sets`), so no scene is
 shared with training or with another set. A class is present in a scene if a share of `PRESENT` or more of one of its
-things is visible, absent if at most 2 % of any is, as in `Facts`; any other class is not asked about.
-"""
+things is visible, absent if at most 2 % of any is, as in `Facts`; any other class is not asked about."""
 
 from collections.abc import Sequence
 from itertools import permutations
@@ -30,16 +29,14 @@ _POSITIVES, _NEGATIVES, _PAIRS = 1, 2, 3  # what a seed is for, beside the scene
 def pocket_pope(scenes: int = 600, split: str = "all", per_scene: int = 3, seed: int = SEED) -> list[YesNoSample]:
     """Twin of POPE: is there a thing of a class, with three kinds of negatives.
 
-    Each scene is asked about up to `per_scene` (POPE: 3) of its present classes, and in every split about as many absent
-    ones, so yes and no are equally many in every scene and split; POPE gets there by leaving out images with fewer than
-    three objects, which most pocket scenes are. The positives are the same in all splits. The negatives are drawn as by
-    POPE's own script, from the truth of this very set of scenes: random (any absent class), popular (the absent classes
-    that most scenes show), adversarial (for each positive, the absent class that is seen with it most often). Yes and no
-    alternate.
+    Each scene is asked about up to `per_scene` (POPE: 3) of its present classes, and in every split about as many absent ones, so yes
+    and no are equally many in every scene and split; POPE gets there by leaving out images with fewer than three objects, which most
+    pocket scenes are. The positives are the same in all splits. The negatives are drawn as by POPE's own script, from the truth of this
+    very set of scenes: random (any absent class), popular (the absent classes that most scenes show), adversarial (for each positive,
+    the absent class that is seen with it most often). Yes and no alternate.
 
     600 scenes show a true difference of 3 F1 points with probability 0.8 as long as at most one answer in six changes;
-    where 6 % of the answers change, as when a third of the image is hidden from the model, they show 1.6 points.
-    """
+    where 6 % of the answers change, as when a third of the image is hidden from the model, they show 1.6 points."""
     limits(scenes=scenes, per_scene=per_scene)
     splits = pope_splits(split)
     found: list[tuple[int, PocketScene]] = []
@@ -91,8 +88,7 @@ def pocket_mme(images: int = 300, split: str | Sequence[str] = "all", seed: int 
 
     The false question is the true one with one thing changed, as in MME: another class (as frequent classes more often, so
     that frequency does not tell), another colour, the two classes exchanged (position, count), another pair of things
-    (same_color). Each subtask takes the first scenes of one stream that allow its pair, so subtasks share scenes and `image_id`.
-    """
+    (same_color). Each subtask takes the first scenes of one stream that allow its pair, so subtasks share scenes and `image_id`."""
     at_least("images", images)
     subtasks = mme_subtasks(split, tuple(MME_FORMS))
     samples: dict[str, list[YesNoSample]] = {name: [] for name in subtasks}
@@ -190,8 +186,7 @@ def questions_of_every_kind(per_kind: int = 200, scenes: int = 1200, kinds: tupl
     """About `per_kind` questions of each kind, every answer equally often as far as `scenes` scenes allow.
 
     The scenes are those of a training pool of this seed, so no model was trained on them and no other set has them. The
-    options of a kind are its answers. Raises ParameterError for sizes below 1 and unknown kinds.
-    """
+    options of a kind are its answers. Raises ParameterError for sizes below 1 and unknown kinds."""
     limits(per_kind=per_kind, scenes=scenes)
     for kind in kinds:
         one_of("kind of question about one image", kind, SCORED)
