@@ -25,9 +25,8 @@ QUESTION = "Describe the image."
 
 
 @torch.no_grad()
-def attention_mass(
-    mlm: MLM, images: Iterable[ImageLike], questions: Sequence[str], prefix: str | None = None, batch_size: int = 8
-) -> torch.Tensor:
+def attention_mass(mlm: MLM, images: Iterable[ImageLike], questions: Sequence[str], prefix: str | None = None,
+                   batch_size: int = 8) -> torch.Tensor:  # fmt: skip
     """(L, G, N) float64 on the CPU: the attention weight (0..1) that each image key receives, as a mean.
 
     The mean is over images, questions, all text tokens behind the image (question and what the chat template adds) and the

@@ -34,9 +34,8 @@ def cluster_tokens(tokens: Sequence[np.ndarray], n_init: int = 10, seed: int = 0
     return np.split(labels.astype(np.int64), np.cumsum([len(t) for t in tokens])[:-1]), inertias
 
 
-def salient_clusters(
-    labels: Sequence[np.ndarray], saliency: Sequence[np.ndarray], num_clusters: int, threshold: float = 0.065, percentage: float = 75
-) -> tuple[np.ndarray, np.ndarray]:
+def salient_clusters(labels: Sequence[np.ndarray], saliency: Sequence[np.ndarray], num_clusters: int,
+                     threshold: float = 0.065, percentage: float = 75) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """(votes (num_clusters,), indices of salient clusters). labels, saliency: (N_i,) per image.
 
     An image votes for a cluster if its tokens there have a mean saliency above the threshold; a cluster absent from the
@@ -48,9 +47,8 @@ def salient_clusters(
     return votes, np.flatnonzero(votes >= np.ceil(len(labels) * percentage / 100))
 
 
-def oracle_clusters(
-    labels: Sequence[np.ndarray], foreground: Sequence[np.ndarray], pixels: Sequence[np.ndarray], num_clusters: int
-) -> tuple[np.ndarray, float]:
+def oracle_clusters(labels: Sequence[np.ndarray], foreground: Sequence[np.ndarray], pixels: Sequence[np.ndarray],
+                    num_clusters: int) -> tuple[np.ndarray, float]:  # fmt: skip
     """(indices of the best union of clusters, its mean Jaccard over images): the upper bound of any choice.
 
     labels (N_i,) per image; foreground, pixels (N_i,) true foreground and annotated pixels, or shares of the pixels, in each

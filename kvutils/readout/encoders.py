@@ -39,9 +39,8 @@ def capture_encoder(
 
 
 @torch.no_grad()
-def encode_prepared(
-    encoder: Encoder, mlm: MLM, vision: VisionInputs, pictures: Sequence[Image.Image], head: bool = False, own: bool = False
-) -> list[torch.Tensor]:
+def encode_prepared(encoder: Encoder, mlm: MLM, vision: VisionInputs, pictures: Sequence[Image.Image],
+                    head: bool = False, own: bool = False) -> list[torch.Tensor]:  # fmt: skip
     """Features (N, C) of one batch of pictures whose pixels are ready, on the encoder's device.
 
     They are those of the depth of `depth_read`; head: of the last layer, which the pooling head was trained on. own: of the MLM's own

@@ -106,9 +106,7 @@ def image_tokens(layout: TokenLayout) -> np.ndarray:
 
 
 def token_means(layout: TokenLayout, planes: np.ndarray) -> np.ndarray:
-    """(N, K) mean of pixel planes (H, W, K) over the pixels whose centre is in each token's rectangle.
-
-    A rectangle without a pixel centre (an enlarged image) takes the pixel under its middle."""
+    """(N, K) mean of pixel planes (H, W, K) over the pixels of each token's rectangle, see `TokenLayout.pixel_sums`."""
     sums, pixels = layout.pixel_sums(np.asarray(planes, dtype=np.float64), np.arange(len(layout)))
     return sums / pixels[:, None]
 

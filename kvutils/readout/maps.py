@@ -50,9 +50,8 @@ def similarity_to_point(features: ImageFeatures, source: str, point: tuple[float
     return (tokens @ tokens[int(features.layout.token_at(np.array([point]))[0])]).numpy()
 
 
-def picture(
-    extractor: FeatureExtractor, name: str, image: Image.Image, point: tuple[float, float], context: Mapping[str, Image.Image]
-) -> dict:
+def picture(extractor: FeatureExtractor, name: str, image: Image.Image, point: tuple[float, float],
+            context: Mapping[str, Image.Image]) -> dict:  # fmt: skip
     """What the figures of one image need, JSON-able: thumbnail, token rectangles, PCA colours and similarity maps.
 
     The principal components are those of the image's and the `context` images' tokens together."""

@@ -80,9 +80,8 @@ def grid_labels(mask: np.ndarray, grid: tuple[int, int]) -> Tensor:
     return torch.from_numpy(np.stack(shares, axis=1))
 
 
-def propagate_labels(
-    first_mask: np.ndarray, features: Tensor, grid: tuple[int, int], n_last: int = 7, radius: int = 12, topk: int = 5
-) -> tuple[Tensor, Tensor]:
+def propagate_labels(first_mask: np.ndarray, features: Tensor, grid: tuple[int, int], n_last: int = 7, radius: int = 12,
+                     topk: int = 5) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(S, T, H, W) uint8 index masks of a clip, twice, from its first mask (H, W) and features (S, T, h*w, C): as DINO on DAVIS,
     and where each token copies the label of its nearest token in the first frame.
 

@@ -149,9 +149,7 @@ def base_views(mlm: MLM) -> MLM:
     return mlm if mlm.family == QWEN else replace(mlm, base_view_only=True, pad_to_square=mlm.family == ONEVISION)
 
 
-def _read_batch(
-    models: Mapping[str, MLM], extractor: FeatureExtractor, batch: list[MultipleChoice], max_new_tokens: int
-) -> list[dict]:
+def _read_batch(models: Mapping[str, MLM], extractor: FeatureExtractor, batch: list[MultipleChoice], max_new_tokens: int) -> list[dict]:
     """Per item: answer text, the option said, option scores, and scores[readout][source] of every option."""
     images = [tuple(item.images) for item in batch]
     places = np.cumsum([0, *map(len, images)])

@@ -42,9 +42,7 @@ def style_similarity(images: Sequence[Tensor]) -> Tensor:
     return (mean_similarity(images) + _with_first(grams)) / 2
 
 
-def point_similarity(
-    images: Sequence[Tensor], layouts: Sequence[TokenLayout], reference, candidates, around: bool = False
-) -> Tensor:
+def point_similarity(images: Sequence[Tensor], layouts: Sequence[TokenLayout], reference, candidates, around: bool = False) -> Tensor:
     """(S, K) cosine of the tokens under candidate points (K, 2) of the second image with that under the reference
     point (2,) of the first, the mean token of each image subtracted.
 
