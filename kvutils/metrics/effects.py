@@ -27,7 +27,6 @@ def part(name: str, found: Effect = UNDEFINED, reason: str = "too few independen
 
 
 def effect_of(found: Mapping) -> Effect:
-    """The effect of a part."""
     return Effect.of({**found, "mean": found["value"]})
 
 

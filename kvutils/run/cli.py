@@ -49,8 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if arguments and not arguments[0].startswith("-"):
             errors.one_of("verb", arguments[0], VERBS)
-        chosen = parser().parse_args(arguments or ["--help"])
-        return run(chosen)
+        return run(parser().parse_args(arguments or ["--help"]))
     except (errors.KVUtilsError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return MISUSED

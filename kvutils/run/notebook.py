@@ -60,7 +60,6 @@ class Run:
 
     @property
     def results(self) -> Path:
-        """The results file of this notebook."""
         return self.folder / f"{self.notebook}.json"
 
     @property

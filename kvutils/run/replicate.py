@@ -200,8 +200,8 @@ def run_all(paths: Mapping[Path, dict], executed: Path) -> list[str]:
         except (KVUtilsError, PapermillExecutionError, OSError, RuntimeError) as error:  # the last: the kernel died
             print(explain(path, error, failed), file=sys.stderr if rank() else sys.stdout, flush=True)
             failures.append(path.stem)
-            continue
-        print(f"{path.stem}  done in {tqdm.format_interval(time.monotonic() - start)} min: {show(executed / path.name)}", flush=True)
+        else:
+            print(f"{path.stem}  done in {tqdm.format_interval(time.monotonic() - start)} min: {show(executed / path.name)}", flush=True)
     return failures
 
 

@@ -238,8 +238,7 @@ def stale(root: Path) -> dict[Path, str]:
 
 def write(root: Path) -> list[Path]:
     """Write the generated files that are stale; returns their paths."""
-    old = stale(root)
-    for path, text in old.items():
+    for path, text in (old := stale(root)).items():
         write_text(path, text)
     return list(old)
 

@@ -109,7 +109,6 @@ def of_effect(claim: Mapping, found: Mapping) -> Verdict:
 
 
 def of_tasks(claim: Mapping, found: Mapping) -> Verdict:
-    """By the number of tasks that are ahead."""
     tasks, smallest, paper = [each for each in found.get("tasks", ()) if each["low"] is not None], claim["smallest"], claim["effect"]
     if not tasks:
         return Verdict(NOT_MEASURED, "No task was measured.")

@@ -122,8 +122,8 @@ def ask_under_blocks(task: YesNoTask, mlm: MLM, blocks: Mapping[str, KeySelectio
         for name, said in answers.items():
             replies |= {(name, image, question): each for question, each in zip(questions, said, strict=True)}
     found = {name: [replies[name, s.image_id, s.question] for s in task.samples] for name in blocks}
-    return ({name: [text for text, _ in said] for name, said in found.items()},
-            {name: float(np.mean([mass for _, mass in said])) for name, said in found.items()})  # fmt: skip
+    masses = {name: float(np.mean([mass for _, mass in said])) for name, said in found.items()}
+    return {name: [text for text, _ in said] for name, said in found.items()}, masses
 
 
 def effects(task: YesNoTask, answers: Mapping[str, Sequence[str]], n_boot: int = 2000, seed: int = 0) -> dict:

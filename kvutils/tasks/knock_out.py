@@ -12,6 +12,7 @@ loss is minus the log-probability (nats) that the answer begins with the right o
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
@@ -56,11 +57,9 @@ class KnockOut:
 def blocked_layers(layers: int) -> dict[str, tuple[int, ...]]:
     """Condition -> layers in which the image is hidden. Equal sets are measured once, see `condition_of`."""
     found: dict[str, tuple[int, ...]] = {"none": ()}
-    for family in FAMILIES:
-        for layer in range(layers):
-            name = condition_of(family, layer, layers)
-            bounds = {"one": (layer, layer + 1), "from": (layer, layers), "until": (0, layer + 1)}
-            found.setdefault(name, tuple(range(*bounds[family])))
+    for family, layer in product(FAMILIES, range(layers)):
+        bounds = {"one": (layer, layer + 1), "from": (layer, layers), "until": (0, layer + 1)}
+        found.setdefault(condition_of(family, layer, layers), tuple(range(*bounds[family])))
     return found
 
 
@@ -131,8 +130,7 @@ def summarise_knock_out(table: KnockOut, n_boot: int = 2000, seed: int = 0) -> d
     kinds -> kind -> n, scenes, none {accuracy, loss, option_mass}, and per family a list over layers of these three and the paired
     differences to none, accuracy_change and loss_change. warnings: where the options hold little probability. JSON-able."""
     every = table.balance
-    kinds = {ALL: np.ones(len(table.kinds), bool)}
-    kinds |= {kind: np.array(table.kinds) == kind for kind in dict.fromkeys(table.kinds)}
+    kinds = {ALL: np.ones(len(table.kinds), bool), **{kind: np.array(table.kinds) == kind for kind in dict.fromkeys(table.kinds)}}
     names = ("accuracy", "loss", "option_mass", "accuracy_change", "loss_change")
     result, masses = {"layers": table.layers, "kinds": {}}, {}
     for kind, mine in kinds.items():

@@ -56,7 +56,6 @@ class TextSegmentation(Task):
 
     columns = COLUMNS
     shuffled = True
-
     threshold: ClassVar[float | None] = None  # foreground is above it; None: Otsu's
 
     def __init__(self, samples: Sequence[NamedMask]):

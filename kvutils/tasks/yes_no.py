@@ -3,14 +3,12 @@
 An answer set is a list of texts, one per sample of the task, in that order. Whatever gives it (a plain model, one with keys blocked),
 nothing here knows about models."""
 
-from __future__ import annotations
-
 import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 from scipy.stats import t as student
@@ -179,7 +177,7 @@ class Scored:
     right: np.ndarray
 
     @classmethod
-    def of(cls, task: YesNoTask, sets: Mapping[str, Sequence[str]], n_boot: int = 2000, seed: int = 0) -> Scored:
+    def of(cls, task: YesNoTask, sets: Mapping[str, Sequence[str]], n_boot: int = 2000, seed: int = 0) -> Self:
         """DataError where a set has more or fewer answers than the task has questions."""
         if wrong := [name for name, answers in sets.items() if isinstance(answers, str) or len(answers) != len(task.samples)]:
             raise DataError(f"{task.name}, {wrong[0]}: {len(sets[wrong[0]])} answers for {len(task.samples)} questions")
@@ -227,7 +225,6 @@ class Scored:
         return self._report(found) | {"sets": [len(now), len(before)], "changed": changed}
 
     def headline(self, name: str) -> float:
-        """One set's headline."""
         return float(self.found.value[list(self.sets).index(name), self.keys.index(self.task.metric)])
 
     def _report(self, intervals: Sequence[Interval]) -> dict:
