@@ -108,8 +108,7 @@ def _unannotated(folder: Path, count: int) -> list[LabelledImage]:
 
 
 def _void(picture: Picture) -> np.ndarray:
-    width, height = picture().size
-    return np.full((height, width), VOID, np.uint8)
+    return np.full(picture().size[::-1], VOID, np.uint8)
 
 
 def _from_parquet(root: str | Path, count: int, annotated: bool) -> list[LabelledImage]:

@@ -42,9 +42,8 @@ def pope_questions(root: str | Path, split: str = "all", images: str | Path | No
         pictures = coco_files("pope", "val2014", images, places, (line["image"] for each in kept.values() for line in each))
     for name, each in kept.items():
         for line in each:
-            image = line["image"]
-            yield YesNoSample(f"{name}-{line['question_id']}", Path(image).stem, pictures[image], put(prompts, "pope", line["text"]), line["label"],
-                              name)  # fmt: skip
+            image, asked = line["image"], put(prompts, "pope", line["text"])
+            yield YesNoSample(f"{name}-{line['question_id']}", Path(image).stem, pictures[image], asked, line["label"], name)
 
 
 def pope_splits(split: str) -> tuple[str, ...]:

@@ -165,7 +165,11 @@ def _reference(record: dict, annotation: Any, image: Any, category: Any, where: 
 
 def _hub_references(root: str | Path, splits: Sequence[str], split_by: str) -> list[_Reference]:
     """The references of the splits from a hub copy; the images of `jxu124/refcoco` are left to the files on disk."""
-    columns = {"ref_list"} if str(root) == HUB else _columns(Path(root))
+    columns = {"ref_list"}
+    if str(root) != HUB:
+        path = visible(Path(root).rglob("*.parquet"))[0]
+        with reading(path, "a Parquet file"):  # ArrowInvalid is a ValueError
+            columns = set(pyarrow.parquet.read_schema(path).names)
     if "ref_list" in columns:
         if "train" in splits:
             raise ParameterError(f"{WHOLE} has no train split; a copy of {ANNOTATIONS} and the official files have it")
@@ -177,13 +181,6 @@ def _hub_references(root: str | Path, splits: Sequence[str], split_by: str) -> l
     raise DataError(f"{root} holds Parquet files with the columns {', '.join(sorted(columns))}: expected a copy of {WHOLE} (ref_list) "
                     f"or {ANNOTATIONS} (raw_anns). lmms-lab/RefCOCO cannot be used: its val mixes the splits of UNC and Google, its "
                     "masks are one polygon each and it has no class names")  # fmt: skip
-
-
-def _columns(root: Path) -> set[str]:
-    """The columns of the first Parquet file below a folder."""
-    path = visible(root.rglob("*.parquet"))[0]
-    with reading(path, "a Parquet file"):  # ArrowInvalid is a ValueError
-        return set(pyarrow.parquet.read_schema(path).names)
 
 
 def _whole(root: str | Path, name: str) -> Iterator[_Reference]:

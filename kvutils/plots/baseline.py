@@ -42,11 +42,8 @@ def steps_along_chain(chains: Mapping[str, Mapping]) -> Figure:
     """What each step adds (right of 0) or loses (left of 0), per task, with 95 % intervals."""
     chains = in_order(chains)
     figure, axis = plt.subplots(figsize=(8.5, 0.75 * len(chains) + 1.6))
-    points = [
-        (row + shift, chain["steps"][step], colour, marker, None if row else label)
-        for row, chain in enumerate(chains.values())
-        for shift, (step, (colour, marker, label)) in zip((-0.3, -0.15, 0, 0.15, 0.3), STEP_STYLE.items(), strict=True)
-    ]
+    points = [(row + shift, chain["steps"][step], colour, marker, None if row else label) for row, chain in enumerate(chains.values())
+              for shift, (step, (colour, marker, label)) in zip((-0.3, -0.15, 0, 0.15, 0.3), STEP_STYLE.items(), strict=True)]  # fmt: skip
     forest(axis, points, [f"{chain['title']}\n({chain['metric']})" for chain in chains.values()])
     for row in range(1, len(chains)):
         axis.axhline(row - 0.5, color="grey", lw=0.3)

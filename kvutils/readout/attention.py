@@ -7,6 +7,7 @@ class token. A language model has none; its last prompt token, from which the an
 import contextlib
 import copy
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from PIL import Image
@@ -77,20 +78,17 @@ def _received(mlm: MLM, vision: VisionInputs, texts: Sequence[TextInputs], end: 
     def run(embeddings: torch.Tensor, positions: torch.Tensor, past: DynamicCache) -> None:
         language_model(inputs_embeds=embeddings, position_ids=positions, past_key_values=past, use_cache=True)
 
-    def record(row: torch.Tensor):
-        def hook(module, args, output) -> None:
-            weights = output[1]  # (B, H, queries, keys)
-            received = weights[..., columns.to(weights.device)].double().mean(2)
-            row.add_(received.unflatten(1, (len(row), -1)).mean(2).sum(0).cpu())
-
-        return hook
+    def record(row: torch.Tensor, module, args, output) -> None:
+        weights = output[1]  # (B, H, queries, keys)
+        received = weights[..., columns.to(weights.device)].double().mean(2)
+        row.add_(received.unflatten(1, (len(row), -1)).mean(2).sum(0).cpu())
 
     run(embed(mlm, first.input_ids[:, :end], encode_images(mlm, vision)[1]), first.position_ids[..., :end], cache)
     with contextlib.ExitStack() as stack:
         stack.callback(language_model.set_attn_implementation, language_model.config._attn_implementation)
         language_model.set_attn_implementation("eager")
         for layer, row in zip(language_model.layers, mass, strict=True):
-            stack.callback(layer.self_attn.register_forward_hook(record(row)).remove)
+            stack.callback(layer.self_attn.register_forward_hook(partial(record, row)).remove)
         for text in texts:
             embeddings = mlm.model.get_input_embeddings()(text.input_ids[:, end:])
             run(embeddings, text.position_ids[..., end:], copy.deepcopy(cache))

@@ -34,7 +34,6 @@ class CoSegmentation(Task):
     statistic = staticmethod(column_mean(_J))
     statistics = {"J, oracle": column_mean(_J_ORACLE), "J, relative threshold": column_mean(_J_RELATIVE),
                   "P": column_mean(_PRECISION), "clusters": column_mean(_CLUSTERS)}  # fmt: skip
-
     parameters = {"n_init": N_INIT, "max_clusters": MAX_CLUSTERS, "question": QUESTION, "seed": SEED}
 
     def images(self, sample: ImageGroup) -> list[tuple[str, Opener]]:

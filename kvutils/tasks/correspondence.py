@@ -51,7 +51,6 @@ class SemanticCorrespondence(Task):
         "soft PCK@0.1 per image": mean_over_pairs(_SOFT),
         "soft PCK@0.1 of the image": mean_over_pairs(_SOFT_IMAGE),
     }
-
     parameters = {"alpha": ALPHA, "temperature": TEMPERATURE, "radius": RADIUS}
 
     def images(self, sample: KeypointPair) -> list[tuple[str, Opener]]:
@@ -111,7 +110,6 @@ class TemporalCorrespondence(Task):
     statistic = staticmethod(j_and_f(_J, _F))
     statistics = {"J": column_mean(_J), "F": column_mean(_F), "J&F, label propagation": j_and_f(_J_DINO, _F_DINO),
                   "J, label propagation": column_mean(_J_DINO), "F, label propagation": column_mean(_F_DINO)}  # fmt: skip
-
     parameters = {"n_last": N_LAST, "radius": NEAR, "topk": TOPK, "rule": "area"}
 
     def sources(self, extractor: FeatureExtractor) -> list[str]:

@@ -119,11 +119,8 @@ def _count_class(facts, rng):
 def _positions(facts, rng):
     """One axis for all: "left" for one thing and "right" for another makes the class in the question matter."""
     axis, near, far = (2, "left", "right") if rng.random() < 0.5 else (3, "top", "bottom")
-    return [
-        (f"is the {CLASSES[t[0]]} {near} or {far} ?", near if t[axis] < 48 else far)
-        for t in unique(facts, 0)
-        if abs(t[axis] - 48) >= MARGIN
-    ]
+    return [(f"is the {CLASSES[t[0]]} {near} or {far} ?", near if t[axis] < 48 else far)
+            for t in unique(facts, 0) if abs(t[axis] - 48) >= MARGIN]  # fmt: skip
 
 
 def offset(one, two, side) -> float:
@@ -216,10 +213,6 @@ def _list_things(facts, question, values):
     return (question, " , ".join(f"{CLASSES[t[0]]} {values(t)}" for t in things)) if things else None
 
 
-def _list_colours(facts, rng):
-    return _list_things(facts, "what colour are the things ?", lambda t: COLOURS[t[1]])
-
-
 def _list_sides(facts, rng):
     if rng.random() < 0.5:
         return _list_things(facts, "are the things left or right ?", lambda t: "left" if t[2] < 48 else "right")
@@ -233,7 +226,8 @@ KINDS = {
     "count": _count, "count_class": _count_class, "style": lambda facts, rng: ("what style is the image ?", STYLES[facts.style]),
     "domain": lambda facts, rng: ("what is the light ?", DOMAINS[facts.domain]), "position": _positions,
     "relation": _relations, "hop_colour": _hop_colour, "hop_class": _hop_class, "hop_same": _hop_same, "hop_more": _hop_more,
-    "hop_match": _hop_match, "caption": _caption, "list_colours": _list_colours, "list_sides": _list_sides,
+    "hop_match": _hop_match, "caption": _caption,
+    "list_colours": lambda facts, rng: _list_things(facts, "what colour are the things ?", lambda t: COLOURS[t[1]]), "list_sides": _list_sides,
 }  # fmt: skip
 DESCRIPTIONS = ("caption", "list_colours", "list_sides")  # several words: trained on, not scored
 SCORED = tuple(kind for kind in KINDS if kind not in DESCRIPTIONS)

@@ -108,12 +108,8 @@ def few_shot_episodes(per_fold: int = 50, scenes: int = 240, shot: int = 5, seed
         members = range(fold * CLASSES_PER_FOLD, (fold + 1) * CLASSES_PER_FOLD)
         entries = [(s.id, c) for s in pool.values() for c in s.present_classes if c in members]
         for i, (query, supports, cls) in enumerate(sample_episodes(entries, shot, per_fold, seed)):
-
-            def labelled(name: str, cls: int = cls) -> LabelledImage:
-                return LabelledImage(name, pool[name].image, pool[name].class_mask(cls, ambiguous=1))
-
-            supported = tuple(labelled(name) for name in supports)
-            episodes.append(Episode(f"fold{fold}-{i:04d}", cls, CLASSES[cls], fold, labelled(query), supported))
+            shown, *shots = (LabelledImage(name, pool[name].image, pool[name].class_mask(cls, ambiguous=1)) for name in (query, *supports))
+            episodes.append(Episode(f"fold{fold}-{i:04d}", cls, CLASSES[cls], fold, shown, tuple(shots)))
     return episodes
 
 
