@@ -5,7 +5,9 @@
 Drawn at random are the measurements alone (scores of items, answers, variances of keys). All that follows, the choice of layers, the
 resampling, the claim and the verdict, is the code that the notebooks run. A line of the table is a claim, a size and a truth: the
 paper's effect (where it states no figure, twice the smallest effect of interest), none, the opposite one, and what makes a claim
-impossible to judge: a ceiling, a floor, no lever. --write puts the table into benchmarks/VERDICTS.md.
+impossible to judge: a ceiling, a floor, no lever. "Said so" is how often the verdict was the right one; "would find" the effect that shows
+with probability .8, and the smallest that matters: an effect or its absence can be expected only where the data can tell.
+--write puts the table into benchmarks/VERDICTS.md.
 
 Noise: per unit (image, group, clip, pair) as large as in the pocket results, see `NOISE`; how large it is in the paper's is unknown.
 """
@@ -427,7 +429,7 @@ def main() -> int:
     print(text)
     if options.write:
         about = __doc__.split("\n\n", 1)[1]
-        TABLE.write_text(f"# How often the rules say what is true\n\n{about.strip()}\n\n{options.runs} runs a line.\n\n{text}\n", encoding="utf-8")
+        TABLE.write_text(f"# How often the rules say what is true\n\n{about.rstrip()}\n\n{options.runs} runs a line.\n\n{text}\n", encoding="utf-8")
     wrong = [f"{name}, {size}, {truth.name}: {why}" for name, size, truth, shares, seen in found
              if (why := misses(name, truth, shares, seen, options.runs))]  # fmt: skip
     print("\n".join(wrong) or "every line is as it should be")
