@@ -227,7 +227,8 @@ KINDS = {
     "domain": lambda facts, rng: ("what is the light ?", DOMAINS[facts.domain]), "position": _positions,
     "relation": _relations, "hop_colour": _hop_colour, "hop_class": _hop_class, "hop_same": _hop_same, "hop_more": _hop_more,
     "hop_match": _hop_match, "caption": _caption,
-    "list_colours": lambda facts, rng: _list_things(facts, "what colour are the things ?", lambda t: COLOURS[t[1]]), "list_sides": _list_sides,
+    "list_colours": lambda facts, rng: _list_things(facts, "what colour are the things ?", lambda t: COLOURS[t[1]]),
+    "list_sides": _list_sides,
 }  # fmt: skip
 DESCRIPTIONS = ("caption", "list_colours", "list_sides")  # several words: trained on, not scored
 SCORED = tuple(kind for kind in KINDS if kind not in DESCRIPTIONS)
