@@ -29,11 +29,11 @@ ALLOWED = {
 # Lines per room, blank ones and comments counted, rounded up to tens. A budget goes down as its room shrinks. It is raised
 # only by a commit that says what the new lines are for and what they made superfluous.
 BUDGET = {
-    "__init__": 80, "errors": 70, "images": 90, "processors": 140, "layout": 280, "probes": 300, "store": 270, "models": 320, "vision": 230,
-    "prompts": 170, "language": 210, "kvcache": 140, "keys": 190, "block": 130, "answer": 320,
-    "metrics": 580, "datasets": 2350, "datasets/pocket": 1280, "readout": 1010, "tasks": 3560, "plots": 900, "run": 1520, "__main__": 10,
+    "__init__": 80, "errors": 70, "images": 90, "processors": 160, "layout": 280, "probes": 300, "store": 270, "models": 320, "vision": 230,
+    "prompts": 160, "language": 210, "kvcache": 140, "keys": 190, "block": 130, "answer": 320,
+    "metrics": 750, "datasets": 2270, "datasets/pocket": 1220, "readout": 1010, "tasks": 4000, "plots": 950, "run": 1790, "__main__": 10,
 }
-CORE_BUDGET, PACKAGE_BUDGET = 2_880, 14_100  # the flat files together, the whole package
+CORE_BUDGET, PACKAGE_BUDGET = 2_880, 14_850  # the flat files together, the whole package
 LARGEST = 320  # lines of a module: a longer one is two ideas
 
 
