@@ -98,6 +98,13 @@ def test_a_line_of_the_tables():
     assert report.ours(many) == "1 of 2 tasks" and report.ours(none) == "–" and many["tasks"] == {"a": "present", "b": "opposite"}
 
 
+def test_one_sentence_beside_the_numbers():
+    note = "It builds on 2 of 6 tasks (e.g. Co-segmentation), falls on 0. More follows."
+    for about, found, said in (({"effect": None}, one(5, 1), "It builds on 2 of 6 tasks (e.g. Co-segmentation), falls on 0."),
+                               ({}, one(5, 1), "The effect is +5.00"), ({"effect": None}, one(0, 0.5), "An effect of 1.5")):  # fmt: skip
+        assert report.sentence(report.row(claim(**about), measured(found, note=note))).startswith(said)
+
+
 def test_all_claims_are_there():
     assert [c["id"] for c in report.load_claims()] == "C1 C2a C2b C3 C4 C5 C6 C7a C7b C8 X1 X2 X3 X4 X5 X6".split()
 

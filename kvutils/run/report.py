@@ -4,6 +4,7 @@ Reads data/claims.yaml and data/results/<profile>/<model>/<notebook>.json. Write
 the generated parts of README.md. A verdict is computed here or not at all. Also whether a run gave what is committed."""
 
 import json
+import re
 import subprocess
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ import yaml
 from kvutils import data_folder
 from kvutils.errors import DataError
 from kvutils.run import DEFAULT, across
-from kvutils.run.verdicts import FEW_UNITS, NOT_MEASURED, PRESENT, amount, interval_of, judge, smallest_of, word_of_part
+from kvutils.run.verdicts import FEW_UNITS, HOLDS, NOT_MEASURED, PRESENT, amount, interval_of, judge, smallest_of, word_of_part
 from kvutils.store import read_json, to_json, write_text
 
 PICTURES = {"02_siglip_baseline": "02_steps", "03_input_agnostic_keys": "03_block_effects", "04_prefix": "04_prefix_effects",
@@ -119,13 +120,20 @@ def markdown_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -
     return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 
+def sentence(line: Mapping) -> str:
+    """One sentence on a line of claims.json whose numbers stand beside: why the verdict is what it is; of an effect that is there, and of
+    which the paper states no figure to compare with, what it consists of."""
+    there = line["verdict"] in (PRESENT, HOLDS) and line["kind"] == "effect" and line["effect"] is None
+    return re.split(r"(?<=\.) (?=[A-Z])", line["note"])[0] if there and line["note"] else line["why"]
+
+
 def table(lines: list[dict], profile: str) -> str:
     """The verdicts of claims.json's lines as Markdown: the paper's claims, then our questions."""
     claims = {claim["id"]: claim for claim in load_claims()}
     here = f"{'in this small model' if profile == 'pocket' else 'ours'} [95 % interval]"
     out = []
     for question, header in ((False, ("", "claim", "paper", here, "verdict", "why")), (True, ("", "question of ours", here, "verdict", "why"))):
-        cells = [[line["id"], claims[line["id"]]["short"], *([] if question else [line["paper"]]), ours(line), f"**{line['verdict']}**", line["why"]]
+        cells = [[line["id"], claims[line["id"]]["short"], *([] if question else [line["paper"]]), ours(line), f"**{line['verdict']}**", sentence(line)]
                  for line in lines if line["id"].startswith("X") == question]  # fmt: skip
         out.append(markdown_table(header, cells))
     return "\n\n".join(out)
