@@ -31,9 +31,9 @@ ALLOWED = {
 BUDGET = {
     "__init__": 80, "errors": 70, "images": 90, "processors": 160, "layout": 280, "probes": 300, "store": 270, "models": 320, "vision": 230,
     "prompts": 160, "language": 210, "kvcache": 140, "keys": 190, "block": 130, "answer": 320,
-    "metrics": 750, "datasets": 2270, "datasets/pocket": 1220, "readout": 1010, "tasks": 4000, "plots": 950, "run": 1800, "__main__": 10,
+    "metrics": 750, "datasets": 2270, "datasets/pocket": 1220, "readout": 1010, "tasks": 4000, "plots": 950, "run": 1820, "__main__": 10,
 }
-CORE_BUDGET, PACKAGE_BUDGET = 2_880, 14_850  # the flat files together, the whole package
+CORE_BUDGET, PACKAGE_BUDGET = 2_880, 14_880  # the flat files together, the whole package
 LARGEST = 320  # lines of a module: a longer one is two ideas
 
 

@@ -143,7 +143,7 @@ def test_what_has_to_hold():
         (effects.enough("images", 99, 100), False, "99 images, 100 are needed"), (effects.enough("images", 100, 100), True, "images"),
         (effects.no_ceiling("POPE", 19), False, "ceiling: 19 errors on POPE, fewer than 20"), (effects.no_ceiling("POPE", 20), True, "20"),
         (effects.no_floor("layer 3", above, "points"), True, "+1.0"), (effects.no_floor("layer 3", cost, "points"), False, "floor: layer 3"),
-        (effects.lever("hiding all", cost, 1.5, "F1 points"), False, "costs 0.25 [-0.40, 0.90] F1 points, less than 1.5"),
+        (effects.lever("hiding all", cost, 1.5, "F1 points"), False, "difference of +0.25 [-0.40, +0.90] F1 points; 1.5 or more is excluded"),
         (effects.lever("hiding all", above, 0.9, "F1 points"), True, "hiding all")):  # fmt: skip
         assert found["holds"] is holds and said in found["reason"]
 

@@ -55,9 +55,9 @@ FLOOR = no_floor("referring", Effect(0.2, -0.4, 0.8, 9, 0.3, 9), "mIoU points")
     ({"name": "X2"}, measured(one(2.9, 1.0)), "holds", None), ({"name": "X2"}, measured(one(0, 0.6)), "does not hold", None),
     ({"name": "X2"}, measured(one(-3, 1)), "opposite", None),
     ({"name": "X6", "kind": "equal"}, measured(one(0.2, 0.6)), "holds",
-     "A change of 1.5 F1 points or more is excluded: the largest change is +0.20 F1 points, its 90 % interval [-0.31, +0.71]."),
+     "A change of 1.5 F1 points or more is excluded: the change that may be largest is +0.20 F1 points, its 90 % interval [-0.31, +0.71]."),
     ({"name": "X6", "kind": "equal"}, measured(one(-3, 1)), "does not hold",
-     "The largest change is -3.00 [-4.00, -2.00] F1 points, more than 1.5."),
+     "It changes by more than 1.5: -3.00 [-4.00, -2.00] F1 points (blocked minus not)."),
     ({"name": "X6", "kind": "equal"}, measured(one(1, 2)), "cannot tell", None),
     ({"kind": "tasks", "effect": 3, "unit": "points"}, measured(part("ahead"), tasks=[one(5, 1), one(-5, 1), one(0, 0.5), one(0, 9)]),
      "present", "1 of 4 tasks ahead, 1 behind, 1 equal, 1 open; fewer ahead than the 3 of the paper."),
@@ -99,8 +99,8 @@ def test_a_line_of_the_tables():
 
 
 def test_one_sentence_beside_the_numbers():
-    note = "It builds on 2 of 6 tasks (e.g. Co-segmentation), falls on 0. More follows."
-    for about, found, said in (({"effect": None}, one(5, 1), "It builds on 2 of 6 tasks (e.g. Co-segmentation), falls on 0."),
+    note = "It builds on 2 of 6 tasks (Co-segmentation), falls on 0. More follows."
+    for about, found, said in (({"effect": None}, one(5, 1), "It builds on 2 of 6 tasks (Co-segmentation), falls on 0."),
                                ({}, one(5, 1), "The effect is +5.00"), ({"effect": None}, one(0, 0.5), "An effect of 1.5")):  # fmt: skip
         assert report.sentence(report.row(claim(**about), measured(found, note=note))).startswith(said)
 
@@ -129,7 +129,8 @@ def root(tmp_path, monkeypatch):
     """A repository with one result and a README."""
     monkeypatch.setenv("KVUTILS_OUT", str(tmp_path))
     run = notebook.Run("01_value_flow")
-    found = measured(one(12, 2, 60), [one(9, 2, name="co-segmentation")], [enough("tasks", 6, 1)], "On 6 of 6 tasks.")
+    found = measured(one(12, 2, 60), [one(9, 2, name="co-segmentation")], [enough("tasks", 6, 1)], "On 6 of 6 tasks.",
+                     tasks=[one(9, 2, name="co-segmentation"), one(9, 2, name="other")])  # fmt: skip
     write_json(run.results, {"claims": {"C1": found, "C2a": {"entries": []}}, "finding": "It works.", "choices": {"regularisation": "0.1"}})
     write_json(run.folder / "provenance" / "01_value_flow.json", {"revision": "abc", "machine": {"device": "cpu (mine)"}})
     (tmp_path / "pyproject.toml").write_text("[tool.kvutils]\nrepository = ''\n")
@@ -151,7 +152,7 @@ def test_everything_is_made_from_the_results(root, capsys):
         "id": "C1", "verdict": "present", "value": 12, "low": 10, "high": 14, "n": 400, "units": 60, "note": "On 6 of 6 tasks.",
         "notebook": "01_value_flow"}  # fmt: skip
     readme = (root / "README.md").read_text()
-    assert "TYPED" not in readme and "| **present** | The effect is +12.0 [+10.0, +14.0] points. |" in readme and "in this small model" in readme
+    assert "TYPED" not in readme and "| 2 of 2 tasks | **present** | 2 of 2 tasks ahead, 0 behind, 0 equal, 0 open; fewer ahead than the 6 of the paper. |" in readme and "in this small model" in readme
     assert max(line.count("|") for line in readme.splitlines()) == 6 + 1
     assert "It works." in readme and "figures/01_value_flow.png" in readme
     text = (folder / "REPORT.md").read_text()

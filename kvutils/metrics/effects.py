@@ -59,10 +59,10 @@ def no_floor(name: str, above_control: Effect, unit: str) -> dict:
     return prerequisite(f"{name}: above the floor", holds, f"{'' if holds else 'floor: '}{name} is {found} from its control")
 
 
-def lever(name: str, cost: Effect, smallest: float, unit: str) -> dict:
-    """Removing all that an intervention could touch costs, or gains, at least the smallest effect of interest."""
-    mean, low, high = (round(each, 2) + 0.0 for each in (cost.mean, cost.low, cost.high))  # + 0.0: no "-0.00"
-    found = f"{mean:.2f} [{low:.2f}, {high:.2f}] {unit}"
-    holds = abs(cost.mean) >= smallest
-    known = f"{name} costs {found}, at least {smallest:g}" if holds else f"no lever: {name} costs {found}, less than {smallest:g}"
-    return prerequisite(f"{name}: a lever", holds, known)
+def lever(name: str, change: Effect, smallest: float, unit: str) -> dict:
+    """Removing all that an intervention could touch changes something: it fails where the 90 % interval of the change lies within +- the
+    smallest effect of interest."""
+    mean, low, high = (round(each, 2) + 0.0 for each in (change.mean, change.low, change.high))  # + 0.0: no "-0.00"
+    holds = not (-smallest < change.narrow[0] and change.narrow[1] < smallest)
+    known = f"{name} makes a difference of {mean:+.2f} [{low:+.2f}, {high:+.2f}] {unit}; {smallest:g} or more is"
+    return prerequisite(f"{name}: a lever", holds, f"{known} not excluded" if holds else f"no lever: {known} excluded")

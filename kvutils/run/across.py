@@ -48,7 +48,7 @@ def families(models: Models, claims: Mapping[str, Mapping]) -> dict:
             words.append(judge(claims[key], found[key]).word)
     order = [OPPOSITE, ABSENT, CANNOT_TELL, PRESENT]  # of an undefined one the reason comes first
     weakest = min(parts, key=lambda one: (-1, 0) if one["low"] is None else (order.index(word_of(one, claims["X1"]["smallest"])), one["value"]))
-    note = f"{words.count(PRESENT)} of {len(words)} effects are present, over {len(chosen)} families."
+    note = f"The weakest is {weakest['name']}; {words.count(PRESENT)} of {len(words)} effects are present, over {len(chosen)} families."
     return measured(weakest, [each for each in parts if each is not weakest], list(needs.values()), note)
 
 
@@ -69,7 +69,8 @@ def ability(models: Models) -> dict:
     if len(points) < FEWEST_MODELS:
         return measured(part(name, reason=f"{len(points)} of {FEWEST_MODELS} models or stages measured"))
     added, accuracy = np.array(list(points.values())).T
-    note = f"Mean over {most} tasks: " + "; ".join(f"{model} adds {x:+.1f} points, accuracy {y:.1f} %" for model, (x, y) in points.items()) + "."
+    note = f"Mean over {most} tasks: " + "; ".join(f"{model} adds {x:+.1f} points, accuracy {y:.1f} %" for model, (x, y) in points.items())
+    note += ". Stages and seeds count as models of their own here, which they are only in part."
     return measured(correlation(name, added, accuracy), note=note)
 
 

@@ -16,7 +16,7 @@ import yaml
 from kvutils import data_folder
 from kvutils.errors import DataError
 from kvutils.run import DEFAULT, across
-from kvutils.run.verdicts import FEW_UNITS, HOLDS, NOT_MEASURED, PRESENT, amount, interval_of, judge, smallest_of, word_of_part
+from kvutils.run.verdicts import FEW_UNITS, HOLDS, NOT_MEASURED, PRESENT, amount, interval_of, judge, rough, smallest_of, word_of_part
 from kvutils.store import read_json, to_json, write_text
 
 PICTURES = {"02_siglip_baseline": "02_steps", "03_input_agnostic_keys": "03_block_effects", "04_prefix": "04_prefix_effects",
@@ -65,11 +65,13 @@ def comparisons(claim: Mapping, found: Mapping) -> list[list]:
     parts = {each["name"]: each for each in (*found.get("tasks", ()), *found["others"])}
     parts.pop(found["primary"]["name"], None)
     line = row(claim, found)
-    lines = [(claim["id"], found["primary"], ours(line), line["verdict"])]
+    counted = claim["kind"] == "tasks" and found["primary"]["low"] is not None  # what is judged is the number; its mean is one of the others
+    lines = [(claim["id"], found["primary"], *((f"{interval_of(found['primary'])} {claim['unit']}", word_of_part(claim, found["primary"]))
+                                               if counted else (ours(line), line["verdict"])))]
     for one in parts.values():
         value = interval_of(one) if one["low"] is None else f"{interval_of(one)} {one.get('unit', claim['unit'])}"
         lines.append((claim["id"], one, value, word_of_part(claim, one)))
-    cells = [[name, one["name"], value, (least := smallest_of(claim, one)) and f"{least:g}", one["detectable"] and f"{one['detectable']:.2g}",
+    cells = [[name, one["name"], value, (least := smallest_of(claim, one)) and f"{least:g}", one["detectable"] and rough(one["detectable"]),
               one["n"], units(one), word] for name, one, value, word in lines]  # fmt: skip
     cells[0][:2] = (f"**{text}**" for text in cells[0][:2])
     return cells
@@ -145,7 +147,7 @@ def numbers_table(lines: list[dict]) -> str:
     cells = []
     for line in lines:
         needs = "\n".join(f"{'yes' if each['holds'] else '**no**'}: {each['reason']}" for each in line["prerequisites"]) or "–"
-        detectable = line["detectable"] and f"{line['detectable']:.2g} {line['unit']}"
+        detectable = line["detectable"] and f"{rough(line['detectable'])} {line['unit']}"
         effect = line["paper"] if line["effect"] is None else amount(line["effect"], "tasks" if line["kind"] == "tasks" else line["unit"])
         cells.append([line["id"], f"**{line['verdict']}**", effect, ours(line), amount(line["smallest"], line["unit"]), detectable,
                       line["n"], units(line), needs])  # fmt: skip

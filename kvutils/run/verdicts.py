@@ -3,7 +3,7 @@
 In this order:
 
     not measured         no measurement, or one that is undefined, and why
-    cannot appear here   a prerequisite that was measured fails: ceiling, floor, no lever, too few images or models
+    cannot appear here   a prerequisite that was measured fails: ceiling, floor, no lever, too few images
     present              the 95 % interval lies above 0; of the paper's size where it reaches the paper's figure, else smaller
     opposite             the 95 % interval lies below 0 and reaches beyond minus the smallest effect of interest
     absent               the 90 % interval lies within +- the smallest effect of interest: larger effects are excluded
@@ -64,13 +64,14 @@ def word_of_part(claim: Mapping, one: Mapping) -> str | None:
 
 
 def _of_a_question(claim: Mapping, word: str) -> str:
-    return {PRESENT: HOLDS, ABSENT: FAILS}.get(word, word) if claim["id"].startswith("X") else word
+    said = {PRESENT: HOLDS, ABSENT: FAILS} | ({OPPOSITE: FAILS} if claim["id"] == "X1" else {})  # one family that disagrees is enough
+    return said.get(word, word) if claim["id"].startswith("X") else word
 
 
 def word_of(one: Mapping, smallest: float, equal: bool = False) -> str:
     """Verdict on one comparison: `PRESENT`, `OPPOSITE`, `ABSENT`, `CANNOT_TELL`, or `NOT_MEASURED` where it is undefined; of a change
     that should not be (`equal`): `PRESENT` where equality is shown, `ABSENT` where a change is."""
-    if one["low"] is None:
+    if one["low"] is None or one["low90"] is None:
         return NOT_MEASURED
     known = one["error"] or one["units"] >= FEW_TO_EXCLUDE
     excluded = known and -smallest < one["low90"] and one["high90"] < smallest
@@ -94,18 +95,18 @@ def of_effect(claim: Mapping, found: Mapping) -> Verdict:
         word = ABSENT if sure else PRESENT if word == PRESENT else CANNOT_TELL
         one = max(sure, key=lambda each: abs(each["value"]), default=one)
     if word == NOT_MEASURED:
-        return Verdict(word, _sentence(one["reason"]))
-    what, about = "largest change" if equal else "effect", f"{interval_of(one)} {unit}{_few(one)}"
+        return Verdict(word, _sentence(one.get("reason") or "too few resamples"))
+    what, about = "change that may be largest" if equal else "effect", f"{interval_of(one)} {unit}{_few(one)}"
     if word == (PRESENT if equal else ABSENT):
         value, low, high = texts(one["value"], one["low90"], one["high90"])
         return Verdict(word, f"{'A change' if equal else 'An effect'} of {amount(smallest, unit)} or more is excluded: the {what} is {value} {unit}, "
                              f"its 90 % interval [{low}, {high}]{_few(one)}.")  # fmt: skip
     if word == CANNOT_TELL:
-        least = f"only {one['detectable']:.2g} {unit} or more would have been found with probability .8" if one["error"] else "too few to differ"
+        least = f"only {rough(one['detectable'])} {unit} or more would have been found with probability .8" if one["error"] else "too few to differ"
         return Verdict(word, f"Open: the {what} is {about}; {least}.")
     if word == OPPOSITE:
         return Verdict(word, f"The effect points the other way: {about}.")
-    return Verdict(word, f"The {what} is {about}, more than {smallest:g}." if equal else f"The effect is {about}{_size(claim, found)}.")
+    return Verdict(word, f"It changes by more than {smallest:g}: {about} ({one['name']})." if equal else f"The effect is {about}{_size(claim, found)}.")
 
 
 def of_tasks(claim: Mapping, found: Mapping) -> Verdict:
@@ -118,7 +119,7 @@ def of_tasks(claim: Mapping, found: Mapping) -> Verdict:
     count = {word: words.count(word) for word in (PRESENT, OPPOSITE, ABSENT, CANNOT_TELL)}
     about = f"{count[PRESENT]} of {len(tasks)} tasks ahead, {count[OPPOSITE]} behind, {count[ABSENT]} equal, {count[CANNOT_TELL]} open"
     if ahead:
-        size = f"fewer ahead than the {paper} of the paper" if count[PRESENT] < paper else "as many ahead as in the paper"
+        size = f"fewer ahead than the {paper} of the paper" if count[PRESENT] < paper else f"at least the {paper} of the paper"
         return Verdict(PRESENT, f"{about}; {size}.")
     if behind:
         return Verdict(OPPOSITE, f"It points the other way: {about}; in the paper {paper} are ahead.")
@@ -142,6 +143,15 @@ def _surely(tasks: Sequence[Mapping], sign: int, beyond: float = 0.0) -> list[Ma
             break
         sure.append(one)
     return sure
+
+
+def rough(value: float) -> str:
+    """Two digits, no exponent.
+
+    >>> rough(0.0123), rough(1.26), rough(168.2)
+    ('0.012', '1.3', '168')
+    """
+    return f"{value:.2g}" if value < 100 else f"{value:.0f}"
 
 
 def amount(value: float, unit: str) -> str:

@@ -167,7 +167,8 @@ class Subtasks:
         effects = [self.effect(title, *keys) for title in titles]
         about = f"mean of {', '.join(titles)}" if len(titles) > 1 else "".join(titles) or "no subtask"
         reason = "the model makes too few errors" if self.needs else f"no answer names an option on {', '.join(self.found)}"
-        return part(f"{about}: {name}", effects[0] if len(effects) == 1 else mean_effect(effects), reason)
+        units = sum(each.units for each in effects)
+        return part(f"{about}: {name}", effects[0] if len(effects) == 1 else mean_effect(effects), reason, units=units)
 
     def parts(self, names: Mapping[str, Sequence[str]]) -> list[dict]:
         """{name: keys} for every subtask that is able, and of the others one that says why not."""

@@ -164,7 +164,8 @@ def claim_c6(about: Mapping, pope: Mapping, mme: Mapping) -> dict:
 
 def claim_x2(about: Mapping, pope: Mapping) -> dict:
     """X2: effect of the block on POPE minus that of as many random keys, F1 points, draws as units; the other controls beside."""
-    parts = [part(f"POPE F1, block minus {name}", _points(pope["versus"][name])) for name in CONTROLS]
+    units = pope["plain"]["images"]  # the intervals' degrees of freedom count draws as well
+    parts = [part(f"POPE F1, block minus {name}", _points(pope["versus"][name]), units=units) for name in CONTROLS]
     chances = [f"{pope['versus'][name]['as_large']:.0%} ({name})" for name in CONTROLS[:2] if "as_large" in pope["versus"][name]]
     note = f"Draws of other keys that raise F1 as much as the block or more: {', '.join(chances) or 'one draw tells none'}."
     return measured(parts[0], parts[1:], _needs(about, pope), note)
@@ -182,7 +183,7 @@ def _needs(about: Mapping, pope: Mapping) -> list[dict]:
     return [
         prerequisite("keys below the threshold", about["below"] > 0, f"{about['below']} image keys of {layers} are below the paper's threshold, or "
                      "one between the two modes of all layers together"),
-        lever(f"hiding every image key of {layers}", _points(pope["families"][EVERY]["headline"]).scaled(-1), smallest, "F1 points"),
+        lever(f"hiding every image key of {layers}", _points(pope["families"][EVERY]["headline"]), smallest, "F1 points"),
         no_ceiling("POPE", pope["plain"]["errors"]),
         prerequisite("POPE: room for the effect", room >= smallest, limit),
     ]

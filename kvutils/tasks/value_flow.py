@@ -78,7 +78,8 @@ def _named(parts: Mapping[str, dict], sign: int) -> list[str]:
 
 def _mean(name: str, parts: Mapping[str, dict]) -> dict:
     there = [effect_of(each) for each in parts.values() if each["low"] is not None]
-    return part(f"{name}, mean over {len(there)} tasks", mean_effect(there), next((p["reason"] for p in parts.values() if "reason" in p), ""))
+    why, units = next((p["reason"] for p in parts.values() if "reason" in p), ""), sum(each.units for each in there)
+    return part(f"{name}, mean over {len(there)} tasks", mean_effect(there), why, units=units)
 
 
 def _says(parts: Mapping[str, dict], above: str, below: str) -> str:
@@ -92,8 +93,8 @@ def _says(parts: Mapping[str, dict], above: str, below: str) -> str:
 
 
 def claim_c1(summaries: Mapping[str, Mapping]) -> dict:
-    """C1: the best value layer minus the better of pixels and untrained values (`BestValues`), in points, mean over the tasks; beside
-    it every task, and the difference to the first value projection."""
+    """C1: the best value layer minus the better of pixels and untrained values (`BestValues`), in points, on each task (`tasks`); beside
+    it their mean (`primary`), and the difference to the first value projection."""
     name = "best value layer minus its control"
     parts, first = _parts(summaries, name, "value_best", "minus", "control"), _parts(summaries, BEYOND_FIRST, "value_best", "minus", FIRST)
     nothing = [f"{each['title']}: {kind} predict nothing ({each['metric']} {score:.3f}), which is no control"
@@ -101,7 +102,8 @@ def claim_c1(summaries: Mapping[str, Mapping]) -> dict:
     usable = not nothing or any(each["low"] is not None for each in parts.values())
     need = prerequisite("a control that predicts something", usable, "; ".join(nothing) or "every control predicts something")
     note = f"The best value layer is {_says(parts, 'above its control', 'below it')}."
-    return measured(_mean(name, parts), [*parts.values(), _mean(BEYOND_FIRST, first)], [need], note)
+    tasks = [each for each in parts.values() if each["low"] is not None]
+    return measured(_mean(name, parts), [*parts.values(), _mean(BEYOND_FIRST, first)], [need], note, tasks=tasks)
 
 
 def claim_c2a(summaries: Mapping[str, Mapping]) -> dict:
@@ -163,10 +165,13 @@ def claim_c4(chains: Mapping[str, Mapping]) -> dict:
     """C4: SigLIP before any finetuning minus the best value layer, in points, on the tasks where both are above their control
     (`tasks`); the others are named. A task that `chains` lacks has no data, or too few units."""
     lost = _parts(chains, "SigLIP minus best value layer", "steps", "all steps", factor=-100)
-    above = {label: _named(_parts(chains, "", "above_control", name), 1) for label, name in {"SigLIP": CHAIN[0], "the best layer": CHAIN[-1]}.items()}
-    floor = {title: [label for label, names in above.items() if title not in names] for title, each in lost.items() if each["low"] is not None}
+    control = {label: _parts(chains, "", "above_control", name) for label, name in {"SigLIP": CHAIN[0], "the best layer": CHAIN[-1]}.items()}
+    silent = [title for title, each in lost.items() if each["low"] is not None and any(c[title]["low"] is None for c in control.values())]
+    floor = {title: [label for label, parts in control.items() if title not in _named(parts, 1)]
+             for title, each in lost.items() if each["low"] is not None and title not in silent}  # fmt: skip
     parts = lost | {title: lost[title] | {"low": None, "reason": f"{' and '.join(labels)} not above the control"}
                     for title, labels in floor.items() if labels}  # fmt: skip
+    parts |= {title: lost[title] | {"low": None, "reason": "no control predicts anything"} for title in silent}
     tasks, left = [each for each in parts.values() if each["low"] is not None], [title for title, labels in floor.items() if labels]
     said = f"both above their control on {len(tasks)} of {len(floor)} tasks" + (f", not on {'; '.join(left)}" if left else "")
     need = prerequisite("both above their control", bool(tasks or not left), said if tasks else f"floor: {said}")
