@@ -511,7 +511,7 @@ def test_effects_of_a_block_and_of_its_controls(asked):
     ({"block": 0.1}, {}, ("present", "holds"), "paper's size"),
     ({"block": -0.1}, {}, ("opposite", "opposite"), ""),
     ({"block": 0}, {}, ("absent", "does not hold"), "1.5 F1 points"),
-    ({"block": 0.1, "every": 0}, {}, ("cannot appear here",) * 2, "hiding every image key of layers 4-5 costs 0.00"),
+    ({"block": 0.1, "every": 0}, {}, ("cannot appear here",) * 2, "hiding every image key of layers 4-5 makes a difference of +0.00"),
     ({"block": 0, "every": 0.1}, {}, ("absent", "does not hold"), ""),  # better without any of them: something can change
     ({"block": 0.1}, {"below": 0}, ("cannot appear here",) * 2, "0 image keys of layers 4-5 are below"),
     ({"block": 0.005, "accuracy": 0.993}, {}, ("cannot appear here",) * 2, "eiling: 19 errors on POPE"),
