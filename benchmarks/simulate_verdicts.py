@@ -8,7 +8,7 @@ paper's effect (where it states no figure, twice the smallest effect of interest
 impossible to judge: a ceiling, a floor, no lever. "Said so" is how often the verdict was the right one; "would find" the effect that shows
 with probability .8, and the smallest that matters: an effect or its absence can be expected only where the data can tell.
 Estimates of the two halves that choose layers for each other go together, so that intervals are somewhat narrow: of 500 to 1,250 further runs without an
-effect at the pocket's n, 2 to 4 % were present and 3 to 6 % opposite (C1, C2b, C4), where 2.5 % of each would be exact.
+effect at the pocket's n, 2 to 4 % were present and 3 to 6 % opposite (C2b, C4), where 2.5 % of each would be exact.
 --write puts the table into benchmarks/VERDICTS.md.
 
 Noise: per unit (image, group, clip, pair) as large as in the pocket results, see `NOISE`; how large it is in the paper's is unknown.
