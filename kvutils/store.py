@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 Array = torch.Tensor | np.ndarray
 WAIT = 0.5  # seconds between two looks at a part that another process computes
 PACKAGE = Path(__file__).resolve().parent
-NOT_MEASURING = ("plots/", "run/", "__main__")  # rooms that draw and report: a change there leaves stored parts valid
+NOT_MEASURING = ("plots/", "explorer/", "run/", "__main__")  # rooms that draw and report: a change there leaves stored parts valid
 
 
 @contextmanager

@@ -22,7 +22,8 @@ ALLOWED = {
     "readout": (*BASE, *CORE, "metrics"),
     "tasks": (*BASE, *CORE, "metrics", "datasets", "readout"),
     "plots": ("store",),
-    "run": (*BASE, *CORE, "metrics", "datasets", "readout", "tasks", "plots"),
+    "explorer": (*BASE, *CORE, "metrics", "readout"),
+    "run": (*BASE, *CORE, "metrics", "datasets", "readout", "tasks", "plots", "explorer"),
     "__main__": ("run",),
 }
 
@@ -31,9 +32,9 @@ ALLOWED = {
 BUDGET = {
     "__init__": 80, "errors": 70, "images": 90, "processors": 160, "layout": 280, "probes": 300, "store": 270, "models": 320, "vision": 230,
     "prompts": 160, "language": 210, "kvcache": 140, "keys": 190, "block": 130, "answer": 320,
-    "metrics": 750, "datasets": 2270, "datasets/pocket": 1220, "readout": 1010, "tasks": 4000, "plots": 950, "run": 1820, "__main__": 10,
+    "metrics": 750, "datasets": 2270, "datasets/pocket": 1220, "readout": 1010, "tasks": 4000, "plots": 950, "explorer": 460, "run": 1820, "__main__": 10,
 }
-CORE_BUDGET, PACKAGE_BUDGET = 2_880, 14_880  # the flat files together, the whole package
+CORE_BUDGET, PACKAGE_BUDGET = 2_880, 15_000  # the flat files together, the whole package
 LARGEST = 320  # lines of a module: a longer one is two ideas
 
 
@@ -186,7 +187,7 @@ def test_stored_parts_depend_on_the_rooms_that_measure():
     from kvutils.store import NOT_MEASURING
 
     apart = {each.rstrip("/") for each in NOT_MEASURING}
-    assert apart == {"plots", "run", "__main__"}
+    assert apart == {"plots", "explorer", "run", "__main__"}
     measuring = {room(target) for module, tree in modules().items() if room(module) not in apart for target, _ in imports(tree)}
     assert not measuring & apart
 

@@ -1,0 +1,1 @@
+"""The explorer of JupyterLab: one picture or two, or two models on one; similarity, attention, questions, interventions."""
