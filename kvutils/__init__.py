@@ -19,6 +19,7 @@ What `kv.` offers (each is loaded when it is first used):
     KeyVariance       the variance of keys over many images, from a stream
     key_variance      that variance for a list of pictures
     KeySelection      which image keys of which layers and heads
+    select_region     the keys of the image tokens in a box or a mask of the picture
     block_keys        with block_keys(...): text cannot attend to the selected image keys
     ImageSession      questions about one picture that is read once, with or without blocked keys
     fit_linear_probe  logistic regression of all feature sources or layers at once
@@ -43,7 +44,7 @@ __version__ = "0.1.0"
 VOID = 255  # value of mask pixels without annotation: excluded from training and from every score
 _HOME = {
     "load_mlm": "models", "load_encoder": "models", "capture": "kvcache", "Capture": "kvcache", "text_values": "readout.words",
-    "TokenLayout": "layout", "KeyVariance": "keys", "key_variance": "keys", "KeySelection": "keys", "block_keys": "block",
+    "TokenLayout": "layout", "KeyVariance": "keys", "key_variance": "keys", "KeySelection": "keys", "select_region": "keys", "block_keys": "block",
     "ImageSession": "answer", "fit_linear_probe": "probes", "open_dataset": "datasets", "explore": "readout.maps",
 }  # fmt: skip
 __all__ = list(_HOME)

@@ -9,15 +9,16 @@ every image, so it leaves this number unchanged. `block_keys` hides the keys of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from kvutils.errors import DataError, ParameterError, one_of
+from kvutils.errors import DataError, ParameterError, at_least, one_of
 from kvutils.images import ImageLike
 from kvutils.kvcache import Capture, capture
+from kvutils.language import resolve_layers
 from kvutils.layout import TokenLayout
 from kvutils.models import MLM
 
@@ -181,3 +182,40 @@ class KeySelection:
         for layer in layers:
             one_of(f"layer of the selection {self.name!r}", layer, self.layers)
         return KeySelection(self.name, self.mask[[self.layers.index(layer) for layer in layers]], layers)
+
+
+def select_region(mlm: MLM, layout: TokenLayout, region: Sequence[float] | np.ndarray | torch.Tensor,
+                  layers: str | int | Iterable[int] = "all", heads: int | Iterable[int] | None = None) -> KeySelection:
+    """The keys of the image tokens of which at least half is in a region of the picture; newlines are in none.
+
+    layout: of the picture, from a `Capture` or an `ImageSession`. region: a box (x0, y0, x1, y1) in pixels of the upright picture, or a
+    mask (height, width) bool, counted by its pixels. Where base view and tiles show the picture, the tokens of both are chosen.
+    layers as in `capture`; heads: key-value heads, None for all. Raises ParameterError for a box that is not in the picture, for layers
+    and heads that the model lacks and for a region that holds half of no token, DataError for a mask of another size."""
+    tokens, size = np.flatnonzero((layout.rects[:, 2:] > layout.rects[:, :2]).all(axis=1)), np.array(layout.image_size)
+    found = region.numpy(force=True) if isinstance(region, torch.Tensor) else np.array(region)
+    low, high = layout.rects[tokens, :2], layout.rects[tokens, 2:]
+    if found.ndim == 2:
+        if found.dtype != bool or found.shape != layout.image_size[::-1]:
+            raise DataError(f"a mask must be bool of shape (height, width) = {layout.image_size[::-1]} like its picture, found {found.dtype} "
+                            f"{found.shape}")  # fmt: skip
+        inside, whole = layout.pixel_sums(found, tokens)
+    else:
+        is_box = found.shape == (4,) and found.dtype.kind in "iuf"
+        if not is_box or not ((found[:2] >= 0) & (found[:2] < found[2:]) & (found[2:] <= size)).all():
+            raise ParameterError(f"a region is a box (x0, y0, x1, y1), x0 < x1 and y0 < y1, in the picture of {size[0]}x{size[1]} pixels, or "
+                                 f"a mask (height, width) bool; found {str(region)[:100]!r}")  # fmt: skip
+        inside = (np.minimum(high, found[2:]) - np.maximum(low, found[:2])).clip(0).prod(axis=1)
+        whole = (high - low).prod(axis=1)
+    if not (chosen := tokens[inside >= whole / 2]).size:
+        wide, tall = (high - low).max(axis=0)
+        raise ParameterError(f"the region holds half of no image token, which cover up to {wide:.0f}x{tall:.0f} pixels of this picture; choose a "
+                             "larger one")  # fmt: skip
+    heads = range(mlm.num_kv_heads) if heads is None else np.atleast_1d(np.array(heads)).tolist()
+    for head in heads:
+        at_least("a key-value head", head, 0)
+        one_of(f"key-value head of {mlm.name}", head, range(mlm.num_kv_heads))
+    layers = resolve_layers(mlm, layers)
+    mask = torch.zeros(len(layers), mlm.num_kv_heads, len(layout), dtype=torch.bool)
+    mask[:, torch.tensor(heads)[:, None], torch.from_numpy(chosen)] = True
+    return KeySelection("region", mask, layers)

@@ -3,11 +3,13 @@
 from dataclasses import replace
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 
+from kvutils.block import block_keys
 from kvutils.errors import DataError, ImageError, ParameterError
-from kvutils.keys import KeySelection, KeyVariance, key_variance
+from kvutils.keys import KeySelection, KeyVariance, key_variance, select_region
 from kvutils.kvcache import capture
 from kvutils.readout.attention import attention_mass
 from kvutils.tasks.key_selections import select_random, select_random_matched_mass, selected_mass
@@ -171,6 +173,39 @@ def test_a_selection_says_which_keys_of_which_layer():
             KeySelection("x", mask, layers)
     with pytest.raises(ParameterError, match="unknown layer of the selection 'some' 4.*3, 7, 9"):
         chosen.restrict([4])
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "pocket"])
+def test_a_region_chooses_the_tokens_that_it_holds_by_half(family):
+    mlm, image = tiny(family), picture(100, 70)
+    layout = capture(mlm, [image], layers=0)[0].layout
+    box = (20.0, 10.0, 77.0, 60.0)
+    found = select_region(mlm, layout, box, layers=[3, 1], heads=1)
+    shape = mlm.num_kv_heads, len(layout)
+    assert found.layers == (1, 3) and found.mask.shape == (2, *shape) and not found.mask[:, 0].any()
+    for token, (x0, y0, x1, y1) in enumerate(layout.rects):
+        overlap = max(0, min(x1, box[2]) - max(x0, box[0])) * max(0, min(y1, box[3]) - max(y0, box[1]))
+        inside = not layout.is_newline[token] and (x1 - x0) * (y1 - y0) > 0 and overlap >= (x1 - x0) * (y1 - y0) / 2
+        assert bool(found.mask[0, 1, token]) == bool(found.mask[1, 1, token]) == inside
+    mask = np.zeros((70, 100), bool)
+    mask[10:60, 20:77] = True
+    by_mask, every = select_region(mlm, layout, mask), select_region(mlm, layout, (0, 0, 100, 70))
+    assert by_mask.mask.shape == (5, *shape) and (by_mask.mask[0, 0] != found.mask[0, 1]).float().mean() < 0.15  # pixels, not areas
+    seen = ~layout.is_newline & (np.nan_to_num(layout.rects[:, 2:] - layout.rects[:, :2]) > 0).all(1)
+    assert torch.equal(every.mask[0, 0], torch.from_numpy(seen))
+    assert torch.equal(select_region(mlm, layout, torch.from_numpy(mask)).mask, by_mask.mask)
+    with block_keys(mlm, every, layout):
+        pass
+    for region, options, kind, words in (
+        ((0, 0, 101, 70), {}, ParameterError, "in the picture of 100x70 pixels"), ((5, 5, 5, 9), {}, ParameterError, "x0 < x1"),
+        ((0, 0, np.nan, 9), {}, ParameterError, "x0 < x1"), ("box", {}, ParameterError, "found 'box'"),
+        ((0, 0, 1, 1), {}, ParameterError, "half of no image token"), (np.zeros((70, 100), bool), {}, ParameterError, "half of no"),
+        (mask.T, {}, DataError, r"\(70, 100\) like its picture, found bool \(100, 70\)"), (mask.astype(int), {}, DataError, "must be bool"),
+        (box, {"heads": 2}, ParameterError, "unknown key-value head .* 2"), (box, {"heads": 1.0}, ParameterError, "whole number"),
+        (box, {"layers": 9}, ParameterError, "layer 9 does not exist"),
+    ):  # fmt: skip
+        with pytest.raises(kind, match=words):
+            select_region(mlm, layout, region, **options)
 
 
 REAL = torch.arange(11) % 4 != 3  # 9 of 11; the others are newlines
