@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from tqdm import tqdm
 
-from kvutils.errors import StoreError, at_least, not_written
+from kvutils.errors import StoreError, at_least, not_written, one_of
 
 log = logging.getLogger(__name__)
 Array = torch.Tensor | np.ndarray
@@ -110,6 +111,59 @@ def read_json(path: str | Path) -> dict:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise StoreError(f"{path} cannot be read as JSON ({error}). Remove it and make it again.") from error
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """A table for a Parquet file, one row per item: columns of n numbers, (n, k) numbers, texts or lists of texts (None: not there);
+    about: what is said of the whole table, JSON-able."""
+
+    columns: Mapping[str, np.ndarray | Sequence]
+    about: Mapping = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> np.ndarray | list:
+        one_of("column of the table", name, self.columns, StoreError)
+        return self.columns[name]
+
+
+def write_frame(path: str | Path, frame: Frame) -> None:
+    """Write a table as Parquet, atomically: exactly its content and a checksum of it; the same content gives the same bytes."""
+    import pyarrow
+    from pyarrow.parquet import write_table
+    wide = {name: each for name, each in frame.columns.items() if getattr(each, "ndim", 1) == 2}
+    arrays = {name: pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(each.ravel()), each.shape[1]) for name, each in wide.items()}
+    table = pyarrow.table({name: arrays[name] if name in wide else pyarrow.array(each) for name, each in frame.columns.items()})
+    note = to_json({"about": frame.about, "sha256": _content(table, frame.about)[1]}, indent=None)
+    with atomic(Path(path)) as temporary:
+        write_table(table.replace_schema_metadata({"kvutils": note}), temporary, compression="zstd", write_statistics=False)
+
+
+def read_frame(path: str | Path) -> Frame:
+    """Read a table that `write_frame` wrote: numbers as arrays, everything else as lists. StoreError for one that is missing, damaged or
+    changed since."""
+    from pyarrow.parquet import read_table
+    try:
+        table = read_table(path)
+        note = json.loads((table.schema.metadata or {}).get(b"kvutils", b'{"about": {}, "sha256": ""}'))
+        columns, found = _content(table, note["about"])
+        if note["sha256"] != found:
+            raise ValueError("its content does not match its checksum: it was changed after the run")
+    except (OSError, ValueError, NotImplementedError) as error:  # what pyarrow raises is one of them
+        raise StoreError(f"{path} cannot be read as a table ({error}). Take the run's own file, or run its notebook again.") from error
+    return Frame(columns, note["about"])
+
+
+def _content(table, about: Mapping) -> tuple[dict[str, np.ndarray | list], str]:
+    """The columns of a pyarrow table as they are read, and the checksum of them and what is said about them."""
+    from pyarrow import compute, types
+    columns = {}
+    for name, each in zip(table.column_names, table.columns, strict=True):
+        if types.is_fixed_size_list(each.type):
+            columns[name] = compute.list_flatten(each).to_numpy().reshape(-1, each.type.list_size)
+        else:
+            columns[name] = each.to_numpy() if types.is_primitive(each.type) and not each.null_count else each.to_pylist()
+    arrays = {name: torch.tensor(each) for name, each in columns.items() if isinstance(each, np.ndarray)}
+    return columns, _checksum(arrays, [about, list(columns), [each for name, each in columns.items() if name not in arrays]])
 
 
 @cache

@@ -12,12 +12,13 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as parquet
 import pytest
 import torch
 
 from kvutils import plots, store
 from kvutils.errors import ParameterError, StoreError
-from kvutils.store import Parts, code_version, fingerprint, in_chunks, write_json
+from kvutils.store import Frame, Parts, code_version, fingerprint, in_chunks, read_frame, write_frame, write_json
 
 
 def tensors() -> dict:
@@ -239,3 +240,46 @@ def test_the_fingerprint_follows_the_code_but_not_its_comments(tmp_path, monkeyp
     assert before == of('"""What."""\n# why\nx  =  1\n', style="x = 2\n")
     assert before != of("x = 2\n") and before != of("x = 1\n", seed=1)
     code_version.cache_clear()
+
+
+def test_a_table_comes_back_exactly_or_is_refused(tmp_path):
+    columns = {"id": ["a", "b", None], "x": np.array([0.1, np.nan, -0.0]), "wide": np.arange(6, dtype="float32").reshape(3, 2),
+               "yes": np.array([True, False, True]), "names": [["a"], [], ["b", "c"]], "some": [1.5, None, 2.0]}  # fmt: skip
+    first, again = tmp_path / "new" / "a.parquet", tmp_path / "b.parquet"
+
+    def holds(frame: Frame) -> bool:
+        arrays = [name for name, column in columns.items() if isinstance(column, np.ndarray)]
+        exact = all(frame[name].dtype == columns[name].dtype and frame[name].tobytes() == columns[name].tobytes() for name in arrays)
+        return exact and list(frame.columns) == list(columns) and all(frame[name] == columns[name] for name in columns.keys() - arrays)
+
+    write_frame(first, Frame(columns, {"skipped": {"c": "why"}}))
+    found = read_frame(first)
+    write_frame(again, found)
+    assert holds(found) and first.read_bytes() == again.read_bytes() and found.about == {"skipped": {"c": "why"}}
+    data, refused = first.read_bytes(), 0
+    for place in range(0, len(data), 23):
+        first.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        try:
+            assert holds(read_frame(first)), place  # a byte of no meaning
+        except StoreError as error:
+            assert "a.parquet cannot be read as a table" in str(error)
+            refused += 1
+    assert refused > len(data) / 23 / 4
+    for left in (data[:-5], data[:100], b""):
+        first.write_bytes(left)
+        with pytest.raises(StoreError, match="a.parquet cannot be read as a table"):
+            read_frame(first)
+
+
+def test_a_table_that_was_edited_is_refused(tmp_path):
+    path = tmp_path / "a.parquet"
+    write_frame(path, Frame({"id": ["a", "b"], "x": np.array([0.1, 0.2])}))
+    table = parquet.read_table(path)
+    parquet.write_table(table.set_column(1, "x", [[0.1, 0.3]]), path)
+    with pytest.raises(StoreError, match="changed after the run"):
+        read_frame(path)
+    parquet.write_table(table.replace_schema_metadata(None), path)
+    with pytest.raises(StoreError, match="changed after the run"):
+        read_frame(path)
+    with pytest.raises(StoreError, match="unknown column of the table 'y'.*one of id, x"):
+        Frame({"id": ["a"], "x": [1]})["y"]

@@ -11,7 +11,7 @@ from kvutils.errors import DataError
 from kvutils.plots import baseline, blink, keys, prefix, value_flow
 from kvutils.store import atomic, read_json
 
-DRAW: dict[str, Callable[[Mapping], dict[str, Figure]]] = {  # notebook -> its figures by name, of its results file
+DRAW: dict[str, Callable[[Mapping], dict[str, Figure]]] = {  # notebook -> its figures by name, of its results and illustrations
     "01_value_flow": value_flow.draw,
     "02_siglip_baseline": baseline.draw,
     "03_input_agnostic_keys": keys.draw,
@@ -37,6 +37,12 @@ def show(name: str, figure: Figure, folder: Path) -> None:
     display(Image(path))
 
 
+def stored(results: Path) -> dict:
+    """A results file, with the illustrations that the run left in items/ beside it."""
+    shown = results.parent / "items" / results.name
+    return read_json(results) | (read_json(shown)["shown"] if shown.exists() else {})
+
+
 def draw_all(results: Path, figures: Path, notebook: str = "[0-9]*") -> list[Path]:
     """Redraw every figure of the results files in a folder, or of one notebook; no model is needed."""
     written = []
@@ -44,7 +50,7 @@ def draw_all(results: Path, figures: Path, notebook: str = "[0-9]*") -> list[Pat
         if file.stem not in DRAW:
             raise DataError(f"{file}: no figures are defined for it; expected one of {', '.join(DRAW)}")
         try:
-            drawn = DRAW[file.stem](read_json(file))
+            drawn = DRAW[file.stem](stored(file))
         except KeyError as error:
             raise DataError(f"{file} was written by another version of kvutils: it has no {error}. Run its notebook again") from error
         written += save(drawn, Path(figures))

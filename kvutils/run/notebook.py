@@ -18,7 +18,7 @@ from kvutils import named_folder
 from kvutils.datasets import USES, data_sources
 from kvutils.errors import ParameterError, one_of
 from kvutils.models import MLM, base_name
-from kvutils.run import DEFAULT, report
+from kvutils.run import DEFAULT, items, report
 from kvutils.run import PROFILES as PROFILES
 from kvutils.run.sizes import SIZES as SIZES
 from kvutils.run.verdicts import Verdict, judge
@@ -93,18 +93,23 @@ class Run:
         """The choices made where the paper is silent."""
         return table(("what", "our choice"), choices.items())
 
-    def finish(self, mlm: MLM, finding: str, *, parameters: Mapping, claims: Mapping, sources: Mapping | None = None,
-               **sections: object) -> None:
-        """Write the results, draw the figures from them, print the finding.
+    def finish(self, mlm: MLM, finding: str = "", *, measured: Mapping[str, items.Table] | None = None, about: Mapping | None = None,
+               results: Mapping | None = None, choices: Mapping, shown: Mapping | None = None, sources: Mapping | None = None,
+               **old: object) -> None:
+        """Write what was measured, the results and where they came from; draw the figures; print the finding.
 
-        claims: {id: `kvutils.metrics.effects.measured`}; sections: `choices` and whatever else the figures and the report read. What the
-        results came from, with `sources` such as `data_sources(...)`, is apart in provenance/<notebook>.json."""
+        measured: the tables by name, and about: {"parameters": ..., and facts of the model such as "num_layers"}, of which the notebook's
+        function (`kvutils.run.items.RESULTS`) made `results`: its sections, "claims" and "finding". choices: texts; shown: illustrations,
+        which figures read with the results. sources: what the run came from beside the model, such as `data_sources(...)`."""
         from kvutils import plots
         write_json(self.folder / "provenance" / self.results.name, provenance(mlm, **sources or {}))
-        write_json(self.results, {"notebook": self.notebook, "profile": self.profile, "model": self.model, "parameters": parameters,
-                                  "claims": claims, "finding": finding, **sections}, digits=9)
+        if measured is None:  # a notebook that does not leave its items yet
+            results, about = {"finding": finding, **old}, {"parameters": old["parameters"]}
+        else:
+            items.write_items(self.folder, self.notebook, measured, about, choices, shown or {})
+        write_json(self.results, items.results_file(self.notebook, about, choices, results), digits=9)
         plots.draw_all(self.folder, self.figures, self.notebook)  # others' results may be of another version
-        print(finding)
+        print(results["finding"])
 
 
 def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> Markdown:

@@ -11,6 +11,7 @@ import numpy as np
 
 from kvutils.errors import ParameterError, one_of
 from kvutils.metrics.statistics import Halves, Statistic, bootstrap_ci, each_layer, effect, paired_difference, units_of
+from kvutils.store import Frame
 
 SHUFFLED, UNTRAINED = "shuffled.", "untrained."  # prefixes of control sources
 FIRST = "value.0"  # the first value projection: a linear map of the projector's output, no attention has run
@@ -41,8 +42,29 @@ class ScoreTable:
     splits: Sequence[Group] = ()
     pictures: Sequence[tuple[str, ...]] = ()
 
+    def __post_init__(self):
+        # One layout in memory, that of `run_task`: the last bits of a sum depend on it, and a table that was read must give the same.
+        object.__setattr__(self, "values", np.ascontiguousarray(self.values.transpose(1, 0, 2)).transpose(1, 0, 2))
+
     def __len__(self) -> int:
         return len(self.ids)
+
+    def frame(self) -> Frame:
+        """For a file: a row per id, a column such as `value.3/iou` per source and column; of a pair of units, the second in `group.2`."""
+        scores = {f"{source}/{column}": self.values[:, i, j] for i, source in enumerate(self.sources) for j, column in enumerate(self.columns)}
+        names = {"id": self.ids, **_written("group", self.groups), **_written("split", self.splits)}
+        shown = {"pictures": [list(each) for each in self.pictures]} if self.pictures else {}
+        about = {key: getattr(self, key) for key in ("task", "sources", "columns", "skipped", "left_out")}
+        return Frame(names | shown | scores, about)
+
+    @classmethod
+    def of_frame(cls, frame: Frame) -> ScoreTable:
+        """The table that `frame` wrote, with the same values to the last bit."""
+        about = frame.about
+        values = np.array([[frame[f"{source}/{column}"] for column in about["columns"]] for source in about["sources"]])  # (S, k, n)
+        shown = [tuple(each) for each in frame["pictures"]] if "pictures" in frame.columns else ()
+        return cls(about["task"], frame["id"], _read(frame, "group"), about["sources"], about["columns"], values.transpose(2, 0, 1),
+                   about["skipped"], about["left_out"], _read(frame, "split"), shown)  # fmt: skip
 
     def of(self, source: str) -> np.ndarray:
         """(n, k) values of a source."""
@@ -80,6 +102,18 @@ class ScoreTable:
     def difference(self, source: str, other: str, statistic: Statistic, n_boot: int, seed: int) -> dict:
         """That of a source minus that of another, paired: an `Effect`, JSON-able."""
         return paired_difference(self.of(source), self.of(other), statistic, n_boot, seed, self.groups).as_dict()
+
+
+def _written(name: str, groups: Sequence[Group]) -> dict[str, list]:
+    """Units as columns of texts, the second of pairs apart."""
+    pairs = [each if isinstance(each, tuple) else (each, None) for each in groups]
+    columns = {name: [first for first, _ in pairs], f"{name}.2": [second for _, second in pairs]}
+    return {key: column for key, column in columns.items() if any(each is not None for each in column)}
+
+
+def _read(frame: Frame, name: str) -> Sequence[Group]:
+    first, second = (frame.columns.get(key) for key in (name, f"{name}.2"))
+    return first or () if second is None else [one if other is None else (one, other) for one, other in zip(first, second, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,59 @@
+"""What a run leaves per item, and the results that follow from it: no model and no data set is needed to compute these again.
+
+`items/<notebook>/<table>.parquet` in a folder of results holds what was measured; `items/<notebook>.json` what neither a model nor
+arithmetic gives again: `about` (the parameters and facts that the results depend on), `choices` (texts) and `shown` (illustrations)."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from kvutils.errors import StoreError, one_of
+from kvutils.store import Frame, plain, read_frame, read_json, write_frame, write_json
+from kvutils.tasks.tables import ScoreTable
+
+Table = ScoreTable | Frame
+TABLES = {kind.__name__: kind for kind in (ScoreTable,)}  # every class with `frame` and `of_frame`; a bare Frame needs none
+RESULTS: dict[str, Callable[[Mapping[str, Table], Mapping], dict]] = {}  # notebook -> what gives everything derived
+
+
+def write_items(folder: Path, notebook: str, measured: Mapping[str, Table], about: Mapping, choices: Mapping, shown: Mapping) -> None:
+    """Write the tables {name: table} and the JSON beside them; tables of an earlier run go. about["parameters"]: the notebook's."""
+    tables = folder / "items" / notebook
+    for name, table in measured.items():
+        if isinstance(table, Frame):
+            write_frame(tables / f"{name}.parquet", table)
+        else:
+            frame = table.frame()
+            write_frame(tables / f"{name}.parquet", Frame(frame.columns, {"class": type(table).__name__, **frame.about}))
+    for path in tables.glob("*.parquet"):
+        if path.stem not in measured:
+            path.unlink()
+    write_json(tables.with_name(f"{notebook}.json"), {"about": about, "choices": choices, "shown": plain(shown, 9, "shown")})
+
+
+def read_items(folder: Path, notebook: str) -> tuple[dict[str, Table], dict]:
+    """What `write_items` wrote: the tables, and the JSON. StoreError for what is missing or damaged."""
+    paths = sorted((folder / "items" / notebook).glob("*.parquet"))
+    if not paths:
+        raise StoreError(f"{folder / 'items' / notebook} has no tables: run the notebook again, or take its items from where the results are.")
+    measured: dict[str, Table] = {}
+    for path in paths:
+        frame = read_frame(path)
+        if name := frame.about.get("class"):
+            one_of(f"kind of table in {path}:", name, TABLES, StoreError)
+            frame = TABLES[name].of_frame(frame)
+        measured[path.stem] = frame
+    return measured, read_json(folder / "items" / f"{notebook}.json")
+
+
+def results_file(notebook: str, about: Mapping, choices: Mapping, found: Mapping) -> dict:
+    """The content of a results file: what was found, by which parameters and choices."""
+    parameters = about["parameters"]
+    named = {"notebook": notebook, "profile": parameters["profile"], "model": parameters["model"]}
+    return {**named, "parameters": parameters, "choices": choices, **found}
+
+
+def derive(folder: Path, notebook: str) -> dict:
+    """The content of a results file, computed again from the items beside it."""
+    one_of("notebook", notebook, RESULTS)
+    measured, rest = read_items(folder, notebook)
+    return results_file(notebook, rest["about"], rest["choices"], RESULTS[notebook](measured, rest["about"]))
