@@ -130,17 +130,15 @@ def write_frame(path: str | Path, frame: Frame) -> None:
     """Write a table as Parquet, atomically: exactly its content and a checksum of it; the same content gives the same bytes."""
     import pyarrow
     from pyarrow.parquet import write_table
-    wide = {name: each for name, each in frame.columns.items() if getattr(each, "ndim", 1) == 2}
-    arrays = {name: pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(each.ravel()), each.shape[1]) for name, each in wide.items()}
-    table = pyarrow.table({name: arrays[name] if name in wide else pyarrow.array(each) for name, each in frame.columns.items()})
+    table = pyarrow.table({name: pyarrow.array(list(each), pyarrow.list_(pyarrow.from_numpy_dtype(each.dtype), each.shape[1]))
+                           if getattr(each, "ndim", 1) == 2 else pyarrow.array(each) for name, each in frame.columns.items()})  # fmt: skip
     note = to_json({"about": frame.about, "sha256": _content(table, frame.about)[1]}, indent=None)
     with atomic(Path(path)) as temporary:
         write_table(table.replace_schema_metadata({"kvutils": note}), temporary, compression="zstd", write_statistics=False)
 
 
 def read_frame(path: str | Path) -> Frame:
-    """Read a table that `write_frame` wrote: numbers as arrays, everything else as lists. StoreError for one that is missing, damaged or
-    changed since."""
+    """A table that `write_frame` wrote: numbers as arrays, all else as lists. StoreError for one that is missing, damaged or changed."""
     from pyarrow.parquet import read_table
     try:
         table = read_table(path)
@@ -156,12 +154,9 @@ def read_frame(path: str | Path) -> Frame:
 def _content(table, about: Mapping) -> tuple[dict[str, np.ndarray | list], str]:
     """The columns of a pyarrow table as they are read, and the checksum of them and what is said about them."""
     from pyarrow import compute, types
-    columns = {}
-    for name, each in zip(table.column_names, table.columns, strict=True):
-        if types.is_fixed_size_list(each.type):
-            columns[name] = compute.list_flatten(each).to_numpy().reshape(-1, each.type.list_size)
-        else:
-            columns[name] = each.to_numpy() if types.is_primitive(each.type) and not each.null_count else each.to_pylist()
+    columns = {name: each.to_numpy() if types.is_primitive(each.type) and not each.null_count else each.to_pylist() if not
+               types.is_fixed_size_list(each.type) else compute.list_flatten(each).to_numpy().reshape(-1, each.type.list_size)
+               for name, each in zip(table.column_names, table.columns, strict=True)}  # fmt: skip
     arrays = {name: torch.tensor(each) for name, each in columns.items() if isinstance(each, np.ndarray)}
     return columns, _checksum(arrays, [about, list(columns), [each for name, each in columns.items() if name not in arrays]])
 
@@ -207,6 +202,7 @@ class Parts:
 
     def __init__(self, root: str | Path, **depends: object):
         self.folder = Path(root) / fingerprint(**depends)
+        self.seconds: dict[str, float] = {}  # what computing each part took that was read, whenever and by whichever process
         for left in self.folder.rglob(".*.tmp"):
             with suppress(FileNotFoundError):  # another run has just finished writing it
                 if time.time() - left.stat().st_mtime > 3600:  # left by a killed run: no write takes an hour
@@ -222,14 +218,14 @@ class Parts:
         """Whether the part `key` is stored and intact (reads it whole, to check it)."""
         return self._read(key) is not None
 
-    def save(self, key: str, value: object) -> None:
-        """Save a JSON-able value, or a non-empty dict of tensors on any device."""
+    def save(self, key: str, value: object, seconds: float = 0.0) -> None:
+        """Save a JSON-able value, or a non-empty dict of tensors on any device. seconds: that computing it took."""
         tensors = {}
         if isinstance(value, dict) and value and all(isinstance(item, torch.Tensor) for item in value.values()):
             # A copy of its own for each: safetensors refuses views that share memory.
             options = {"device": "cpu", "copy": True, "memory_format": torch.contiguous_format}
             tensors, value = {name: item.detach().to(**options) for name, item in value.items()}, None
-        about = to_json({"value": value, "sha256": _checksum(tensors, value)}, indent=None)
+        about = to_json({"value": value, "sha256": _checksum(tensors, value), "seconds": round(seconds, 3)}, indent=None)
         with atomic(self.path(key)) as temporary:
             save_file(tensors, temporary, {"kvutils": about})  # one entry: safetensors writes several in no fixed order
 
@@ -238,9 +234,10 @@ class Parts:
         found = self._read(key)
         if found is None:
             raise StoreError(f"part {key!r} is not finished in {self.folder}: compute and save it first.")
-        return found[0]
+        value, self.seconds[key] = found
+        return value
 
-    def _read(self, key: str) -> tuple[object] | None:
+    def _read(self, key: str) -> tuple[object, float] | None:
         path = self.path(key)
         if not path.exists():
             return None
@@ -250,10 +247,10 @@ class Parts:
             about, tensors = json.loads(header["__metadata__"]["kvutils"]), load(content)
             if about["sha256"] != _checksum(tensors, about["value"]):
                 raise ValueError("its content does not match its checksum")
+            return tensors or about["value"], about["seconds"]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             log.warning("%s is damaged (%s): treated as missing, made again", path, error)
             return None
-        return (tensors or about["value"],)
 
     def make_all(self, jobs: Sequence[tuple[str, Callable[[], object]]]) -> Iterator[object]:
         """The parts of all jobs (key, compute), in order, as the files hold them: a resumed run goes on from the same values.
@@ -288,7 +285,8 @@ class Parts:
         try:  # apart from the above: what `compute` raises says nothing about this lock
             if self.finished(key):
                 return False
-            self.save(key, compute())
+            start = time.monotonic()
+            self.save(key, compute(), time.monotonic() - start)
             return True
         finally:
             lock.release()

@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -283,3 +284,14 @@ def test_a_table_that_was_edited_is_refused(tmp_path):
         read_frame(path)
     with pytest.raises(StoreError, match="unknown column of the table 'y'.*one of id, x"):
         Frame({"id": ["a"], "x": [1]})["y"]
+
+
+def test_the_time_that_parts_took_is_kept_with_them(tmp_path):
+    """Also for a run that finds them finished: by it, or by another process."""
+    def slow() -> int:
+        time.sleep(0.02)
+        return 1
+
+    first, second = Parts(tmp_path), Parts(tmp_path)
+    assert list(first.make_all([("a", slow), ("b", slow)])) == [1, 1] and list(second.make_all([("b", None), ("a", None), ("b", None)])) == [1, 1, 1]
+    assert first.seconds == second.seconds and all(0.02 <= each < 5 for each in first.seconds.values()) and first.seconds.keys() == {"a", "b"}

@@ -3,14 +3,16 @@ Nothing here depends on the working directory: papermill runs a notebook from on
 
 import os
 import platform
+import re
 import subprocess
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
+import psutil
 import torch
 from IPython.display import Markdown
 
@@ -45,6 +47,7 @@ class Run:
     profile: str = DEFAULT[0]
     model: str = DEFAULT[1]
     size: str = "full"
+    made: list[Parts] = field(default_factory=list, init=False, repr=False, compare=False)  # by `parts`
 
     @property
     def folder(self) -> Path:
@@ -71,8 +74,9 @@ class Run:
         """The finished parts of this profile and model: they depend on the model's settings, on which data are read how and from
         where (samples of another source or size have the same ids), and on whatever else is given (JSON-able)."""
         sources = data_sources(USES[self.profile].get(self.notebook[:2], {}).values(), data_options)
-        return Parts(cache_root() / self.profile / self.folder.name / "parts", mlm=mlm.settings, profile=self.profile, options=data_options,
-                     sources=sources, **depends)  # fmt: skip
+        self.made.append(Parts(cache_root() / self.profile / self.folder.name / "parts", mlm=mlm.settings, profile=self.profile,
+                               options=data_options, sources=sources, **depends))  # fmt: skip
+        return self.made[-1]
 
     def verdicts(self, claims: Mapping[str, Mapping]) -> dict[str, Verdict]:
         """Print the verdict of each claim of this notebook, why, and its note; -> {claim: verdict}."""
@@ -102,7 +106,9 @@ class Run:
         function (`kvutils.run.items.RESULTS`) made `results`: its sections, "claims" and "finding". choices: texts; shown: illustrations,
         which figures read with the results. sources: what the run came from beside the model, such as `data_sources(...)`."""
         from kvutils import plots
-        write_json(self.folder / "provenance" / self.results.name, provenance(mlm, **sources or {}))
+        came = provenance(mlm, **sources or {})
+        came["machine"]["hours"] = float(f"{sum(sum(parts.seconds.values()) for parts in self.made) / 3600:.3g}")  # also of earlier starts
+        write_json(self.folder / "provenance" / self.results.name, came)
         if measured is None:  # a notebook that does not leave its items yet
             results, about = {"finding": finding, **old}, {"parameters": old["parameters"]}
         else:
@@ -160,12 +166,23 @@ def code_commit() -> str:
         return "unknown"
 
 
+def processor() -> str:
+    """The name of this machine's processor and how many cores there are, as `Intel(R) Xeon(R), 8 cores`."""
+    file = Path("/proc/cpuinfo")  # of Linux
+    named = re.search(r"^model name\s*: (.*)$", file.read_text(), re.MULTILINE) if file.exists() else None
+    return f"{named[1] if named else platform.machine()}, {psutil.cpu_count()} cores"
+
+
 def provenance(mlm: MLM | None = None, **more: object) -> dict:
     """What a result came from: the settings of an `MLM`; commit, device and versions under "machine"."""
     device = torch.device(getattr(mlm, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu"))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    if device.type == "cuda":
+        name, memory = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
+    else:
+        name, memory = processor(), psutil.virtual_memory().total
     versions = {package: version(package) for package in ("torch", "transformers", "numpy", "scikit-learn")}
-    about = {"machine": {"commit": code_commit(), "device": f"{device.type} ({name})", "python": platform.python_version(), **versions}}
+    hardware = f"{device.type} ({name}, {memory / 2**30:.0f} GiB)"
+    about = {"machine": {"commit": code_commit(), "device": hardware, "python": platform.python_version(), **versions}}
     if mlm is not None:
         about |= mlm.settings
     return about | more
