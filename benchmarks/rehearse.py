@@ -38,13 +38,13 @@ from kvutils.images import open_image
 from kvutils.kvcache import capture
 from kvutils.models import MLM, MODELS
 from kvutils.readout.features import FeatureExtractor
+from kvutils.readout.selections import select_lowest
 from kvutils.run.notebook import provenance
 from kvutils.run.plan import COSTS, GIB, device_name, hours_of, rehearsal_file
 from kvutils.store import need_writable, write_json
 from kvutils.tasks.base import run_task
 from kvutils.tasks.choices import read_items
 from kvutils.tasks.key_blocking import ask_under_blocks, last_layers
-from kvutils.tasks.key_selections import select_lowest
 from kvutils.tasks.key_table import measure_keys
 from kvutils.tasks.prefix import run_prefixes
 from kvutils.tasks.prefix_answers import ask_behind_prefixes
@@ -206,7 +206,7 @@ class Rehearsal:
         images = self._enlarged("pocket-coco", count=self.samples + 1)
         table = self.step("03", "keys", len(images), "image", lambda: measure_keys(
             mlm, images, ["is there a fish ?"], mass_images=1, chunk=1, progress=False))  # fmt: skip
-        block = select_lowest(table, 0.1, last_layers(mlm.num_layers))
+        block = select_lowest(table.variance, table.real, 0.1, last_layers(mlm.num_layers))
         pope = Pope(self._enlarged("pocket-pope", scenes=16))  # a batch
         plain, blocks = {"none": None}, {f"blocked {i}": block for i in range(4)}
         self.step("03", "pictures", len({s.image_id for s in pope.samples}), "image", lambda: ask_under_blocks(pope, mlm, plain, progress=False))

@@ -123,6 +123,10 @@ class SessionBatch(contextlib.AbstractContextManager):
 
         return [[of(row, layout) for layout in layouts] for row, layouts in enumerate(self._layouts)]
 
+    def continued(self) -> Continuation:
+        """What its model has read, to be followed by tokens of one's own; the session stays as it is."""
+        return Continuation(self.mlm, self._open())
+
     @torch.no_grad()
     def answer(self, questions: Sequence[Sequence[str]], options: Options | Sequence[Sequence[Options]] | None = None,
                max_new_tokens: int = MAX_NEW_TOKENS, block: KeySelection | None = None,

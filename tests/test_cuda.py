@@ -11,10 +11,10 @@ from kvutils.kvcache import capture
 from kvutils.models import load_encoder, load_mlm
 from kvutils.readout.attention import attention_mass
 from kvutils.readout.features import FeatureExtractor
+from kvutils.readout.selections import select_all
 from kvutils.readout.words import load_siglip_text
 from kvutils.tasks.base import run_task
 from kvutils.tasks.choices import read_items
-from kvutils.tasks.key_selections import select_all
 from kvutils.tasks.value_flow import SIX, value_flow_tasks
 from tests.tiny_models import FAMILIES, tiny
 

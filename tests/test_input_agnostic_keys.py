@@ -20,14 +20,14 @@ from kvutils.layout import build_layout
 from kvutils.metrics.statistics import Effect, Halves
 from kvutils.prompts import PromptTokens
 from kvutils.readout.attention import attention_mass
+from kvutils.readout.selections import select_all, select_lowest, selected_mass, variance_threshold
 from kvutils.run.report import load_claims
 from kvutils.run.verdicts import judge
 from kvutils.store import Parts, to_json
 from kvutils.tasks import key_blocking, key_statistics
-from kvutils.tasks.bimodality import bimodal_layers, variance_threshold
+from kvutils.tasks.bimodality import bimodal_layers
 from kvutils.tasks.input_agnostic_keys import claim_c5, claim_x4, open_data
 from kvutils.tasks.key_blocking import BLOCK, CONTROLS, EVERY, NONE, READING, claim_c6, claim_x2, conditions, effects
-from kvutils.tasks.key_selections import select_all, select_lowest, selected_mass
 from kvutils.tasks.key_statistics import agnostic, compare_trained, describe_keys, thresholds
 from kvutils.tasks.key_table import KeyTable, measure_keys, measure_turned, turned
 from kvutils.tasks.knock_out import KnockOut, as_questions, blocked_layers, condition_of, knock_out, reading_layers, summarise_knock_out
@@ -422,13 +422,13 @@ def test_without_a_key_below_the_threshold_the_lowest_are_blocked():
     blocks, about = conditions(table, found, [0, 1], draws=1)
     assert "lowest 0.1" in about["method"] and about["below"] == 0 and blocks[BLOCK].mask.sum((1, 2)).tolist() == [3, 3]
     assert blocks[BLOCK].name == BLOCK
-    assert select_lowest(table, 0.5, [5]).mask.sum() == 16
+    assert select_lowest(table.variance, table.real, 0.5, [5]).mask.sum() == 16
     for bad, message in (({"reading": [1]}, "2 reading layers"), ({"reading": [0, 1], "draws": 0}, "draws"),
                          ({"reading": [0, 1], "layers": [4, 6]}, "layer of the selection")):  # fmt: skip
         with pytest.raises(ParameterError, match=message):
             conditions(table, found, **bad)
     with pytest.raises(ParameterError, match="share"):
-        select_lowest(table, 0.0, [5])
+        select_lowest(table.variance, table.real, 0.0, [5])
 
 
 def test_answers_under_blocks(mlm, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from kvutils.errors import DataError, ImageError, ParameterError
 from kvutils.keys import KeySelection, KeyVariance, key_variance, select_region
 from kvutils.kvcache import capture
 from kvutils.readout.attention import attention_mass
-from kvutils.tasks.key_selections import select_random, select_random_matched_mass, selected_mass
+from kvutils.readout.selections import select_random, select_random_matched_mass, selected_mass
 from tests.tiny_models import FAMILIES, embedded, hooks, picture, tiny
 
 

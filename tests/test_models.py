@@ -15,8 +15,8 @@ from kvutils.errors import MemoryLimitError, ModelError, ParameterError, StoreEr
 from kvutils.kvcache import capture
 from kvutils.layout import check_mlm
 from kvutils.models import FAMILIES, MODELS, NEXT, QWEN, base_name, find_model, load_encoder, load_mlm, original_encoder, placement
+from kvutils.readout.selections import variance_threshold
 from kvutils.run.notebook import Run
-from kvutils.tasks.bimodality import variance_threshold
 from tests.published import write_checkpoint
 from tests.tiny_models import picture, save, tiny, tiny_pocket
 

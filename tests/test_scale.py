@@ -21,11 +21,11 @@ from kvutils.errors import MemoryLimitError, StoreError
 from kvutils.kvcache import capture
 from kvutils.readout.attention import attention_mass
 from kvutils.readout.features import FeatureExtractor
+from kvutils.readout.selections import select_all
 from kvutils.store import Parts, write_json
 from kvutils.tasks.base import run_task
 from kvutils.tasks.foreground_segmentation import ForegroundSegmentation
 from kvutils.tasks.key_blocking import NONE, ask_under_blocks
-from kvutils.tasks.key_selections import select_all
 from kvutils.tasks.key_table import measure_keys
 from kvutils.tasks.yes_no import Pope
 from kvutils.vision import in_halves

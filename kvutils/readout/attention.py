@@ -1,22 +1,25 @@
 """Where the text behind an image looks: the attention that the image tokens receive from it.
 
-`attention_mass`: from all text behind the image, per key; are some keys attention sinks? `prompt_saliency`: from the last prompt token,
-per image token (ours). Co-segmentation after Amir et al. picks clusters that are salient; their saliency is the attention of DINO's
-class token. A language model has none; its last prompt token, from which the answer starts, is what comes closest."""
+`attention_mass`: from all text behind the image, per key; are some keys attention sinks? `token_attention`: from one word, per layer and
+head. `prompt_saliency`: from the last prompt token, per image token (ours): co-segmentation after Amir et al. picks clusters that are
+salient; their saliency is the attention of DINO's class token. A language model has none; its last prompt token, from which the answer
+starts, is what comes closest."""
 
 import contextlib
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
 from PIL import Image
 from transformers import DynamicCache
 
+from kvutils.answer import SessionBatch
+from kvutils.block import block_keys
 from kvutils.errors import DataError, ParameterError
 from kvutils.images import ImageLike, open_image
-from kvutils.keys import SameGrid
-from kvutils.language import embed, not_finite
+from kvutils.keys import KeySelection, SameGrid
+from kvutils.language import Piece, embed, not_finite
 from kvutils.layout import TokenLayout
 from kvutils.models import MLM
 from kvutils.prompts import TextInputs, prepare_text
@@ -66,6 +69,47 @@ def prompt_saliency(mlm: MLM, image: ImageLike, question: str = QUESTION) -> tup
     return vision.layouts[0], _received(mlm, vision, [text], text.input_ids.shape[1] - 1).mean((0, 1)).float()
 
 
+@torch.no_grad()
+def token_attention(session: SessionBatch, ids: Sequence[int], block: KeySelection | None = None) -> torch.Tensor:
+    """(L, H, N) float32 on the CPU: attention weight (0..1) of the last of `ids` on every image token of a session's one prompt.
+
+    ids: text behind the image, such as `session.tokens.tail(question, 1)` and tokens of the answer. The image is not read again, and
+    of the text only the weights of this one token are kept. block: image keys hidden from the text. Raises ParameterError for a closed
+    session and for no ids, ModelError for weights that are not finite."""
+    if not len(ids):
+        raise ParameterError("attention needs the tokens of at least one word behind the image, found none")
+    mlm, slots = session.mlm, torch.from_numpy(session.slots[0])
+    weights = torch.empty(mlm.num_layers, mlm.num_heads, len(slots))
+
+    def record(row: torch.Tensor, module, args, output) -> None:
+        row.copy_(output[1][0, :, -1].index_select(-1, slots.to(output[1].device)))
+
+    blocked = contextlib.nullcontext() if block is None else block_keys(mlm, block, session.slots)
+    with _weights_shown(mlm, weights, record), blocked:
+        session.continued().extend([Piece(0, 0, list(ids))])
+    return _finite(mlm, weights)
+
+
+@contextlib.contextmanager
+def _weights_shown(mlm: MLM, rows: Iterable[torch.Tensor], record: Callable) -> Iterator[None]:
+    """Inside, attention is eager, the only backend that returns its weights: record(the layer's row, module, args, output) sees
+    them as output[1] (B, H, queries, keys)."""
+    language_model = mlm.model.model.language_model
+    with contextlib.ExitStack() as stack:
+        stack.callback(language_model.set_attn_implementation, language_model.config._attn_implementation)
+        language_model.set_attn_implementation("eager")
+        for layer, row in zip(language_model.layers, rows, strict=True):
+            stack.callback(layer.self_attn.register_forward_hook(partial(record, row)).remove)
+        yield
+
+
+def _finite(mlm: MLM, weights: torch.Tensor) -> torch.Tensor:
+    """(L, ...) weights as they are; ModelError that names the first layer with one that is not finite."""
+    if not weights.isfinite().all():
+        raise not_finite(mlm, f"attention that is not finite in layer {int((~weights.isfinite()).flatten(1).any(1).nonzero()[0])}, the first of them")
+    return weights
+
+
 def _received(mlm: MLM, vision: VisionInputs, texts: Sequence[TextInputs], end: int) -> torch.Tensor:
     """(L, G, N) the mean weight of the queries from `end` on, on the image tokens, summed over all sequences of the texts.
 
@@ -84,14 +128,8 @@ def _received(mlm: MLM, vision: VisionInputs, texts: Sequence[TextInputs], end: 
         row.add_(received.unflatten(1, (len(row), -1)).mean(2).sum(0).cpu())
 
     run(embed(mlm, first.input_ids[:, :end], encode_images(mlm, vision)[1]), first.position_ids[..., :end], cache)
-    with contextlib.ExitStack() as stack:
-        stack.callback(language_model.set_attn_implementation, language_model.config._attn_implementation)
-        language_model.set_attn_implementation("eager")
-        for layer, row in zip(language_model.layers, mass, strict=True):
-            stack.callback(layer.self_attn.register_forward_hook(partial(record, row)).remove)
+    with _weights_shown(mlm, mass, record):
         for text in texts:
             embeddings = mlm.model.get_input_embeddings()(text.input_ids[:, end:])
             run(embeddings, text.position_ids[..., end:], copy.deepcopy(cache))
-    if not mass.isfinite().all():
-        raise not_finite(mlm, f"attention that is not finite in layer {int((~mass.isfinite()).flatten(1).any(1).nonzero()[0])}, the first of them")
-    return mass
+    return _finite(mlm, mass)

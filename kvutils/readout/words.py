@@ -205,15 +205,16 @@ class TextAlignment:
         return vectors
 
     @torch.no_grad()
-    def scores(self, features: Mapping[str, torch.Tensor], texts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Per source the dot products (len(texts), N), float32 on the model's device, with plain features (N, C) of an image.
+    def scores(self, features: Mapping[str, torch.Tensor], texts: Sequence[str], sources: Sequence[str] | None = None
+               ) -> dict[str, torch.Tensor]:  # fmt: skip
+        """Per source (default all) the dot products (len(texts), N), float32 on the model's device, with plain features (N, C) of an image.
 
         What follows from the image alone is made once as long as the same `features` are asked about, text after text."""
         if features is not self._image[0]:
             self._image = features, {}
         vectors, made = [self.text(text) for text in texts], self._image[1]
         scores = {}
-        for source in self.sources:
+        for source in self.sources if sources is None else sources:
             texts_here = torch.stack([v[source] for v in vectors]).to(self.mlm.device)
             image, plain = features[self.reads(source)].to(self.mlm.device).float(), source.removeprefix(UNCENTRED)
             if plain.startswith("encoder"):

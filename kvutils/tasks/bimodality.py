@@ -1,4 +1,5 @@
-"""Two groups of keys or one? `variance_threshold` asks it of all keys together, as the paper does; `bimodal_layers` within heads (ours).
+"""Two groups of keys or one? `readout.selections.variance_threshold` asks it of all keys together, as the paper does; `bimodal_layers`
+within heads (ours).
 
 Ashman's D = |m1 - m2| / sqrt((s1^2 + s2^2) / 2) alone calls a flat or a skewed distribution bimodal: two normals describe
 it better than one. So D counts only where the keys themselves are rarer between the two means. And the deepest valley of a sample
@@ -9,57 +10,15 @@ chosen on one half of the token positions and read on the other, both ways: of k
 from dataclasses import replace
 
 import numpy as np
-import torch
 from scipy.stats import t as student
 from sklearn.mixture import GaussianMixture
 
-from kvutils.errors import DataError
 from kvutils.metrics.statistics import UNDEFINED, Effect, Halves, Resampled, resample
-from kvutils.models import base_name
 
-PAPER_THRESHOLDS = {"llava-onevision-7b": 450.0}  # squared key units, section 3.2
-QUANTILE = 0.1  # of the variances: the threshold where there are no two modes (ours)
 VALLEY = 0.8  # of the lower mode's density: a layer whose valley is above has one mode
 SIDE = 0.05  # share of the keys on each side of a valley, at least; the tails of fewer are noise (ours)
 LEVEL = 0.025  # one-sided, of a 95 % interval
-_SMALLEST = 0.01  # share of the keys of a mode of all keys together
-_MOST = 5_000  # numbers that are fitted; evenly spaced ranks stand for more
 _GRID = 200  # places at which a density is read
-
-
-def variance_threshold(variance: torch.Tensor, model: str | None = None) -> dict:
-    """Below which variance a key is input-agnostic, and whether the keys fall into two groups at all; JSON-able.
-
-    variance: of any keys, pooled; zeros count for the quantile only. model: a name in `MODELS`, also at a commit. value: squared key units,
-    the paper's for its own model, else the valley of the log-variance (lowest density between the means of a mixture of two
-    normal distributions), else, without two modes, the `QUANTILE` (ours); method: "paper", "valley" or "quantile ...".
-    two_modes: two normal distributions describe the log-variance better than one (BIC), Ashman's D is above 2, the density
-    has a valley between them, and each has 1 % of the keys. separation: Ashman's D; modes and shares: exp(m) and weight of
-    the two, lower first. Raises DataError for variances all alike.
-    """
-    values = variance.flatten().numpy()
-    logs = np.log(values[values > 0])
-    if len(logs) < 10 or np.ptp(logs) < 1e-9:
-        raise DataError(f"a threshold needs at least 10 different variances, found {len(np.unique(logs))}")
-    if len(logs) > _MOST:
-        logs = np.quantile(logs, (np.arange(_MOST) + 0.5) / _MOST)
-    points = logs[:, None]
-    one, two = (GaussianMixture(k, n_init=3, random_state=0).fit(points) for k in (1, 2))
-    order = two.means_[:, 0].argsort()
-    means, spread, shares = two.means_[order, 0], two.covariances_[order, 0, 0], two.weights_[order]
-    distance = float((means[1] - means[0]) / np.sqrt(spread.mean()))
-    grid = np.linspace(*means, 1001)
-    valley = int(two.score_samples(grid[:, None]).argmin())
-    better, inside = two.bic(points) < one.bic(points), 0 < valley < len(grid) - 1
-    two_modes = bool(better and distance > 2 and inside and shares.min() >= _SMALLEST)
-    if (published := base_name(model or "")) in PAPER_THRESHOLDS:
-        value, method = PAPER_THRESHOLDS[published], "paper"
-    elif two_modes:
-        value, method = float(np.exp(grid[valley])), "valley"
-    else:
-        value, method = float(np.quantile(values, QUANTILE)), f"quantile {QUANTILE:g}"
-    return {"value": value, "two_modes": two_modes, "separation": distance, "method": method,
-            "modes": np.exp(means).tolist(), "shares": shares.tolist()}  # fmt: skip
 
 
 def bimodal_layers(logs: np.ndarray, n_boot: int = 2000, seed: int = 0) -> dict:

@@ -16,8 +16,8 @@ from kvutils.keys import KeySelection
 from kvutils.metrics.effects import lever, measured, no_ceiling, part, prerequisite
 from kvutils.metrics.statistics import Effect, choosing_half
 from kvutils.models import MLM
+from kvutils.readout import selections as keys
 from kvutils.store import Parts, digest, in_chunks
-from kvutils.tasks import key_selections as keys
 from kvutils.tasks.key_statistics import agnostic
 from kvutils.tasks.key_table import KeyTable
 from kvutils.tasks.yes_no import Scored, YesNoTask
@@ -56,7 +56,7 @@ def conditions(table: KeyTable, thresholds: dict, reading: Sequence[int], layers
     block, method = every.restrict(layers), f"{SCALE} threshold"
     below = int(block.mask.sum()) if thresholds[SCALE]["method"] in ("paper", "valley") else 0
     if not block.mask.any():
-        block = replace(keys.select_lowest(table, FALLBACK, layers), name=BLOCK)
+        block = replace(keys.select_lowest(table.variance, real, FALLBACK, layers), name=BLOCK)
         method = f"no key below the {SCALE} threshold: lowest {FALLBACK:g} of each layer"
     variance, mass = table.variance[list(layers)], table.mass[list(layers)]
     like = keys.select_same_positions(block, reading)
@@ -201,7 +201,8 @@ def sweep(task: YesNoTask, mlm: MLM, table: KeyTable, shares: Sequence[float] = 
     depths = depths or sorted({1, len(last_layers(total)), -(-total // 2), -(-2 * total // 3), total})
     chosen = choosing_half([s.image_id for s in task.samples], seed)
     halves = [type(task)([s for s, c in zip(task.samples, chosen, strict=True) if c == side]) for side in (True, False)]
-    cells = {f"{share:g} {depth}": keys.select_lowest(table, share, range(total - depth, total)) for share in shares for depth in depths}
+    cells = {f"{share:g} {depth}": keys.select_lowest(table.variance, table.real, share, range(total - depth, total))
+             for share in shares for depth in depths}  # fmt: skip
     answers, _ = ask_under_blocks(halves[0], mlm, {NONE: None} | cells, parts, **options)
     scored = Scored.of(halves[0], answers, n_boot, seed)
     headlines = [scored.change([cell], [NONE])["headline"] for cell in cells]

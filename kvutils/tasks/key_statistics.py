@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from kvutils.metrics.statistics import Statistic, effect, mean_statistic, resample
-from kvutils.tasks.bimodality import bimodal_layers, head_modes, variance_threshold
+from kvutils.readout.selections import variance_threshold
+from kvutils.tasks.bimodality import bimodal_layers, head_modes
 from kvutils.tasks.key_table import KeyTable
 
 SCALES = ("raw", "within_heads", "near_constant")

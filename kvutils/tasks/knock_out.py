@@ -23,8 +23,8 @@ from kvutils.metrics.answers import low_mass
 from kvutils.metrics.statistics import Halves, bootstrap_ci, column_ratio, mean_statistic
 from kvutils.models import MLM
 from kvutils.prompts import PromptTokens
+from kvutils.readout.selections import select_all
 from kvutils.store import Parts, in_chunks
-from kvutils.tasks.key_selections import select_all
 from kvutils.vision import in_halves
 
 FAMILIES = ("one", "from", "until")

@@ -1,4 +1,4 @@
-"""Which image keys to hide: those that vary least, and the controls they are compared with (section 3.2, C6, X2).
+"""Which image keys to hide: those that vary least, by a threshold or a share, and the controls they are compared with (section 3.2, C6, X2).
 
 Every selection is a `KeySelection` by layer, key-value head and image token. The controls take a selection (`like`) and choose as many
 keys, or keys that receive as much attention, in another way. real (N,) bool: the tokens that show a part of the image; newlines are never
@@ -8,12 +8,52 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
+from sklearn.mixture import GaussianMixture
 
-from kvutils.errors import ParameterError
+from kvutils.errors import DataError, ParameterError
 from kvutils.keys import KeySelection
-from kvutils.tasks.key_table import KeyTable
+from kvutils.models import base_name
 
+PAPER_THRESHOLDS = {"llava-onevision-7b": 450.0}  # squared key units, section 3.2
+QUANTILE = 0.1  # of the variances: the threshold where there are no two modes (ours)
+_SMALLEST = 0.01  # share of the keys of a mode of all keys together
+_MOST = 5_000  # numbers that are fitted; evenly spaced ranks stand for more
 _TRIES = 16  # random orders of which the one with the closest attention mass is taken
+
+
+def variance_threshold(variance: torch.Tensor, model: str | None = None) -> dict:
+    """Below which variance a key is input-agnostic, and whether the keys fall into two groups at all; JSON-able.
+
+    variance: of any keys, pooled; zeros count for the quantile only. model: a name in `MODELS`, also at a commit. value: squared key units,
+    the paper's for its own model, else the valley of the log-variance (lowest density between the means of a mixture of two
+    normal distributions), else, without two modes, the `QUANTILE` (ours); method: "paper", "valley" or "quantile ...".
+    two_modes: two normal distributions describe the log-variance better than one (BIC), Ashman's D is above 2, the density
+    has a valley between them, and each has 1 % of the keys. separation: Ashman's D; modes and shares: exp(m) and weight of
+    the two, lower first. Raises DataError for variances all alike.
+    """
+    values = variance.flatten().numpy()
+    logs = np.log(values[values > 0])
+    if len(logs) < 10 or np.ptp(logs) < 1e-9:
+        raise DataError(f"a threshold needs at least 10 different variances, found {len(np.unique(logs))}")
+    if len(logs) > _MOST:
+        logs = np.quantile(logs, (np.arange(_MOST) + 0.5) / _MOST)
+    points = logs[:, None]
+    one, two = (GaussianMixture(k, n_init=3, random_state=0).fit(points) for k in (1, 2))
+    order = two.means_[:, 0].argsort()
+    means, spread, shares = two.means_[order, 0], two.covariances_[order, 0, 0], two.weights_[order]
+    distance = float((means[1] - means[0]) / np.sqrt(spread.mean()))
+    grid = np.linspace(*means, 1001)
+    valley = int(two.score_samples(grid[:, None]).argmin())
+    better, inside = two.bic(points) < one.bic(points), 0 < valley < len(grid) - 1
+    two_modes = bool(better and distance > 2 and inside and shares.min() >= _SMALLEST)
+    if (published := base_name(model or "")) in PAPER_THRESHOLDS:
+        value, method = PAPER_THRESHOLDS[published], "paper"
+    elif two_modes:
+        value, method = float(np.exp(grid[valley])), "valley"
+    else:
+        value, method = float(np.quantile(values, QUANTILE)), f"quantile {QUANTILE:g}"
+    return {"value": value, "two_modes": two_modes, "separation": distance, "method": method,
+            "modes": np.exp(means).tolist(), "shares": shares.tolist()}  # fmt: skip
 
 
 def select_all(layers: Iterable[int], heads: int, tokens: int) -> KeySelection:
@@ -22,15 +62,15 @@ def select_all(layers: Iterable[int], heads: int, tokens: int) -> KeySelection:
     return KeySelection("all", torch.ones(len(layers), heads, tokens, dtype=torch.bool), layers)
 
 
-def select_lowest(table: KeyTable, share: float, layers: Sequence[int]) -> KeySelection:
-    """The given share (0..1) of the keys of each layer, those that vary least; newlines are never among them."""
+def select_lowest(variance: torch.Tensor, real: torch.Tensor, share: float, layers: Sequence[int]) -> KeySelection:
+    """The given share (0..1) of the keys of each layer, those of lowest variance (L, G, N); newlines are never among them."""
     if not 0 < share <= 1:
         raise ParameterError(f"share must be above 0 and at most 1, not {share}")
     layers = tuple(layers)
-    mask = torch.zeros(len(layers), *table.variance.shape[1:], dtype=torch.bool)
+    mask = torch.zeros(len(layers), *variance.shape[1:], dtype=torch.bool)
     for row, layer in enumerate(layers):
-        values = table.variance[layer].masked_fill(~table.real, torch.inf).flatten()
-        count = max(1, round(share * int(table.real.sum()) * table.variance.shape[1]))
+        values = variance[layer].masked_fill(~real, torch.inf).flatten()
+        count = max(1, round(share * int(real.sum()) * variance.shape[1]))
         mask[row].view(-1)[values.argsort(stable=True)[:count]] = True
     return KeySelection(f"lowest {share:g}", mask, layers)
 
