@@ -24,7 +24,7 @@ What `kv.` offers (each is loaded when it is first used):
     ImageSession      questions about one picture that is read once, with or without blocked keys
     fit_linear_probe  logistic regression of all feature sources or layers at once
     open_dataset      a data set by name: generated ones, and the real ones of the paper
-    explore           sliders in JupyterLab: which tokens are similar to the one under a point
+    explore           a widget: click a picture, ask, see attention, block image keys and ask again
 
 One vocabulary of shapes is used everywhere:
 
@@ -45,7 +45,7 @@ VOID = 255  # value of mask pixels without annotation: excluded from training an
 _HOME = {
     "load_mlm": "models", "load_encoder": "models", "capture": "kvcache", "Capture": "kvcache", "text_values": "readout.words",
     "TokenLayout": "layout", "KeyVariance": "keys", "key_variance": "keys", "KeySelection": "keys", "select_region": "keys", "block_keys": "block",
-    "ImageSession": "answer", "fit_linear_probe": "probes", "open_dataset": "datasets", "explore": "readout.maps",
+    "ImageSession": "answer", "fit_linear_probe": "probes", "open_dataset": "datasets", "explore": "explorer.widget",
 }  # fmt: skip
 __all__ = list(_HOME)
 

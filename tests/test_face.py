@@ -67,8 +67,3 @@ def test_objects_show_themselves_in_at_most_three_lines():
     for text, words in shown.items():
         assert len(text.splitlines()) <= 3 and len(text) < 400, text
         assert all(word in text for word in words), text
-
-
-def test_explore_takes_a_model_alone():
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
-    assert "value.2" in kv.explore(tiny("llava_onevision"), image).children[0].options

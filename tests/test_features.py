@@ -3,7 +3,6 @@
 from dataclasses import replace
 from unittest import mock
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -25,7 +24,6 @@ from kvutils.readout import words
 from kvutils.readout.attention import prompt_saliency
 from kvutils.readout.encoders import capture_encoder
 from kvutils.readout.features import FeatureExtractor, image_tokens, pixel_features, token_means
-from kvutils.readout.maps import explore
 from kvutils.readout.maps import picture as picture_of
 from kvutils.readout.words import COCO_NAMES, POCKET_NAMES, SiglipText, load_siglip_text, text_values, vocabulary_of
 from kvutils.run.notebook import Run
@@ -236,22 +234,13 @@ def test_arguments_are_checked(pocket):
             FeatureExtractor(pocket.mlm, **options)
 
 
-def test_maps_of_one_image_and_its_explorer(pocket, monkeypatch):
+def test_maps_of_one_image(pocket):
     (name, image), others = ITEMS[0], dict(ITEMS[1:])
     scene = picture_of(pocket, name, image, (9, 30), others)
     assert scene["clicked"] == 13 and list(scene["similarity"]) == [s for s in scene["pca"]]
     for source, colours in scene["pca"].items():
         grid = np.array(scene["similarity"][source])
         assert grid.shape == (4, 4) and grid[3, 1] == grid.max() == 1 and np.shape(colours) == (4, 4, 3)
-    monkeypatch.setattr("matplotlib.pyplot.show", lambda: None)
-    for model in (pocket, pocket.mlm):
-        widget = explore(model, image)
-        source, x, y = widget.children[:3]
-        assert source.value == "value.2" and "key.0" in explore(pocket, image).children[0].options
-        widget.f(source.value, x.value, y.value)
-    assert not plt.get_fignums()  # however often a slider moves
-    with pytest.raises(ParameterError, match="value.9"):
-        widget.f("value.9", 0, 0)
 
 
 TEXTS = ["fish", "the red car"]
