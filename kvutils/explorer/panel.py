@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from kvutils.answer import Answer, ImageSession, spellings
 from kvutils.errors import ModelError, ParameterError, at_least, one_of
