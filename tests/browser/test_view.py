@@ -221,7 +221,7 @@ def test_block_and_ask_again(opened, shots):
     page.get_by_role("button", name="Block and ask again").click()
     page.wait_for_selector("text=with keys blocked >> nth=3")
     assert calls(page, "ask")[-1]["block"] == {"kind": "region", "share": None, "tokens": region, "layers": [0, 1, 2], "heads": [1], "seed": 0}
-    rows = [row.split("\t") for row in page.locator(".kvx-bars").first.inner_text().splitlines()]
+    rows = page.locator(".kvx-bars").first.evaluate("(table) => [...table.rows].map((row) => [...row.cells].map((cell) => cell.textContent))")
     assert rows[1:] == [["yes", "75.0 %", "25.0 %", "−50.0 pp"], ["no", "15.0 %", "65.0 %", "+50.0 pp"], ["any other", "10.0 %", "10.0 %", "+0.0 pp"]]
     assert page.locator(".kvx-card").first.inner_text().split() == ["as", "it", "is", "yes"]
     page.screenshot(path=shots / "view_blocked_dark.png", full_page=True)
@@ -280,7 +280,8 @@ def test_png_and_code(opened, shots):
     assert (bar == [BLUE, RED]).all() and (picture[44 + 768 + 30 :, 24 : 24 + 1024] < 100).any()
     page.get_by_role("button", name="Copy code").click()
     page.wait_for_function("document.querySelector('.kvx-code').innerText.startsWith('explore(')")
-    assert "below" in status(page) and calls(page, "code")[0]["state"]["mode"] == "similarity"
+    page.wait_for_function("document.querySelector('.kvx-status').innerText.includes('below')")
+    assert calls(page, "code")[0]["state"]["mode"] == "similarity"
 
 
 def test_own_picture_and_close(opened, tmp_path):
