@@ -82,10 +82,10 @@ plan: $(STAMP)  ## what the paper profile needs and what of it is there: data, G
 	@$(RUN) -m kvutils plan --model $(call quoted,$(PAPER_MODEL)) $(HOW) $(if $(GPU),--gpu $(call quoted,$(GPU))) $(CHOSEN)
 
 rehearse: $(STAMP)  ## run a published architecture with random weights: memory, seconds, hours (no data)
-	@$(RUN) benchmarks/rehearse.py --model $(call quoted,$(PAPER_MODEL)) $(ARGS)
+	@$(RUN) benchmarks rehearse --model $(call quoted,$(PAPER_MODEL)) $(ARGS)
 
-lab: $(STAMP)  ## open the notebooks in JupyterLab
-	@$(RUN) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks
+lab: $(STAMP)  ## open the notebooks in JupyterLab; on a remote machine ARGS="--no-browser --port 8888"
+	@$(RUN) -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) --LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb $(ARGS)
 
 figures: $(STAMP)  ## redraw every figure from the stored results (seconds, no model)
 	@$(RUN) -m kvutils figures --profile $(call quoted,$(PROFILE)) --model $(call quoted,$(MODEL)) --size $(call quoted,$(SIZE))
@@ -94,14 +94,14 @@ report: $(STAMP)  ## write the verdicts into data/results and README.md
 	@$(RUN) -m kvutils report
 
 bench: $(STAMP)  ## measure speed and memory, write benchmarks/results.json
-	@$(RUN) benchmarks/run.py
+	@$(RUN) benchmarks bench $(ARGS)
 
 # Below KVUTILS_DATA, taken from the environment or given to make.
 data: $(STAMP)  ## fetch real data sets: DATASETS="davis-2017 pope" (without: list them)
 	@$(RUN) -m kvutils data $(DATASETS) $(ARGS)
 
 train: $(STAMP)  ## train the pocket model anew (about two hours on 2 cores; resumes)
-	@PYTHONPATH=data/pocket $(RUN) -m recipe.train $(ARGS)
+	@$(RUN) benchmarks train $(ARGS)
 
 clean:  ## remove stored parts and bytecode (results and training checkpoints stay)
 	rm -rf data/cache .pytest_cache build

@@ -31,6 +31,7 @@ from PIL import Image
 from simulated_gpu import SimulatedGPU
 from tqdm import tqdm
 
+from kvutils import data_folder
 from kvutils.datasets import class_names, open_dataset
 from kvutils.datasets.samples import Pictures
 from kvutils.errors import KVUtilsError, at_least
@@ -41,7 +42,7 @@ from kvutils.readout.features import FeatureExtractor
 from kvutils.readout.selections import select_lowest
 from kvutils.run.notebook import provenance
 from kvutils.run.plan import COSTS, GIB, device_name, hours_of, rehearsal_file
-from kvutils.store import need_writable, write_json
+from kvutils.store import need_writable, read_json, write_json
 from kvutils.tasks.base import run_task
 from kvutils.tasks.choices import read_items
 from kvutils.tasks.key_blocking import ask_under_blocks, last_layers
@@ -132,7 +133,11 @@ class Rehearsal:
         self.meter = Meter(device, self.gpu)
         self.steps: list[dict] = []
         self.opened: dict[int, tuple[Image.Image, Callable]] = {}
-        self.bar = tqdm(total=17, unit="step", disable=None if progress else True)  # None: unless it is a terminal
+        shipped = read_json(data_folder() / "rehearsal" / "llava-onevision-0.5b.json")["steps"]
+        self.takes = {each["step"]: each["of_items"]["seconds"] + each["of_reads"]["seconds"] for each in shipped}  # how steps compare
+        self.bar = tqdm(total=round(sum(self.takes.values())), disable=None if progress else True, delay=0.1,  # None: unless it is a terminal
+                        bar_format="{desc} {percentage:.0f}% |{bar:20}| {elapsed} so far, about {remaining} left")
+        self.began, self.done = 0.0, 0.0
 
     def run(self) -> dict:
         """All steps; a JSON-able report, from which `hours_of` makes hours."""
@@ -171,6 +176,7 @@ class Rehearsal:
 
     def step(self, notebook: str, name: str, items: int, unit: str, run: Callable[[], Any]) -> Any:
         """What run() gives; its cost is kept for the report: that of reading pictures as features apart, which are read once each."""
+        self.began = self.began or time.monotonic()  # making the models is not counted
         self._say(f"{notebook} {name.replace('_', ' ')}")
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -180,14 +186,17 @@ class Rehearsal:
         self.steps.append({"notebook": notebook, "step": name, "unit": unit, "items": items, "reads": reads, "peak": self._peak(),
                            "of_items": dict(zip(COSTS, (self.meter.now() - before - read).tolist(), strict=True)),
                            "of_reads": dict(zip(COSTS, read.tolist(), strict=True))})  # fmt: skip
-        self.bar.update()
+        self.done += self.takes[name]
+        self.bar.update(self.takes[name])
         return found
 
     def _say(self, what: str) -> None:
         """What is being done, also where there is no terminal to show a bar."""
         self.bar.set_description(f"rehearsal of {self.model}: {what}")
         if self.progress and self.bar.disable:
-            print(f"{what} ...", file=sys.stderr, flush=True)
+            rest = sum(self.takes.values()) - self.done
+            left = (time.monotonic() - self.began) / self.done * rest if self.done else rest  # at first as on the machine of the shipped one
+            print(f"{what} ... ({self.done / (self.done + rest):.0%} done, about {tqdm.format_interval(left)} min left)", file=sys.stderr, flush=True)
 
     def _value_flow(self, extractor: FeatureExtractor) -> None:
         """The tasks of notebook 01 (02 reads what they have stored)."""
@@ -310,9 +319,6 @@ def main(arguments: list[str] | None = None) -> int:
     except KVUtilsError as error:
         print(error, file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("\nInterrupted; a rehearsal is short and keeps nothing: start it again.", file=sys.stderr)
-        return 130
     print(text_of(report))
     write_json(chosen.out or rehearsal_file(chosen.model), report, digits=4)
     return 0

@@ -1,10 +1,13 @@
 """Errors that a user can act on: each message says what was expected, what was found, and what to do next."""
 
 import errno
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from numbers import Integral
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class KVUtilsError(Exception):
@@ -68,3 +71,18 @@ def one_of(what: str, value: object, choices: Iterable, kind: type[KVUtilsError]
         near = get_close_matches(str(value), map(str, choices), 1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise (kind or ParameterError)(f"unknown {what} {value!r}{hint}; expected one of {', '.join(map(str, choices))}")
+
+
+def ask_hub(repository: str, ask: Callable[[], T]) -> T:
+    """What the hub answers; DataError where it does not, or does not know the repository or its revision."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError  # the errors themselves stay light
+    try:
+        return ask()
+    except Exception as error:  # of which kind depends on the HTTP library that huggingface_hub brings
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, GatedRepoError):
+            raise DataError(f"{repository} is open to those alone who have accepted its terms: do so on its page, then `hf auth login`") from error
+        if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
+            what = "revision of it" if isinstance(error, RevisionNotFoundError) else "such repository"
+            raise DataError(f"{repository}: the hub knows no {what}; is it spelt right? (a private one needs `hf auth login`)") from error
+        raise DataError(f"{repository} cannot be looked up on the hub ({said}): that needs network, or a copy here") from error

@@ -15,69 +15,17 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, SiglipVisionModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from kvutils import data_folder
+from kvutils.checkpoints import ENCODERS, FAMILIES, MODELS, QWEN, ModelSpec, find_model, need_model
+from kvutils.checkpoints import NEXT as NEXT
+from kvutils.checkpoints import ONEVISION as ONEVISION
+from kvutils.checkpoints import base_name as base_name
+from kvutils.checkpoints import original_encoder as original_encoder
 from kvutils.errors import KVUtilsError, MemoryLimitError, ModelError, ParameterError, at_least, one_of, writing
 from kvutils.layout import check_mlm
 from kvutils.processors import PROMPTS, load_processor, quiet_transformers, render, turn_of
 
-ONEVISION, QWEN, NEXT = FAMILIES = ("llava_onevision", "qwen2_5_vl", "llava_next")  # config.model_type
-_POCKET = data_folder() / "pocket"
 QWEN_MAX_PIXELS = 1280 * 28 * 28  # of a picture for Qwen2.5-VL: 1280 tokens, the upper end that its model card recommends
 _PROBE = "kvutils-prefix"  # stands for a prefix, to see where a chat template puts it
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """Where a model comes from. source: hub id or saved folder; sizes: what `check_mlm` expects; revision: a commit of the hub."""
-
-    name: str
-    family: str
-    source: str
-    profile: str
-    sizes: tuple[int, ...] = ()
-    revision: str = "main"
-
-
-MODELS = {spec.name: spec for spec in (
-    ModelSpec("pocket", ONEVISION, str(_POCKET / "llava-onevision"), "pocket"),
-    ModelSpec("llava-onevision-7b", ONEVISION, "llava-hf/llava-onevision-qwen2-7b-ov-hf", "paper", (28, 28, 4, 128, 2929)),
-    ModelSpec("llava-onevision-0.5b", ONEVISION, "llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "paper", (24, 14, 2, 64, 2929)),
-    ModelSpec("qwen2.5-vl-7b", QWEN, "Qwen/Qwen2.5-VL-7B-Instruct", "paper", (28, 28, 4, 128, 391)),
-    ModelSpec("qwen2.5-vl-3b", QWEN, "Qwen/Qwen2.5-VL-3B-Instruct", "paper", (36, 16, 2, 128, 391)),
-    ModelSpec("llava-next-llama3-8b", NEXT, "llava-hf/llama3-llava-next-8b-hf", "paper", (32, 32, 8, 128, 2340)),
-)}  # fmt: skip
-ENCODERS = {
-    "pocket-siglip": ModelSpec("pocket-siglip", "siglip", str(_POCKET / "siglip"), "pocket"),
-    "siglip-so400m": ModelSpec("siglip-so400m", "siglip", "google/siglip-so400m-patch14-384", "paper"),
-}
-
-
-def base_name(model: str) -> str:
-    """The name in `MODELS` under which all that is known of a model is found, of name@commit and of its hub id; others as they are."""
-    base = model.partition("@")[0]
-    return next((name for name, spec in MODELS.items() if base == name or base == spec.source and spec.profile == "paper"), model)
-
-
-def original_encoder(model: str) -> str:
-    """Name in `ENCODERS` of the SigLIP that an MLM is compared with: its own origin if it has one."""
-    known = MODELS.get(base_name(model))
-    return "pocket-siglip" if known and known.profile == "pocket" else "siglip-so400m"
-
-
-def find_model(name: str, known: dict[str, ModelSpec] = MODELS) -> ModelSpec:
-    """The specification of a name, folder or hub id; ModelError with the names that exist for an unknown one."""
-    base, at, revision = name.partition("@")
-    if at and not Path(name).is_dir():
-        spec = find_model(base, known)
-        if Path(spec.source).is_dir() or not revision:
-            raise ModelError(f"{name}: a revision is a commit of a model on the hub, given as name@commit or org/name@commit")
-        return replace(spec, name=spec.name if spec.name in known else name, revision=revision)
-    if (known_as := base_name(name)) in known:
-        return known[known_as]
-    folder = name and Path(name).is_dir()
-    if not folder and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        one_of("model", name, [*known, "a folder", "a hub id org/name"], ModelError)
-    return ModelSpec(Path(name).name if folder else name, "", name, "custom")
 
 
 @dataclass(repr=False)
@@ -201,6 +149,7 @@ def load_mlm(name: str, device: str | torch.device | None = None, dtype: str | t
     if device_map is not None and (device is not None or untrained):
         raise ParameterError("device_map places a trained checkpoint itself: pass no device and no untrained")
     chosen, device = device, _device(device)
+    need_model(spec)
     with _reading(spec, device):
         config = AutoConfig.from_pretrained(spec.source, revision=spec.revision)
         one_of(f"family of {spec.name}", config.model_type, FAMILIES, ModelError)
@@ -240,6 +189,7 @@ def wrap_mlm(model: PreTrainedModel, processor, name: str = "custom", base_view_
 def load_encoder(name: str, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Encoder:
     """Load a SigLIP vision tower by its name in `ENCODERS`, a folder or a hub id."""
     spec, device = find_model(name, ENCODERS), _device(device)
+    need_model(spec)
     with _reading(spec, device), quiet_transformers():
         model = _pretrained(SiglipVisionModel, spec, dtype=_dtype(dtype, spec, device)).to(device)
         processor = SiglipImageProcessorPil.from_pretrained(spec.source, revision=spec.revision)

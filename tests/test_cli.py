@@ -65,9 +65,39 @@ def test_a_terminal_without_utf_8_shows_what_it_can(monkeypatch, encoding):
     assert terminal.buffer.getvalue().decode(encoding).startswith("C8  \u2013" if encoding == "utf-8" else "C8  ? [0.1, 0.2] ?.png")
 
 
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["replicate", "--model", "pokcet"], "unknown model 'pokcet' (did you mean 'pocket'?)"),
+    (["plan", "--model", "pokcet"], "unknown model 'pokcet'"),
+    (["replicate", "--profile", "paper", "--model", "llava-onevision-0.5b", "--data", "hub"], "cannot be looked up on the hub"),
+])
+def test_a_misspelt_model_and_a_hub_out_of_reach_are_said_once_and_at_once(tmp_path, arguments, said):
+    """Before torch is loaded, which takes seconds; without a word of the hub's client."""
+    offline = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    code = f"import sys; from kvutils.run.cli import main; assert main({arguments}) == 2 and not {{'torch', 'numpy'}} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | offline)
+    assert done.returncode == 0 and done.stderr.startswith("error: ") and done.stderr.count(said) == 1 and "Retry" not in done.stderr
+
+
 def test_ctrl_c_is_answered_in_words(monkeypatch, capsys):
     monkeypatch.setattr(cli, "run", Mock(side_effect=KeyboardInterrupt))
     assert main(["report"]) == 130 and "the same command goes on" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_answered_in_one_sentence_where_the_reader_of_the_pipe_is_gone():
+    code = """if True:
+        import sys
+        from kvutils.run import cli
+        def run(chosen):
+            print("not yet written")
+            sys.stdin.read()
+            raise KeyboardInterrupt
+        cli.run = run
+        sys.exit(cli.main(["report"]))"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""})
+    process.stdout.close()  # as a `tee` does that Ctrl-C has ended
+    process.stdin.close()
+    assert process.stderr.read() == b"\nStopped. What is finished is kept, and the same command goes on.\n" and process.wait() == 130
 
 
 def test_capture_writes_everything_that_is_needed(folder, photos, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "kvutils"
-CORE = ("models", "vision", "prompts", "language", "kvcache", "keys", "block", "answer")  # in the order of the data
+CORE = ("checkpoints", "models", "vision", "prompts", "language", "kvcache", "keys", "block", "answer")  # in the order of the data
 BASE = ("images", "processors", "layout", "probes", "store")
 
 # Room -> the rooms that it may import, beside its own files, `errors` and the face (`kvutils` itself).
@@ -30,7 +30,7 @@ ALLOWED = {
 # Lines per room, blank ones and comments counted, rounded up to tens. A budget goes down as its room shrinks. It is raised
 # only by a commit that says what the new lines are for and what they made superfluous.
 BUDGET = {
-    "__init__": 80, "errors": 70, "images": 90, "processors": 160, "layout": 280, "probes": 300, "store": 270, "models": 320, "vision": 230,
+    "__init__": 80, "errors": 70, "checkpoints": 120, "images": 90, "processors": 160, "layout": 280, "probes": 300, "store": 270, "models": 320, "vision": 230,
     "prompts": 160, "language": 210, "kvcache": 140, "keys": 190, "block": 130, "answer": 320,
     "metrics": 750, "datasets": 2270, "datasets/pocket": 1220, "readout": 1010, "tasks": 4000, "plots": 950, "explorer": 460, "run": 1820, "__main__": 10,
 }

@@ -1,6 +1,10 @@
 """What a run of the paper profile needs: said without data, weights or network; hours come from a rehearsal alone."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -10,17 +14,17 @@ import rehearse
 import torch
 from architectures import architecture, random_mlm
 from PIL import Image
-from rehearse import Rehearsal
 
+from kvutils import checkpoints
+from kvutils.checkpoints import ENCODERS, MODELS, ModelSpec, find_model, look_for_model
 from kvutils.datasets import DATASETS
 from kvutils.datasets.catalog import CATALOG
 from kvutils.datasets.pocket.questions import WORDS
 from kvutils.errors import DataError, ModelError, ParameterError
 from kvutils.layout import check_mlm
-from kvutils.models import ENCODERS, MODELS, ModelSpec, find_model
 from kvutils.run import plan
 from kvutils.run.notebook import ROOT
-from kvutils.run.plan import COSTS, NOTEBOOKS, check_ready, data_of, find_rehearsal, hours_of, look_for_model, rehearsal_file, table, weights_on_gpu
+from kvutils.run.plan import COSTS, NOTEBOOKS, check_ready, data_of, find_rehearsal, hours_of, rehearsal_file, table, weights_on_gpu
 from kvutils.run.sizes import declared
 from kvutils.store import read_json, write_json
 from tests.tiny_models import tiny, tiny_siglip
@@ -80,6 +84,16 @@ def test_the_plan_says_what_is_there(monkeypatch):
     assert row.split()[2:4] == ["?", "?"] and "run `make rehearse MODEL=owner/name`" in text  # its size is not known
 
 
+def test_a_gpu_that_is_not_here_is_assumed(monkeypatch):
+    """As stated, or an H100; what does not fit it is said."""
+    monkeypatch.setattr(plan, "look_for_model", lambda spec: ("", 16.1))
+    monkeypatch.setattr(plan, "look_for_data", lambda wanted: dict.fromkeys(wanted, ("", 0.0)))
+    stated, any_one = (table("paper", "llava-onevision-7b", ["05"], gpu=gpu).splitlines() for gpu in ("T4", None))
+    assert [line for line in stated if line.startswith("device")][0].startswith("device   one T4 of 16 GiB: assumed, as GPU= says. Here: CPU")
+    assert [line for line in any_one if line.startswith("device")][0].startswith("device   one H100 of 80 GiB: assumed; GPU=NAME names another.")
+    assert "no: memory" in next(line for line in stated if line.startswith("05")) and "yes" in next(line for line in any_one if line.startswith("05"))
+
+
 def test_hours_are_host_seconds_and_passes_on_the_stated_gpu(monkeypatch):
     work = declared()["work"]
     assert work["full"].keys() == work["quick"].keys() and work["full"]["referring_segmentation"] == [10834, 1500]
@@ -111,7 +125,7 @@ def test_a_checkpoint_is_looked_for_in_the_cache(monkeypatch, tmp_path):
     snapshot = tmp_path / "snapshot"
     snapshot.mkdir()
     (snapshot / "config.json").write_text("{}")
-    monkeypatch.setattr(plan, "try_to_load_from_cache", lambda *_, **__: str(snapshot / "config.json"))
+    monkeypatch.setattr(checkpoints, "try_to_load_from_cache", lambda *_, **__: str(snapshot / "config.json"))
     spec = find_model("qwen2.5-vl-3b")
     assert "HF_HUB_OFFLINE" in look_for_model(spec)[0]  # the tests run offline
     (snapshot / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "one", "b": "two"}}))
@@ -124,7 +138,7 @@ def test_a_checkpoint_is_looked_for_in_the_cache(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("package", ["sentencepiece", "protobuf"])
 def test_the_packages_of_siglips_tokenizer_are_looked_for(monkeypatch, tmp_path, package):
-    monkeypatch.setattr(plan, f"is_{package}_available", lambda: False)
+    monkeypatch.setattr(checkpoints, "find_spec", lambda module: None if package in (module, {"google.protobuf": "protobuf"}.get(module)) else module)
     for name, needs in (("siglip-so400m", True), ("pocket-siglip", False)):
         problem, _ = look_for_model(replace(ENCODERS[name], source=str(tmp_path)))
         assert (f"needs {package}: pip install" in problem) == needs
@@ -132,12 +146,12 @@ def test_the_packages_of_siglips_tokenizer_are_looked_for(monkeypatch, tmp_path,
 
 def test_the_hub_tells_the_size(monkeypatch):
     files = [SimpleNamespace(rfilename=name, size=size) for name, size in (("a.safetensors", 3e9), ("b.bin", 9e9))]
-    monkeypatch.setattr(plan, "try_to_load_from_cache", lambda *_, **__: None)
-    monkeypatch.setattr(plan.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(plan, "HfApi", lambda: SimpleNamespace(model_info=lambda *_, **__: SimpleNamespace(siblings=files, config=None)))
+    monkeypatch.setattr(checkpoints, "try_to_load_from_cache", lambda *_, **__: None)
+    monkeypatch.setattr(checkpoints.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(checkpoints, "HfApi", lambda: SimpleNamespace(model_info=lambda *_, **__: SimpleNamespace(siblings=files, config=None)))
     assert look_for_model(find_model("qwen2.5-vl-3b")) == ("", 3.0)
     unreachable = Mock(side_effect=RuntimeError("Name or service not known"))
-    monkeypatch.setattr(plan, "HfApi", lambda: SimpleNamespace(model_info=unreachable))
+    monkeypatch.setattr(checkpoints, "HfApi", lambda: SimpleNamespace(model_info=unreachable))
     assert "Name or service not known" in look_for_model(find_model("qwen2.5-vl-3b"))[0]
 
 
@@ -182,7 +196,8 @@ def test_a_rehearsal_measures_whole_items_of_every_notebook(monkeypatch, capsys)
     assert rehearse.main(["--model", "qwen2.5-vl-3b"]) == 0
     said = capsys.readouterr()
     assert "SCALED DOWN" in said.out and "on one H100" in said.out and "together" in said.out
-    assert "No CUDA device" in said.err and "04 referring ..." in said.err  # told meanwhile, without a terminal too
+    assert "No CUDA device" in said.err and "01 foreground segmentation ... (0% done, about 0" in said.err  # told meanwhile, without a terminal too
+    assert [line for line in said.err.splitlines() if "04 referring ... (7" in line and line.endswith(" min left)")]
     report = read_json(rehearsal_file("qwen2.5-vl-3b"))
     steps = {step["step"]: step for step in report["steps"]}
     assert steps.keys() == declared()["work"]["full"].keys() and {step["notebook"] for step in report["steps"]} == set(NOTEBOOKS) - {"02"}
@@ -195,7 +210,12 @@ def test_a_rehearsal_measures_whole_items_of_every_notebook(monkeypatch, capsys)
         each.numel() for each in tiny_siglip().model.parameters())), rel=1e-3)  # fmt: skip
 
 
-def test_a_rehearsal_answers_misuse_and_ctrl_c_in_words(monkeypatch, capsys):
+def test_a_rehearsal_answers_misuse_and_ctrl_c_in_words(capsys):
     assert rehearse.main(["--samples", "0"]) == 1 and "--samples must be" in capsys.readouterr().err
-    monkeypatch.setattr(Rehearsal, "run", Mock(side_effect=KeyboardInterrupt))
-    assert rehearse.main([]) == 130 and "Interrupted" in capsys.readouterr().err
+    command = [sys.executable, str(ROOT / "benchmarks"), "rehearse", "--model"]
+    begun = subprocess.run([*command, "lava-onevision-7b"], capture_output=True, text=True)  # before torch is loaded
+    assert begun.returncode == 2 and begun.stderr.startswith("error: unknown model 'lava-onevision-7b' (did you mean 'llava-onevision-7b'?)")
+    process = subprocess.Popen([*command, "qwen2.5-vl-3b"], stderr=subprocess.PIPE, text=True)
+    time.sleep(1.5)  # while it is
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "\nStopped. A rehearsal is short and keeps nothing: start it again.\n" and process.returncode == 130

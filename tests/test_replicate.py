@@ -110,8 +110,9 @@ def test_notebooks_that_fail_stay_as_they_were_and_the_others_are_run(root, caps
     assert main(["replicate"]) == 1
     assert {name: (root / "notebooks" / f"{name}.ipynb").read_bytes() for name in bodies} == before
     printed = capsys.readouterr().out
-    assert "01_stub  stopped in cell 3: ZeroDivisionError: division by zero" in printed and "return 1 / 0" in printed
-    assert "cell 3: DataError: DAVIS is missing\nAs far" in printed and "03_stub  stopped: DeadKernelError" in printed
+    assert "01_stub  stopped in cell [2] `def f():`: ZeroDivisionError: division by zero" in printed and "return 1 / 0" in printed
+    assert "cell [2] `class DataError(Exception): pass`: DataError: DAVIS is missing\nAs far" in printed
+    assert "03_stub  stopped: DeadKernelError" in printed
     assert "04_stub  done" in printed and "FAILED: 01_stub, 02_stub, 03_stub" in printed
     kept = nbformat.read(root / "data" / "cache" / "failed" / "01_stub.ipynb", as_version=4)
     assert any(output.output_type == "error" for cell in kept.cells for output in cell.get("outputs", []))

@@ -6,22 +6,21 @@ of their numbers, which is not that of the rows). The revision that is found fir
 read the same rows; it goes into the results as provenance. Pictures stay encoded until they are asked for."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import datasets
 from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from kvutils.datasets.catalog import CATALOG, data_root, missing_data
 from kvutils.datasets.files import expect, reading, visible
 from kvutils.datasets.labels import Picture
-from kvutils.errors import DataError, KVUtilsError, writing
+from kvutils.errors import DataError, KVUtilsError, ask_hub, writing
 from kvutils.store import read_json, write_json
 
-T = TypeVar("T")
 HUB = "hub"  # given as root=: read from the hub instead of a folder
 
 
@@ -128,17 +127,3 @@ def hub_download(name: str) -> float:
                         f"itself; without, `hf download --repo-type dataset {about.hub}` elsewhere and copy HF_HOME")
     info = ask_hub(about.hub, lambda: HfApi().dataset_info(about.hub, timeout=10, files_metadata=True))
     return sum(each.size or 0 for each in info.siblings or () if wanted(each.rfilename)) / 1e9
-
-
-def ask_hub(repository: str, ask: Callable[[], T]) -> T:
-    """What the hub answers; DataError where it does not, or does not know the repository or its revision."""
-    try:
-        return ask()
-    except Exception as error:  # of which kind depends on the HTTP library that huggingface_hub brings
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if isinstance(error, GatedRepoError):
-            raise DataError(f"{repository} is open to those alone who have accepted its terms: do so on its page, then `hf auth login`") from error
-        if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
-            what = "revision of it" if isinstance(error, RevisionNotFoundError) else "such repository"
-            raise DataError(f"{repository}: the hub knows no {what}; is it spelt right? (a private one needs `hf auth login`)") from error
-        raise DataError(f"{repository} cannot be looked up on the hub ({said}): that needs network, or a copy here") from error

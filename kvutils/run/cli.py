@@ -50,10 +50,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments and not arguments[0].startswith("-"):
             errors.one_of("verb", arguments[0], VERBS)
         return run(parser().parse_args(arguments or ["--help"]))
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return STOPPED
     except (errors.KVUtilsError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return MISUSED
     except KeyboardInterrupt:
+        try:
+            sys.stdout.flush()
+        except OSError:  # Ctrl-C has ended a `tee` that reads us, too: what is not yet written has nowhere to go
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         print("\nStopped. What is finished is kept, and the same command goes on.", file=sys.stderr)
         return STOPPED
 
@@ -119,6 +126,11 @@ def parser() -> argparse.ArgumentParser:
 
 def run(chosen: argparse.Namespace) -> int:
     """What the command line chose; each verb imports only what it needs."""
+    if chosen.verb in ("capture", "replicate", "figures", "plan"):  # a misspelt name is said at once, and a hub that cannot be reached
+        from kvutils.checkpoints import find_model, need_model
+        spec = find_model(chosen.model)
+        if chosen.verb in ("capture", "replicate"):
+            need_model(spec)
     if chosen.verb == "capture":
         return capture(chosen)
     if chosen.verb == "data":

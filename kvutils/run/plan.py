@@ -13,15 +13,13 @@ from pathlib import Path
 
 import psutil
 import torch
-from huggingface_hub import HfApi, constants, try_to_load_from_cache
-from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from kvutils import data_folder
+from kvutils.checkpoints import ENCODERS, GET, MODELS, ModelSpec, base_name, find_model, look_for_model, original_encoder
 from kvutils.datasets import FOLDERS, USES, open_dataset
 from kvutils.datasets.catalog import CATALOG, data_root
-from kvutils.datasets.hub import HUB, ask_hub, hub_download
+from kvutils.datasets.hub import HUB, hub_download
 from kvutils.errors import DataError, one_of
-from kvutils.models import ENCODERS, FAMILIES, MODELS, ModelSpec, base_name, find_model, original_encoder
 from kvutils.run.notebook import cache_root
 from kvutils.run.sizes import declared, left_out, parameters_of
 from kvutils.store import read_json
@@ -34,7 +32,6 @@ SIZES = {"llava-onevision-7b": 8.03, "llava-onevision-0.5b": 0.89, "qwen2.5-vl-7
 # gigabytes of weights that they read, and their number; of the rest what a GPU would do: seconds on one core, and number of operations.
 COSTS = ("seconds", "host", "tflop", "gbytes", "passes", "tensor", "calls")
 _NO_ENCODER = ("03", "04")  # the others compare with SigLIP
-_GET = "with network it comes by itself; without, `hf download {}` elsewhere and copy HF_HOME"
 
 
 def data_of(notebook: str, profile: str, parameters: Mapping = {}) -> dict[str, Mapping]:
@@ -67,34 +64,6 @@ def look_for_data(wanted: Mapping[str, Mapping]) -> dict[str, tuple[str, float]]
     return found
 
 
-def look_for_model(spec: ModelSpec) -> tuple[str, float]:
-    """What is said of a checkpoint that is neither on this machine nor can be fetched, else ""; the gigabytes that loading it fetches.
-    One short request at most."""
-    packages = {"sentencepiece": is_sentencepiece_available(), "protobuf": is_protobuf_available()}
-    if spec.name == "siglip-so400m" and (lacking := [name for name, there in packages.items() if not there]):
-        return f"the tokenizer of {spec.source} needs {', '.join(lacking)}: pip install sentencepiece protobuf, or make install anew", 0.0
-    if Path(spec.source).is_dir():
-        there = Path(spec.source, "config.json").is_file()
-        return "" if there else f"{spec.source} holds no config.json; expected a folder as save_pretrained writes it", 0.0
-    config = try_to_load_from_cache(spec.source, "config.json", revision=spec.revision)
-    if isinstance(config, str):
-        index = Path(config).with_name("model.safetensors.index.json")
-        names = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-        if all(index.with_name(name).is_file() for name in names):
-            return "", 0.0
-    get = _GET.format(spec.source)
-    if constants.HF_HUB_OFFLINE:
-        return f"{spec.source} is not in the local cache, and HF_HUB_OFFLINE is set\n  {get}", 0.0
-    try:
-        info = ask_hub(spec.source, lambda: HfApi().model_info(spec.source, revision=spec.revision, timeout=10, files_metadata=True))
-    except DataError as error:
-        return f"not in the local cache; {error}\n  {get}", 0.0
-    family = (info.config or {}).get("model_type", "")
-    if family not in ("", *FAMILIES, "siglip"):
-        return f"{spec.source} is a {family}; kvutils reads {', '.join(FAMILIES)}", 0.0
-    return "", sum(file.size or 0 for file in info.siblings or () if file.rfilename.endswith(".safetensors")) / 1e9
-
-
 def check_ready(profile: str, model: str, notebooks: Mapping[str, Mapping]) -> None:
     """Raises DataError, one screen of what is missing and how to get it, unless every one of the notebooks {number: parameters}
     can run to its end. It takes seconds: before five notebooks start, not in each."""
@@ -112,7 +81,7 @@ def check_ready(profile: str, model: str, notebooks: Mapping[str, Mapping]) -> N
     sizes = {f" SIZE={parameters['size']}" for parameters in notebooks.values() if "size" in parameters}
     this = f"PROFILE={profile} MODEL={model}{' DATA=hub' if from_hub else ''}{''.join(sizes)}"
     lines = ["Nothing was started: this is missing.", "", *(f"  model     {problem.splitlines()[0]}" for problem in models)]
-    lines += [f"            {_GET.format('<id>')}", ""] if models else []
+    lines += [f"            {GET.format('<id>')}", ""] if models else []
     for name, (problem, gigabytes) in _by_folder(data).items():
         about = CATALOG[name]
         lines.append(f"  {name:<12}{gigabytes:5.2g} GB  {about.how:<14} {about.licence}")
@@ -208,25 +177,28 @@ def table(profile: str, model: str, notebooks: Sequence[str] = NOTEBOOKS, size: 
     wanted = {number: data_of(number, profile, each) for number, each in chosen.items()}
     data = look_for_data(_together(wanted))
     models = {each.name: look_for_model(each) for each in (spec, ENCODERS[original_encoder(model)])}
+    stated = gpu.lower() if gpu is not None else "" if torch.cuda.is_available() else "h100"
+    room = declared()["gpus"][stated]["gib"] if stated else torch.cuda.get_device_properties(0).total_memory / GIB
+    assumed = f"one {stated.upper()} of {room} GiB: assumed{', as GPU= says' if gpu else '; GPU=NAME names another'}. Here: " if stated else ""
     gpus = f"{torch.cuda.device_count()} x {torch.cuda.get_device_properties(0).total_memory / GIB:.0f} GiB, " if torch.cuda.is_available() else ""
     how = f"{' DATA=' + source if source != 'files' else ''}{' SIZE=' + size if size != 'full' else ''}"
     lines = [f"make replicate PROFILE={profile} MODEL={model}{how}", "",
-             f"device   {device_name()}, {gpus}{psutil.virtual_memory().total / GIB:.0f} GiB of main memory"]  # fmt: skip
+             f"device   {assumed}{device_name()}, {gpus}{psutil.virtual_memory().total / GIB:.0f} GiB of main memory"]  # fmt: skip
     for name, (problem, gigabytes) in models.items():
         state = problem.splitlines()[0] if problem else f"{gigabytes:.1f} GB to download, by itself" if gigabytes else "there"
         lines.append(f"model    {name}: {state}")
-    lines += [f"hours    {said}", "", f"{'':<4}{'GB to get':>10}{'GPU GiB':>9}{'hours':>8}  {'can run now':<20}data sets (missing ones in brackets)"]
+    lines += [f"hours    {said}", "", f"{'':<4}{'GB to get':>10}{'GPU GiB':>9}{'hours':>8}  {'can run now':<25}data sets (missing ones in brackets)"]
     for number in notebooks:
         absent = [name for name in wanted[number] if data[name][0]]
         gigabytes = sum({FOLDERS.get(name, name): data[name][1] for name in wanted[number]}.values())
         weights, peaks = weights_on_gpu(spec, number), [step["peak"] for step in report.get("steps", ()) if step["notebook"] == number]
         memory = f"{max(peaks):.0f}" if peaks and report["full_size"] else f"> {weights:.0f}" if weights else "?"
-        lacks = " and ".join(["model"] * bool(models[spec.name][0]) + ["data"] * bool(absent))
+        lacks = ", ".join(["model"] * bool(models[spec.name][0]) + ["data"] * bool(absent) + ["memory"] * bool((weights or 0) > room))
         named = " ".join(f"[{name}]" if name in absent else name for name in wanted[number])
         if lost[number]:
             named += f"; without {', '.join(lost[number])}"
         lines.append(f"{number:<4}{gigabytes:>10.1f}{memory:>9}{f'{hours.get(number, 0):,.1f}' if hours else '?':>8}  "
-                     f"{f'no: {lacks}' if lacks else 'yes':<20}{named}")  # fmt: skip
+                     f"{f'no: {lacks}' if lacks else 'yes':<25}{named}")  # fmt: skip
     missing = {name: problem for name, (problem, _) in data.items() if problem}
     get = [f"  {name}: {problem.splitlines()[0]}" for name, problem in missing.items()] if source == HUB else _next(missing)
     together = [f"{'':<23}{sum(hours[number] for number in notebooks if number in hours):>8,.1f}  together"] * bool(hours)

@@ -169,7 +169,8 @@ def explain(path: Path, error: Exception, failed: Path) -> str:
         return f"{path.stem}  stopped: {not_written(f'what goes through {tempfile.gettempdir()}', error)}"
     if not isinstance(error, PapermillExecutionError):
         return f"{path.stem}  stopped: {type(error).__name__}: {error} (out of memory?)"
-    text = f"{path.stem}  stopped in cell {error.cell_index + 1}: {error.ename}: {ANSI.sub('', error.evalue)}"
+    line = next((line.strip() for line in error.source.splitlines() if line.strip() and not line.startswith("#")), "")  # as a reader sees the cell
+    text = f"{path.stem}  stopped in cell [{error.exec_count}] `{line[:60]}`: {error.ename}: {ANSI.sub('', error.evalue)}"
     if not issubclass(getattr(errors, error.ename, Exception), KVUtilsError):
         lines = ANSI.sub("", "\n".join(error.traceback)).splitlines()
         text += "\n" + "\n".join(f"    {line}" for line in lines[-12:])

@@ -1,0 +1,107 @@
+"""Names to where a model comes from, and whether it can be had. Nothing heavy is imported here: a misspelt name, or a hub that cannot be
+reached, is said before torch is loaded."""
+
+import json
+import logging
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+from kvutils import data_folder
+from kvutils.errors import DataError, ModelError, ask_hub, one_of
+
+ONEVISION, QWEN, NEXT = FAMILIES = ("llava_onevision", "qwen2_5_vl", "llava_next")  # config.model_type
+_POCKET = data_folder() / "pocket"
+GET = "with network it comes by itself; without, `hf download {}` elsewhere and copy HF_HOME"
+_TOKENIZER = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # package -> module that SigLIP's needs
+logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # its retries; what they end in is said
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Where a model comes from. source: hub id or saved folder; sizes: what `check_mlm` expects; revision: a commit of the hub."""
+
+    name: str
+    family: str
+    source: str
+    profile: str
+    sizes: tuple[int, ...] = ()
+    revision: str = "main"
+
+
+MODELS = {spec.name: spec for spec in (
+    ModelSpec("pocket", ONEVISION, str(_POCKET / "llava-onevision"), "pocket"),
+    ModelSpec("llava-onevision-7b", ONEVISION, "llava-hf/llava-onevision-qwen2-7b-ov-hf", "paper", (28, 28, 4, 128, 2929)),
+    ModelSpec("llava-onevision-0.5b", ONEVISION, "llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "paper", (24, 14, 2, 64, 2929)),
+    ModelSpec("qwen2.5-vl-7b", QWEN, "Qwen/Qwen2.5-VL-7B-Instruct", "paper", (28, 28, 4, 128, 391)),
+    ModelSpec("qwen2.5-vl-3b", QWEN, "Qwen/Qwen2.5-VL-3B-Instruct", "paper", (36, 16, 2, 128, 391)),
+    ModelSpec("llava-next-llama3-8b", NEXT, "llava-hf/llama3-llava-next-8b-hf", "paper", (32, 32, 8, 128, 2340)),
+)}  # fmt: skip
+ENCODERS = {
+    "pocket-siglip": ModelSpec("pocket-siglip", "siglip", str(_POCKET / "siglip"), "pocket"),
+    "siglip-so400m": ModelSpec("siglip-so400m", "siglip", "google/siglip-so400m-patch14-384", "paper"),
+}
+
+
+def base_name(model: str) -> str:
+    """The name in `MODELS` under which all that is known of a model is found, of name@commit and of its hub id; others as they are."""
+    base = model.partition("@")[0]
+    return next((name for name, spec in MODELS.items() if base == name or base == spec.source and spec.profile == "paper"), model)
+
+
+def original_encoder(model: str) -> str:
+    """Name in `ENCODERS` of the SigLIP that an MLM is compared with: its own origin if it has one."""
+    known = MODELS.get(base_name(model))
+    return "pocket-siglip" if known and known.profile == "pocket" else "siglip-so400m"
+
+
+def find_model(name: str, known: dict[str, ModelSpec] = MODELS) -> ModelSpec:
+    """The specification of a name, folder or hub id; ModelError with the names that exist for an unknown one."""
+    base, at, revision = name.partition("@")
+    if at and not Path(name).is_dir():
+        spec = find_model(base, known)
+        if Path(spec.source).is_dir() or not revision:
+            raise ModelError(f"{name}: a revision is a commit of a model on the hub, given as name@commit or org/name@commit")
+        return replace(spec, name=spec.name if spec.name in known else name, revision=revision)
+    if (known_as := base_name(name)) in known:
+        return known[known_as]
+    folder = name and Path(name).is_dir()
+    if not folder and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        one_of("model", name, [*known, "a folder", "a hub id org/name"], ModelError)
+    return ModelSpec(Path(name).name if folder else name, "", name, "custom")
+
+
+def look_for_model(spec: ModelSpec) -> tuple[str, float]:
+    """What is said of a checkpoint that is neither on this machine nor can be fetched, else ""; the gigabytes that loading it fetches.
+    One short request at most."""
+    if spec.name == "siglip-so400m" and (lacking := [name for name, module in _TOKENIZER.items() if not find_spec(module)]):
+        return f"the tokenizer of {spec.source} needs {', '.join(lacking)}: pip install sentencepiece protobuf, or make install anew", 0.0
+    if Path(spec.source).is_dir():
+        there = Path(spec.source, "config.json").is_file()
+        return "" if there else f"{spec.source} holds no config.json; expected a folder as save_pretrained writes it", 0.0
+    config = try_to_load_from_cache(spec.source, "config.json", revision=spec.revision)
+    if isinstance(config, str):
+        index = Path(config).with_name("model.safetensors.index.json")
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+        if all(index.with_name(name).is_file() for name in names):
+            return "", 0.0
+    get = GET.format(spec.source)
+    if constants.HF_HUB_OFFLINE:
+        return f"{spec.source} is not in the local cache, and HF_HUB_OFFLINE is set\n  {get}", 0.0
+    try:
+        info = ask_hub(spec.source, lambda: HfApi().model_info(spec.source, revision=spec.revision, timeout=10, files_metadata=True))
+    except DataError as error:
+        return f"not in the local cache; {error}\n  {get}", 0.0
+    family = (info.config or {}).get("model_type", "")
+    if family not in ("", *FAMILIES, "siglip"):
+        return f"{spec.source} is a {family}; kvutils reads {', '.join(FAMILIES)}", 0.0
+    return "", sum(file.size or 0 for file in info.siblings or () if file.rfilename.endswith(".safetensors")) / 1e9
+
+
+def need_model(spec: ModelSpec) -> None:
+    """ModelError for a checkpoint that is neither on this machine nor can be fetched: in one sentence, before the hub's client retries."""
+    if not Path(spec.source).is_dir() and not isinstance(try_to_load_from_cache(spec.source, "config.json", revision=spec.revision), str):
+        if problem := look_for_model(spec)[0]:
+            raise ModelError(f"{spec.name}: {problem}")
