@@ -1,62 +1,52 @@
-"""Figures of notebook 02: each task's score from the original encoder to the values, and what each step adds."""
+"""Figures of notebook 02: one picture along the chain, and what each step from the original encoder to the values adds or loses."""
 
 from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.figure import Figure
 
-from kvutils.plots.style import COLOURS, error_bar, forest, in_order, layers_text, legend_below, panels, styled
+from kvutils.plots.style import in_order, styled
 from kvutils.plots.value_flow import similarity_maps
 
-CHAIN_LABELS = {"encoder_original": "SigLIP", "encoder": "encoder", "projector": "projector", "value.0": "first\nprojection", "value": "best\nvalues"}
-STEP_STYLE = {  # step -> colour, marker, label
-    "finetuning": (COLOURS[1], "s", "finetuning (encoder minus SigLIP)"),
-    "projection": (COLOURS[2], "^", "projection (projector minus encoder)"),
-    "first value projection": (COLOURS[4], "v", "first value projection (values of layer 0 minus projector)"),
-    "language model": (COLOURS[0], "o", "language model (best values from layer 1 on minus layer 0)"),
-    "all steps": ("black", "D", "all steps (best values minus SigLIP)"),
-}
-
-
-@styled
-def scores_along_chain(chains: Mapping[str, Mapping]) -> Figure:
-    """Each task's score from SigLIP to the best value layer, with 95 % intervals; one panel per task."""
-    chains = in_order(chains)
-    figure, axes = panels(len(chains), 3, 10 / 3, 2.9)
-    for axis, chain in zip(axes, chains.values(), strict=True):
-        found = [chain["scores"][name] for name in CHAIN_LABELS]
-        known = [x for x, each in enumerate(found) if each["mean"] is not None]
-        axis.plot(known, [found[x]["mean"] for x in known], color="grey", lw=0.8)
-        for x in known:
-            colour, marker = (COLOURS[0], "o") if x == len(found) - 1 else ("black", "D")
-            axis.errorbar(x, found[x]["mean"], yerr=error_bar(found[x]), fmt=marker, ms=5, color=colour, capsize=3)
-        axis.axhline(found[0]["mean"], color="black", lw=0.7, ls=(0, (6, 4)))
-        axis.set_xticks(range(len(found)), CHAIN_LABELS.values(), fontsize=8)
-        axis.set(title=f"{chain['title']}\n{chain['n']} items in {chain['groups']} units, {layers_text(chain['layers'])}", ylabel=chain["metric"])
-        axis.margins(x=0.12)
-    return figure
+STEPS = {  # step -> what it is
+    "finetuning": "finetuning\n(to encoder)", "projection": "projection\n(to projector)", "first value projection": "first value\nprojection",
+    "language model": "language model\n(to best values)", "all steps": "all steps",
+}  # fmt: skip
 
 
 @styled
 def steps_along_chain(chains: Mapping[str, Mapping]) -> Figure:
-    """What each step adds (right of 0) or loses (left of 0), per task, with 95 % intervals."""
+    """What each step adds to each task's score (blue) or loses of it (red), in points; colourless where the 95 % interval includes 0."""
     chains = in_order(chains)
-    figure, axis = plt.subplots(figsize=(8.5, 0.75 * len(chains) + 1.6))
-    points = [(row + shift, chain["steps"][step], colour, marker, None if row else label) for row, chain in enumerate(chains.values())
-              for shift, (step, (colour, marker, label)) in zip((-0.3, -0.15, 0, 0.15, 0.3), STEP_STYLE.items(), strict=True)]  # fmt: skip
-    forest(axis, points, [f"{chain['title']}\n({chain['metric']})" for chain in chains.values()])
-    for row in range(1, len(chains)):
-        axis.axhline(row - 0.5, color="grey", lw=0.3)
-    axis.grid(axis="y", visible=False)
-    axis.set(xlabel="difference of the task's score, with 95 % interval")
-    legend_below(figure, [axis], ncols=2)
+    steps = [[chain["steps"][step] for step in STEPS] for chain in chains.values()]
+    figure, axis = plt.subplots(figsize=(8.2, 0.58 * len(chains) + 1.9))
+    sure = np.array([[each["low"] is not None and (each["low"] > 0) - (each["high"] < 0) for each in row] for row in steps], dtype=int)
+    known = np.array([[0.0 if each["mean"] is None else 100 * each["mean"] for each in row] for row in steps]).reshape(len(chains), len(STEPS))
+    shades = np.where(sure, np.sign(known) * (0.35 + 0.65 * np.abs(known) / max(1e-9, np.abs(known).max())), 0)
+    axis.imshow(shades, cmap="RdBu", vmin=-1.6, vmax=1.6, aspect="auto")
+    for y, row in enumerate(steps):
+        for x, each in enumerate(row):
+            if each["mean"] is not None:
+                text = f"{100 * each['mean']:+.1f}\n[{100 * each['low']:+.1f}, {100 * each['high']:+.1f}]"
+                axis.text(x, y, text, ha="center", va="center", fontsize=8.5, color="black" if sure[y, x] else "dimgrey")
+    axis.set_xticks(range(len(STEPS)), STEPS.values())
+    fair = [len(each := chain["above_control"]) == 2 and all((one["low"] or 0) > 0 for one in each.values()) for chain in chains.values()]
+    notes = ("" if ok else ", not above its control" for ok in fair)
+    axis.set_yticks(range(len(chains)), [f"{chain['title'].replace('-expression', '')}\n({chain['metric'].replace(' per image', '')}{note})"
+                                         for chain, note in zip(chains.values(), notes, strict=True)])  # fmt: skip
+    axis.tick_params(length=0, top=True, bottom=False, labeltop=True, labelbottom=False)
+    axis.grid(False)
+    axis.axvline(len(STEPS) - 1.5, color="white", lw=6)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+    ahead, behind = (int((sure[fair, -1] == sign).sum()) for sign in (-1, 1))
+    lost, gained = (list(STEPS)[int((sure[:, :-1] == sign).sum(0).argmax())] for sign in (-1, 1))
+    figure.suptitle(f"SigLIP ahead of the best values on {ahead} of {sum(fair)} tasks, behind on {behind};\n"
+                    f"the {lost} loses most often, the {gained} adds most often", fontsize=11)  # fmt: skip
+    figure.supxlabel("change of the score in points (100 times the metric), with 95 % interval; colourless where that includes 0", fontsize=8.5)
     return figure
 
 
 def draw(results: Mapping) -> dict[str, Figure]:
-    chains = results["chains"]
-    return {
-        "02_scores": scores_along_chain(chains),
-        "02_steps": steps_along_chain(chains),
-        "02_similarity": similarity_maps(results["picture"]),
-    }
+    return {"02_steps": steps_along_chain(results["chains"]), "02_similarity": similarity_maps(results["scene"])}

@@ -1,4 +1,4 @@
-"""Figures of notebook 01: the method on one image, the scores layer by layer, best layer against the ends."""
+"""Figures of notebook 01: the method on one image, the scores layer by layer, best layer against the ends, photographs."""
 
 import re
 from collections.abc import Mapping
@@ -8,112 +8,184 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from kvutils.plots import style
-from kvutils.plots.style import BEFORE, COLOURS, along_the_flow, decode_image, forest, in_order, layers_text, panels, picture, styled
+from kvutils.plots.style import BEFORE, COLOURS, along_the_flow, decode_image, forest, in_order, layers_text, legend_below, panels, picture, styled
 
-
-@styled
-def token_layout(scene: Mapping) -> Figure:
-    """Where each image token sits: the image with every token's rectangle and number; and the token sequence.
-
-    scene: image (base64), size (W, H), rects (N, 4), slots (N,), newlines (slots), clicked (token index)."""
-    image, rects = decode_image(scene["image"]), np.array(scene["rects"])
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.2), width_ratios=(1, 1.1))
-    left.imshow(image, extent=(0, scene["size"][0], scene["size"][1], 0))
-    for index, (x0, y0, x1, y1) in enumerate(rects):
-        chosen = index == scene["clicked"]
-        left.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, lw=2.2 if chosen else 0.4,
-                                     ec=COLOURS[1] if chosen else "white", zorder=3 if chosen else 2))  # fmt: skip
-    left.set(xlabel="x (pixels of the original image)", ylabel="y (pixels)", title=f"{len(rects)} image tokens; orange: the token under the point")
-    left.grid(False)
-    order = right.scatter(scene["slots"], np.arange(len(rects)), c=rects[:, 1], s=5, cmap="viridis")
-    for slot in scene["newlines"]:
-        right.axvline(slot, color=COLOURS[1], lw=1)
-    figure.colorbar(order, ax=right, label="y of the token (pixels)")
-    newline = f"{len(scene['newlines'])} newline token" + ("s" if len(scene["newlines"]) != 1 else "")
-    right.set(xlabel="slot in the token sequence", ylabel="image token", title=f"row by row; orange: {newline}")
-    return figure
-
-
-def _gallery(maps: Mapping[str, object], scene: Mapping, title: str) -> tuple[Figure, list, list[tuple]]:
-    """The image, and beside it a place for each source; the sources along the data flow."""
-    height = min(max(scene["size"][1] / scene["size"][0], 0.4), 1.6)
-    figure, axes = panels(len(maps) + 1, 5, 1.85, 1.85 * height + 0.25)
-    picture(axes[0], decode_image(scene["image"]), scene["size"], title)
-    layered = sorted((name for name in maps if name not in BEFORE), key=lambda name: int(name.rpartition(".")[2]))
-    names = [*in_order(maps, BEFORE), *layered]
-    return figure, axes, [(axis, _label(name), np.array(maps[name])) for axis, name in zip(axes[1:], names, strict=True)]
+SIX = style.TASK_ORDER[:6]  # the tasks of the claims
+CURVES = {family: style.SOURCE_STYLE[family] for family in ("value", "untrained.value", "shuffled.value")}
 
 
 def _label(source: str) -> str:
     layer = re.fullmatch(r"(.*)\.(\d+)", source)
     if layer and layer[1] == "value" and layer[2] == "0":
-        return "first value projection"
+        return "first projection"
     return f"{ {'value': 'values', 'key': 'keys'}.get(layer[1], layer[1])}, layer {layer[2]}" if layer else BEFORE[source]
 
 
+def _sources(maps: Mapping[str, object]) -> list[str]:
+    """Along the data flow."""
+    return [*in_order(maps, BEFORE), *sorted((name for name in maps if name not in BEFORE), key=lambda name: int(name.rpartition(".")[2]))]
+
+
+def _photo(axis, scene: Mapping, title: str = "") -> None:
+    """The picture, with the point that others are compared with."""
+    picture(axis, decode_image(scene["image"]), scene["size"], title)
+    for colour, width in (("black", 3), ("white", 1.2)):
+        axis.plot(*scene["point"], "o", ms=8, mfc="none", mec=colour, mew=width)
+
+
+def _similarity(axis, scene: Mapping, source: str, title: str = ""):
+    return picture(axis, np.array(scene["similarity"][source], dtype=float), scene["size"], title, vmin=-1, vmax=1, cmap="cividis")
+
+
+def _counts(tasks: Mapping[str, Mapping], *keys: str) -> tuple[int, int]:
+    """On how many of the six tasks the difference under these keys is above 0, and of how many it is known."""
+    found = []
+    for each in in_order(tasks, SIX).values():
+        for key in keys:
+            each = each.get(key, {})
+        found += [each["low"] > 0] if each.get("low") is not None else []
+    return sum(found), len(found)
+
+
 @styled
-def value_pca(scene: Mapping) -> Figure:
-    """First three principal components of each source's tokens as red, green and blue, source by source."""
-    figure, _, places = _gallery(scene["pca"], scene, "image")
-    for axis, label, colours in places:
-        picture(axis, colours.astype(np.uint8), scene["size"], label)
+def token_layout(scene: Mapping) -> Figure:
+    """Where each image token sits: the image cut into tokens, and at which place of the sequence each of them stands.
+
+    scene: image (base64), size (W, H), rects (N, 4), slots (N,), newlines (slots), clicked (token index)."""
+    rects, slots = np.array(scene["rects"]), np.array(scene["slots"])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 4.1), sharey=True)
+    picture(left, decode_image(scene["image"]), scene["size"])
+    for x0, y0, x1, y1 in rects:
+        left.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, lw=0.5, ec="white"))
+    x0, y0, x1, y1 = rects[scene["clicked"]]
+    for axis in (left, right):
+        axis.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, lw=2.5, ec=COLOURS[1], zorder=3))
+    picture(right, np.full((1, 1, 3), 255, np.uint8), scene["size"])
+    shades = plt.get_cmap("cividis")((slots - slots.min()) / max(1, np.ptp(slots)))
+    for (x0, y0, x1, y1), slot, shade in zip(rects, slots, shades, strict=True):
+        right.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fc=shade, lw=0))
+        if len(rects) <= 196:
+            right.text((x0 + x1) / 2, (y0 + y1) / 2, slot, ha="center", va="center", fontsize=7, color="white" if shade[:3].mean() < 0.5 else "black")
+    lines = scene["newlines"]
+    beside = "" if not lines else f"; place {lines[0]} is a newline, which shows nothing" if len(lines) == 1 else f"; the {len(lines)} newlines show nothing"
+    width, height = scene["size"]
+    left.set_title(f"{width} x {height} pixels become {len(rects)} image tokens")
+    right.set_title(f"places {slots.min()} to {slots.max()} of the sequence, row by row")
+    figure.supxlabel(f"orange: the token under the point, at place {slots[scene['clicked']]}{beside}", fontsize=9)
+    return figure
+
+
+@styled
+def overview(scene: Mapping, tasks: Mapping[str, Mapping]) -> Figure:
+    """One picture along the data flow: its tokens' principal components as colours, what is similar to one point; and the result."""
+    names = _sources(scene["pca"])
+    side = 10 / (len(names) + 2.4)  # of a map, in inches
+    height = side * min(max(scene["size"][1] / scene["size"][0], 0.4), 1.6)
+    figure = plt.figure(figsize=(10.67, 2 * height + 1.3), dpi=150)
+    grid = figure.add_gridspec(2, len(names) + 1, width_ratios=(2.2, *[1] * len(names)))
+    _photo(figure.add_subplot(grid[:, 0]), scene, "picture and point")
+    rows = [[figure.add_subplot(grid[row, 1 + column]) for column in range(len(names))] for row in range(2)]
+    for above, below, name in zip(*rows, names, strict=True):
+        picture(above, np.array(scene["pca"][name], dtype=np.uint8), scene["size"], _label(name).replace(", ", ",\n").replace("first ", "first\n"))
+        shown = _similarity(below, scene, name)
+    for (axis, *_), text in zip(rows, ("tokens as colours", "like the point"), strict=True):
+        axis.set_ylabel(text, fontsize=11)
+    figure.colorbar(shown, ax=rows[1], shrink=0.9, ticks=(-1, 0, 1)).set_label("cosine", fontsize=10)
+    above, known = _counts(tasks, "value_best", "minus", "control")
+    figure.suptitle(f"What image tokens hold, from the encoder through the language model: on {above} of {known} perception tasks\n"
+                    "the image values hold more than pixels or random weights give", fontsize=12, x=0.01, ha="left")  # fmt: skip
     return figure
 
 
 @styled
 def similarity_maps(scene: Mapping) -> Figure:
     """Cosine similarity of every token to the token under one point, source by source, one colour scale."""
-    figure, axes, places = _gallery(scene["similarity"], scene, "image and point")
-    for colour, width in (("black", 3), ("white", 1.2)):
-        axes[0].plot(*scene["point"], "o", ms=9, mfc="none", mec=colour, mew=width)
-    for axis, label, scores in places:
-        shown = picture(axis, scores, scene["size"], label, vmin=-1, vmax=1, cmap="cividis")
-    label = "cosine similarity to the token under the point (centred)"
-    if figure.get_figheight() < 4.1:  # few rows of wide pictures
-        label = label.replace(" under", "\nunder")
-    figure.colorbar(shown, ax=axes, shrink=0.6, label=label)
+    names = _sources(scene["similarity"])
+    height = min(max(scene["size"][1] / scene["size"][0], 0.4), 1.6)
+    figure, axes = panels(len(names) + 1, 4, 1.9, 1.9 * height + 0.3)
+    _photo(axes[0], scene, "picture and point")
+    for axis, name in zip(axes[1:], names, strict=True):
+        shown = _similarity(axis, scene, name, _label(name))
+    figure.colorbar(shown, ax=axes, shrink=0.8, label="cosine similarity to the token\nunder the point (centred)")
+    return figure
+
+
+@styled
+def photographs(maps: Mapping[str, Mapping], numbers: Mapping) -> Figure:
+    """Similarity to one point in photographs, in a grey picture, and in that read column by column; beneath each map how much of what its
+    tokens differ in lies between rows and between columns of the grid."""
+    names = max((_sources(each["similarity"]) for each in maps.values()), key=len)
+    order = sorted(maps, key=lambda name: name.startswith("grey"))
+    height = 6.4 / (len(names) + 1) * max(min(max(each["size"][1] / each["size"][0], 0.4), 1.6) for each in maps.values()) + 0.3
+    figure, axes = plt.subplots(len(order), len(names) + 1, figsize=(8, height * len(order) + 0.8), squeeze=False)
+    for row, name in zip(axes, order, strict=True):
+        _photo(row[0], maps[name])
+        row[0].set_ylabel(name.replace(", ", ",\n"), fontsize=9)
+        for axis, source in zip(row[1:], names, strict=True):
+            axis.set_axis_off()
+            if source in maps[name]["similarity"]:
+                shares = (f"{100 * numbers['pictures'][name][source][kind]:.0f}" for kind in ("rows", "columns"))
+                axis.set_axis_on()
+                shown = _similarity(axis, maps[name], source)
+                axis.set_xlabel(" | ".join(shares), fontsize=8, labelpad=2)
+    for axis, name in zip(axes[0], ("picture and point", *map(_label, names)), strict=True):
+        axis.set_title(name, fontsize=9)
+    figure.colorbar(shown, ax=axes, shrink=0.6, label="cosine similarity to the point (centred)")
+    band = "The horizontal band needs no photograph: a grey picture has one" + (", upright where it is read by columns" if numbers["turns"] else "")
+    figure.suptitle((band if numbers["band"] else "A grey picture has no horizontal band") + "\nbelow: % of what tokens differ in, between rows | between columns", fontsize=10)  # fmt: skip
     return figure
 
 
 @styled
 def layer_curves(tasks: Mapping[str, Mapping]) -> Figure:
-    """Each task's score along the data flow: pixels, encoders, projector and first projection, then the layers, with 95 % bands."""
-    tasks = in_order(tasks)
-    figure, (*axes, last) = panels(len(tasks) + 1, 4, 3.25, 3.2)
+    """Score of each of the six tasks along the data flow, with 95 % bands, and how far the best value layer is above its control."""
+    tasks = in_order(tasks, SIX)
+    figure, axes = panels(len(tasks), 3, 2.8, 2.5, sharex=True)
     for axis, summary in zip(axes, tasks.values(), strict=True):
-        sources = summary["sources"]
-        along_the_flow(axis, sources, style.SOURCE_STYLE)
-        axis.tick_params(axis="x", labelsize=7.5)
+        sources, control = summary["sources"], summary.get("value_best", {}).get("minus", {}).get("control")
+        along_the_flow(axis, sources, CURVES)
         if "projector" in sources:
-            axis.axhline(sources["projector"]["mean"], color="black", lw=0.7, ls=(0, (6, 4)), label="projector, continued")
-        axis.set(title=f"{summary['title']}\n{summary['n']} items in {summary['groups']} units", ylabel=summary["metric"])
-        axis.set_xlabel("before the language model  |  layer", fontsize=8)
-    last.set_axis_off()
-    last.legend(**style.labelled(axes, {"before the language model": style.BEFORE_HANDLE}), loc="center", title="95 % bands and bars")
+            axis.axhline(sources["projector"]["mean"], color="black", lw=0.7, ls=(0, (6, 4)), label="projector, carried on")
+        axis.set(title=summary["title"].replace("-expression", ""), ylabel=summary["metric"].replace(" per image", ""))
+        low, high = axis.get_ylim()
+        axis.set_ylim(low, high + 0.2 * (high - low))  # for the words
+        if control and control["low"] is not None:
+            said = "above" if control["low"] > 0 else "below" if control["high"] < 0 else "not apart from"
+            axis.text(0.98, 0.98, f"{100 * control['mean']:+.0f} points: {said} control", transform=axis.transAxes, ha="right", va="top", fontsize=8.5,
+                      color=COLOURS[0] if control["low"] > 0 else COLOURS[3])  # fmt: skip
+        axis.tick_params(axis="x", labelsize=8.5)
+    above, known = _counts(tasks, "value_best", "minus", "control")
+    (up, _), (down, _) = (_counts(tasks, "build_then_degrade", "value", end) for end in ("minus_first", "minus_last"))
+    figure.suptitle(f"Image values hold more than pixels and random weights on {above} of {known} tasks;\nfrom layer 1 on they build up on {up} and "
+                    f"fall towards the last layer on {down}", fontsize=11)  # fmt: skip
+    for axis in axes[-3:]:
+        axis.set_xlabel("before the language model | layer", fontsize=8.5)
+    legend_below(figure, axes, {"before the language model": style.BEFORE_HANDLE}, ncols=5, fontsize=8, columnspacing=1, handlelength=1.6)
     return figure
 
 
 @styled
 def build_then_degrade(tasks: Mapping[str, Mapping]) -> Figure:
     """Best layer between the first and the last minus each of the two, chosen for each half of the items on the other."""
-    tasks = {name: each for name, each in in_order(tasks).items() if "value" in each["build_then_degrade"]}
-    figure, axis = plt.subplots(figsize=(8.5, 0.55 * len(tasks) + 1.3))
-    parts = (("minus_first", 0.13, COLOURS[0], "o", "best layer between minus layer 1 (builds up)"),
-             ("minus_last", -0.13, COLOURS[1], "s", "best layer between minus last layer (degrades)"))  # fmt: skip
+    tasks = {name: each for name, each in in_order(tasks, SIX).items() if "value" in each["build_then_degrade"]}
+    figure, axis = plt.subplots(figsize=(8, 0.55 * len(tasks) + 1.4))
+    parts = (("minus_first", 0.15, COLOURS[0], "o", "minus layer 1: above 0, it builds up"),
+             ("minus_last", -0.15, COLOURS[1], "s", "minus the last layer: above 0, it degrades"))  # fmt: skip
     found = [each["build_then_degrade"]["value"] for each in tasks.values()]
     points = [(row + shift, each[part], colour, marker, None if row else label)
               for row, each in enumerate(found) for part, shift, colour, marker, label in parts]  # fmt: skip
-    forest(axis, points, [f"{task['title']}\n({layers_text(each['best'])})" for task, each in zip(tasks.values(), found, strict=True)])
-    axis.set(xlabel="difference of the task's score, with 95 % interval", title="Image values: best layer between against the ends")
-    style.legend_below(figure, [axis], ncols=2)
+    forest(axis, points, [f"{task['title']}\n({layers_text(each['best'])})" for task, each in zip(tasks.values(), found, strict=True)], 100)
+    (up, known), (down, _) = (_counts(tasks, "build_then_degrade", "value", end) for end in ("minus_first", "minus_last"))
+    axis.set(xlabel="difference in points of the task's score, with 95 % interval")
+    axis.set_title(f"The best layer in between is better than layer 1 on {up} of {known} tasks, than the last on {down}", loc="right")
+    legend_below(figure, [axis], ncols=2)
     return figure
 
 
 def draw(results: Mapping) -> dict[str, Figure]:
     figures = {"01_value_flow": layer_curves(results["tasks"]), "01_build_then_degrade": build_then_degrade(results["tasks"])}
-    for name, scene in results["pictures"].items():
-        figures[f"01_pca_{name}"] = value_pca(scene)
-        figures[f"01_similarity_{name}"] = similarity_maps(scene)
-        if "slots" in scene:
-            figures[f"01_tokens_{name}"] = token_layout(scene)
+    if "scene" in results:
+        figures |= {"01_tokens": token_layout(results["scene"]), "01_overview": overview(results["scene"], results["tasks"])}
+    if "maps" in results:
+        figures["01_photographs"] = photographs(results["maps"], results["photographs"])
     return figures

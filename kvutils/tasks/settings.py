@@ -24,12 +24,13 @@ from kvutils.readout.features import FeatureExtractor, ImageFeatures, Opener
 from kvutils.store import Parts, digest, in_chunks
 from kvutils.tasks.base import ScoreTable, Task, run_task
 from kvutils.tasks.key_blocking import NONE, ask_under_blocks
-from kvutils.tasks.yes_no import Pope
+from kvutils.tasks.yes_no import Answers, Pope
 
 PICTURES, FEWEST = 40, 4  # of each task, about; its items at least
 BATCH = 16  # prompts that are answered together
 COARSE = 3 / 4  # of the side of a picture
 DTYPES, ATTENTION = ("float32", "bfloat16", "float16"), ("sdpa", "eager")
+UNDER = "settings_"  # before the name of a task: its table under other settings
 Load, T = Callable[..., MLM], TypeVar("T")
 
 
@@ -113,54 +114,86 @@ def open_pope(profile: str) -> Pope | None:
         return None
 
 
-def setting_changes(
+def measure_settings(
     tasks: Mapping[str, Task], tables: Mapping[str, ScoreTable], pope: Pope | None, mlm: MLM, load: Load, parts: Parts | None = None, *,
-    pictures: int = PICTURES, n_boot: int = 2000, seed: int = 0, progress: bool = True,
-) -> dict:  # fmt: skip
-    """Every setting's change of every headline score, with it minus without, paired; JSON-able.
+    pictures: int = PICTURES, progress: bool = True,
+) -> tuple[dict[str, ScoreTable | Answers], dict[str, str]]:  # fmt: skip
+    """Every headline score and POPE's answers under every setting, and of other settings why they cannot be had or have nothing to change.
 
-    tables: the tasks' scores under the model's own settings, of all layers. layers: those that are compared. changes: setting ->
-    score -> part, in points. left_out: setting -> why it cannot be had, or has nothing to change. pictures: of each task, and of POPE."""
+    tables: the tasks' scores under the model's own settings, of all layers. Those under others are of a middle and of the last layer, by
+    the name `settings_<task>`: a row for each row of `tables` that was measured, sources such as `precision bfloat16/value.7`; NaN where
+    there is no score. `settings_pope`: a condition per setting, the model's own as `NONE`. pictures: of each task, and of POPE."""
     layers = sorted({mlm.num_layers // 2, mlm.num_layers - 1})
     few = [some_of(task, pictures) for name, task in tasks.items() if name in tables]
     if pope is not None:
         shown = set(_spread(pope.images, pictures))
         pope = Pope([sample for sample in pope.samples if sample.image_id in shown])
     sizes = [np.prod(task.images(task.samples[0])[0][1]().size) for task in few]
-    plain, changes, left_out = Setting(mlm), {}, {}
-    said = pope and _answers(pope, plain, parts)
-
-    def measure(setting: Setting) -> dict[str, dict]:
-        found = {}
-        if setting.batch_size == plain.batch_size:
-            reader = ValueReader(setting, layers)
-            for task in few:
-                found |= _task_changes(task, tables[task.name], run_task(task, reader, parts, progress=False), reader.sources, n_boot, seed)
-        if pope is not None:
-            found[f"{pope.title}, F1"] = _f1_change(pope, _answers(pope, setting, parts), said, n_boot, seed)
-        return found
-
+    plain, left_out = Setting(mlm), {}
+    scored: dict[str, dict[str, ScoreTable]] = {}
+    said = {} if pope is None else {NONE: _answers(pope, plain, parts)}
     for name, make in tqdm(settings_of(mlm, load, int(np.median(sizes or [1]))).items(), "settings", disable=not progress):
         try:
-            found = {score: each | {"name": f"{name}: {score}"} for score, each in measure(make()).items()}
-            changes |= {name: found} if found else {}
-            left_out |= {} if found else {name: "nothing is answered without POPE, which is not on this machine"}
+            setting, now = make(), {}
+            if setting.batch_size == plain.batch_size:
+                reader = ValueReader(setting, layers)
+                now = {task.name: run_task(task, reader, parts, progress=False) for task in few}
+            said |= {} if pope is None else {name: _answers(pope, setting, parts)}
         except (DataError, MemoryLimitError, ModelError, ParameterError) as error:  # such as values that exceed a precision
             left_out[name] = str(error)
-    return {"layers": layers, "changes": changes, "left_out": left_out}
+            continue
+        for task, table in now.items():
+            scored.setdefault(task, {})[name] = table
+        if pope is None and not now:
+            left_out[name] = "nothing is answered without POPE, which is not on this machine"
+    sources = [f"value.{layer}" for layer in layers]
+    found: dict[str, ScoreTable | Answers] = {UNDER + task: _beside(tables[task], each, sources) for task, each in scored.items()}
+    return found | ({} if pope is None else {UNDER + pope.name: Answers(pope, said, {})}), left_out
 
 
-def _task_changes(task: Task, before: ScoreTable, after: ScoreTable, sources: Sequence[str], n_boot: int, seed: int) -> dict[str, dict]:
-    """Score -> part, over the rows that both tables have."""
-    rows, kept = dict(zip(before.ids, range(len(before)), strict=True)), [number for number, name in enumerate(after.ids) if name in before.ids]
-    same, groups, found = [rows[after.ids[number]] for number in kept], [after.groups[number] for number in kept], {}
-    for source in sources:
-        known = kept and source in before.sources and source in after.sources
-        pair = (after.of(source)[kept], before.of(source)[same]) if known else ()
-        change = paired_difference(*pair, task.statistic, n_boot, seed, groups).scaled(100) if known else UNDEFINED
-        reason = "too few independent units" if known else "the values are not finite with or without it"
-        found[f"{task.title}, layer {source.rpartition('.')[2]}"] = part(source, change, reason)
-    return found
+def _beside(before: ScoreTable, under: Mapping[str, ScoreTable], sources: Sequence[str]) -> ScoreTable:
+    """The tables of several settings as one, with the rows of `before` that any of them has."""
+    places = {setting: {name: place for place, name in enumerate(table.ids)} for setting, table in under.items()}
+    rows = [row for row, name in enumerate(before.ids) if any(name in found for found in places.values())]
+    values = np.full((len(rows), len(under), len(sources), len(before.columns)), np.nan)
+    for i, (setting, table) in enumerate(under.items()):
+        known = [(row, places[setting][before.ids[each]]) for row, each in enumerate(rows) if before.ids[each] in places[setting]]
+        here, there = ([pair[side] for pair in known] for side in range(2))
+        for j, source in enumerate(sources):
+            if source in table.sources:
+                values[here, i, j] = table.of(source)[there]
+    ids, groups = ([each[row] for row in rows] for each in (before.ids, before.groups))
+    names = [f"{setting}/{source}" for setting in under for source in sources]
+    return ScoreTable(before.task, ids, groups, names, before.columns, values.reshape(len(rows), len(names), -1))
+
+
+def setting_changes(measured: Mapping[str, ScoreTable | Answers], tasks: Sequence[type[Task]], left_out: Mapping[str, str],
+                    n_boot: int = 2000, seed: int = 0) -> dict:  # fmt: skip
+    """Every setting's change of every headline score, with it minus without, paired; JSON-able.
+
+    measured: of `run_task` and `measure_settings`. layers: those that are compared. changes: setting -> score -> part, in points."""
+    changes: dict[str, dict] = {name: {} for name in getattr(measured.get(UNDER + Pope.name), "texts", {}) if name != NONE}
+    layers = set()
+    for task in (each for each in tasks if UNDER + each.name in measured):
+        before, after = measured[task.name], measured[UNDER + task.name]
+        places = {name: place for place, name in enumerate(before.ids)}
+        same = np.array([places[name] for name in after.ids], dtype=int)
+        for each in after.sources:
+            (setting, _, source), values = each.rpartition("/"), after.of(each)
+            layer, known = source.rpartition(".")[2], np.isfinite(values).all(axis=1)
+            name, change = f"{task.title}, layer {layer}", UNDEFINED
+            if there := known.any() and source in before.sources:
+                groups = [after.groups[row] for row in np.flatnonzero(known)]
+                change = paired_difference(values[known], before.of(source)[same[known]], task.statistic, n_boot, seed, groups).scaled(100)
+            reason = "too few independent units" if there else "the values are not finite with or without it"
+            changes.setdefault(setting, {})[name] = part(f"{setting}: {name}", change, reason)
+            layers.add(int(layer))
+    if UNDER + Pope.name in measured:
+        asked = measured[UNDER + Pope.name]
+        for setting in changes:
+            name = f"{asked.task.title}, F1"
+            changes[setting][name] = _f1_change(asked.task, asked.texts[setting], asked.texts[NONE], n_boot, seed) | {"name": f"{setting}: {name}"}
+    return {"layers": sorted(layers), "changes": changes, "left_out": dict(left_out)}
 
 
 def _answers(pope: Pope, setting: Setting, parts: Parts | None) -> list[str]:

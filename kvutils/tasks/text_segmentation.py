@@ -21,6 +21,7 @@ from kvutils.probes import LinearProbe, fit_linear_probe
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, Opener, stack_images
 from kvutils.readout.words import UNCENTRED, start_tokens, text_values
 from kvutils.tasks.base import SHUFFLED, UNTRAINED, Row, ScoreTable, Task, opener, sample_seed, shuffled_labels
+from kvutils.tasks.tables import by_layer
 
 AP, INTERSECTION, UNION, IOU, BOX = range(5)
 COLUMNS = ("ap", "intersection", "union", "iou")
@@ -204,16 +205,15 @@ def uncentred(table: ScoreTable) -> ScoreTable:
     return replace(table, sources=names, values=values)
 
 
-def other_reading(task: TextSegmentation, extractor: FeatureExtractor, summary: Mapping, count: int = 80, n_boot: int = 2000,
-                  seed: int = 0) -> dict:  # fmt: skip
-    """What the headline would be with texts read the other way; JSON-able. Ours: behind the model's `start_tokens`, and at the
-    start for a model without. The other: at the start, or behind the end-of-text token.
+def read_otherwise(task: TextSegmentation, extractor: FeatureExtractor, table: ScoreTable, count: int = 80) -> tuple[ScoreTable, dict]:
+    """Scores of the task's first samples with texts read our way and the other way, and the words that each reads a text behind. Ours:
+    behind the model's `start_tokens`, and at the start for a model without. The other: at the start, or behind the end-of-text token.
 
-    Over the task's first samples, with centred texts and the values of the layer that is best in its summary, the first layer aside
-    (whose values do not depend on what is before a text)."""
-    mlm = extractor.mlm
-    usable = [each for each in extractor.layers if each > 0 and f"value.{each}" in summary["sources"]]  # others are `left_out`
-    layer = max(usable, key=lambda each: summary["sources"][f"value.{each}"]["mean"])
+    With centred texts and the values of the layer that is best in the task's `table`, the first layer aside (whose values do not depend
+    on what is before a text): sources `ours/value.3` and `other/value.3`."""
+    mlm, everything = extractor.mlm, np.ones((1, len(table)))
+    usable = [layer for layer, _ in by_layer(table.sources, "value") if layer > 0]  # others are `left_out`
+    layer = max(usable, key=lambda each: float(task.statistic(everything, table.of(f"value.{each}"))[0]))
     start, end = start_tokens(mlm), [mlm.tokenizer.eos_token_id]
     read = {"ours": start, "other": [] if start else end}
     samples, rows = [], []
@@ -233,8 +233,14 @@ def other_reading(task: TextSegmentation, extractor: FeatureExtractor, summary: 
         samples.append(sample)
         values, centred = image.stack([f"value.{layer}"])[0], vectors((sample.text,)) - vectors(extractor.alignment.names_like(sample.text))
         rows.append(map_scores(centred.to(values.device) @ values.T, sample.mask, task.threshold, layout=image.layout))
-    table = ScoreTable(task.name, [each.id for each in samples], [each.group for each in samples], list(read), list(COLUMNS), np.array(rows))
+    ids, groups, sources = [each.id for each in samples], [each.group for each in samples], [f"{way}/value.{layer}" for way in read]
     behind = {way: mlm.tokenizer.convert_ids_to_tokens(tokens) for way, tokens in read.items()}
-    scores = {way: table.interval(way, task.statistic, n_boot, seed) for way in read}
-    minus = table.difference("other", "ours", task.statistic, n_boot, seed)
-    return {"layer": layer, "metric": task.metric, "n": len(samples), "behind": behind, **scores, "other_minus_ours": minus}
+    return ScoreTable(task.name, ids, groups, sources, list(COLUMNS), np.array(rows)), behind
+
+
+def other_reading(table: ScoreTable, task: type[TextSegmentation], behind: Mapping, n_boot: int = 2000, seed: int = 0) -> dict:
+    """What the headline would be with texts read the other way, of what `read_otherwise` found; JSON-able."""
+    found = {source.partition("/")[0]: table.interval(source, task.statistic, n_boot, seed) for source in table.sources}
+    minus = table.difference(table.sources[1], table.sources[0], task.statistic, n_boot, seed)
+    layer = int(table.sources[0].rpartition(".")[2])
+    return {"layer": layer, "metric": task.metric, "n": len(table), "behind": dict(behind), **found, "other_minus_ours": minus}
