@@ -48,7 +48,8 @@ from kvutils.tasks.key_table import KeyTable
 from kvutils.tasks.prefix_effects import claim_c7a, claim_c7b, claim_x3, summarise_prefixes
 from kvutils.tasks.prefixes import CONDITIONS
 from kvutils.tasks.settings import claim_x6
-from kvutils.tasks.value_flow import SIX, claim_c1, claim_c2a, claim_c2b, claim_c4, compare_along_chain
+from kvutils.tasks.siglip_baseline import claim_c4, compare_along_chain
+from kvutils.tasks.value_flow import SIX, claim_c1, claim_c2a, claim_c2b
 from kvutils.tasks.yes_no import Mme, Pope
 
 TABLE = Path(__file__).resolve().parent / "VERDICTS.md"

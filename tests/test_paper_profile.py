@@ -39,7 +39,8 @@ from kvutils.tasks.prefix_answers import ask_behind_prefixes, summarise_prefix_a
 from kvutils.tasks.prefix_effects import claim_c7a, claim_c7b, claim_x3, summarise_prefixes
 from kvutils.tasks.prefix_readouts import DomainPrefix, ReferringPrefix
 from kvutils.tasks.prefixes import CONDITIONS, PrefixWriter
-from kvutils.tasks.value_flow import SIX, claim_c1, claim_c2a, claim_c2b, claim_c4, compare_along_chain, open_extractor, value_flow_tasks
+from kvutils.tasks.siglip_baseline import claim_c4, compare_along_chain
+from kvutils.tasks.value_flow import SIX, claim_c1, claim_c2a, claim_c2b, open_extractor, value_flow_tasks
 from kvutils.tasks.yes_no import Mme, Pope
 from tests import mini_data, mini_models
 
@@ -112,7 +113,7 @@ def test_value_flow_and_its_baseline(data):
     undefined = [each for each in parts if each["value"] is None]
     assert len(undefined) == 4 and all("Temporal" in each["name"] and "2 units are too few" in each["reason"] for each in undefined)
     assert "without Temporal" in claims["C4"]["note"] and claims["C1"]["primary"]["value"] is not None
-    assert DRAW["01_value_flow"]({"tasks": summaries, "pictures": {}}).keys() == {"01_value_flow", "01_build_then_degrade"}
+    assert DRAW["01_value_flow"]({"tasks": summaries}).keys() == {"01_value_flow", "01_build_then_degrade"}
     sources = data_sources(USES["paper"]["01"].values(), FEW)["data"]
     assert list(sources.values()) == ["files in the official layout"] * 7
 

@@ -18,7 +18,7 @@ from kvutils.store import Parts
 from kvutils.tasks import settings
 from kvutils.tasks.base import run_task
 from kvutils.tasks.correspondence import SemanticCorrespondence
-from kvutils.tasks.settings import ValueReader, claim_x6, open_pope, setting_changes, settings_of, some_of
+from kvutils.tasks.settings import ValueReader, claim_x6, measure_settings, open_pope, setting_changes, settings_of, some_of
 from kvutils.tasks.text_segmentation import ReferringSegmentation
 from kvutils.tasks.yes_no import Pope
 from tests.tiny_models import FAMILIES, picture, tiny
@@ -59,10 +59,13 @@ def test_a_change_is_found_where_one_is_planted_and_none_where_nothing_changes(f
     monkeypatch.setattr("kvutils.processors.find_spec", lambda name: None)
     tasks, load, mlm = made(), loader(family, {"bfloat16": 1}), tiny(family)
     tables = {name: run_task(task, FeatureExtractor(mlm, keys=False), progress=False) for name, task in tasks.items()}
-    measure = partial(setting_changes, tasks, tables, pope(), mlm, load, n_boot=200, progress=False)
-    found = measure(Parts(tmp_path, x=1))
-    assert found["layers"] == [2, 4] and measure(Parts(tmp_path, x=1)) == found  # read back
-    assert list(found["left_out"]) == ["precision float16", "image backend torchvision"] and "pip install" in found["left_out"][
+    measure = partial(measure_settings, tasks, tables, pope(), mlm, load, progress=False)
+    changes = partial(setting_changes, tasks=[type(task) for task in tasks.values()], n_boot=200)
+    measured, left_out = measure(Parts(tmp_path, x=1))
+    found = changes(tables | measured, left_out=left_out)
+    again = {name: type(table).of_frame(table.frame()) for name, table in (tables | measure(Parts(tmp_path, x=1))[0]).items()}
+    assert found["layers"] == [2, 4] and changes(again, left_out=left_out) == found  # parts and tables are read back
+    assert list(found["left_out"]) == ["image backend torchvision", "precision float16"] and "pip install" in found["left_out"][
         "image backend torchvision"]  # fmt: skip
     scores = [f"{task.title}, layer {layer}" for task in tasks.values() for layer in (2, 4)] + ["POPE, F1"]
     assert {name: list(each) for name, each in found["changes"].items()} == {
@@ -81,7 +84,9 @@ def test_a_change_is_found_where_one_is_planted_and_none_where_nothing_changes(f
         mlm.model.model.language_model.layers[1].mlp.down_proj.weight.data *= float("nan")
         return mlm
 
-    without = setting_changes({"referring_segmentation": tasks["referring_segmentation"]}, tables, None, mlm, broken, progress=False)
+    one = {"referring_segmentation": tasks["referring_segmentation"]}
+    measured, left_out = measure_settings(one, tables, None, mlm, broken, progress=False)
+    without = changes(tables | measured, left_out=left_out)
     assert list(without["changes"]) == ["resolution 0.75 of the side"] and "without POPE" in without["left_out"]["batch size 1"]
     assert without["left_out"]["attention eager"] == "half of the weights are missing" and "finite" in without["left_out"]["precision bfloat16"]
     assert len(claim["others"]) == 15 and claim["primary"] in found["changes"][claim["primary"]["name"].split(":")[0]].values()

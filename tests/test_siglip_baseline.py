@@ -5,18 +5,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_models import score_table
+from tiny_models import FAMILIES, score_table, tiny, tiny_pocket, tiny_siglip
+from tiny_models import picture as tiny_picture
 
 from kvutils import plots
 from kvutils.errors import ParameterError
 from kvutils.images import encode_image
 from kvutils.metrics.statistics import choosing_half
 from kvutils.plots import baseline as plots_baseline
+from kvutils.readout.features import FeatureExtractor
 from kvutils.store import to_json
+from kvutils.tasks import photographs
 from kvutils.tasks.base import summarise
 from kvutils.tasks.co_segmentation import CoSegmentation
+from kvutils.tasks.siglip_baseline import CHAIN, STEPS, claim_c4, compare_along_chain
+from kvutils.tasks.tables import ScoreTable
 from kvutils.tasks.text_segmentation import SemanticSegmentation
-from kvutils.tasks.value_flow import CHAIN, SIX, STEPS, claim_c1, claim_c2a, claim_c2b, claim_c4, compare_along_chain, language_model_adds
+from kvutils.tasks.value_flow import SIX, claim_c1, claim_c2a, claim_c2b, language_model_adds
 
 LEVELS = {"pixels": 0.1, "encoder_original": 0.5, "encoder": 0.7, "projector": 0.6, "value.0": 0.65, "value.1": 0.3, "value.2": 0.45}
 
@@ -78,8 +83,9 @@ def test_a_tower_that_is_no_siglip_has_no_score_by_text(tmp_path):
     assert steps["all steps"]["mean"] == pytest.approx(chain_of(LEVELS)["steps"]["all steps"]["mean"], abs=0.02)
     assert claim_c4({task.name: chain for task in SIX})["tasks"][0]["value"] > 0
     chains = {task.name: chain | {"title": task.title, "metric": task.metric} for task in SIX}
-    drawn = {"a": plots_baseline.scores_along_chain(chains), "b": plots_baseline.steps_along_chain(chains)}
-    assert all(path.stat().st_size > 10_000 for path in plots.save(drawn, tmp_path))
+    figure = plots_baseline.steps_along_chain(chains)
+    assert len(figure.axes[0].texts) == 3 * 6  # of two steps nothing is known
+    assert plots.save({"a": figure}, tmp_path)[0].stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("values, expected", [(0.45, "present"), (0.65, "opposite"), (0.5, "absent")])
@@ -150,8 +156,40 @@ def test_figures_need_only_the_results_file(redraw):
              "similarity": {source: grid for source in ("encoder_original", "encoder", "projector", "value.0")}}  # fmt: skip
     chain = chain_of(LEVELS)
     chains = {task.name: chain | {"title": task.title, "metric": task.metric} for task in SIX}
-    figures = redraw("02_siglip_baseline", {"chains": chains, "picture": scene})
-    assert list(figures) == ["02_scores", "02_steps", "02_similarity"]
+    figures = redraw("02_siglip_baseline", {"chains": chains, "scene": scene})
+    assert list(figures) == ["02_steps", "02_similarity"]
     (axis,) = figures["02_steps"].axes
-    right = [line.get_xdata()[0] for line in axis.lines if line.get_marker() == "s"]  # finetuning
-    assert right == pytest.approx([chain["steps"]["finetuning"]["mean"]] * 6)
+    said = {tuple(text.get_position()): text.get_text() for text in axis.texts}
+    assert len(said) == 30 and said[0, 5].startswith(f"{100 * chain['steps']['finetuning']['mean']:+.1f}\n[")
+    assert "SigLIP ahead of the best values on 6 of 6 tasks, behind on 0" in figures["02_steps"].get_suptitle()
+    assert "losing most often: projection and language model; adding most often: finetuning and" in figures["02_steps"].get_suptitle()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_order_of_reading_is_changed_and_nothing_else(family):
+    """Layer 0 computes every value from its token alone; from layer 1 on a token has read those before it."""
+    mlm, image = tiny(family), tiny_picture(64, 40, 3)
+    (usual,), turned = FeatureExtractor(mlm, keys=False).images([("x", image)]), photographs.columnwise(mlm, image)
+    apart = [(turned.features[f"value.{layer}"].float() - usual.features[f"value.{layer}"].float()).abs().max() for layer in (0, 1, 2)]
+    assert apart[0] < 2e-3 < 1e-2 < min(apart[1:]) and np.array_equal(turned.layout.cells, usual.layout.cells)
+
+
+def test_photographs_are_measured_and_said(redraw):
+    extractor = FeatureExtractor(tiny_pocket(), encoder_original=tiny_siglip(), keys=False)
+    table, maps = photographs.look_at(extractor, {"one": (tiny_picture(64, 48, 1), (8, 8)), "two": (tiny_picture(48, 64, 2), (8, 8))})
+    assert table.ids == ["one", "two", "grey", "grey, by columns"] and maps.keys() == set(table.ids)
+    values = dict(zip(table.columns, np.moveaxis(table.values, -1, 0), strict=True))
+    assert np.isnan(values["rows"][3, :2]).all() and (values["rows"] + values["columns"])[:3].max() <= 1
+    assert values["like SigLIP"][:2, 0] == pytest.approx(1) and np.isnan(values["like grey"][2:]).all()
+    numbers = photographs.summary(ScoreTable.of_frame(table.frame()))
+    assert numbers == photographs.summary(table) and "(one) and" in numbers["said"]
+    places = [table.sources.index(source) for source in table.sources if source.startswith("value.")]
+    table.values[2:, places, 0], table.values[2:, places, 1] = np.array([[0.6], [0.1]]), np.array([[0.1], [0.6]])
+    numbers = photographs.summary(table)
+    assert numbers["band"] and numbers["turns"] and "stands upright" in numbers["said"]
+    table.values[2:, places] = 0.1
+    assert not photographs.summary(table)["band"] and "has no horizontal band" in photographs.summary(table)["said"]
+    summaries = claims_of(FLOW)["tasks"]
+    figures = redraw("01_value_flow", {"tasks": summaries, "maps": maps, "photographs": numbers})
+    assert "a grey picture has one, upright" in figures["01_photographs"].get_suptitle()
+    assert "on 6 of 6 tasks;" in figures["01_value_flow"].get_suptitle() and "build up on 0" in figures["01_value_flow"].get_suptitle()

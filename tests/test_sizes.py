@@ -25,7 +25,8 @@ from kvutils.run.plan import NOTEBOOKS, check_ready, data_of
 from kvutils.run.replicate import changed_parameters
 from kvutils.run.sizes import left_out, parameters_of
 from kvutils.store import write_json
-from kvutils.tasks.value_flow import claim_c1, claim_c2a, claim_c2b, claim_c4, value_flow_tasks
+from kvutils.tasks.siglip_baseline import claim_c4
+from kvutils.tasks.value_flow import claim_c1, claim_c2a, claim_c2b, value_flow_tasks
 from tests import mini_data, mini_models, test_hub_data
 
 ON_HUB = {"refcoco", "pope", "mme", "coco", "blink"}

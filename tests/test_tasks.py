@@ -20,7 +20,14 @@ from kvutils.tasks.base import by_layer, run_task, summarise
 from kvutils.tasks.co_segmentation import CoSegmentation
 from kvutils.tasks.correspondence import COPY_FIRST, SemanticCorrespondence, TemporalCorrespondence
 from kvutils.tasks.foreground_segmentation import ForegroundSegmentation, support_labels
-from kvutils.tasks.text_segmentation import ReferringSegmentation, SemanticSegmentation, SemanticSegmentationProbe, other_reading, uncentred
+from kvutils.tasks.text_segmentation import (
+    ReferringSegmentation,
+    SemanticSegmentation,
+    SemanticSegmentationProbe,
+    other_reading,
+    read_otherwise,
+    uncentred,
+)
 from tests.tiny_models import grid_layout, picture, score_table, tiny, tiny_pocket
 
 SIZES = ((48, 48), (60, 36), (36, 60))  # W, H: grids differ between images
@@ -181,14 +188,18 @@ def test_texts_read_the_other_way():
     task = ReferringSegmentation(named(per_image=2)[0])
     extractor = FeatureExtractor(tiny_pocket(), keys=False)
     table = run_task(task, extractor, progress=False)
-    summary = {"sources": {f"value.{layer}": {"mean": -abs(layer - 2)} for layer in extractor.layers}}
-    found = other_reading(task, extractor, summary, n_boot=20)
+    best = replace(table, sources=[f"value.{layer}" for layer in (1, 3, 2)], values=np.zeros_like(table.values[:, :3]))
+    best.values[:, 2] = 1
+    read, behind = read_otherwise(task, extractor, best)
+    assert read.sources == ["ours/value.2", "other/value.2"]
+    found = other_reading(type(read).of_frame(read.frame()), ReferringSegmentation, behind, n_boot=20)
     assert (found["layer"], found["n"], found["behind"]) == (2, 12, {"ours": [], "other": ["<eos>"]})
     assert found["ours"]["mean"] == pytest.approx(means(table, task)["value.2"], abs=0.01)  # features there are rounded
     assert found["other_minus_ours"]["mean"] == pytest.approx(found["other"]["mean"] - found["ours"]["mean"]) != 0
-    del summary["sources"]["value.2"]  # left out: it could not be stored
+    best = replace(best, sources=best.sources[:2], values=best.values[:, :2])  # the best was left out: it could not be stored
     task.samples = [NamedMask("bad", "n9", lambda: open_image("none.jpg"), "bird", task.samples[0].mask, "n9", "bird"), *task.samples]
-    begun = other_reading(task, FeatureExtractor(tiny("llava_next"), keys=False), summary, n_boot=20)
+    read, behind = read_otherwise(task, FeatureExtractor(tiny("llava_next"), keys=False), best)
+    begun = other_reading(read, ReferringSegmentation, behind, n_boot=20)
     assert begun["layer"] != 2 and begun["n"] == 12  # nor does a damaged picture stop it
     assert begun["behind"] == {"ours": ["<bos>"], "other": []} and begun["other_minus_ours"]["mean"] != 0
 

@@ -41,9 +41,10 @@ def steps_along_chain(chains: Mapping[str, Mapping]) -> Figure:
     for spine in axis.spines.values():
         spine.set_visible(False)
     ahead, behind = (int((sure[fair, -1] == sign).sum()) for sign in (-1, 1))
-    lost, gained = (list(STEPS)[int((sure[:, :-1] == sign).sum(0).argmax())] for sign in (-1, 1))
+    counts = [(sure[:, :-1] == sign).sum(0) for sign in (-1, 1)]
+    lost, gained = (" and ".join(step for step, each in zip(STEPS, count, strict=False) if 0 < each == count.max()) or "nothing" for count in counts)
     figure.suptitle(f"SigLIP ahead of the best values on {ahead} of {sum(fair)} tasks, behind on {behind};\n"
-                    f"the {lost} loses most often, the {gained} adds most often", fontsize=11)  # fmt: skip
+                    f"losing most often: {lost}; adding most often: {gained}", fontsize=11)  # fmt: skip
     figure.supxlabel("change of the score in points (100 times the metric), with 95 % interval; colourless where that includes 0", fontsize=8.5)
     return figure
 

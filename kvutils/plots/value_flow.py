@@ -65,19 +65,20 @@ def token_layout(scene: Mapping) -> Figure:
     for (x0, y0, x1, y1), slot, shade in zip(rects, slots, shades, strict=True):
         right.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fc=shade, lw=0))
         if len(rects) <= 196:
-            right.text((x0 + x1) / 2, (y0 + y1) / 2, slot, ha="center", va="center", fontsize=7, color="white" if shade[:3].mean() < 0.5 else "black")
+            ink = "white" if shade[:3].mean() < 0.5 else "black"
+            right.text((x0 + x1) / 2, (y0 + y1) / 2, slot, ha="center", va="center", fontsize=7, color=ink)
     lines = scene["newlines"]
-    beside = "" if not lines else f"; place {lines[0]} is a newline, which shows nothing" if len(lines) == 1 else f"; the {len(lines)} newlines show nothing"
+    newlines = f"place {lines[0]} is a newline, which shows" if len(lines) == 1 else f"the {len(lines)} newlines between show"
     width, height = scene["size"]
     left.set_title(f"{width} x {height} pixels become {len(rects)} image tokens")
     right.set_title(f"places {slots.min()} to {slots.max()} of the sequence, row by row")
-    figure.supxlabel(f"orange: the token under the point, at place {slots[scene['clicked']]}{beside}", fontsize=9)
+    figure.supxlabel(f"orange: the token under the point, at place {slots[scene['clicked']]}" + (f"; {newlines} nothing" if lines else ""), fontsize=9)
     return figure
 
 
 @styled
-def overview(scene: Mapping, tasks: Mapping[str, Mapping]) -> Figure:
-    """One picture along the data flow: its tokens' principal components as colours, what is similar to one point; and the result."""
+def overview(scene: Mapping, tasks: Mapping[str, Mapping] | None = None) -> Figure:
+    """One picture along the data flow: its tokens' principal components as colours, what is similar to one point; and the result of `tasks`."""
     names = _sources(scene["pca"])
     side = 10 / (len(names) + 2.4)  # of a map, in inches
     height = side * min(max(scene["size"][1] / scene["size"][0], 0.4), 1.6)
@@ -91,9 +92,10 @@ def overview(scene: Mapping, tasks: Mapping[str, Mapping]) -> Figure:
     for (axis, *_), text in zip(rows, ("tokens as colours", "like the point"), strict=True):
         axis.set_ylabel(text, fontsize=11)
     figure.colorbar(shown, ax=rows[1], shrink=0.9, ticks=(-1, 0, 1)).set_label("cosine", fontsize=10)
-    above, known = _counts(tasks, "value_best", "minus", "control")
-    figure.suptitle(f"What image tokens hold, from the encoder through the language model: on {above} of {known} perception tasks\n"
-                    "the image values hold more than pixels or random weights give", fontsize=12, x=0.01, ha="left")  # fmt: skip
+    above, known = _counts(tasks or {}, "value_best", "minus", "control")
+    said = (f"on {above} of {known} perception tasks\nthe image values hold more than pixels or random weights give" if known else
+            "\nprincipal components as colours, and what is similar to one point")  # fmt: skip
+    figure.suptitle(f"What image tokens hold, from the encoder through the language model: {said}", fontsize=12, x=0.01, ha="left")
     return figure
 
 
@@ -131,8 +133,9 @@ def photographs(maps: Mapping[str, Mapping], numbers: Mapping) -> Figure:
     for axis, name in zip(axes[0], ("picture and point", *map(_label, names)), strict=True):
         axis.set_title(name, fontsize=9)
     figure.colorbar(shown, ax=axes, shrink=0.6, label="cosine similarity to the point (centred)")
-    band = "The horizontal band needs no photograph: a grey picture has one" + (", upright where it is read by columns" if numbers["turns"] else "")
-    figure.suptitle((band if numbers["band"] else "A grey picture has no horizontal band") + "\nbelow: % of what tokens differ in, between rows | between columns", fontsize=10)  # fmt: skip
+    turns = ", upright where it is read by columns" if numbers["turns"] else ""
+    band = f"The horizontal band needs no photograph: a grey picture has one{turns}" if numbers["band"] else "A grey picture has no horizontal band"
+    figure.suptitle(f"{band}\nbelow: % of what tokens differ in, between rows | between columns", fontsize=10)
     return figure
 
 
@@ -151,8 +154,8 @@ def layer_curves(tasks: Mapping[str, Mapping]) -> Figure:
         axis.set_ylim(low, high + 0.2 * (high - low))  # for the words
         if control and control["low"] is not None:
             said = "above" if control["low"] > 0 else "below" if control["high"] < 0 else "not apart from"
-            axis.text(0.98, 0.98, f"{100 * control['mean']:+.0f} points: {said} control", transform=axis.transAxes, ha="right", va="top", fontsize=8.5,
-                      color=COLOURS[0] if control["low"] > 0 else COLOURS[3])  # fmt: skip
+            axis.text(0.98, 0.98, f"{100 * control['mean']:+.0f} points: {said} control", transform=axis.transAxes, ha="right", va="top",
+                      fontsize=8.5, color=COLOURS[0] if control["low"] > 0 else COLOURS[3])  # fmt: skip
         axis.tick_params(axis="x", labelsize=8.5)
     above, known = _counts(tasks, "value_best", "minus", "control")
     (up, _), (down, _) = (_counts(tasks, "build_then_degrade", "value", end) for end in ("minus_first", "minus_last"))

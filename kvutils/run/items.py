@@ -8,11 +8,16 @@ from pathlib import Path
 
 from kvutils.errors import StoreError, one_of
 from kvutils.store import Frame, plain, read_frame, read_json, write_frame, write_json
+from kvutils.tasks import siglip_baseline, value_flow
 from kvutils.tasks.tables import ScoreTable
+from kvutils.tasks.yes_no import Answers
 
-Table = ScoreTable | Frame
-TABLES = {kind.__name__: kind for kind in (ScoreTable,)}  # every class with `frame` and `of_frame`; a bare Frame needs none
-RESULTS: dict[str, Callable[[Mapping[str, Table], Mapping], dict]] = {}  # notebook -> what gives everything derived
+Table = ScoreTable | Answers | Frame
+TABLES = {kind.__name__: kind for kind in (ScoreTable, Answers)}  # every class with `frame` and `of_frame`; a bare Frame needs none
+RESULTS: dict[str, Callable[[Mapping[str, Table], Mapping], dict]] = {  # notebook -> what gives everything derived
+    "01_value_flow": value_flow.results,
+    "02_siglip_baseline": siglip_baseline.results,
+}
 
 
 def write_items(folder: Path, notebook: str, measured: Mapping[str, Table], about: Mapping, choices: Mapping, shown: Mapping) -> None:

@@ -11,7 +11,6 @@ from PIL import Image
 
 from kvutils.images import encode_image
 from kvutils.kvcache import capture_prepared
-from kvutils.layout import TokenLayout
 from kvutils.models import MLM
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, image_tokens
 from kvutils.readout.maps import similarity_to_point, to_grid
@@ -31,18 +30,25 @@ def look_at(extractor: FeatureExtractor, photos: Mapping[str, tuple[Image.Image,
     similarity with that in a grey picture of the same size, and with that in SigLIP. NaN where that is not defined."""
     sources = ["encoder_original", "projector", *(f"value.{layer}" for layer in extractor.layers)]
     layers = [layer for layer in extractor.layers if layer > 0]
-    shown = ["encoder_original", "projector", *(f"value.{layer}" for layer in dict.fromkeys([*layers[:1], *layers[len(layers) // 2 :][:1], *layers[-1:]]))]
-    image, point = next(iter(photos.values()))
-    grey = Image.new("RGB", image.size, (128, 128, 128))
+    shown = [*sources[:2], *(f"value.{layer}" for layer in dict.fromkeys([*layers[:1], *layers[len(layers) // 2 :][:1], *layers[-1:]]))]
+    size, where = next((image.size, point) for image, point in photos.values())
+    pictures = {**photos, **dict.fromkeys((GREY, COLUMNWISE), (_grey(size), where))}
+
+    def read(name: str, image: Image.Image) -> ImageFeatures:
+        return columnwise(extractor.mlm, image) if name == COLUMNWISE else extractor.images([(name, image)], sources=sources)[0]
+
     rows, scenes = [], {}
-    for name, (image, point) in {**photos, GREY: (grey, point), COLUMNWISE: (grey, point)}.items():
-        found = columnwise(extractor.mlm, image) if name == COLUMNWISE else extractor.images([(name, image)], sources=sources)[0]
-        empty = extractor.images([(GREY, Image.new("RGB", image.size, (128, 128, 128)))], sources=sources)[0] if name in photos else None
-        rows.append([_numbers(found, source, empty) if source in found.features else [np.nan] * 4 for source in sources])
+    for name, (image, point) in pictures.items():
+        found, empty = read(name, image), read(GREY, _grey(image.size)) if name in photos else None
+        rows.append([_numbers(found, source, empty) if source in found.features else [np.nan] * len(COLUMNS) for source in sources])
         maps = {source: to_grid(found.layout, similarity_to_point(found, source, point).astype(float)).round(3).tolist()
                 for source in shown if source in found.features}  # fmt: skip
         scenes[name] = {"image": encode_image(image), "size": list(image.size), "point": list(point), "similarity": maps}
     return ScoreTable("photographs", list(scenes), list(scenes), sources, list(COLUMNS), np.array(rows)), scenes
+
+
+def _grey(size: tuple[int, int]) -> Image.Image:
+    return Image.new("RGB", size, (128, 128, 128))
 
 
 def columnwise(mlm: MLM, image: Image.Image) -> ImageFeatures:
@@ -91,21 +97,23 @@ def summary(table: ScoreTable) -> dict:
     if not layers or GREY not in found:
         return {"pictures": found, "band": False, "turns": False, "said": ""}
 
-    def shares(name: str, source: str, column: str) -> str:
+    def shares(source: str, column: str, name: str = GREY) -> str:
         return f"{100 * found[name][source][column]:.0f} %"
 
     def agreeing(column: str) -> str:
         return " and ".join(f"{found[name][layers[0]][column]:.2f} and {found[name][layers[-1]][column]:.2f} ({name})"
                             for name in table.ids if name not in (GREY, COLUMNWISE))  # fmt: skip
 
-    (rows, columns), (turned, upright) = ([found[name][layers[0]][each] for each in ("rows", "columns")] for name in (GREY, COLUMNWISE))
+    (rows, columns), (turned, upright) = ([found[name][layers[0]][each] for each in COLUMNS[:2]] for name in (GREY, COLUMNWISE))
     band, follows = rows > BAND * columns, upright > BAND * turned
-    numbers = (f"rows of the grid account for {shares(GREY, FIRST, 'rows')} of how its tokens' values differ in the first value projection, "
-               f"{shares(GREY, layers[0], 'rows')} in layer 1 and {shares(GREY, layers[-1], 'rows')} in the last layer, columns for "
-               f"{shares(GREY, FIRST, 'columns')}, {shares(GREY, layers[0], 'columns')} and {shares(GREY, layers[-1], 'columns')}")  # fmt: skip
-    turning = f"{shares(COLUMNWISE, layers[0], 'rows')} and {shares(COLUMNWISE, layers[0], 'columns')} in layer 1 where the same tokens are read column by column"
-    first = (f"The horizontal band needs no photograph, a plain grey picture has one as well: {numbers}; it "
-             + (f"stands upright ({turning}), so it comes from the order in which causal attention reads" if follows else f"does not turn ({turning})")
-             if band else f"A plain grey picture has no horizontal band: {numbers} ({turning})")  # fmt: skip
-    return {"pictures": found, "band": band, "turns": band and follows, "said": f"{first}. Which tokens of a photograph are alike agrees with SigLIP at a correlation of {agreeing('like SigLIP')}, "
-                                       f"and with the grey picture at {agreeing('like grey')}, in layer 1 and in the last layer."}  # fmt: skip
+    places = (FIRST, layers[0], layers[-1])
+    numbers = (f"in the first value projection, in layer 1 and in the last layer, rows of the grid account for "
+               f"{', '.join(shares(source, 'rows') for source in places)} of how its tokens' values differ, columns for "
+               f"{', '.join(shares(source, 'columns') for source in places)}")  # fmt: skip
+    turning = (f"where the same tokens are read column by column, rows account for {shares(layers[0], 'rows', COLUMNWISE)} in layer 1 and "
+               f"columns for {shares(layers[0], 'columns', COLUMNWISE)}")  # fmt: skip
+    because = ": the band stands upright, so it comes from the order in which causal attention reads" if follows else ": the band does not turn"
+    head = "The horizontal band needs no photograph, a plain grey picture has one as well" if band else "A plain grey picture has no horizontal band"
+    kept = (f"Which tokens of a photograph are alike agrees with SigLIP at a correlation of {agreeing('like SigLIP')}, and with the grey picture "
+            f"at {agreeing('like grey')}, in layer 1 and in the last layer.")  # fmt: skip
+    return {"pictures": found, "band": band, "turns": band and follows, "said": f"{head}: {numbers}; {turning}{because if band else ''}. {kept}"}

@@ -193,7 +193,7 @@ def setting_changes(measured: Mapping[str, ScoreTable | Answers], tasks: Sequenc
         for setting in changes:
             name = f"{asked.task.title}, F1"
             changes[setting][name] = _f1_change(asked.task, asked.texts[setting], asked.texts[NONE], n_boot, seed) | {"name": f"{setting}: {name}"}
-    return {"layers": sorted(layers), "changes": changes, "left_out": dict(left_out)}
+    return {"layers": sorted(layers), "changes": changes, "left_out": dict(sorted(left_out.items()))}
 
 
 def _answers(pope: Pope, setting: Setting, parts: Parts | None) -> list[str]:

@@ -18,9 +18,11 @@ from kvutils.datasets.samples import YesNoSample
 from kvutils.errors import DataError
 from kvutils.metrics.answers import mme_parse, pope_counts, pope_parse
 from kvutils.metrics.statistics import Effect, Interval, Resampled, ratio, resample
+from kvutils.store import Frame
 
 Measures = dict[tuple[str, str], np.ndarray]  # (subset or summary, metric) -> (n_boot,)
 MEAN, POOLED, TOTAL = "mean", "pooled", "total"
+_ASKED = ("id", "image_id", "subset", "question", "truth")
 
 
 class YesNoTask(ABC):
@@ -161,6 +163,36 @@ class Mme(YesNoTask):
 
     def members(self, name: str) -> Sequence[str]:
         return [self.subsets[i] for i in self.totals[name]] if name in self.totals else [name]
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What a model said to a task's questions under several conditions.
+
+    texts: condition -> n answers; mass: condition -> (n,) the probability that yes and no hold together at the answer's beginning."""
+
+    task: YesNoTask
+    texts: Mapping[str, Sequence[str]]
+    mass: Mapping[str, np.ndarray]
+
+    @property
+    def option_mass(self) -> dict[str, float]:
+        return {name: float(np.mean(each)) for name, each in self.mass.items()}
+
+    def frame(self) -> Frame:
+        """A row per question, a column per condition."""
+        columns = {name: [getattr(sample, name) for sample in self.task.samples] for name in _ASKED}
+        columns |= {f"answer: {name}": list(said) for name, said in self.texts.items()}
+        return Frame(columns | {f"yes or no: {name}": each for name, each in self.mass.items()}, {"task": self.task.name})
+
+    @classmethod
+    def of_frame(cls, frame: Frame) -> Self:
+        """Its samples have no picture."""
+        columns = frame.columns
+        asked = [dict(zip(_ASKED, row, strict=True)) for row in zip(*(columns[name] for name in _ASKED), strict=True)]
+        texts, mass = ({name.removeprefix(kind): each for name, each in columns.items() if name.startswith(kind)} for kind in ("answer: ", "yes or no: "))
+        (task,) = (each for each in (Pope, Mme) if each.name == frame.about["task"])
+        return cls(task([YesNoSample(picture=None, **each) for each in asked]), texts, mass)
 
 
 @dataclass(frozen=True, eq=False)
