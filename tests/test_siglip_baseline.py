@@ -151,13 +151,13 @@ def test_what_predicts_nothing_is_no_control_and_a_floor_has_no_shape(verdict):
 
 
 def test_figures_need_only_the_results_file(redraw):
-    grid = np.random.default_rng(0).random((4, 4)).tolist()
+    grid, colours = np.random.default_rng(0).random((4, 4)).tolist(), np.zeros((4, 4, 3), int).tolist()
     scene = {"image": encode_image(Image.new("RGB", (32, 32), "teal")), "size": [32, 32], "point": [8, 8],
-             "similarity": {source: grid for source in ("encoder_original", "encoder", "projector", "value.0")}}  # fmt: skip
+             **{kind: dict.fromkeys(("encoder_original", "encoder", "value.0"), each) for kind, each in {"similarity": grid, "pca": colours}.items()}}
     chain = chain_of(LEVELS)
     chains = {task.name: chain | {"title": task.title, "metric": task.metric} for task in SIX}
     figures = redraw("02_siglip_baseline", {"chains": chains, "scene": scene})
-    assert list(figures) == ["02_steps", "02_similarity"]
+    assert list(figures) == ["02_steps", "02_chain"]
     (axis,) = figures["02_steps"].axes
     said = {tuple(text.get_position()): text.get_text() for text in axis.texts}
     assert len(said) == 30 and said[0, 5].startswith(f"{100 * chain['steps']['finetuning']['mean']:+.1f}\n[")
@@ -186,7 +186,7 @@ def test_photographs_are_measured_and_said(redraw):
     places = [table.sources.index(source) for source in table.sources if source.startswith("value.")]
     table.values[2:, places, 0], table.values[2:, places, 1] = np.array([[0.6], [0.1]]), np.array([[0.1], [0.6]])
     numbers = photographs.summary(table)
-    assert numbers["band"] and numbers["turns"] and "stands upright" in numbers["said"]
+    assert numbers["band"] and numbers["turns"] and "the order in which causal attention reads" in numbers["said"]
     table.values[2:, places] = 0.1
     assert not photographs.summary(table)["band"] and "has no horizontal band" in photographs.summary(table)["said"]
     summaries = claims_of(FLOW)["tasks"]

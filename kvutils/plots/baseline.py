@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from kvutils.plots.style import in_order, styled
-from kvutils.plots.value_flow import similarity_maps
+from kvutils.plots.value_flow import overview
 
 STEPS = {  # step -> what it is
     "finetuning": "finetuning\n(to encoder)", "projection": "projection\n(to projector)", "first value projection": "first value\nprojection",
@@ -50,4 +50,4 @@ def steps_along_chain(chains: Mapping[str, Mapping]) -> Figure:
 
 
 def draw(results: Mapping) -> dict[str, Figure]:
-    return {"02_steps": steps_along_chain(results["chains"]), "02_similarity": similarity_maps(results["scene"])}
+    return {"02_steps": steps_along_chain(results["chains"]), "02_chain": overview(results["scene"])}

@@ -21,8 +21,6 @@ SOURCE_STYLE = {  # family of sources -> colour, line, marker, label
     "value": (COLOURS[0], "-", "o", "image values"),
     "untrained.value": (COLOURS[7], ":", "^", "values, untrained model"),
     "shuffled.value": (COLOURS[3], ":", "v", "control: shuffled labels or text"),
-    "lens.value": (COLOURS[2], "-.", "D", "values through the output head"),
-    "uncentred.value": (COLOURS[4], "--", "x", "image values, texts not centred"),
 }
 # What comes before the language model, in order of the data flow; its points in a legend.
 BEFORE = {"pixels": "pixels", "encoder_original": "SigLIP", "encoder": "encoder", "projector": "projector"}

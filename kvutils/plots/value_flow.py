@@ -1,6 +1,5 @@
 """Figures of notebook 01: the method on one image, the scores layer by layer, best layer against the ends, photographs."""
 
-import re
 from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
@@ -15,10 +14,7 @@ CURVES = {family: style.SOURCE_STYLE[family] for family in ("value", "untrained.
 
 
 def _label(source: str) -> str:
-    layer = re.fullmatch(r"(.*)\.(\d+)", source)
-    if layer and layer[1] == "value" and layer[2] == "0":
-        return "first projection"
-    return f"{ {'value': 'values', 'key': 'keys'}.get(layer[1], layer[1])}, layer {layer[2]}" if layer else BEFORE[source]
+    return BEFORE.get(source) or (style.FIRST if source == "value.0" else f"values, layer {source.rpartition('.')[2]}")
 
 
 def _sources(maps: Mapping[str, object]) -> list[str]:
@@ -55,29 +51,26 @@ def token_layout(scene: Mapping) -> Figure:
     rects, slots = np.array(scene["rects"]), np.array(scene["slots"])
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 4.1), sharey=True)
     picture(left, decode_image(scene["image"]), scene["size"])
-    for x0, y0, x1, y1 in rects:
-        left.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, lw=0.5, ec="white"))
-    x0, y0, x1, y1 = rects[scene["clicked"]]
-    for axis in (left, right):
-        axis.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, lw=2.5, ec=COLOURS[1], zorder=3))
     picture(right, np.full((1, 1, 3), 255, np.uint8), scene["size"])
     shades = plt.get_cmap("cividis")((slots - slots.min()) / max(1, np.ptp(slots)))
-    for (x0, y0, x1, y1), slot, shade in zip(rects, slots, shades, strict=True):
-        right.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fc=shade, lw=0))
+    for token, ((x0, y0, x1, y1), slot, shade) in enumerate(zip(rects, slots, shades, strict=True)):
+        edge = {"ec": COLOURS[1], "lw": 2.5, "zorder": 3} if token == scene["clicked"] else {"ec": "white", "lw": 0.5}
+        left.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, **edge))
+        right.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fc=shade, **edge))
         if len(rects) <= 196:
             ink = "white" if shade[:3].mean() < 0.5 else "black"
-            right.text((x0 + x1) / 2, (y0 + y1) / 2, slot, ha="center", va="center", fontsize=7, color=ink)
+            right.text((x0 + x1) / 2, (y0 + y1) / 2, slot, ha="center", va="center", fontsize=7, color=ink, zorder=4)
     lines = scene["newlines"]
     newlines = f"place {lines[0]} is a newline, which shows" if len(lines) == 1 else f"the {len(lines)} newlines between show"
-    width, height = scene["size"]
-    left.set_title(f"{width} x {height} pixels become {len(rects)} image tokens")
+    left.set_title(f"{scene['size'][0]} x {scene['size'][1]} pixels become {len(rects)} image tokens")
     right.set_title(f"places {slots.min()} to {slots.max()} of the sequence, row by row")
-    figure.supxlabel(f"orange: the token under the point, at place {slots[scene['clicked']]}" + (f"; {newlines} nothing" if lines else ""), fontsize=9)
+    beside = f"; {newlines} nothing" if lines else ""
+    figure.supxlabel(f"orange: the token under the point, at place {slots[scene['clicked']]}{beside}", fontsize=9)
     return figure
 
 
 @styled
-def overview(scene: Mapping, tasks: Mapping[str, Mapping] | None = None) -> Figure:
+def overview(scene: Mapping, tasks: Mapping[str, Mapping] | None = None, profile: str = "") -> Figure:
     """One picture along the data flow: its tokens' principal components as colours, what is similar to one point; and the result of `tasks`."""
     names = _sources(scene["pca"])
     side = 10 / (len(names) + 2.4)  # of a map, in inches
@@ -93,22 +86,10 @@ def overview(scene: Mapping, tasks: Mapping[str, Mapping] | None = None) -> Figu
         axis.set_ylabel(text, fontsize=11)
     figure.colorbar(shown, ax=rows[1], shrink=0.9, ticks=(-1, 0, 1)).set_label("cosine", fontsize=10)
     above, known = _counts(tasks or {}, "value_best", "minus", "control")
-    said = (f"on {above} of {known} perception tasks\nthe image values hold more than pixels or random weights give" if known else
+    here = "in this small model, " if profile == "pocket" else ""
+    said = (f"\n{here}on {above} of {known} perception tasks the image values hold more than pixels or random weights give" if known else
             "\nprincipal components as colours, and what is similar to one point")  # fmt: skip
     figure.suptitle(f"What image tokens hold, from the encoder through the language model: {said}", fontsize=12, x=0.01, ha="left")
-    return figure
-
-
-@styled
-def similarity_maps(scene: Mapping) -> Figure:
-    """Cosine similarity of every token to the token under one point, source by source, one colour scale."""
-    names = _sources(scene["similarity"])
-    height = min(max(scene["size"][1] / scene["size"][0], 0.4), 1.6)
-    figure, axes = panels(len(names) + 1, 4, 1.9, 1.9 * height + 0.3)
-    _photo(axes[0], scene, "picture and point")
-    for axis, name in zip(axes[1:], names, strict=True):
-        shown = _similarity(axis, scene, name, _label(name))
-    figure.colorbar(shown, ax=axes, shrink=0.8, label="cosine similarity to the token\nunder the point (centred)")
     return figure
 
 
@@ -188,7 +169,7 @@ def build_then_degrade(tasks: Mapping[str, Mapping]) -> Figure:
 def draw(results: Mapping) -> dict[str, Figure]:
     figures = {"01_value_flow": layer_curves(results["tasks"]), "01_build_then_degrade": build_then_degrade(results["tasks"])}
     if "scene" in results:
-        figures |= {"01_tokens": token_layout(results["scene"]), "01_overview": overview(results["scene"], results["tasks"])}
+        figures |= {"01_tokens": token_layout(results["scene"]), "01_overview": overview(results["scene"], results["tasks"], results["profile"])}
     if "maps" in results:
         figures["01_photographs"] = photographs(results["maps"], results["photographs"])
     return figures

@@ -4,6 +4,7 @@ A plain grey picture shows nothing: what its tokens differ in is their place. Th
 keep their place in the picture and change their place in the order of reading: causal attention gives each what was read before it."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 import torch
@@ -31,24 +32,21 @@ def look_at(extractor: FeatureExtractor, photos: Mapping[str, tuple[Image.Image,
     sources = ["encoder_original", "projector", *(f"value.{layer}" for layer in extractor.layers)]
     layers = [layer for layer in extractor.layers if layer > 0]
     shown = [*sources[:2], *(f"value.{layer}" for layer in dict.fromkeys([*layers[:1], *layers[len(layers) // 2 :][:1], *layers[-1:]]))]
+    grey = partial(Image.new, "RGB", color=(128, 128, 128))
     size, where = next((image.size, point) for image, point in photos.values())
-    pictures = {**photos, **dict.fromkeys((GREY, COLUMNWISE), (_grey(size), where))}
+    pictures = {**photos, **dict.fromkeys((GREY, COLUMNWISE), (grey(size=size), where))}
 
     def read(name: str, image: Image.Image) -> ImageFeatures:
         return columnwise(extractor.mlm, image) if name == COLUMNWISE else extractor.images([(name, image)], sources=sources)[0]
 
     rows, scenes = [], {}
     for name, (image, point) in pictures.items():
-        found, empty = read(name, image), read(GREY, _grey(image.size)) if name in photos else None
+        found, empty = read(name, image), read(GREY, grey(size=image.size)) if name in photos else None
         rows.append([_numbers(found, source, empty) if source in found.features else [np.nan] * len(COLUMNS) for source in sources])
         maps = {source: to_grid(found.layout, similarity_to_point(found, source, point).astype(float)).round(3).tolist()
                 for source in shown if source in found.features}  # fmt: skip
         scenes[name] = {"image": encode_image(image), "size": list(image.size), "point": list(point), "similarity": maps}
     return ScoreTable("photographs", list(scenes), list(scenes), sources, list(COLUMNS), np.array(rows)), scenes
-
-
-def _grey(size: tuple[int, int]) -> Image.Image:
-    return Image.new("RGB", size, (128, 128, 128))
 
 
 def columnwise(mlm: MLM, image: Image.Image) -> ImageFeatures:
@@ -97,23 +95,21 @@ def summary(table: ScoreTable) -> dict:
     if not layers or GREY not in found:
         return {"pictures": found, "band": False, "turns": False, "said": ""}
 
-    def shares(source: str, column: str, name: str = GREY) -> str:
-        return f"{100 * found[name][source][column]:.0f} %"
+    def shares(name: str, column: str, *sources: str) -> str:
+        return ", ".join(f"{100 * found[name][source][column]:.0f}" for source in sources) + " %"
 
     def agreeing(column: str) -> str:
         return " and ".join(f"{found[name][layers[0]][column]:.2f} and {found[name][layers[-1]][column]:.2f} ({name})"
                             for name in table.ids if name not in (GREY, COLUMNWISE))  # fmt: skip
 
     (rows, columns), (turned, upright) = ([found[name][layers[0]][each] for each in COLUMNS[:2]] for name in (GREY, COLUMNWISE))
-    band, follows = rows > BAND * columns, upright > BAND * turned
-    places = (FIRST, layers[0], layers[-1])
-    numbers = (f"in the first value projection, in layer 1 and in the last layer, rows of the grid account for "
-               f"{', '.join(shares(source, 'rows') for source in places)} of how its tokens' values differ, columns for "
-               f"{', '.join(shares(source, 'columns') for source in places)}")  # fmt: skip
-    turning = (f"where the same tokens are read column by column, rows account for {shares(layers[0], 'rows', COLUMNWISE)} in layer 1 and "
-               f"columns for {shares(layers[0], 'columns', COLUMNWISE)}")  # fmt: skip
-    because = ": the band stands upright, so it comes from the order in which causal attention reads" if follows else ": the band does not turn"
+    band, places = rows > BAND * columns, (FIRST, layers[0], layers[-1])
+    turns = band and upright > BAND * turned
     head = "The horizontal band needs no photograph, a plain grey picture has one as well" if band else "A plain grey picture has no horizontal band"
-    kept = (f"Which tokens of a photograph are alike agrees with SigLIP at a correlation of {agreeing('like SigLIP')}, and with the grey picture "
-            f"at {agreeing('like grey')}, in layer 1 and in the last layer.")  # fmt: skip
-    return {"pictures": found, "band": band, "turns": band and follows, "said": f"{head}: {numbers}; {turning}{because if band else ''}. {kept}"}
+    because = "" if not band else ": so it comes from the order in which causal attention reads" if turns else ": so it is not the order of reading"
+    return {"pictures": found, "band": band, "turns": turns, "said": (
+        f"{head}: in the first value projection, layer 1 and the last layer, rows of the grid account for {shares(GREY, 'rows', *places)} of how its "
+        f"tokens' values differ and columns for {shares(GREY, 'columns', *places)}; where the same tokens are read column by column, rows for "
+        f"{shares(COLUMNWISE, 'rows', *places)} and columns for {shares(COLUMNWISE, 'columns', *places)}{because}. Which tokens of a photograph are "
+        f"alike agrees with SigLIP at a correlation of {agreeing('like SigLIP')}, and with the grey picture at {agreeing('like grey')}, in layer 1 "
+        "and in the last layer.")}  # fmt: skip
