@@ -118,6 +118,27 @@ def test_notebooks_that_fail_stay_as_they_were_and_the_others_are_run(root, caps
     assert any(output.output_type == "error" for cell in kept.cells for output in cell.get("outputs", []))
 
 
+def test_a_widget_leaves_its_picture():
+    """Its model is gone with the kernel; a slider leaves nothing."""
+    data = {"application/vnd.jupyter.widget-view+json": {"model_id": "x"}, "text/plain": "Explorer(...)"}
+    outputs = [nbformat.v4.new_output("display_data", each) for each in (data, data | {"image/png": "abc"})]
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("explore", outputs=outputs)])
+    (left,) = replicate.clean(book).cells[0].outputs
+    assert left.data == {"text/plain": "Explorer(...)", "image/png": "abc"}
+
+
+@pytest.mark.parametrize(("arguments", "run"), [
+    ([], "00_stub 01_stub"), (["--notebooks", "00"], "00_stub"), (["-p", "seed", "3"], "01_stub"), (["--size", "quick"], "01_stub"),
+])
+def test_the_notebook_that_measures_nothing_is_run_by_default_and_by_name(root, monkeypatch, arguments, run):
+    write_book(root / "notebooks" / "00_stub.ipynb")
+    started = Mock(return_value=["all"])
+    monkeypatch.setattr(replicate, "run_all", started)
+    monkeypatch.setattr(replicate, "check_given", Mock())
+    assert main(["replicate", *arguments]) == 1
+    assert " ".join(path.stem for path in started.call_args[0][0]) == run
+
+
 def test_parameters_write_elsewhere_and_a_process_beside_the_first_nowhere(root, monkeypatch, capsys):
     before = (root / STUB).read_bytes()
     with monkeypatch.context() as patch:

@@ -31,7 +31,7 @@ SIZES = {"llava-onevision-7b": 8.03, "llava-onevision-0.5b": 0.89, "qwen2.5-vl-7
 # What a rehearsal keeps of a step: seconds in all; of the host, beside the models' passes; of the passes the tera-operations, the
 # gigabytes of weights that they read, and their number; of the rest what a GPU would do: seconds on one core, and number of operations.
 COSTS = ("seconds", "host", "tflop", "gbytes", "passes", "tensor", "calls")
-_NO_ENCODER = ("03", "04")  # the others compare with SigLIP
+_NO_ENCODER = ("00", "03", "04")  # the others compare with SigLIP
 
 
 def data_of(notebook: str, profile: str, parameters: Mapping = {}) -> dict[str, Mapping]:

@@ -134,7 +134,8 @@ def _stays(output: NotebookNode) -> bool:
         lines = re.split(r"[\r\n]|\x1b\[A", output.text)
         output.text = "".join(f"{line}\n" for line in lines if line.strip() and not BAR.search(line))
         return bool(output.text)
-    return "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
+    widget = output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+    return widget is None or "image/png" in output.data  # a widget's picture is what remains of it without a kernel
 
 
 def execute(path: Path, parameters: dict, failed: Path) -> NotebookNode:
@@ -245,7 +246,8 @@ def replicate(chosen: argparse.Namespace) -> int:
     os.environ["KVUTILS_OUT"] = str(output_folder(chosen, more).resolve())
     out, run = notebook.output_root(), Run("", **parameters, size=chosen.size)
     paths = {path: parameters | parameters_of(path.stem[:2], chosen.profile, chosen.size, chosen.data, more)
-             for path in find_notebooks(chosen.notebooks, notebook.ROOT / "notebooks")}  # fmt: skip
+             for path in find_notebooks(chosen.notebooks, notebook.ROOT / "notebooks")
+             if chosen.notebooks or run.is_default and not more or not path.stem.startswith("00")}  # which measures nothing  # fmt: skip
     check_given(paths)
     plan.check_ready(chosen.profile, model, {path.stem[:2]: each for path, each in paths.items()})
     need_writable(out, "--out or KVUTILS_OUT")
