@@ -1,13 +1,13 @@
-"""Data sets by name. Real ones are read from their official layout, `pocket-*` ones are generated from a seed."""
+"""Data sets by name. Real ones are read from their official layout, `pocket-*` ones are generated from a seed, "folder" is one's own."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from kvutils.datasets import bdd10k, blink, coco, davis, imagenet_s, mme, msrc, pascal5i, pope, refcoco, spair
+from kvutils.datasets import bdd10k, blink, coco, davis, folder, imagenet_s, mme, msrc, pascal5i, pope, refcoco, spair
 from kvutils.datasets.catalog import CATALOG, data_root, missing_data
-from kvutils.datasets.files import find
+from kvutils.datasets.files import expect, find
 from kvutils.datasets.hub import HUB, holds_parquet, revision_of
 from kvutils.datasets.pocket import choices, yes_no
 from kvutils.datasets.pocket import sets as pocket
@@ -32,7 +32,7 @@ _LOADERS: dict[str, tuple[Callable[..., Iterable], Callable[..., Iterable]]] = {
 }  # fmt: skip
 _ON_DISK = {name: real for name, (real, _) in _LOADERS.items()}
 _GENERATED = {f"pocket-{name}": twin for name, (_, twin) in _LOADERS.items()} | {"pocket-questions": yes_no.questions_of_every_kind}
-_EVERY = _GENERATED | _ON_DISK
+_EVERY = _GENERATED | _ON_DISK | {"folder": folder.folder_samples}
 DATASETS = tuple(_EVERY)
 FOLDERS = {"imagenet-s-train": "imagenet-s", "bdd-10k-train": "bdd-10k"}  # where it is not the data set's name
 _SIX_TASKS = {
@@ -62,7 +62,8 @@ def open_dataset(name: str, root: str | Path | None = None, **options) -> Sequen
     """The samples of a data set, as in `kvutils.datasets.samples`.
 
     root: the folder of a real data set (default: its own in `KVUTILS_DATA`), or "hub" for those that the Hugging Face hub
-    holds. options: those of the loader, such as sizes and the seed of a pocket set. Raises DataError for an unknown name, a
+    holds; of "folder", that of your pictures (`kvutils.datasets.folder` says what may be in it). options: those of the loader,
+    such as sizes and the seed of a pocket set, or samples="episodes" of a folder. Raises DataError for an unknown name, a
     missing folder and options that do not exist.
 
     >>> len(open_dataset("pocket-davis-2017", count=2, frames=3))
@@ -72,6 +73,9 @@ def open_dataset(name: str, root: str | Path | None = None, **options) -> Sequen
     loader = _EVERY[name]
     if name in _ON_DISK:
         options["root"] = find_root(name, root)
+    elif name == "folder":
+        expect(root is not None, 'open_dataset("folder", root=...): root= is the folder of your pictures')
+        options["root"] = root
     elif root is not None:
         raise DataError(f"{name} is generated, not read: leave root out")
     for option in options:

@@ -209,8 +209,8 @@ def resample(compute: Callable[[np.ndarray], np.ndarray], n: int, n_boot: int, s
     random = np.random.default_rng(seed)
     step = max(1, _CHUNK // unit.size)
     for start in range(0, n_boot, step):
-        counts = random.multinomial(units, np.full(units, 1 / units), size=min(step, n_boot - start))
-        draws.append(np.asarray(compute(weights(counts))))
+        drawn = weights(random.multinomial(units, np.full(units, 1 / units), size=min(step, n_boot - start)))
+        draws.append(np.asarray(compute(drawn[drawn.any(axis=1)])))  # of few pairs, each may lack one of its two
     return Resampled(value, np.concatenate(draws), n, units)
 
 

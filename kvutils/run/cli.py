@@ -18,7 +18,7 @@ from kvutils.run import DEFAULT, DONE, MISUSED, PROFILES, STOPPED
 # The kernels of the notebooks run in another folder: what is relative to this one is made absolute before anything reads it.
 FOLDERS = ("KVUTILS_DATA", "KVUTILS_OUT", "KVUTILS_CACHE", "KVUTILS_SAMPLES", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE",
            "XDG_CACHE_HOME", "TORCH_HOME", "MPLCONFIGDIR")  # fmt: skip
-VERBS = ("capture", "replicate", "report", "figures", "data", "plan")
+VERBS = ("capture", "probe", "replicate", "report", "figures", "data", "plan")
 MODEL = "a name such as pocket or llava-onevision-7b, a folder or a hub id"
 CONTENTS = """\
 what the file holds, for photo number i (0, 1, ... in the order given):
@@ -90,6 +90,14 @@ def parser() -> argparse.ArgumentParser:
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--dtype", help="float32, bfloat16 or float16 (default: float32 on CPU, else the model's)")
 
+    add = verb("probe", "what a model's features show of your own pictures: a table, curves over the layers, colours",
+               "FOLDER holds pictures; masks/NAME.png with class numbers for segmentation, points.csv with image,name,x,y for matching").add_argument
+    add("folder", type=os.path.expanduser, metavar="FOLDER", help="folder of pictures, with masks and points where there are any")
+    add("--model", default="pocket", type=os.path.expanduser, help=f"{MODEL} (default: pocket)")
+    add("--out", type=os.path.expanduser, metavar="FOLDER", help="where results go (default: FOLDER's name and -probe, here); run again, it goes on")
+    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    add("--dtype", help="float32, bfloat16 or float16 (default: float32 on CPU, else the model's)")
+
     for name, about in {"replicate": "run the notebooks; write results, figures and verdicts (interrupted, the same command goes on)",
                         "figures": "redraw every figure from the stored results"}.items():
         add = verb(name, about).add_argument
@@ -133,6 +141,9 @@ def run(chosen: argparse.Namespace) -> int:
             need_model(spec)
     if chosen.verb == "capture":
         return capture(chosen)
+    if chosen.verb == "probe":
+        from kvutils.run.probe import probe
+        return probe(chosen)
     if chosen.verb == "data":
         from kvutils.run.download import fetch
         return fetch(chosen)
