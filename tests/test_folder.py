@@ -136,7 +136,7 @@ def test_probe_measures_what_the_folder_allows(family, folder, tmp_path, capsys,
         best = summary["value_best"]["score"] if task != "semantic_segmentation_probe" else None  # of two pictures
         last = f"[{best['low']:.3f}, {best['high']:.3f}], layer" if best else "units are too few to choose a layer"
         assert f"{summary['sources']['pixels']['mean']:.3f}" in line and last in line
-    assert {path.name for path in out.glob("*.png")} == {"probe.png", "p0-colours.png", "p0-similarity.png"}
+    assert {path.name for path in out.glob("*.png")} == {"scores.png", "picture-p0.png"}
     monkeypatch.setattr(Task, "prepare", Mock(side_effect=AssertionError))
     before = (out / "probe.json").read_bytes()
     assert main(arguments) == 0 and (out / "probe.json").read_bytes() == before  # from the stored parts
@@ -148,4 +148,4 @@ def test_probe_of_pictures_alone_draws_them(folder, tmp_path, capsys):
     (folder / "points.csv").unlink()
     assert main(["probe", str(folder), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
     assert "No scores:" in (shown := capsys.readouterr().out) and "masks/NAME.png" in shown and "points.csv" in shown
-    assert len(list((tmp_path / "out").glob("*.png"))) == 6
+    assert len(list((tmp_path / "out").glob("*.png"))) == 3

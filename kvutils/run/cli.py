@@ -134,10 +134,10 @@ def parser() -> argparse.ArgumentParser:
 
 def run(chosen: argparse.Namespace) -> int:
     """What the command line chose; each verb imports only what it needs."""
-    if chosen.verb in ("capture", "replicate", "figures", "plan"):  # a misspelt name is said at once, and a hub that cannot be reached
+    if chosen.verb in ("capture", "probe", "replicate", "figures", "plan"):  # a misspelt name is said at once, and a hub that cannot be reached
         from kvutils.checkpoints import find_model, need_model
         spec = find_model(chosen.model)
-        if chosen.verb in ("capture", "replicate"):
+        if chosen.verb in ("capture", "probe", "replicate"):
             need_model(spec)
     if chosen.verb == "capture":
         return capture(chosen)

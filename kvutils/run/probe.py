@@ -10,9 +10,10 @@ from kvutils import plots
 from kvutils.datasets import open_dataset
 from kvutils.datasets.folder import FolderPicture, name_of, samples_of
 from kvutils.errors import DataError, KVUtilsError, ParameterError
-from kvutils.models import find_model, load_mlm
+from kvutils.models import load_mlm
+from kvutils.plots.probe import own_curves
 from kvutils.plots.style import layers_text
-from kvutils.plots.value_flow import layer_curves, similarity_maps, value_pca
+from kvutils.plots.value_flow import overview
 from kvutils.readout.features import FeatureExtractor
 from kvutils.readout.maps import picture
 from kvutils.run import DONE, FAILED
@@ -23,7 +24,7 @@ from kvutils.tasks.correspondence import SemanticCorrespondence
 from kvutils.tasks.foreground_segmentation import ForegroundSegmentation
 from kvutils.tasks.text_segmentation import SemanticSegmentationProbe
 
-SHOWN, CONTEXT = 3, 8  # pictures that are drawn, and those whose tokens share their colours
+SHOWN, CONTEXT, LAYERS = 3, 8, 9  # pictures that are drawn, those whose tokens share their colours, layers that are drawn
 COLUMNS = ("pixels", "encoder", "projector")
 NOTE = """\
 best value layer: chosen among the layers from 1 on with half of the items and read on the other half, with 95 % interval;
@@ -36,7 +37,6 @@ def probe(chosen: argparse.Namespace) -> int:
     out = Path(chosen.out or f"{folder.resolve().name}-probe")
     if out.resolve() == folder.resolve():
         raise ParameterError(f"--out {out}: its figures would be pictures of the folder; name another one")
-    find_model(chosen.model)
     pictures = open_dataset("folder", folder, progress=True)
     need_writable(out, "--out")
     samples, why = {}, {}
@@ -61,7 +61,7 @@ def probe(chosen: argparse.Namespace) -> int:
             found[task.name] = summarise(run_task(task, extractor, parts), task)
         except KVUtilsError as error:
             failed[task.title] = str(error)
-    plots.save(_pictures(pictures, extractor) | ({"probe": layer_curves(found)} if found else {}), out)
+    plots.save(_pictures(pictures, extractor) | ({"scores": own_curves(found)} if found else {}), out)
     write_json(out / "probe.json", {"folder": str(folder), "pictures": len(pictures), "tasks": found, "failed": failed, "not_asked": why,
                                     **provenance(extractor.mlm)}, digits=9)  # fmt: skip
     print("\n".join(table(found)) if found else "\n".join(["No scores:", *why.values()]))
@@ -73,12 +73,13 @@ def probe(chosen: argparse.Namespace) -> int:
 
 def _pictures(pictures: Sequence[FolderPicture], extractor: FeatureExtractor) -> dict[str, Figure]:
     """Of the first pictures: what tokens are alike, as colours, and what is like the middle of what the mask shows, or of the picture."""
-    figures = {}
+    figures, most = {}, max(1, -(-len(extractor.layers) // LAYERS))
     for place, one in enumerate(pictures[:SHOWN]):
         context = {other.id: other.image for other in pictures[max(0, place - CONTEXT) : place + CONTEXT] if other is not one}
         middle = (one.box[:2] + one.box[2:]) / 2
         scene = picture(extractor, one.id, one.image, (float(middle[0]), float(middle[1])), context)
-        figures |= {f"{one.id}-colours": value_pca(scene), f"{one.id}-similarity": similarity_maps(scene)}
+        some = [name for name in scene["pca"] if "." not in name or int(name.rpartition(".")[2]) % most == 0]
+        figures[f"picture-{one.id}"] = overview(scene | {kind: {name: scene[kind][name] for name in some} for kind in ("pca", "similarity")})
     return figures
 
 
