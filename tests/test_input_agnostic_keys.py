@@ -23,15 +23,15 @@ from kvutils.readout.attention import attention_mass
 from kvutils.readout.selections import select_all, select_lowest, selected_mass, variance_threshold
 from kvutils.run.report import load_claims
 from kvutils.run.verdicts import judge
-from kvutils.store import Parts, to_json
+from kvutils.store import Frame, Parts, read_frame, to_json, write_frame
 from kvutils.tasks import key_blocking, key_statistics
 from kvutils.tasks.bimodality import bimodal_layers
-from kvutils.tasks.input_agnostic_keys import claim_c5, claim_x4, open_data
+from kvutils.tasks.input_agnostic_keys import claim_c5, claim_x4, open_data, results
 from kvutils.tasks.key_blocking import BLOCK, CONTROLS, EVERY, NONE, READING, claim_c6, claim_x2, conditions, effects
 from kvutils.tasks.key_statistics import agnostic, compare_trained, describe_keys, thresholds
 from kvutils.tasks.key_table import KeyTable, measure_keys, measure_turned, turned
 from kvutils.tasks.knock_out import KnockOut, as_questions, blocked_layers, condition_of, knock_out, reading_layers, summarise_knock_out
-from kvutils.tasks.yes_no import Mme, Pope
+from kvutils.tasks.yes_no import Answers, Mme, Pope
 from tests.tiny_models import compare_answers, noisy, picture, summarise_answers, tiny_pocket
 
 BLANK = picture(32, 32)
@@ -199,7 +199,7 @@ def test_what_the_foreground_explains():
     assert seen["correlation"]["all"]["low"] > 0.99 and len(seen["correlation"]["layers"]) == 2
     described = describe_keys(table, n_boot=50)
     assert described["foreground"]["correlation"] == seen["correlation"]
-    assert np.array(described["maps"]["foreground"]).shape == (10, 10)
+    assert np.array(described["foreground_map"]).shape == (10, 10)
     assert sum(map(sum, described["histograms"]["raw"]["layers"])) == 2 * 2 * 100
 
 
@@ -232,12 +232,13 @@ def test_patches_in_reverse_tell_place_from_picture(mlm):
     by_place[:, :, :12] *= 0.1
     table, flip = table_of(by_place), [*reversed(range(144)), 144]
     for turned_variance, place, low_row in ((by_place, 1, -1), (by_place[:, :, flip], 0, 0)):
-        found = describe_keys(table, n_boot=50, turned=turned_variance)["order"]
+        described = describe_keys(replace(table, turned=turned_variance), n_boot=50)
+        found = described["order"]
         curves = {name: each["all"]["mean"] for name, each in found["curves"].items()}
         assert curves["first"] > 0.99 and curves["rest"] < 0.03
         assert (curves["turned_first"], curves["turned_picture"]) == pytest.approx((place, 1 - place), abs=0.05)
         assert found["row"] == 12 and np.array(found["maps"]["turned"])[low_row].mean() > 0.99
-        note = claim_c5(describe_keys(table, n_boot=50, turned=turned_variance))["note"]
+        note = claim_c5(described)["note"]
         assert f"in reverse {curves['turned_first']:.2f} of the new first row's, and {curves['turned_picture']:.2f} of" in note
 
 
@@ -329,7 +330,7 @@ def test_published_models_may_answer_in_capitals(published, family):
     hook = mlm.model.lm_head.register_forward_hook(capitals)
     try:
         none = knock_out(mlm, asked, progress=False).of("none")
-        _, held = key_blocking.ask_under_blocks(Pope([replace(s, image_id=s.id) for s in yes_no(1)]), mlm, {NONE: None}, progress=False)
+        held = key_blocking.ask_under_blocks(Pope([replace(s, image_id=s.id) for s in yes_no(1)]), mlm, {NONE: None}, progress=False).option_mass
     finally:
         hook.remove()
     share = 1 / (1 + math.exp(-1))
@@ -357,7 +358,7 @@ def test_the_curve_and_the_reading_layers():
         values[:, i, 1] = 0.1 + 2 * (1 in hidden) + (2 in hidden) + 0.1 * random.random(n)
     kinds = ["often"] * 200 + ["seldom"] * 40
     values[200:, 1:, 0] = values[200:, :1, 0]  # blocking changes nothing for the second kind
-    table = KnockOut(4, names, kinds, [f"scene{i // 4}" for i in range(n)], values)
+    table = KnockOut(4, names, [str(i) for i in range(n)], kinds, [f"scene{i // 4}" for i in range(n)], values)
     summary = summarise_knock_out(table, 100)
     often = summary["kinds"]["often"]
     assert [each["accuracy_change"]["mean"] for each in often["from"]] == pytest.approx([-0.75, -0.75, -0.25, 0])
@@ -386,7 +387,7 @@ def experiment(draws=3):
     variance[:3, :, 16], variance[3:, :, 16] = 1e-9, 99  # the newline: extreme, and never chosen
     mass = torch.from_numpy(np.random.default_rng(4).uniform(0.01, 0.03, (6, 2, 17)))
     table = table_of(variance, mass=mass)
-    return table, *conditions(table, thresholds(table), [2, 1], draws=draws)
+    return table, *conditions(table, thresholds(table)["raw"], [2, 1], draws=draws)
 
 
 def test_controls_match_the_block():
@@ -419,14 +420,14 @@ def test_without_a_key_below_the_threshold_the_lowest_are_blocked():
     table = table_of(log_normal(6, 2, 17) * torch.tensor([1e-3, 1, 1, 1, 1, 1]).double()[:, None, None])
     found = thresholds(table)
     assert not agnostic(table, found, "raw")[4:].any()
-    blocks, about = conditions(table, found, [0, 1], draws=1)
+    blocks, about = conditions(table, found["raw"], [0, 1], draws=1)
     assert "lowest 0.1" in about["method"] and about["below"] == 0 and blocks[BLOCK].mask.sum((1, 2)).tolist() == [3, 3]
     assert blocks[BLOCK].name == BLOCK
     assert select_lowest(table.variance, table.real, 0.5, [5]).mask.sum() == 16
     for bad, message in (({"reading": [1]}, "2 reading layers"), ({"reading": [0, 1], "draws": 0}, "draws"),
                          ({"reading": [0, 1], "layers": [4, 6]}, "layer of the selection")):  # fmt: skip
         with pytest.raises(ParameterError, match=message):
-            conditions(table, found, **bad)
+            conditions(table, found["raw"], **bad)
     with pytest.raises(ParameterError, match="share"):
         select_lowest(table.variance, table.real, 0.0, [5])
 
@@ -436,7 +437,8 @@ def test_answers_under_blocks(mlm, tmp_path, monkeypatch):
     blocks = {NONE: None, "everything": select_all(range(5), 2, 17), "late": select_all([4], 2, 17)}
     parts = Parts(tmp_path, seed=0)
     options = {"chunk": 2, "progress": False}
-    found = answers, held = key_blocking.ask_under_blocks(task, mlm, blocks, parts, **options)
+    found = key_blocking.ask_under_blocks(task, mlm, blocks, parts, **options)
+    answers, held = found.texts, found.option_mass
     assert list(answers) == list(blocks) and all(len(texts) == len(task.samples) for texts in answers.values())
     for number in (0, 13):
         sample = task.samples[number]
@@ -448,9 +450,9 @@ def test_answers_under_blocks(mlm, tmp_path, monkeypatch):
     assert answers[NONE] != answers["everything"], "nothing of the image is left"
     calls, real = [], key_blocking.answer_all
     monkeypatch.setattr(key_blocking, "answer_all", lambda *a, **k: calls.append(a) or real(*a, **k))
-    assert key_blocking.ask_under_blocks(task, mlm, blocks, parts, **options) == found and not calls
+    assert key_blocking.ask_under_blocks(task, mlm, blocks, parts, **options).texts == answers and not calls
     next(parts.folder.rglob("blocked/pope/000002*")).unlink()
-    assert key_blocking.ask_under_blocks(task, mlm, blocks, parts, **options) == found and len(calls) == 1
+    assert key_blocking.ask_under_blocks(task, mlm, blocks, parts, **options).texts == answers and len(calls) == 1
     changed = blocks | {"late": select_all([3], 2, 17)}
     key_blocking.ask_under_blocks(task, mlm, changed, parts, **options)
     assert len(calls) == 4, "another block under the same name is another answer"
@@ -529,43 +531,61 @@ def test_what_matters_is_what_the_claims_say(asked):
 
 
 def test_the_sweep_reports_on_the_other_half(monkeypatch):
-    task, seen = Pope(yes_no(60)), []
+    task, seen, best = Pope(yes_no(60)), [], "lowest 0.2, last 3 layers"
     table = table_of(log_normal(6, 2, 17))
 
     def answer(half, mlm, blocks, parts, **options):
         seen.append((half.images, list(blocks)))
         right, wrong = noisy(half, 0.95, 9), noisy(half, 0.6, len(seen))
-        return {name: right if name == "0.2 3" else wrong for name in blocks}, {}
+        return Answers(half, {name: right if name == best else wrong for name in blocks}, {})
 
     monkeypatch.setattr(key_blocking, "ask_under_blocks", answer)
-    found = key_blocking.sweep(task, None, table, (0.1, 0.2), (1, 3, 6), n_boot=100)
-    assert found["best"] == {"share": 0.2, "depth": 3} and found["held_out"]["low"] > 0.1
-    assert np.array([[cell["mean"] for cell in row] for row in found["grid"]]).shape == (2, 3)
+    found = key_blocking.sweep(*key_blocking.ask_sweep(task, None, table), 6, n_boot=100)
+    assert found["best"] == {"share": 0.2, "depth": 3} and found["held_out"]["low"] > 0.1 and found["depths"] == [1, 2, 3, 4, 6]
+    assert np.array([[cell["mean"] for cell in row] for row in found["grid"]]).shape == (5, 5)
     (first, every), (second, one) = seen
-    assert len(every) == 7 and one == [NONE, "0.2 3"]
+    assert len(every) == 26 and one == [NONE, best]
     assert not set(first) & set(second) and len(first) + len(second) == 60 == sum(found["images"])
 
 
-def test_figures_come_from_stored_results_alone(redraw):
-    table, blocks, about = experiment(draws=1)
-    untrained = table_of(log_normal(6, 2, 17, seed=7))
-    described = [describe_keys(each, n_boot=20, turned=untrained.variance) for each in (table, untrained)]
-    names, groups = list(blocked_layers(6)), [str(i // 4) for i in range(40)]
-    curve = KnockOut(6, names, ["colour", "count"] * 20, groups, np.random.default_rng(0).random((40, len(names), 3)))
+@pytest.fixture(scope="module")
+def tables():
+    """All that notebook 03 measures, made up; a token has no rectangle, a newline neither."""
+    table, blocks, _ = experiment(draws=2)
+    untrained, names, random = table_of(log_normal(6, 2, 17, seed=7)), list(blocked_layers(6)), np.random.default_rng(0)
+    curve = KnockOut(6, names, [f"q{i}" for i in range(40)], ["colour", "count"] * 20, [str(i // 4) for i in range(40)], random.random((40, len(names), 3)))
+
+    def answers(task, conditions):
+        return Answers(task, {name: noisy(task, 0.8, i) for i, name in enumerate(conditions)}, {name: random.random(len(task.samples)) for name in conditions})
+
     pope, mme = Pope(yes_no(10)), Mme(yes_no(10, ("existence", "count")))
-    found = [effects(task, {name: noisy(task, 0.8, i) for i, name in enumerate(blocks)}, 20) for task in (pope, mme)]
-    interval = {"mean": 0.01, "low": -0.01, "high": 0.02, "n": 4}
-    results = {
-        "keys": {"trained": described[0], "untrained": described[1],
-                 "compared": compare_trained(table, untrained, described[0]["thresholds"], 20)},
-        "knock_out": summarise_knock_out(curve, 20),
-        "blocking": {"about": about, "pope": found[0], "mme": found[1]},
-        "sweep": {"grid": [[interval, interval]], "shares": [0.1], "depths": [1, 2], "held_out": interval,
-                  "best": {"share": 0.1, "depth": 2}},
-        "picture": {"image": encode_image(BLANK)},
-    }  # fmt: skip
-    figures = redraw("03_input_agnostic_keys", results)
-    assert len(figures) == 9 and all(name.startswith("03_") for name in figures)
+    found = {"keys": replace(table, turned=untrained.variance), "keys_untrained": untrained, "reading": curve}
+    found |= {"pope": answers(pope, blocks), "mme": answers(mme, blocks)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(key_blocking, "ask_under_blocks", lambda half, mlm, blocks, parts, **options: answers(half, blocks))
+        return found | dict(zip(("sweep", "sweep_held_out"), key_blocking.ask_sweep(pope, None, table), strict=True))
+
+
+PARAMETERS = {"parameters": {"model": "made up", "layers": [], "draws": 2, "bootstrap": 20, "seed": 0}}
+
+
+def test_results_follow_from_the_files_alone(tables, tmp_path):
+    direct = results(tables, PARAMETERS)
+    for name, table in tables.items():
+        write_frame(tmp_path / f"{name}.parquet", table.frame())
+    again = {name: type(table).of_frame(read_frame(tmp_path / f"{name}.parquet")) for name, table in tables.items()}
+    assert to_json(results(again, PARAMETERS)) == to_json(direct) and set(direct["claims"]) == {"C5", "C6", "X2", "X4"}
+    assert results(tables, {"parameters": PARAMETERS["parameters"] | {"layers": [-1, 4]}})["blocking"] == direct["blocking"]
+    assert [sample.id for sample in again["mme"].task.samples] == [sample.id for sample in tables["mme"].task.samples]
+    assert np.array_equal(again["keys"].layout.rects, tables["keys"].layout.rects, equal_nan=True)
+    frame = tables["keys"].frame()
+    with pytest.raises(DataError, match="a row for each of 6 layers x 2 heads x 17 tokens"):
+        KeyTable.of_frame(Frame({name: each[::-1] for name, each in frame.columns.items()}, frame.about))
+
+
+def test_figures_come_from_stored_results_alone(redraw, tables):
+    figures = redraw("03_input_agnostic_keys", results(tables, PARAMETERS) | {"picture": {"image": encode_image(BLANK)}})
+    assert len(figures) == 6 and all(name.startswith("03_") for name in figures)
     for name, figure in figures.items():
         labels = [axis.get_xlabel() + axis.get_ylabel() + axis.get_title() for axis in figure.axes]
         assert any(labels) and any(axis.has_data() for axis in figure.axes), name

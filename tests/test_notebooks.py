@@ -90,7 +90,7 @@ def test_the_block_of_notebook_03(keys):
     keys["blocks"][READING[0]] = KeySelection(READING[0], every, (0, 1, 2))
     keys["pope"] = pope = Pope(keys["data"]["pope"][:1])
     keys.run("method-block")
-    texts, _ = ask_under_blocks(pope, mlm, keys["blocks"], progress=False)
+    texts = ask_under_blocks(pope, mlm, keys["blocks"], progress=False).texts
     with ImageSession(mlm, pope.samples[0].image) as session:
         for name, logits in {None: keys["before"], **keys["blocked"]}.items():
             (answer,) = session.yes_no([pope.samples[0].question], block=keys["blocks"].get(name))

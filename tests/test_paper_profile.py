@@ -134,9 +134,9 @@ def test_keys_and_blocks(data):
     assert summarise_knock_out(curve, BOOT)["kinds"]["all"]["n"] == len(reading)
     block_layers = last_layers(mlm.num_layers)
     chosen = reading_layers(curve, len(block_layers), 0)["layers"]
-    blocks, about = conditions(table, limits, chosen, layers=block_layers, draws=2)
+    blocks, about = conditions(table, limits["raw"], chosen, layers=block_layers, draws=2)
     tasks = [Pope(found["pope"]), Mme(found["mme"])]
-    effect = [effects(task, ask_under_blocks(task, mlm, blocks, progress=False)[0], BOOT) for task in tasks]
+    effect = [effects(task, ask_under_blocks(task, mlm, blocks, progress=False).texts, BOOT) for task in tasks]
     claims = {"C5": claim_c5(described), "C6": claim_c6(about, *effect), "X2": claim_x2(about, effect[0]), "X4": claim_x4(described, compared)}
     assert set(verdicts(claims)) == set(claims)
 

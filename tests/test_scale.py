@@ -77,7 +77,7 @@ def measure(mlm, folder: Path, out: Path, pause: float = 0) -> None:
     asked = [YesNoSample(f"{s.id}-{k}", s.id, s.image, text, "yes" if k else "no", "random")
              for s in samples[:6] for k, text in enumerate(QUESTIONS)]  # fmt: skip
     block = select_all(range(2), mlm.num_kv_heads, table.variance.shape[-1])
-    answers, _ = ask_under_blocks(Pope(asked), mlm, {NONE: None, "all": block}, parts, chunk=1, progress=False)
+    answers = ask_under_blocks(Pope(asked), mlm, {NONE: None, "all": block}, parts, chunk=1, progress=False).texts
     numbers = {name: getattr(table, name) for name in ("variance", "norm", "mass", "foreground")}
     write_json(out, {"keys": numbers, "scores": vars(scores), "answers": answers})
 

@@ -20,7 +20,7 @@ from kvutils.tasks.base import run_task
 from kvutils.tasks.correspondence import SemanticCorrespondence
 from kvutils.tasks.settings import ValueReader, claim_x6, measure_settings, open_pope, setting_changes, settings_of, some_of
 from kvutils.tasks.text_segmentation import ReferringSegmentation
-from kvutils.tasks.yes_no import Pope
+from kvutils.tasks.yes_no import Answers, Pope
 from tests.tiny_models import FAMILIES, picture, tiny
 
 SIZE = (64, 56)
@@ -108,8 +108,8 @@ def test_parts_of_one_setting_are_not_those_of_another(tmp_path):
     assert coarse.shown(image).size == image.size and coarse.shown(image) != image and every[0].shown(image) is image
     asked = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(settings, "ask_under_blocks", lambda task, *rest, **more: (
-            {"none": asked.append((more["batch_size"], np.asarray(task.samples[0].image).sum())) or ["yes"] * len(task.samples)}, {}))
+        patch.setattr(settings, "ask_under_blocks", lambda task, *rest, **more: Answers(task, {
+            "none": asked.append((more["batch_size"], np.asarray(task.samples[0].image).sum())) or ["yes"] * len(task.samples)}, {}))
         for setting in (*every, *every):
             settings._answers(pope(), setting, Parts(tmp_path, x=1))
     assert len(asked) == 4 and len(set(asked)) == 3

@@ -1,4 +1,4 @@
-"""Figures of notebook 03: how much keys vary, where the image is read, and what blocking chosen keys does."""
+"""Figures of notebook 03: which keys vary little, where the image is read, and what blocking chosen keys does."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,193 +6,206 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from kvutils.plots.style import COLOURS, curve, decode_image, forest, in_order, legend_below, panels, picture, styled
+from kvutils.plots.style import COLOURS, curve, decode_image, forest, in_order, legend_below, picture, styled
 
-TASKS = {"pope": ("POPE F1 (points)", 100.0), "mme": ("MME score (points)", 1.0)}  # -> unit, what the score is multiplied by
+TASKS = {"pope": ("POPE F1", 100.0), "mme": ("MME score", 1.0)}  # -> score, what it is multiplied by for points
 KNOCK_OUT_STYLE = {  # which layers are hidden -> colour, line, marker, label
-    "one": (COLOURS[0], "-", "o", "hidden in this layer alone"),
-    "from": (COLOURS[1], "--", "s", "hidden in this layer and all after it"),
-    "until": (COLOURS[2], "-.", "D", "hidden in this layer and all before it"),
+    "one": (COLOURS[0], "-", "o", "in this layer alone"),
+    "from": (COLOURS[1], "--", "s", "in this layer and all after it"),
+    "until": (COLOURS[2], "-.", "D", "in this layer and all before it"),
 }
-MODES = {"yes": "two modes, D = {:.2f}", "open": "open, D = {:.2f}", "no": "one mode"}
-BLOCK_STYLE = {"input-agnostic": (COLOURS[0], "o"), "reading": (COLOURS[2], "D"), "all": (COLOURS[3], "v")}  # else: a control
+MODES = {"yes": "two modes", "open": "open", "no": "one mode"}
+BLOCK, EVERY, BELOW = "input-agnostic", "all keys", "reading layers, input-agnostic"
+ROWS = {  # condition -> its label, colour and marker
+    EVERY: ("every image key", COLOURS[3], "v"),
+    BLOCK: ("the block: keys that vary least", COLOURS[0], "o"),
+    "random": ("random keys", COLOURS[7], "s"),
+    "random, same attention": ("random keys, same attention", COLOURS[7], "s"),
+    "highest variance": ("keys that vary most", COLOURS[7], "s"),
+    "same positions, early layers": ("same positions as the block", COLOURS[7], "s"),
+    BELOW: ("all keys below the threshold", COLOURS[2], "D"),
+    "reading layers, lowest variance": ("keys that vary least", COLOURS[2], "D"),
+    "reading layers, random": ("random keys", COLOURS[2], "D"),
+}
+
+
+def _span(layers: Sequence[int]) -> str:
+    return f"layers {min(layers)}-{max(layers)}" if len(layers) > 1 else f"layer {layers[0]}"
+
+
+def _tick_layers(axis, layers: int, which: str = "x") -> None:
+    axis.set(**{f"{which}ticks": range(0, layers, max(1, layers // 10)), f"{which}label": "layer"})
 
 
 @styled
-def variance_histograms(keys: Mapping, scale: str = "raw") -> Figure:
-    """Log10 of the keys' variance per layer; last panel: all layers together, as in the paper.
-
-    keys: trained and untrained descriptions. scale: "raw", with the threshold of all layers together; or "within_heads", over the variance
-    at the mode of the key's head, with the valley of a layer that has one."""
-    trained, raw = keys["trained"], scale == "raw"
-    layers, found = trained["layers"], trained["thresholds"]["raw"]
-    columns = 4 if layers < 16 else 7
-    figure, axes = panels(layers + 1, columns, 3.1, 2.2, sharex=True)
-    unit = "variance (squared key units)" if raw else "variance / that of most keys of the head"
-    for layer, axis in enumerate(axes):
-        whole = layer == layers
-        for label, colour in (("untrained", COLOURS[7]), ("trained", COLOURS[0])):
-            counts, edges = (np.array(keys[label]["histograms"][scale][name]) for name in ("layers", "log10_edges"))
-            counts = counts.sum(0) if whole else counts[layer]
-            axis.stairs(counts, edges, fill=label == "trained", color=colour, alpha=0.75, lw=1.2, label=label)
-        if raw:
-            axis.axvline(np.log10(found["value"]), color="black", lw=1.3, label="threshold of all layers together")
-        name = "all layers together" + (f": D = {found['separation']:.2f}" if raw else "")
-        if not whole:
-            about = trained["modes"]["layers"][layer]
-            name = f"layer {layer}: " + MODES[about["two_modes"]].format(about["separation"])
-            if not raw and about["two_modes"] != "no":
-                axis.axvline(np.log10(about["modes"][1]), color=COLOURS[1], ls="--", lw=1.3, label="valley")
-        axis.set(title=name, ylabel="keys" if layer % columns == 0 else "")
-        if layer + columns > layers:
-            axis.tick_params(labelbottom=True)
-            axis.set_xlabel(f"log$_{{10}}$ {unit}", fontsize=8)
-    legend_below(figure, axes, ncols=4)
+def variance(trained: Mapping) -> Figure:
+    """Log10 of the keys' variance: all layers together above, each layer as a row below; at the left as it is, as in the paper, at the
+    right in relation to most keys of the same head. trained: of `describe_keys`."""
+    layers, modes, limit = trained["layers"], trained["modes"]["layers"], trained["thresholds"]["raw"]
+    figure, axes = plt.subplots(2, 2, figsize=(9.6, 5.2), height_ratios=(1, 1.7), sharex="col")
+    units = {"raw": "log$_{10}$ variance (squared key units)", "within_heads": "log$_{10}$ variance / that of most keys of its head"}
+    for (above, below), (scale, unit) in zip(axes.T, units.items(), strict=True):
+        counts, edges = (np.array(trained["histograms"][scale][name]) for name in ("layers", "log10_edges"))
+        above.stairs(counts.sum(0), edges, fill=True, color=COLOURS[0], alpha=0.75)
+        below.pcolormesh(edges, np.arange(layers + 1) - 0.5, counts / counts.max(axis=1, keepdims=True), cmap="Blues")
+        below.set(ylim=(layers - 0.5, -0.5), title="each layer by itself (darker: more keys)")
+        _tick_layers(below, layers, "y")
+        below.set_xlabel(unit)
+    for axis in axes[:, 0]:
+        axis.axvline(np.log10(limit["value"]), color="black", lw=1.2, ls="--", label=f"threshold ({limit['method']})")
+    axes[0, 0].legend(fontsize=8.5)
+    axes[0, 0].set(title=f"all layers together: {MODES['yes' if limit['two_modes'] else 'no']}", ylabel="keys")
+    axes[0, 1].set_title("all layers together, heads aligned")
+    right = axes[1, 1].secondary_yaxis("right")
+    right.set_yticks(range(layers), [MODES[each["two_modes"]] for each in modes], fontsize=8.5 if layers < 16 else 7.8)
+    right.tick_params(length=0)
+    behind = [each["two_modes"] for each in modes[1:]]
+    cause = "two modes, which layers of different scale alone can make" if limit["two_modes"] else "one mode"
+    figure.suptitle(f"All layers together have {cause};\nwithin heads, {behind.count('yes')} of the {layers - 1} layers behind layer 0 have "
+                    f"two modes (open in {behind.count('open')})")  # fmt: skip
     return figure
 
 
 @styled
-def causal_order(keys: Mapping) -> Figure:
-    """Share of keys among the lowest of their head: at each patch, in the usual order and in reverse, and by layer."""
+def places(keys: Mapping, scene: Mapping) -> Figure:
+    """Which positions the lowest keys of each head have, in the usual order and with patches fed in reverse: maps, and by layer. scene: an
+    image (base64) with which the foreground frequency is compared."""
     trained = keys["trained"]
-    about, size = trained["order"], trained["maps"]["size"]
-    figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.1), width_ratios=(1, 1, 1.6))
-    titles = {"usual": "usual order:\nupper left patch first", "turned": "reverse order:\nlower right patch first"}
-    for axis, (name, title) in zip(axes, titles.items(), strict=False):
+    about, size, curves = trained["order"], trained["size"], trained["order"]["curves"]
+    figure = plt.figure(figsize=(9.6, 5.2))
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.15))
+    axes = top.subplots(1, 4)
+    picture(axes[0], decode_image(scene["image"]), size, "an image")
+    often = picture(axes[1], np.array(trained["foreground_map"], dtype=float), size, "foreground", cmap="cividis", vmin=0)
+    top.colorbar(often, ax=axes[1], shrink=0.8, label="share of images")
+    titles = {"usual": "read from the\nupper left", "turned": "read from the\nlower right"}
+    for axis, (name, title) in zip(axes[2:], titles.items(), strict=True):
         drawn = picture(axis, np.array(about["maps"][name], dtype=float), size, title, vmin=0, vmax=1, cmap="magma")
-    figure.colorbar(drawn, ax=axes[:2], shrink=0.8, label=f"share among the lowest {about['lowest']:.0%}\n(heads, layers 1 on)")
+    top.colorbar(drawn, ax=axes[2:], shrink=0.8, label=f"share among the\nlowest {about['lowest']:.0%} of a head")
+    axis = bottom.subplots()
     styles = {
-        "first": (COLOURS[0], "-", "o", "first row, usual order"),
-        "turned_first": (COLOURS[1], "--", "s", "first tokens in reverse order"),
-        "turned_picture": (COLOURS[2], "-.", "D", "what the first row shows, in reverse"),
+        "first": (COLOURS[0], "-", "o", "first row of patches, usual order"),
+        "turned_first": (COLOURS[1], "--", "s", "reverse order: what is read first (the place)"),
+        "turned_picture": (COLOURS[2], "-.", "D", "reverse order: the patches of the first row (the picture)"),
         "rest": (COLOURS[7], ":", "^", "other rows, usual order"),
     }
     for name, style in styles.items():
-        curve(axes[2], range(trained["layers"]), about["curves"][name]["layers"], style)
-    title = f"the lowest {about['lowest']:.0%} of each head's keys"
-    axes[2].set(title=title, xlabel="layer", ylabel="share of these tokens' keys", ylim=(-0.03, 1.03))
-    axes[2].legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return figure
-
-
-@styled
-def position_maps(keys: Mapping, scene: Mapping) -> Figure:
-    """Layer x position of the trained model: variance, heads that hold the key input-agnostic, attention received.
-
-    Last column: an image (base64, of `scene`), the mean over layers on it, foreground frequency."""
-    about = keys["trained"]
-    maps, size, layers = about["maps"], about["maps"]["size"], about["layers"]
-    shown = np.unique(np.linspace(0, layers - 1, min(layers, 10)).round().astype(int)).tolist()
-    kinds = (
-        ("log10_variance", "cividis", "log$_{10}$ variance", None),
-        ("agnostic", "magma", "below threshold\n(share of heads)", (0, 1)),
-        ("mass", "viridis", "attention (times\nthe average key's)", None),
-    )
-    figure, axes = plt.subplots(3, len(shown) + 1, figsize=(1.3 * (len(shown) + 1) + 1.2, 4.9))
-    for row, (kind, colours, label, limits) in enumerate(kinds):
-        values = np.array(maps[kind], dtype=float)
-        low, high = limits or (np.nanmin(values), np.nanmax(values))
-        for column, layer in enumerate(shown):
-            title = f"layer {layer}" if row == 0 else ""
-            drawn = picture(axes[row, column], values[layer], size, title, vmin=low, vmax=high, cmap=colours)
-        figure.colorbar(drawn, ax=axes[row, : len(shown)], shrink=0.85, pad=0.01, label=label)
-    picture(axes[0, -1], decode_image(scene["image"]), size, "an image")
-    picture(axes[1, -1], decode_image(scene["image"]), size)
-    mean = np.array(maps["agnostic"], dtype=float).mean(0)
-    picture(axes[1, -1], mean, size, "mean over layers", cmap="magma", alpha=0.6, vmin=0, vmax=1)
-    often = picture(axes[2, -1], np.array(maps["foreground"], dtype=float), size, "foreground", cmap="cividis", vmin=0)
-    figure.colorbar(often, ax=axes[2, -1], shrink=0.7, label="share of images", location="bottom")
+        curve(axis, range(trained["layers"]), curves[name]["layers"], style)
+    _tick_layers(axis, trained["layers"])
+    axis.set(ylabel=f"share of these keys among\nthe lowest {about['lowest']:.0%} of their head", ylim=(-0.03, 1.03))
+    axis.legend(fontsize=8.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    place, shown = (curves[name]["all"]["mean"] for name in ("turned_first", "turned_picture"))
+    figure.suptitle(f"With patches read in reverse, {place:.0%} of the keys read first are among the lowest {about['lowest']:.0%} of their head (the place),\n"
+                    f"and {shown:.0%} of those that show the old first row (the picture); layers 1 on")  # fmt: skip
     return figure
 
 
 @styled
 def shares_by_layer(keys: Mapping) -> Figure:
-    """Share of input-agnostic keys per layer, trained and untrained, on each scale; what these keys are."""
-    trained, compared = keys["trained"], keys["compared"]
-    layers = range(trained["layers"])
-    figure, axes = plt.subplots(1, 4, figsize=(13, 3.1), width_ratios=(1, 1, 1, 1.05))
-    titles = {
-        "raw": "raw: below the threshold\nof all layers together",
-        "within_heads": "within heads: below the valley\nof {} layers, else near-constant",
-        "near_constant": "near-constant: variance below\n{:.0%} of mean norm$^2$",
-    }
-    for axis, (scale, title) in zip(axes, titles.items(), strict=False):
-        curve(axis, layers, trained["shares"][scale]["layers"], (COLOURS[0], "-", "o", "trained"))
-        curve(axis, layers, compared[scale]["untrained"]["layers"], (COLOURS[7], ":", "^", "untrained"))
-        limit = trained["thresholds"][scale]
-        title = title.format(sum(each["method"] == "valley" for each in limit) if scale == "within_heads" else limit["value"])
-        if scale == "raw" and not limit["two_modes"]:
-            title += f"\n(no two modes: {limit['method']})"
-        axis.set(title=title, xlabel="layer", ylim=(-0.03, 1.03))
-    axes[0].set_ylabel("share of keys")
-    axes[0].legend(fontsize=7.5)
-    sinks = trained["sinks"]["raw"]
-    curve(axes[3], layers, trained["foreground"]["correlation"]["layers"], (COLOURS[4], "-", "o", "variance and foreground (r)"))
-    curve(axes[3], layers, sinks["mass"]["layers"], (COLOURS[2], "--", "D", "attention: agnostic minus others"))
-    curve(axes[3], layers, sinks["norm"]["layers"], (COLOURS[3], "-.", "v", "norm: agnostic minus others"))
-    axes[3].axhline(0, color="black", lw=0.7)
-    axes[3].set(title="what these keys are", xlabel="layer", ylabel="r, or multiples of the average key's")
-    axes[3].legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    """Share of keys that vary little, trained and untrained, by layer; attention and norm of these keys against others."""
+    trained, compared = keys["trained"], keys["compared"]["within_heads"]
+    layers, limits = trained["layers"], trained["thresholds"]["within_heads"]
+    figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.9))
+    curve(axes[0], range(layers), trained["shares"]["within_heads"]["layers"], (COLOURS[0], "-", "o", "trained"), factor=100)
+    curve(axes[0], range(layers), compared["untrained"]["layers"], (COLOURS[7], ":", "^", "untrained"), factor=100)
+    valleys = sum(each["method"] == "valley" for each in limits)
+    rule = f"variance below {trained['thresholds']['near_constant']['value']:.0%} of the squared norm"
+    axes[0].set(title=f"below the valley in {valleys} layers, in others\n{rule}", ylabel="% of a layer's keys")
+    axes[0].legend()
+    for kind, style in (("mass", (COLOURS[2], "--", "D", "attention")), ("norm", (COLOURS[3], "-.", "v", "norm"))):
+        curve(axes[1], range(layers), trained["sinks"]["raw"][kind]["layers"], style)
+    axes[1].axhline(0, color="black", lw=0.8)
+    sink = trained["sinks"]["raw"]["mass"]["all"]["mean"]
+    axes[1].set(title="keys below the threshold minus the others of\ntheir head: " + ("none to compare" if sink is None else f"{sink:+.2f} in attention"),
+                ylabel="multiples of the average key's")  # fmt: skip
+    axes[1].legend(title="attention above 0: a sink", title_fontsize=8.5)
+    for axis in axes:
+        _tick_layers(axis, layers)
+    first, gap = trained["shares"]["within_heads"]["layers"][0]["mean"], compared["behind_layer_0"]
+    figure.suptitle(f"{first:.0%} of the keys of layer 0, where no attention has run, vary little;\nbehind it, trained minus untrained is "
+                    f"{100 * gap['mean']:+.1f} % of the keys [{100 * gap['low']:+.1f}, {100 * gap['high']:+.1f}]")  # fmt: skip
     return figure
 
 
 @styled
-def knock_out_curves(knock_out: Mapping, measure: str, block: Sequence[int]) -> Figure:
-    """Accuracy or loss per kind of question with the image hidden in one layer, from it on, up to it.
-
-    block: the layers of the blocking experiment, shaded."""
-    kinds, layers = knock_out["kinds"], range(knock_out["layers"])
-    order = ["all", *sorted(kind for kind in kinds if kind != "all")]
-    figure, axes = panels(len(order), 4, 3.25, 2.6, sharex=True)
-    unit = "accuracy" if measure == "accuracy" else "loss of the right answer (nats)"
-    for number, (axis, kind) in enumerate(zip(axes, order, strict=True)):
-        for hidden, style in KNOCK_OUT_STYLE.items():
-            curve(axis, layers, [each[measure] for each in kinds[kind][hidden]], style)
-        axis.axhline(kinds[kind]["none"][measure]["mean"], color="black", lw=1, label="image seen in every layer")
-        axis.axvspan(min(block) - 0.5, max(block) + 0.5, color=COLOURS[7], alpha=0.18, lw=0, label="layers of the blocking experiment")
-        axis.set(title=f"{kind.replace('_', ' ')} (n = {kinds[kind]['n']})", ylabel=unit if number % 4 == 0 else "")
-        axis.set_xticks(layers[:: max(1, len(layers) // 10)])
-        axis.tick_params(labelbottom=True)
-        axis.set_xlabel("layer" if number + 4 >= len(order) else "")
-    legend_below(figure, axes[:1], ncols=3, title="95 % bands over scenes", fontsize=8)
+def knock_out(found: Mapping, block: Sequence[int]) -> Figure:
+    """Accuracy with the image hidden from the text, in one layer, from it on, up to it; and what each kind of question loses without the
+    image from a layer on. block: the layers of the blocking experiment, shaded."""
+    kinds, every, layers = found["kinds"], found["kinds"]["all"], found["layers"]
+    figure, axes = plt.subplots(1, 2, figsize=(9.6, 4.9), width_ratios=(1, 1.2))
+    for hidden, style in KNOCK_OUT_STYLE.items():
+        curve(axes[0], range(layers), [each["accuracy"] for each in every[hidden]], style, factor=100)
+    axes[0].axhline(100 * every["none"]["accuracy"]["mean"], color="black", lw=1, label="never hidden")
+    axes[0].axvspan(min(block) - 0.5, max(block) + 0.5, color=COLOURS[7], alpha=0.18, lw=0, label="layers of the blocking experiment")
+    axes[0].set(ylabel="right answers (%), mean over kinds", title="the image is hidden from the text ...")
+    _tick_layers(axes[0], layers)
+    lost = {kind: [-100 * each["accuracy_change"]["mean"] for each in about["from"]] for kind, about in kinds.items() if kind != "all"}
+    order = sorted(lost, key=lambda kind: sum(lost[kind][1:]))
+    values = np.array([lost[kind] for kind in order])
+    drawn = axes[1].imshow(values, cmap="cividis_r", aspect="auto", vmin=0)
+    axes[1].grid(False)
+    if layers <= 12:
+        for (row, column), value in np.ndenumerate(values):
+            colour = "white" if value > 0.55 * values.max() else "black"
+            axes[1].text(column, row, f"{round(value) + 0}", ha="center", va="center", fontsize=8.5, color=colour)
+    axes[1].set_yticks(range(len(order)), [kind.replace("_", " ") for kind in order], fontsize=8.5)
+    axes[1].set_title("points lost without the image from this layer on")
+    _tick_layers(axes[1], layers)
+    figure.colorbar(drawn, ax=axes[1], label="points of accuracy")
+    legend_below(figure, axes[:1], ncols=3, fontsize=8.5)
+    alone = [-100 * each["accuracy_change"]["mean"] for each in every["one"]]
+    worst, late = int(np.argmax(alone)), -100 * every["from"][min(block)]["accuracy_change"]["mean"]
+    figure.suptitle(f"Hiding the image in layer {worst} alone costs {alone[worst]:.0f} points of accuracy, from layer {min(block)} on {late:.0f}")
     return figure
 
 
 @styled
 def block_effects(blocking: Mapping) -> Figure:
-    """POPE and MME: score under each block minus without it, with 95 % intervals; single draws of random controls.
-
-    First the gate, every key of the layers hidden: while it stays in the band of changes too small to matter, no other can leave it."""
-    about, tasks = blocking["about"]["families"], in_order(blocking, TASKS)
-    rank = {"all": 0, "input-agnostic": 1, "random": 2, "random,": 2, "highest": 3, "same": 4, "reading": 5}
-    names = sorted(about, key=lambda name: (rank.get(name.split()[0], 9), name))
-    size = (4.6 + 3.6 * len(tasks), 0.42 * len(names) + 1.9)
-    figure, axes = plt.subplots(1, len(tasks), figsize=size, sharey=True, squeeze=False)
-    spans = [np.unique([min(about[name]["layers"]), max(about[name]["layers"])]) for name in names]
-    shown = [{"all keys": "gate: all keys", "input-agnostic": "the block: input-agnostic"}.get(name, name) for name in names]
-    labels = [f"{each}\n({about[name]['keys']:.0f} keys, layers {'-'.join(map(str, span))})" for each, name, span in zip(shown, names, spans, strict=True)]
+    """POPE and MME: score under each block minus without it, with 95 % intervals and single draws of random controls; the layers of the
+    block first, then others. What is beyond the axis, which the block and its controls choose, is an arrow with its number."""
+    about, late = blocking["about"]["families"], blocking["about"]["layers"]
+    names = [name for name in ROWS if name in about]
+    groups = {tuple(about[name]["layers"]): [] for name in names}
+    for name in names:
+        groups[tuple(about[name]["layers"])].append(name)
+    what = {tuple(late): "the last third", tuple(about[BELOW]["layers"]): "where the image is read most"}
+    rows: list[tuple[str, str]] = []  # (condition or "", label)
+    for layers, members in groups.items():
+        rows.append(("", f"{_span(layers)}, {what.get(layers, 'the first')}"))
+        rows += [(name, f"{ROWS[name][0]} ({about[name]['keys']:,.0f})") for name in members]
+    tasks = in_order(blocking, TASKS)
+    figure, axes = plt.subplots(1, len(tasks), figsize=(9.6, 0.34 * len(rows) + 1.9), sharey=True, squeeze=False)
     for axis, (task, measured) in zip(axes[0], tasks.items(), strict=True):
-        points, (unit, factor) = [], TASKS[task]
-        small = measured["smallest"] * factor
-        axis.axvspan(-small, small, color=COLOURS[7], alpha=0.18, lw=0, label="too small to matter (smallest effect of interest)")
-        for row, name in enumerate(names):
-            colour, marker = BLOCK_STYLE.get(name.split()[0], (COLOURS[7], "s"))
-            draws = np.array(measured["families"][name].get("draws", [])) * factor
-            axis.plot(draws, np.full(len(draws), row + 0.28), "|", color=colour, ms=7, alpha=0.6)
-            points.append((row, measured["families"][name]["headline"], colour, marker, None))
-        forest(axis, points, labels, factor=factor)
-        axis.axhline(0.55, color="black", lw=0.8, ls=":")
-        axis.set_xscale("symlog", linthresh=small, linscale=2)  # or a change of 20 points hides those of 0.2
-        low, high = (1.3 * edge for edge in axis.get_xlim())
-        ticks = [small * each for each in (-64, -16, -4, -1, -0.5, 0, 0.5, 1, 4, 16) if min(low, -small) <= small * each <= max(high, small)]
-        axis.set_xlim(low, high)
-        axis.set_xticks(ticks, [f"{tick:+g}" if tick else "0" for tick in ticks])
-        axis.minorticks_off()
-        plain = measured["plain"]["headline"]["mean"] * factor
-        axis.set(xlabel=f"change of {unit}", title=f"{unit.split()[0]}: {plain:.1f} without a block")
-    axes[0, 0].tick_params(axis="y", labelsize=7.5)
-    legend_below(figure, axes[0, :1], title="points and bars: mean and 95 % interval; ticks: single draws of random keys; beyond the band the scale is "
-                 "logarithmic", fontsize=8)  # fmt: skip
+        score, factor = TASKS[task]
+        families, small = measured["families"], measured["smallest"] * factor
+        ends = {name: factor * max(abs(families[name]["headline"][end]) for end in ("low", "high")) for name in groups[tuple(late)]}
+        reach = 1.15 * max(small, min(ends.pop(EVERY), 3 * small), *ends.values())
+        axis.axvspan(-small, small, color=COLOURS[7], alpha=0.18, lw=0, label="too small to matter")
+        points = []
+        for row, (name, _) in enumerate(rows):
+            if not name:
+                continue
+            (_, colour, marker), mean = ROWS[name], families[name]["headline"]["mean"] * factor
+            draws = np.array(families[name].get("draws", [])) * factor
+            axis.plot(draws, np.full(len(draws), row + 0.3), "|", color=colour, ms=6, alpha=0.6)
+            if abs(mean) < reach:
+                points.append((row, families[name]["headline"], colour, marker, None))
+                continue
+            side = np.sign(mean)
+            axis.plot(side * 0.96 * reach, row, "<" if mean < 0 else ">", color=colour, ms=8)
+            axis.text(side * 0.88 * reach, row, f"{mean:+.1f}", color=colour, weight="bold", va="center", ha="left" if mean < 0 else "right")
+        forest(axis, points, [label for _, label in rows], factor=factor)
+        axis.set(xlim=(-reach, reach), xlabel=f"change of the {score} (points)", title=f"{score} {measured['plain']['headline']['mean'] * factor:.1f} without a block")
+    for tick, (name, _) in zip(axes[0, 0].get_yticklabels(), rows, strict=True):
+        tick.set(weight="normal" if name else "bold", size=9)
+    axes[0, 0].tick_params(axis="y", length=0)
+    legend_below(figure, axes[0, :1], title="in brackets: how many keys are hidden. Bars: 95 % intervals; ticks: single draws of random keys", fontsize=8.5,
+                 title_fontsize=8.5)  # fmt: skip
+    pope = blocking["pope"]
+    change = {name: 100 * pope["families"][name]["headline"]["mean"] for name in (EVERY, BLOCK, BELOW)}
+    idle = max(abs(pope["families"][EVERY]["headline"][end]) for end in ("low", "high")) < pope["smallest"]
+    figure.suptitle(f"{_span(late).capitalize()}{' are no lever for POPE' * idle}: hiding every image key changes it by {change[EVERY]:+.1f} points, the block by "
+                    f"{change[BLOCK]:+.1f};\nin {_span(about[BELOW]['layers'])}, hiding the keys below the threshold changes it by {change[BELOW]:+.1f}")  # fmt: skip
     return figure
 
 
@@ -202,35 +215,32 @@ def sweep_map(sweep: Mapping) -> Figure:
     values = 100 * np.array([[cell["mean"] for cell in row] for row in sweep["grid"]])
     clear = np.array([[cell["low"] > 0 or cell["high"] < 0 for cell in row] for row in sweep["grid"]])
     size = max(np.abs(values).max(), 0.1)
-    figure, axis = plt.subplots(figsize=(1.0 * values.shape[1] + 3.4, 0.55 * values.shape[0] + 2.0))
+    figure, axis = plt.subplots(figsize=(8.5, 4.0))
     drawn = axis.imshow(values, cmap="PuOr_r", vmin=-size, vmax=size, aspect="auto", origin="lower")
     axis.grid(False)
     for (row, column), value in np.ndenumerate(values):
         colour = "white" if abs(value) > 0.6 * size else "black"
-        axis.text(column, row, f"{value:+.1f}{'*' if clear[row, column] else ''}", ha="center", va="center", fontsize=8, color=colour)
+        axis.text(column, row, f"{round(value, 1) + 0.0:+.1f}{'*' if clear[row, column] else ''}", ha="center", va="center", color=colour)
     place = sweep["depths"].index(sweep["best"]["depth"]), sweep["shares"].index(sweep["best"]["share"])
     axis.add_patch(plt.Rectangle((place[0] - 0.48, place[1] - 0.48), 0.96, 0.96, fill=False, lw=2, ec="black"))
     axis.set_xticks(range(len(sweep["depths"])), sweep["depths"])
     axis.set_yticks(range(len(sweep["shares"])), [f"{share:.0%}" for share in sweep["shares"]])
     mean, low, high = (100 * sweep["held_out"][key] for key in ("mean", "low", "high"))
-    best = f"{mean:+.2f} F1 points [{low:+.2f}, {high:+.2f}]"
-    axis.set(xlabel="number of last layers", ylabel="keys blocked in each layer\n(lowest variance first)",
-             title=f"best cell, on the other half of the images:\n{best}")  # fmt: skip
-    figure.colorbar(drawn, ax=axis, label="change of POPE F1 (points)")
-    figure.supxlabel("*: 95 % interval without 0", fontsize=8)
+    axis.set(xlabel="in how many last layers", ylabel="keys blocked in each layer\n(those that vary least)",
+             title=f"The best cell (framed) changes POPE by {mean:+.1f} F1 points [{low:+.1f}, {high:+.1f}]\non the half of the images that did not "
+             "choose it")  # fmt: skip
+    figure.colorbar(drawn, ax=axis, label="change of POPE F1 (points),\non the half that chooses")
+    figure.supxlabel("*: 95 % interval without 0", fontsize=8.5)
     return figure
 
 
 def draw(results: Mapping) -> dict[str, Figure]:
-    keys, block = results["keys"], results["blocking"]["about"]["layers"]
+    keys, blocking = results["keys"], results["blocking"]
     return {
-        "03_variance": variance_histograms(keys),
-        "03_variance_within_heads": variance_histograms(keys, "within_heads"),
-        "03_causal_order": causal_order(keys),
-        "03_position_maps": position_maps(keys, results["picture"]),
+        "03_variance": variance(keys["trained"]),
+        "03_places": places(keys, results["picture"]),
         "03_shares": shares_by_layer(keys),
-        "03_knock_out_accuracy": knock_out_curves(results["knock_out"], "accuracy", block),
-        "03_knock_out_loss": knock_out_curves(results["knock_out"], "loss", block),
-        "03_block_effects": block_effects(results["blocking"]),
+        "03_knock_out": knock_out(results["knock_out"], blocking["about"]["layers"]),
+        "03_block_effects": block_effects(blocking),
         "03_sweep": sweep_map(results["sweep"]),
     }

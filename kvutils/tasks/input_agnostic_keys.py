@@ -1,4 +1,4 @@
-"""The data that notebook 03 reads, and claims C5 and X4 in the form that data/claims.yaml asks for."""
+"""The data that notebook 03 reads, what it derives from its measurements, and claims C5 and X4 in the form that data/claims.yaml asks for."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -6,9 +6,12 @@ from dataclasses import replace
 from kvutils.datasets import open_uses
 from kvutils.datasets.samples import YesNoSample
 from kvutils.errors import ParameterError
+from kvutils.metrics.answers import low_mass
 from kvutils.metrics.effects import enough, measured, part
-from kvutils.metrics.statistics import Effect
-from kvutils.tasks.knock_out import as_questions
+from kvutils.metrics.statistics import Effect, interval_text
+from kvutils.tasks.key_blocking import BLOCK, EVERY, claim_c6, claim_x2, conditions, effects, last_layers, sweep
+from kvutils.tasks.key_statistics import compare_trained, describe_keys
+from kvutils.tasks.knock_out import as_questions, reading_layers, summarise_knock_out
 
 ATTENTION_QUESTIONS = {  # the text whose attention to the image keys is measured
     "pocket": ("is there a fish ?", "what colour is the car ?", "how many things are there ?", "what style is the image ?"),
@@ -50,6 +53,40 @@ def _first_images(samples: list[YesNoSample], count: int) -> list[YesNoSample]:
         images.setdefault(sample.subset, {})[sample.image_id] = None
     first = {subset: set(list(names)[:count]) for subset, names in images.items()}
     return [sample for sample in samples if sample.image_id in first[sample.subset]]
+
+
+def results(tables: Mapping, about: Mapping) -> dict:
+    """All that notebook 03 derives from what it has measured, JSON-able: `keys`, `knock_out`, `blocking`, `sweep`, `claims`, `finding`.
+
+    tables: `keys` and `keys_untrained` (`KeyTable`; the first with `turned`), `reading` (`KnockOut`), and `Answers`: `pope` and `mme` under
+    every block, `sweep` and `sweep_held_out` of `ask_sweep`. about: the notebook's `parameters`."""
+    parameters, trained, untrained = about["parameters"], tables["keys"], tables["keys_untrained"]
+    seed, total = parameters["seed"], len(trained.variance)
+    options = parameters["bootstrap"], seed
+    described = describe_keys(trained, parameters["model"], *options)
+    compared, threshold = compare_trained(trained, untrained, described["thresholds"], *options), described["thresholds"]["raw"]
+    layers = sorted({layer % total for layer in parameters["layers"]}) or last_layers(total)
+    reading = reading_layers(tables["reading"], len(layers), seed)
+    _, blocks = conditions(trained, threshold, reading["layers"], layers, parameters["draws"], seed)
+    pope, mme = ({**effects(each.task, each.texts, *options), "option_mass": each.option_mass, "warnings": low_mass(each.option_mass)}
+                 for each in (tables["pope"], tables["mme"]))  # fmt: skip
+    claims = {"C5": claim_c5(described), "C6": claim_c6(blocks, pope, mme), "X2": claim_x2(blocks, pope), "X4": claim_x4(described, compared)}
+    effect, score, every = (found["families"][name]["headline"] for found, name in ((pope, BLOCK), (mme, BLOCK), (pope, EVERY)))
+    bimodal = [layer for layer, each in enumerate(described["modes"]["layers"]) if each["two_modes"] == "yes" and layer]
+    finding = (
+        f"The variance of image keys has two separate modes in {len(bimodal)} of {total - 1} layers behind layer 0. Blocking the keys that vary least "
+        f"in layers {layers[0]}-{layers[-1]} changes POPE by {interval_text(effect, 1, True, 100)} F1 points and MME by {interval_text(score, 0, True)} "
+        f"points, hiding every image key there changes POPE by {interval_text(every, 1, True, 100)}; the image is read most in layers "
+        f"{reading['layers'][0]}-{reading['layers'][-1]}."
+    )
+    return {
+        "keys": {"trained": described, "compared": compared},
+        "knock_out": summarise_knock_out(tables["reading"], *options) | {"reading": reading},
+        "blocking": {"about": blocks, "pope": pope, "mme": mme},
+        "sweep": sweep(tables["sweep"], tables["sweep_held_out"], total, *options),
+        "claims": claims,
+        "finding": finding,
+    }  # fmt: skip
 
 
 def claim_c5(described: Mapping) -> dict:

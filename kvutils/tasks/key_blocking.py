@@ -4,7 +4,7 @@ Every condition is a `KeySelection`; "family/07" is one draw of a family of rand
 conditions, and finished chunks of images are kept."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 
@@ -20,13 +20,12 @@ from kvutils.readout import selections as keys
 from kvutils.store import Parts, digest, in_chunks
 from kvutils.tasks.key_statistics import agnostic
 from kvutils.tasks.key_table import KeyTable
-from kvutils.tasks.yes_no import Scored, YesNoTask
+from kvutils.tasks.yes_no import Answers, Scored, YesNoTask
 
 NONE, BLOCK, EVERY = "none", "input-agnostic", "all keys"
 CONTROLS = ("random", "random, same attention", "highest variance", "same positions, early layers")
 READING = ("reading layers, input-agnostic", "reading layers, lowest variance", "reading layers, random")
 FALLBACK = 0.1  # share of the keys that is blocked where none is below the threshold
-SCALE = "raw"  # whose threshold: the paper's
 READING_DRAWS = 5  # of random keys in the reading layers
 PAPER_F1 = 78.1  # of POPE, without a block
 
@@ -36,12 +35,11 @@ def last_layers(layers: int) -> tuple[int, ...]:
     return tuple(range(layers - -(-layers // 3), layers))
 
 
-def conditions(table: KeyTable, thresholds: dict, reading: Sequence[int], layers: Sequence[int] | None = None, draws: int = 20,
+def conditions(table: KeyTable, threshold: Mapping, reading: Sequence[int], layers: Sequence[int] | None = None, draws: int = 20,
                seed: int = 0) -> tuple[dict[str, KeySelection | None], dict]:  # fmt: skip
     """(name -> selection, what they are) of the experiment: no block, the block, every control.
 
-    layers: where keys are blocked (default `last_layers`). thresholds: as in `agnostic`; where no key of these layers is below the
-    threshold, the `FALLBACK` share of each layer that varies least is blocked instead, and `method` says so. reading: as many layers
+    layers: where keys are blocked (default `last_layers`). threshold: of `variance_threshold`; where no key of these layers is below it, the `FALLBACK` share of each layer that varies least is blocked instead, and `method` says so. reading: as many layers
     where the image is read, from `reading_layers`. Controls: random keys, as many in each layer and head; random keys that receive as
     much attention; the keys that vary most; the same positions in the first layers; in the reading layers the keys below the threshold,
     and as many lowest and random ones as the block has. "all keys" of the layers bounds what any block of them can do. about: JSON-able;
@@ -52,12 +50,12 @@ def conditions(table: KeyTable, thresholds: dict, reading: Sequence[int], layers
     reading, real = tuple(reading), table.real
     if len(reading) != len(layers):
         raise ParameterError(f"expected {len(layers)} reading layers, as many as are blocked, found {reading}")
-    every = KeySelection(BLOCK, agnostic(table, thresholds, SCALE), tuple(range(total)))
-    block, method = every.restrict(layers), f"{SCALE} threshold"
-    below = int(block.mask.sum()) if thresholds[SCALE]["method"] in ("paper", "valley") else 0
+    every = KeySelection(BLOCK, agnostic(table, {"raw": threshold}), tuple(range(total)))
+    block, method = every.restrict(layers), "raw threshold"
+    below = int(block.mask.sum()) if threshold["method"] in ("paper", "valley") else 0
     if not block.mask.any():
         block = replace(keys.select_lowest(table.variance, real, FALLBACK, layers), name=BLOCK)
-        method = f"no key below the {SCALE} threshold: lowest {FALLBACK:g} of each layer"
+        method = f"no key below the raw threshold: lowest {FALLBACK:g} of each layer"
     variance, mass = table.variance[list(layers)], table.mass[list(layers)]
     like = keys.select_same_positions(block, reading)
     found: dict[str, KeySelection | None] = {NONE: None, BLOCK: block}
@@ -96,9 +94,8 @@ def _by_family(found: Mapping[str, object]) -> dict[str, list]:
 
 
 def ask_under_blocks(task: YesNoTask, mlm: MLM, blocks: Mapping[str, KeySelection | None], parts: Parts | None = None, *, batch_size: int = 16,
-                     chunk: int = 48, progress: bool = True) -> tuple[dict[str, list[str]], dict[str, float]]:  # fmt: skip
-    """Condition -> one answer text per question of the task, in its order; and condition -> how much probability yes and no
-    hold together, mean over the questions. batch_size as in `answer_all`.
+                     chunk: int = 48, progress: bool = True) -> Answers:  # fmt: skip
+    """What the model says to every question of the task under every condition. batch_size as in `answer_all`.
 
     Questions with the same wording about one image are asked once. With `parts`, finished chunks of images are kept under their questions
     and blocks, and a run that was stopped goes on."""
@@ -122,8 +119,8 @@ def ask_under_blocks(task: YesNoTask, mlm: MLM, blocks: Mapping[str, KeySelectio
         for name, said in answers.items():
             replies |= {(name, image, question): each for question, each in zip(questions, said, strict=True)}
     found = {name: [replies[name, s.image_id, s.question] for s in task.samples] for name in blocks}
-    masses = {name: float(np.mean([mass for _, mass in said])) for name, said in found.items()}
-    return {name: [text for text, _ in said] for name, said in found.items()}, masses
+    texts, mass = ({name: [each[i] for each in said] for name, said in found.items()} for i in range(2))
+    return Answers(task, texts, {name: np.array(each) for name, each in mass.items()})
 
 
 def effects(task: YesNoTask, answers: Mapping[str, Sequence[str]], n_boot: int = 2000, seed: int = 0) -> dict:
@@ -189,27 +186,37 @@ def _needs(about: Mapping, pope: Mapping) -> list[dict]:
     ]
 
 
-def sweep(task: YesNoTask, mlm: MLM, table: KeyTable, shares: Sequence[float] = (0.05, 0.1, 0.2, 0.35, 0.5),
-          depths: Sequence[int] | None = None, parts: Parts | None = None, n_boot: int = 2000, seed: int = 0, **options) -> dict:  # fmt: skip
-    """Share of keys (lowest variance of each layer) x number of last layers: chosen on one half, reported on the other half
-    alone, as reading all cells on both would double the longest measurement of the notebook.
+def sweep_cells(layers: int, shares: Sequence[float] = (0.05, 0.1, 0.2, 0.35, 0.5)) -> dict[str, tuple[float, int]]:
+    """Name -> share of keys (lowest variance of each layer), and in how many last layers: 1, a third, half, two thirds, all."""
+    depths = sorted({1, len(last_layers(layers)), -(-layers // 2), -(-2 * layers // 3), layers})
+    return {f"lowest {share:g}, last {depth} layers": (share, depth) for share in shares for depth in depths}
+
+
+def ask_sweep(task: YesNoTask, mlm: MLM, table: KeyTable, parts: Parts | None = None, seed: int = 0, **options) -> tuple[Answers, Answers]:
+    """Answers under every cell of the sweep on one half of the images, and under the cell that is best there on the other half: all cells on
+    both would double the longest measurement of the notebook. options: those of `ask_under_blocks`."""
+    total, chosen = len(table.variance), choosing_half([s.image_id for s in task.samples], seed)
+    halves = [type(task)([s for s, c in zip(task.samples, chosen, strict=True) if c == side]) for side in (True, False)]
+    cells = {name: keys.select_lowest(table.variance, table.real, share, range(total - depth, total)) for name, (share, depth) in sweep_cells(total).items()}
+    first = ask_under_blocks(halves[0], mlm, {NONE: None} | cells, parts, **options)
+    best = _best(Scored.of(first.task, first.texts, 1, seed), cells)
+    return first, ask_under_blocks(halves[1], mlm, {NONE: None, best: cells[best]}, parts, **options)
+
+
+def _best(scored: Scored, cells: Iterable[str]) -> str:
+    return max(cells, key=lambda cell: scored.headline(cell) - scored.headline(NONE))
+
+
+def sweep(choosing: Answers, held_out: Answers, layers: int, n_boot: int = 2000, seed: int = 0) -> dict:
+    """What `ask_sweep` of a model of so many layers has found; JSON-able.
 
     grid[i][j]: effect on the headline for shares[i] and depths[j], on the choosing half of the images; held_out: the effect of the best
-    cell on the other half. depths: default one, a third, half, two thirds of the layers, and all. options: those of `ask_under_blocks`.
-    """
-    total = len(table.variance)
-    depths = depths or sorted({1, len(last_layers(total)), -(-total // 2), -(-2 * total // 3), total})
-    chosen = choosing_half([s.image_id for s in task.samples], seed)
-    halves = [type(task)([s for s, c in zip(task.samples, chosen, strict=True) if c == side]) for side in (True, False)]
-    cells = {f"{share:g} {depth}": keys.select_lowest(table.variance, table.real, share, range(total - depth, total))
-             for share in shares for depth in depths}  # fmt: skip
-    answers, _ = ask_under_blocks(halves[0], mlm, {NONE: None} | cells, parts, **options)
-    scored = Scored.of(halves[0], answers, n_boot, seed)
+    cell on the other half."""
+    scored, cells = Scored.of(choosing.task, choosing.texts, n_boot, seed), sweep_cells(layers)
     headlines = [scored.change([cell], [NONE])["headline"] for cell in cells]
+    (shares, depths), best = (list(dict.fromkeys(each)) for each in zip(*cells.values(), strict=True)), _best(scored, cells)
     grid = [headlines[row * len(depths) : (row + 1) * len(depths)] for row in range(len(shares))]
-    place = int(np.argmax([headline["mean"] for headline in headlines]))
-    best = list(cells)[place]
-    again, _ = ask_under_blocks(halves[1], mlm, {NONE: None, best: cells[best]}, parts, **options)
-    held_out = Scored.of(halves[1], again, n_boot, seed).change([best], [NONE])["headline"]
-    return {"shares": list(shares), "depths": list(depths), "grid": grid, "held_out": held_out, "images": [len(half.images) for half in halves],
-            "best": {"share": shares[place // len(depths)], "depth": depths[place % len(depths)]}}  # fmt: skip
+    effect = Scored.of(held_out.task, held_out.texts, n_boot, seed).change([best], [NONE])["headline"]
+    images = [len(each.task.images) for each in (choosing, held_out)]
+    return {"shares": shares, "depths": depths, "grid": grid, "held_out": effect, "images": images,
+            "best": dict(zip(("share", "depth"), cells[best], strict=True))}  # fmt: skip

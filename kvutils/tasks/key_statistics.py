@@ -65,9 +65,9 @@ def agnostic(table: KeyTable, found: dict, scale: str = "raw") -> torch.Tensor:
 
 
 def describe_keys(
-    table: KeyTable, model: str | None = None, n_boot: int = 2000, seed: int = 0, turned: torch.Tensor | None = None
+    table: KeyTable, model: str | None = None, n_boot: int = 2000, seed: int = 0
 ) -> dict:
-    """All that the figures and the tables of a model's keys need; JSON-able. model: as in `thresholds`; turned: of `measure_turned`."""
+    """All that the figures and the tables of a model's keys need; JSON-able. model: as in `thresholds`."""
     modes = bimodal_layers(_logs(table.variance, table.real), n_boot, seed)
     found = thresholds(table, model, modes)
     chosen = {scale: agnostic(table, found, scale) for scale in SCALES}
@@ -76,12 +76,12 @@ def describe_keys(
         "layers": len(table.variance), "heads": table.variance.shape[1], "positions": int(table.real.sum()),
         "thresholds": found,
         "modes": modes,
-        "order": None if turned is None else causal_order(table, turned, n_boot, seed),
+        "order": None if table.turned is None else causal_order(table, n_boot, seed),
         "shares": {scale: shares(table, mask, n_boot, seed) for scale, mask in chosen.items()},
         "sinks": {scale: sinks(table, mask, n_boot, seed) for scale, mask in chosen.items()},
         "foreground": foreground(table, n_boot, seed),
         "histograms": histograms(table),
-        "maps": maps(table, chosen["raw"]),
+        "foreground_map": _grid(table, table.foreground), "size": list(table.layout.image_size),
     }  # fmt: skip
 
 
@@ -136,17 +136,16 @@ def foreground(table: KeyTable, n_boot: int = 2000, seed: int = 0) -> dict:
     return {"correlation": _all_and_layers(packed, correlate, n_boot, seed)}
 
 
-def causal_order(table: KeyTable, turned: torch.Tensor, n_boot: int = 2000, seed: int = 0) -> dict:
+def causal_order(table: KeyTable, n_boot: int = 2000, seed: int = 0) -> dict:
     """Do keys vary little for what their patch shows, or for being among the first tokens that are read? JSON-able.
 
-    turned (L, G, N): the variance of the tokens' keys where the patches were fed in reverse, so that slot i held the patch of the
-    last but i. Of each head the `LOWEST` share of keys: their share among the first `row` tokens (the first row of the grid) and among
+    In `turned` the patches were fed in reverse, so that slot i held the patch of the last but i. Of each head the `LOWEST` share of keys: their share among the first `row` tokens (the first row of the grid) and among
     the others, in the usual order (`first`, `rest`) and in reverse (`turned_first`, and `turned_picture`, the last tokens, which show
     the first row's patches). Above `LOWEST` by chance, the one is an effect of the place, the other of the picture. all: mean over layers,
     without layer 0, whose keys are computed before any token has seen another. maps: the share at each patch, mean over layers and heads.
     """
     real, row = table.real, next(iter(table.layout.grids.values()))[1]
-    lowest = [(each[..., real].argsort(-1).argsort(-1) < LOWEST * int(real.sum())).double().mean(1).numpy() for each in (table.variance, turned)]
+    lowest = [(each[..., real].argsort(-1).argsort(-1) < LOWEST * int(real.sum())).double().mean(1).numpy() for each in (table.variance, table.turned)]
     first = np.arange(lowest[0].shape[-1]) < row
     places = {"first": (0, first), "rest": (0, ~first), "turned_first": (1, first), "turned_picture": (1, first[::-1])}
     packed = np.stack([each.T for each in lowest], axis=1)  # (P, 2, L)
@@ -208,19 +207,6 @@ def histograms(table: KeyTable) -> dict:
         edges = np.linspace(low, high, _BINS + 1)
         found[name] = {"log10_edges": edges.tolist(), "layers": [np.histogram(layer, edges)[0].tolist() for layer in each]}
     return found
-
-
-def maps(table: KeyTable, mask: torch.Tensor) -> dict:
-    """Layer x rows x columns of the base view: mean over heads of log10 variance, of attention (multiples of the
-    average key's), share of heads that hold the key; foreground frequency (rows, columns)."""
-    mass = table.mass / table.mass[..., table.real].mean(-1, keepdim=True).clamp(min=1e-300)
-    return {
-        "log10_variance": _grid(table, table.variance.clamp(min=1e-30).log10().mean(1).numpy()),
-        "mass": _grid(table, mass.mean(1).numpy()),
-        "agnostic": _grid(table, mask.double().mean(1).numpy()),
-        "foreground": _grid(table, table.foreground),
-        "size": list(table.layout.image_size),
-    }
 
 
 def _grid(table: KeyTable, values: np.ndarray) -> list:

@@ -5,6 +5,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -18,8 +19,11 @@ from kvutils.kvcache import Capture, capture, capture_prepared
 from kvutils.layout import TokenLayout
 from kvutils.models import MLM
 from kvutils.readout.attention import attention_mass
-from kvutils.store import Parts, in_chunks
+from kvutils.store import Frame, Parts, in_chunks
 from kvutils.vision import encode_images, over_images, prepare_images
+
+_PLACE, _CELL, _RECT = ("layer", "head", "token"), ("row", "column"), ("x0", "y0", "x1", "y1")
+_MEASURED = {"variance": "variance", "norm": "norm", "mass": "attention", "turned": "variance, patches reversed"}  # field -> column
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +32,8 @@ class KeyTable:
 
     variance, norm, mass (L, G, N): L2 variance over images (squared key units), mean L2 norm, mean attention
     weight (0..1) from the text.
-    foreground (N,): share of images, 0..1, in which the token is mostly foreground. layout: of every image.
+    foreground (N,): share of images, 0..1, in which the token is mostly foreground. layout: of every image. turned (L, G, N): the
+    variance over images with their patches in reverse order, from `measure_turned`, where that was measured.
     """
 
     name: str
@@ -39,6 +44,7 @@ class KeyTable:
     layout: TokenLayout
     images: int
     mass_images: int
+    turned: torch.Tensor | None = None
 
     @property
     def real(self) -> torch.Tensor:
@@ -49,6 +55,33 @@ class KeyTable:
     def scale_free(self) -> torch.Tensor:
         """(L, G, N) variance / mean norm^2, no unit; 0 where the key is always zero."""
         return torch.where(self.norm > 0, self.variance / self.norm.square().clamp(min=1e-300), 0.0)
+
+    def frame(self) -> Frame:
+        """A row per layer, key-value head and image token: where the token is, and its key's statistics."""
+        layout, shape = self.layout, self.variance.shape
+        places = {name: getattr(layout, name) for name in ("slots", "view", "is_newline")}
+        places |= dict(zip(_CELL + _RECT, (*layout.cells.T, *layout.rects.T), strict=True)) | {"foreground": self.foreground}
+        columns = dict(zip(_PLACE, np.indices(shape).reshape(3, -1), strict=True))
+        columns |= {name: np.tile(each, shape[0] * shape[1]) for name, each in places.items()}
+        columns |= {column: each.flatten().numpy() for name, column in _MEASURED.items() if (each := getattr(self, name)) is not None}
+        about = {"name": self.name, "images": self.images, "mass_images": self.mass_images, "image_size": layout.image_size, "grids": layout.grids}
+        return Frame(columns, about)
+
+    @classmethod
+    def of_frame(cls, frame: Frame) -> Self:
+        """DataError unless the rows are all layers x heads x tokens, in this order."""
+        columns, about = {name: np.asarray(each) for name, each in frame.columns.items()}, dict(frame.about)
+        places = np.stack([columns[name] for name in _PLACE])
+        shape = tuple(places.max(axis=1) + 1)
+        if places.shape[1] != np.prod(shape) or (places != np.indices(shape).reshape(3, -1)).any():
+            raise DataError(f"keys of {about['name']}: expected a row for each of {shape[0]} layers x {shape[1]} heads x {shape[2]} tokens, in "
+                            f"this order, found {places.shape[1]} rows in another")  # fmt: skip
+        token = {name: each[: shape[2]] for name, each in columns.items()}
+        cells, rects = (np.stack([token[name] for name in names], axis=1) for names in (_CELL, _RECT))
+        grids = {name: tuple(size) for name, size in about.pop("grids").items()}
+        layout = TokenLayout(token["slots"], rects, cells, token["view"], token["is_newline"], tuple(about.pop("image_size")), grids)
+        found = {name: torch.tensor(columns[column].reshape(shape)) for name, column in _MEASURED.items() if column in columns}
+        return cls(**about, **found, foreground=token["foreground"], layout=layout)
 
 
 def measure_keys(

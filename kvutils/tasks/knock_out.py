@@ -13,6 +13,7 @@ loss is minus the log-probability (nats) that the answer begins with the right o
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Self
 
 import numpy as np
 
@@ -24,11 +25,12 @@ from kvutils.metrics.statistics import Halves, bootstrap_ci, column_ratio, mean_
 from kvutils.models import MLM
 from kvutils.prompts import PromptTokens
 from kvutils.readout.selections import select_all
-from kvutils.store import Parts, in_chunks
+from kvutils.store import Frame, Parts, in_chunks
 from kvutils.vision import in_halves
 
 FAMILIES = ("one", "from", "until")
 ALL = "all"  # kinds together, each with the same weight
+MEASURED = ("right", "loss", "mass")
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,10 +38,11 @@ class KnockOut:
     """Per question and condition: values (n, C, 3) float64, right (0 or 1), loss (nats), and the probability that the options
     hold together.
 
-    conditions (C,): "none", then "one 0", "from 0", ...; kinds, groups (n,): kind of question, scene."""
+    conditions (C,): "none", then "one 0", "from 0", ...; ids, kinds, groups (n,): of the question, its kind, its scene."""
 
     layers: int
     conditions: list[str]
+    ids: list[str]
     kinds: list[str]
     groups: list[str]
     values: np.ndarray
@@ -52,6 +55,17 @@ class KnockOut:
     def balance(self) -> np.ndarray:
         """(n,) weights that make kinds count alike."""
         return np.array([1 / self.kinds.count(kind) for kind in self.kinds])
+
+    def frame(self) -> Frame:
+        """A row per question, three columns per condition."""
+        measured = {f"{name}: {condition}": self.values[:, i, j] for i, condition in enumerate(self.conditions) for j, name in enumerate(MEASURED)}
+        return Frame({"id": self.ids, "kind": self.kinds, "scene": self.groups} | measured, {"layers": self.layers})
+
+    @classmethod
+    def of_frame(cls, frame: Frame) -> Self:
+        conditions = [name.partition(": ")[2] for name in frame.columns if name.startswith(MEASURED[0])]
+        values = np.stack([np.stack([frame.columns[f"{name}: {each}"] for name in MEASURED], axis=1) for each in conditions], axis=1)
+        return cls(frame.about["layers"], conditions, *(list(frame.columns[name]) for name in ("id", "kind", "scene")), values)
 
 
 def blocked_layers(layers: int) -> dict[str, tuple[int, ...]]:
@@ -107,7 +121,7 @@ def knock_out(mlm: MLM, samples: Sequence[Question], parts: Parts | None = None,
                        of=lambda asked: [[s.group, s.id, s.text, s.answer] for s in asked])  # fmt: skip
     rows = [row for chunk in chunks for row in chunk]
     ordered = [sample for asked in scenes.values() for sample in asked]
-    return KnockOut(mlm.num_layers, list(blocked), [s.kind for s in ordered], [s.group or s.id for s in ordered],
+    return KnockOut(mlm.num_layers, list(blocked), [s.id for s in ordered], [s.kind for s in ordered], [s.group or s.id for s in ordered],
                     np.array(rows, dtype=float))  # fmt: skip
 
 

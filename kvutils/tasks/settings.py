@@ -202,7 +202,7 @@ def _answers(pope: Pope, setting: Setting, parts: Parts | None) -> list[str]:
     asked = Pope([replace(sample, picture=opened[sample.image_id], size=None) for sample in pope.samples])
 
     def ask(some: list) -> list[str]:
-        return ask_under_blocks(asked, setting.mlm, {NONE: None}, batch_size=setting.batch_size, progress=False)[0][NONE]
+        return ask_under_blocks(asked, setting.mlm, {NONE: None}, batch_size=setting.batch_size, progress=False).texts[NONE]
 
     depends = [setting.mlm.settings, setting.scale, setting.batch_size]
     return list(in_chunks(parts, "settings/pope", asked.samples, ask, len(asked.samples), depends, progress=False))[0]
