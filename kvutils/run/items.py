@@ -8,15 +8,18 @@ from pathlib import Path
 
 from kvutils.errors import StoreError, one_of
 from kvutils.store import Frame, plain, read_frame, read_json, write_frame, write_json
-from kvutils.tasks import siglip_baseline, value_flow
+from kvutils.tasks import input_agnostic_keys, siglip_baseline, value_flow
+from kvutils.tasks.key_table import KeyTable
+from kvutils.tasks.knock_out import KnockOut
 from kvutils.tasks.tables import ScoreTable
 from kvutils.tasks.yes_no import Answers
 
-Table = ScoreTable | Answers | Frame
-TABLES = {kind.__name__: kind for kind in (ScoreTable, Answers)}  # every class with `frame` and `of_frame`; a bare Frame needs none
+Table = ScoreTable | KeyTable | KnockOut | Answers | Frame
+TABLES = {kind.__name__: kind for kind in (ScoreTable, KeyTable, KnockOut, Answers)}  # every class with `frame` and `of_frame`; a bare Frame needs none
 RESULTS: dict[str, Callable[[Mapping[str, Table], Mapping], dict]] = {  # notebook -> what gives everything derived
     "01_value_flow": value_flow.results,
     "02_siglip_baseline": siglip_baseline.results,
+    "03_input_agnostic_keys": input_agnostic_keys.results,
 }
 
 

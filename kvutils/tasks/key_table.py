@@ -22,7 +22,9 @@ from kvutils.readout.attention import attention_mass
 from kvutils.store import Frame, Parts, in_chunks
 from kvutils.vision import encode_images, over_images, prepare_images
 
-_PLACE, _CELL, _RECT = ("layer", "head", "token"), ("row", "column"), ("x0", "y0", "x1", "y1")
+# columns of a table in a file: what a row is about, what is said of its token
+_PLACE, _TOKEN = ("layer", "head", "token"), ("slot", "view", "newline", "foreground")
+_CELL, _RECT = ("row", "column"), ("x0", "y0", "x1", "y1")
 _MEASURED = {"variance": "variance", "norm": "norm", "mass": "attention", "turned": "variance, patches reversed"}  # field -> column
 
 
@@ -59,29 +61,28 @@ class KeyTable:
     def frame(self) -> Frame:
         """A row per layer, key-value head and image token: where the token is, and its key's statistics."""
         layout, shape = self.layout, self.variance.shape
-        places = {name: getattr(layout, name) for name in ("slots", "view", "is_newline")}
-        places |= dict(zip(_CELL + _RECT, (*layout.cells.T, *layout.rects.T), strict=True)) | {"foreground": self.foreground}
+        each = (layout.slots, layout.view, layout.is_newline, self.foreground, *layout.cells.T, *layout.rects.T)
+        places = dict(zip(_TOKEN + _CELL + _RECT, each, strict=True))
         columns = dict(zip(_PLACE, np.indices(shape).reshape(3, -1), strict=True))
         columns |= {name: np.tile(each, shape[0] * shape[1]) for name, each in places.items()}
-        columns |= {column: each.flatten().numpy() for name, column in _MEASURED.items() if (each := getattr(self, name)) is not None}
+        columns |= {column: found.flatten().numpy() for name, column in _MEASURED.items() if (found := getattr(self, name)) is not None}
         about = {"name": self.name, "images": self.images, "mass_images": self.mass_images, "image_size": layout.image_size, "grids": layout.grids}
         return Frame(columns, about)
 
     @classmethod
     def of_frame(cls, frame: Frame) -> Self:
         """DataError unless the rows are all layers x heads x tokens, in this order."""
-        columns, about = {name: np.asarray(each) for name, each in frame.columns.items()}, dict(frame.about)
-        places = np.stack([columns[name] for name in _PLACE])
+        about, places = frame.about, np.stack([frame[name] for name in _PLACE])
         shape = tuple(places.max(axis=1) + 1)
         if places.shape[1] != np.prod(shape) or (places != np.indices(shape).reshape(3, -1)).any():
             raise DataError(f"keys of {about['name']}: expected a row for each of {shape[0]} layers x {shape[1]} heads x {shape[2]} tokens, in "
                             f"this order, found {places.shape[1]} rows in another")  # fmt: skip
-        token = {name: each[: shape[2]] for name, each in columns.items()}
-        cells, rects = (np.stack([token[name] for name in names], axis=1) for names in (_CELL, _RECT))
-        grids = {name: tuple(size) for name, size in about.pop("grids").items()}
-        layout = TokenLayout(token["slots"], rects, cells, token["view"], token["is_newline"], tuple(about.pop("image_size")), grids)
-        found = {name: torch.tensor(columns[column].reshape(shape)) for name, column in _MEASURED.items() if column in columns}
-        return cls(**about, **found, foreground=token["foreground"], layout=layout)
+        slots, view, newline, often = (frame[name][: shape[2]] for name in _TOKEN)
+        cells, rects = (np.stack([frame[name][: shape[2]] for name in names], axis=1) for names in (_CELL, _RECT))
+        grids = {name: tuple(size) for name, size in about["grids"].items()}
+        layout = TokenLayout(slots, rects, cells, view, newline, tuple(about["image_size"]), grids)
+        found = {name: torch.tensor(frame[column].reshape(shape)) for name, column in _MEASURED.items() if column in frame.columns}
+        return cls(about["name"], **found, foreground=often, layout=layout, images=about["images"], mass_images=about["mass_images"])
 
 
 def measure_keys(

@@ -64,8 +64,8 @@ class KnockOut:
     @classmethod
     def of_frame(cls, frame: Frame) -> Self:
         conditions = [name.partition(": ")[2] for name in frame.columns if name.startswith(MEASURED[0])]
-        values = np.stack([np.stack([frame.columns[f"{name}: {each}"] for name in MEASURED], axis=1) for each in conditions], axis=1)
-        return cls(frame.about["layers"], conditions, *(list(frame.columns[name]) for name in ("id", "kind", "scene")), values)
+        values = np.stack([np.stack([frame[f"{name}: {each}"] for name in MEASURED], axis=1) for each in conditions], axis=1)
+        return cls(frame.about["layers"], conditions, *(frame[name] for name in ("id", "kind", "scene")), values)
 
 
 def blocked_layers(layers: int) -> dict[str, tuple[int, ...]]:

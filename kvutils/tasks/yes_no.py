@@ -188,9 +188,9 @@ class Answers:
     @classmethod
     def of_frame(cls, frame: Frame) -> Self:
         """Its samples have no picture."""
-        columns = frame.columns
-        asked = [dict(zip(_ASKED, row, strict=True)) for row in zip(*(columns[name] for name in _ASKED), strict=True)]
-        texts, mass = ({name.removeprefix(kind): each for name, each in columns.items() if name.startswith(kind)} for kind in ("answer: ", "yes or no: "))
+        asked = [dict(zip(_ASKED, row, strict=True)) for row in zip(*(frame[name] for name in _ASKED), strict=True)]
+        texts, mass = ({name.removeprefix(kind): each for name, each in frame.columns.items() if name.startswith(kind)}
+                       for kind in ("answer: ", "yes or no: "))  # fmt: skip
         (task,) = (each for each in (Pope, Mme) if each.name == frame.about["task"])
         return cls(task([YesNoSample(picture=None, **each) for each in asked]), texts, mass)
 
