@@ -553,10 +553,12 @@ def tables():
     """All that notebook 03 measures, made up; a token has no rectangle, a newline neither."""
     table, blocks, _ = experiment(draws=2)
     untrained, names, random = table_of(log_normal(6, 2, 17, seed=7)), list(blocked_layers(6)), np.random.default_rng(0)
-    curve = KnockOut(6, names, [f"q{i}" for i in range(40)], ["colour", "count"] * 20, [str(i // 4) for i in range(40)], random.random((40, len(names), 3)))
+    scenes, values = [str(i // 4) for i in range(40)], random.random((40, len(names), 3))
+    curve = KnockOut(6, names, [f"q{i}" for i in range(40)], ["colour", "count"] * 20, scenes, values)
 
     def answers(task, conditions):
-        return Answers(task, {name: noisy(task, 0.8, i) for i, name in enumerate(conditions)}, {name: random.random(len(task.samples)) for name in conditions})
+        texts = {name: noisy(task, 0.8, i) for i, name in enumerate(conditions)}
+        return Answers(task, texts, {name: random.random(len(task.samples)) for name in conditions})
 
     pope, mme = Pope(yes_no(10)), Mme(yes_no(10, ("existence", "count")))
     found = {"keys": replace(table, turned=untrained.variance), "keys_untrained": untrained, "reading": curve}

@@ -15,17 +15,18 @@ KNOCK_OUT_STYLE = {  # which layers are hidden -> colour, line, marker, label
     "until": (COLOURS[2], "-.", "D", "in this layer and all before it"),
 }
 MODES = {"yes": "two modes", "open": "open", "no": "one mode"}
+_NUMBERS = ("mean", "low", "high")
 BLOCK, EVERY, BELOW = "input-agnostic", "all keys", "reading layers, input-agnostic"
 ROWS = {  # condition -> its label, colour and marker
     EVERY: ("every image key", COLOURS[3], "v"),
-    BLOCK: ("the block: keys that vary least", COLOURS[0], "o"),
+    BLOCK: ("the block: keys below the threshold", COLOURS[0], "o"),
     "random": ("random keys", COLOURS[7], "s"),
     "random, same attention": ("random keys, same attention", COLOURS[7], "s"),
     "highest variance": ("keys that vary most", COLOURS[7], "s"),
     "same positions, early layers": ("same positions as the block", COLOURS[7], "s"),
-    BELOW: ("all keys below the threshold", COLOURS[2], "D"),
-    "reading layers, lowest variance": ("keys that vary least", COLOURS[2], "D"),
-    "reading layers, random": ("random keys", COLOURS[2], "D"),
+    BELOW: ("keys below the threshold", COLOURS[2], "D"),
+    "reading layers, lowest variance": ("as many as the block, lowest", COLOURS[2], "D"),
+    "reading layers, random": ("as many as the block, random", COLOURS[2], "D"),
 }
 
 
@@ -42,7 +43,7 @@ def variance(trained: Mapping) -> Figure:
     """Log10 of the keys' variance: all layers together above, each layer as a row below; at the left as it is, as in the paper, at the
     right in relation to most keys of the same head. trained: of `describe_keys`."""
     layers, modes, limit = trained["layers"], trained["modes"]["layers"], trained["thresholds"]["raw"]
-    figure, axes = plt.subplots(2, 2, figsize=(9.6, 5.2), height_ratios=(1, 1.7), sharex="col")
+    figure, axes = plt.subplots(2, 2, figsize=(9.6, 4.2 + 0.12 * layers), height_ratios=(1, 1 + 0.09 * layers), sharex="col")
     units = {"raw": "log$_{10}$ variance (squared key units)", "within_heads": "log$_{10}$ variance / that of most keys of its head"}
     for (above, below), (scale, unit) in zip(axes.T, units.items(), strict=True):
         counts, edges = (np.array(trained["histograms"][scale][name]) for name in ("layers", "log10_edges"))
@@ -53,11 +54,11 @@ def variance(trained: Mapping) -> Figure:
         below.set_xlabel(unit)
     for axis in axes[:, 0]:
         axis.axvline(np.log10(limit["value"]), color="black", lw=1.2, ls="--", label=f"threshold ({limit['method']})")
-    axes[0, 0].legend(fontsize=8.5)
+    axes[0, 0].legend()
     axes[0, 0].set(title=f"all layers together: {MODES['yes' if limit['two_modes'] else 'no']}", ylabel="keys")
     axes[0, 1].set_title("all layers together, heads aligned")
     right = axes[1, 1].secondary_yaxis("right")
-    right.set_yticks(range(layers), [MODES[each["two_modes"]] for each in modes], fontsize=8.5 if layers < 16 else 7.8)
+    right.set_yticks(range(layers), ["" if layers > 12 and each["two_modes"] == "no" else MODES[each["two_modes"]] for each in modes])
     right.tick_params(length=0)
     behind = [each["two_modes"] for each in modes[1:]]
     cause = "two modes, which layers of different scale alone can make" if limit["two_modes"] else "one mode"
@@ -95,35 +96,32 @@ def places(keys: Mapping, scene: Mapping) -> Figure:
     axis.set(ylabel=f"share of these keys among\nthe lowest {about['lowest']:.0%} of their head", ylim=(-0.03, 1.03))
     axis.legend(fontsize=8.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
     place, shown = (curves[name]["all"]["mean"] for name in ("turned_first", "turned_picture"))
-    figure.suptitle(f"With patches read in reverse, {place:.0%} of the keys read first are among the lowest {about['lowest']:.0%} of their head (the place),\n"
-                    f"and {shown:.0%} of those that show the old first row (the picture); layers 1 on")  # fmt: skip
+    figure.suptitle(f"With patches in reverse, {place:.0%} of the keys read first are among the lowest {about['lowest']:.0%} of their head "
+                    f"(the place),\nand {shown:.0%} of those that show the old first row (the picture); layers 1 on")  # fmt: skip
     return figure
 
 
 @styled
 def shares_by_layer(keys: Mapping) -> Figure:
-    """Share of keys that vary little, trained and untrained, by layer; attention and norm of these keys against others."""
+    """Share of keys that vary little, trained and untrained, by layer; attention to the keys below the threshold against others."""
     trained, compared = keys["trained"], keys["compared"]["within_heads"]
     layers, limits = trained["layers"], trained["thresholds"]["within_heads"]
     figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.9))
     curve(axes[0], range(layers), trained["shares"]["within_heads"]["layers"], (COLOURS[0], "-", "o", "trained"), factor=100)
     curve(axes[0], range(layers), compared["untrained"]["layers"], (COLOURS[7], ":", "^", "untrained"), factor=100)
-    valleys = sum(each["method"] == "valley" for each in limits)
-    rule = f"variance below {trained['thresholds']['near_constant']['value']:.0%} of the squared norm"
-    axes[0].set(title=f"below the valley in {valleys} layers, in others\n{rule}", ylabel="% of a layer's keys")
+    valleys, near = sum(each["method"] == "valley" for each in limits), trained["thresholds"]["near_constant"]["value"]
+    axes[0].set(title=f"below the valley in {valleys} layers, in others\nvariance below {near:.0%} of the squared norm", ylabel="% of a layer's keys")
     axes[0].legend()
-    for kind, style in (("mass", (COLOURS[2], "--", "D", "attention")), ("norm", (COLOURS[3], "-.", "v", "norm"))):
-        curve(axes[1], range(layers), trained["sinks"]["raw"][kind]["layers"], style)
+    curve(axes[1], range(layers), trained["sinks"]["raw"]["mass"]["layers"], (COLOURS[2], "--", "D", ""))
     axes[1].axhline(0, color="black", lw=0.8)
     sink = trained["sinks"]["raw"]["mass"]["all"]["mean"]
-    axes[1].set(title="keys below the threshold minus the others of\ntheir head: " + ("none to compare" if sink is None else f"{sink:+.2f} in attention"),
-                ylabel="multiples of the average key's")  # fmt: skip
-    axes[1].legend(title="attention above 0: a sink", title_fontsize=8.5)
+    gap = "none to compare" if sink is None else f"{sink:+.2f} (above 0: sinks)"
+    axes[1].set(title=f"attention to keys below the threshold minus that\nto others of their head: {gap}", ylabel="multiples of the average key's")
     for axis in axes:
         _tick_layers(axis, layers)
-    first, gap = trained["shares"]["within_heads"]["layers"][0]["mean"], compared["behind_layer_0"]
+    first, (mean, low, high) = trained["shares"]["within_heads"]["layers"][0]["mean"], (100 * compared["behind_layer_0"][key] for key in _NUMBERS)
     figure.suptitle(f"{first:.0%} of the keys of layer 0, where no attention has run, vary little;\nbehind it, trained minus untrained is "
-                    f"{100 * gap['mean']:+.1f} % of the keys [{100 * gap['low']:+.1f}, {100 * gap['high']:+.1f}]")  # fmt: skip
+                    f"{mean:+.1f} % of the keys [{low:+.1f}, {high:+.1f}]")  # fmt: skip
     return figure
 
 
@@ -164,12 +162,11 @@ def block_effects(blocking: Mapping) -> Figure:
     """POPE and MME: score under each block minus without it, with 95 % intervals and single draws of random controls; the layers of the
     block first, then others. What is beyond the axis, which the block and its controls choose, is an arrow with its number."""
     about, late = blocking["about"]["families"], blocking["about"]["layers"]
-    names = [name for name in ROWS if name in about]
-    groups = {tuple(about[name]["layers"]): [] for name in names}
-    for name in names:
-        groups[tuple(about[name]["layers"])].append(name)
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name in ROWS:
+        groups.setdefault(tuple(about[name]["layers"]), []).append(name)
     what = {tuple(late): "the last third", tuple(about[BELOW]["layers"]): "where the image is read most"}
-    rows: list[tuple[str, str]] = []  # (condition or "", label)
+    rows = []  # (condition or "", label)
     for layers, members in groups.items():
         rows.append(("", f"{_span(layers)}, {what.get(layers, 'the first')}"))
         rows += [(name, f"{ROWS[name][0]} ({about[name]['keys']:,.0f})") for name in members]
@@ -191,29 +188,31 @@ def block_effects(blocking: Mapping) -> Figure:
             if abs(mean) < reach:
                 points.append((row, families[name]["headline"], colour, marker, None))
                 continue
-            side = np.sign(mean)
-            axis.plot(side * 0.96 * reach, row, "<" if mean < 0 else ">", color=colour, ms=8)
-            axis.text(side * 0.88 * reach, row, f"{mean:+.1f}", color=colour, weight="bold", va="center", ha="left" if mean < 0 else "right")
+            side, place = ("left", -reach) if mean < 0 else ("right", reach)
+            axis.plot(0.96 * place, row, "<" if mean < 0 else ">", color=colour, ms=8)
+            axis.text(0.88 * place, row, f"{mean:+.1f}", color=colour, weight="bold", va="center", ha=side)
         forest(axis, points, [label for _, label in rows], factor=factor)
-        axis.set(xlim=(-reach, reach), xlabel=f"change of the {score} (points)", title=f"{score} {measured['plain']['headline']['mean'] * factor:.1f} without a block")
+        plain = measured["plain"]["headline"]["mean"] * factor
+        axis.set(xlim=(-reach, reach), xlabel=f"change of the {score} (points)", title=f"{score} {plain:.1f} without a block")
     for tick, (name, _) in zip(axes[0, 0].get_yticklabels(), rows, strict=True):
         tick.set(weight="normal" if name else "bold", size=9)
     axes[0, 0].tick_params(axis="y", length=0)
-    legend_below(figure, axes[0, :1], title="in brackets: how many keys are hidden. Bars: 95 % intervals; ticks: single draws of random keys", fontsize=8.5,
-                 title_fontsize=8.5)  # fmt: skip
+    note = "in brackets: how many keys are hidden; bars: 95 % intervals; ticks: single draws of random keys"
+    legend_below(figure, axes[0, :1], title=note, fontsize=8.5, title_fontsize=8.5)
     pope = blocking["pope"]
     change = {name: 100 * pope["families"][name]["headline"]["mean"] for name in (EVERY, BLOCK, BELOW)}
     idle = max(abs(pope["families"][EVERY]["headline"][end]) for end in ("low", "high")) < pope["smallest"]
-    figure.suptitle(f"{_span(late).capitalize()}{' are no lever for POPE' * idle}: hiding every image key changes it by {change[EVERY]:+.1f} points, the block by "
-                    f"{change[BLOCK]:+.1f};\nin {_span(about[BELOW]['layers'])}, hiding the keys below the threshold changes it by {change[BELOW]:+.1f}")  # fmt: skip
+    figure.suptitle(f"{_span(late).capitalize()} {'are no lever for' if idle else 'and'} POPE: hiding every image key changes it by "
+                    f"{change[EVERY]:+.1f} points, the block by {change[BLOCK]:+.1f};\nin {_span(about[BELOW]['layers'])}, hiding the keys below "
+                    f"the threshold changes it by {change[BELOW]:+.1f}")  # fmt: skip
     return figure
 
 
 @styled
 def sweep_map(sweep: Mapping) -> Figure:
     """Effect on POPE by share of keys and number of last layers, on the half of the images that chooses the best."""
-    values = 100 * np.array([[cell["mean"] for cell in row] for row in sweep["grid"]])
-    clear = np.array([[cell["low"] > 0 or cell["high"] < 0 for cell in row] for row in sweep["grid"]])
+    values, low, high = 100 * np.array([[[cell[key] for cell in row] for row in sweep["grid"]] for key in _NUMBERS])
+    clear = (low > 0) | (high < 0)
     size = max(np.abs(values).max(), 0.1)
     figure, axis = plt.subplots(figsize=(8.5, 4.0))
     drawn = axis.imshow(values, cmap="PuOr_r", vmin=-size, vmax=size, aspect="auto", origin="lower")
@@ -225,12 +224,11 @@ def sweep_map(sweep: Mapping) -> Figure:
     axis.add_patch(plt.Rectangle((place[0] - 0.48, place[1] - 0.48), 0.96, 0.96, fill=False, lw=2, ec="black"))
     axis.set_xticks(range(len(sweep["depths"])), sweep["depths"])
     axis.set_yticks(range(len(sweep["shares"])), [f"{share:.0%}" for share in sweep["shares"]])
-    mean, low, high = (100 * sweep["held_out"][key] for key in ("mean", "low", "high"))
-    axis.set(xlabel="in how many last layers", ylabel="keys blocked in each layer\n(those that vary least)",
-             title=f"The best cell (framed) changes POPE by {mean:+.1f} F1 points [{low:+.1f}, {high:+.1f}]\non the half of the images that did not "
-             "choose it")  # fmt: skip
+    mean, low, high = (100 * sweep["held_out"][key] for key in _NUMBERS)
+    axis.set(xlabel="in how many last layers (*: 95 % interval without 0)", ylabel="keys blocked in each layer\n(those that vary least)")
     figure.colorbar(drawn, ax=axis, label="change of POPE F1 (points),\non the half that chooses")
-    figure.supxlabel("*: 95 % interval without 0", fontsize=8.5)
+    figure.suptitle(f"The best cell (framed) changes POPE by {mean:+.1f} F1 points [{low:+.1f}, {high:+.1f}]\n"
+                    "on the half of the images that did not choose it")  # fmt: skip
     return figure
 
 

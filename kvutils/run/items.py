@@ -15,7 +15,7 @@ from kvutils.tasks.tables import ScoreTable
 from kvutils.tasks.yes_no import Answers
 
 Table = ScoreTable | KeyTable | KnockOut | Answers | Frame
-TABLES = {kind.__name__: kind for kind in (ScoreTable, KeyTable, KnockOut, Answers)}  # every class with `frame` and `of_frame`; a bare Frame needs none
+TABLES = {kind.__name__: kind for kind in (ScoreTable, KeyTable, KnockOut, Answers)}  # every class with `frame` and `of_frame`
 RESULTS: dict[str, Callable[[Mapping[str, Table], Mapping], dict]] = {  # notebook -> what gives everything derived
     "01_value_flow": value_flow.results,
     "02_siglip_baseline": siglip_baseline.results,

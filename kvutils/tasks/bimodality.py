@@ -29,7 +29,8 @@ def bimodal_layers(logs: np.ndarray, n_boot: int = 2000, seed: int = 0) -> dict:
     D is above 2, and the valley is real by Holm's procedure over the layers; "no" if the 95 % interval excludes such a valley; else
     "open". Intervals are over the P positions, each with all its heads. layers: per layer `two_modes`, `separation` (D), `valley` (the
     density in it over the lower mode's, an interval; 1: none) and `modes` (lower mode, valley, upper mode, as multiples of the variance
-    at the head's mode). Behind layer 0, whose keys no attention has reached: count: an effect: the layers that have them in the sample, from those with "yes" to all but those with "no";
+    at the head's mode). Behind layer 0, whose keys no attention has reached: count: an effect: the
+    layers that have them in the sample, from those with "yes" to all but those with "no";
     its error is that of a 90 % interval as wide. late_minus_early: the same of the share of the later half's layers minus the earlier's.
     heads: the count with whole heads left out in turn. ParameterError for fewer than four positions."""
     layers, heads, positions = logs.shape

@@ -74,10 +74,10 @@ def results(tables: Mapping, about: Mapping) -> dict:
     effect, score, every = (found["families"][name]["headline"] for found, name in ((pope, BLOCK), (mme, BLOCK), (pope, EVERY)))
     bimodal = [layer for layer, each in enumerate(described["modes"]["layers"]) if each["two_modes"] == "yes" and layer]
     finding = (
-        f"The variance of image keys has two separate modes in {len(bimodal)} of {total - 1} layers behind layer 0. Blocking the keys that vary least "
-        f"in layers {layers[0]}-{layers[-1]} changes POPE by {interval_text(effect, 1, True, 100)} F1 points and MME by {interval_text(score, 0, True)} "
-        f"points, hiding every image key there changes POPE by {interval_text(every, 1, True, 100)}; the image is read most in layers "
-        f"{reading['layers'][0]}-{reading['layers'][-1]}."
+        f"The variance of image keys has two separate modes in {len(bimodal)} of {total - 1} layers behind layer 0. Blocking the keys that "
+        f"vary least in layers {layers[0]}-{layers[-1]} changes POPE by {interval_text(effect, 1, True, 100)} F1 points and MME by "
+        f"{interval_text(score, 0, True)} points, hiding every image key there changes POPE by {interval_text(every, 1, True, 100)}; "
+        f"the image is read most in layers {reading['layers'][0]}-{reading['layers'][-1]}."
     )
     return {
         "keys": {"trained": described, "compared": compared},

@@ -39,11 +39,12 @@ def conditions(table: KeyTable, threshold: Mapping, reading: Sequence[int], laye
                seed: int = 0) -> tuple[dict[str, KeySelection | None], dict]:  # fmt: skip
     """(name -> selection, what they are) of the experiment: no block, the block, every control.
 
-    layers: where keys are blocked (default `last_layers`). threshold: of `variance_threshold`; where no key of these layers is below it, the `FALLBACK` share of each layer that varies least is blocked instead, and `method` says so. reading: as many layers
-    where the image is read, from `reading_layers`. Controls: random keys, as many in each layer and head; random keys that receive as
-    much attention; the keys that vary most; the same positions in the first layers; in the reading layers the keys below the threshold,
-    and as many lowest and random ones as the block has. "all keys" of the layers bounds what any block of them can do. about: JSON-able;
-    `below`: how many keys of these layers are below the paper's threshold or one between two modes, 0 where there is neither."""
+    layers: where keys are blocked (default `last_layers`). threshold: of `variance_threshold`; where no key of these layers is below it,
+    the `FALLBACK` share of each layer that varies least is blocked instead, and `method` says so. reading: as many layers where the image
+    is read, from `reading_layers`. Controls: random keys, as many in each layer and head; random keys that receive as much attention; the
+    keys that vary most; the same positions in the first layers; in the reading layers the keys below the threshold, and as many lowest and
+    random ones as the block has. "all keys" of the layers bounds what any block of them can do. about: JSON-able; `below`: how many keys
+    of these layers are below the paper's threshold or one between two modes, 0 where there is neither."""
     at_least("draws", draws)
     total, heads, tokens = table.variance.shape
     layers = last_layers(total) if layers is None else tuple(layers)
@@ -197,7 +198,8 @@ def ask_sweep(task: YesNoTask, mlm: MLM, table: KeyTable, parts: Parts | None = 
     both would double the longest measurement of the notebook. options: those of `ask_under_blocks`."""
     total, chosen = len(table.variance), choosing_half([s.image_id for s in task.samples], seed)
     halves = [type(task)([s for s, c in zip(task.samples, chosen, strict=True) if c == side]) for side in (True, False)]
-    cells = {name: keys.select_lowest(table.variance, table.real, share, range(total - depth, total)) for name, (share, depth) in sweep_cells(total).items()}
+    cells = {name: keys.select_lowest(table.variance, table.real, share, range(total - depth, total))
+             for name, (share, depth) in sweep_cells(total).items()}  # fmt: skip
     first = ask_under_blocks(halves[0], mlm, {NONE: None} | cells, parts, **options)
     best = _best(Scored.of(first.task, first.texts, 1, seed), cells)
     return first, ask_under_blocks(halves[1], mlm, {NONE: None, best: cells[best]}, parts, **options)

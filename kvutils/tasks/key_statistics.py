@@ -64,9 +64,7 @@ def agnostic(table: KeyTable, found: dict, scale: str = "raw") -> torch.Tensor:
     return near
 
 
-def describe_keys(
-    table: KeyTable, model: str | None = None, n_boot: int = 2000, seed: int = 0
-) -> dict:
+def describe_keys(table: KeyTable, model: str | None = None, n_boot: int = 2000, seed: int = 0) -> dict:
     """All that the figures and the tables of a model's keys need; JSON-able. model: as in `thresholds`."""
     modes = bimodal_layers(_logs(table.variance, table.real), n_boot, seed)
     found = thresholds(table, model, modes)
@@ -139,13 +137,15 @@ def foreground(table: KeyTable, n_boot: int = 2000, seed: int = 0) -> dict:
 def causal_order(table: KeyTable, n_boot: int = 2000, seed: int = 0) -> dict:
     """Do keys vary little for what their patch shows, or for being among the first tokens that are read? JSON-able.
 
-    In `turned` the patches were fed in reverse, so that slot i held the patch of the last but i. Of each head the `LOWEST` share of keys: their share among the first `row` tokens (the first row of the grid) and among
-    the others, in the usual order (`first`, `rest`) and in reverse (`turned_first`, and `turned_picture`, the last tokens, which show
-    the first row's patches). Above `LOWEST` by chance, the one is an effect of the place, the other of the picture. all: mean over layers,
-    without layer 0, whose keys are computed before any token has seen another. maps: the share at each patch, mean over layers and heads.
+    In `turned` the patches were fed in reverse, so that slot i held the patch of the last but i. Of each head the `LOWEST` share of keys:
+    their share among the first `row` tokens (the first row of the grid) and among the others, in the usual order (`first`, `rest`) and in
+    reverse (`turned_first`, and `turned_picture`, the last tokens, which show the first row's patches). Above `LOWEST` by chance, the one is an
+    effect of the place, the other of the picture. all: mean over layers, without layer 0, whose keys are computed before any token has seen
+    another. maps: the share at each patch, mean over layers and heads.
     """
     real, row = table.real, next(iter(table.layout.grids.values()))[1]
-    lowest = [(each[..., real].argsort(-1).argsort(-1) < LOWEST * int(real.sum())).double().mean(1).numpy() for each in (table.variance, table.turned)]
+    orders = (each[..., real].argsort(-1).argsort(-1) for each in (table.variance, table.turned))
+    lowest = [(each < LOWEST * int(real.sum())).double().mean(1).numpy() for each in orders]
     first = np.arange(lowest[0].shape[-1]) < row
     places = {"first": (0, first), "rest": (0, ~first), "turned_first": (1, first), "turned_picture": (1, first[::-1])}
     packed = np.stack([each.T for each in lowest], axis=1)  # (P, 2, L)
