@@ -15,7 +15,7 @@ from kvutils.metrics.statistics import choosing_half
 from kvutils.plots import baseline as plots_baseline
 from kvutils.readout.features import FeatureExtractor
 from kvutils.store import to_json
-from kvutils.tasks import photographs
+from kvutils.tasks import photographs, siglip_baseline, value_flow
 from kvutils.tasks.base import summarise
 from kvutils.tasks.co_segmentation import CoSegmentation
 from kvutils.tasks.siglip_baseline import CHAIN, STEPS, claim_c4, compare_along_chain
@@ -193,3 +193,25 @@ def test_photographs_are_measured_and_said(redraw):
     figures = redraw("01_value_flow", {"tasks": summaries, "maps": maps, "photographs": numbers})
     assert "a grey picture has one, upright" in figures["01_photographs"].get_suptitle()
     assert "on 6 of 6 tasks;" in figures["01_value_flow"].get_suptitle() and "build up on 0" in figures["01_value_flow"].get_suptitle()
+
+
+def test_results_follow_from_tables_that_went_through_files(verdict):
+    """Six tasks of planted scores, without settings, texts read otherwise or data: both notebooks, the same from tables that were read."""
+    levels = FLOW | {"encoder_original": 0.5, "encoder": 0.4} | {f"untrained.value.{layer}": 0.05 for layer in range(7)} | {"value.4": 0.45}
+    plain = {f"uncentred.{source}": level - 0.1 for source, level in levels.items() if source[:3] in ("val", "enc", "pro")}
+    measured = {task.name: score_table(task.name, levels | (plain if "text" in task.title or "Ref" in task.title else {}), task.columns, own=0.05)
+                for task in SIX if task is not CoSegmentation}  # fmt: skip
+    photos = ScoreTable("photographs", ["one"], ["one"], ["value.0"], list(photographs.COLUMNS), np.full((1, 1, 4), 0.1))
+    about = {"parameters": {"bootstrap": 200, "seed": 0}, "left_out": {"a": "not here"}, "behind": {}}
+    about["task_parameters"] = dict.fromkeys(measured, {})
+    found = value_flow.results(measured | {"photographs": photos}, about)
+    read = {name: ScoreTable.of_frame(table.frame()) for name, table in (measured | {"photographs": photos}).items()}
+    assert to_json(value_flow.results(read, about)) == to_json(found)
+    words = {name: verdict(name, found["claims"][name]) for name in ("C1", "C2a", "C2b", "X6")}
+    assert words == {"C1": "present", "C2a": "present", "C2b": "present", "X6": "not measured"} and "not here" in found["claims"]["X6"]["note"]
+    assert list(found["tasks"]) == list(measured) and "without Co-segmentation" in found["finding"] and found["text_reading"] == {}
+    assert list(found["centring"]) == ["semantic_segmentation", "referring_segmentation"]
+    chain = siglip_baseline.results(measured, about)
+    assert chain["chains"].keys() == measured.keys() and chain["uncentred"].keys() == {"semantic_segmentation", "referring_segmentation"}
+    few = {name: replace(table, groups=["a"] * len(table)) for name, table in measured.items()}
+    assert siglip_baseline.results(few, about)["left_out"].keys() == measured.keys()

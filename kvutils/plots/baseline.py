@@ -50,4 +50,4 @@ def steps_along_chain(chains: Mapping[str, Mapping]) -> Figure:
 
 
 def draw(results: Mapping) -> dict[str, Figure]:
-    return {"02_steps": steps_along_chain(results["chains"]), "02_chain": overview(results["scene"])}
+    return {"02_steps": steps_along_chain(results["chains"]), **({"02_chain": overview(results["scene"])} if "scene" in results else {})}

@@ -4,6 +4,7 @@ Under each setting, one change to how a model runs, the headline scores of the s
 last layer of the values, on some of the same items, and POPE's F1. Every picture is read alone: a batch can change answers only."""
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -153,18 +154,12 @@ def measure_settings(
 
 def _beside(before: ScoreTable, under: Mapping[str, ScoreTable], sources: Sequence[str]) -> ScoreTable:
     """The tables of several settings as one, with the rows of `before` that any of them has."""
-    places = {setting: {name: place for place, name in enumerate(table.ids)} for setting, table in under.items()}
-    rows = [row for row, name in enumerate(before.ids) if any(name in found for found in places.values())]
-    values = np.full((len(rows), len(under), len(sources), len(before.columns)), np.nan)
-    for i, (setting, table) in enumerate(under.items()):
-        known = [(row, places[setting][before.ids[each]]) for row, each in enumerate(rows) if before.ids[each] in places[setting]]
-        here, there = ([pair[side] for pair in known] for side in range(2))
-        for j, source in enumerate(sources):
-            if source in table.sources:
-                values[here, i, j] = table.of(source)[there]
-    ids, groups = ([each[row] for row in rows] for each in (before.ids, before.groups))
-    names = [f"{setting}/{source}" for setting in under for source in sources]
-    return ScoreTable(before.task, ids, groups, names, before.columns, values.reshape(len(rows), len(names), -1))
+    scores = {f"{setting}/{source}": dict(zip(table.ids, table.of(source), strict=True)) if source in table.sources else {}
+              for setting, table in under.items() for source in sources}  # fmt: skip
+    kept, nothing = {name for table in under.values() for name in table.ids}, [math.nan] * len(before.columns)
+    ids, groups = zip(*((name, group) for name, group in zip(before.ids, before.groups, strict=True) if name in kept), strict=True)
+    values = np.array([[found.get(name, nothing) for found in scores.values()] for name in ids])
+    return ScoreTable(before.task, list(ids), list(groups), list(scores), before.columns, values)
 
 
 def setting_changes(measured: Mapping[str, ScoreTable | Answers], tasks: Sequence[type[Task]], left_out: Mapping[str, str],
