@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 
 import numpy as np
@@ -29,7 +29,7 @@ from kvutils.language import Continuation, Piece, Prefix, check_masks, embed, pr
 from kvutils.layout import TokenLayout
 from kvutils.models import MLM
 from kvutils.prompts import Options, PromptTokens, end_tokens, for_all, per_question, prepare_text
-from kvutils.vision import encode_images, in_batches, prepare_images
+from kvutils.vision import VisionInputs, encode_images, in_batches, prepare_images
 
 Pictures = ImageLike | Sequence[ImageLike]  # of one prompt
 Choices = Options | Sequence[Options] | None  # everyone's, or options[i] of each question
@@ -73,11 +73,13 @@ class Answer:
 class SessionBatch(contextlib.AbstractContextManager):
     """B prompts, each of one image or a sequence of images, read up to their last image exactly once.
 
-    prefix as in `capture`; `tokens` of an earlier session of the same model and prefix saves tokenising its questions again.
+    prefix as in `capture`; `tokens` of an earlier session of the same model and prefix saves tokenising its questions again; vision: the
+    images' pixels, where `prepare_images` has made them before.
     Memory is held until `close()` or the end of `with`. Raises ImageError, ModelError, ParameterError."""
 
     @torch.no_grad()
-    def __init__(self, mlm: MLM, images: Sequence[Pictures], prefix: str | None = None, tokens: PromptTokens | None = None):
+    def __init__(self, mlm: MLM, images: Sequence[Pictures], prefix: str | None = None, tokens: PromptTokens | None = None,
+                 vision: VisionInputs | None = None):  # fmt: skip
         check_masks(mlm, range(mlm.num_layers))
         rows = [_as_list(row) for row in _as_list(images)]
         if not rows or not all(rows):
@@ -85,7 +87,7 @@ class SessionBatch(contextlib.AbstractContextManager):
         self.mlm, self.tokens = mlm, tokens or PromptTokens(mlm, prefix)
         names = [f"images[{i}][{j}]" for i, row in enumerate(rows) for j in range(len(row))]
         opened = [open_image(*pair) for pair in zip(itertools.chain(*rows), names, strict=True)]
-        vision = prepare_images(mlm, opened, names)
+        vision = replace(vision, layouts=list(vision.layouts)) if vision else prepare_images(mlm, opened, names)
         self._text = prepare_text(mlm, [self.tokens.up_to_images(len(row)) for row in rows], vision)
         placed = iter(vision.layouts)
         self._layouts = [list(itertools.islice(placed, len(row))) for row in rows]
@@ -177,8 +179,8 @@ class ImageSession(SessionBatch):
 
     Arguments and errors as for `SessionBatch`; every method takes `block` and `queries` of its `answer`."""
 
-    def __init__(self, mlm: MLM, images: Pictures, prefix: str | None = None):
-        super().__init__(mlm, [_as_list(images)], prefix)
+    def __init__(self, mlm: MLM, images: Pictures, prefix: str | None = None, vision: VisionInputs | None = None):
+        super().__init__(mlm, [_as_list(images)], prefix, vision=vision)
 
     @property
     def layouts(self) -> list[TokenLayout]:

@@ -3,7 +3,6 @@
 Features are read at the first call and kept as the model wrote them; what is made of them (centred tokens, colours, attention) is kept
 up to `KEPT` results. `free` gives the memory back; the next call reads the picture again."""
 
-import io
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from kvutils.answer import Answer, ImageSession, spellings
 from kvutils.errors import ModelError, ParameterError, at_least, one_of
 from kvutils.images import ImageLike, open_image
 from kvutils.keys import KeySelection, key_variance, select_region
-from kvutils.kvcache import capture_prepared
+from kvutils.kvcache import Capture, capture_prepared
 from kvutils.language import check_masks, not_finite, resolve_layers
 from kvutils.layout import BASE, TokenLayout
 from kvutils.readout.attention import token_attention
@@ -25,56 +24,54 @@ from kvutils.readout.encoders import encode_prepared
 from kvutils.readout.features import FeatureExtractor, image_tokens, pixel_features
 from kvutils.readout.maps import directions, pca_colours
 from kvutils.readout.selections import select_lowest, select_random, variance_threshold
-from kvutils.vision import prepare_images
+from kvutils.vision import VisionInputs, prepare_images
 
 LABELS = {"pixels": "pixels", "encoder_original": "SigLIP", "encoder": "vision tower", "projector": "projector", "key": "keys",
           "value": "values", "untrained.value": "values, untrained model"}  # fmt: skip
 LAYERED = ("key", "value", "untrained.value")
-KINDS = ("agnostic", "lowest", "random", "region")  # of selections of image keys
 KEPT = 24  # results: of 2,929 tokens and 512 channels about 150 MB
-SHOWN = 1024  # pixels of the longer side of the picture that is sent to the browser, and of which colours are averaged
+SHOWN = 1024  # pixels of the longer side of the picture that is shown
 
 
 class Panel:
     """extractor: the model, its layers and the towers beside it. picture: a path or `PIL.Image`. name: of the picture, in messages.
     context: other pictures, over which the variance of keys is taken, brought to the size of this one as notebook 03 does."""
 
-    def __init__(self, extractor: FeatureExtractor, picture: ImageLike, name: str, context: Sequence[ImageLike] = ()):
-        self.extractor, self.mlm, self.name, self.context = extractor, extractor.mlm, name, context
-        self.picture_given, self.picture = picture, open_image(picture, name)
+    def __init__(self, extractor: FeatureExtractor, picture: ImageLike, name: str = "picture", context: Sequence[ImageLike] = ()):
+        self.extractor, self.mlm, self.given, self.name, self.context = extractor, extractor.mlm, picture, name, context
+        self.picture = open_image(picture, name)
+        self.small = self.picture.reduce(max(1, max(self.picture.size) // SHOWN))  # a whole number of pixels first, which is fast
+        self.small.thumbnail((SHOWN, SHOWN))
+        self._sessions: dict[str | None, ImageSession] = {}
         self.free()
 
     def free(self) -> None:
         """Give back what was read, the cached prompts included."""
-        for session in getattr(self, "_sessions", {}).values():
+        for session in self._sessions.values():
             session.close()
-        self._shot = self._vision = self._variance = self.asked = None
-        self._sessions: dict[str | None, ImageSession] = {}
-        self._plain: dict[str, torch.Tensor] = {}
+        self._sessions.clear()
         self._kept: OrderedDict[tuple, Any] = OrderedDict()
+        self._read: tuple[VisionInputs, Capture] | None = None
+        self._variance: torch.Tensor | None = None
+        self.asked: dict | None = None  # the last question: what was asked and how, `ids` of its tokens and of the answer's
 
     def _keep(self, key: tuple, make: Callable[[], Any]) -> Any:
         """A result made before, or now; the least recently used goes first."""
-        if key not in self._kept:
-            self._kept[key] = make()
-        self._kept.move_to_end(key)
+        self._kept[key] = self._kept.pop(key) if key in self._kept else make()
         while len(self._kept) > KEPT:
             self._kept.popitem(last=False)
         return self._kept[key]
 
-    # What was read
-
-    @property
-    def shot(self):
-        """The `Capture` of all layers of the extractor, on the model's device."""
-        if self._shot is None:
-            self._vision = prepare_images(self.mlm, [self.picture], [self.name])
-            (self._shot,) = capture_prepared(self.mlm, self._vision, None, self.extractor.layers)
-        return self._shot
+    def read(self) -> tuple[VisionInputs, Capture]:
+        """The prepared pixels, and all layers of the extractor on the model's device."""
+        if self._read is None:
+            vision = prepare_images(self.mlm, [self.picture], [self.name])
+            self._read = vision, capture_prepared(self.mlm, vision, None, self.extractor.layers)[0]
+        return self._read
 
     @property
     def layout(self) -> TokenLayout:
-        return self.shot.layout
+        return self.read()[1].layout
 
     @property
     def real(self) -> np.ndarray:
@@ -86,122 +83,94 @@ class Panel:
         beside = {"encoder_original": self.extractor.encoder_original, "untrained.value": self.extractor.untrained}
         return [source for source in LABELS if beside.get(source, True)]
 
-    def can_ask(self) -> bool:
-        """Whether the model's attention takes masks: without them questions cannot follow a cached picture, nor keys be blocked."""
+    def describe(self) -> dict:
+        """Sizes and sources, JSON-able. can_ask: the model's attention takes masks, without which no question follows a cached picture."""
         try:
             check_masks(self.mlm, range(self.mlm.num_layers))
+            able = True
         except ModelError:
-            return False
-        return True
-
-    def describe(self, title: str) -> tuple[dict, list[bytes]]:
-        """What a view needs to begin with, and its buffers."""
-        small, data, layout = self.picture.copy(), io.BytesIO(), self.layout
-        small.thumbnail((SHOWN, SHOWN))
-        small.save(data, "JPEG", quality=90)
-        layers, heads = list(self.extractor.layers), self.mlm.num_kv_heads
-        sources = [{"name": source, "label": LABELS[source], "layers": layers if source in LAYERED else None,
-                    "heads": heads if source in LAYERED else None} for source in self.sources]  # fmt: skip
+            able = False
+        more = {"layers": list(self.extractor.layers), "heads": self.mlm.num_kv_heads}
+        none = dict.fromkeys(more)
+        sources = [{"name": source, "label": LABELS[source]} | (more if source in LAYERED else none) for source in self.sources]
         width, height = self.picture.size
-        about = {"title": title, "model": f"{self.mlm.name} ({self.mlm.revision})", "width": width, "height": height, "tokens": len(layout), "sources": sources,
-                 "heads": self.mlm.num_heads, "layers": self.mlm.num_layers, "interventions": self.can_ask(), "can_ask": self.can_ask()}
-        arrays = (layout.rects.astype("<f4"), layout.slots.astype("<i4"), layout.view.astype("<i4"), layout.is_newline.astype("u1"))
-        return about, [data.getvalue(), *(array.tobytes() for array in arrays)]
+        return {"model": f"{self.mlm.name} ({self.mlm.revision})", "width": width, "height": height, "tokens": len(self.layout), "sources": sources,
+                "heads": self.mlm.num_heads, "layers": self.mlm.num_layers, "interventions": able, "can_ask": able}  # fmt: skip
 
     def tokens(self, source: str, layer: int | None = None, head: int | None = None) -> torch.Tensor:
-        """(N, C) features as the model wrote them, newlines included; zeros there for pixels and towers."""
+        """(N, C) features as the model wrote them, newlines included; zeros there for pixels and towers. Raises ParameterError."""
         one_of("source", source, self.sources)
+        vision, shot = self.read()
         if source in LAYERED:
             one_of(f"layer of the {LABELS[source]}", layer, self.extractor.layers)
             if head is not None:
                 one_of("key-value head", head, range(self.mlm.num_kv_heads))
-            shot = self._untrained() if source == "untrained.value" else self.shot
+            if source == "untrained.value":
+                options = {"keys": False, "features": False}
+                shot = self._keep((source,), lambda: capture_prepared(self.extractor.untrained, vision, None, self.extractor.layers, **options)[0])
             return shot.key(layer, head) if source == "key" else shot.value(layer, head)
-        if source in ("encoder", "projector"):
-            return getattr(self.shot, source)
-        if source not in self._plain:
-            self._plain[source] = self._pixels() if source == "pixels" else self._tower(source)
-        return self._plain[source]
+        if source == "pixels":
+            return self._keep((source,), self._pixels)
+        return self._tower(source) if source == "encoder_original" else getattr(shot, source)
 
-    def _untrained(self):
-        return self._keep(("untrained",), lambda: capture_prepared(
-            self.extractor.untrained, self._prepared(), None, self.extractor.layers, keys=False, features=False)[0])  # fmt: skip
-
-    def _prepared(self):
-        assert self.shot is not None
-        return self._vision
-
-    @torch.no_grad()
     def _tower(self, source: str) -> torch.Tensor:
-        """Of `encoder_original`, or one of the towers after the last layer of that ("head.")."""
+        """(N, C) of `encoder_original`, or of one of the towers after its last layer ("head.")."""
         about = {"head": source.startswith("head."), "own": source == "head.encoder"}
-        return encode_prepared(self.extractor.encoder_original, self.mlm, self._prepared(), [self.picture], **about)[0]
+        return self._keep((source,), lambda: encode_prepared(self.extractor.encoder_original, self.mlm, self.read()[0], [self.picture], **about)[0])
 
     def _pixels(self) -> torch.Tensor:
-        """Colours and places as the source "pixels"; of large pictures, of a smaller copy: sums over 12 megapixels take seconds."""
-        factor = max(1, max(self.picture.size) // SHOWN)
-        small, layout = self.picture.reduce(factor), self.layout.select(self.real)
-        features = torch.zeros(len(self.layout), 5)
-        layout = replace(layout, rects=layout.rects * np.tile(np.divide(small.size, layout.image_size), 2), image_size=small.size)
-        features[torch.from_numpy(self.real)] = pixel_features(layout, small).float()
+        """Colours and places, of the picture as it is shown: sums over 12 megapixels would take seconds."""
+        features, layout = torch.zeros(len(self.layout), 5), self.layout.select(self.real)
+        shrunk = np.tile(np.divide(self.small.size, self.picture.size), 2)
+        features[torch.from_numpy(self.real)] = pixel_features(replace(layout, rects=layout.rects * shrunk, image_size=self.small.size), self.small).float()
         return features
 
-    # Maps over tokens
-
-    def directions(self, source: str, layer: int | None, head: int | None) -> torch.Tensor:
-        """(N, C) centred tokens of unit length; the mean is that of the finest view, which the tasks read."""
+    def directions(self, source: str, layer: int | None = None, head: int | None = None) -> torch.Tensor:
+        """(N, C) centred tokens of unit length; the mean is that of the finest view, which the tasks read. Raises ModelError for NaN."""
         def make() -> torch.Tensor:
             tokens = self.tokens(source, layer, head)
             if not tokens.isfinite().all():
                 raise not_finite(self.mlm, f"{LABELS[source]} of this picture that are not finite{'' if layer is None else f' in layer {layer}'}")
             return directions(tokens, torch.from_numpy(image_tokens(self.layout)).to(tokens.device))
 
-        if source not in LAYERED:
-            layer = head = None
         return self._keep(("directions", source, layer, head), make)
 
     def token(self, number: object) -> int:
-        """A token's number, checked; newlines have no features of the picture."""
+        """A token's number, checked; newlines show nothing of the picture."""
         at_least("a token", number, 0)
         if number >= len(self.layout) or self.layout.is_newline[number]:
-            raise ParameterError(f"token {number} is no image token with a place: {self.name} has 0..{len(self.layout) - 1}, newlines left out")
+            raise ParameterError(f"token {number} has no place in {self.name}, which has the image tokens 0..{len(self.layout) - 1}, some of them newlines")
         return int(number)
 
     def same_place(self, other: "Panel", token: int) -> int:
         """The token here that shows the place of another panel's token, in the same view where there is one."""
-        place = other.layout.centers[token] * np.divide(self.layout.image_size, other.layout.image_size)
+        place = other.layout.centers[token] * np.divide(self.picture.size, other.picture.size)
         coarse = "base" if other.layout.view[token] == BASE and BASE in self.layout.view else None
         return token if other is self else int(self.layout.token_at(place[None], coarse)[0])
 
-    def similar(self, vector: torch.Tensor, source: str, layer: int | None, head: int | None) -> np.ndarray:
+    def similar(self, vector: torch.Tensor, source: str, layer: int | None = None, head: int | None = None) -> np.ndarray:
         """(N,) float32 cosine of every token to a row of `directions`; NaN for newlines."""
-        found = self.directions(source, layer, head) @ vector
-        return np.where(self.real, found.float().cpu().numpy(), np.nan)
+        return np.where(self.real, (self.directions(source, layer, head) @ vector).cpu().numpy(), np.nan)
 
-    def words(self, text: str, source: str, layer: int | None) -> np.ndarray:
+    def words(self, text: str, source: str, layer: int | None = None) -> np.ndarray:
         """(N,) float32 dot product with the centred vector of a text, as `readout.words`; NaN for newlines. Raises ParameterError."""
-        one_of("source", source, self.sources)
+        alignment, name = self.extractor.alignment, source if layer is None else f"{source}.{layer}"
+        tokens = self.tokens(source, layer)
         if not isinstance(text, str) or not text.strip():
             raise ParameterError(f"expected a word or an expression to look for, not {text!r}")
-        alignment, name = self.extractor.alignment, f"{source}.{layer}" if source in LAYERED else source
         if name not in alignment.sources:
             able = [LABELS[each] for each in self.sources if each in alignment.sources or f"{each}.{self.extractor.layers[0]}" in alignment.sources]
-            why = "the layer is not among those read" if source in LAYERED and LABELS[source] in able else "they have no text side"
-            raise ParameterError(f"words cannot be looked for in the {LABELS[source]}: {why}; choose {' or '.join(able)}")
+            raise ParameterError(f"words cannot be looked for in the {LABELS[source]}, which have no text side; choose {' or '.join(able)}")
         read = alignment.reads(name)
-        if read.startswith("head.") and read not in self._plain:
-            self._plain[read] = self._tower(read)
-        features = {read: self._plain[read] if read.startswith("head.") else self.tokens(source, layer)}
+        features = {read: self._tower(read) if read.startswith("head.") else tokens}
         return np.where(self.real, alignment.scores(features, [text.strip()], [name])[name][0].cpu().numpy(), np.nan)
-
-    # Questions
 
     def session(self, prefix: str | None = None) -> ImageSession:
         """The picture read behind a prefix; the one without and the newest with a prefix are kept."""
         if prefix not in self._sessions:
             for other in [each for each in self._sessions if each is not None and prefix is not None]:
                 self._sessions.pop(other).close()
-            self._sessions[prefix] = ImageSession(self.mlm, self.picture, prefix)
+            self._sessions[prefix] = ImageSession(self.mlm, self.picture, prefix, self.read()[0])
         return self._sessions[prefix]
 
     def ask(self, question: str, options: Sequence[str] | None = None, prefix: str | None = None, block: Mapping | None = None) -> dict:
@@ -210,43 +179,40 @@ class Panel:
         texts = isinstance(options, list | tuple) and all(isinstance(each, str) for each in options) and len(set(options)) == len(options)
         if options is not None and not texts:
             raise ParameterError(f"options must be a list of different texts, or none for a free answer, not {options!r}")
-        prefix = (prefix or "").strip() or None
         choices = None if options is None else {option: spellings(option) for option in options}
+        prefix, selection = (prefix or "").strip() or None, self.selection(block) if block else None
 
         def one(prefix: str | None, block: KeySelection | None) -> tuple[Answer, dict]:
             began = time.perf_counter()
             answer = self.session(prefix).choose([question], choices, block=block)[0]
             found = {option: float(np.exp(score)) for option, score in answer.scores.items()}
-            return answer, {"answer": answer.text, "probabilities": found, "rest": max(0.0, 1 - sum(found.values())) if found else None,
+            return answer, {"answer": answer.text, "probabilities": found, "rest": max(0.0, 1 - answer.mass) if found else None,
                             "seconds": round(time.perf_counter() - began, 3)}  # fmt: skip
 
-        selection = self.selection(block) if block else None
         before = one(None, None)[1] if prefix or block else None
         answer, found = one(prefix, selection)
-        asked = self.session(prefix).tokens.tail(question, 1)
+        behind = self.session(prefix).tokens.tail(question, 1)
         self.asked = {"question": question, "options": options, "prefix": prefix, "block": block, "selection": selection,
-                      "ids": [*asked, *answer.tokens]}  # fmt: skip
+                      "ids": [*behind, *answer.tokens]}  # fmt: skip
         for key in [each for each in self._kept if each[0] == "attention"]:
             del self._kept[key]
-        words = [{"index": index, "text": self.mlm.tokenizer.decode([token]), "answer": index >= len(asked)}
+        words = [{"index": index, "text": self.mlm.tokenizer.decode([token]), "answer": index >= len(behind)}
                  for index, token in enumerate(self.asked["ids"])]  # fmt: skip
         return found | {"words": words, "before": before}
 
     def attention(self, word: int, layer: int | None = None, head: int | None = None) -> np.ndarray:
         """(N,) float32 weights of a word of the last question or answer on the image tokens, under its block; None: the mean over
         layers or query heads. ParameterError before the first question."""
-        if self.asked is None:
+        if (asked := self.asked) is None:
             raise ParameterError("ask a question first: attention is that of its words and of the answer's")
-        ids, prefix = self.asked["ids"], self.asked["prefix"]
-        one_of("word of the last question and answer", word, range(len(ids)))
+        one_of("word of the last question and answer", word, range(len(asked["ids"])))
         for what, number, count in (("layer", layer, self.mlm.num_layers), ("query head", head, self.mlm.num_heads)):
             if number is not None:
                 one_of(what, number, range(count))
-        weights = self._keep(("attention", word), lambda: token_attention(self.session(prefix), ids[: word + 1], self.asked["selection"]))
+        weights = self._keep(("attention", word),
+                             lambda: token_attention(self.session(asked["prefix"]), asked["ids"][: word + 1], asked["selection"]))  # fmt: skip
         weights = weights.mean(0) if layer is None else weights[layer]
         return (weights.mean(0) if head is None else weights[head]).numpy()
-
-    # Interventions
 
     @property
     def variance(self) -> torch.Tensor:
@@ -260,7 +226,7 @@ class Panel:
         return self._variance
 
     def selection(self, asked: Mapping) -> KeySelection:
-        """Image keys by the parameters of a selection: kind (`KINDS`), layers and key-value heads (None: all), and
+        """Image keys by the parameters of a selection: layers and key-value heads (None: all), and kind
 
         agnostic  below the model's threshold of variance (`variance_threshold`)
         lowest    share: of each layer's keys, those that vary least
@@ -269,44 +235,40 @@ class Panel:
 
         Raises ParameterError, also for a selection without a key."""
         kind, share, real = asked.get("kind"), asked.get("share"), torch.from_numpy(self.real)
-        one_of("kind of selection", kind, KINDS)
+        one_of("kind of selection", kind, ("agnostic", "lowest", "random", "region"))
         layers = resolve_layers(self.mlm, "all" if asked.get("layers") is None else asked["layers"])
-        heads = range(self.mlm.num_kv_heads) if asked.get("heads") is None else asked["heads"]
+        heads = list(range(self.mlm.num_kv_heads) if asked.get("heads") is None else asked["heads"])
         for head in heads:
             one_of("key-value head", head, range(self.mlm.num_kv_heads))
-        every = torch.zeros(len(layers), self.mlm.num_kv_heads, len(real), dtype=torch.bool)
         if kind in ("lowest", "random") and (isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1):
             raise ParameterError(f"share must be a number above 0 and at most 1, not {share!r}")
+        found = torch.zeros(len(layers), self.mlm.num_kv_heads, len(real), dtype=torch.bool)
         if kind == "agnostic":
-            below = self.variance < variance_threshold(self.variance[..., real], self.mlm.name)["value"]
-            found = (below & real)[list(layers)]
+            limit = variance_threshold(self.variance[..., real], self.mlm.name)["value"]
+            found = ((self.variance < limit) & real)[list(layers)]
         elif kind == "lowest":
             found = select_lowest(self.variance, real, share, layers).mask
         elif kind == "random":
             at_least("seed", asked.get("seed"), 0)
-            like = every.clone()
-            like[..., : max(1, round(share * int(real.sum())))] = True  # only their number counts
-            found = select_random(KeySelection(kind, like, layers), real, asked["seed"]).mask
+            found[..., : max(1, round(share * int(real.sum())))] = True  # only their number counts
+            found = select_random(KeySelection(kind, found, layers), real, asked["seed"]).mask
         elif asked.get("box") is not None:
             found = select_region(self.mlm, self.layout, asked["box"], layers).mask
         else:
-            found = every.clone()
             found[..., [self.token(each) for each in asked.get("tokens") or ()]] = True
-        mask = every.clone()
-        mask[:, list(heads)] = found[:, list(heads)]
-        if not mask.any():
+        found[:, [head for head in range(self.mlm.num_kv_heads) if head not in heads]] = False
+        if not found.any():
             raise ParameterError("no key is chosen: paint or box a region, or take a larger share, more layers or heads")
-        return KeySelection(kind, mask, layers)
+        return KeySelection(kind, found, layers)
 
 
-def colours(panels: Sequence[Panel], source: str, layer: int | None, head: int | None) -> list[np.ndarray]:
+def colours(panels: Sequence[Panel], source: str, layer: int | None = None, head: int | None = None) -> list[np.ndarray]:
     """Per panel (N, 3) uint8: principal components of the tokens of all these panels together, which need one model; 0 for newlines."""
     tokens = [panel.tokens(source, layer, head)[torch.from_numpy(panel.real)].float().cpu().numpy() for panel in panels]
     few = min(sum(map(len, tokens)), tokens[0].shape[1])
     if few < 3 or not all(np.isfinite(each).all() for each in tokens):
         raise ParameterError(f"three components need three finite channels of three tokens, found {few} in the {LABELS[source]}")
-    found = []
-    for panel, each in zip(panels, pca_colours(tokens, "arpack" if few > 3 else "full"), strict=True):
-        found.append(np.zeros((len(panel.real), 3), np.uint8))
-        found[-1][panel.real] = each
+    found = [np.zeros((len(panel.real), 3), np.uint8) for panel in panels]
+    for panel, row, each in zip(panels, found, pca_colours(tokens, "arpack" if few > 3 else "full"), strict=True):
+        row[panel.real] = each
     return found
