@@ -18,7 +18,7 @@ from kvutils.images import ImageLike, open_image
 from kvutils.keys import KeySelection, key_variance, select_region
 from kvutils.kvcache import Capture, capture_prepared
 from kvutils.language import check_masks, not_finite, resolve_layers
-from kvutils.layout import BASE, TokenLayout
+from kvutils.layout import TokenLayout
 from kvutils.readout.attention import token_attention
 from kvutils.readout.encoders import encode_prepared
 from kvutils.readout.features import FeatureExtractor, image_tokens, pixel_features
@@ -143,9 +143,9 @@ class Panel:
         return int(number)
 
     def same_place(self, other: "Panel", token: int) -> int:
-        """The token here that shows the place of another panel's token, in the same view where there is one."""
+        """The token here that shows the place of another panel's token: of the finest view, or of the base view as that one is."""
         place = other.layout.centers[token] * np.divide(self.picture.size, other.picture.size)
-        coarse = "base" if other.layout.view[token] == BASE and BASE in self.layout.view else None
+        coarse = None if token in other.layout.spatial() else "base"
         return token if other is self else int(self.layout.token_at(place[None], coarse)[0])
 
     def similar(self, vector: torch.Tensor, source: str, layer: int | None = None, head: int | None = None) -> np.ndarray:

@@ -1,0 +1,261 @@
+"""The explorer's kernel side: every message against the library's own numbers, mistakes in one sentence, code, memory."""
+
+import base64
+import gc
+import io
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import kvutils as kv
+import kvutils.errors
+from kvutils.answer import spellings
+from kvutils.explorer.widget import Explorer
+from kvutils.readout.attention import attention_mass
+from kvutils.readout.features import FeatureExtractor, image_tokens
+from kvutils.readout.maps import pca_colours, similarity_to_point
+from tests.tiny_models import FAMILIES, picture, tiny, tiny_onevision, tiny_pocket, tiny_siglip
+
+KINDS = [*FAMILIES, "pocket"]
+QUESTION, OPTIONS = "what colour is this car", ["red", "blue"]
+IMAGE, OTHERS = picture(60, 40), [picture(48, 48, seed) for seed in range(4)]
+REGION = {"kind": "region", "tokens": [1, 2, 5], "layers": [1, 3], "heads": [0]}
+
+
+def floats(reply) -> np.ndarray:
+    return np.frombuffer(reply[1][0], "<f4")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def explored(request) -> Explorer:
+    return kv.explore(tiny(request.param), IMAGE, context=OTHERS)
+
+
+def test_open_tells_all_that_a_view_needs(explored):
+    (about,), buffers = (explored.answer("open")[0]["panels"], explored.answer("open")[1])
+    layout, mlm = kv.capture(explored.panels[0].mlm, [IMAGE])[0].layout, explored.panels[0].mlm
+    shown, rects, slots, view, newline = buffers
+    assert (about["width"], about["height"], about["tokens"], about["layers"], about["heads"]) == (60, 40, len(layout), 5, 4)
+    assert Image.open(io.BytesIO(shown)).size == (60, 40) and about["can_ask"] and about["interventions"]
+    np.testing.assert_array_equal(np.frombuffer(rects, "<f4").reshape(-1, 4), layout.rects.astype(np.float32))
+    assert np.frombuffer(slots, "<i4").tolist() == layout.slots.tolist() and np.frombuffer(view, "<i4").tolist() == layout.view.tolist()
+    assert np.frombuffer(newline, "u1").tolist() == layout.is_newline.tolist()
+    assert {each["name"]: each["heads"] for each in about["sources"]} == {"pixels": None, "encoder": None, "projector": None, "key": 2, "value": 2}
+    assert kv.explore(mlm, IMAGE).answer("open")[1][1] == rects
+
+
+def test_maps_are_those_of_the_library(explored):
+    panel, layout = explored.panels[0], explored.panels[0].layout
+    extractor, finest = panel.extractor, image_tokens(layout)
+    features = extractor.images([("image", IMAGE)])[0]
+    token = int(layout.token_at([[31, 22]])[0])
+    for source, layer in (("value", 3), ("key", 0), ("encoder", None), ("projector", None), ("pixels", None)):
+        name, of = source if layer is None else f"{source}.{layer}", {"source": source, "layer": layer, "head": None}
+        reply = explored.answer("similar", {"panel": 0, "token": token} | of)
+        assert reply[0]["token"] == token and np.isnan(floats(reply)[layout.is_newline]).all()
+        np.testing.assert_allclose(floats(reply)[finest], similarity_to_point(features, name, (31, 22)), atol=5e-3)  # rounded to float16 there
+        assert floats(reply)[token] == pytest.approx(1, abs=1e-5)
+    one = floats(explored.answer("similar", {"token": token, "source": "value", "layer": 3, "head": 1}))
+    tokens = kv.capture(panel.mlm, [IMAGE])[0].value(3, 1)[torch.from_numpy(~layout.is_newline)]
+    assert not np.allclose(one[finest], floats(explored.answer("similar", {"token": token, "source": "value", "layer": 3}))[finest])
+    colours = np.frombuffer(explored.answer("colours", {"source": "value", "layer": 3, "head": 1})[1][0], np.uint8).reshape(-1, 3)
+    assert np.abs(colours[~layout.is_newline].astype(int) - pca_colours([tokens.numpy()])[0]).max() <= 1 and not colours[layout.is_newline].any()
+    for source, layer in (("value", 2), ("projector", None)):
+        name = source if layer is None else f"{source}.{layer}"
+        expected = extractor.alignment.scores(features.features, ["the car"])[name][0]
+        found = floats(explored.answer("words", {"text": " the car", "source": source, "layer": layer}))
+        np.testing.assert_allclose(found[finest], expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", KINDS)
+def test_answers_and_attention_are_those_of_a_session(family, attention):
+    explorer, mlm = kv.explore(tiny(family, attention=attention), IMAGE), tiny(family, attention=attention)
+    found = explorer.answer("ask", {"question": QUESTION, "options": OPTIONS})[0]
+    every = [floats(explorer.answer("attention", {"word": word["index"]})) for word in found["words"] if not word["answer"]]
+    np.testing.assert_allclose(np.mean(every, axis=0), attention_mass(mlm, [IMAGE], [QUESTION]).mean((0, 1)), rtol=1e-4)
+    reply = explorer.answer("attention", {"word": 2, "layer": 3, "head": 1})
+    assert reply[0]["share"] == pytest.approx(floats(reply).sum()) and found["before"] is None
+    selection = explorer.panels[0].selection(REGION)
+    assert selection.mask.nonzero().tolist() == [[layer, 0, token] for layer in (0, 1) for token in (1, 2, 5)] and selection.layers == (1, 3)
+    blocked = explorer.answer("ask", {"question": QUESTION, "options": OPTIONS, "block": REGION, "prefix": "a red fish"})[0]
+    choices = {option: spellings(option) for option in OPTIONS}
+    with kv.ImageSession(mlm, IMAGE) as plain, kv.ImageSession(mlm, IMAGE, "a red fish") as behind:
+        before, now = plain.choose([QUESTION], choices)[0], behind.choose([QUESTION], choices, block=selection)[0]
+    for said, expected in ((found, before), (blocked["before"], before), (blocked, now)):
+        assert said["answer"] == expected.text
+        assert said["probabilities"] == pytest.approx({option: np.exp(score) for option, score in expected.scores.items()})
+        assert sum(said["probabilities"].values()) + said["rest"] == pytest.approx(1)
+    assert blocked["probabilities"] != found["probabilities"]
+    seen = [floats(explorer.answer("attention", {"word": 2, "layer": 3, "head": head})) for head in range(4)]
+    assert [bool(each[[1, 2, 5]].any()) for each in seen] == [False, False, True, True]  # two query heads for each key-value head
+    assert mlm.attention == explorer.panels[0].mlm.attention == attention
+
+
+def test_selections(explored):
+    panel, real = explored.panels[0], int(explored.panels[0].real.sum())
+    for kind in ("lowest", "random", "agnostic"):
+        asked = {"kind": kind, "share": 0.25, "layers": [0, 2], "heads": None, "seed": 1}
+        result, held = explored.answer("select", asked)[0], floats(explored.answer("select", asked))
+        assert not held[panel.layout.is_newline].any() and 0 < held.sum() and result["share"] == pytest.approx(held.sum() / real)
+        if kind != "agnostic":
+            assert result["share"] == pytest.approx(0.25, abs=1 / real)
+    lowest, others = panel.selection(asked | {"kind": "lowest"}).mask, panel.variance[[0, 2]][..., torch.from_numpy(panel.real)]
+    mask = lowest[..., torch.from_numpy(panel.real)]
+    assert all(others[row][mask[row]].max() <= others[row][~mask[row]].min() for row in (0, 1))
+    one_head = explored.answer("select", asked | {"kind": "random", "heads": [1]})
+    assert one_head[0]["share"] == pytest.approx(0.25, abs=1 / real) and set(floats(one_head)) <= {0.0, 0.5, 1.0}
+    box = panel.selection({"kind": "region", "box": [0, 0, 60, 20], "layers": [1]})
+    assert torch.equal(box.mask, kv.select_region(panel.mlm, panel.layout, [0, 0, 60, 20], 1).mask)
+
+
+STATES = [
+    {"mode": "similarity", "source": "value", "layer": 2, "head": 1, "token": 3}, {"mode": "similarity", "source": "encoder", "layer": 2, "token": 3},
+    {"mode": "similarity", "source": "pixels", "token": 3}, {"mode": "colours", "source": "key", "layer": 4}, {"mode": "words", "source": "value", "layer": 1, "text": "fish"},
+    {"mode": "attention", "word": 1, "layer": 2}, {"mode": "attention", "word": 0, "head": 3},
+    *({"mode": "selection", "question": QUESTION, "options": OPTIONS, "prefix": "a fish", "block": {"share": 0.2, "seed": 3, "layers": [0, 4]} | more}
+      for more in ({"kind": "agnostic"}, {"kind": "lowest"}, {"kind": "random", "heads": [1]}, REGION, {"kind": "region", "box": [0, 0, 30, 40]})),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("state", STATES, ids=lambda state: f"{state['mode']}-{state.get('source') or state.get('block', state).get('kind', '')}")
+def test_code_gives_the_same_numbers(explored, state):
+    panel = explored.panels[0]
+    explored.answer("ask", {"question": QUESTION, "options": OPTIONS, "block": REGION})
+    names = {"mlm": panel.mlm, "picture": IMAGE, "context": OTHERS, "extractor": panel.extractor}
+    exec(explored.answer("code", {"state": state})[0]["text"], names)
+    op = {"similarity": "similar", "selection": "select"}.get(state["mode"], state["mode"])
+    shown = explored.answer(op, state.get("block") or state)[1][0]
+    real = panel.real
+    if op == "select":
+        assert torch.equal(names["selection"].mask, panel.selection(state["block"]).mask)
+        said = explored.answer("ask", {name: state[name] for name in ("question", "options", "prefix", "block")})[0]
+        assert said["probabilities"] == pytest.approx({option: np.exp(score) for option, score in names["answer"].scores.items()})
+    elif op == "colours":
+        np.testing.assert_array_equal(names["colours"], np.frombuffer(shown, np.uint8).reshape(-1, 3)[real])
+    else:
+        np.testing.assert_allclose(np.asarray(names[state["mode"]])[real], np.frombuffer(shown, "<f4")[real], rtol=1e-4, atol=1e-6)
+
+
+def test_two_models_or_two_pictures_side_by_side():
+    wide = kv.explore([tiny_onevision(), tiny_pocket()], IMAGE)
+    about = wide.answer("open")[0]["panels"]
+    assert [each["title"] for each in about] == ["tiny-llava_onevision (in memory)"] * 2 and [each["tokens"] for each in about] == [70, 17]
+    for origin, other in ((0, 1), (1, 0)):
+        here, there = wide.panels[origin].layout, wide.panels[other].layout
+        token = int(here.token_at([[50, 30]])[0])
+        found = wide.answer("similar", {"panel": other, "from": origin, "token": token, "source": "value", "layer": 1})
+        assert found[0]["token"] == there.token_at(here.centers[[token]])[0] and floats(found)[found[0]["token"]] == pytest.approx(1, abs=1e-5)
+    mlm, turned = tiny_pocket(), IMAGE.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    pair = kv.explore(mlm, [IMAGE, IMAGE])
+    found = pair.answer("similar", {"panel": 1, "from": 0, "token": 6, "source": "value", "layer": 1})
+    assert found[0]["token"] == 6 and floats(found)[6] == pytest.approx(1, abs=1e-5)  # the same picture, the same token
+    apart, together = (kv.explore(mlm, images).answer("colours", {"source": "value", "layer": 1})[1][0] for images in (IMAGE, [IMAGE, turned]))
+    assert apart != together
+    png = io.BytesIO()
+    turned.save(png, "PNG")
+    panels, _ = pair.answer("picture", {"panel": 1, "name": "mine.png"}, [memoryview(png.getvalue())])
+    assert [each["title"] for each in panels["panels"]] == ["images[0]", "mine.png"]
+    names = {"mlm": mlm, "picture": IMAGE}
+    text = pair.answer("code", {"state": {"mode": "similarity", "panel": 1, "from": 0, "token": 6, "source": "value", "layer": 1}})[0]["text"]
+    exec(text.replace("# picture: the picture that was explored (mine.png)", "picture = turned").replace("# picture: the picture that was explored (images[0])", "picture = first"),
+         names | {"turned": turned, "first": IMAGE}, names)  # fmt: skip
+    shown = floats(pair.answer("similar", {"panel": 1, "from": 0, "token": 6, "source": "value", "layer": 1}))
+    np.testing.assert_allclose(names["similarity"][:16], shown[:16], atol=1e-6)  # the last is a newline
+
+
+def test_towers_and_controls_beside_the_model():
+    extractor = FeatureExtractor(tiny_onevision(), tiny_onevision(seed=1), tiny_siglip())
+    explorer = kv.explore(extractor, IMAGE)
+    features = extractor.images([("image", IMAGE)])[0]
+    for source, layer in (("encoder_original", None), ("untrained.value", 2)):
+        found = floats(explorer.answer("similar", {"token": int(explorer.panels[0].layout.token_at([[31, 22]])[0]), "source": source, "layer": layer}))
+        expected = similarity_to_point(features, source if layer is None else f"{source}.{layer}", (31, 22))
+        np.testing.assert_allclose(found[image_tokens(explorer.panels[0].layout)], expected, atol=5e-3)
+    assert kv.explore(tiny_onevision(), IMAGE, encoder=tiny_siglip()).answer("open")[0]["panels"][0]["sources"][1]["label"] == "SigLIP"
+
+
+MISTAKES = [
+    ("fly", {}, "unknown request of the explorer 'fly'"), (None, {}, "unknown request"), ("similar", {"token": 999, "source": "value", "layer": 1}, "999"),
+    ("similar", {"token": "3", "source": "value", "layer": 1}, "whole number"), ("similar", {"token": 1, "source": "values", "layer": 1}, "did you mean 'value'"),
+    ("similar", {"token": 1, "source": "value", "layer": 5}, "unknown layer of the values 5"), ("similar", {"token": 1, "source": "value"}, "layer"),
+    ("similar", {"token": 1, "source": "value", "layer": 1, "head": 2}, "key-value head 2"), ("similar", {"panel": 1, "token": 1, "source": "value", "layer": 1}, "panel 1"),
+    ("words", {"text": "fish", "source": "pixels"}, "no text side; choose projector or values"), ("words", {"text": "fish", "source": "key", "layer": 1}, "no text side"),
+    ("words", {"text": " ", "source": "value", "layer": 1}, "a word"), ("ask", {"question": "", "options": OPTIONS}, "question"), ("ask", {"question": None}, "question"),
+    ("ask", {"question": QUESTION, "options": []}, "options must be"), ("ask", {"question": QUESTION, "options": "yes"}, "options must be"),
+    ("ask", {"question": QUESTION, "options": ["red", "red"]}, "options must be"), ("attention", {"word": 99}, "word of the last question"),
+    ("select", {"kind": "best"}, "kind of selection 'best'"), ("select", {"kind": "lowest", "share": 0.1}, "context=[...]"), ("select", {"kind": "agnostic"}, "context=[...]"),
+    ("select", {"kind": "random", "share": 0, "seed": 0}, "share"), ("select", {"kind": "random", "share": 0.1}, "seed"), ("select", {"kind": "region", "tokens": []}, "no key"),
+    ("select", {"kind": "region", "tokens": [1], "layers": [9]}, "layer 9"), ("select", {"kind": "region", "tokens": [1], "heads": [7]}, "key-value head 7"),
+    ("select", {"kind": "region", "box": [0, 0, 99, 99]}, "box"), ("picture", {"name": "x.png"}, "bytes of one picture"), ("code", {"state": {"mode": "dream"}}, "mode 'dream'"),
+]  # fmt: skip
+
+
+def test_mistakes_are_one_sentence_and_the_widget_lives(monkeypatch):
+    explorer, sent = kv.explore(tiny_pocket(), IMAGE), []
+    monkeypatch.setattr(Explorer, "send", lambda self, content, buffers=None: sent.append((content, buffers)))
+    explorer._handle_custom_msg({"id": 0, "op": "attention", "params": {"word": 0}}, [])
+    assert "ask a question first" in sent.pop()[0]["error"]
+    explorer._handle_custom_msg({"id": 1, "op": "ask", "params": {"question": QUESTION}}, [])
+    assert sent.pop()[0]["result"]["probabilities"] == {}
+    for number, (op, params, words) in enumerate(MISTAKES):
+        explorer._handle_custom_msg({"id": number, "op": op, "params": params}, [])
+        content, buffers = sent.pop()
+        assert not content["ok"] and content["id"] == number and buffers == [] and words in content["error"], (op, params, content)
+        assert "\n" not in content["error"] and "internal" not in content["error"], content
+    for data in (b"", b"no picture", base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAE=")):
+        explorer._handle_custom_msg({"id": 1, "op": "picture", "params": {"name": "x.png"}}, [memoryview(data)])
+        assert "x.png" in sent.pop()[0]["error"]
+    monkeypatch.setattr("kvutils.explorer.panel.token_attention", lambda *_: 1 / 0)
+    for content in ({"id": 2, "op": "attention", "params": {"word": 0}}, {"id": 2, "op": "similar", "params": [1]}, "nonsense"):
+        explorer._handle_custom_msg(content, [])
+        assert not sent.pop()[0]["ok"]
+    explorer._handle_custom_msg({"id": 3, "op": "similar", "params": {"panel": 0, "token": 1, "source": "value", "layer": 1}}, [])
+    assert sent.pop()[0]["ok"]
+
+
+@pytest.mark.parametrize(("models", "images", "words"), [
+    ("pocket", "a", "expected a model"), ([], "a", "one or two models"), ("m", [], "one or two models"), ("m", ["a"] * 3, "found 1 and 3"), ("mm", "aa", "found 2 and 2"),
+    ("m", "missing.jpg", "missing.jpg"),
+])  # fmt: skip
+def test_what_cannot_be_explored_is_an_error_of_the_cell(models, images, words):
+    mlm = tiny_pocket()
+    models = [mlm] * len(models) if models in ("m", "mm") else models
+    images = images if images == "missing.jpg" else [IMAGE] * len(images)
+    with pytest.raises(kv.errors.KVUtilsError, match=words):
+        kv.explore(models, images)
+    with pytest.raises(kv.errors.KVUtilsError, match="context must be a list"):
+        kv.explore(mlm, IMAGE, context=IMAGE)
+
+
+def test_memory_is_freed_and_read_again_when_it_is_needed():
+    first = kv.explore(tiny_pocket(), IMAGE)
+    first.answer("ask", {"question": QUESTION})
+
+    def held(explorer):
+        panel = explorer.panels[0]
+        return [weakref.ref(each) for each in (panel.read()[1].values, panel.session().continued().prefix.keys_values[0][0])]
+
+    before, refs = first.answer("similar", {"token": 1, "source": "value", "layer": 1})[1], held(first)
+    second = kv.explore(tiny_pocket(), IMAGE)  # another one takes the memory
+    gc.collect()
+    assert [ref() for ref in refs] == [None, None]
+    assert first.answer("similar", {"token": 1, "source": "value", "layer": 1})[1] == before  # and an earlier view still works
+    for close in (lambda: second.answer("close"), second.close):
+        second.answer("ask", {"question": QUESTION})
+        refs = held(second)
+        close()
+        gc.collect()
+        assert [ref() for ref in refs] == [None, None]
+    with pytest.raises(kv.errors.ParameterError, match="closed"):
+        second.answer("open")
+    assert repr(second) == "Explorer(closed)" and repr(first) == "Explorer(17 image tokens of picture in tiny-llava_onevision)"
+
+
+def test_a_reader_without_a_kernel_sees_a_picture():
+    data, _ = kv.explore(tiny_onevision(), [IMAGE, OTHERS[0]])._repr_mimebundle_()
+    shown = Image.open(io.BytesIO(base64.b64decode(data["image/png"])))
+    assert shown.width > 800 and np.asarray(shown.convert("L")).std() > 20 and "application/vnd.jupyter.widget-view+json" in data
