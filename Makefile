@@ -29,7 +29,7 @@ $(foreach name,KVUTILS_DATA KVUTILS_OUT KVUTILS_CACHE KVUTILS_SAMPLES HF_HOME,$(
   $(or $(shell $(PYTHON) -c '$(ABSOLUTE)' $(call quoted,$($(name)))),$($(name))))))
 
 .DEFAULT_GOAL := help
-.PHONY: help install replicate test test-code test-notebooks lab figures report bench data train clean distclean plan rehearse
+.PHONY: help install replicate test test-code test-notebooks lab figures report site bench data train clean distclean plan rehearse
 
 help:  ## list every target with a line each
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -92,6 +92,9 @@ figures: $(STAMP)  ## redraw every figure from the stored results (seconds, no m
 
 report: $(STAMP)  ## write the verdicts into data/results and README.md
 	@$(RUN) -m kvutils report
+
+site: $(STAMP)  ## build the static site into build/site: notebooks, verdicts, API pages, an explorer without a kernel
+	@$(RUN) .ci/site.py $(ARGS)
 
 bench: $(STAMP)  ## measure speed and memory, write benchmarks/results.json
 	@$(RUN) benchmarks bench $(ARGS)
