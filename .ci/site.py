@@ -10,8 +10,8 @@ import pkgutil
 import re
 import shutil
 import sys
-from collections.abc import Mapping
-from importlib import import_module
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -22,9 +22,17 @@ import pdoc
 import pdoc.render
 from mistune.toc import add_toc_hook
 from nbconvert import HTMLExporter
+from PIL import Image
+from sklearn.datasets import load_sample_images
 from tqdm import tqdm
 
 import kvutils
+from kvutils.errors import ParameterError
+from kvutils.datasets.pocket.world import render, sample_scene
+from kvutils.explorer.widget import Explorer
+from kvutils.models import original_encoder
+from kvutils.readout.features import FeatureExtractor
+from kvutils.readout.words import POCKET_NAMES
 from kvutils.run.report import repository
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,8 +53,7 @@ pre, code { font: 14px ui-monospace, monospace; background: #f6f8fa; border-radi
 blockquote { margin-left: 0; padding-left: 1rem; border-left: 4px solid #d0d7de; color: #57606a }
 """
 MARK = ".nojekyll"  # tells the host to serve the files as they are, and this script that the folder is its own
-PICTURES = 2  # generated scenes in the explorer page, beside scikit-learn's two photographs
-WORDS = ("circle", "square", "triangle", "star", "ring", "cross")  # texts whose maps are built in, as far as the model knows them
+SCENES = 2  # generated, in the explorer page, beside scikit-learn's two photographs
 
 
 def navigation(page: str) -> str:
@@ -128,6 +135,7 @@ def notebooks(out: Path) -> list[str]:
         # the template's mermaid loader asks a network for its code, even where no diagram is
         text = re.sub(r'<script type="module">(?:(?!</script>).)*mermaid(?:(?!</script>).)*</script>', "", text, flags=re.DOTALL)
         text = re.sub(r"(<body[^>]*>)", lambda match, page=page: match[1] + BAR + navigation(page), text, count=1)
+        text = re.sub(r'href="(\.\./[^":#]+|[^"/:#]+)\.(?:md|ipynb)(#[^"]*)?"', r'href="\1.html\2"', text)
         write(out, page, text)
         heading = re.search(r"^# (.+)$", "".join(found.cells[0].source), re.MULTILINE)
         listed.append(f'<li><a href="{page}">{mistune.escape(heading[1] if heading else path.stem)}</a></li>')
@@ -147,6 +155,53 @@ def api(out: Path) -> None:
         write(out, page, re.sub(r'(<main class="pdoc">)', lambda match, page=page: match[1] + BAR + navigation(page), path.read_text(encoding="utf-8"), count=1))
 
 
+def built_in(name: str, explorer: Explorer, texts: Sequence[str]) -> dict:
+    """All that the page is asked of one picture, from the messages of the widget itself: similarity of every token to every token
+    (a byte each), colours, maps of some texts."""
+    def floats(op: str, **params: object) -> np.ndarray:
+        return np.frombuffer(explorer.answer(op, {"panel": 0, **params})[1][0], "<f4")
+
+    about, buffers = explorer.answer("open")
+    panel = about["panels"][0]
+    panel |= {"title": name, "interventions": False, "can_ask": False}
+    found: dict = {"name": name, "about": about, "open": list(map(coded, buffers)), "similar": {}, "colours": {}, "words": {}}
+    for source in panel["sources"]:
+        source["heads"] = None  # a map for each head of each layer would be too much for a page
+        for layer in source["layers"] or [None]:
+            which = {"source": source["name"], "layer": layer, "head": None}
+            key = source["name"] if layer is None else f"{source['name']}.{layer}"
+            none = np.full(panel["tokens"], np.nan)  # newline tokens are like nothing
+            cosines = np.stack([none if newline else floats("similar", token=token, **which) for token, newline in enumerate(buffers[-1])])
+            found["similar"][key] = coded(np.where(np.isnan(cosines), -128, np.rint(127 * np.nan_to_num(cosines))).astype(np.int8).tobytes())
+            found["colours"][key] = coded(explorer.answer("colours", {"panel": 0, **which})[1][0])
+            with suppress(ParameterError):  # features without a text side
+                found["words"][key] = {text: coded(floats("words", text=text, **which).tobytes()) for text in texts}
+    return found
+
+
+def coded(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def explorer_page(out: Path) -> None:
+    extractor = FeatureExtractor(kvutils.load_mlm("pocket"), encoder_original=kvutils.load_encoder(original_encoder("pocket")))
+    shown = {f"generated scene {i + 1}": Image.fromarray(render(sample_scene(np.random.default_rng(i))).image) for i in range(SCENES)}
+    shown |= {Path(name).stem: Image.fromarray(image) for name, image in zip(*(load_sample_images()[key] for key in ("filenames", "images")), strict=True)}
+    pictures = [built_in(name, kvutils.explore(extractor, image), POCKET_NAMES) for name, image in shown.items()]
+    able = " or ".join(source["label"] for source in pictures[0]["about"]["panels"][0]["sources"]
+                       if any(key.split(".")[0] == source["name"] for key in pictures[0]["words"]))  # fmt: skip
+    data = json.dumps({"pictures": pictures, "texts": POCKET_NAMES, "able": able}, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+    room = ROOT / "kvutils" / "explorer"
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (room / "explorer.js", ROOT / ".ci" / "site_explorer.js"))
+    write(out, "explorer.html", page_of("explorer.html", "Explorer", f"""<h1>What is like the token you click?</h1>
+<p>The image tokens of the pocket model, a small model trained in this repository. Click the picture: every token is coloured by how similar its
+features are to those of the token under the pointer; choose features and layers. This page has no kernel: questions, attention and blocked keys
+need <code>kv.explore</code> in JupyterLab or Colab, as in notebook 00.</p>
+<p><label>Picture: <select id="picture"></select></label></p><div id="explorer"></div>
+<style>{(room / "explorer.css").read_text(encoding="utf-8")}</style><script type="application/json" id="data">{data}</script>
+<script type="module">{code}</script>"""))
+
+
 def main() -> int:
     chosen = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     chosen.add_argument("--out", type=Path, default=ROOT / "build" / "site", help="folder to write (default: build/site)")
@@ -157,7 +212,7 @@ def main() -> int:
     write(out, MARK, "")
     pages = {*(name for name in TEXTS if (ROOT / name).exists()), *(f"notebooks/{path.name}" for path in (ROOT / "notebooks").glob("*.ipynb"))}
     steps = {"texts": lambda: texts(out, pages, repository(ROOT)), "notebooks": lambda: notebooks(out), "API": lambda: api(out),
-             "explorer": lambda: None}  # fmt: skip
+             "explorer": lambda: explorer_page(out)}  # fmt: skip
     for name in (bar := tqdm(steps, "site")):
         bar.set_postfix_str(name)
         steps[name]()
