@@ -84,9 +84,9 @@ def plain(value: object, digits: int | None = None, where: str = "the value") ->
     raise StoreError(f"{where} is a {type(value).__name__}, which JSON cannot hold: {value!r}")
 
 
-def to_json(value: object, indent: int | None = 1, digits: int | None = None) -> str:
+def to_json(value: object, indent: int | None = 1, digits: int | None = None, sort: bool = True) -> str:
     """Canonical JSON text: sorted keys, no NaN, a newline at the end; floats with `digits` digits. Same content, same bytes."""
-    return json.dumps(plain(value, digits), sort_keys=True, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(plain(value, digits), sort_keys=sort, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def digest(value: object) -> str:
@@ -132,7 +132,7 @@ def write_frame(path: str | Path, frame: Frame) -> None:
     from pyarrow.parquet import write_table
     table = pyarrow.table({name: pyarrow.array(list(each), pyarrow.list_(pyarrow.from_numpy_dtype(each.dtype), each.shape[1]))
                            if getattr(each, "ndim", 1) == 2 else pyarrow.array(each) for name, each in frame.columns.items()})  # fmt: skip
-    note = to_json({"about": frame.about, "sha256": _content(table, frame.about)[1]}, indent=None)
+    note = to_json({"about": frame.about, "sha256": _content(table, frame.about)[1]}, indent=None, sort=False)
     with atomic(Path(path)) as temporary:
         write_table(table.replace_schema_metadata({"kvutils": note}), temporary, compression="zstd", write_statistics=False)
 

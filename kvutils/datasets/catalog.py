@@ -1,6 +1,7 @@
 """What there is to know about each real data set, from data/catalog.yaml: `kvutils.run.download` fetches what may be fetched,
 `kvutils.run.plan` counts the gigabytes, and the loaders say with `missing_data` what is missing and how to get it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,8 @@ class About:
     """A real data set. gigabytes: to download, everything it needs of its own included. tree: the official layout below
     `KVUTILS_DATA`. downloads: what may be fetched freely; steps: what a person has to do for the rest (none if everything is
     free), by_hand: what is there after that (patterns below `KVUTILS_DATA`, "|": or). hub: data-set repository on the Hugging
-    Face hub that holds it as Parquet, "" for none; hub_files: patterns of its files that are needed."""
+    Face hub that holds it as Parquet, "" for none; hub_files: patterns of its files that are needed. items: how many its lists give as
+    they are read by default, by subtask where these are apart: what a whole run has to score."""
 
     name: str
     title: str
@@ -44,6 +46,7 @@ class About:
     by_hand: tuple[str, ...] = ()
     hub: str = ""
     hub_files: tuple[str, ...] = ("*.parquet",)
+    items: int | Mapping[str, int] | None = None
 
     @property
     def to_get(self) -> float:

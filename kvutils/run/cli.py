@@ -18,7 +18,7 @@ from kvutils.run import DEFAULT, DONE, MISUSED, PROFILES, STOPPED
 # The kernels of the notebooks run in another folder: what is relative to this one is made absolute before anything reads it.
 FOLDERS = ("KVUTILS_DATA", "KVUTILS_OUT", "KVUTILS_CACHE", "KVUTILS_SAMPLES", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE",
            "XDG_CACHE_HOME", "TORCH_HOME", "MPLCONFIGDIR")  # fmt: skip
-VERBS = ("capture", "probe", "replicate", "report", "figures", "data", "plan")
+VERBS = ("capture", "probe", "replicate", "check", "report", "figures", "data", "plan")
 MODEL = "a name such as pocket or llava-onevision-7b, a folder or a hub id"
 CONTENTS = """\
 what the file holds, for photo number i (0, 1, ... in the order given):
@@ -112,6 +112,12 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=os.path.expanduser, help="write everything below this folder, not the repository")
     add("--check", action="store_true", help="write below data/cache/check and compare the verdicts with the committed ones")
 
+    add = verb("check", "compute a run's results again from what it left per item; say what fits and what does not (no model is loaded)",
+               "exit codes: 0 everything fits; 1 something does not; 2 not understood").add_argument
+    add("folders", nargs="*", type=os.path.expanduser, metavar="FOLDER", help="such as data/results/paper/llava-onevision-7b (default: all)")
+    add("--figures", type=os.path.expanduser, metavar="FOLDER", help="keep the redrawn figures there")
+    add("--without-pictures", action="store_true", help="first put grey in place of the pictures in items/*.json: to publish a run on real data")
+
     add = verb("report", "compute the verdicts from the stored results; write claims.json, REPORT.md and README's tables").add_argument
     add("--check", action="store_true", help="write nothing; exit 1 if something is stale")
 
@@ -153,6 +159,9 @@ def run(chosen: argparse.Namespace) -> int:
             errors.one_of("notebook", number, NOTEBOOKS)
         print(table(chosen.profile, chosen.model, chosen.notebooks or NOTEBOOKS, chosen.size, chosen.data, chosen.gpu))
         return DONE
+    if chosen.verb == "check":
+        from kvutils.run.check import check
+        return check(chosen)
     from kvutils.run import replicate
     replicate.need_clone()
     return {"replicate": replicate.replicate, "report": replicate.make_report, "figures": replicate.figures}[chosen.verb](chosen)

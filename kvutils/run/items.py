@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from kvutils.errors import StoreError, one_of
-from kvutils.store import Frame, plain, read_frame, read_json, write_frame, write_json
+from kvutils.store import Frame, plain, read_frame, read_json, to_json, write_frame, write_text
 from kvutils.tasks import input_agnostic_keys, siglip_baseline, value_flow
 from kvutils.tasks.key_table import KeyTable
 from kvutils.tasks.knock_out import KnockOut
@@ -35,7 +35,8 @@ def write_items(folder: Path, notebook: str, measured: Mapping[str, Table], abou
     for path in tables.glob("*.parquet"):
         if path.stem not in measured:
             path.unlink()
-    write_json(tables.with_name(f"{notebook}.json"), {"about": about, "choices": choices, "shown": plain(shown, 9, "shown")})
+    content = {"about": about, "choices": choices, "shown": plain(shown, 9, "shown")}
+    write_text(tables.with_name(f"{notebook}.json"), to_json(content, sort=False))  # results may depend on the order of what is about them
 
 
 def read_items(folder: Path, notebook: str) -> tuple[dict[str, Table], dict]:

@@ -170,6 +170,8 @@ def details(lines: list[dict], results: Mapping, provenance: Mapping[str, Mappin
         if found.get("choices"):
             out.append(f"\n## {name}: choices where the paper is silent\n")
             out += [f"- {key}: {text}" for key, text in sorted(found["choices"].items())]
+        for each in found.get("tables", ()):  # too wide or too long for the notebook
+            out += [f"\n## {name}: {each['title']}\n", markdown_table(each["header"], each["rows"])]
         about = sorted((key, value) for key, value in provenance.get(name, {}).items() if key != "machine")
         if about:
             out += [f"\n## {name}: provenance\n", markdown_table(["", ""], about)]
@@ -270,23 +272,37 @@ def committed(path: Path) -> dict:
         return read_json(path) if path.exists() else {}
 
 
-def numbers(value: object, place: str = "") -> Iterator[tuple[str, float]]:
-    """(place, number) of every number of a results file."""
-    if isinstance(value, Mapping | list):
+def leaves(value: object, place: str = "") -> Iterator[tuple[str, object]]:
+    """(place, leaf) of everything in a results file; what is empty is a leaf."""
+    if isinstance(value, Mapping | list) and value:
         for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
-            yield from numbers(item, f"{place}.{key}".lstrip("."))
-    elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield from leaves(item, f"{place}.{key}".lstrip("."))
+    else:
         yield place, value
+
+
+def apart(old: float, new: float) -> float:
+    """The relative difference of two numbers."""
+    return abs(new - old) / max(abs(new), abs(old), 1e-9)
+
+
+def equal(old: object, new: object) -> bool:
+    """Whether two leaves are the same on machines of one kind."""
+    return apart(old, new) <= TOLERANCE if is_number(old) and is_number(new) else old == new
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def compare_numbers(before: Mapping[str, Mapping], after: Mapping[str, Mapping]) -> str:
     """`N numbers as committed, M differ (largest relative difference X, at KEY)`, over {notebook: results}."""
-    old, new = dict(numbers(before)), dict(numbers(after))
+    old, new = ({place: leaf for place, leaf in leaves(each) if is_number(leaf)} for each in (before, after))
     if not old:
         return f"{len(new):,} numbers; no earlier results to compare with"
-    apart = {key: abs(new[key] - old[key]) / max(abs(new[key]), abs(old[key]), 1e-9) for key in old.keys() & new.keys()}
-    differ = {key: far for key, far in apart.items() if far > TOLERANCE}
-    text = f"{len(apart) - len(differ):,} numbers as committed, {len(differ):,} differ"
+    both = old.keys() & new.keys()
+    differ = {key: far for key in both if (far := apart(old[key], new[key])) > TOLERANCE}
+    text = f"{len(both) - len(differ):,} numbers as committed, {len(differ):,} differ"
     if differ:
         worst = max(sorted(differ), key=differ.get)
         text += f" (largest relative difference {differ[worst]:.2g}, at {worst}: {old[worst]:g} before, {new[worst]:g} now)"
