@@ -136,7 +136,7 @@ def root(tmp_path, monkeypatch):
     (tmp_path / "pyproject.toml").write_text("[tool.kvutils]\nrepository = ''\n")
     (tmp_path / "notebooks").mkdir()
     monkeypatch.setattr(notebook, "ROOT", tmp_path)
-    blocks = "".join(f"<!-- {name}:start -->\nTYPED BY HAND\n<!-- {name}:end -->\n" for name in ("badges", "gallery", "verdicts"))
+    blocks = "".join(f"<!-- {name}:start -->\nTYPED BY HAND\n<!-- {name}:end -->\n" for name in ("badges", "overview", "gallery", "verdicts"))
     (tmp_path / "README.md").write_text(f"# T\n{blocks}")
     return tmp_path
 
@@ -154,7 +154,10 @@ def test_everything_is_made_from_the_results(root, capsys):
     readme = (root / "README.md").read_text()
     assert "TYPED" not in readme and "| 2 of 2 tasks | **present** | 2 of 2 tasks ahead, 0 behind, 0 equal, 0 open; fewer ahead than the 6 of the paper. |" in readme and "in this small model" in readme
     assert max(line.count("|") for line in readme.splitlines()) == 6 + 1
-    assert "It works." in readme and "figures/01_value_flow.png" in readme
+    assert "figures/01_overview.png" in readme and "give on **2 of 2 tasks**." in readme
+    assert "01_value_flow.png)\n\n[01_value_flow](notebooks/01_value_flow.ipynb). C1, image values suffice for six tasks: **present**;" in readme
+    (root / "pyproject.toml").write_text("[tool.kvutils]\nrepository = 'https://host/me/it'\n")
+    assert report.readme(readme, root).count("colab.research") == 2  # picture and link of the quickstart alone
     text = (folder / "REPORT.md").read_text()
     assert text.startswith("# Profile `pocket`") and "| in this small model [95 % interval] |" in text and "reproduced" not in text + readme
     assert "| co-segmentation | +9.0 [+7.0, +11.0] points | 2 | 2.9 | 400 | 100 | present |" in text

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -9,13 +10,14 @@ import tomllib
 import nbformat
 import pytest
 import yaml
+from PIL import Image
 
-from kvutils.run import report
+from kvutils.run import cli, report
 from kvutils.run.cli import VERBS
 from kvutils.run.notebook import ROOT
 
 TOP = {"notebooks", "kvutils", "data", "figures", "tests", "benchmarks", "environment.yml", "README.md",
-       "requirements.txt", "Makefile", "LICENSE", "CITATION.cff", "pyproject.toml"}
+       "CHANGELOG.md", "CONTRIBUTING.md", "requirements.txt", "Makefile", "LICENSE", "CITATION.cff", "pyproject.toml"}
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ABSOLUTE = re.compile(r"""(?<![\w.:/])/(?:home|root|tmp|work|content|Users|mnt|opt)/[\w.]""")
 
@@ -75,23 +77,92 @@ def test_no_absolute_paths():
     assert {name: found for name, text in texts().items() if (found := ABSOLUTE.findall(text)) and name != "tests/test_repository.py"} == {}
 
 
-def test_the_readme_names_only_what_exists():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    code = "\n".join(re.findall(r"```.*?```|`[^`]+`", readme, re.DOTALL))
-    named = set(re.findall(r"\bmake ([a-z][a-z-]*)", code))
-    assert {"replicate", "test"} <= named <= targets
-    for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)\)", readme):
-        assert (ROOT / link).exists(), link
-    verbs = re.findall(r"(?:bin/|-m )kvutils(\S*) (\S+)", code + (ROOT / "Makefile").read_text())
-    assert len(verbs) >= 8 and all(not module and verb in VERBS for module, verb in verbs), verbs
+PAGES = [name for name in tracked() if re.fullmatch(r"[A-Z]+\.md|(data|benchmarks|\.github)/.*\.md|notebooks/.*\.ipynb", name)]
+
+
+def prose(name: str) -> str:
+    """A page's text; of a notebook its Markdown cells."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    if name.endswith(".ipynb"):
+        return "\n\n".join(cell.source for cell in nbformat.reads(text, as_version=4).cells if cell.cell_type == "markdown")
+    return text
+
+
+def broken_links(name: str, text: str) -> list[str]:
+    """Relative links of a page whose file, or whose heading in it, is not there; headings become anchors as on GitHub."""
+    broken = []
+    for link in re.findall(r"\]\((?![a-z]+:)([^)\s]*)\)", re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL)):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        page = text if not path else prose(target.resolve().relative_to(ROOT).as_posix()) if anchor and target.exists() else ""
+        headings = re.findall(r"^#+ (.*)$", page, re.MULTILINE)
+        slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        if not target.exists() or anchor and anchor not in slugs:
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    assert broken_links(name, prose(name)) == []
+
+
+def test_a_broken_link_is_found():
+    text = "# Über uns: x\n[a](README.md) [b](#über-uns-x) [c](#c) [d](no.md) [e](README.md#no-such) [f](https://x.org/y) `[g](g)`"
+    assert broken_links("README.md", text) == ["#c", "no.md", "README.md#no-such"]
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+SHELL = [line for language, block in FENCE.findall(README) if not language for line in block.splitlines()]
+SHELL += re.findall(r"`((?:make|kvutils|\.venv/bin/kvutils|pip) [^`]+)`", FENCE.sub("", README).replace("\n", " "))
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(SHELL))
+def test_the_readmes_commands_are_understood(command):
+    """Targets and variables by make, the rest by the command's own parser; what it takes seconds to run is run below."""
+    words = shlex.split(command.replace("$HOME", "/home"))
+    if words[0] == "make":
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        assert words[1] in re.findall(r"^([a-z-]+):", makefile, re.MULTILINE), words[1]
+        known = set(re.findall(r"^([A-Z_]+) *\??=", makefile, re.MULTILINE)) | {"KVUTILS_DATA"}
+        assert {word.split("=")[0] for word in words[2:]} <= known and all("=" in word for word in words[2:])
+        make = ["make", "-n", "-C", str(ROOT), f"PYTHON={sys.executable}", "VENV=nowhere"]
+        shown = subprocess.run([*make, *words[1:]], capture_output=True, text=True)
+        assert shown.returncode == 0, shown.stderr
+    elif "kvutils" in words[0].split("/") or "kvutils" in words:
+        arguments = words[next(i for i, word in enumerate(words) if word.split("/")[-1] == "kvutils") + 1:]
+        assert arguments[0] == "VERB" or cli.parser().parse_args(arguments).verb in VERBS or "--help" in arguments
+    else:
+        assert command == "pip install ."
+
+
+def test_the_readmes_first_minute_runs(tmp_path, monkeypatch, capsys):
+    """The lines of Python, and every command of one's own pictures, on pictures made here; the others that need no data, network or hours."""
+    (tmp_path / "FOLDER").mkdir()
+    for path in (tmp_path / "PHOTO.jpg", tmp_path / "FOLDER" / "a.png", tmp_path / "FOLDER" / "b.png"):
+        Image.effect_noise((96, 96), 90).convert("RGB").save(path)
+    monkeypatch.chdir(tmp_path)
+    (lines,) = [block for language, block in FENCE.findall(README) if language == "python"]
+    assert len(lines.splitlines()) == 4 and "import kvutils as kv" in lines
+    exec(lines, {})
+    assert "torch.Size([145, 64])" in capsys.readouterr().out
+    own = [line.split()[1:] for line in SHELL if line.startswith(".venv/bin/kvutils ") and "VERB" not in line]
+    assert {"capture", "probe"} == {arguments[0] for arguments in own}
+    for arguments in own:
+        assert cli.main(arguments) == 0, arguments
+    assert (tmp_path / "FILE.safetensors").exists() and (tmp_path / "FOLDER-probe").is_dir()
+    (plan,) = [line for line in SHELL if line.startswith("make plan PROFILE=paper MODEL=llava-onevision-7b ")]
+    given = dict(word.lower().split("=") for word in plan.split()[2:])
+    assert cli.main(["plan", *(each for name, value in given.items() for each in (f"--{name}", value))]) == 0
+    assert "assumed" in capsys.readouterr().out
 
 
 def test_every_target_is_explained():
     text = (ROOT / "Makefile").read_text()
     phony = re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)[1].split()
     explained = re.findall(r"^([a-z-]+):.*## \S", text, re.MULTILINE)
-    assert sorted(phony) == sorted(explained)
+    assert sorted(phony) == sorted(explained) and set(re.findall(r"-m kvutils (\S+)", text)) <= set(VERBS)
     # A model's name may hold anything; folders are those of the one who types, also for notebooks, which run elsewhere.
     given = ["MODEL=it's my pocket", "KVUTILS_DATA=my data", f"PYTHON={sys.executable}", "VENV=nowhere"]
     printed = subprocess.run(["make", "-C", str(ROOT), "-pn", "replicate", "plan", *given], capture_output=True, text=True).stdout

@@ -16,11 +16,12 @@ import yaml
 from kvutils import data_folder
 from kvutils.errors import DataError
 from kvutils.run import DEFAULT, across
-from kvutils.run.verdicts import FEW_UNITS, HOLDS, NOT_MEASURED, PRESENT, amount, interval_of, judge, rough, smallest_of, word_of_part
+from kvutils.run.verdicts import FEW_UNITS, HOLDS, NOT_MEASURED, NOTHING, PRESENT, amount, interval_of, judge, rough, smallest_of, word_of_part
 from kvutils.store import read_json, to_json, write_text
 
 PICTURES = {"02_siglip_baseline": "02_steps", "03_input_agnostic_keys": "03_block_effects", "04_prefix": "04_prefix_effects",
             "05_blink_gap": "05_readouts"}  # the figure that stands for a notebook in the README, where it is not named after it
+FIRST = "A picture, the colours of its tokens through the model, and what is like one clicked point"  # README's first figure
 FIELDS = ("id", "short", "section", "statement", "paper", "effect", "unit", "smallest", "why", "kind", "primary", "needs", "notebook")
 COMPARISONS = ("claim", "comparison", "value [95 % interval]", "smallest effect of interest", "detectable", "n", "units", "verdict")
 TOLERANCE = 1e-6  # relative: what another machine of the same kind may differ by
@@ -213,16 +214,21 @@ def badge(notebook: str, address: str) -> str:
 
 
 def readme(text: str, root: Path) -> str:
-    """README.md with its generated parts: the badges, a figure and the finding of each notebook, the verdicts."""
-    names = sorted(path.stem for path in (root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    """README.md with its generated parts: the badge of the quickstart, what the first picture shows, the verdicts, a figure of each
+    notebook and the verdicts that it gave."""
     address = repository(root)
-    badges = [f"{name} {badge(name, address)}" for name in names if address]
-    results = read_results(root / "data" / "results" / Path(*DEFAULT))
-    gallery = [f"![{name}](figures/{PICTURES.get(name, name)}.png)\n\n**{name[:2]}** {found['finding']}"
-               for name, found in results.items() if found.get("finding")]
+    badges = [badge("00_quickstart", address)] if address else []
+    lines = rows(read_all(root / "data" / "results" / Path(*DEFAULT)))
+    overview = [f"![{FIRST}](figures/01_overview.png)\n\n{FIRST}. In this small model the image values hold more than pixels or random "
+                f"weights give on **{ours(lines[0])}**."] if lines[0]["tasks"] else []  # fmt: skip
+    shorts = {claim["id"]: claim["short"] for claim in load_claims()}
+    gallery = []
+    for name in dict.fromkeys(line["notebook"] for line in lines if line["notebook"] and line["why"] != NOTHING):
+        said = "; ".join(f"{line['id']}, {shorts[line['id']]}: **{line['verdict']}**" for line in lines if line["notebook"] == name)
+        gallery.append(f"![{name}](figures/{PICTURES.get(name, name)}.png)\n\n[{name}](notebooks/{name}.ipynb). {said}.".replace("?:", "?"))
     tables = [f"{title_of(folder)}:\n\n{table(rows(read_all(folder)), folder.parent.name)}"
               for folder in result_folders(root)] or [table(rows({}), DEFAULT[0])]  # fmt: skip
-    for block, parts in {"badges": badges, "gallery": gallery, "verdicts": tables}.items():
+    for block, parts in {"badges": badges, "overview": overview, "gallery": gallery, "verdicts": tables}.items():
         text = fill(text, block, "\n\n".join(parts))
     return text
 
