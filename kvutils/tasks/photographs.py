@@ -76,7 +76,8 @@ def _between(tokens: torch.Tensor, lines: np.ndarray) -> float:
     """Share of the variance of tokens (N, C) that is between the lines that they are in (N,)."""
     centred = tokens.double().cpu().numpy()
     centred = centred - centred.mean(0)
-    means = np.stack([centred[lines == line].mean(0) for line in lines])  # of each token's line
+    each, line_of = np.unique(lines, return_inverse=True)
+    means = np.stack([centred[lines == line].mean(0) for line in each])[line_of]  # of each token's line
     return float((means**2).sum() / (centred**2).sum())
 
 
