@@ -60,7 +60,8 @@ def _pocket(repeats: int) -> list[dict]:
             with kv.ImageSession(mlm, photo) as session:
                 session.choose([QUESTION], OPTIONS, block=block)
 
-    blocked, plain = (statistics.median(_seconds(each) for _ in range(repeats)) for each in (lambda: explorer.answer("ask", asked | {"block": region}), anew))
+    both = lambda: explorer.answer("ask", asked | {"block": region}), anew
+    blocked, plain = (statistics.median(_seconds(each) for _ in range(repeats)) for each in both)
     looking = [_seconds(lambda word=word: explorer.answer("attention", {"word": word})) for word in range(3)]
     about = f"pocket model, {len(explorer.panels[0].layout)} image tokens of 12 megapixels"
     return [
@@ -85,7 +86,7 @@ def _large(repeats: int) -> list[dict]:
 
     values = torch.stack([features(HEADS * DIM).unflatten(1, (HEADS, DIM)).transpose(0, 1) for _ in layers])
     mlm = SimpleNamespace(num_layers=LAYERS, num_kv_heads=HEADS, name="synthetic")
-    panel = Panel(SimpleNamespace(mlm=mlm, layers=tuple(layers), encoder_original=None, untrained=None), _photo(640, 480))
+    panel = Panel(SimpleNamespace(mlm=mlm, layers=tuple(layers), encoder_original=None), _photo(640, 480))
     panel._read = None, kv.Capture(layout, tuple(layers), values, values, features(1152), features(HIDDEN))
 
     def click(layer: int, source: str = "value") -> np.ndarray:

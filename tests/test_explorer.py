@@ -15,7 +15,7 @@ import kvutils.errors
 from kvutils.answer import spellings
 from kvutils.explorer.widget import Explorer
 from kvutils.readout.attention import attention_mass
-from kvutils.readout.features import FeatureExtractor, image_tokens
+from kvutils.readout.features import image_tokens
 from kvutils.readout.maps import pca_colours, similarity_to_point
 from tests.tiny_models import FAMILIES, picture, tiny, tiny_onevision, tiny_pocket, tiny_siglip
 
@@ -114,7 +114,8 @@ def test_selections(explored):
 
 STATES = [
     {"mode": "similarity", "source": "value", "layer": 2, "head": 1, "token": 3}, {"mode": "similarity", "source": "encoder", "layer": 2, "token": 3},
-    {"mode": "similarity", "source": "pixels", "token": 3}, {"mode": "colours", "source": "key", "layer": 4}, {"mode": "words", "source": "value", "layer": 1, "text": "fish"},
+    {"mode": "similarity", "source": "pixels", "token": 3}, {"mode": "colours", "source": "key", "layer": 4},
+    {"mode": "words", "source": "value", "layer": 1, "text": "fish"},
     {"mode": "attention", "word": 1, "layer": 2}, {"mode": "attention", "word": 0, "head": 3},
     *({"mode": "selection", "question": QUESTION, "options": OPTIONS, "prefix": "a fish", "block": {"share": 0.2, "seed": 3, "layers": [0, 4]} | more}
       for more in ({"kind": "agnostic"}, {"kind": "lowest"}, {"kind": "random", "heads": [1]}, REGION, {"kind": "region", "box": [0, 0, 30, 40]})),
@@ -159,38 +160,43 @@ def test_two_models_or_two_pictures_side_by_side():
     turned.save(png, "PNG")
     panels, _ = pair.answer("picture", {"panel": 1, "name": "mine.png"}, [memoryview(png.getvalue())])
     assert [each["title"] for each in panels["panels"]] == ["images[0]", "mine.png"]
-    names = {"mlm": mlm, "picture": IMAGE}
     text = pair.answer("code", {"state": {"mode": "similarity", "panel": 1, "from": 0, "token": 6, "source": "value", "layer": 1}})[0]["text"]
-    exec(text.replace("# picture: the picture that was explored (mine.png)", "picture = turned").replace("# picture: the picture that was explored (images[0])", "picture = first"),
-         names | {"turned": turned, "first": IMAGE}, names)  # fmt: skip
+    for name, variable in (("mine.png", "turned"), ("images[0]", "first")):
+        text = text.replace(f"# picture: the picture that was explored ({name})", f"picture = {variable}")
+    exec(text, names := {"mlm": mlm, "turned": turned, "first": IMAGE})
     shown = floats(pair.answer("similar", {"panel": 1, "from": 0, "token": 6, "source": "value", "layer": 1}))
     np.testing.assert_allclose(names["similarity"][:16], shown[:16], atol=1e-6)  # the last is a newline
 
 
-def test_towers_and_controls_beside_the_model():
-    extractor = FeatureExtractor(tiny_onevision(), tiny_onevision(seed=1), tiny_siglip())
-    explorer = kv.explore(extractor, IMAGE)
-    features = extractor.images([("image", IMAGE)])[0]
-    for source, layer in (("encoder_original", None), ("untrained.value", 2)):
-        found = floats(explorer.answer("similar", {"token": int(explorer.panels[0].layout.token_at([[31, 22]])[0]), "source": source, "layer": layer}))
-        expected = similarity_to_point(features, source if layer is None else f"{source}.{layer}", (31, 22))
-        np.testing.assert_allclose(found[image_tokens(explorer.panels[0].layout)], expected, atol=5e-3)
-    assert kv.explore(tiny_onevision(), IMAGE, encoder=tiny_siglip()).answer("open")[0]["panels"][0]["sources"][1]["label"] == "SigLIP"
+def test_a_tower_beside_the_model():
+    explorer = kv.explore(tiny_onevision(), IMAGE, encoder=tiny_siglip())
+    panel, (about,) = explorer.panels[0], explorer.answer("open")[0]["panels"]
+    assert about["sources"][1] == {"name": "encoder_original", "label": "SigLIP", "layers": None, "heads": None}
+    found = floats(explorer.answer("similar", {"token": int(panel.layout.token_at([[31, 22]])[0]), "source": "encoder_original"}))
+    expected = similarity_to_point(panel.extractor.images([("image", IMAGE)])[0], "encoder_original", (31, 22))
+    np.testing.assert_allclose(found[image_tokens(panel.layout)], expected, atol=5e-3)
 
 
+VALUE = {"token": 1, "source": "value", "layer": 1}
+ASKED = {"question": QUESTION}
 MISTAKES = [
-    ("fly", {}, "unknown request of the explorer 'fly'"), (None, {}, "unknown request"), ("similar", {"token": 999, "source": "value", "layer": 1}, "999"),
-    ("similar", {"token": "3", "source": "value", "layer": 1}, "whole number"), ("similar", {"token": 1, "source": "values", "layer": 1}, "did you mean 'value'"),
-    ("similar", {"token": 1, "source": "value", "layer": 5}, "unknown layer of the values 5"), ("similar", {"token": 1, "source": "value"}, "layer"),
-    ("similar", {"token": 1, "source": "value", "layer": 1, "head": 2}, "key-value head 2"), ("similar", {"panel": 1, "token": 1, "source": "value", "layer": 1}, "panel 1"),
-    ("words", {"text": "fish", "source": "pixels"}, "no text side; choose projector or values"), ("words", {"text": "fish", "source": "key", "layer": 1}, "no text side"),
-    ("words", {"text": " ", "source": "value", "layer": 1}, "a word"), ("ask", {"question": "", "options": OPTIONS}, "question"), ("ask", {"question": None}, "question"),
-    ("ask", {"question": QUESTION, "options": []}, "options must be"), ("ask", {"question": QUESTION, "options": "yes"}, "options must be"),
-    ("ask", {"question": QUESTION, "options": ["red", "red"]}, "options must be"), ("attention", {"word": 99}, "word of the last question"),
-    ("select", {"kind": "best"}, "kind of selection 'best'"), ("select", {"kind": "lowest", "share": 0.1}, "context=[...]"), ("select", {"kind": "agnostic"}, "context=[...]"),
-    ("select", {"kind": "random", "share": 0, "seed": 0}, "share"), ("select", {"kind": "random", "share": 0.1}, "seed"), ("select", {"kind": "region", "tokens": []}, "no key"),
-    ("select", {"kind": "region", "tokens": [1], "layers": [9]}, "layer 9"), ("select", {"kind": "region", "tokens": [1], "heads": [7]}, "key-value head 7"),
-    ("select", {"kind": "region", "box": [0, 0, 99, 99]}, "box"), ("picture", {"name": "x.png"}, "bytes of one picture"), ("code", {"state": {"mode": "dream"}}, "mode 'dream'"),
+    ("fly", {}, "unknown request of the explorer 'fly'"), (None, {}, "unknown request"),
+    *(("similar", VALUE | wrong, words) for wrong, words in (
+        ({"token": 999}, "999"), ({"token": 16}, "newlines"), ({"token": "3"}, "whole number"), ({"source": "values"}, "did you mean 'value'"),
+        ({"layer": 5}, "unknown layer of the values 5"), ({"layer": None}, "layer"), ({"head": 2}, "key-value head 2"), ({"panel": 1}, "panel 1"))),
+    *(("words", {"text": "fish", "source": "value", "layer": 1} | wrong, words) for wrong, words in (
+        ({"source": "pixels"}, "no text side; choose projector or values"), ({"source": "key"}, "no text side"), ({"text": " "}, "a word"))),
+    *(("ask", ASKED | wrong, words) for wrong, words in (
+        ({"question": ""}, "question"), ({"question": None}, "question"), ({"options": []}, "options must be"),
+        ({"options": "yes"}, "options must be"),
+        ({"options": ["red", "red"]}, "options must be"), ({"block": {"kind": "best"}}, "kind of selection 'best'"))),
+    ("attention", {"word": 99}, "word of the last question"), ("attention", {"word": 0, "layer": 5}, "layer 5"),
+    *(("select", {"share": 0.1, "seed": 0, "tokens": [1]} | wrong, words) for wrong, words in (
+        ({"kind": "best"}, "kind of selection 'best'"), ({"kind": "lowest"}, "context=[...]"), ({"kind": "agnostic"}, "context=[...]"),
+        ({"kind": "random", "share": 0}, "share"), ({"kind": "random", "seed": None}, "seed"), ({"kind": "region", "tokens": []}, "no key"),
+        ({"kind": "region", "layers": [9]}, "layer 9"), ({"kind": "region", "heads": [7]}, "key-value head 7"),
+        ({"kind": "region", "box": [0, 0, 99, 99]}, "box"))),
+    ("picture", {"name": "x.png"}, "bytes of one picture"), ("code", {"state": {"mode": "dream"}}, "mode 'dream'"),
 ]  # fmt: skip
 
 
@@ -218,8 +224,8 @@ def test_mistakes_are_one_sentence_and_the_widget_lives(monkeypatch):
 
 
 @pytest.mark.parametrize(("models", "images", "words"), [
-    ("pocket", "a", "expected a model"), ([], "a", "one or two models"), ("m", [], "one or two models"), ("m", ["a"] * 3, "found 1 and 3"), ("mm", "aa", "found 2 and 2"),
-    ("m", "missing.jpg", "missing.jpg"),
+    ("pocket", "a", "expected a model"), ([], "a", "one or two models"), ("m", [], "one or two models"), ("m", ["a"] * 3, "found 1 and 3"),
+    ("mm", "aa", "found 2 and 2"), ("m", "missing.jpg", "missing.jpg"),
 ])  # fmt: skip
 def test_what_cannot_be_explored_is_an_error_of_the_cell(models, images, words):
     mlm = tiny_pocket()

@@ -41,9 +41,11 @@ def reproduce(panel: Panel, origin: Panel, state: Mapping) -> str:
         name = source if layer is None else f"{source}.{layer}"
         if source in ("value", "projector"):
             lines += _tokens("tokens", panel, source, layer, None)
-            lines.append(f"words = FeatureExtractor(mlm).alignment.scores({{{name!r}: tokens}}, [{text!r}], [{name!r}])[{name!r}][0]  # (N,)")
+            lines += ["alignment = FeatureExtractor(mlm).alignment",
+                      f"words = alignment.scores({{{name!r}: tokens}}, [{text!r}], [{name!r}])[{name!r}][0]  # (N,)"]  # fmt: skip
         else:
-            lines += ["# extractor: the FeatureExtractor that was explored", f"words = Panel(extractor, picture).words({text!r}, {source!r}, {layer})"]
+            lines += ["# extractor: the FeatureExtractor that was explored",
+                      f"words = Panel(extractor, picture).words({text!r}, {source!r}, {layer})"]  # fmt: skip
     else:
         asked = state if mode == "selection" else panel.asked
         if mode == "attention":
@@ -60,7 +62,8 @@ def reproduce(panel: Panel, origin: Panel, state: Mapping) -> str:
                       f"attention = weights{''.join('.mean(0)' if number is None else f'[{number}]' for number in (layer, head))}  # (N,)"]
     code = "\n".join(lines)
     used = {name: room for name, room in IMPORTS.items() if f"{name}(" in code or f"{name}." in code}
-    imports = [f"from kvutils.{room} import {name}" if room else "import kvutils as kv" if name == "kv" else f"import {name}" for name, room in used.items()]
+    plain = {"kv": "import kvutils as kv", "torch": "import torch"}
+    imports = [plain.get(name, f"from kvutils.{room} import {name}") for name, room in used.items()]
     return "\n".join([*imports, "", code, ""])
 
 
@@ -76,7 +79,7 @@ def _tokens(variable: str, panel: Panel, source: str, layer: int | None, head: i
         return [f"{variable} = shot.{source}({layer}, {head})  # (N, C)"]
     if source in ("encoder", "projector"):
         return [f"{variable} = shot.{source}  # (N, C)"]
-    return ["# extractor: FeatureExtractor(mlm, untrained, encoder), with what was explored beside the model",
+    return ["# extractor: FeatureExtractor(mlm, encoder_original=...), with the tower that was explored beside the model",
             f"{variable} = Panel(extractor, picture).tokens({source!r}, {layer}, {head})  # (N, C)"]  # fmt: skip
 
 

@@ -26,9 +26,8 @@ from kvutils.readout.maps import directions, pca_colours
 from kvutils.readout.selections import select_lowest, select_random, variance_threshold
 from kvutils.vision import VisionInputs, prepare_images
 
-LABELS = {"pixels": "pixels", "encoder_original": "SigLIP", "encoder": "vision tower", "projector": "projector", "key": "keys",
-          "value": "values", "untrained.value": "values, untrained model"}  # fmt: skip
-LAYERED = ("key", "value", "untrained.value")
+LABELS = {"pixels": "pixels", "encoder_original": "SigLIP", "encoder": "vision tower", "projector": "projector", "key": "keys", "value": "values"}
+LAYERED = ("key", "value")
 KEPT = 24  # results: of 2,929 tokens and 512 channels about 150 MB
 SHOWN = 1024  # pixels of the longer side of the picture that is shown
 
@@ -80,8 +79,7 @@ class Panel:
 
     @property
     def sources(self) -> list[str]:
-        beside = {"encoder_original": self.extractor.encoder_original, "untrained.value": self.extractor.untrained}
-        return [source for source in LABELS if beside.get(source, True)]
+        return [source for source in LABELS if source != "encoder_original" or self.extractor.encoder_original]
 
     def describe(self) -> dict:
         """Sizes and sources, JSON-able. can_ask: the model's attention takes masks, without which no question follows a cached picture."""
@@ -100,18 +98,14 @@ class Panel:
     def tokens(self, source: str, layer: int | None = None, head: int | None = None) -> torch.Tensor:
         """(N, C) features as the model wrote them, newlines included; zeros there for pixels and towers. Raises ParameterError."""
         one_of("source", source, self.sources)
-        vision, shot = self.read()
         if source in LAYERED:
             one_of(f"layer of the {LABELS[source]}", layer, self.extractor.layers)
             if head is not None:
                 one_of("key-value head", head, range(self.mlm.num_kv_heads))
-            if source == "untrained.value":
-                options = {"keys": False, "features": False}
-                shot = self._keep((source,), lambda: capture_prepared(self.extractor.untrained, vision, None, self.extractor.layers, **options)[0])
-            return shot.key(layer, head) if source == "key" else shot.value(layer, head)
+            return getattr(self.read()[1], source)(layer, head)
         if source == "pixels":
             return self._keep((source,), self._pixels)
-        return self._tower(source) if source == "encoder_original" else getattr(shot, source)
+        return self._tower(source) if source == "encoder_original" else getattr(self.read()[1], source)
 
     def _tower(self, source: str) -> torch.Tensor:
         """(N, C) of `encoder_original`, or of one of the towers after its last layer ("head.")."""
@@ -121,8 +115,8 @@ class Panel:
     def _pixels(self) -> torch.Tensor:
         """Colours and places, of the picture as it is shown: sums over 12 megapixels would take seconds."""
         features, layout = torch.zeros(len(self.layout), 5), self.layout.select(self.real)
-        shrunk = np.tile(np.divide(self.small.size, self.picture.size), 2)
-        features[torch.from_numpy(self.real)] = pixel_features(replace(layout, rects=layout.rects * shrunk, image_size=self.small.size), self.small).float()
+        layout = replace(layout, rects=layout.rects * np.tile(np.divide(self.small.size, self.picture.size), 2), image_size=self.small.size)
+        features[torch.from_numpy(self.real)] = pixel_features(layout, self.small).float()
         return features
 
     def directions(self, source: str, layer: int | None = None, head: int | None = None) -> torch.Tensor:
@@ -139,7 +133,7 @@ class Panel:
         """A token's number, checked; newlines show nothing of the picture."""
         at_least("a token", number, 0)
         if number >= len(self.layout) or self.layout.is_newline[number]:
-            raise ParameterError(f"token {number} has no place in {self.name}, which has the image tokens 0..{len(self.layout) - 1}, some of them newlines")
+            raise ParameterError(f"token {number} has no place in {self.name}, whose image tokens are 0..{len(self.layout) - 1} but for newlines")
         return int(number)
 
     def same_place(self, other: "Panel", token: int) -> int:

@@ -202,7 +202,8 @@ class Explorer(anywidget.AnyWidget):
             x0, y0, x1, y1 = layout.rects[token]
             for colour, line in (("black", 3), ("white", 1)):
                 left.plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], color=colour, lw=line)
-            shown = right.imshow(to_grid(layout.select(finest), found), extent=(0, width, height, 0), vmin=-1, vmax=1, cmap="PuOr_r", interpolation="nearest")
+            grid = to_grid(layout.select(finest), found)
+            shown = right.imshow(grid, extent=(0, width, height, 0), vmin=-1, vmax=1, cmap="PuOr_r", interpolation="nearest")
             figure.colorbar(shown, ax=right, label="cosine similarity (centred)")
             left.set(title=f"{Path(panel.name).name}, one image token", xlabel="x (pixels)", ylabel="y (pixels)")
             right.set(title=f"{panel.mlm.name}, values of layer {layer} like it", xlabel="x (pixels)")
