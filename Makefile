@@ -55,7 +55,7 @@ $(STAMP): requirements.txt pyproject.toml
 	  echo '"$(PYTHON) -m venv $(VENV)" failed, see above.'; \
 	  echo 'On Debian and Ubuntu the package python3-venv may be missing. If $(VENV) holds something'; \
 	  echo 'broken, remove it with "make distclean" and try again.'; exit 1; } >&2
-	@{ $(if $(KEEP_TORCH),$(RUN) -m pip install -q -e '.[dev]',$(RUN) -m pip install -q \
+	@quiet=$$(test -t 1 || echo -q); { $(if $(KEEP_TORCH),$(RUN) -m pip install $$quiet -e '.[dev]',$(RUN) -m pip install $$quiet \
 	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements.txt && \
 	  $(RUN) -m pip install -q --no-deps --no-build-isolation -e .); } || { echo; \
 	  echo 'The installation failed, see above. It needs a package index (network) and about'; \

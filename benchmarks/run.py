@@ -89,7 +89,11 @@ def main(arguments: list[str] | None = None) -> int:
             results["figures"] = [figure for figure in stored["figures"] if figure["bench"] in kept]
             results["errors"] = {name: error for name, error in stored["errors"].items() if name in kept}
     failed = False
-    for name in chosen:
+    known = json.loads(RESULTS.read_text()).get("seconds", {}) if RESULTS.exists() else {}  # of the run before
+    results["seconds"] = dict(known)
+    for number, name in enumerate(chosen, 1):
+        about = f", about {known[name]:.0f} s" if name in known else ""
+        print(f"{name} ({number} of {len(chosen)}{about}) ...", file=sys.stderr, flush=True)
         start = time.perf_counter()
         try:
             figures = load_bench(benches[name]).run()
@@ -104,6 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name}: FAILED after {seconds:.0f} s, {results['errors'][name]}", flush=True)
         else:
             results["figures"] += figures
+            results["seconds"][name] = round(time.perf_counter() - start)
             for figure in figures:
                 print(format_figure(figure), flush=True)
         results["figures"].sort(key=lambda figure: (figure["bench"], figure["name"]))

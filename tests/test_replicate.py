@@ -118,6 +118,17 @@ def test_notebooks_that_fail_stay_as_they_were_and_the_others_are_run(root, caps
     assert any(output.output_type == "error" for cell in kept.cells for output in cell.get("outputs", []))
 
 
+def test_how_long_a_notebook_takes_is_said_before_it_runs(root, monkeypatch, capsys):
+    kept = root / RESULTS.replace("01_stub", "provenance/01_stub")
+    write_json(kept, {"machine": {"hours": 0.05, "device": "cpu (mine)"}})
+    monkeypatch.setattr(replicate, "execute", Mock(side_effect=DataError("stopped")))
+    assert main(["replicate"]) == 1
+    assert capsys.readouterr().out.startswith("01_stub  running, about 3 min in all (as on cpu (mine))\n")
+    run = Run("", "paper", "llava-onevision-0.5b", "quick")
+    assert replicate.expected(run, root, "05_blink_gap").endswith(" min in all (by a rehearsal; `make plan` says more)")  # the shipped one
+    assert replicate.expected(Run(""), root, "05_blink_gap") == ""
+
+
 def test_a_widget_leaves_its_picture():
     """Its model is gone with the kernel; a slider leaves nothing."""
     data = {"application/vnd.jupyter.widget-view+json": {"model_id": "x"}, "text/plain": "Explorer(...)"}

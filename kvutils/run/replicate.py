@@ -190,11 +190,21 @@ def verdict_lines(lines: list[dict]) -> str:
     return "\n".join([*out, f"not measured: {silent}"] if silent else out)
 
 
-def run_all(paths: Mapping[Path, dict], executed: Path) -> list[str]:
-    """Execute the notebooks {path: parameters} one after the other, write them to `executed`; returns those that failed."""
+def expected(run: Run, kept: Path, name: str) -> str:
+    """How long a notebook may take: as its committed run took, else by a rehearsal of the model; "" where there is neither."""
+    before = read_json(file)["machine"] if (file := kept / "provenance" / f"{name}.json").is_file() else {}
+    hours, whence = before.get("hours"), f"as on {before.get('device')}"
+    if hours is None and run.profile != "pocket" and (rehearsed := plan.find_rehearsal(run.model)):
+        hours, whence = plan.hours_of(rehearsed, run.size)[0].get(name[:2]), "by a rehearsal; `make plan` says more"
+    return f", about {f'{60 * hours:.0f} min' if hours < 1.5 else f'{hours:.1f} h'} in all ({whence})" if hours else ""
+
+
+def run_all(paths: Mapping[Path, dict], executed: Path, takes: Mapping[str, str]) -> list[str]:
+    """Execute the notebooks {path: parameters} one after the other, write them to `executed`; returns those that failed.
+    takes: {notebook: how long it may take, in words}."""
     failures = []
     for path, parameters in paths.items():
-        print(f"{path.stem}  running", flush=True)
+        print(f"{path.stem}  running{takes[path.stem]}", flush=True)
         start, failed = time.monotonic(), notebook.cache_root() / "failed" / path.name
         failed.unlink(missing_ok=True)
         try:
@@ -259,7 +269,7 @@ def replicate(chosen: argparse.Namespace) -> int:
         for path, each in paths.items():
             if absent := left_out(path.stem[:2], chosen.profile, each):
                 print(f"{path.stem}  without {', '.join(absent)}: no hub copy of {', '.join(absent.values())}")
-        failures = run_all(paths, executed)
+        failures = run_all(paths, executed, {path.stem: expected(run, kept, path.stem) for path in paths})
     if rank() or not run.folder.exists():
         return int(bool(failures))
     written = report.write(out)
@@ -281,7 +291,9 @@ def replicate(chosen: argparse.Namespace) -> int:
 def figures(chosen: argparse.Namespace) -> int:
     """Draw the stored results of a profile and model; nothing is run."""
     run = Run("", chosen.profile, model_of(chosen), chosen.size)
-    plots.draw_all(run.folder, run.figures)
+    names = [path.stem for path in sorted(run.folder.glob("[0-9][0-9]_*.json"))]
+    for name in tqdm(names or [""], "figures", disable=None):  # none: `draw_all` says so
+        plots.draw_all(run.folder, run.figures, name)
     print(f"figures: {show(run.figures)}")
     return 0
 
