@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from kvutils.plots.style import COLOURS, curve, decode_image, forest, in_order, legend_below, picture, styled
+from kvutils.plots.style import COLOURS, curve, forest, in_order, legend_below, picture, styled
 
 TASKS = {"pope": ("POPE F1", 100.0), "mme": ("MME score", 1.0)}  # -> score, what it is multiplied by for points
 KNOCK_OUT_STYLE = {  # which layers are hidden -> colour, line, marker, label
@@ -68,21 +68,17 @@ def variance(trained: Mapping) -> Figure:
 
 
 @styled
-def places(keys: Mapping, scene: Mapping) -> Figure:
-    """Which positions the lowest keys of each head have, in the usual order and with patches fed in reverse: maps, and by layer. scene: an
-    image (base64) with which the foreground frequency is compared."""
-    trained = keys["trained"]
+def places(trained: Mapping) -> Figure:
+    """Which positions the lowest keys of each head have, in the usual order and with patches fed in reverse: maps, and by layer."""
     about, size, curves = trained["order"], trained["size"], trained["order"]["curves"]
     figure = plt.figure(figsize=(9.6, 5.2))
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.15))
-    axes = top.subplots(1, 4)
-    picture(axes[0], decode_image(scene["image"]), size, "an image")
-    often = picture(axes[1], np.array(trained["foreground_map"], dtype=float), size, "foreground", cmap="cividis", vmin=0)
-    top.colorbar(often, ax=axes[1], shrink=0.8, label="share of images")
-    titles = {"usual": "read from the\nupper left", "turned": "read from the\nlower right"}
-    for axis, (name, title) in zip(axes[2:], titles.items(), strict=True):
+    axes = top.subplots(1, 3)
+    often = picture(axes[0], np.array(trained["foreground_map"], dtype=float), size, "shows an object how often", cmap="cividis", vmin=0)
+    top.colorbar(often, ax=axes[0], shrink=0.8, label="share of images")
+    for axis, (name, title) in zip(axes[1:], {"usual": "read from the upper left", "turned": "read from the lower right"}.items(), strict=True):
         drawn = picture(axis, np.array(about["maps"][name], dtype=float), size, title, vmin=0, vmax=1, cmap="magma")
-    top.colorbar(drawn, ax=axes[2:], shrink=0.8, label=f"share among the\nlowest {about['lowest']:.0%} of a head")
+    top.colorbar(drawn, ax=axes[1:], shrink=0.8, label=f"share among the\nlowest {about['lowest']:.0%} of a head")
     axis = bottom.subplots()
     styles = {
         "first": (COLOURS[0], "-", "o", "first row of patches, usual order"),
@@ -179,11 +175,9 @@ def block_effects(blocking: Mapping) -> Figure:
         reach = 1.15 * max(small, min(ends.pop(EVERY), 3 * small), *ends.values())
         axis.axvspan(-small, small, color=COLOURS[7], alpha=0.18, lw=0, label="too small to matter")
         points = []
-        for row, (name, _) in enumerate(rows):
-            if not name:
-                continue
+        for row, name in ((row, name) for row, (name, _) in enumerate(rows) if name):
             (_, colour, marker), mean = ROWS[name], families[name]["headline"]["mean"] * factor
-            draws = np.array(families[name].get("draws", [])) * factor
+            draws = factor * np.array(families[name].get("draws", []))
             axis.plot(draws, np.full(len(draws), row + 0.3), "|", color=colour, ms=6, alpha=0.6)
             if abs(mean) < reach:
                 points.append((row, families[name]["headline"], colour, marker, None))
@@ -199,9 +193,9 @@ def block_effects(blocking: Mapping) -> Figure:
     axes[0, 0].tick_params(axis="y", length=0)
     note = "in brackets: how many keys are hidden; bars: 95 % intervals; ticks: single draws of random keys"
     legend_below(figure, axes[0, :1], title=note, fontsize=8.5, title_fontsize=8.5)
-    pope = blocking["pope"]
-    change = {name: 100 * pope["families"][name]["headline"]["mean"] for name in (EVERY, BLOCK, BELOW)}
-    idle = max(abs(pope["families"][EVERY]["headline"][end]) for end in ("low", "high")) < pope["smallest"]
+    pope = {name: each["headline"] for name, each in blocking["pope"]["families"].items()}
+    change = {name: 100 * pope[name]["mean"] for name in (EVERY, BLOCK, BELOW)}
+    idle = max(abs(pope[EVERY]["low"]), abs(pope[EVERY]["high"])) < blocking["pope"]["smallest"]
     figure.suptitle(f"{_span(late).capitalize()} {'are no lever for' if idle else 'and'} POPE: hiding every image key changes it by "
                     f"{change[EVERY]:+.1f} points, the block by {change[BLOCK]:+.1f};\nin {_span(about[BELOW]['layers'])}, hiding the keys below "
                     f"the threshold changes it by {change[BELOW]:+.1f}")  # fmt: skip
@@ -212,14 +206,13 @@ def block_effects(blocking: Mapping) -> Figure:
 def sweep_map(sweep: Mapping) -> Figure:
     """Effect on POPE by share of keys and number of last layers, on the half of the images that chooses the best."""
     values, low, high = 100 * np.array([[[cell[key] for cell in row] for row in sweep["grid"]] for key in _NUMBERS])
-    clear = (low > 0) | (high < 0)
     size = max(np.abs(values).max(), 0.1)
     figure, axis = plt.subplots(figsize=(8.5, 4.0))
     drawn = axis.imshow(values, cmap="PuOr_r", vmin=-size, vmax=size, aspect="auto", origin="lower")
     axis.grid(False)
     for (row, column), value in np.ndenumerate(values):
         colour = "white" if abs(value) > 0.6 * size else "black"
-        axis.text(column, row, f"{round(value, 1) + 0.0:+.1f}{'*' if clear[row, column] else ''}", ha="center", va="center", color=colour)
+        axis.text(column, row, f"{round(value, 1) + 0.0:+.1f}{'*' if low[row, column] > 0 or high[row, column] < 0 else ''}", ha="center", va="center", color=colour)
     place = sweep["depths"].index(sweep["best"]["depth"]), sweep["shares"].index(sweep["best"]["share"])
     axis.add_patch(plt.Rectangle((place[0] - 0.48, place[1] - 0.48), 0.96, 0.96, fill=False, lw=2, ec="black"))
     axis.set_xticks(range(len(sweep["depths"])), sweep["depths"])
@@ -236,7 +229,7 @@ def draw(results: Mapping) -> dict[str, Figure]:
     keys, blocking = results["keys"], results["blocking"]
     return {
         "03_variance": variance(keys["trained"]),
-        "03_places": places(keys, results["picture"]),
+        "03_places": places(keys["trained"]),
         "03_shares": shares_by_layer(keys),
         "03_knock_out": knock_out(results["knock_out"], blocking["about"]["layers"]),
         "03_block_effects": block_effects(blocking),

@@ -33,7 +33,7 @@ class KeyTable:
     """Statistics of every image key of a model. All tensors are float64 on the CPU.
 
     variance, norm, mass (L, G, N): L2 variance over images (squared key units), mean L2 norm, mean attention
-    weight (0..1) from the text.
+    weight (0..1) from the text, where that was measured.
     foreground (N,): share of images, 0..1, in which the token is mostly foreground. layout: of every image. turned (L, G, N): the
     variance over images with their patches in reverse order, from `measure_turned`, where that was measured.
     """
@@ -41,7 +41,7 @@ class KeyTable:
     name: str
     variance: torch.Tensor
     norm: torch.Tensor
-    mass: torch.Tensor
+    mass: torch.Tensor | None
     foreground: np.ndarray
     layout: TokenLayout
     images: int
@@ -81,7 +81,7 @@ class KeyTable:
         cells, rects = (np.stack([frame[name][: shape[2]] for name in names], axis=1) for names in (_CELL, _RECT))
         grids = {name: tuple(size) for name, size in about["grids"].items()}
         layout = TokenLayout(slots, rects, cells, view, newline, tuple(about["image_size"]), grids)
-        found = {name: torch.tensor(frame[column].reshape(shape)) for name, column in _MEASURED.items() if column in frame.columns}
+        found = {name: torch.tensor(frame[column].reshape(shape)) if column in frame.columns else None for name, column in _MEASURED.items()}
         return cls(about["name"], **found, foreground=often, layout=layout, images=about["images"], mass_images=about["mass_images"])
 
 
@@ -89,7 +89,7 @@ def measure_keys(
     mlm: MLM, images: Sequence[LabelledImage], questions: Sequence[str], parts: Parts | None = None, *,
     mass_images: int = 200, chunk: int = 50, progress: bool = True,
 ) -> KeyTable:  # fmt: skip
-    """Read the keys of all images (at least 2 chunks' worth), and the attention that `questions` pay to them.
+    """Read the keys of all images (at least 2 chunks' worth), and the attention that `questions` pay to them, if there are any.
 
     images: any sequence of samples with `id`, `image` and `mask` (0 background, `VOID` unknown), which may open its files
     when they are asked for; all of one token grid. mass_images: how many of them the attention is measured on. With
@@ -99,7 +99,7 @@ def measure_keys(
     at_least("mass_images", mass_images)
     if len(images) <= chunk:
         raise DataError(f"{len(images)} images make no two chunks of {chunk}: give more, or a smaller chunk")
-    mass_images = min(mass_images, len(images))
+    mass_images = min(mass_images, len(images)) if questions else 0
     grid, total, mass, foreground = SameGrid(), KeyVariance(), 0.0, 0.0
 
     def compute(some: list[int]) -> dict:
@@ -127,7 +127,7 @@ def measure_keys(
         total.merge(KeyVariance.from_state(found))
     # The layout of images whose keys were stored: one is read again.
     layout = grid.layout or capture(mlm, [images[0].image], layers=[0], values=False, features=False)[0].layout
-    return KeyTable(mlm.name, total.result, total.mean_norm, mass / mass_images,
+    return KeyTable(mlm.name, total.result, total.mean_norm, mass / mass_images if questions else None,
                     np.asarray(foreground) / total.count, layout, total.count, mass_images)  # fmt: skip
 
 
