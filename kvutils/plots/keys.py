@@ -212,7 +212,8 @@ def sweep_map(sweep: Mapping) -> Figure:
     axis.grid(False)
     for (row, column), value in np.ndenumerate(values):
         colour = "white" if abs(value) > 0.6 * size else "black"
-        axis.text(column, row, f"{round(value, 1) + 0.0:+.1f}{'*' if low[row, column] > 0 or high[row, column] < 0 else ''}", ha="center", va="center", color=colour)
+        star = "*" * bool(low[row, column] > 0 or high[row, column] < 0)
+        axis.text(column, row, f"{round(value, 1) + 0.0:+.1f}{star}", ha="center", va="center", color=colour)
     place = sweep["depths"].index(sweep["best"]["depth"]), sweep["shares"].index(sweep["best"]["share"])
     axis.add_patch(plt.Rectangle((place[0] - 0.48, place[1] - 0.48), 0.96, 0.96, fill=False, lw=2, ec="black"))
     axis.set_xticks(range(len(sweep["depths"])), sweep["depths"])
