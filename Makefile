@@ -29,7 +29,7 @@ $(foreach name,KVUTILS_DATA KVUTILS_OUT KVUTILS_CACHE KVUTILS_SAMPLES HF_HOME,$(
   $(or $(shell $(PYTHON) -c '$(ABSOLUTE)' $(call quoted,$($(name)))),$($(name))))))
 
 .DEFAULT_GOAL := help
-.PHONY: help install replicate test test-code test-notebooks lab figures report site bench data train clean distclean plan rehearse
+.PHONY: help install replicate test test-code test-notebooks test-browser lab figures report site bench data train clean distclean plan rehearse
 
 help:  ## list every target with a line each
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -77,6 +77,11 @@ test-notebooks: $(STAMP)  ## execute the notebooks with papermill, compare verdi
 	@KVUTILS_OUT='$(CHECK)' $(RUN) -m kvutils replicate --check $(CHOSEN)
 	@KVUTILS_OUT='$(CHECK)' MPLBACKEND=module://matplotlib_inline.backend_inline \
 	  $(RUN) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=1800 $(FILES)
+
+# With the first of $KVUTILS_CHROMIUM, chromium, chromium-browser and google-chrome; ARGS="tests/browser/test_view.py" leaves
+# JupyterLab out. What was measured and where the screenshots lie stands at the end.
+test-browser: $(STAMP)  ## the explorer in Chromium: its page alone, then in JupyterLab with the pocket model
+	@KVUTILS_BROWSER=1 $(RUN) -m pytest $(or $(ARGS),tests/browser)
 
 plan: $(STAMP)  ## what the paper profile needs and what of it is there: data, GB, GPU memory, hours
 	@$(RUN) -m kvutils plan --model $(call quoted,$(PAPER_MODEL)) $(HOW) $(if $(GPU),--gpu $(call quoted,$(GPU))) $(CHOSEN)

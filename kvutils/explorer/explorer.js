@@ -16,11 +16,14 @@ const MAPS = {
 for (const name in MAPS) MAPS[name] = MAPS[name].split(" ").map((hex) => [0, 2, 4].map((at) => parseInt(hex.slice(at, at + 2), 16)));
 
 const MODES = {
-  similarity: { op: "similar", label: "similarity", map: "diverging", range: () => [-1, 1], unit: "cosine similarity to the marked token (mean token subtracted)" },
+  similarity: { op: "similar", label: "similarity", map: "diverging", range: () => [-1, 1],
+    unit: "cosine similarity to the marked token (mean token subtracted)" },
   colours: { op: "colours", label: "PCA colours", unit: "first three principal components of the tokens as red, green and blue" },
-  words: { op: "words", label: "words", map: "diverging", range: (values) => { const most = largest(values, Math.abs); return [-most, most]; }, unit: "score of the words (dot product, centred)" },
+  words: { op: "words", label: "words", map: "diverging", range: (values) =>
+    { const most = largest(values, Math.abs); return [-most, most]; }, unit: "score of the words (dot product, centred)" },
   attention: { op: "attention", label: "attention", map: "cividis", range: (values) => [0, largest(values)], unit: "attention weight" },
-  selection: { op: "select", label: "selection", map: "cividis", range: () => [0, 1], unit: "share of the chosen layers and heads whose key is selected" },
+  selection: { op: "select", label: "selection", map: "cividis", range: () => [0, 1],
+    unit: "share of the chosen layers and heads whose key is selected" },
 };
 const KINDS = { region: "painted region", agnostic: "input-agnostic keys", lowest: "keys of lowest variance", random: "random keys" };
 const TOOLS = { point: "point", paint: "paint", box: "box", erase: "erase" };
@@ -85,7 +88,8 @@ class Panel {
     const change = (name, of) => (event) => view.change(this, name, of(event.target));
     this.canvases = ["picture", "map", "marks"].map((name) => h("canvas", { className: `kvx-${name}` }));
     this.stack = h("div", { className: "kvx-stack", tabIndex: 0, role: "application",
-      onpointermove: (e) => this.moved(e), onpointerleave: () => this.left(), onpointerdown: (e) => this.pressed(e), onpointerup: () => this.released(),
+      onpointermove: (e) => this.moved(e), onpointerleave: () => this.left(), onpointerdown: (e) => this.pressed(e),
+        onpointerup: () => this.released(),
       onpointercancel: () => this.cancel(), onfocus: () => (view.active = this),
       ondragover: (e) => { if (view.can("picture")) e.preventDefault(); }, ondrop: (e) => view.dropped(e, this) }, ...this.canvases);
     this.controls = {
@@ -98,20 +102,24 @@ class Panel {
     this.layerText = h("span", { className: "kvx-layer" });
     this.fields = {
       mode: field("map", this.controls.mode), source: field("of", this.controls.source),
-      layer: field("layer", this.controls.layer, h("span", {}, this.controls.layer, this.layerText)), head: field("head", this.controls.head), view: field("tokens of", this.controls.view),
+      layer: field("layer", this.controls.layer, h("span", {}, this.controls.layer, this.layerText)),
+        head: field("head", this.controls.head), view: field("tokens of", this.controls.view),
     };
     this.title = h("h4"), this.info = h("div", { className: "kvx-info" }), this.note = h("div", { className: "kvx-note" });
-    this.strip = h("canvas", { width: 256, height: 1 }), this.ticks = h("div", { className: "kvx-ticks" }), this.unit = h("div", { className: "kvx-unit" });
+    this.strip = h("canvas", { width: 256, height: 1 }), this.ticks = h("div", { className: "kvx-ticks" }),
+      this.unit = h("div", { className: "kvx-unit" });
     this.bar = h("div", { className: "kvx-bar", role: "img" }, this.strip, this.ticks);
     this.answer = h("div", { className: "kvx-answer" });
     const figure = h("div", { className: "kvx-figure" }, this.stack, this.bar, this.unit, this.info, this.note);
-    this.element = h("section", { className: "kvx-panel" }, this.title, h("div", { className: "kvx-controls" }, ...Object.values(this.fields)), h("div", { className: "kvx-sides" }, figure, this.answer));
+    this.element = h("section", { className: "kvx-panel" }, this.title,
+      h("div", { className: "kvx-controls" }, ...Object.values(this.fields)), h("div", { className: "kvx-sides" }, figure, this.answer));
   }
 
   /** Takes over a panel of `open`: its description and five buffers. */
   async load(about, [picture, rects, slots, view, newline]) {
     const bitmap = await createImageBitmap(new Blob([picture]));
-    Object.assign(this, { about, bitmap, rects: typed(Float32Array, rects), slots: typed(Int32Array, slots), views: typed(Int32Array, view), newline: typed(Uint8Array, newline) });
+    Object.assign(this, { about, bitmap, rects: typed(Float32Array, rects), slots: typed(Int32Array, slots),
+      views: typed(Int32Array, view), newline: typed(Uint8Array, newline) });
     this.cache.clear();
     Object.assign(this, { asked: null, values: null, hover: null, preview: null, region: new Set() });
     this.scale = LONG_SIDE / Math.max(about.width, about.height);
@@ -133,13 +141,16 @@ class Panel {
     this.viewList = [...this.drawable.keys()].sort();
     const fit = Math.min(1, about.width / about.height);
     Object.assign(this.stack.style, { aspectRatio: `${about.width} / ${about.height}`, maxWidth: `${40 * fit}rem` });
-    for (const canvas of this.canvases) Object.assign(canvas, { width: Math.max(1, Math.round(about.width * this.scale)), height: Math.max(1, Math.round(about.height * this.scale)) });
+    for (const canvas of this.canvases) Object.assign(canvas, { width: Math.max(1, Math.round(about.width * this.scale)),
+      height: Math.max(1, Math.round(about.height * this.scale)) });
     const paint = this.canvases[0].getContext("2d");
     paint.imageSmoothingEnabled = bitmap.width > LONG_SIDE / 4; // a small picture keeps its pixels
     paint.drawImage(bitmap, 0, 0, this.canvases[0].width, this.canvases[0].height);
     const kept = this.state ?? {}, sources = about.sources.map((each) => each.name), best = this.source("value") ?? about.sources.at(-1);
+    if (kept.mode === "attention" || kept.mode === "selection") kept.mode = "similarity"; // of a question and a region that are gone
     this.state = { mode: "similarity", queryLayer: null, queryHead: null, word: 0, ...kept, view: this.viewList.at(-1) };
-    if (!sources.includes(kept.source)) Object.assign(this.state, { source: best.name, layer: best.layers?.[best.layers.length >> 1] ?? null, head: null });
+    if (!sources.includes(kept.source)) Object.assign(this.state, { source: best.name,
+      layer: best.layers?.[best.layers.length >> 1] ?? null, head: null });
     this.anchor = { panel: this.index, token: this.tokenAt(about.width / 2, about.height / 2) ?? this.tokens(this.state.view)[0] };
     this.title.textContent = about.title;
     this.answer.replaceChildren();
@@ -150,7 +161,8 @@ class Panel {
   source(name) { return this.about.sources.find((each) => each.name === name); }
   tokens(view) { return this.drawable.get(view); } // those of a view that have a place in the picture
   tokenAt(x, y, view = this.state.view) {
-    const found = this.tokens(view).find((t) => x >= this.rects[4 * t] && x < this.rects[4 * t + 2] && y >= this.rects[4 * t + 1] && y < this.rects[4 * t + 3]);
+    const found = this.tokens(view).find((t) => x >= this.rects[4 * t] && x < this.rects[4 * t + 2] && y >= this.rects[4 * t + 1]
+      && y < this.rects[4 * t + 3]);
     return found ?? null;
   }
   centre(t) { return [(this.rects[4 * t] + this.rects[4 * t + 2]) / 2, (this.rects[4 * t + 1] + this.rects[4 * t + 3]) / 2]; }
@@ -169,18 +181,22 @@ class Panel {
   settle() {
     const s = this.state, about = this.about, now = this.source(s.source), attention = s.mode === "attention";
     if (now.layers === null) s.layer = null;
-    else if (!now.layers.includes(s.layer)) s.layer = now.layers.reduce((a, b) => (Math.abs(b - (s.layer ?? 1e9 / 2)) < Math.abs(a - (s.layer ?? 1e9 / 2)) ? b : a));
+    else if (!now.layers.includes(s.layer)) s.layer = now.layers.reduce((a, b) =>
+      (Math.abs(b - (s.layer ?? 1e9 / 2)) < Math.abs(a - (s.layer ?? 1e9 / 2)) ? b : a));
     if (s.head !== null && !(s.head < now.heads)) s.head = null;
     if (s.queryLayer !== null && !(s.queryLayer < about.layers)) s.queryLayer = null;
     if (s.queryHead !== null && !(s.queryHead < about.heads)) s.queryHead = null;
-    const able = Object.entries(MODES).filter(([name, mode]) => this.view.can(mode.op) && (name !== "attention" || about.can_ask) && (name !== "selection" || about.interventions));
+    const able = Object.entries(MODES).filter(([name, mode]) => this.view.can(mode.op) && (name !== "attention" || about.can_ask)
+      && (name !== "selection" || about.interventions));
     options(this.controls.mode, able.map(([name, mode]) => [name, mode.label]), s.mode);
     options(this.controls.source, about.sources.map((each) => [each.name, each.label]), s.source);
     options(this.controls.view, this.viewList.map((view) => [view, ["the whole picture", "its tiles"][view] ?? `view ${view}`]), s.view);
-    const layers = s.mode === "selection" ? null : this.layerList(), count = attention ? about.heads : s.mode === "words" || s.mode === "selection" ? null : now.heads;
+    const layers = s.mode === "selection" ? null : this.layerList(), count = attention ? about.heads : s.mode === "words"
+      || s.mode === "selection" ? null : now.heads;
     if (layers) Object.assign(this.controls.layer, { max: layers.length - 1, value: layers.indexOf(s[this.layerName()]) });
     this.layerText.textContent = s[this.layerName()] ?? "mean";
-    options(this.controls.head, [["null", attention ? "mean of all" : "all"], ...[...Array(count ?? 0).keys()].map((g) => [g, String(g)])], s[this.headName()]);
+    options(this.controls.head, [["null", attention ? "mean of all" : "all"],
+      ...[...Array(count ?? 0).keys()].map((g) => [g, String(g)])], s[this.headName()]);
     const shown = { mode: true, source: !attention && s.mode !== "selection", layer: layers, head: count, view: this.viewList.length > 1 };
     for (const name in this.fields) this.fields[name].hidden = !shown[name];
   }
@@ -188,9 +204,12 @@ class Panel {
   /** What the map needs of the backend as {op, params}, or a sentence that says what is missing. */
   request() {
     const { mode, source, layer, head, queryLayer, queryHead, word } = this.state, panel = this.index, op = MODES[mode].op;
-    if (mode === "attention") return this.asked ? { op, params: { panel, word, layer: queryLayer, head: queryHead } } : "Ask a question below; then choose one of its words to see where it looks.";
-    if (mode === "selection") { const block = this.view.selection(this); return typeof block === "string" ? block : { op, params: { panel, ...block } }; }
-    if (mode === "words") { const text = this.view.text(); return text ? { op, params: { panel, text, source, layer } } : "Type words in the box above the pictures to see where they are."; }
+    if (mode === "attention") return this.asked ? { op, params: { panel, word, layer: queryLayer, head: queryHead } }
+      : "Ask a question below; then choose one of its words to see where it looks.";
+    if (mode === "selection") { const block = this.view.selection(this); return typeof block === "string" ? block
+      : { op, params: { panel, ...block } }; }
+    if (mode === "words") { const text = this.view.text(); return text ? { op, params: { panel, text, source, layer } }
+      : "Type words in the box above the pictures to see where they are."; }
     if (mode === "colours") return { op, params: { panel, source, layer, head } };
     const anchor = this.preview ?? this.anchor;
     return { op, params: { panel, token: anchor.token, source, layer, head, from: anchor.panel } };
@@ -225,7 +244,8 @@ class Panel {
     Object.assign(this, { values, note_: note, range: values && mode.range?.(values.filter((v) => !Number.isNaN(v))) });
     paint.clearRect(0, 0, canvas.width, canvas.height);
     for (const t of values ? this.tokens(this.state.view) : []) {
-      const rgb = mode.map ? (Number.isNaN(values[t]) ? null : colour(mode.map, (values[t] - this.range[0]) / (this.range[1] - this.range[0]))) : values.subarray(3 * t, 3 * t + 3);
+      const rgb = mode.map ? (Number.isNaN(values[t]) ? null : colour(mode.map,
+        (values[t] - this.range[0]) / (this.range[1] - this.range[0]))) : values.subarray(3 * t, 3 * t + 3);
       if (!rgb) continue; // no value here: the picture shows through
       paint.fillStyle = `rgb(${rgb.join()})`;
       paint.fillRect(...this.box(t));
@@ -250,41 +270,55 @@ class Panel {
   marks() {
     const canvas = this.canvases[2], paint = canvas.getContext("2d"), { grid } = this.view.settings;
     paint.clearRect(0, 0, canvas.width, canvas.height);
-    const outline = (box, inner, outer, width, dash = []) => {
-      for (const [style, line] of [[outer, width + 4], [inner, width]]) { paint.setLineDash(style === inner ? dash : []); paint.strokeStyle = style; paint.lineWidth = line; paint.strokeRect(...box); }
+    const outline = ([x, y, w, height], inner, outer, width, dash = []) => {
+      const box = [x + width, y + width, w - 2 * width, height - 2 * width]; // inside the token: at the picture's border nothing is cut off
+      for (const [style, line] of [[outer, width + 4], [inner, width]]) { paint.setLineDash(style === inner ? dash : []);
+        paint.strokeStyle = style; paint.lineWidth = line; paint.strokeRect(...box); }
       paint.setLineDash([]);
     };
-    if (grid) { paint.strokeStyle = "rgba(128, 128, 128, 0.9)"; paint.lineWidth = 1; for (const t of this.tokens(this.state.view)) { const [x, y, w, height] = this.box(t); paint.strokeRect(x + 0.5, y + 0.5, w, height); } }
+    if (grid) { paint.strokeStyle = "rgba(128, 128, 128, 0.9)"; paint.lineWidth = 1;
+      for (const t of this.tokens(this.state.view)) { const [x, y, w, height] = this.box(t);
+      paint.strokeRect(x + 0.5, y + 0.5, w, height); } }
     for (const t of this.region) if (this.views[t] === this.state.view) {
       const [x, y, w, height] = this.box(t);
       paint.fillStyle = "rgba(255, 255, 255, 0.35)"; paint.fillRect(x, y, w, height);
-      paint.strokeStyle = "black"; paint.lineWidth = 2; paint.beginPath(); paint.moveTo(x, y + height); paint.lineTo(x + w, y); paint.stroke(); // hatched: not told by colour alone
+      paint.strokeStyle = "black"; paint.lineWidth = 2; paint.beginPath(); paint.moveTo(x, y + height); paint.lineTo(x + w, y);
+        paint.stroke(); // hatched: not told by colour alone
     }
     if (this.stroke?.box) outline(this.stroke.box.map((value) => value * this.scale), "white", "black", 2, [8, 6]);
     if (this.hover !== null) outline(this.box(this.hover), "white", "black", 2, [8, 6]);
     const anchor = this.preview ?? this.anchor;
-    if (anchor.panel === this.index && anchor.token !== null && this.views[anchor.token] === this.state.view) outline(this.box(anchor.token), "white", "black", 4);
+    if (anchor.panel === this.index && anchor.token !== null
+      && this.views[anchor.token] === this.state.view) outline(this.box(anchor.token), "white", "black", 4);
     this.describe();
   }
 
   tokenText(t) {
-    const round = (value) => Math.round(value * 10) / 10, [x0, y0, x1, y1] = this.rects.subarray(4 * t, 4 * t + 4).map(round), [row, column] = this.places[t];
+    const round = (value) => Math.round(value * 10) / 10, [x0, y0, x1, y1] = this.rects.subarray(4 * t, 4 * t + 4).map(round),
+      [row, column] = this.places[t];
     const value = this.values && MODES[this.state.mode].map && this.values[t];
-    return `token ${t} · x ${round(x0)} to ${round(x1)}, y ${round(y0)} to ${round(y1)} px · slot ${this.slots[t]} · ${["base view", "tiles"][this.views[t]]} · row ${row}, column ${column}`
-      + (typeof value === "number" && !Number.isNaN(value) ? ` · value ${this.state.mode === "similarity" ? signed(value) : number(value)}` : "");
+    const view = this.viewList.length > 1 ? ` · ${["base view", "tiles"][this.views[t]]}` : "";
+    return `token ${t} · x ${round(x0)} to ${round(x1)}, y ${round(y0)} to ${round(y1)} px · slot ${this.slots[t]}${view} · row ${row}, column ${column}`
+      + (typeof value === "number" && !Number.isNaN(value)
+        ? ` · value ${this.state.mode === "similarity" ? signed(value) : number(value)}` : "");
   }
   describe() {
     const own = this.anchor.panel === this.index ? this.anchor.token : null, t = this.hover ?? own;
     this.info.textContent = t === null ? "marked token: in the other picture" : this.tokenText(t);
   }
   caption() {
-    const s = this.state, mode = MODES[s.mode], source = s.mode === "attention" || s.mode === "selection" ? null : this.source(s.source).label;
-    const parts = [mode.label, source, s[this.layerName()] === null || s.mode === "selection" ? null : `layer ${s[this.layerName()]}`, s[this.headName()] === null || s.mode === "selection" ? null : `head ${s[this.headName()]}`];
-    const word = s.mode === "attention" && this.asked ? `from “${this.asked.words.find((w) => w.index === s.word)?.text.trim() ?? s.word}”` : s.mode === "words" ? `“${this.view.text()}”` : null;
+    const s = this.state, mode = MODES[s.mode], source = s.mode === "attention" || s.mode === "selection" ? null
+      : this.source(s.source).label;
+    const parts = [mode.label, source, s[this.layerName()] === null || s.mode === "selection" ? null
+      : `layer ${s[this.layerName()]}`, s[this.headName()] === null || s.mode === "selection" ? null : `head ${s[this.headName()]}`];
+    const word = s.mode === "attention" && this.asked
+      ? `from “${this.asked.words.find((w) => w.index === s.word)?.text.trim() ?? s.word}”` : s.mode === "words"
+      ? `“${this.view.text()}”` : null;
     return [...parts, word].filter((part) => part !== null).join(" · ");
   }
 
-  at(event) { const { left, top, width, height } = this.stack.getBoundingClientRect(); return [((event.clientX - left) / width) * this.about.width, ((event.clientY - top) / height) * this.about.height]; }
+  at(event) { const { left, top, width, height } = this.stack.getBoundingClientRect();
+    return [((event.clientX - left) / width) * this.about.width, ((event.clientY - top) / height) * this.about.height]; }
   pressed(event) {
     if (event.button) return;
     const [x, y] = this.at(event), tool = this.view.settings.tool;
@@ -307,7 +341,8 @@ class Panel {
     const { tool, from, before } = this.stroke, token = this.tokenAt(x, y);
     if (tool === "box") {
       this.stroke.box = [Math.min(x, from[0]), Math.min(y, from[1]), Math.abs(x - from[0]), Math.abs(y - from[1])];
-      const [x0, y0, w, height] = this.stroke.box, inside = this.tokens(this.state.view).filter((t) => { const [cx, cy] = this.centre(t); return cx >= x0 && cx <= x0 + w && cy >= y0 && cy <= y0 + height; });
+      const [x0, y0, w, height] = this.stroke.box, inside = this.tokens(this.state.view).filter((t) =>
+        { const [cx, cy] = this.centre(t); return cx >= x0 && cx <= x0 + w && cy >= y0 && cy <= y0 + height; });
       this.region = new Set([...before, ...inside]);
     } else if (token !== null) tool === "erase" ? this.region.delete(token) : this.region.add(token);
     this.marks();
@@ -317,7 +352,8 @@ class Panel {
   /** The painted tokens, and those of the other views whose centre lies in one of them: the same place is stored there too. */
   spread() {
     const painted = new Set([...this.region].filter((t) => this.views[t] === this.state.view));
-    for (const t of this.viewList.flatMap((view) => (view === this.state.view ? [] : this.tokens(view)))) painted.has(this.tokenAt(...this.centre(t))) && painted.add(t);
+    for (const t of this.viewList.flatMap((view) => (view === this.state.view ? []
+      : this.tokens(view)))) painted.has(this.tokenAt(...this.centre(t))) && painted.add(t);
     return painted;
   }
 
@@ -326,20 +362,27 @@ class Panel {
     this.asked = result;
     this.state.word = (result.words.find((word) => word.answer) ?? result.words.at(-1))?.index ?? 0;
     const runs = result.before ? [["as it is", result.before], [changed, result]] : [["answer", result]];
-    const cards = h("div", { className: "kvx-cards" }, ...runs.map(([title, run]) => h("div", { className: "kvx-card" }, h("b", { textContent: title }), h("p", { textContent: run.answer }))));
-    const rows = [...Object.keys(result.probabilities ?? {}).map((option) => [option, (run) => run.probabilities[option]]), ["any other", (run) => run.rest]].filter(([, of]) => of(result) != null);
-    const table = h("table", { className: "kvx-bars" }, h("tr", {}, h("th", { textContent: "option" }), ...runs.map(([title]) => h("th", { textContent: title })), ...(runs[1] ? [h("th", { textContent: "change" })] : [])),
+    const cards = h("div", { className: "kvx-cards" }, ...runs.map(([title, run]) =>
+      h("div", { className: "kvx-card" }, h("b", { textContent: title }), h("p", { textContent: run.answer }))));
+    const rows = [...Object.keys(result.probabilities ?? {}).map((option) => [option, (run) => run.probabilities[option]]),
+      ["any other", (run) => run.rest]].filter(([, of]) => of(result) != null);
+    const table = h("table", { className: "kvx-bars" }, h("tr", {}, h("th", { textContent: "option" }),
+      ...runs.map(([title]) => h("th", { textContent: title })), ...(runs[1] ? [h("th", { textContent: "change" })] : [])),
       ...rows.map(([name, of]) => h("tr", {}, h("th", { textContent: name, scope: "row" }),
-        ...runs.map(([, run]) => { const cell = h("td", {}, h("span", { className: "kvx-fill" }), percent(of(run))); cell.firstChild.style.width = `${Math.round(100 * of(run))}%`; return cell; }),
+        ...runs.map(([, run]) => { const cell = h("td", {}, h("span", { className: "kvx-fill" }), percent(of(run)));
+          cell.firstChild.style.width = `${Math.round(100 * of(run))}%`; return cell; }),
         ...(runs[1] ? [h("td", { textContent: `${signed(100 * (of(result) - of(runs[0][1])), 1)} pp` })] : []))));
-    this.wordButtons = result.words.map((word) => h("button", { type: "button", className: word.answer ? "kvx-word kvx-said" : "kvx-word", textContent: word.text.replaceAll("\n", "↵"), title: word.answer ? "of the answer" : "of the question",
+    this.wordButtons = result.words.map((word) => h("button", { type: "button", className: word.answer ? "kvx-word kvx-said"
+      : "kvx-word", textContent: word.text.replaceAll("\n", "↵"), title: word.answer ? "of the answer" : "of the question",
       onclick: () => { this.state.word = word.index; this.view.change(this, "mode", "attention"); } }));
     this.answer.replaceChildren(cards, ...(Object.keys(result.probabilities ?? {}).length ? [table] : []),
-      h("div", { className: "kvx-words", role: "group", "aria-label": "words of question and answer: show attention" }, "attention from: ", ...this.wordButtons),
+      h("div", { className: "kvx-words", role: "group", "aria-label": "words of question and answer: show attention" },
+        "attention from: ", ...this.wordButtons),
       h("div", { className: "kvx-seconds", textContent: result.seconds == null ? "" : `${result.seconds.toFixed(2)} s` }));
     this.press();
   }
-  press() { this.wordButtons?.forEach((button, i) => button.setAttribute("aria-pressed", this.state.mode === "attention" && this.asked?.words[i]?.index === this.state.word)); }
+  press() { this.wordButtons?.forEach((button, i) => button.setAttribute("aria-pressed", this.state.mode === "attention"
+    && this.asked?.words[i]?.index === this.state.word)); }
 }
 
 /** The whole view in `root`. Returns {ready, close}: a promise of the first drawing, and what takes the view out again. */
@@ -350,16 +393,21 @@ export function createView(root, backend) {
 
 class View {
   constructor(root, backend) {
-    Object.assign(this, { backend, panels: [], active: null, waiting: 0, turn: 0, settings: { grid: false, follow: false, tool: "point", linked: true } });
+    Object.assign(this, { backend, panels: [], active: null, waiting: 0, turn: 0,
+      settings: { grid: false, follow: false, tool: "point", linked: true } });
     const id = `kvx-${++views}`, can = (op) => this.can(op);
-    const toggle = (name, label) => h("label", {}, (this[name] = h("input", { type: "checkbox", checked: this.settings[name], onchange: (e) => this.set(name, e.target.checked) })), " ", label);
+    const toggle = (name, label) => h("label", {}, (this[name] = h("input",
+      { type: "checkbox", checked: this.settings[name], onchange: (e) => this.set(name, e.target.checked) })), " ", label);
     const button = (label, action, title = "") => h("button", { type: "button", textContent: label, title, onclick: action });
     const enter = (action) => (event) => { if (event.key === "Enter") { event.preventDefault(); action(); } };
     this.opacity = h("input", { type: "range", min: 0, max: 1, step: 0.05, value: 0.65, oninput: () => this.fade() });
-    this.textBox = h("input", { type: "text", placeholder: "fish", list: `${id}-texts`, onkeydown: enter(() => this.read()), onchange: () => this.read() });
+    this.textBox = h("input", { type: "text", placeholder: "fish", list: `${id}-texts`, onkeydown: enter(() => this.read()),
+      onchange: () => this.read() });
     this.linkedField = toggle("linked", "both panels together");
-    this.wordsField = field("words", this.textBox, h("span", {}, this.textBox, h("datalist", { id: `${id}-texts` }, ...(backend.texts ?? []).map((text) => h("option", { value: text })))));
-    this.tools = h("div", { className: "kvx-row kvx-tools" }, field("opacity", this.opacity), toggle("grid", "token grid"), toggle("follow", "follow pointer"), this.linkedField, this.wordsField);
+    this.wordsField = field("words", this.textBox, h("span", {}, this.textBox,
+      h("datalist", { id: `${id}-texts` }, ...(backend.texts ?? []).map((text) => h("option", { value: text })))));
+    this.tools = h("div", { className: "kvx-row kvx-tools" }, field("opacity", this.opacity), toggle("grid", "token grid"),
+      toggle("follow", "follow pointer"), this.linkedField, this.wordsField);
     this.body = h("div", { className: "kvx-panels" });
 
     const line = (placeholder, action) => h("input", { type: "text", placeholder, onkeydown: enter(action) });
@@ -371,27 +419,40 @@ class View {
     this.askForm = h("fieldset", { className: "kvx-row" }, h("legend", { textContent: "Ask" }), this.wide, field("options", this.choices),
       field("text before the image", this.prefix), button("Ask", () => this.ask(false)));
     const show = () => this.panels.some((p) => p.state?.mode === "selection") && this.panels.forEach((p) => p.refresh());
-    const count = (value, max, step = 1) => h("input", { type: "number", min: 0, max, step, value, onchange: show, onkeydown: enter(() => this.ask(true)) });
+    const count = (value, max, step = 1) => h("input", { type: "number", min: 0, max, step, value, onchange: show,
+      onkeydown: enter(() => this.ask(true)) });
     this.kind = h("select", { onchange: () => { this.limits(); show(); } });
     options(this.kind, Object.entries(KINDS), "region");
     [this.share, this.seed, this.first, this.last] = [count(10, 100, "any"), count(0, 1e9), count(0, 0), count(0, 0)];
     this.headBox = h("input", { type: "text", value: "all", size: 6, onchange: show, onkeydown: enter(() => this.ask(true)) });
-    this.toolChoice = h("span", { role: "radiogroup", "aria-label": "what the pointer does on the picture" }, ...Object.entries(TOOLS).map(([name, label]) =>
-      h("label", {}, h("input", { type: "radio", name: `${id}-tool`, value: name, checked: name === "point", onchange: () => this.set("tool", name) }), " ", label)));
+    this.toolChoice = h("span", { role: "radiogroup", "aria-label": "what the pointer does on the picture" },
+      ...Object.entries(TOOLS).map(([name, label]) =>
+      h("label", {}, h("input", { type: "radio", name: `${id}-tool`, value: name, checked: name === "point", onchange: () =>
+        this.set("tool", name) }), " ", label)));
     this.shareField = field("share of the tokens, %", this.share), this.seedField = field("seed", this.seed);
-    this.blockForm = h("fieldset", { className: "kvx-row" }, h("legend", { textContent: "Block image keys" }), field("which", this.kind), h("span", {}, "pointer: ", this.toolChoice), button("clear", () => this.clear(), "forget the painted region"),
-      this.shareField, this.seedField, field("layers from", this.first), field("to", this.last), field("key-value heads", this.headBox), button("Show", () => this.change(this.panels[0], "mode", "selection"), "the selected keys as a map"),
+    this.blockForm = h("fieldset", { className: "kvx-row" }, h("legend", { textContent: "Block image keys" }),
+      field("which", this.kind), h("span", {}, "pointer: ", this.toolChoice),
+      button("clear", () => this.clear(), "forget the painted region"),
+      this.shareField, this.seedField, field("layers from", this.first), field("to", this.last),
+        field("key-value heads", this.headBox), button("Show", () => this.change(this.panels[0], "mode", "selection"),
+        "the selected keys as a map"),
       button("Block and ask again", () => this.ask(true)));
 
-    this.file = h("input", { type: "file", accept: "image/*", hidden: true, onchange: () => { if (this.file.files[0]) this.upload(this.file.files[0], this.active); this.file.value = ""; } });
-    this.help = h("dl", { className: "kvx-help", hidden: true }, ...HELP.flatMap(([key, what]) => [h("dt", { textContent: key }), h("dd", { textContent: what })]));
+    this.file = h("input", { type: "file", accept: "image/*", hidden: true, onchange: () =>
+      { if (this.file.files[0]) this.upload(this.file.files[0], this.active); this.file.value = ""; } });
+    this.help = h("dl", { className: "kvx-help", hidden: true }, ...HELP.flatMap(([key, what]) =>
+      [h("dt", { textContent: key }), h("dd", { textContent: what })]));
     this.codeText = h("pre", { className: "kvx-code", tabIndex: 0, hidden: true });
     this.status = h("div", { className: "kvx-status", role: "status" });
-    this.footer = h("div", { className: "kvx-row" }, ...(can("picture") ? [button("Own picture …", () => this.file.click(), "or drop one on a picture"), this.file] : []), button("Save as PNG", () => this.savePng()),
-      ...(can("code") ? [button("Copy code", () => this.copyCode(), "Python that reproduces this view or selection")] : []), button("?", () => this.toggleHelp(), "keys"),
+    this.footer = h("div", { className: "kvx-row" }, ...(can("picture")
+      ? [button("Own picture …", () => this.file.click(), "or drop one on a picture"), this.file] : []),
+      button("Save as PNG", () => this.savePng()),
+      ...(can("code") ? [button("Copy code", () => this.copyCode(), "Python that reproduces this view or selection")] : []),
+        button("?", () => this.toggleHelp(), "keys"),
       ...(can("close") ? [button("Close", () => this.shut(), "free the memory that this view takes in the kernel")] : []));
     // JupyterLab's shortcuts would take the keys before they come here.
-    this.element = h("div", { className: "kvx", "data-lm-suppress-shortcuts": "true", onkeydown: (e) => this.key(e) }, this.tools, this.body, this.askForm, this.blockForm, this.footer, this.status, this.codeText, this.help);
+    this.element = h("div", { className: "kvx", "data-lm-suppress-shortcuts": "true", onkeydown: (e) => this.key(e) }, this.tools,
+      this.body, this.askForm, this.blockForm, this.footer, this.status, this.codeText, this.help);
     root.append(this.element);
     this.fade();
   }
@@ -407,14 +468,25 @@ class View {
     this.waiting++;
     this.element.setAttribute("aria-busy", "true");
     const late = setTimeout(() => this.tell(words), 400);
-    try { const answer = await this.backend.call(op, params, buffers); if (this.status.textContent.endsWith("…")) this.tell(""); return answer; }
-    finally { clearTimeout(late); if (--this.waiting <= 0) { this.waiting = 0; this.element.setAttribute("aria-busy", "false"); } }
+    try {
+      const answer = await this.backend.call(op, params, buffers);
+      if (this.status.textContent.endsWith("…")) this.tell("");
+      return answer;
+    } finally {
+      clearTimeout(late);
+      this.waiting--;
+      if (!this.waiting) this.element.setAttribute("aria-busy", "false");
+    }
   }
   /** Runs an action of the reader's; what goes wrong is one sentence in the status line. */
   async attempt(action) {
     const turn = this.turn;
     this.tell("");
-    try { return await action(() => turn === this.turn); } catch (error) { if (turn === this.turn) { this.tell(""); this.say(error.message); } }
+    try {
+      return await action(() => turn === this.turn);
+    } catch (error) {
+      if (turn === this.turn) this.say(error.message); // else it was cancelled, or asked again
+    }
   }
 
   open() { return this.attempt(async () => this.load(await this.call("open"))); }
@@ -453,7 +525,9 @@ class View {
       if (name === "mode" && value === "attention" && !each.about.can_ask) continue;
       each.state[name] = value;
       if (name === "mode" && value === "attention" && each !== panel && panel.asked) each.state.word = panel.state.word;
-      if (name === "view" && each.views[each.anchor.token] !== value && each.anchor.panel === each.index) each.anchor = { panel: each.index, token: each.tokenAt(...each.centre(each.anchor.token)) ?? each.tokens(value)[0] };
+      if (name === "view" && each.views[each.anchor.token] !== value
+        && each.anchor.panel === each.index) each.anchor = { panel: each.index,
+        token: each.tokenAt(...each.centre(each.anchor.token)) ?? each.tokens(value)[0] };
       each.settle();
       each.press();
     }
@@ -461,16 +535,19 @@ class View {
     for (const each of this.group(panel)) each.refresh();
     if (name === "mode" && value === "words" && !this.text()) this.textBox.focus();
   }
-  set(name, value) { this.settings[name] = value; for (const panel of this.panels) { if (name === "follow" && !value) panel.preview = null; panel.marks(); } }
+  set(name, value) { this.settings[name] = value; for (const panel of this.panels) { if (name === "follow"
+    && !value) panel.preview = null; panel.marks(); } }
   fade() { this.element.style.setProperty("--kvx-opacity", this.opacity.value); }
-  read() { const wanted = this.text(); if (wanted !== this.readText) { this.readText = wanted; this.tell(""); for (const panel of this.panels) if (panel.state.mode === "words") panel.refresh(); } }
+  read() { const wanted = this.text(); if (wanted !== this.readText) { this.readText = wanted; this.tell("");
+    for (const panel of this.panels) if (panel.state.mode === "words") panel.refresh(); } }
 
   /** Marks a token (null: no more preview), for good or as long as the pointer is there. One model: the token's map in both pictures. */
   mark(panel, token, pin) {
     for (const each of this.group(panel)) {
       let anchor = token === null ? null : { panel: panel.index, token };
       if (anchor && each !== panel && !this.sharesModel()) {
-        const [x, y] = panel.centre(token), there = each.tokenAt((x / panel.about.width) * each.about.width, (y / panel.about.height) * each.about.height);
+        const [x, y] = panel.centre(token), there = each.tokenAt((x / panel.about.width) * each.about.width,
+          (y / panel.about.height) * each.about.height);
         anchor = there === null ? each.anchor : { panel: each.index, token: there };
       }
       if (pin) each.anchor = anchor;
@@ -482,35 +559,44 @@ class View {
   painted(panel) {
     panel.region = panel.spread();
     for (const other of this.group(panel)) if (other !== panel && this.samePicture(panel, other)) {
-      const painted = (x, y) => panel.viewList.some((view) => { const t = panel.tokenAt(x, y, view); return t !== null && panel.region.has(t); });
+      const painted = (x, y) => panel.viewList.some((view) => { const t = panel.tokenAt(x, y, view); return t !== null
+        && panel.region.has(t); });
       other.region = new Set(other.viewList.flatMap((view) => other.tokens(view)).filter((t) => painted(...other.centre(t))));
     }
     this.kind.value = "region";
-    this.share.value = Math.round((1e4 * panel.region.size) / panel.newline.filter((is) => !is).length) / 100; // what random keys of the same number take
+    this.share.value = Math.round((1e4 * panel.region.size) / panel.newline.filter((is) => !is).length) / 100;
+      // what random keys of the same number take
     this.change(panel, "mode", "selection");
   }
-  clear() { for (const panel of this.panels) { panel.region = new Set(); panel.marks(); if (panel.state.mode === "selection") panel.refresh(); } }
+  clear() { for (const panel of this.panels) { panel.region = new Set(); panel.marks();
+    if (panel.state.mode === "selection") panel.refresh(); } }
 
   /** The selection of the form for a panel, or a sentence that says what is missing. */
   selection(panel) {
-    const kind = this.kind.value, [first, last] = [this.first, this.last].map((box) => Math.round(box.valueAsNumber)), seed = Math.round(this.seed.valueAsNumber), share = this.share.valueAsNumber / 100;
+    const kind = this.kind.value, [first, last] = [this.first, this.last].map((box) => Math.round(box.valueAsNumber)),
+      seed = Math.round(this.seed.valueAsNumber), share = this.share.valueAsNumber / 100;
     if (kind === "region" && !panel.region.size) return "Choose “paint” or “box” and mark a region in the picture.";
     const shared = kind === "lowest" || kind === "random";
-    if (shared && !(share > 0 && share <= 1)) return `The share of the tokens is a number above 0 and at most 100 %; found "${this.share.value}".`;
-    if (!(first >= 0 && first <= last)) return `Layers go from 0 to ${panel.about.layers - 1}, the first not behind the last; found ${this.first.value} to ${this.last.value}.`;
+    if (shared && !(share > 0 && share <= 1))
+      return `The share of the tokens is a number above 0 and at most 100 %; found "${this.share.value}".`;
+    if (!(first >= 0 && first <= last))
+      return `Layers go from 0 to ${panel.about.layers - 1}, the first not behind the last; found ${this.first.value} to ${this.last.value}.`;
     const layers = [...Array(panel.about.layers).keys()].filter((layer) => layer >= first && layer <= last);
     if (!layers.length) return `“${panel.about.title}” has layers 0 to ${panel.about.layers - 1}; found ${first} to ${last}.`;
     if (!Number.isInteger(seed)) return `The seed is a whole number; found "${this.seed.value}".`;
-    try { return { kind, share: shared ? share : null, tokens: kind === "region" ? [...panel.region].sort((a, b) => a - b) : null, layers, heads: heads(this.headBox.value, panel.source("key")?.heads ?? panel.source("value")?.heads ?? 1), seed }; }
+    try { return { kind, share: shared ? share : null, tokens: kind === "region" ? [...panel.region].sort((a, b) => a - b) : null,
+      layers, heads: heads(this.headBox.value, panel.source("key")?.heads ?? panel.source("value")?.heads ?? 1), seed }; }
     catch (error) { return error.message; }
   }
 
   ask(blocked) {
     const turn = ++this.turn;
     return this.attempt(async (current) => {
-      const question = this.question.value.trim(), given = this.choices.value.split(/[,\n]/).map((text) => text.trim()).filter(Boolean), prefix = this.prefix.value.trim() || null;
+      const question = this.question.value.trim(), given = this.choices.value.split(/[,\n]/).map((text) =>
+        text.trim()).filter(Boolean), prefix = this.prefix.value.trim() || null;
       if (!question) { this.question.focus(); throw new Error("Type a question first."); }
-      const asking = this.panels.filter((panel) => panel.about.can_ask).map((panel) => [panel, blocked ? this.selection(panel) : null]), able = asking.filter(([, block]) => typeof block !== "string");
+      const asking = this.panels.filter((panel) => panel.about.can_ask).map((panel) =>
+        [panel, blocked ? this.selection(panel) : null]), able = asking.filter(([, block]) => typeof block !== "string");
       if (!able.length) throw new Error(asking[0][1]);
       await Promise.all(able.map(async ([panel, block]) => {
         const result = await this.call("ask", { panel: panel.index, question, options: given.length ? given : null, prefix, block });
@@ -523,16 +609,19 @@ class View {
     });
   }
 
-  dropped(event, panel) { const [file] = event.dataTransfer?.files ?? []; if (!file || !this.can("picture")) return; event.preventDefault(); event.stopPropagation(); this.upload(file, panel); }
+  dropped(event, panel) { const [file] = event.dataTransfer?.files ?? []; if (!file || !this.can("picture")) return;
+    event.preventDefault(); event.stopPropagation(); this.upload(file, panel); }
   upload(file, panel) {
     return this.attempt(async () => {
       let bytes = file;
       if (!file.type.startsWith("image/")) throw new Error(`"${file.name}" is not a picture; JPEG and PNG files are.`);
       if (file.size > UPLOAD_BYTES) {
-        const bitmap = await createImageBitmap(file).catch(() => { throw new Error(`"${file.name}" cannot be read as a picture.`); }), canvas = h("canvas", { width: bitmap.width, height: bitmap.height });
+        const bitmap = await createImageBitmap(file).catch(() => { throw new Error(`"${file.name}" cannot be read as a picture.`);
+          }), canvas = h("canvas", { width: bitmap.width, height: bitmap.height });
         canvas.getContext("2d").drawImage(bitmap, 0, 0);
         bytes = await new Promise((resolve) => canvas.toBlob(resolve, "image/jpeg", 0.92));
-        if (!bytes || bytes.size > UPLOAD_BYTES) throw new Error(`"${file.name}" is too large to be sent to the kernel: save it below ${UPLOAD_BYTES / 1e6} MB, or open it with kv.explore.`);
+        if (!bytes || bytes.size > UPLOAD_BYTES)
+          throw new Error(`"${file.name}" is too large to be sent to the kernel: save it below ${UPLOAD_BYTES / 1e6} MB, or open it with kv.explore.`);
       }
       await this.load(await this.call("picture", { panel: panel.index, name: file.name }, [await bytes.arrayBuffer()]));
     });
@@ -540,20 +629,25 @@ class View {
 
   /** The panels as one picture: at full size, with colour bar and caption. */
   compose() {
-    const gap = 24, line = 30, head = 44, foot = 24 + 3 * line + gap, sizes = this.panels.map((p) => [p.canvases[0].width, p.canvases[0].height]), widths = sizes.map(([w]) => Math.max(w, 640));
-    const canvas = h("canvas", { width: gap + widths.reduce((sum, w) => sum + w + gap, 0), height: head + Math.max(...sizes.map(([, height]) => height)) + foot + gap }), paint = canvas.getContext("2d");
+    const gap = 24, line = 30, head = 44, foot = 24 + 3 * line + gap,
+      sizes = this.panels.map((p) => [p.canvases[0].width, p.canvases[0].height]), widths = sizes.map(([w]) => Math.max(w, 640));
+    const canvas = h("canvas", { width: gap + widths.reduce((sum, w) => sum + w + gap, 0),
+      height: head + Math.max(...sizes.map(([, height]) => height)) + foot + gap }), paint = canvas.getContext("2d");
     paint.fillStyle = "white"; paint.fillRect(0, 0, canvas.width, canvas.height);
     paint.textBaseline = "middle";
     let left = gap;
     for (const [i, panel] of this.panels.entries()) {
-      const [w, height] = sizes[i], wide = widths[i], write = (text, y, font = "20px sans-serif") => { paint.font = font; paint.fillStyle = "black"; paint.textAlign = "left"; paint.fillText(text, left, y, wide); };
+      const [w, height] = sizes[i], wide = widths[i], write = (text, y, font = "20px sans-serif") =>
+        { paint.font = font; paint.fillStyle = "black"; paint.textAlign = "left"; paint.fillText(text, left, y, wide); };
       write(`${panel.about.title}: ${panel.caption()}`, head / 2 + 4, "bold 22px sans-serif");
-      for (const [at, layer] of panel.canvases.entries()) { paint.globalAlpha = at === 1 ? +this.opacity.value : 1; paint.drawImage(layer, left, head); }
+      for (const [at, layer] of panel.canvases.entries()) { paint.globalAlpha = at === 1 ? +this.opacity.value : 1;
+        paint.drawImage(layer, left, head); }
       paint.globalAlpha = 1;
       let y = head + height + 14;
       if (!panel.bar.hidden) {
         paint.imageSmoothingEnabled = false; paint.drawImage(panel.strip, left, y, wide, 14);
-        [...panel.ticks.children].forEach((tick, at) => { paint.textAlign = ["left", "center", "right"][at]; paint.font = "20px sans-serif"; paint.fillStyle = "black"; paint.fillText(tick.textContent, left + (wide * at) / 2, y + line); });
+        [...panel.ticks.children].forEach((tick, at) => { paint.textAlign = ["left", "center", "right"][at];
+          paint.font = "20px sans-serif"; paint.fillStyle = "black"; paint.fillText(tick.textContent, left + (wide * at) / 2, y + line); });
         y += line;
       }
       for (const text of [panel.unit.textContent, panel.info.textContent]) write(text, (y += line));
@@ -563,16 +657,19 @@ class View {
   }
   savePng() {
     return this.attempt(async () => {
-      const blob = await new Promise((resolve) => this.compose().toBlob(resolve, "image/png")), link = h("a", { href: URL.createObjectURL(blob), download: "explorer.png" });
+      const blob = await new Promise((resolve) => this.compose().toBlob(resolve, "image/png")),
+        link = h("a", { href: URL.createObjectURL(blob), download: "explorer.png" });
       link.click();
       setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
       this.tell("Saved as explorer.png.");
     });
   }
   state() {
-    const panel = this.active, { mode, source, layer, head, queryLayer, queryHead, word } = panel.state, block = mode === "selection" ? this.selection(panel) : null, attention = mode === "attention";
+    const panel = this.active, { mode, source, layer, head, queryLayer, queryHead, word } = panel.state,
+      block = mode === "selection" ? this.selection(panel) : null, attention = mode === "attention";
     if (typeof block === "string") throw new Error(block);
-    return { panel: panel.index, mode, source, layer: attention ? queryLayer : layer, head: attention ? queryHead : head, word, token: panel.anchor.token, from: panel.anchor.panel, text: this.text(), question: this.question.value.trim(),
+    return { panel: panel.index, mode, source, layer: attention ? queryLayer : layer, head: attention ? queryHead : head, word,
+      token: panel.anchor.token, from: panel.anchor.panel, text: this.text(), question: this.question.value.trim(),
       options: this.choices.value.split(",").map((text) => text.trim()).filter(Boolean), prefix: this.prefix.value.trim() || null, block };
   }
   copyCode() {
@@ -580,22 +677,27 @@ class View {
       const { text } = await this.call("code", { state: this.state() });
       this.codeText.hidden = false;
       this.codeText.textContent = text;
-      const copied = await navigator.clipboard?.writeText(text).then(() => true, () => false); // a page may not be allowed to
-      this.tell(copied ? "Copied; the code also stands below." : "The code stands below.");
+      this.tell("The code stands below.");
+      navigator.clipboard?.writeText(text).then(() => this.tell("Copied; the code also stands below."), () => {});
+        // a page may not be allowed to
     });
   }
-  shut() { return this.attempt(async () => { await this.call("close"); this.element.replaceChildren(h("p", { textContent: "Closed; run the cell again to open it anew." })); }); }
+  shut() { return this.attempt(async () => { await this.call("close");
+    this.element.replaceChildren(h("p", { textContent: "Closed; run the cell again to open it anew." })); }); }
   toggleHelp(to = this.help.hidden) { this.help.hidden = !to; }
 
   key(event) {
     const panel = this.active, { target, key } = event, typing = target.matches("input[type=text], input[type=number], textarea");
     event.stopPropagation();
     if (!panel?.state || event.ctrlKey || event.metaKey || event.altKey) return;
-    if (key === "Escape") { this.turn++; this.toggleHelp(false); this.tell(""); for (const each of this.panels) { each.cancel(); each.ticket++; each.pending = null; } this.element.setAttribute("aria-busy", "false"); return; }
+    if (key === "Escape") { this.turn++; this.toggleHelp(false); this.tell("");
+      for (const each of this.panels) { each.cancel(); each.ticket++; each.pending = null; } this.element.setAttribute("aria-busy",
+      "false"); return; }
     if (typing) return;
     const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[key];
     if (step && !target.matches("input, select")) {
-      const from = panel.anchor.panel === panel.index ? panel.anchor.token : panel.tokens(panel.state.view)[0], [row, column] = panel.places[from], next = panel.cells.get(`${panel.state.view}/${[row + step[0], column + step[1]]}`);
+      const from = panel.anchor.panel === panel.index ? panel.anchor.token : panel.tokens(panel.state.view)[0],
+        [row, column] = panel.places[from], next = panel.cells.get(`${panel.state.view}/${[row + step[0], column + step[1]]}`);
       if (next !== undefined) this.mark(panel, next, true);
     } else if (key === "[" || key === "]") {
       if (panel.fields.layer.hidden) return;

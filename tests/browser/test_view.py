@@ -138,8 +138,9 @@ def test_everything_is_reached_by_tab_and_shows_it(opened):
     reached = set()
     for _ in range(60):
         page.keyboard.press("Tab")
-        label, width = page.evaluate("""() => { const e = document.activeElement; return e === document.body ? ['', ''] : [e.getAttribute('aria-label')
-            || e.textContent.trim() || e.closest('label').textContent.trim(), getComputedStyle(e).outlineWidth]; }""")  # fmt: skip
+        label, width = page.evaluate("""() => { const e = document.activeElement; return e === document.body ? ['', ''] : [
+            e.getAttribute('aria-label') || e.textContent.trim() || e.closest('label').textContent.trim(),
+            getComputedStyle(e).outlineWidth]; }""")  # fmt: skip
         if label:
             reached.add(label)
             assert width == "2px", label
@@ -151,20 +152,24 @@ def test_everything_is_reached_by_tab_and_shows_it(opened):
 def test_overtaken_answers_are_dropped(opened):
     page = opened()
     count = drawn(page)
-    page.evaluate("() => { fake.delay.similar = ({ token }) => (token === 0 ? 500 : 50); }")
+    held = """() => { let first = true; fake.held = new Promise((go) => { fake.release = go; });
+        fake.delay.similar = () => first && (first = false, fake.held); }"""
+    page.evaluate(held)
     asked = len(calls(page, "similar"))
     for x in (0.02, 0.5, 0.98):
         press(page, x, 0.02)
+    assert drawn(page) == count
+    page.evaluate("fake.release()")
     settled(page, count + 1)
     assert [call["token"] for call in calls(page, "similar")[asked:]] == [0, 10]  # what was overtaken before it was sent never is
     assert drawn(page) == count + 1 and pixel(page, 0.98, 0.02)[:3] == list(RED) != pixel(page, 0.02, 0.02)[:3]
+    page.evaluate(held)
     press(page, 0.02, 0.98)
     page.keyboard.press("Escape")
-    page.wait_for_timeout(150)
+    page.evaluate("async () => { fake.release(); await fake.held; }")
+    page.wait_for_timeout(50)
     assert drawn(page) == count + 1  # cancelled
     press(page, 0.02, 0.02)
-    page.wait_for_timeout(30)
-    assert drawn(page) == count + 1
     settled(page, count + 2)
     press(page, 0.98, 0.02)  # seen before: needs no call
     settled(page, count + 3)
