@@ -146,7 +146,7 @@ def along_the_flow(axis, sources: Mapping[str, Mapping], families: Mapping[str, 
     for x, source, colour, marker in points:
         if source in sources and None not in (sources[source]["low"], sources[source]["high"]):
             axis.errorbar(x, sources[source]["mean"], yerr=error_bar(sources[source]), fmt=marker, ms=4, color=colour, capsize=2)
-    ticks = [layer for layer in layers if layer > 0][:: max(1, -(-len(layers) // 12))]  # every layer of a small model, some of a large one
+    ticks = [layer for layer in layers if layer > 0][:: max(1, -(-len(layers) // 8))]  # every layer of a small model, some of a large one
     axis.set_xticks([*before, *(layer + offset for layer in ticks)], [*BEFORE.values(), FIRST, *map(str, ticks)])
     for tick in axis.get_xticklabels()[: len(before)]:
         tick.set(rotation=40, ha="right")

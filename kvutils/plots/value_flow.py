@@ -22,6 +22,11 @@ def _sources(maps: Mapping[str, object]) -> list[str]:
     return [*in_order(maps, BEFORE), *sorted((name for name in maps if name not in BEFORE), key=lambda name: int(name.rpartition(".")[2]))]
 
 
+def _height(scene: Mapping) -> float:
+    """Of a picture, in its widths; within what a figure can show."""
+    return min(max(scene["size"][1] / scene["size"][0], 0.4), 1.6)
+
+
 def _photo(axis, scene: Mapping, title: str = "") -> None:
     """The picture, with the point that others are compared with."""
     picture(axis, decode_image(scene["image"]), scene["size"], title)
@@ -49,7 +54,7 @@ def token_layout(scene: Mapping) -> Figure:
 
     scene: image (base64), size (W, H), rects (N, 4), slots (N,), newlines (slots), clicked (token index)."""
     rects, slots = np.array(scene["rects"]), np.array(scene["slots"])
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 4.1), sharey=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 0.6 + 3.9 * _height(scene)), sharey=True)
     picture(left, decode_image(scene["image"]), scene["size"])
     picture(right, np.full((1, 1, 3), 255, np.uint8), scene["size"])
     shades = plt.get_cmap("cividis")((slots - slots.min()) / max(1, np.ptp(slots)))
@@ -74,16 +79,15 @@ def overview(scene: Mapping, tasks: Mapping[str, Mapping] | None = None, profile
     """One picture along the data flow: its tokens' principal components as colours, what is similar to one point; and the result of `tasks`."""
     names = _sources(scene["pca"])
     side = 10 / (len(names) + 2.4)  # of a map, in inches
-    height = side * min(max(scene["size"][1] / scene["size"][0], 0.4), 1.6)
-    figure = plt.figure(figsize=(10.67, 2 * height + 1.3), dpi=150)
+    figure = plt.figure(figsize=(10.67, 2 * side * _height(scene) + 1.3), dpi=150)
     grid = figure.add_gridspec(2, len(names) + 1, width_ratios=(2.2, *[1] * len(names)))
     _photo(figure.add_subplot(grid[:, 0]), scene, "picture and point")
     rows = [[figure.add_subplot(grid[row, 1 + column]) for column in range(len(names))] for row in range(2)]
     for above, below, name in zip(*rows, names, strict=True):
         picture(above, np.array(scene["pca"][name], dtype=np.uint8), scene["size"], _label(name).replace(", ", ",\n").replace("first ", "first\n"))
         shown = _similarity(below, scene, name)
-    for (axis, *_), text in zip(rows, ("tokens as colours", "like the point"), strict=True):
-        axis.set_ylabel(text, fontsize=11)
+    for (axis, *_), text in zip(rows, ("colours", "similarity"), strict=True):
+        axis.set_ylabel(text, fontsize=10)
     figure.colorbar(shown, ax=rows[1], shrink=0.9, ticks=(-1, 0, 1)).set_label("cosine", fontsize=10)
     above, known = _counts(tasks or {}, "value_best", "minus", "control")
     here = "in this small model, " if profile == "pocket" else ""
@@ -99,7 +103,7 @@ def photographs(maps: Mapping[str, Mapping], numbers: Mapping) -> Figure:
     tokens differ in lies between rows and between columns of the grid."""
     names = max((_sources(each["similarity"]) for each in maps.values()), key=len)
     order = sorted(maps, key=lambda name: name.startswith("grey"))
-    height = 6.4 / (len(names) + 1) * max(min(max(each["size"][1] / each["size"][0], 0.4), 1.6) for each in maps.values()) + 0.3
+    height = 6.4 / (len(names) + 1) * max(map(_height, maps.values())) + 0.3
     figure, axes = plt.subplots(len(order), len(names) + 1, figsize=(8, height * len(order) + 0.8), squeeze=False)
     for row, name in zip(axes, order, strict=True):
         _photo(row[0], maps[name])
@@ -130,7 +134,8 @@ def layer_curves(tasks: Mapping[str, Mapping]) -> Figure:
         along_the_flow(axis, sources, CURVES)
         if "projector" in sources:
             axis.axhline(sources["projector"]["mean"], color="black", lw=0.7, ls=(0, (6, 4)), label="projector, carried on")
-        axis.set(title=summary["title"].replace("-expression", ""), ylabel=summary["metric"].replace(" per image", ""))
+        axis.set_title(summary["title"].replace("-expression", ""), fontsize=9)
+        axis.set(ylabel=summary["metric"].replace(" per image", ""))
         low, high = axis.get_ylim()
         axis.set_ylim(low, high + 0.2 * (high - low))  # for the words
         if control and control["low"] is not None:
