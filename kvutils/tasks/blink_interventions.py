@@ -5,7 +5,7 @@
     learned gate     where the two disagree, a logistic regression on both margins says whom to trust
 
 Layer (from 1 on), weight and gate are fitted on each half of the items and read on the other, so that every item is used and none
-has fitted its own; against the model's own answers where these name an option."""
+has fitted its own; against the model's own answers where these name an option. All that notebook 05 derives is `results`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +16,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from kvutils.metrics.effects import measured
-from kvutils.metrics.statistics import Halves, ratio, resample
-from kvutils.tasks.blink_tables import Subtasks, layers_of, other_sources, sources_of
+from kvutils.metrics.statistics import Halves, interval_text, ratio, resample
+from kvutils.tasks.blink_tables import FIRST, Subtasks, claim_c8, describe_table, layers_of, official_scores, other_sources, sources_of
 from kvutils.tasks.choices import UNRESOLVED, ChoiceTable, some_items
+from kvutils.tasks.value_readouts import READOUTS
 
 WEIGHTS = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # nats per standard deviation of the readout
 DECIDES, ADDED, GATE = "value decides", "value added", "learned gate"
@@ -126,3 +127,55 @@ def claim_x5(found: Mapping[str, Mapping]) -> dict:
     others = subtasks.parts(names | {f"{HEADLINE} minus {SCORES}": ("beyond_scores",)})
     key = ("changes", HEADLINE, "change")
     return measured(subtasks.mean(f"{HEADLINE} minus the model", subtasks.able, *key), others, subtasks.needs, subtasks.note("Gains", *key))
+
+
+def results(measured: Mapping[str, ChoiceTable], about: Mapping) -> dict:
+    """Everything that notebook 05 derives from its tables by subtask. about["parameters"]: `bootstrap` and `seed`. -> official (BLINK's own
+    scores), subtasks (`describe_table`), interventions, claims, finding and tables for the report."""
+    measured = {name: measured[name] for name in READOUTS if name in measured}
+    options = about["parameters"]["bootstrap"], about["parameters"]["seed"]
+    subtasks = {name: describe_table(table, *options) for name, table in measured.items()}
+    surfaced = {name: interventions(table, *options) for name, table in measured.items()}
+    claims = {"C8": claim_c8(subtasks), "X5": claim_x5(surfaced)}
+    return {"official": official_scores(measured), "subtasks": subtasks, "interventions": surfaced, "claims": claims,
+            "finding": _finding(*claims.values()), "tables": _tables(subtasks, surfaced)}  # fmt: skip
+
+
+def _finding(c8: Mapping, x5: Mapping) -> str:
+    if "reason" in c8["primary"]:
+        return f"Neither the gap (C8) nor whether it can be closed (X5) was measured: {c8['primary']['reason']}."
+    return (f"Values right and model wrong on {interval_text(c8['size'], 1)} % of the items ({c8['size']['name'].split(':')[0]}), "
+            f"{interval_text(c8['primary'], 1, sign=True)} beyond guessing. {c8['note']} Adding the readout to the option scores changes accuracy by "
+            f"{interval_text(x5['primary'], 1, sign=True)} points ({x5['primary']['name'].split(':')[0]}). {x5['note']}")
+
+
+def _tables(subtasks: Mapping, surfaced: Mapping) -> list[dict]:
+    """Every comparison, source and intervention: what is too long for the notebook."""
+    def percent(found: Mapping, sign: bool = False) -> str:
+        return interval_text(found, 1, sign, 100)
+
+    def named(source: str, layers: Sequence[int]) -> str:
+        return "first value projection" if source == FIRST else f"{source}, layer {' and '.join(map(str, dict.fromkeys(layers)))}" if layers else source
+
+    gaps, sources, ways = [], [], []
+    for each, ways_of in zip(subtasks.values(), surfaced.values(), strict=True):
+        title, found = each["title"], each["table"]
+        levels = [percent(found[f"above_{level}"], True) for level in ("chance", "guess", "independence")]
+        gaps.append([title, found["n"], found["unresolved"], percent(found["shares"]["value_only"]), *levels, percent(found["of_errors"]),
+                     percent(each["by_option_scores"]["shares"]["value_only"])])  # fmt: skip
+        changes = {"value": ways_of["changes"][HEADLINE]["change"], **ways_of["others"]}
+        for source, one in {"value": found, **each["others"]}.items():
+            minus = [percent(one[key], True) if key in one else "" for key in ("accuracy_minus_this", "values_minus_this")]
+            sources.append([title, named(source, one["layers"]), percent(one["value_accuracy"]), minus[0],
+                            percent(one["shares"]["value_only"]), minus[1], percent(changes[source], True)])  # fmt: skip
+        ways += [[title, name, *(percent(one[key], key == "change") for key in ("accuracy", "change", "gained", "lost", "cost"))]
+                 for name, one in ways_of["changes"].items()]  # fmt: skip
+    return [
+        {"title": "Values right, model wrong, % of items", "rows": gaps,
+         "header": ["subtask", "n", "unresolved", "share", "minus chance", "minus guessing", "minus independence", "% of the model's errors",
+                    "with the option that the model finds most probable as its answer"]},
+        {"title": "Every source in place of the values, %", "rows": sources,
+         "header": ["subtask", "source", "accuracy", "values minus this", "right where the model is wrong", "values minus this", f"change by {HEADLINE}"]},
+        {"title": "Ways to let the values into the answer, %", "rows": ways,
+         "header": ["subtask", "way", "accuracy", "change", "newly right", "newly wrong", "of the items that were right, newly wrong"]},
+    ]  # fmt: skip

@@ -5,6 +5,7 @@ cache. `read_items` gives a `ChoiceTable`; what follows from it is in `blink_tab
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from kvutils.layout import TokenLayout
 from kvutils.metrics.answers import LETTERS, blink_extract, read_letter
 from kvutils.models import MLM, ONEVISION, QWEN, Encoder
 from kvutils.readout.features import FeatureExtractor, image_tokens
-from kvutils.store import Parts, in_chunks
+from kvutils.store import Frame, Parts, in_chunks
 from kvutils.tasks.base import by_layer
 from kvutils.tasks.value_readouts import POINTS, READOUTS, check_points, mean_similarity, point_similarity, style_similarity
 from kvutils.vision import in_halves
@@ -45,6 +46,21 @@ class ChoiceTable:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def frame(self) -> Frame:
+        """For a file: a row per item, `truth` and `answer` as the numbers of options (-1: `text` names none), `options` the log-probability of
+        each, and a column such as `value.3/mean` with every option's score by a source and readout."""
+        scores = {f"{s}/{r}": self.scores[:, i, j] for j, s in enumerate(self.sources) for i, r in enumerate(self.readouts)}
+        columns = {"id": self.ids, "group": self.groups, "truth": self.gold, "answer": self.said, "text": self.texts, "options": self.option_scores}
+        return Frame(columns | scores, {key: getattr(self, key) for key in ("subtask", "readouts", "sources")})
+
+    @classmethod
+    def of_frame(cls, frame: Frame) -> Self:
+        """The table that `frame` wrote, with the same values to the last bit."""
+        readouts, sources = frame.about["readouts"], frame.about["sources"]
+        scores = np.array([[frame[f"{s}/{r}"] for s in sources] for r in readouts])  # (R, S, n, K)
+        return cls(frame.about["subtask"], frame["id"], frame["group"], frame["text"], frame["truth"], frame["answer"], frame["options"], readouts,
+                   sources, np.ascontiguousarray(scores.transpose(2, 0, 1, 3)))  # fmt: skip
 
     @property
     def title(self) -> str:

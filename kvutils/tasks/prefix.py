@@ -91,28 +91,26 @@ def _values(readout: PrefixReadout, sample: Any, prefixes: Prefixes) -> list:
     return found
 
 
-def with_controls(readout: PrefixReadout, start: int = 0) -> int:
-    """Number of the first sample from `start` on (else before it) that has prefixes of equal length in every condition.
+def with_controls(readout: PrefixReadout) -> int:
+    """Number of the first sample that has prefixes of equal length in every condition.
 
     Raises DataError where none has: nothing can be measured, which is better known before hours of reading."""
-    count = len(readout.samples)
-    order = [*range(min(start, count), count), *range(min(start, count))]
-    found = next((number for number in order if readout.prefixes(readout.samples[number]) is not None), None)
+    found = next((number for number, sample in enumerate(readout.samples) if readout.prefixes(sample) is not None), None)
     if found is None:
         absent = sorted(set(chain(*readout.writer.unmatched.values())))
-        raise DataError(f"{readout.name}: none of {count} samples has prefixes of equal length in every condition for "
+        raise DataError(f"{readout.name}: none of {len(readout.samples)} samples has prefixes of equal length in every condition for "
                         f"{readout.writer.mlm.name}; there is no {', no '.join(absent)} for any. Read more samples or other domains, "
                         "or word the prefixes anew (kvutils/tasks/prefixes.py)")  # fmt: skip
     return found
 
 
-def prefix_picture(readout: ReferringPrefix, number: int, layer: int) -> dict:
+def prefix_picture(readout: ReferringPrefix, table: ScoreTable, layer: int) -> dict:
     """What the figure of one referring expression needs, JSON-able: its score on every token behind `FEWER` prefixes, in one layer.
-    Raises DataError where the sample has no controls of equal length."""
-    sample = readout.samples[number]
+
+    Of the sample that these prefixes together find best in that layer: which of them finds it best is not asked."""
+    found = np.mean([table.of(f"{condition}.{layer}")[:, IOU] for condition in FEWER], axis=0)
+    (sample,) = (sample for sample in readout.samples if sample.id == table.ids[int(found.argmax())])
     prefixes = readout.prefixes(sample)
-    if prefixes is None:
-        raise DataError(f"{sample.id} has no prefixes of equal length in every condition; show another sample")
     place, item, mask = list(readout.extractor.layers).index(layer), (sample.image_id, sample.image), np.asarray(sample.mask)
     maps, ious = {}, {}
     for condition in FEWER:
@@ -120,5 +118,5 @@ def prefix_picture(readout: ReferringPrefix, number: int, layer: int) -> dict:
         scores = readout.scores(sample, values, condition)[place]
         maps[condition] = to_grid(image.layout, scores.cpu().numpy()).round(4).tolist()
         ious[condition] = readout.score(sample, mask, values, image, condition)[place][IOU]
-    return {"image": encode_image(sample.image), "size": list(sample.image.size), "text": sample.text, "layer": layer,
+    return {"image": encode_image(sample.image), "size": list(sample.image.size), "text": sample.text, "layer": layer, "n": len(table),
             "order": list(FEWER), "maps": maps, "ious": ious, "prefixes": {c: prefixes[c] for c in FEWER}}  # fmt: skip

@@ -11,16 +11,18 @@ from kvutils.errors import DataError
 from kvutils.metrics.answers import low_mass, pope_parse
 from kvutils.metrics.statistics import column_ratio
 from kvutils.models import MLM
-from kvutils.store import Parts, in_chunks
+from kvutils.store import Frame, Parts, in_chunks
 from kvutils.tasks.base import ScoreTable, sample_seed
 from kvutils.tasks.prefixes import CONDITIONS, PrefixWriter
 
-COLUMNS = ("right", "yes", "changed", "named_right", "asked", "named", "mass")
+COLUMNS = ("right", "yes", "changed", "right about correct", "right about wrong", "asked", "correct", "wrong", "mass")
+NAMED = "accuracy on the object named"
 RATES = {  # name -> (column above, column below)
     "accuracy": ("right", "asked"),
     "share of yes": ("yes", "asked"),
     "changed answers": ("changed", "asked"),
-    "accuracy on the object named": ("named_right", "named"),
+    NAMED: ("right about correct", "correct"),  # by the correct prefix: it is there
+    "accuracy on the wrong object": ("right about wrong", "wrong"),  # the wrong prefix names it, and it is not there
 }
 _OBJECT = re.compile(r"is there an? (.+?)(?: in the image)?\s*\?", re.IGNORECASE)
 
@@ -34,14 +36,13 @@ def object_of(question: str) -> str:
 
 
 def ask_behind_prefixes(samples: Sequence[YesNoSample], mlm: MLM, writer: PrefixWriter, parts: Parts | None = None, images: int = 150,
-                        seed: int = 0, batch_size: int = 16, progress: bool = True) -> ScoreTable:  # fmt: skip
-    """Answers about the first `images` images under every condition: rows are images, sources conditions.
+                        seed: int = 0, batch_size: int = 16, progress: bool = True) -> Frame:  # fmt: skip
+    """Answers about the first `images` images under every condition: a row per question, with what its image's correct and wrong prefix
+    are, and per condition the text of the answer and the probability that yes and no hold together.
 
     The correct prefix names an object that one of the image's questions is about and that is there, the wrong one an object that is asked
-    about and is not. columns: right, yes and changed answers (against those without prefix), right ones about the object that the prefix
-    names, how many were asked of each kind, and the probability that yes and no hold together. Wordings count once per image. Answers are
-    parsed as POPE's own script does (what is no "no" counts as yes). Images without an object of each kind, or without controls of equal
-    length, are `skipped`; DataError if all are."""
+    about and is not. Wordings count once per image. Images without an object of each kind, or without controls of equal length, are
+    `skipped`; DataError if all are."""
     asked: dict[str, dict[str, YesNoSample]] = {}
     for sample in samples:
         asked.setdefault(sample.image_id, {}).setdefault(sample.question, sample)
@@ -73,30 +74,46 @@ def ask_behind_prefixes(samples: Sequence[YesNoSample], mlm: MLM, writer: Prefix
     depends = [mlm.settings, plans, {name: list(asked[name]) for name in plans}]
     chunks = in_chunks(parts, "prefix/answers", CONDITIONS, answers, 1, depends, of=str, unit="condition", progress=progress)
     told = dict(zip(CONDITIONS, chunks, strict=True))
-    rows = [[_counts(asked[name], told[c][name], told["none"][name], plans[name], c) for c in CONDITIONS] for name in plans]
-    values, ids = np.array(rows, dtype=float), list(plans)
-    return ScoreTable("prefix_answers", ids, ids, list(CONDITIONS), list(COLUMNS), values, skipped)
+    rows = [sample for name in plans for sample in asked[name].values()]
+    columns: dict[str, Sequence] = {key: [getattr(sample, key) for sample in rows] for key in ("id", "image_id", "question", "truth")}
+    columns |= {f"prefix: {c}": [plans[sample.image_id][c] for sample in rows] for c in ("correct", "wrong")}
+    for condition in CONDITIONS:
+        texts, mass = zip(*(each for name in plans for each in told[condition][name]), strict=True)
+        columns |= {f"answer: {condition}": list(texts), f"yes or no: {condition}": np.array(mass, dtype=float)}
+    return Frame(columns, {"skipped": skipped})
 
 
-def _counts(asked: dict[str, YesNoSample], told: list, plain: list, prefixes: dict, condition: str) -> list[float]:
-    said, before = ([pope_parse(text) for text, _ in each] for each in (told, plain))
-    right = [word == sample.truth for word, sample in zip(said, asked.values(), strict=True)]
-    prefix = prefixes["wrong" if condition == "wrong" else "correct"]
-    named = [re.search(rf"\b{re.escape(object_of(question))}\b", prefix) is not None for question in asked]
-    return [sum(right), said.count("yes"), sum(a != b for a, b in zip(said, before, strict=True)),
-            sum(r and n for r, n in zip(right, named, strict=True)), len(right), sum(named), sum(mass for _, mass in told)]  # fmt: skip
+def counts(frame: Frame) -> ScoreTable:
+    """Rows are images, sources conditions, `COLUMNS`: right, yes and changed answers (against those without prefix), right ones about the
+    object that the correct and that the wrong prefix names, how many were asked of each kind, and the sum of the probability of yes and
+    no. Answers are parsed as POPE's own script does (what is no "no" counts as yes)."""
+    images = list(dict.fromkeys(frame["image_id"]))
+    member = np.array([[image == name for image in frame["image_id"]] for name in images], dtype=float)
+    said = {condition: np.array([pope_parse(text) for text in frame[f"answer: {condition}"]]) for condition in CONDITIONS}
+    named = [np.array([re.search(rf"\b{re.escape(object_of(question))}\b", prefix) is not None
+                       for question, prefix in zip(frame["question"], frame[f"prefix: {kind}"], strict=True)]) for kind in ("correct", "wrong")]
+    values = []
+    for condition, words in said.items():
+        right = words == np.array(frame["truth"])
+        columns = [right, words == "yes", words != said["none"], *(right & each for each in named), np.ones(len(right)), *named,
+                   frame[f"yes or no: {condition}"]]  # fmt: skip
+        values.append(member @ np.column_stack(columns))
+    return ScoreTable("prefix_answers", images, images, list(CONDITIONS), list(COLUMNS), np.stack(values, axis=1), frame.about["skipped"])
 
 
-def summarise_prefix_answers(table: ScoreTable, n_boot: int = 2000, seed: int = 0) -> dict:
-    """Every rate per condition, and per condition its difference to no prefix; intervals over images; JSON-able.
+def summarise_prefix_answers(frame: Frame, n_boot: int = 2000, seed: int = 0) -> dict:
+    """Every rate per condition, per condition its difference to no prefix, and the correct prefix minus each other condition; intervals
+    over images; JSON-able.
 
     option_mass: the probability that yes and no hold together, with a warning where it is low."""
-    found: dict = {"images": len(table), "questions": int(table.of("none")[:, COLUMNS.index("asked")].sum()),
-                   "skipped": len(table.skipped), "rates": {}, "minus_none": {}}  # fmt: skip
+    table = counts(frame)
+    found: dict = {"images": len(table), "questions": len(frame["id"]), "skipped": len(table.skipped), "rates": {}, "minus_none": {},
+                   "correct_minus": {}}  # fmt: skip
     for name, ends in RATES.items():
         options = (column_ratio(*(COLUMNS.index(end) for end in ends)), n_boot, seed)
         found["rates"][name] = {c: table.interval(c, *options) for c in CONDITIONS}
         found["minus_none"][name] = {c: table.difference(c, "none", *options) for c in CONDITIONS[1:]}
+        found["correct_minus"][name] = {c: table.difference("correct", c, *options) for c in CONDITIONS if c != "correct"}
     held = column_ratio(COLUMNS.index("mass"), COLUMNS.index("asked"))
     found["option_mass"] = {c: table.interval(c, held, n_boot, seed) for c in CONDITIONS}
     return found | {"warnings": low_mass({c: found["option_mass"][c]["mean"] for c in CONDITIONS})}

@@ -1,4 +1,4 @@
-"""What prefixes do to scores and values, with intervals; claims C7a, C7b and X3."""
+"""What prefixes do to scores, values and answers, with intervals; claims C7a, C7b and X3: all that notebook 04 derives is `results`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -6,15 +6,72 @@ from dataclasses import replace
 import numpy as np
 
 from kvutils.metrics.effects import measured, no_floor, part
-from kvutils.metrics.statistics import UNDEFINED, Effect, Halves, Resampled, Statistic, bootstrap_ci, resample
+from kvutils.metrics.statistics import UNDEFINED, Effect, Halves, Resampled, Statistic, bootstrap_ci, column_mean, interval_text, resample
 from kvutils.readout.words import UNCENTRED
+from kvutils.store import Frame
 from kvutils.tasks.base import ScoreTable, by_layer
-from kvutils.tasks.prefix_readouts import FEWER, MOVED, UNTRAINED
+from kvutils.tasks.prefix_answers import NAMED, summarise_prefix_answers
+from kvutils.tasks.prefix_readouts import FEWER, MOVED, TITLES, UNTRAINED, DomainPrefix, ReferringPrefix
 from kvutils.tasks.prefixes import CONDITIONS
+from kvutils.tasks.text_segmentation import AP
 
-REFERRING, EXPRESSION, DOMAIN, PROBE = "referring_by_class_name", "referring_by_expression", "domain_by_text", "domain_by_probe"
-DOMAIN_SMALLEST = 2.4  # points: that of C7b in data/claims.yaml, where domains stand beside referring expressions
+REFERRING, EXPRESSION, DOMAIN, PROBE = TITLES
+REFERRING_SMALLEST, DOMAIN_SMALLEST = 0.3, 2.4  # points: those of C7a and C7b in data/claims.yaml
 FEWEST = 4  # images: two in each half
+
+
+def results(tables: Mapping[str, ScoreTable | Frame], about: Mapping) -> dict:
+    """Everything that notebook 04 derives from its tables: those of the readouts by name, and of the answers ("answers").
+
+    about["parameters"]: `bootstrap`, `seed` and `profile`. -> readouts (`summarise_prefixes`, with title, metric and the smallest effect of
+    interest in points), average_precision (the same of the readouts of expressions, scored without a threshold), answers, claims, finding
+    and tables for the report."""
+    options = about["parameters"]["bootstrap"], about["parameters"]["seed"]
+    readouts, precision = {}, {}
+    for name in (name for name in TITLES if name in tables):
+        kind, smallest = (ReferringPrefix, REFERRING_SMALLEST) if name in (REFERRING, EXPRESSION) else (DomainPrefix, DOMAIN_SMALLEST)
+        readouts[name] = {"title": TITLES[name], "metric": kind.metric, "smallest": smallest} | summarise_prefixes(tables[name], kind.statistic, *options)
+        if kind is ReferringPrefix:
+            precision[name] = summarise_prefixes(tables[name], column_mean(AP), *options)
+    answers = summarise_prefix_answers(tables["answers"], *options)
+    claims = {"C7a": claim_c7a(readouts), "C7b": claim_c7b(readouts), "X3": claim_x3(readouts)}
+    return {"readouts": readouts, "average_precision": precision, "answers": answers, "claims": claims,
+            "finding": _finding(claims, answers, about["parameters"]), "tables": _tables(readouts, precision, answers)}  # fmt: skip
+
+
+def _finding(claims: Mapping[str, Mapping], answers: Mapping, parameters: Mapping) -> str:
+    def by(name: str) -> str:
+        found = claims[name]["primary"]
+        return f"by {interval_text(found, 2, sign=True)} mIoU points" if found["low"] is not None else "by an amount that was not measured"
+
+    here = "In this small model" if parameters["profile"] == "pocket" else f"In {parameters['model']}"
+    rates, minus = answers["rates"][NAMED], answers["correct_minus"][NAMED]
+    changes = [interval_text(minus[other], 1, sign=True, factor=100) for other in ("none", "unrelated", "random")]
+    before, behind = (interval_text(rates[c], 1, factor=100).partition(" [")[0] for c in ("none", "correct"))
+    return (f"{here}, the correct class name before the image changes what its values say about referring expressions {by('C7a')} against no prefix "
+            f"(C7a) and {by('X3')} against random words (X3), the correct domain what they say about street scenes {by('C7b')} (C7b). The answers "
+            f"do change: of the questions about the object named, {behind} % are answered right instead of {before} %, {changes[0]} points against "
+            f"no prefix, {changes[1]} against unrelated and {changes[2]} against random words of the same length ({answers['images']} images).")
+
+
+def _tables(readouts: Mapping, precision: Mapping, answers: Mapping) -> list[dict]:
+    """Every condition, and the same samples with and without threshold and centring: what is too wide for the notebook."""
+    def points(found: Mapping, name: str, sign: bool = False) -> str:
+        return interval_text(found[name], 1, sign, 100) if name in found else "–"
+
+    kinds = [(name, kind, each) for name in precision for metric, found in (("mIoU", readouts[name]), ("average precision", precision[name]))
+             for kind, each in ((metric, found), (f"{metric}, texts uncentred", found.get("uncentred"))) if each]  # fmt: skip
+    minus = [(name, kind, ", ".join(map(str, best["layers"])), points(best["scores"], "none"),
+              *(points(best["correct_minus"], c, True) for c in ("none", "random"))) for name, kind, found in kinds for best in [found["best"]]]
+    rates = {**answers["rates"], "probability of yes and no together": answers["option_mass"]}
+    return [
+        {"title": "Readouts behind every prefix, mIoU points", "header": ["readout", *CONDITIONS],
+         "rows": [[name, *(points(each["best"]["scores"], c) for c in CONDITIONS)] for name, each in readouts.items()]},
+        {"title": "Referring expressions with and without threshold and centring, points",
+         "header": ["readout", "score", "layers", "without prefix", "correct minus none", "correct minus random"], "rows": [list(row) for row in minus]},
+        {"title": f"Answers to {answers['questions']} questions about {answers['images']} images, %", "header": ["", *CONDITIONS],
+         "rows": [[rate, *(points(each, c) for c in CONDITIONS)] for rate, each in rates.items()]},
+    ]  # fmt: skip
 
 
 def summarise_prefixes(table: ScoreTable, statistic: Statistic, n_boot: int = 2000, seed: int = 0, kind: str = "") -> dict:

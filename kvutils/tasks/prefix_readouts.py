@@ -33,6 +33,12 @@ UNTRAINED = "untrained"
 FEWER = CONDITIONS[:4]  # none, correct, wrong, random: for readouts that stand beside the one that a claim is judged by
 MOVED = ("moved_objects", "moved_background")  # the last columns of every readout
 STUFF = frozenset(BDD_NAMES[: BDD_NAMES.index("person")])  # road, sky ...: every pixel of BDD has a class, these are no objects
+TITLES = {
+    "referring_by_class_name": "Referring segmentation,\nclass name before the image",
+    "referring_by_expression": "Referring segmentation,\nexpression before the image",
+    "domain_by_text": "Domain segmentation by text,\ndomain before the image",
+    "domain_by_probe": "Domain segmentation by probe,\ndomain before the image",
+}
 Prefixes = dict[str, str | None]
 
 
@@ -40,7 +46,6 @@ class PrefixReadout(ABC):
     """Samples, the prefixes that go before their images, and what is read from the values."""
 
     name: ClassVar[str]
-    title: ClassVar[str]
     metric = "mIoU"
     statistic: ClassVar[Statistic]  # the metric of values (n, k), for each row of weights (n_boot, n)
     columns: Sequence[str]
@@ -95,7 +100,6 @@ class ReferringPrefix(PrefixReadout):
         super().__init__(extractor, writer, [*sum(also, ()), UNTRAINED] if kind == "class_name" else FEWER, seed)
         self.samples, self.kind = samples, kind
         self.name = f"referring_by_{kind}"
-        self.title = f"Referring segmentation,\n{'class name' if kind == 'class_name' else 'expression'} before the image"
         self._shown: dict[str, set[str]] = {}
         for sample in samples:
             self._shown.setdefault(sample.image_id, set()).add(sample.class_name)
@@ -132,7 +136,6 @@ class DomainPrefix(PrefixReadout):
         self.samples, self.train, self.class_names = samples, train, tuple(class_names)
         self.readout, self.strength = readout, strength
         self.name = f"domain_by_{readout}"
-        self.title = f"Domain segmentation by {readout},\ndomain before the image"
         self.domains = sorted({sample.domain for sample in samples})
         if len(self.domains) < 2:
             raise DataError(f"prefixes of a wrong domain need at least two domains, found {self.domains}")
