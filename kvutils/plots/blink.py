@@ -1,7 +1,6 @@
 """Figures of notebook 05: what a readout of the values has right and the model wrong."""
 
 import string
-import textwrap
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -22,101 +21,91 @@ READOUT_LABELS = {
     "style": "style statistics (mean and Gram)", "mean": "mean token", "point": "token at the point",
     "around": "3 x 3 tokens at the point",
 }  # fmt: skip
-INTERVENTION_STYLE = {  # -> colour, marker, label
-    "value decides": (COLOURS[1], "s", "value decides"),
-    "value added": (COLOURS[0], "o", "value added"),
-    "learned gate": (COLOURS[2], "^", "learned gate"),
-    "option scores alone": ("grey", "x", "option scores alone (no values)"),
-    "either right": ("black", "D", "either right (upper bound)"),
-}
+CELLS = {  # of the 2 x 2 table -> colour, label
+    "value_only": (COLOURS[0], "values right, model wrong"), "both": ("0.62", "both right"),
+    "model_only": ("0.8", "model right, values wrong"), "neither": ("0.92", "both wrong"),
+}  # fmt: skip
+WAYS = {"value added": ("o", COLOURS[0]), "value decides": ("s", COLOURS[1]), "either right": ("D", "black")}
+
+
+@styled
+def gap(results: Mapping) -> Figure:
+    """Left: who is right on the items of each subtask, with the share of "values right, model wrong" that guessing would give. Right: by how
+    much accuracy changes where the values are let into the answer, with 95 % intervals."""
+    subtasks, found = (style.in_order(results[key], ORDER) for key in ("subtasks", "interventions"))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.8, 1.5 + 0.75 * len(subtasks)), sharey=True, width_ratios=(1.6, 1))
+    for row, each in enumerate(subtasks.values()):
+        table, start = each["table"], 0.0
+        for name, (colour, label) in CELLS.items():
+            share = 100 * (table["shares"][name]["mean"] or 0)
+            left.barh(row, share, left=start, height=0.6, color=colour, label=None if row else label)
+            if share >= 6:
+                left.text(start + share / 2, row, f"{share:.0f} %", ha="center", va="center", color="white" if name == "value_only" else "black")
+            start += share
+        guess = table["at_guess"]["mean"]
+        left.plot(np.nan if guess is None else 100 * guess, row + 0.38, "^", ms=8, color=COLOURS[3], label=None if row else "by guessing")
+        right.axhline(row + 0.5, color="0.8", lw=0.6)
+    for place, (name, (marker, colour)) in enumerate(WAYS.items()):
+        points = [(row + 0.2 * (place - 1), each["changes"][name]["change"], colour, marker, None if row else name) for row, each in
+                  enumerate(found.values())]  # fmt: skip
+        forest(right, points, factor=100)
+    left.set_yticks(range(len(subtasks)), [f"{each['title']}\n{each['table']['n']} items" for each in subtasks.values()])
+    beyond, added = (results["claims"][name]["primary"] for name in ("C8", "X5"))
+    left.set(xlim=(0, 100), xlabel="% of items", title=f"Values right, model wrong, beyond guessing:\n{_interval(beyond)} % of items")
+    right.set(xlabel="accuracy minus the model's (points)", title=f"Values added to the option scores:\n{_interval(added)} points")
+    for axis in (left, right):
+        axis.grid(axis="y", visible=False)
+    figure.legend(**style.labelled([left]), loc="outside lower left", ncols=3)
+    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3, columnspacing=0.8, handletextpad=0.2)
+    return figure
+
+
+def _interval(found: Mapping) -> str:
+    """Of a claim's comparison, in its unit."""
+    if None in (found["value"], found["low"]):
+        return "not defined:"
+    return f"{found['value']:+.1f} [{found['low']:+.1f}, {found['high']:+.1f}]"
 
 
 @styled
 def readout_curves(subtasks: Mapping[str, Mapping]) -> Figure:
-    """Accuracy of the readouts along the data flow beside the model's, with 95 % bands; a column per subtask, a row per
-    readout (the first row has the readout that the claims are about, and the layers that were chosen, each on one half)."""
+    """Accuracy of the readout along the data flow beside the model's, with 95 % bands, and the layers that were chosen, each on one half."""
     subtasks = style.in_order(subtasks, ORDER)
-    rows = max(len(each["readouts"]) for each in subtasks.values())
-    figure, axes = plt.subplots(rows, len(subtasks), figsize=(4.4 * len(subtasks), 3.1 * rows + 0.5), squeeze=False, sharey="col")
-    for column, found in zip(axes.T, subtasks.values(), strict=True):
-        names = [found["readout"], *(name for name in found["readouts"] if name != found["readout"])]
-        for axis, name in zip(column, names, strict=False):
-            offset = along_the_flow(axis, found["readouts"][name], READING_STYLE)
-            accuracy = found["model"]["accuracy"]
-            axis.axhline(accuracy["mean"], color=COLOURS[3], lw=1.4, label="the model's answers")
-            axis.axhspan(accuracy["low"], accuracy["high"], color=COLOURS[3], alpha=0.12, lw=0)
-            axis.axhline(found["chance"], color="black", lw=0.9, ls=":", label="chance")
-            also = "" if name == names[0] else "also measured: "
-            axis.set(ylim=(0, 1.02), title=f"{found['title']} ({found['n']} items)\n{also}{READOUT_LABELS[name]}")
-        column[-1].set_xlabel("before the language model  |  layer")
-        for layer in set(found["table"]["layers"]):
-            column[0].axvline(layer + offset, color=COLOURS[0], lw=6, alpha=0.12)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("accuracy (share of items)")
-    more = {"before the language model": style.BEFORE_HANDLE,
-            "layer chosen on one half of the items, read on the other": plt.Line2D([], [], color=COLOURS[0], lw=6, alpha=0.25)}  # fmt: skip
-    legend_below(figure, axes.flat, more, ncols=3)
-    return figure
-
-
-@styled
-def tables_of_two(subtasks: Mapping[str, Mapping]) -> Figure:
-    """Value right or wrong by model right or wrong, over all items, each read at the layer that the other half has chosen."""
-    subtasks = style.in_order(subtasks, ORDER)
-    figure, axes = panels(len(subtasks), len(subtasks), 4.2, 4.0)
+    figure, axes = panels(len(subtasks), min(3, len(subtasks)), 9.2 / min(3, len(subtasks)), 3.5, sharey=True)
     for axis, found in zip(axes, subtasks.values(), strict=True):
-        table = found["table"]
-        cells = np.array((("both", "value_only"), ("model_only", "neither")))
-        shares = np.array([[table["shares"][name]["mean"] for name in row] for row in cells], dtype=float)  # NaN: undefined
-        axis.imshow(shares, cmap="Blues", vmin=0, vmax=1.3)
-        for (y, x), name in np.ndenumerate(cells):
-            text = f"{table['counts'][name]}\n" + "\n".join(_percent(table["shares"][name]))
-            weight, colour = "bold" if name == "value_only" else "normal", "white" if shares[y, x] > 0.75 else "black"
-            axis.text(x, y, text, ha="center", va="center", fontsize=10, weight=weight, color=colour)
-        axis.set_xticks((0, 1), ("model right", "model wrong"))
-        axis.set_yticks((0, 1), ("value\nright", "value\nwrong"))
-        axis.grid(False)
-        chance = f"by guessing: {_percent(table['at_guess'])[0]} of these items"
-        unread = f"; {table['unresolved']} more unresolved" if table["unresolved"] else ""
-        axis.set_title(f"{found['title']}, values of {style.layers_text(table['layers'])}\n{table['n']} items{unread}")
-        axis.set_xlabel(f"value right, model wrong:\n{_of_errors(table['of_errors'])}\n{chance}")
-    figure.supxlabel("in the cells: number of items, share of them [95 % interval]", fontsize=8)
+        name, accuracy = found["readout"], found["model"]["accuracy"]
+        offset = along_the_flow(axis, found["readouts"][name], READING_STYLE)
+        axis.axhline(accuracy["mean"], color=COLOURS[3], lw=1.4, label="the model's answers")
+        axis.axhspan(accuracy["low"], accuracy["high"], color=COLOURS[3], alpha=0.12, lw=0)
+        axis.axhline(found["chance"], color="black", lw=0.9, ls=":", label="chance")
+        axis.set(ylim=(0, 1.02), title=f"{found['title']}\n{READOUT_LABELS[name]}", xlabel="before  |  layer of the language model")
+        for layer in set(found["table"]["layers"]):
+            axis.axvline(layer + offset, color=COLOURS[0], lw=6, alpha=0.12)
+    axes[0].set_ylabel("accuracy (share of items)")
+    more = {"before the language model": style.BEFORE_HANDLE,
+            "layer chosen on one half, read on the other": plt.Line2D([], [], color=COLOURS[0], lw=6, alpha=0.25)}  # fmt: skip
+    legend_below(figure, axes, more, ncols=3)
+    figure.suptitle("Above the line of its answers, the readout is right more often than the model", fontsize=10)
     return figure
-
-
-def _percent(found: Mapping) -> tuple[str, str]:
-    """(value, interval)."""
-    if None in found.values():
-        return "not defined", ""
-    mean, low, high = (100 * found[key] for key in ("mean", "low", "high"))
-    return f"{mean:.1f} %", f"[{low:.1f}, {high:.1f}]"
-
-
-def _of_errors(found: Mapping) -> str:
-    if found["mean"] is None:
-        return "the model makes no error that can be read"
-    interval = "" if found["low"] is None else f" [{100 * found['low']:.0f}, {100 * found['high']:.0f}]"
-    return f"of the model's {found['n']} errors {100 * found['mean']:.0f} %{interval}"
 
 
 @styled
 def shares_by_source(subtasks: Mapping[str, Mapping]) -> Figure:
-    """The share of items that a readout of each source has right and the model wrong; bars: the same by guessing."""
-    subtasks = style.in_order(subtasks, ORDER)
-    figure, axes = panels(len(subtasks), len(subtasks), 3.3 + 2.6 / len(subtasks), 3.5, sharex=True)
-    for place, (axis, found) in enumerate(zip(axes, subtasks.values(), strict=True)):
+    """The share of items that a readout of each source has right and the model wrong, where the model errs; bars: the same by guessing."""
+    subtasks = {name: each for name, each in style.in_order(subtasks, ORDER).items() if each["table"]["errors"]}
+    figure, axes = panels(max(1, len(subtasks)), max(1, len(subtasks)), 8.8 / max(1, len(subtasks)), 3.3, sharex=True)
+    for place, (axis, found) in enumerate(zip(axes, subtasks.values(), strict=False)):
         tables = {"value": found["table"]} | style.in_order(found["others"], SOURCES)
         points = []
         for row, (source, each) in enumerate(tables.items()):
             colour, _, marker, _ = READING_STYLE.get(source, ("black", "", "D", ""))
             points.append((row, each["shares"]["value_only"], colour, marker, None))
-            label = None if row else "by guessing, options as often as this readout"
-            guess = np.nan if each["at_guess"]["mean"] is None else each["at_guess"]["mean"]
-            axis.plot(guess, row, "|", ms=16, mew=2, color=COLOURS[3], label=label)
-        forest(axis, points, [_label(source, each["layers"], place == 0) for source, each in tables.items()], zero=False)
-        axis.set(title=f"{found['title']}\n{found['table']['n']} items", xlabel="share of these items")
+            guess = np.nan if each["at_guess"]["mean"] is None else 100 * each["at_guess"]["mean"]
+            axis.plot(guess, row, "|", ms=15, mew=2.5, color=COLOURS[3], label=None if row else "by guessing, options as often as this readout")
+        forest(axis, points, [_label(source, each["layers"], place == 0) for source, each in tables.items()], factor=100, zero=False)
+        axis.set(title=f"{found['title']}\n{found['table']['errors']} errors of the model", xlabel=f"% of {found['table']['n']} items")
     legend_below(figure, axes[:1])
-    figure.suptitle("Readout right, model wrong, with 95 % intervals (layers chosen on one half, read on the other)", fontsize=10)
+    figure.suptitle("Readout right, model wrong: right of the bar, more than by guessing", fontsize=10)
     return figure
 
 
@@ -126,60 +115,44 @@ def _label(source: str, layers: Sequence[int], first: bool) -> str:
 
 
 @styled
-def intervention_effects(found: Mapping[str, Mapping]) -> Figure:
-    """What each way to surface the readout changes, and what it costs, each item by what was fitted on the other half."""
-    rows = [(task, name) for task in style.in_order(found, ORDER) for name in INTERVENTION_STYLE if name in found[task]["changes"]]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 0.36 * len(rows) + 1.5), sharey=True, width_ratios=(1.5, 1))
-    firsts = [row for row, (task, _) in enumerate(rows) if row == 0 or rows[row - 1][0] != task]
-    labels = [INTERVENTION_STYLE[name][2] for _, name in rows]
-    for row in firsts:
-        about = found[rows[row][0]]
-        labels[row] = f"{about['title']} (n = {about['n']}):  {labels[row]}"
-    for axis, part in ((left, "change"), (right, "cost")):
-        forest(axis, [(row, found[task]["changes"][name][part], *INTERVENTION_STYLE[name][:2], None) for row, (task, name) in enumerate(rows)],
-               labels, zero=axis is left)  # fmt: skip
-        for row in firsts[1:]:
-            axis.axhline(row - 0.5, color="grey", lw=0.5)
-        axis.grid(axis="y", visible=False)
-    left.set(xlabel="change of accuracy against the model's answers", title="what it brings")
-    right.set(xlabel="now wrong, as a share of the items\nthat the model had right", title="what it costs")
+def example_items(examples: Sequence[Mapping]) -> Figure:
+    """Items, one in a row: the images as the model sees them, the scores that the values of each layer give the options, and the model's.
+    The right option is blue."""
+    most = max(len(each["images"]) for each in examples)
+    figure, axes = plt.subplots(len(examples), most + 2, figsize=(8.8, 2.7 * len(examples)), squeeze=False,
+                                width_ratios=(*[1] * most, 1.7, 1.2))  # fmt: skip
+    for row, example in zip(axes, examples, strict=True):
+        _item(row, example)
     return figure
 
 
-@styled
-def example_item(example: Mapping) -> Figure:
-    """One item: its images as the model sees them, and the scores that values and model give each option."""
-    images, letters = example["images"], [f"({letter})" for letter in string.ascii_uppercase[: len(example["value"])]]
-    widths = (*[1] * len(images), 1.25, 1.25)
-    figure, axes = plt.subplots(1, len(widths), figsize=(2.1 * len(images) + 6.2, 2.9), width_ratios=widths)
-    for axis, text, points, name in zip(axes, images, example["points"], ("first image", "second image", "third image"), strict=False):
+def _item(axes: Sequence, example: Mapping) -> None:
+    *pictures, values, model = axes
+    for axis in pictures[len(example["images"]) :]:
+        axis.set_axis_off()
+    for axis, text, points, name in zip(pictures, example["images"], example["points"], ("first image", "second image", "third image"), strict=False):
         image = decode_image(text)
         picture(axis, image, image.shape[1::-1], name)
-        axis.plot(*np.reshape(points, (-1, 2)).T, "o", ms=15, mfc="none", mec=COLOURS[1], mew=1.6)
-    scored = (("value", int(np.argmax(example["value"])), f"values, layer {example['layer']}", "cosine similarity to the reference"),
-              ("model", example["said"], "the model", "log-probability of the option (nats)"))  # fmt: skip
-    for axis, (key, chosen, title, label) in zip(axes[len(images) :], scored, strict=True):
-        for place, score in enumerate(example[key]):
-            axis.plot(score, place, "o", ms=10, color=COLOURS[0] if place == chosen else "darkgrey")
-        axis.margins(0.2)
-        axis.set_yticks(range(len(letters)), [f"{name} right" if place == example["gold"] else name for place, name in enumerate(letters)])
-        axis.invert_yaxis()
-        verdict = "unresolved" if chosen < 0 else "right" if chosen == example["gold"] else "wrong"
-        axis.set(title=f"{title}: {verdict}", xlabel=label)
-        axis.tick_params(axis="x", labelsize=7)
-        axis.locator_params(axis="x", nbins=4)
-    prompt = textwrap.fill(textwrap.shorten(example["prompt"], 390, placeholder=" ..."), 130)
-    figure.suptitle(f"{prompt}\nblue: the option that values and model answer", fontsize=9)
-    return figure
+        axis.plot(*np.reshape(points, (-1, 2)).T, "o", ms=13, mfc="none", mec=COLOURS[1], mew=1.6)
+    scores, gold, letters = np.array(example["values"]), example["gold"], string.ascii_uppercase
+    options = scores.shape[1]
+    colours = [COLOURS[0] if option == gold else "darkgrey" for option in range(options)]
+    right = int((scores[1:].argmax(axis=1) == gold).sum())
+    for option, (line, colour) in enumerate(zip(scores[1:].T, colours, strict=True)):
+        values.plot(range(1, len(scores)), line, "o-", ms=3.5, color=colour, lw=2 if option == gold else 1.2)
+        values.annotate(f"({letters[option]})", (len(scores) - 1, line[-1]), (6, 0), textcoords="offset points", va="center", color=colour)
+    pictures[0].set_ylabel(example["title"])
+    values.set(title=f"values: right in {right} of {len(scores) - 1} layers", xlabel="layer", ylabel="likeness to the reference")
+    said = example["said"]
+    model.barh(range(options), np.exp(example["model"]), color=colours)
+    model.set_yticks(range(options), [f"({letters[option]})" for option in range(options)])
+    model.invert_yaxis()
+    verdict = f"says ({letters[said]}): {'right' if said == gold else 'wrong'}" if said >= 0 else "names no option"
+    model.set(title=f"model {verdict}", xlabel="probability", xlim=(0, 1))
 
 
 def draw(results: Mapping) -> dict[str, Figure]:
-    figures = {
-        "05_readouts": readout_curves(results["subtasks"]),
-        "05_two_by_two": tables_of_two(results["subtasks"]),
-        "05_sources": shares_by_source(results["subtasks"]),
-        "05_interventions": intervention_effects(results["interventions"]),
-    }
-    if results["method"]:  # None where no item has points
-        figures["05_method"] = example_item(results["method"])
-    return figures | {f"05_example_{name.lower()}": example_item(each) for name, each in results["examples"].items()}
+    subtasks, examples = results["subtasks"], style.in_order(results["examples"], ORDER)
+    figures = {"05_gap": gap(results), "05_readouts": readout_curves(subtasks), "05_sources": shares_by_source(subtasks)}
+    shown = {"05_method": [results["method"]] if results["method"] else [], "05_examples": [*examples.values()]}  # where there are such items
+    return figures | {name: example_items(each) for name, each in shown.items() if each}

@@ -1,13 +1,13 @@
 """Figures of notebook 04: what words before the image change in its values, and in the answers."""
 
 import textwrap
-from collections.abc import Iterable, Mapping
-from itertools import product
+from collections.abc import Mapping
 
+import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from kvutils.plots.style import COLOURS, curve, decode_image, forest, in_order, layers_text, legend_below, panels, picture, styled
+from kvutils.plots.style import COLOURS, curve, decode_image, forest, in_order, legend_below, panels, picture, styled
 
 CONDITION_STYLE = {  # condition -> colour, line, marker, label
     "none": ("black", "-", "D", "no prefix"),
@@ -18,78 +18,58 @@ CONDITION_STYLE = {  # condition -> colour, line, marker, label
     "unrelated": (COLOURS[4], "--", "P", "unrelated words"),
     "filler": (COLOURS[7], ":", "X", "filler (token count only)"),
 }
-READOUT_ORDER = ("referring_by_class_name", "referring_by_expression", "domain_by_text", "domain_by_probe")
+JUDGED = ("referring_by_class_name", "domain_by_text")  # the readouts that claims are about
+ABOUT = {"referring_by_class_name": "referring expressions", "domain_by_text": "street scenes"}
+NAMED = "accuracy on the object named"
 
 
-def _title(axis, title: str, n: str, xlabel: str) -> None:
-    axis.set(title=f"{title}\n{n}", xlabel=xlabel)
-    axis.title.set_fontsize(8.5)
-
-
-def _points(found: Mapping[str, Mapping], conditions: Iterable[str]) -> list[tuple]:
-    """A row per condition; those that were not read stay empty."""
-    return [(row, found[c], CONDITION_STYLE[c][0], CONDITION_STYLE[c][2], None) for row, c in enumerate(conditions) if c in found]
+def _told(found: Mapping, smallest: float) -> tuple[str, str]:
+    """A difference in words and points with one digit, and its colour: blue where the interval is above 0, orange below, grey else."""
+    if None in (found["mean"], found["low"]):
+        return "not defined", "grey"
+    mean, low, high = (round(100 * found[key], 3) + 0.0 for key in ("mean", "low", "high"))
+    words = "better" if low > 0 else "worse" if high < 0 else "no effect" if -smallest < low and high < smallest else "open"
+    return f"{words}: {round(mean, 1) + 0.0:+.1f} [{low:+.1f}, {high:+.1f}]", {"better": COLOURS[0], "worse": COLOURS[3]}.get(words, "grey")
 
 
 @styled
-def prefix_effects(readouts: Mapping[str, Mapping]) -> Figure:
-    """Correct prefix minus every other condition, and random words minus none, at the best layers, in points of mIoU with 95 %
-    intervals; grey: differences smaller than the smallest effect of interest."""
-    readouts = in_order(readouts, READOUT_ORDER)
-    figure, axes = panels(len(readouts), len(readouts), 3.1, 3.6, sharey=True)
+def prefix_effects(readouts: Mapping[str, Mapping], answers: Mapping) -> Figure:
+    """Correct prefix minus every other condition: what values hold, at the best layers, and what is answered about the object named, with
+    95 % intervals. Grey band: differences smaller than the smallest effect of interest."""
+    readouts = in_order(readouts, JUDGED)
+    columns = [(f"values on {ABOUT[name]}", found["best"]["correct_minus"], "mIoU points", f"{found['n']} samples", found["smallest"])
+               for name, found in readouts.items()]
+    columns.append(("answers about the object", answers["correct_minus"][NAMED], "points of accuracy", f"{answers['images']} images", 0))
+    figure, axes = panels(len(columns), len(columns), 8.6 / len(columns), 3.2, sharey=True)
     others = [condition for condition in CONDITION_STYLE if condition != "correct"]
-    names = [*(f"correct minus {CONDITION_STYLE[name][3]}" for name in others), "random words minus no prefix"]
-    for axis, found in zip(axes, readouts.values(), strict=True):
-        best, random = found["best"], ("dimgrey", "s")
-        points = [*_points(best["correct_minus"], others), (len(others), best["random_minus_none"], *random, None)]
-        axis.axvspan(-found["smallest"], found["smallest"], color="0.9", lw=0)
-        forest(axis, points, names, factor=100)
-        _title(axis, found["title"], f"{layers_text(best['layers'])}, {found['n']} samples", "mIoU points")
+    for axis, (title, found, unit, n, smallest) in zip(axes, columns, strict=True):
+        axis.axvspan(-smallest, smallest, color="0.9", lw=0)
+        forest(axis, [(row, found[c], _told(found[c], smallest)[1], "o", None) for row, c in enumerate(others)],
+               [f"minus {CONDITION_STYLE[c][3]}" for c in others], factor=100)  # fmt: skip
+        axis.set(title=f"{title}\n{_told(found['none'], smallest)[0]}", xlabel=f"{unit} ({n})")
+    figure.suptitle("A true word before the image: blue, surely better than the control; orange, surely worse (titles: against no prefix)", fontsize=10)
     return figure
 
 
 @styled
-def added_by_layer(readouts: Mapping[str, Mapping]) -> Figure:
-    """What each prefix adds to the score without prefix, layer by layer, with the 95 % band of the correct prefix."""
-    readouts = in_order(readouts, READOUT_ORDER)
-    figure, axes = panels(len(readouts), len(readouts), 3.3, 3.3)
-    for axis, found in zip(axes, readouts.values(), strict=True):
-        for condition, style in CONDITION_STYLE.items():
-            if condition in found["added"]:  # bands of all six would hide each other; the results file has them
-                curve(axis, found["layers"], found["added"][condition], style, 100, band=condition == "correct")
-        axis.axhline(0, color="black", lw=0.8)
-        _title(axis, found["title"], f"{found['n']} samples", "layer")
-    axes[0].set_ylabel("mIoU minus that without prefix (points)")
-    legend_below(figure, axes[:1], ncols=len(CONDITION_STYLE) - 1)
-    return figure
-
-
-@styled
-def movement_by_layer(readouts: Mapping[str, Mapping]) -> Figure:
-    """How far values move with each prefix, on objects and on background, layer by layer."""
-    readouts = in_order(readouts, [name for name in READOUT_ORDER if name != "domain_by_probe"])  # as in domain_by_text
-    figure, axes = panels(len(readouts), len(readouts), 3.6, 3.4, sharey=True)
-    for axis, found in zip(axes, readouts.values(), strict=True):
-        shown = [condition for condition in ("correct", "wrong", "random", "filler") if condition in found["added"]]
-        for condition, (part, line) in product(shown, (("objects", "-"), ("background", ":"))):
-            colour, _, marker, label = CONDITION_STYLE[condition]
-            style = (colour, line, marker, f"{label}, {part}")
-            curve(axis, found["layers"], found["moved"][part][condition], style, 100, band=False)
-        _title(axis, found["title"].replace(" by text", ""), f"{found['n']} samples", "layer")
-    axes[0].set_ylabel("distance moved (% of the value's length)")
-    legend_below(figure, axes[:1], ncols=4)
-    return figure
-
-
-@styled
-def answer_effects(answers: Mapping) -> Figure:
-    """Change of POPE's rates behind each prefix, with 95 % intervals; and the share of answers that change."""
-    rates = answers["minus_none"]
-    figure, axes = panels(len(rates), len(rates), 3.0, 3.2, sharey=True)
-    conditions = [condition for condition in CONDITION_STYLE if condition != "none"]
-    for axis, (rate, found) in zip(axes, rates.items(), strict=True):
-        forest(axis, _points(found, conditions), [CONDITION_STYLE[name][3] for name in conditions], factor=100)
-        axis.set(title=rate, xlabel="change (percentage points)")
+def by_layer(readouts: Mapping[str, Mapping]) -> Figure:
+    """Layer by layer: what prefixes add to the score without one, with the 95 % band of the correct prefix, and how far they move values."""
+    readouts = in_order(readouts, JUDGED)
+    figure, axes = plt.subplots(2, len(readouts), figsize=(8.4, 5.2), squeeze=False, sharex="col", sharey="row")
+    for (above, below), (name, found) in zip(axes.T, readouts.items(), strict=True):
+        for condition in ("correct", "wrong", "random", "filler"):
+            style = CONDITION_STYLE[condition]
+            curve(above, found["layers"], found["added"][condition], style, 100, band=condition == "correct")
+            curve(below, found["layers"], found["moved"]["objects"][condition], style, 100, band=False)
+        above.axhline(0, color="black", lw=0.8)
+        far = [found["moved"]["objects"][c][-1]["mean"] for c in ("correct", "random")]
+        far = "" if None in far else " by {:.0%} (random words: {:.0%})".format(*far)
+        above.set_title(f"{ABOUT[name].capitalize()} ({found['n']} samples)")
+        below.set_title(f"Values of objects move{far}")
+        below.set_xlabel("layer")
+    axes[0, 0].set_ylabel("mIoU minus that\nwithout prefix (points)")
+    axes[1, 0].set_ylabel("distance moved\n(% of the value's length)")
+    legend_below(figure, axes[:1, 0], ncols=4)
     return figure
 
 
@@ -97,27 +77,25 @@ def answer_effects(answers: Mapping) -> Figure:
 def prefix_maps(scene: Mapping) -> Figure:
     """Score of one text on every token behind four prefixes, one colour scale; in brackets the IoU after Otsu.
 
-    scene: image (base64), size (W, H), text, layer, maps {condition: grid}, prefixes, ious, order."""
+    scene: image (base64), size (W, H), text, layer, n, maps {condition: grid}, prefixes, ious, order."""
     conditions, size = scene["order"], scene["size"]
-    figure, axes = panels(len(conditions) + 1, len(conditions) + 1, 2.1, 2.9)
-    picture(axes[0], decode_image(scene["image"]), size, textwrap.fill(f'"{scene["text"]}"', 28))
+    figure, axes = panels(len(conditions) + 1, len(conditions) + 1, 1.75, 2.5)
+    picture(axes[0], decode_image(scene["image"]), size, "the image")
     maps = {name: np.array(scene["maps"][name]) for name in conditions}
     low, high = min(each.min() for each in maps.values()), max(each.max() for each in maps.values())
     for axis, (condition, grid) in zip(axes[1:], maps.items(), strict=True):
         prefix = scene["prefixes"][condition]
-        quoted = textwrap.fill(f'"{prefix}"', 36) if prefix else ""
-        title = f"{CONDITION_STYLE[condition][3]}\n{quoted}\nIoU {scene['ious'][condition]:.2f}"
-        shown = picture(axis, grid, size, title, vmin=low, vmax=high, cmap="cividis")
-        axis.title.set_fontsize(8)
-    figure.colorbar(shown, ax=axes, shrink=0.7, label=f"dot product, layer {scene['layer']}")
+        quoted = textwrap.fill(f'"{prefix}"', 20) if prefix else ""
+        shown = picture(axis, grid, size, f"{CONDITION_STYLE[condition][3]}\nIoU {scene['ious'][condition]:.2f}", vmin=low, vmax=high, cmap="cividis")
+        axis.set_xlabel(quoted)
+    figure.colorbar(shown, ax=axes, shrink=0.6, label=f"dot product, layer {scene['layer']}")
+    figure.suptitle(f'Where is "{scene["text"]}"? The sample of {scene["n"]} that the four prefixes together find best', fontsize=10)
     return figure
 
 
 def draw(results: Mapping) -> dict[str, Figure]:
     return {
-        "04_prefix_effects": prefix_effects(results["readouts"]),
-        "04_added": added_by_layer(results["readouts"]),
-        "04_movement": movement_by_layer(results["readouts"]),
-        "04_answers": answer_effects(results["answers"]),
+        "04_prefix_effects": prefix_effects(results["readouts"], results["answers"]),
+        "04_layers": by_layer(results["readouts"]),
         "04_maps": prefix_maps(results["picture"]),
     }

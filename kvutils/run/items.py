@@ -8,18 +8,21 @@ from pathlib import Path
 
 from kvutils.errors import StoreError, one_of
 from kvutils.store import Frame, plain, read_frame, read_json, to_json, write_frame, write_text
-from kvutils.tasks import input_agnostic_keys, siglip_baseline, value_flow
+from kvutils.tasks import blink_interventions, input_agnostic_keys, prefix_effects, siglip_baseline, value_flow
+from kvutils.tasks.choices import ChoiceTable
 from kvutils.tasks.key_table import KeyTable
 from kvutils.tasks.knock_out import KnockOut
 from kvutils.tasks.tables import ScoreTable
 from kvutils.tasks.yes_no import Answers
 
-Table = ScoreTable | KeyTable | KnockOut | Answers | Frame
-TABLES = {kind.__name__: kind for kind in (ScoreTable, KeyTable, KnockOut, Answers)}  # every class with `frame` and `of_frame`
+Table = ScoreTable | KeyTable | KnockOut | Answers | ChoiceTable | Frame
+TABLES = {kind.__name__: kind for kind in (ScoreTable, KeyTable, KnockOut, Answers, ChoiceTable)}  # every class with `frame` and `of_frame`
 RESULTS: dict[str, Callable[[Mapping[str, Table], Mapping], dict]] = {  # notebook -> what gives everything derived
     "01_value_flow": value_flow.results,
     "02_siglip_baseline": siglip_baseline.results,
     "03_input_agnostic_keys": input_agnostic_keys.results,
+    "04_prefix": prefix_effects.results,
+    "05_blink_gap": blink_interventions.results,
 }
 
 

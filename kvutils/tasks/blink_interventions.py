@@ -155,7 +155,8 @@ def _tables(subtasks: Mapping, surfaced: Mapping) -> list[dict]:
         return interval_text(found, 1, sign, 100)
 
     def named(source: str, layers: Sequence[int]) -> str:
-        return "first value projection" if source == FIRST else f"{source}, layer {' and '.join(map(str, dict.fromkeys(layers)))}" if layers else source
+        of = f", layer {' and '.join(map(str, dict.fromkeys(layers)))}" if layers else ""
+        return "first value projection" if source == FIRST else source + of
 
     gaps, sources, ways = [], [], []
     for each, ways_of in zip(subtasks.values(), surfaced.values(), strict=True):
@@ -175,7 +176,8 @@ def _tables(subtasks: Mapping, surfaced: Mapping) -> list[dict]:
          "header": ["subtask", "n", "unresolved", "share", "minus chance", "minus guessing", "minus independence", "% of the model's errors",
                     "with the option that the model finds most probable as its answer"]},
         {"title": "Every source in place of the values, %", "rows": sources,
-         "header": ["subtask", "source", "accuracy", "values minus this", "right where the model is wrong", "values minus this", f"change by {HEADLINE}"]},
+         "header": ["subtask", "source", "accuracy", "values minus this", "right where the model is wrong", "values minus this",
+                    f"change by {HEADLINE}"]},
         {"title": "Ways to let the values into the answer, %", "rows": ways,
          "header": ["subtask", "way", "accuracy", "change", "newly right", "newly wrong", "of the items that were right, newly wrong"]},
     ]  # fmt: skip

@@ -207,17 +207,17 @@ def claim_c8(described: Mapping[str, Mapping]) -> dict:
                     size=subtasks.mean(share, speaking, "table", "shares", "value_only"))  # fmt: skip
 
 
-def describe_example(item: MultipleChoice, table: ChoiceTable, source: str) -> dict:
-    """One item for the results file, with the scores that the values of `source` and the model give its options."""
+def describe_example(item: MultipleChoice, table: ChoiceTable) -> dict:
+    """One item for a figure, with the scores that the values of every layer and the model give its options."""
     row = table.ids.index(item.id)
     points = [[] for _ in item.images]
     if item.reference_point is not None:
         points[0], points[1] = [list(map(float, item.reference_point))], np.asarray(item.candidate_points, dtype=float).tolist()
     scale = [min(1.0, 320 / max(image.size)) for image in item.images]  # as `encode_image` shrinks them
     return {
-        "id": item.id, "prompt": item.prompt[max(item.prompt.find(item.question), 0) :],  # without what stands before every question
+        "id": item.id, "title": table.title, "prompt": item.prompt[max(item.prompt.find(item.question), 0) :],  # without what stands before
         "images": [encode_image(image) for image in item.images],
         "points": [(np.array(each) * factor).tolist() if each else [] for each, factor in zip(points, scale, strict=True)],
-        "layer": int(source.rsplit(".", 1)[1]), "value": table.of(source)[row].tolist(),
+        "values": [table.of(source)[row].tolist() for source in table.layers()],
         "model": table.option_scores[row].tolist(), "gold": int(table.gold[row]), "said": int(table.said[row]),
     }  # fmt: skip

@@ -16,13 +16,13 @@ from kvutils.tasks.base import ScoreTable, sample_seed
 from kvutils.tasks.prefixes import CONDITIONS, PrefixWriter
 
 COLUMNS = ("right", "yes", "changed", "right about correct", "right about wrong", "asked", "correct", "wrong", "mass")
-NAMED = "accuracy on the object named"
+NAMED, ABSENT = "accuracy on the object named", "accuracy on the wrong object"  # by the correct prefix, and it is there; by the wrong, and it is not
 RATES = {  # name -> (column above, column below)
     "accuracy": ("right", "asked"),
     "share of yes": ("yes", "asked"),
     "changed answers": ("changed", "asked"),
-    NAMED: ("right about correct", "correct"),  # by the correct prefix: it is there
-    "accuracy on the wrong object": ("right about wrong", "wrong"),  # the wrong prefix names it, and it is not there
+    NAMED: ("right about correct", "correct"),
+    ABSENT: ("right about wrong", "wrong"),
 }
 _OBJECT = re.compile(r"is there an? (.+?)(?: in the image)?\s*\?", re.IGNORECASE)
 

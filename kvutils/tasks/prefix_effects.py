@@ -10,7 +10,7 @@ from kvutils.metrics.statistics import UNDEFINED, Effect, Halves, Resampled, Sta
 from kvutils.readout.words import UNCENTRED
 from kvutils.store import Frame
 from kvutils.tasks.base import ScoreTable, by_layer
-from kvutils.tasks.prefix_answers import NAMED, summarise_prefix_answers
+from kvutils.tasks.prefix_answers import ABSENT, NAMED, summarise_prefix_answers
 from kvutils.tasks.prefix_readouts import FEWER, MOVED, TITLES, UNTRAINED, DomainPrefix, ReferringPrefix
 from kvutils.tasks.prefixes import CONDITIONS
 from kvutils.tasks.text_segmentation import AP
@@ -30,7 +30,8 @@ def results(tables: Mapping[str, ScoreTable | Frame], about: Mapping) -> dict:
     readouts, precision = {}, {}
     for name in (name for name in TITLES if name in tables):
         kind, smallest = (ReferringPrefix, REFERRING_SMALLEST) if name in (REFERRING, EXPRESSION) else (DomainPrefix, DOMAIN_SMALLEST)
-        readouts[name] = {"title": TITLES[name], "metric": kind.metric, "smallest": smallest} | summarise_prefixes(tables[name], kind.statistic, *options)
+        named = {"title": TITLES[name], "metric": kind.metric, "smallest": smallest}
+        readouts[name] = named | summarise_prefixes(tables[name], kind.statistic, *options)
         if kind is ReferringPrefix:
             precision[name] = summarise_prefixes(tables[name], column_mean(AP), *options)
     answers = summarise_prefix_answers(tables["answers"], *options)
@@ -45,13 +46,16 @@ def _finding(claims: Mapping[str, Mapping], answers: Mapping, parameters: Mappin
         return f"by {interval_text(found, 2, sign=True)} mIoU points" if found["low"] is not None else "by an amount that was not measured"
 
     here = "In this small model" if parameters["profile"] == "pocket" else f"In {parameters['model']}"
-    rates, minus = answers["rates"][NAMED], answers["correct_minus"][NAMED]
-    changes = [interval_text(minus[other], 1, sign=True, factor=100) for other in ("none", "unrelated", "random")]
-    before, behind = (interval_text(rates[c], 1, factor=100).partition(" [")[0] for c in ("none", "correct"))
+    def change(rate: str, first: str, other: str) -> tuple[str, str]:
+        before, behind = (interval_text(answers["rates"][rate][c], 1, factor=100).partition(" [")[0] for c in (other, first))
+        found = answers["correct_minus"][rate][other] if first == "correct" else answers["minus_none"][rate][first]
+        return f"{behind} % instead of {before} %", interval_text(found, 1, sign=True, factor=100)
+
+    (named, more), (absent, less) = change(NAMED, "correct", "none"), change(ABSENT, "wrong", "none")
     return (f"{here}, the correct class name before the image changes what its values say about referring expressions {by('C7a')} against no prefix "
-            f"(C7a) and {by('X3')} against random words (X3), the correct domain what they say about street scenes {by('C7b')} (C7b). The answers "
-            f"do change: of the questions about the object named, {behind} % are answered right instead of {before} %, {changes[0]} points against "
-            f"no prefix, {changes[1]} against unrelated and {changes[2]} against random words of the same length ({answers['images']} images).")
+            f"(C7a) and {by('X3')} against random words (X3), the correct domain what they say about street scenes {by('C7b')} (C7b). Of the answers "
+            f"about the object named, {named} are right, {more} points ({change(NAMED, 'correct', 'unrelated')[1]} against unrelated words of the "
+            f"same length); about an object that is named and not there, {absent}, {less} points ({answers['images']} images).")
 
 
 def _tables(readouts: Mapping, precision: Mapping, answers: Mapping) -> list[dict]:
@@ -68,7 +72,8 @@ def _tables(readouts: Mapping, precision: Mapping, answers: Mapping) -> list[dic
         {"title": "Readouts behind every prefix, mIoU points", "header": ["readout", *CONDITIONS],
          "rows": [[name, *(points(each["best"]["scores"], c) for c in CONDITIONS)] for name, each in readouts.items()]},
         {"title": "Referring expressions with and without threshold and centring, points",
-         "header": ["readout", "score", "layers", "without prefix", "correct minus none", "correct minus random"], "rows": [list(row) for row in minus]},
+         "header": ["readout", "score", "layers", "without prefix", "correct minus none", "correct minus random"],
+         "rows": [list(row) for row in minus]},
         {"title": f"Answers to {answers['questions']} questions about {answers['images']} images, %", "header": ["", *CONDITIONS],
          "rows": [[rate, *(points(each, c) for c in CONDITIONS)] for rate, each in rates.items()]},
     ]  # fmt: skip
