@@ -21,9 +21,10 @@ from kvutils.datasets.pocket.world import draw_mark
 from kvutils.datasets.samples import MultipleChoice
 from kvutils.errors import DataError, ParameterError
 from kvutils.metrics.statistics import Halves
-from kvutils.store import Parts
+from kvutils.run import items as run_items
+from kvutils.store import Parts, to_json
 from kvutils.tasks import blink_interventions, blink_tables, choices
-from kvutils.tasks.blink_interventions import DECIDES, GATE, HEADLINE, Evidence, add_values, choose_weight, claim_x5, interventions
+from kvutils.tasks.blink_interventions import DECIDES, GATE, HEADLINE, Evidence, add_values, choose_weight, claim_x5, interventions, results
 from kvutils.tasks.blink_tables import CELLS, claim_c8, describe_example, describe_table, table_of_two
 from kvutils.tasks.choices import UNRESOLVED, ChoiceTable, check_items, read_items, said, score_options, some_items
 from kvutils.tasks.value_readouts import mean_similarity, point_similarity, style_similarity
@@ -451,33 +452,40 @@ def test_x5_is_the_mean_change_over_subtasks(verdict, helps, expected):
     assert found["a"]["beyond_scores"]["mean"] == pytest.approx(found["a"]["changes"][HEADLINE]["accuracy"]["mean"] - found["a"]["model"]["mean"])
 
 
-def test_figures_need_only_the_results_file(items, redraw):
+def test_results_and_figures_need_only_the_items(items, redraw, tmp_path):
     random = np.random.default_rng(0)
-    described, surfaced, examples = {}, {}, {}
+    measured, examples = {}, {}
     names = ["pixels", "encoder_original", "encoder", "projector"]
     names += [f"{family}{layer}" for family in ("value.", "alone.value.", "untrained.value.") for layer in range(3)]
     for subtask, options in (("Art_Style", 2), ("Semantic_Correspondence", 4)):
-        table = table_of(random.random(60) < 0.6, {name: random.random(60) < 0.6 for name in names}, options, subtask)
-        described[subtask], surfaced[subtask] = describe_table(table, n_boot=50), interventions(table, n_boot=50)
+        measured[subtask] = table = table_of(random.random(60) < 0.6, {name: random.random(60) < 0.6 for name in names}, options, subtask)
         item = next(each for each in items if each.subtask == subtask)
-        table.ids[0] = item.id
-        examples[subtask] = describe_example(item, table, "value.1")
-    results = {"subtasks": described, "interventions": surfaced, "examples": examples, "method": examples["Art_Style"]}
-    figures = redraw("05_blink_gap", results)
-    assert {name.removeprefix("05_") for name in figures} == {
-        "example_art_style", "example_semantic_correspondence", "interventions", "method", "readouts", "sources",
-        "two_by_two"}  # fmt: skip
-    texts = [text.get_text() for axis in figures["05_two_by_two"].axes for text in axis.texts]
-    counts = [each["table"]["counts"][cell] for each in described.values() for cell in CELLS]
-    assert [int(text.split("\n")[0]) for text in texts] == counts
-    left = figures["05_interventions"].axes[0]
-    drawn = [line.get_xdata()[0] for line in left.lines if line.get_marker() == "^"]
-    assert drawn == pytest.approx([surfaced[s]["changes"][GATE]["change"]["mean"] for s in surfaced])
-    assert "05_method" not in redraw("05_blink_gap", results | {"method": None})
-    table.said[:] = UNRESOLVED  # nothing can be read: the places stay empty
-    results |= {"subtasks": {subtask: describe_table(table, n_boot=5)}, "interventions": {subtask: interventions(table, n_boot=5)}}
-    texts = [text.get_text() for axis in redraw("05_blink_gap", results)["05_two_by_two"].axes for text in axis.texts]
-    assert texts == ["0\nnot defined\n"] * 4
+        table.ids[0], table.said[7] = item.id, UNRESOLVED
+        examples[subtask] = describe_example(item, table)
+    about = {"parameters": {"bootstrap": 50, "seed": 0, "profile": "pocket", "model": "pocket"}}
+    run_items.write_items(tmp_path, "05_blink_gap", measured, about, {}, {})
+    found = run_items.derive(tmp_path, "05_blink_gap")
+    direct = results(measured, about)
+    assert to_json({name: found[name] for name in direct}) == to_json(direct)
+    assert all(len(row) == len(table["header"]) for table in found["tables"] for row in table["rows"])
+    shown = {"examples": examples, "method": examples["Semantic_Correspondence"]}
+    figures = redraw("05_blink_gap", found | shown)
+    assert [name.removeprefix("05_") for name in figures] == ["gap", "readouts", "sources", "method", "examples"]
+    left, right = figures["05_gap"].axes
+    shares = [each["table"]["shares"] for each in found["subtasks"].values()]
+    cells = [100 * each[cell]["mean"] for each in shares for cell in ("value_only", "both", "model_only", "neither")]
+    assert [bar.get_width() for bar in left.patches] == pytest.approx(cells)
+    drawn = [line.get_xdata()[0] for line in right.lines if line.get_marker() == "o"]
+    assert drawn == pytest.approx([100 * each["changes"][HEADLINE]["change"]["mean"] for each in found["interventions"].values()])
+    assert not {"05_method", "05_examples"} & set(redraw("05_blink_gap", found | {"method": None, "examples": {}}))
+    for table in measured.values():
+        table.said[:] = UNRESOLVED  # nothing can be read: the places stay empty
+    nothing = results(measured, about)
+    assert "was measured: no answer names an option" in nothing["finding"]
+    figures = redraw("05_blink_gap", nothing | shown)
+    left, _ = figures["05_gap"].axes
+    assert "05_sources" not in figures
+    assert [bar.get_width() for bar in left.patches] == [0] * 8 and "not defined" in left.get_title()
 
 
 @pytest.mark.parametrize("family", [*tiny_models.FAMILIES])

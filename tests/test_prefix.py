@@ -20,12 +20,15 @@ from kvutils.probes import fit_linear_probe
 from kvutils.prompts import tokenize
 from kvutils.readout.features import FeatureExtractor
 from kvutils.readout.maps import to_grid
+from kvutils.run.items import derive, write_items
 from kvutils.run.report import load_claims
 from kvutils.run.verdicts import word_of
-from kvutils.store import Parts, to_json
+from kvutils.store import Frame, Parts, to_json
 from kvutils.tasks import prefix_answers
+from kvutils.tasks.base import ScoreTable
 from kvutils.tasks.prefix import NOWHERE, moved, prefix_picture, run_prefixes, with_controls
-from kvutils.tasks.prefix_effects import DOMAIN_SMALLEST, claim_c7a, claim_c7b, claim_x3, summarise_prefixes
+from kvutils.tasks.prefix_answers import ABSENT, NAMED
+from kvutils.tasks.prefix_effects import DOMAIN_SMALLEST, REFERRING_SMALLEST, claim_c7a, claim_c7b, claim_x3, results, summarise_prefixes
 from kvutils.tasks.prefix_readouts import FEWER, MOVED, DomainPrefix, ReferringPrefix
 from kvutils.tasks.prefixes import CONDITIONS, PrefixWriter
 
@@ -196,12 +199,14 @@ def test_referring_readout_scores_the_planted_thing(mlm, control, writer, monkey
     assert with_controls(readout) == number and prefixes["correct"] == f"look for the {sample.class_name}"
     shown = {one.class_name for one in samples if one.image_id == sample.image_id}
     assert prefixes["wrong"].split()[-1] not in shown
-    picture = prefix_picture(readout, number, 4)
+    table = score_table(readout.name, dict.fromkeys((f"{family}.4" for family in FEWER), 0.2), readout.columns, len(samples))
+    table.ids[:], table.values[:] = [one.id for one in samples], 0.2
+    table.values[number], table.values[number + 1, 1] = 0.5, 0.8  # another is found better, but only behind the correct prefix
+    picture = prefix_picture(readout, table, 4)
     expected = image.features["value.4"].float() @ extractor.alignment.text(sample.text)["value.4"]
-    assert len(picture["maps"]) == 4 and np.allclose(picture["maps"]["none"], to_grid(image.layout, expected.numpy()), atol=1e-3)
+    assert picture["text"] == sample.text and len(picture["maps"]) == 4
+    assert np.allclose(picture["maps"]["none"], to_grid(image.layout, expected.numpy()), atol=1e-3)
     monkeypatch.setattr(readout, "prefixes", lambda sample: None)
-    with pytest.raises(DataError, match="equal length"):
-        prefix_picture(readout, number, 4)
     for refused in (run_prefixes, with_controls):
         with pytest.raises(DataError, match="none of"):
             refused(readout)
@@ -311,7 +316,7 @@ def test_verdicts(verdict, effects, floor, c7a, c7b, x3):
     assert ["uncentred" in each["name"] for each in first["others"]].count(True) == 1
     assert f"mIoU of {100 * found['best']['scores']['none']['mean']:.1f} (none), " in first["note"] and "in layer 2." in first["note"]
     assert [each.get("smallest") for each in third["others"]] == [None] * 3 + [DOMAIN_SMALLEST] * 4
-    assert DOMAIN_SMALLEST == next(claim["smallest"] for claim in load_claims() if claim["id"] == "C7b")
+    assert {"C7a": REFERRING_SMALLEST, "C7b": DOMAIN_SMALLEST}.items() <= {claim["id"]: claim["smallest"] for claim in load_claims()}.items()
 
 
 def questions(images: int = 6) -> list[YesNoSample]:
@@ -331,15 +336,17 @@ def test_answers_that_follow_the_prefix_are_counted(writer, mlm, monkeypatch, tm
     monkeypatch.setattr(prefix_answers, "answer_all", fake)
     parts = Parts(tmp_path, model="m")
     table = prefix_answers.ask_behind_prefixes(questions(), mlm, writer, parts, progress=False)
-    assert len(table) == 6 and table.of("none")[:, 4].tolist() == [2] * 6  # each wording once per image
+    assert table["truth"] == ["yes", "no"] * 6 and table["answer: wrong"] == ["yes", "yes"] * 6  # each wording once per image
+    assert prefix_answers.counts(table).of("wrong").tolist() == [[1, 2, 1, 1, 0, 2, 1, 1, 1.5]] * 6
     found = prefix_answers.summarise_prefix_answers(table, 50)
+    assert found["images"] == 6 and found["questions"] == 12
     assert found["rates"]["accuracy"]["none"]["mean"] == 1 and found["rates"]["changed answers"]["correct"]["mean"] == 0
-    for rate, minus in {"accuracy": -0.5, "accuracy on the object named": -1, "share of yes": 0.5}.items():
-        assert found["minus_none"][rate]["wrong"]["mean"] == minus
+    for rate, minus in {"accuracy": -0.5, NAMED: 0, ABSENT: -1, "share of yes": 0.5}.items():
+        assert found["minus_none"][rate]["wrong"]["mean"] == -found["correct_minus"][rate]["wrong"]["mean"] == minus
     assert found["option_mass"]["filler"]["mean"] == 0.75 and found["warnings"] == []
     monkeypatch.setattr(prefix_answers, "answer_all", None)  # all is stored
     again = prefix_answers.ask_behind_prefixes(questions(), mlm, writer, parts, progress=False)
-    assert to_json(vars(again)) == to_json(vars(table))
+    assert {name: list(each) for name, each in again.columns.items()} == {name: list(each) for name, each in table.columns.items()}
 
 
 def test_questions_of_another_form_are_errors(writer, mlm):
@@ -352,20 +359,41 @@ def test_questions_of_another_form_are_errors(writer, mlm):
         prefix_answers.ask_behind_prefixes(only_yes, mlm, writer, progress=False)
 
 
-def test_figures_need_only_the_results_file(redraw):
-    about = {"title": "Referring\nsegmentation", "metric": "mIoU", "smallest": 0.3}
-    summary = summarise_prefixes(table_of({"correct": 0.04}), statistic, 30) | about
-    answers = score_table("prefix_answers", dict.fromkeys(CONDITIONS, 0.0), prefix_answers.COLUMNS, n=8)
-    answers.values[:] = np.random.default_rng(0).integers(1, 4, answers.values.shape)
-    grid = np.random.default_rng(0).random((4, 4)).tolist()
-    order = ["none", "correct", "wrong", "random"]
-    figures = redraw("04_prefix", {
-        "readouts": {name: summary for name in ("referring_by_class_name", "domain_by_text", "domain_by_probe")},
-        "answers": prefix_answers.summarise_prefix_answers(answers, 30),
-        "picture": {"image": encode_image(Image.new("RGB", (32, 32), "teal")), "size": [32, 32], "text": "the fish", "layer": 2,
-                    "order": order, "maps": dict.fromkeys(order, grid), "ious": dict.fromkeys(order, 0.5),
-                    "prefixes": {"none": None, "correct": "look for the fish", "wrong": "the car", "random": "in of it"}},
-    })  # fmt: skip
-    assert len(figures) == 5
-    drawn = [line.get_xdata()[0] for line in figures["04_prefix_effects"].axes[0].lines if line.get_marker() == "X"]  # filler
-    assert drawn == pytest.approx([100 * summary["best"]["correct_minus"]["filler"]["mean"]])
+def answers(images: int = 8) -> Frame:
+    """The named object is missed in every second image without a prefix, and found behind the correct one; the wrong one misleads in all."""
+    rows = [(f"{i}-{truth}", f"image{i}", f"is there a {name} ?", truth) for i in range(images) for name, truth in (("fish", "yes"), ("car", "no"))]
+    columns = dict(zip(("id", "image_id", "question", "truth"), map(list, zip(*rows, strict=True)), strict=True))
+    columns |= {"prefix: correct": ["look for the fish"] * len(rows), "prefix: wrong": ["look for the car"] * len(rows)}
+    for condition in CONDITIONS:
+        seen = [condition == "correct" or i % 2 == 0 for i in range(images)]
+        columns[f"answer: {condition}"] = sum(([["no", "yes"][see], "yes" if condition == "wrong" else "no"] for see in seen), [])
+        columns[f"yes or no: {condition}"] = np.ones(len(rows))
+    return Frame(columns, {"skipped": ["image9"]})
+
+
+def test_results_and_figures_need_only_the_items(redraw, tmp_path):
+    rng = np.random.default_rng(0)
+    counts = np.repeat(rng.integers(1, 9, (40, 21, 6)), 1, axis=0).astype(float)
+    domain = ScoreTable("domain_by_text", [f"{i}" for i in range(40)], [f"{i}" for i in range(40)],
+                        [f"{c}.{layer}" for c in CONDITIONS for layer in range(3)],
+                        [f"{part} {name}" for part in ("right", "true", "said") for name in ("road", "car")] + list(MOVED),
+                        np.concatenate([counts, np.full((40, 21, 2), 0.1)], axis=2))  # fmt: skip
+    measured = {"referring_by_class_name": table_of({"correct": 0.04}), "domain_by_text": domain, "answers": answers()}
+    about = {"parameters": {"bootstrap": 30, "seed": 0, "profile": "pocket", "model": "pocket"}}
+    write_items(tmp_path, "04_prefix", measured, about, {}, {})
+    found = derive(tmp_path, "04_prefix")
+    direct = results(measured, about)
+    assert to_json({name: found[name] for name in direct}) == to_json(direct)
+    assert "100.0 % instead of 50.0 % are right, +50.0 [" in found["finding"] and "0.0 % instead of 100.0 %, -100.0 [" in found["finding"]
+    assert {len(row) for table in found["tables"] for row in [table["header"], *table["rows"]]} == {6, 8}
+    grid, order = rng.random((4, 4)).tolist(), ["none", "correct", "wrong", "random"]
+    picture = {"image": encode_image(Image.new("RGB", (32, 32), "teal")), "size": [32, 32], "text": "the fish", "layer": 2, "n": 9,
+               "order": order, "maps": dict.fromkeys(order, grid), "ious": dict.fromkeys(order, 0.5),
+               "prefixes": {"none": None, "correct": "look for the fish", "wrong": "the car", "random": "in of it"}}  # fmt: skip
+    figures = redraw("04_prefix", found | {"picture": picture})
+    assert list(figures) == ["04_prefix_effects", "04_layers", "04_maps"]
+    left, _, right = figures["04_prefix_effects"].axes
+    best = found["readouts"]["referring_by_class_name"]["best"]["correct_minus"]
+    drawn = [line.get_xdata()[0] for line in left.lines if line.get_marker() == "o"]
+    assert drawn == pytest.approx([100 * best[c]["mean"] for c in CONDITIONS if c != "correct"])
+    assert "better: +4." in left.get_title() and "better: +50.0" in right.get_title()

@@ -91,10 +91,10 @@ def readout_curves(subtasks: Mapping[str, Mapping]) -> Figure:
 
 @styled
 def shares_by_source(subtasks: Mapping[str, Mapping]) -> Figure:
-    """The share of items that a readout of each source has right and the model wrong, where the model errs; bars: the same by guessing."""
-    subtasks = {name: each for name, each in style.in_order(subtasks, ORDER).items() if each["table"]["errors"]}
-    figure, axes = panels(max(1, len(subtasks)), max(1, len(subtasks)), 8.8 / max(1, len(subtasks)), 3.3, sharex=True)
-    for place, (axis, found) in enumerate(zip(axes, subtasks.values(), strict=False)):
+    """The share of items that a readout of each source has right and the model wrong; bars: the same by guessing."""
+    subtasks = style.in_order(subtasks, ORDER)
+    figure, axes = panels(len(subtasks), len(subtasks), 8.8 / len(subtasks), 3.3, sharex=True)
+    for place, (axis, found) in enumerate(zip(axes, subtasks.values(), strict=True)):
         tables = {"value": found["table"]} | style.in_order(found["others"], SOURCES)
         points = []
         for row, (source, each) in enumerate(tables.items()):
@@ -153,6 +153,8 @@ def _item(axes: Sequence, example: Mapping) -> None:
 
 def draw(results: Mapping) -> dict[str, Figure]:
     subtasks, examples = results["subtasks"], style.in_order(results["examples"], ORDER)
-    figures = {"05_gap": gap(results), "05_readouts": readout_curves(subtasks), "05_sources": shares_by_source(subtasks)}
+    figures = {"05_gap": gap(results), "05_readouts": readout_curves(subtasks)}
+    if able := {name: each for name, each in subtasks.items() if each["table"]["errors"]}:
+        figures["05_sources"] = shares_by_source(able)
     shown = {"05_method": [results["method"]] if results["method"] else [], "05_examples": [*examples.values()]}  # where there are such items
     return figures | {name: example_items(each) for name, each in shown.items() if each}
