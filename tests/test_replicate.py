@@ -17,7 +17,7 @@ from kvutils import plots
 from kvutils.errors import DataError, ParameterError
 from kvutils.metrics.effects import measured, part
 from kvutils.metrics.statistics import Effect
-from kvutils.run import notebook, plan, replicate, report
+from kvutils.run import compare, notebook, plan, replicate, report
 from kvutils.run.cli import main
 from kvutils.run.notebook import PROFILES, Run, check_parameters
 from kvutils.store import Parts, write_json
@@ -340,22 +340,22 @@ def test_results_of_another_version_are_not_drawn(tmp_path):
     ({"x": {"a": [1.0], "c": 3}}, "1 numbers as committed, 0 differ; 1 new (x.c); 1 gone (x.a.1)"),
 ])
 def test_numbers_are_compared(after, said):
-    assert report.compare_numbers({"x": {"a": [1.0, 2], "b": True, "text": "3"}}, after) == said
-    assert "no earlier results" in report.compare_numbers({"x": {}}, after)
+    assert compare.numbers_apart({"x": {"a": [1.0, 2], "b": True, "text": "3"}}, after) == said
+    assert "no earlier results" in compare.numbers_apart({"x": {}}, after)
 
 
 def test_what_is_committed_counts_not_what_an_interrupted_run_left(root, monkeypatch):
     path = root / RESULTS
-    assert report.committed(path) == {}
+    assert compare.committed(path) == {}
     path.parent.mkdir(parents=True)
     path.write_text('{"a": 1}')
-    assert report.committed(path) == {"a": 1}
+    assert compare.committed(path) == {"a": 1}
     for command in (["init", "-q"], ["add", "data"], ["commit", "-qm", "x"]):
         subprocess.run(["git", "-C", str(root), "-c", "user.name=x", "-c", "user.email=x", *command], check=True)
     path.write_text('{"a": 2}')
-    assert report.committed(path) == {"a": 1}
+    assert compare.committed(path) == {"a": 1}
     monkeypatch.setenv("PATH", "")  # a machine without git
-    assert report.committed(path) == {"a": 2}
+    assert compare.committed(path) == {"a": 2}
 
 
 @pytest.mark.parametrize(("arguments", "code", "said"), [

@@ -132,11 +132,12 @@ def root(tmp_path, monkeypatch):
     found = measured(one(12, 2, 60), [one(9, 2, name="co-segmentation")], [enough("tasks", 6, 1)], "On 6 of 6 tasks.",
                      tasks=[one(9, 2, name="co-segmentation"), one(9, 2, name="other")])  # fmt: skip
     write_json(run.results, {"claims": {"C1": found, "C2a": {"entries": []}}, "finding": "It works.", "choices": {"regularisation": "0.1"}})
-    write_json(run.folder / "provenance" / "01_value_flow.json", {"revision": "abc", "machine": {"device": "cpu (mine)"}})
+    write_json(run.folder / "provenance" / "01_value_flow.json", {"revision": "abc", "machine": {"device": "cpu (mine)", "torch": "2.1", "hours": 0.25}})
     (tmp_path / "pyproject.toml").write_text("[tool.kvutils]\nrepository = ''\n")
     (tmp_path / "notebooks").mkdir()
     monkeypatch.setattr(notebook, "ROOT", tmp_path)
-    blocks = "".join(f"<!-- {name}:start -->\nTYPED BY HAND\n<!-- {name}:end -->\n" for name in ("badges", "overview", "gallery", "verdicts"))
+    names = ("badges", "overview", "gallery", "verdicts", "runs")
+    blocks = "".join(f"<!-- {name}:start -->\nTYPED BY HAND\n<!-- {name}:end -->\n" for name in names)
     (tmp_path / "README.md").write_text(f"# T\n{blocks}")
     return tmp_path
 
@@ -154,6 +155,8 @@ def test_everything_is_made_from_the_results(root, capsys):
     readme = (root / "README.md").read_text()
     assert "TYPED" not in readme and "| 2 of 2 tasks | **present** | 2 of 2 tasks ahead, 0 behind, 0 equal, 0 open; fewer ahead than the 6 of the paper. |" in readme and "in this small model" in readme
     assert max(line.count("|") for line in readme.splitlines()) == 6 + 1
+    assert ("| [pocket](data/results/pocket/pocket/REPORT.md) | pocket, full | cpu (mine) | torch 2.1, transformers – | 0.25 | present: C1; "
+            "not measured: C2a C2b C3 C4 C5 C6 C7a C7b C8 |") in readme  # fmt: skip
     assert "figures/01_overview.png" in readme and "give on **2 of 2 tasks**." in readme
     assert "01_value_flow.png)\n\n[01_value_flow](notebooks/01_value_flow.ipynb). C1, image values suffice for six tasks: **present**;" in readme
     (root / "pyproject.toml").write_text("[tool.kvutils]\nrepository = 'https://host/me/it'\n")

@@ -5,7 +5,6 @@ import argparse
 import base64
 import io
 import json
-import os
 import re
 import tempfile
 from collections import Counter
@@ -23,6 +22,7 @@ from kvutils.datasets.hub import HUB
 from kvutils.errors import DataError, KVUtilsError
 from kvutils.images import encode_image
 from kvutils.run import DONE, FAILED, items, notebook, report
+from kvutils.run.compare import differences, leaves
 from kvutils.store import Frame, read_frame, read_json, to_json, write_json, write_text
 from kvutils.tasks.base import FEW, SKIPPED
 
@@ -34,7 +34,6 @@ PART = {"answers": "questions", "sweep": "pope", "sweep_held_out": "pope", "read
 ROWS_OF_A_PART = ("co_segmentation", "temporal_correspondence")  # a row is a picture of a set, an object of a clip
 SETTINGS = ("model", "revision", "family", "dtype", "attention", "image_backend", "prompts")
 MACHINE = ("commit", "device", "python", "torch", "transformers", "numpy", "scikit-learn", "hours")
-SHOWN = 5  # differences that are named
 
 
 def check(chosen: argparse.Namespace) -> int:
@@ -75,7 +74,7 @@ def check_folder(folder: Path, figures: Path, without_pictures: bool = False) ->
     try:
         stored = {line["id"]: line for line in read_json(folder / "claims.json")}
         now = {line["id"]: line for line in lines}
-        wrong += [f"claims.json: {each}" for each in _differences(stored, now, "follows: `make report` writes it anew")]
+        wrong += [f"claims.json: {each}" for each in differences(stored, now, "follows: `make report` writes it anew")]
     except KVUtilsError:
         wrong.append("claims.json is missing or damaged: `make report` writes it")
     return fits, wrong + _check_origin(folder, names)
@@ -86,8 +85,8 @@ def _check_notebook(folder: Path, name: str, derived: Mapping) -> tuple[list[str
     frames = {path.stem: read_frame(path) for path in sorted((folder / "items" / name).glob("*.parquet"))}
     said = [f"{len(frames)} tables, {sum(map(_length, frames.values())):,} rows"]
     if file.exists():
-        wrong = _differences(read_json(file), derived, "follows from the items")
-        said += [] if wrong else [f"the {sum(1 for _ in report.leaves(derived)):,} numbers and texts in {file.name} follow from them"]
+        wrong = differences(read_json(file), derived, "follows from the items")
+        said += [] if wrong else [f"the {sum(1 for _ in leaves(derived)):,} numbers and texts in {file.name} follow from them"]
     else:
         write_json(file, derived, digits=9)
         wrong, said = [], [*said, f"{file.name} written, as it was missing"]
@@ -113,24 +112,6 @@ def _check_notebook(folder: Path, name: str, derived: Mapping) -> tuple[list[str
 
 def _length(frame: Frame) -> int:
     return len(next(iter(frame.columns.values()), ()))
-
-
-def _differences(stored: Mapping, derived: Mapping, follows: str) -> list[str]:
-    """Where the leaves of two JSON values differ, claims first; numbers by more than another machine's last bits."""
-    old, new = dict(report.leaves(stored)), dict(report.leaves(derived))
-    places = [place for place in old | new if place not in old or place not in new or not report.equal(old[place], new[place])]
-    places.sort(key=lambda place: (not place.startswith("claims."), place != "finding"))
-    pairs = [(place, *_around(old.get(place, "missing"), new.get(place, "nothing"))) for place in places[:SHOWN]]
-    told = [f"{place} is {one!r}, {other!r} {follows}" for place, one, other in pairs]
-    return told + ([f"and {len(places) - SHOWN:,} more"] if len(places) > SHOWN else [])
-
-
-def _around(one: object, other: object) -> tuple[object, object]:
-    """Of two long texts what stands where they differ."""
-    if not (isinstance(one, str) and isinstance(other, str)) or max(len(one), len(other)) < 100:
-        return one, other
-    start = max(0, len(os.path.commonprefix([one, other])) - 30)
-    return tuple(f"{'...' if start else ''}{text[start : start + 90]}..." for text in (one, other))
 
 
 def _rows(frame: Frame, scored: bool) -> list[str]:

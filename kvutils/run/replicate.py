@@ -27,7 +27,7 @@ from tqdm import tqdm
 from kvutils import errors, plots
 from kvutils.errors import DataError, KVUtilsError, ParameterError, StoreError, not_written, one_of
 from kvutils.models import MODELS, find_model
-from kvutils.run import notebook, plan, report
+from kvutils.run import compare, notebook, plan, report
 from kvutils.run.notebook import Run
 from kvutils.run.sizes import left_out, parameters_of
 from kvutils.run.verdicts import NOTHING
@@ -263,7 +263,7 @@ def replicate(chosen: argparse.Namespace) -> int:
     need_writable(out, "--out or KVUTILS_OUT")
     need_writable(notebook.cache_root(), "KVUTILS_CACHE")
     kept = notebook.ROOT / "data" / "results" / run.profile / run.folder.name
-    before = {path.stem: report.committed(kept / f"{path.stem}.json") for path in paths}
+    before = {path.stem: compare.committed(kept / f"{path.stem}.json") for path in paths}
     executed = out / "notebooks" if run.is_default else run.folder
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank() else sys.stdout):
         for path, each in paths.items():
@@ -280,11 +280,11 @@ def replicate(chosen: argparse.Namespace) -> int:
     if failures:
         print(f"FAILED: {', '.join(failures)}; verdicts of these, if any, are an earlier run's.")
     if chosen.check:
-        failures += (differences := report.compare_verdicts(kept, run.folder, [path.stem for path in paths]))
+        failures += (differences := compare.verdicts_apart(kept, run.folder, [path.stem for path in paths]))
         print("\n".join(differences) or f"the verdicts are those in {show(kept)}")
     if not more:
         done = [name for name in before if name not in failures and (run.folder / f"{name}.json").exists()]
-        print(report.compare_numbers({name: before[name] for name in done}, {name: read_json(run.folder / f"{name}.json") for name in done}))
+        print(compare.numbers_apart({name: before[name] for name in done}, {name: read_json(run.folder / f"{name}.json") for name in done}))
     return int(bool(failures))
 
 

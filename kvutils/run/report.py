@@ -1,13 +1,11 @@
 """Claims to verdicts to tables, from stored results alone: `kvutils report`, and `--check` to see whether anything is stale.
 
 Reads data/claims.yaml and data/results/<profile>/<model>/<notebook>.json. Writes claims.json and REPORT.md beside the results, and
-the generated parts of README.md. A verdict is computed here or not at all. Also whether a run gave what is committed."""
+the generated parts of README.md. A verdict is computed here or not at all."""
 
-import json
 import re
-import subprocess
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -24,7 +22,6 @@ PICTURES = {"02_siglip_baseline": "02_steps", "03_input_agnostic_keys": "03_bloc
 FIRST = "A picture, the colours of its tokens through the model, and what is like one clicked point"  # README's first figure
 FIELDS = ("id", "short", "section", "statement", "paper", "effect", "unit", "smallest", "why", "kind", "primary", "needs", "notebook")
 COMPARISONS = ("claim", "comparison", "value [95 % interval]", "smallest effect of interest", "detectable", "n", "units", "verdict")
-TOLERANCE = 1e-6  # relative: what another machine of the same kind may differ by
 
 
 @cache
@@ -192,6 +189,25 @@ def title_of(folder: Path) -> str:
     return about if size == "full" else f"{about}, **{size}**: a sample of the data, so its intervals are wide"
 
 
+def runs(folders: Iterable[Path]) -> str:
+    """Every run in a line, as Markdown: on what it ran, for how long, and its words for the paper's claims."""
+    lines = []
+    for folder in folders:
+        words: dict[str, list[str]] = {}
+        for line in rows(read_all(folder)):
+            if line["id"].startswith("C"):
+                words.setdefault(line["verdict"], []).append(line["id"])
+        machines = [about.get("machine", {}) for about in read_results(folder / "provenance").values()]
+        named = ({each[key] for each in machines if key in each} for key in ("device", "torch", "transformers"))
+        hardware, torch, transformers = (", ".join(sorted(each)) or "–" for each in named)
+        hours = [each["hours"] for each in machines if "hours" in each]
+        size = across.size_of(read_results(folder))
+        report = f"[{folder.name.removesuffix(f'-{size}')}](data/results/{folder.parent.name}/{folder.name}/REPORT.md)"
+        lines.append([report, f"{folder.parent.name}, {size}", hardware, f"torch {torch}, transformers {transformers}",
+                      f"{sum(hours):.2g}" if hours else None, "; ".join(f"{word}: {' '.join(names)}" for word, names in words.items())])  # fmt: skip
+    return markdown_table(("model", "data", "hardware", "versions", "hours", "verdicts"), lines)
+
+
 def fill(text: str, block: str, content: str) -> str:
     """`text` with the lines between `<!-- block:start -->` and `<!-- block:end -->` replaced."""
     start, end = f"<!-- {block}:start -->", f"<!-- {block}:end -->"
@@ -215,7 +231,7 @@ def badge(notebook: str, address: str) -> str:
 
 def readme(text: str, root: Path) -> str:
     """README.md with its generated parts: the badge of the quickstart, what the first picture shows, the verdicts, a figure of each
-    notebook and the verdicts that it gave."""
+    notebook and the verdicts that it gave, the runs."""
     address = repository(root)
     badges = [badge("00_quickstart", address)] if address else []
     lines = rows(read_all(root / "data" / "results" / Path(*DEFAULT)))
@@ -228,7 +244,8 @@ def readme(text: str, root: Path) -> str:
         gallery.append(f"![{name}](figures/{PICTURES.get(name, name)}.png)\n\n[{name}](notebooks/{name}.ipynb). {said}.".replace("?:", "?"))
     tables = [f"{title_of(folder)}:\n\n{table(rows(read_all(folder)), folder.parent.name)}"
               for folder in result_folders(root)] or [table(rows({}), DEFAULT[0])]  # fmt: skip
-    for block, parts in {"badges": badges, "overview": overview, "gallery": gallery, "verdicts": tables}.items():
+    blocks = {"badges": badges, "overview": overview, "gallery": gallery, "verdicts": tables, "runs": [runs(result_folders(root))]}
+    for block, parts in blocks.items():
         text = fill(text, block, "\n\n".join(parts))
     return text
 
@@ -259,59 +276,3 @@ def write(root: Path) -> list[Path]:
     for path, text in (old := stale(root)).items():
         write_text(path, text)
     return list(old)
-
-
-def compare_verdicts(old: Path, new: Path, names: list[str]) -> list[str]:
-    """Where the verdicts of two folders of results differ, for the claims of the notebooks `names`."""
-    pairs = zip(rows(read_results(old)), rows(read_results(new)), strict=True)
-    return [f"{before['id']}: {before['verdict']} in {old}, {after['verdict']} now" for before, after in pairs
-            if before["notebook"] in names and before["verdict"] != after["verdict"]]
-
-
-def committed(path: Path) -> dict:
-    """A results file as git has it in HEAD; without git or before its first commit as it lies there; {} if it does not."""
-    there = next(each for each in path.parents if each.is_dir())
-    command = ["git", "-C", str(there), "show", f"HEAD:./{path.relative_to(there).as_posix()}"]
-    try:
-        return json.loads(subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout)
-    except (OSError, subprocess.CalledProcessError):
-        return read_json(path) if path.exists() else {}
-
-
-def leaves(value: object, place: str = "") -> Iterator[tuple[str, object]]:
-    """(place, leaf) of everything in a results file; what is empty is a leaf."""
-    if isinstance(value, Mapping | list) and value:
-        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
-            yield from leaves(item, f"{place}.{key}".lstrip("."))
-    else:
-        yield place, value
-
-
-def apart(old: float, new: float) -> float:
-    """The relative difference of two numbers."""
-    return abs(new - old) / max(abs(new), abs(old), 1e-9)
-
-
-def equal(old: object, new: object) -> bool:
-    """Whether two leaves are the same on machines of one kind."""
-    return apart(old, new) <= TOLERANCE if is_number(old) and is_number(new) else old == new
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def compare_numbers(before: Mapping[str, Mapping], after: Mapping[str, Mapping]) -> str:
-    """`N numbers as committed, M differ (largest relative difference X, at KEY)`, over {notebook: results}."""
-    old, new = ({place: leaf for place, leaf in leaves(each) if is_number(leaf)} for each in (before, after))
-    if not old:
-        return f"{len(new):,} numbers; no earlier results to compare with"
-    both = old.keys() & new.keys()
-    differ = {key: far for key in both if (far := apart(old[key], new[key])) > TOLERANCE}
-    text = f"{len(both) - len(differ):,} numbers as committed, {len(differ):,} differ"
-    if differ:
-        worst = max(sorted(differ), key=differ.get)
-        text += f" (largest relative difference {differ[worst]:.2g}, at {worst}: {old[worst]:g} before, {new[worst]:g} now)"
-    changed = [f"{len(keys):,} {what} ({min(keys)}{', ...' if len(keys) > 1 else ''})"
-               for what, keys in (("new", new.keys() - old.keys()), ("gone", old.keys() - new.keys())) if keys]  # fmt: skip
-    return "; ".join([text, *changed])
