@@ -147,8 +147,12 @@ class Rehearsal:
 
     def _steps(self) -> MLM:
         dtype = torch.float32 if self.small else torch.bfloat16
-        self._say("making the models")
-        mlm, untrained = (random_mlm(self.model, self.device, dtype, self.small, seed=seed) for seed in (0, 1))
+        models = []
+        for seed in (0, 1):
+            self._say(f"making model {seed + 1} of 3")
+            models.append(random_mlm(self.model, self.device, dtype, self.small, seed=seed))
+        mlm, untrained = models
+        self._say("making model 3 of 3")
         encoder, published = random_encoder(self.device, dtype, self.small), random_mlm(self.model, "meta", torch.bfloat16)
         for each in (mlm, untrained):
             attention = published.num_layers * published.num_heads * published.head_dim

@@ -1,6 +1,7 @@
 """The repository keeps its own rules: notebooks, commands, files."""
 
 import ast
+import os
 import re
 import shlex
 import subprocess
@@ -130,6 +131,8 @@ def test_the_readmes_commands_are_understood(command):
         make = ["make", "-n", "-C", str(ROOT), f"PYTHON={sys.executable}", "VENV=nowhere"]
         shown = subprocess.run([*make, *words[1:]], capture_output=True, text=True)
         assert shown.returncode == 0, shown.stderr
+        assert all(word.removeprefix("ARGS=") in shown.stdout for word in words if word.startswith("ARGS="))
+        assert words[1] != "lab" or ("--allow-root" in shown.stdout) == (os.getuid() == 0)  # which JupyterLab asks for
     elif "kvutils" in words[0].split("/") or "kvutils" in words:
         arguments = words[next(i for i, word in enumerate(words) if word.split("/")[-1] == "kvutils") + 1:]
         assert arguments[0] == "VERB" or cli.parser().parse_args(arguments).verb in VERBS or "--help" in arguments
