@@ -577,6 +577,7 @@ def test_results_follow_from_the_files_alone(tables, tmp_path):
         write_frame(tmp_path / f"{name}.parquet", table.frame())
     again = {name: type(table).of_frame(read_frame(tmp_path / f"{name}.parquet")) for name, table in tables.items()}
     assert to_json(results(again, PARAMETERS)) == to_json(direct) and set(direct["claims"]) == {"C5", "C6", "X2", "X4"}
+    assert all(len(row) == len(each["header"]) for each in direct["tables"] for row in each["rows"]) and len(direct["tables"][2]["rows"]) == 6
     assert results(tables, {"parameters": PARAMETERS["parameters"] | {"layers": [-1, 4]}})["blocking"] == direct["blocking"]
     assert [sample.id for sample in again["mme"].task.samples] == [sample.id for sample in tables["mme"].task.samples]
     assert np.array_equal(again["keys"].layout.rects, tables["keys"].layout.rects, equal_nan=True)

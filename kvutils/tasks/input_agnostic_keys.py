@@ -56,7 +56,7 @@ def _first_images(samples: list[YesNoSample], count: int) -> list[YesNoSample]:
 
 
 def results(tables: Mapping, about: Mapping) -> dict:
-    """All that notebook 03 derives from what it has measured, JSON-able: `keys`, `knock_out`, `blocking`, `sweep`, `claims`, `finding`.
+    """All that notebook 03 derives from what it has measured, JSON-able: `keys`, `knock_out`, `blocking`, `sweep`, `claims`, `finding`, `tables`.
 
     tables: `keys` and `keys_untrained` (`KeyTable`; the first with `turned`), `reading` (`KnockOut`), and `Answers`: `pope` and `mme` under
     every block, `sweep` and `sweep_held_out` of `ask_sweep`. about: the notebook's `parameters`."""
@@ -86,7 +86,28 @@ def results(tables: Mapping, about: Mapping) -> dict:
         "sweep": sweep(tables["sweep"], tables["sweep_held_out"], total, *options),
         "claims": claims,
         "finding": finding,
+        "tables": _tables(described, compared, blocks, pope, mme),
     }  # fmt: skip
+
+
+def _tables(described: Mapping, compared: Mapping, blocks: Mapping, pope: Mapping, mme: Mapping) -> list[dict]:
+    """For REPORT.md: {title, header, rows} of every block, of the scores without one, and of the keys of every layer."""
+    changed = [[name, f"{each['keys']:.0f}", f"{each['mass']:.1%}", interval_text(pope["families"][name]["headline"], 2, True, 100),
+                interval_text(mme["families"][name]["headline"], 2, True)] for name, each in blocks["families"].items()]  # fmt: skip
+    scores = [[found["plain"]["title"], subset, metric, interval_text(each, 1 if metric == "score" else 3), each["n"]]
+              for found in (pope, mme) for subset, metrics in found["plain"]["scores"].items() for metric, each in metrics.items()]  # fmt: skip
+    curves = (described["shares"]["raw"], described["shares"]["near_constant"], compared["near_constant"]["untrained"],
+              described["foreground"]["correlation"], described["sinks"]["raw"]["mass"])  # fmt: skip
+    keys = [[layer, each["two_modes"], *(interval_text(curve["layers"][layer], 2) for curve in curves)]
+            for layer, each in enumerate(described["modes"]["layers"])]  # fmt: skip
+    return [
+        {"title": "what each block changes", "rows": changed,
+         "header": ["keys hidden", "how many", "attention they receive", "POPE F1 (points)", "MME score (points)"]},
+        {"title": "scores without a block", "rows": scores, "header": ["", "subset", "metric", "value", "questions"]},
+        {"title": "keys of every layer", "rows": keys, "header": [
+            "layer", "two modes", "share below the threshold", "near-constant", "untrained", "r of log-variance and foreground",
+            "attention minus others'"]},
+    ]  # fmt: skip
 
 
 def claim_c5(described: Mapping) -> dict:
