@@ -237,6 +237,25 @@ def test_what_cannot_be_explored_is_an_error_of_the_cell(models, images, words):
         kv.explore(mlm, IMAGE, context=IMAGE)
 
 
+def test_a_model_that_fails_leaves_nothing_behind():
+    before = len(widgets())
+    with pytest.raises(kv.errors.ImageError, match="too thin"):
+        kv.explore(tiny("qwen2_5_vl"), picture(900, 4))
+    assert len(widgets()) == before
+    broken = tiny_pocket()
+    with torch.no_grad():
+        broken.model.model.language_model.layers[2].self_attn.v_proj.bias.fill_(float("nan"))
+    explorer = kv.explore(broken, IMAGE)
+    assert "image/png" not in explorer._repr_mimebundle_()[0]
+    with pytest.raises(kv.errors.ModelError, match="not finite in layer 2"):
+        explorer.answer("similar", VALUE | {"layer": 2})
+    assert explorer.answer("similar", VALUE)[1]
+
+
+def widgets() -> list:
+    return [each for each in gc.get_objects() if type(each) is Explorer and each.comm is not None]
+
+
 def test_memory_is_freed_and_read_again_when_it_is_needed():
     first = kv.explore(tiny_pocket(), IMAGE)
     first.answer("ask", {"question": QUESTION})

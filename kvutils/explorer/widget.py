@@ -5,6 +5,7 @@ anywidget, because a canvas of one's own then is one JavaScript file beside this
 call ends the kernel or the widget. Arrays are little-endian, over all N image tokens of a panel."""
 
 import base64
+import contextlib
 import io
 import logging
 import weakref
@@ -69,7 +70,11 @@ class Explorer(anywidget.AnyWidget):
         super().__init__()
         self.panels = list(panels)
         self.on_msg(Explorer._receive)
-        self.answer("open")  # a picture that cannot be read is an error of the cell
+        try:
+            self.answer("open")
+        except BaseException:  # a picture that cannot be read is an error of the cell, and leaves nothing behind
+            self.close()
+            raise
 
     def __repr__(self) -> str:
         return f"Explorer({'; '.join(f'{len(panel.layout)} image tokens of {panel.name} in {panel.mlm.name}' for panel in self.panels) or 'closed'})"
@@ -77,7 +82,9 @@ class Explorer(anywidget.AnyWidget):
     def _repr_mimebundle_(self, **_) -> tuple[dict, dict]:
         """The widget, and a plain picture of it for readers without a kernel, such as on GitHub."""
         data, metadata = super()._repr_mimebundle_()
-        return data | {"image/png": base64.b64encode(self.picture()).decode()}, metadata
+        with contextlib.suppress(KVUtilsError):  # such as values that are not finite, which the widget says
+            data["image/png"] = base64.b64encode(self.picture()).decode()
+        return data, metadata
 
     def close(self) -> None:
         """Free all memory and take the widget out of every view."""
