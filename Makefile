@@ -29,7 +29,7 @@ $(foreach name,KVUTILS_DATA KVUTILS_OUT KVUTILS_CACHE KVUTILS_SAMPLES HF_HOME,$(
   $(or $(shell $(PYTHON) -c '$(ABSOLUTE)' $(call quoted,$($(name)))),$($(name))))))
 
 .DEFAULT_GOAL := help
-.PHONY: help install replicate test test-code test-notebooks test-browser lab figures report site bench data train clean distclean plan rehearse
+.PHONY: help install replicate test test-code test-notebooks test-browser lab figures report check site bench data train clean distclean plan rehearse
 
 help:  ## list every target with a line each
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -97,6 +97,9 @@ figures: $(STAMP)  ## redraw every figure from the stored results (seconds, no m
 
 report: $(STAMP)  ## write the verdicts into data/results and README.md
 	@$(RUN) -m kvutils report
+
+check: $(STAMP)  ## compute all results again from what runs left per item (ARGS=FOLDER: of one run)
+	@$(RUN) -m kvutils check $(ARGS)
 
 site: $(STAMP)  ## build the static site into build/site: notebooks, verdicts, API pages, an explorer without a kernel
 	@$(RUN) .ci/site.py $(ARGS)
