@@ -198,7 +198,7 @@ def test_figures_take_any_interval_and_any_depth():
     found = {"mean": 0.5, "low": 0.4, "high": None}  # undefined: its place stays empty
     along_the_flow(axis, {f"value.{layer}": found for layer in range(28)}, {"value": SOURCE_STYLE["value"]})
     labels = [tick.get_text() for tick in axis.get_xticklabels()[:7]]
-    assert labels == ["pixels", "SigLIP", "encoder", "projector", "first projection", "1", "4"]
+    assert labels == ["pixels", "SigLIP", "encoder", "projector", "first projection", "1", "5"]
     plt.close("all")
 
 

@@ -10,7 +10,6 @@ from kvutils.plots import style
 from kvutils.plots.style import BEFORE, COLOURS, along_the_flow, decode_image, forest, in_order, layers_text, legend_below, panels, picture, styled
 
 SIX = style.TASK_ORDER[:6]  # the tasks of the claims
-CURVES = {family: style.SOURCE_STYLE[family] for family in ("value", "untrained.value", "shuffled.value")}
 
 
 def _label(source: str) -> str:
@@ -131,7 +130,7 @@ def layer_curves(tasks: Mapping[str, Mapping]) -> Figure:
     figure, axes = panels(len(tasks), 3, 2.8, 2.5, sharex=True)
     for axis, summary in zip(axes, tasks.values(), strict=True):
         sources, control = summary["sources"], summary.get("value_best", {}).get("minus", {}).get("control")
-        along_the_flow(axis, sources, CURVES)
+        along_the_flow(axis, sources, style.SOURCE_STYLE)
         if "projector" in sources:
             axis.axhline(sources["projector"]["mean"], color="black", lw=0.7, ls=(0, (6, 4)), label="projector, carried on")
         axis.set_title(summary["title"].replace("-expression", ""), fontsize=9)
