@@ -27,7 +27,7 @@ from kvutils.images import ImageLike, open_image
 from kvutils.keys import KeySelection
 from kvutils.language import Continuation, Piece, Prefix, check_masks, embed, prefill
 from kvutils.layout import TokenLayout
-from kvutils.models import MLM
+from kvutils.models import MLM, need_mlm
 from kvutils.prompts import Options, PromptTokens, end_tokens, for_all, per_question, prepare_text
 from kvutils.vision import VisionInputs, encode_images, in_batches, prepare_images
 
@@ -80,6 +80,7 @@ class SessionBatch(contextlib.AbstractContextManager):
     @torch.no_grad()
     def __init__(self, mlm: MLM, images: Sequence[Pictures], prefix: str | None = None, tokens: PromptTokens | None = None,
                  vision: VisionInputs | None = None):  # fmt: skip
+        need_mlm(mlm)
         check_masks(mlm, range(mlm.num_layers))
         rows = [_as_list(row) for row in _as_list(images)]
         if not rows or not all(rows):
@@ -161,10 +162,10 @@ class SessionBatch(contextlib.AbstractContextManager):
 
     def _asked(self, questions, options) -> list[_Asked]:
         """The questions as tokens, each with its options."""
-        single = isinstance(questions, str) or any(isinstance(texts, str) or not len(texts) for texts in questions)
+        single = isinstance(questions, str) or any(isinstance(texts, str) or not isinstance(texts, Sequence) or not texts for texts in questions)
         if single or len(questions) != len(self._layouts):
-            raise ParameterError(f"expected a list of at least one question for each of {len(self._layouts)} prompts, "
-                                 f"not {questions!r}")  # fmt: skip
+            raise ParameterError(f"expected a list of at least one question for each of {len(self._layouts)} prompts, not {questions!r}; "
+                                 "a single question is [question]")  # fmt: skip
         asked = []
         for row, (texts, choices) in enumerate(zip(questions, per_question(options, questions), strict=True)):
             images = len(self._layouts[row])
@@ -230,7 +231,8 @@ def answer_all(mlm: MLM, samples: Iterable[tuple[str, Pictures, Sequence[str]]],
 
 def _as_list(images) -> list:
     """A single picture becomes a list of one."""
-    return [images] if images is None or isinstance(images, str | PathLike | Image.Image) else list(images)
+    several = isinstance(images, Iterable) and not isinstance(images, str | PathLike | Image.Image | np.ndarray | torch.Tensor)
+    return list(images) if several else [images]
 
 
 @dataclass(eq=False)

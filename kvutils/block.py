@@ -7,17 +7,17 @@ The weights, the cache and the keys themselves stay as they are. Each chosen lay
 (B, H, queries, keys), in which the query heads h = g*H/G .. (g+1)*H/G - 1 that KV head g serves do not see the keys chosen
 for g; the softmax runs over the rest."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
 
-from kvutils.errors import DataError, ParameterError, one_of
+from kvutils.errors import DataError, ParameterError, of_kind, one_of
 from kvutils.keys import KeySelection
 from kvutils.language import check_masks
 from kvutils.layout import TokenLayout
-from kvutils.models import MLM
+from kvutils.models import MLM, need_mlm
 
 Slots = TokenLayout | Sequence[TokenLayout] | np.ndarray | torch.Tensor | Sequence[int]
 
@@ -38,6 +38,8 @@ def block_keys(mlm: MLM, selection: KeySelection, slots: Slots, queries: str = "
     whose queries all come before is untouched, and so is every layer without a selected key. Blocks inside each other act
     together. At the end, or after an exception, the model is as it was. Raises ModelError (attention that takes no mask),
     DataError, ParameterError; inside, ParameterError for a slot beyond the sequence or a batch that the rows do not fit."""
+    need_mlm(mlm)
+    of_kind("selection", selection, KeySelection, "a KeySelection, such as select_region gives")
     one_of("queries", queries, ("after", "all"))
     rows = slot_rows(slots)
     _, heads, tokens = selection.mask.shape
@@ -62,6 +64,8 @@ def slot_rows(slots: Slots) -> np.ndarray:
         slots = slots.slots
     elif isinstance(slots, torch.Tensor):
         slots = slots.cpu().numpy()
+    elif not isinstance(slots, Sized):
+        raise DataError(f"slots: expected a TokenLayout, such as capture.layout, or integers (N,), found {type(slots).__name__}")
     elif len(slots) and isinstance(slots[0], TokenLayout | np.ndarray):
         slots = [one.slots if isinstance(one, TokenLayout) else one for one in slots]
         if len(sizes := sorted({len(one) for one in slots})) > 1:

@@ -5,12 +5,13 @@ import json
 import logging
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from os import PathLike, fspath
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
 from kvutils import data_folder
-from kvutils.errors import DataError, ModelError, ask_hub, one_of
+from kvutils.errors import DataError, ModelError, ask_hub, of_kind, one_of
 
 ONEVISION, QWEN, NEXT = FAMILIES = ("llava_onevision", "qwen2_5_vl", "llava_next")  # config.model_type
 _POCKET = data_folder() / "pocket"
@@ -57,8 +58,10 @@ def original_encoder(model: str) -> str:
     return "pocket-siglip" if known and known.profile == "pocket" else "siglip-so400m"
 
 
-def find_model(name: str, known: dict[str, ModelSpec] = MODELS) -> ModelSpec:
+def find_model(name: str | PathLike, known: dict[str, ModelSpec] = MODELS) -> ModelSpec:
     """The specification of a name, folder or hub id; ModelError with the names that exist for an unknown one."""
+    of_kind("a model", name, (str, PathLike), "a name, a folder or a hub id")
+    name = fspath(name)
     base, at, revision = name.partition("@")
     if at and not Path(name).is_dir():
         spec = find_model(base, known)

@@ -64,12 +64,18 @@ def at_least(name: str, value: object, least: int = 1) -> None:
         raise ParameterError(f"{name} must be a whole number of at least {least}, not {value!r}")
 
 
+def of_kind(what: str, value: object, kinds: type | tuple[type, ...], expected: str) -> None:
+    """ParameterError unless `value` is of one of the types. expected: what should be there, and what gives it."""
+    if not isinstance(value, kinds):
+        raise ParameterError(f"{what}: expected {expected}, found {type(value).__name__} {str(value)[:60]!r}")
+
+
 def one_of(what: str, value: object, choices: Iterable, kind: type[KVUtilsError] | None = None) -> None:
     """An error of `kind` (default ParameterError) that names the choices, and the nearest, unless `value` is one of them."""
     choices = list(choices)
     if value not in choices:
         near = get_close_matches(str(value), map(str, choices), 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        hint = f" (did you mean {next(each for each in choices if str(each) == near[0])!r}?)" if near else ""
         raise (kind or ParameterError)(f"unknown {what} {value!r}{hint}; expected one of {', '.join(map(str, choices))}")
 
 

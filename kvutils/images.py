@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import struct
 import zlib
 from os import PathLike, fspath
@@ -28,17 +29,21 @@ def open_image(image: ImageLike, name: str = "image", max_pixels: int = MAX_PIXE
     to 8 bits, CMYK, palette and greyscale become RGB; of an animation the first frame is taken. `name` says in errors
     which argument is meant (paths name themselves). Raises `ImageError`."""
     if not isinstance(image, ImageLike):
-        raise ImageError(f"{name}: expected a path or a PIL.Image, not {type(image).__name__}; PIL.Image.fromarray makes one of an array")
+        how = ("one picture is meant here, not several" if isinstance(image, list | tuple) else
+               "PIL.Image.fromarray makes one of an array (height, width, 3) uint8, PIL.Image.open(io.BytesIO(...)) one of bytes")  # fmt: skip
+        raise ImageError(f"{name}: expected a path or a PIL.Image, not {type(image).__name__}; {how}")
     name = name if isinstance(image, Image.Image) else fspath(image)
-    if name.startswith(("http://", "https://")):
-        raise ImageError(f"{name}: addresses are not fetched; download the picture and pass its path")
     try:
         if isinstance(image, Image.Image):
             return _to_rgb(image, name, max_pixels)
-        with Image.open(image) as opened:
+        if "://" in name:
+            raise ImageError(f"{name}: addresses are not fetched; download the picture and pass its path")
+        if os.path.isdir(path := os.path.expanduser(name)):
+            raise ImageError(f"{name} is a folder, and a picture is meant; name the files in it, such as {os.path.join(name, 'photo.jpg')}")
+        with Image.open(path) as opened:
             return _to_rgb(opened, name, max_pixels)
     except MALFORMED as error:
-        raise ImageError(f"{name}: the picture cannot be read ({error})") from error
+        raise ImageError(f"{name}: the picture cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
 def orientation(image: Image.Image) -> int:

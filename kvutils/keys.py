@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kvutils.errors import DataError, ParameterError, at_least, one_of
+from kvutils.errors import DataError, ParameterError, at_least, of_kind, one_of
 from kvutils.images import ImageLike
 from kvutils.kvcache import Capture, capture
 from kvutils.language import resolve_layers
 from kvutils.layout import TokenLayout
-from kvutils.models import MLM
+from kvutils.models import MLM, need_mlm
 
 _SUMS = ("mean", "sum_squares", "sum_norms")
 
@@ -51,6 +51,7 @@ class KeyVariance:
         """Add B images and return itself. keys: (B, ..., D), any float type, every call the same (..., D).
 
         Raises DataError for another shape and for keys that are not finite (half precision may have overflowed)."""
+        keys = torch.as_tensor(keys)
         if self.mean is not None and keys.shape[1:] != self.mean.shape:
             raise DataError(f"keys of shape (B, *{tuple(self.mean.shape)}) were expected, found {tuple(keys.shape)}; "
                             "give every image the same token grid (same resize)")  # fmt: skip
@@ -161,7 +162,8 @@ class KeySelection:
     layers: tuple[int, ...]
 
     def __post_init__(self):
-        mask, layers = torch.as_tensor(self.mask), tuple(self.layers)
+        of_kind(f"mask of {self.name}", self.mask, (torch.Tensor, np.ndarray, list), "a bool tensor or array (L, G, N)")
+        mask, layers = torch.as_tensor(self.mask), tuple(self.layers) if isinstance(self.layers, Iterable) else (self.layers,)
         if mask.dtype != torch.bool or mask.ndim != 3 or len(mask) != len(layers):
             raise DataError(f"{self.name}: the mask must be bool of shape (L, G, N) for the {len(layers)} layers {layers}, "
                             f"found {mask.dtype} {tuple(mask.shape)}")  # fmt: skip
@@ -178,7 +180,7 @@ class KeySelection:
 
     def restrict(self, layers: Iterable[int]) -> KeySelection:
         """The same selection in some of its layers only."""
-        layers = tuple(layers)
+        layers = tuple(layers) if isinstance(layers, Iterable) else (layers,)
         for layer in layers:
             one_of(f"layer of the selection {self.name!r}", layer, self.layers)
         return KeySelection(self.name, self.mask[[self.layers.index(layer) for layer in layers]], layers)
@@ -192,8 +194,13 @@ def select_region(mlm: MLM, layout: TokenLayout, region: Sequence[float] | np.nd
     mask (height, width) bool, counted by its pixels. Where base view and tiles show the picture, the tokens of both are chosen.
     layers as in `capture`; heads: key-value heads, None for all. Raises ParameterError for a box that is not in the picture, for layers
     and heads that the model lacks and for a region that holds half of no token, DataError for a mask of another size."""
+    need_mlm(mlm)
+    of_kind("layout", layout, TokenLayout, "a TokenLayout, such as capture.layout")
     tokens, size = np.flatnonzero((layout.rects[:, 2:] > layout.rects[:, :2]).all(axis=1)), np.array(layout.image_size)
-    found = region.numpy(force=True) if isinstance(region, torch.Tensor) else np.array(region)
+    try:
+        found = region.numpy(force=True) if isinstance(region, torch.Tensor) else np.array(region)
+    except ValueError:  # a ragged list: no box
+        found = np.array(str(region))
     low, high = layout.rects[tokens, :2], layout.rects[tokens, 2:]
     if found.ndim == 2:
         if found.dtype != bool or found.shape != layout.image_size[::-1]:

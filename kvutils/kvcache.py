@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from kvutils.errors import ParameterError
+from kvutils.errors import ParameterError, at_least, one_of
 from kvutils.images import ImageLike
 from kvutils.language import embed, read_layers, resolve_layers
 from kvutils.layout import TokenLayout
-from kvutils.models import MLM
+from kvutils.models import MLM, usable_device
 from kvutils.prompts import prepare_text
 from kvutils.vision import VisionInputs, compact, encode_images, over_images, prepare_images
 
@@ -61,7 +61,10 @@ class Capture:
 
     def select(self, index) -> "Capture":
         """The capture of some tokens: integer indices, as from `layout.spatial()`, or a bool mask over N."""
-        index = np.arange(len(self.layout))[np.asarray(index)]
+        try:
+            index = np.arange(len(self.layout))[np.asarray(index)]
+        except IndexError as error:
+            raise ParameterError(f"index: expected integers below {len(self.layout)}, or as many booleans ({error})") from error
         rows = {name: t.index_select(-2, torch.from_numpy(index).to(t.device)) for name, t in self._tensors().items()}
         return replace(self, layout=self.layout.select(index), **rows)
 
@@ -72,11 +75,13 @@ class Capture:
         tensor = getattr(self, name)
         if tensor is None:
             raise ParameterError(f"{name} were not captured; pass {name}=True to capture")
+        at_least("layer", layer, 0)
         if layer not in self.layers:
             raise ParameterError(f"layer {layer} was not captured; captured: {self.layers}")
         tensor = tensor[self.layers.index(layer)]  # (G, N, D)
-        if head is not None and not 0 <= head < len(tensor):
-            raise ParameterError(f"head {head} does not exist: there are key-value heads 0..{len(tensor) - 1}")
+        if head is not None:
+            at_least("head", head, 0)
+            one_of("key-value head", head, range(len(tensor)))
         return tensor.transpose(0, 1).flatten(1) if head is None else tensor[head]
 
 
@@ -92,7 +97,7 @@ def capture(mlm: MLM, images: Iterable[ImageLike], prefix: str | None = None, la
     features adds encoder and projector. to: where results go (None: the model's device). With on_capture(index, capture)
     nothing is kept and None is returned, and `images` may be a generator: memory stays constant. A batch that does not fit
     the device is halved. Raises ImageError, ParameterError, MemoryLimitError."""
-    layers = resolve_layers(mlm, layers)
+    layers, to = resolve_layers(mlm, layers), to if to is None else usable_device(to)
 
     def run(pictures: Sequence[Image.Image], names: Sequence[str]) -> list[Capture]:
         return capture_prepared(mlm, prepare_images(mlm, pictures, names), prefix, layers, keys=keys, values=values,
@@ -100,7 +105,9 @@ def capture(mlm: MLM, images: Iterable[ImageLike], prefix: str | None = None, la
 
     captures = over_images(run, images, batch_size, progress)
     if on_capture is None:
-        return list(captures)
+        if not (found := list(captures)):
+            raise ParameterError("images is empty: expected at least one picture; does the pattern or folder that they come from match any?")
+        return found
     for index, one in enumerate(captures):
         on_capture(index, one)
     return None

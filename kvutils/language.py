@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kvutils.errors import ModelError, ParameterError
-from kvutils.models import MLM, QWEN
+from kvutils.models import MLM, QWEN, need_mlm
 from kvutils.prompts import TextInputs
 
 Store = Callable[[int, torch.Tensor, torch.Tensor], None]
@@ -26,11 +26,13 @@ _PREFIX, _PADDING = -1, -2  # owners of tokens that no question has
 
 def resolve_layers(mlm: MLM, layers: str | int | Iterable[int]) -> tuple[int, ...]:
     """Increasing layer numbers of "all", a number, or several; negative numbers count from the end."""
+    need_mlm(mlm)
     wanted = range(mlm.num_layers) if isinstance(layers, str) and layers == "all" else layers
-    wanted = [wanted] if isinstance(wanted, int | np.integer | str) else list(wanted)
+    wanted = list(wanted) if isinstance(wanted, Iterable) and not isinstance(wanted, str) else [wanted]
     for layer in wanted:
-        if not isinstance(layer, int | np.integer) or not -mlm.num_layers <= layer < mlm.num_layers:
-            raise ParameterError(f"layer {layer!r} does not exist: {mlm.name} has layers 0..{mlm.num_layers - 1}, or \"all\"")
+        if isinstance(layer, bool) or not isinstance(layer, int | np.integer) or not -mlm.num_layers <= layer < mlm.num_layers:
+            raise ParameterError(f"layer {layer!r} does not exist: {mlm.name} has layers 0..{mlm.num_layers - 1}, given as a number, a list of "
+                                 'numbers or "all"')  # fmt: skip
     if not wanted:
         raise ParameterError('no layers asked for; pass "all" or at least one layer number')
     return tuple(sorted({int(layer) % mlm.num_layers for layer in wanted}))

@@ -96,9 +96,7 @@ class TokenLayout:
 
         points (K, 2) x, y in image pixels, clipped to the image. Pixels that no token sees (the rim that patches do not
         divide) go to the nearest one."""
-        points = np.asarray(points, dtype=np.float64).reshape(-1, 2)
-        if not np.isfinite(points).all():
-            raise DataError("points must be finite x, y pixel coordinates")
+        points = check_points(points)
         index, ys, xs = self._grid(view)
         row = _interval_at(ys, np.clip(points[:, 1], 0, self.image_size[1] - 1e-9))
         column = _interval_at(xs, np.clip(points[:, 0], 0, self.image_size[0] - 1e-9))
@@ -106,6 +104,7 @@ class TokenLayout:
 
     def to_pixels(self, scores: torch.Tensor, view: str | None = None) -> torch.Tensor:
         """Token scores (..., N) -> pixel scores (..., H, W): bilinear between centres, constant beyond."""
+        scores = torch.as_tensor(scores)
         if scores.shape[-1] != len(self):
             raise ParameterError(f"scores must end in N = {len(self)}, not {tuple(scores.shape)}")
         dtype = scores.dtype if scores.dtype in (torch.float32, torch.float64) else torch.float32
@@ -144,6 +143,20 @@ def _interpolation(centers: np.ndarray, size: int) -> torch.Tensor:
     position = np.interp(np.arange(size) + 0.5, centers, np.arange(len(centers)))
     weights = 1 - np.abs(position[:, None] - np.arange(len(centers)))
     return torch.from_numpy(weights.clip(0))
+
+
+def check_points(points, size: tuple[float, float] = (np.inf, np.inf), where: str = "points") -> np.ndarray:
+    """(K, 2) float64 of points x, y; DataError unless all are finite and lie in a picture of (width, height), if that is given."""
+    try:
+        points = np.asarray(points, dtype=np.float64).reshape(-1, 2)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where}: expected points (K, 2) of x, y pixel coordinates, found {str(points)[:60]!r}") from error
+    inside = np.isfinite(points).all(axis=1) & ((points >= 0) & (points < size) | np.isinf(size)).all(axis=1)
+    if not inside.all():
+        x, y = points[~inside][0]
+        raise DataError(f"{where}: the point ({x:g}, {y:g}) is outside its image of {size[0]} x {size[1]} pixels; "
+                        "points are x, y in pixels of the original image")  # fmt: skip
+    return points
 
 
 def tiling(mlm, image_size: tuple[int, int]) -> tuple[int, int]:

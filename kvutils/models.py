@@ -20,7 +20,7 @@ from kvutils.checkpoints import NEXT as NEXT
 from kvutils.checkpoints import ONEVISION as ONEVISION
 from kvutils.checkpoints import base_name as base_name
 from kvutils.checkpoints import original_encoder as original_encoder
-from kvutils.errors import KVUtilsError, MemoryLimitError, ModelError, ParameterError, at_least, one_of, writing
+from kvutils.errors import KVUtilsError, MemoryLimitError, ModelError, ParameterError, at_least, of_kind, one_of, writing
 from kvutils.layout import check_mlm
 from kvutils.processors import PROMPTS, load_processor, quiet_transformers, render, turn_of
 
@@ -93,6 +93,7 @@ class MLM:
         image tokens and question are given to the template as one text, a line each."""
         token = self.processor.image_token
         for name, text in (("prefix", prefix or ""), ("question", question or "")):
+            of_kind(name, text, str, "a text")
             if token in text or not text.isascii() and text != text.encode(errors="replace").decode():  # of a terminal in another code
                 raise ParameterError(f"{name} must be UTF-8 text without the image token {token!r}, which kvutils places; found {text!r}")
         rest = [{"type": "image"}] * images + ([{"type": "text", "text": question}] if question else [])
@@ -144,11 +145,12 @@ def load_mlm(name: str, device: str | torch.device | None = None, dtype: str | t
     Only safetensors are read. Raises ModelError also where `check_mlm` finds the model to be another than the code expects."""
     spec = find_model(name)
     at_least("max_pixels (or 0)", max_pixels, 0)
+    at_least("seed", seed, 0)
     one_of("attention", attention, ("sdpa", "eager", "flash_attention_2", "flash_attention_3"))
     one_of("form of prompts", prompts, PROMPTS)
     if device_map is not None and (device is not None or untrained):
         raise ParameterError("device_map places a trained checkpoint itself: pass no device and no untrained")
-    chosen, device = device, _device(device)
+    chosen, device = device, usable_device(device)
     need_model(spec)
     with _reading(spec, device):
         config = AutoConfig.from_pretrained(spec.source, revision=spec.revision)
@@ -186,9 +188,14 @@ def wrap_mlm(model: PreTrainedModel, processor, name: str = "custom", base_view_
     return MLM(model.eval(), processor, name, model.config.model_type, "in memory", base_view_only)
 
 
+def need_mlm(mlm: object) -> None:
+    """ParameterError for all but an `MLM`, such as its name."""
+    of_kind("the model", mlm, MLM, 'an MLM, as load_mlm("pocket") gives it')
+
+
 def load_encoder(name: str, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Encoder:
     """Load a SigLIP vision tower by its name in `ENCODERS`, a folder or a hub id."""
-    spec, device = find_model(name, ENCODERS), _device(device)
+    spec, device = find_model(name, ENCODERS), usable_device(device)
     need_model(spec)
     with _reading(spec, device), quiet_transformers():
         model = _pretrained(SiglipVisionModel, spec, dtype=_dtype(dtype, spec, device)).to(device)
@@ -233,13 +240,17 @@ def placement(config, dtype: torch.dtype, device: torch.device) -> dict[str, int
     return infer_auto_device_map(model, memory, model._no_split_modules)
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """The device of a name, or the default one of `load_mlm`; ParameterError for one that this machine cannot compute on."""
     if device is None and torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     try:
-        return torch.empty(0, device=device or "cpu").device
-    except (RuntimeError, AssertionError) as error:
-        raise ParameterError(f"device {device!r} is not usable: {error}") from error
+        if (found := torch.empty(0, device=device or "cpu").device).type != "meta":  # on which nothing is computed
+            return found
+        raise RuntimeError("it holds no numbers")
+    except (RuntimeError, AssertionError, TypeError) as error:
+        said = str(error).splitlines()[0][:200]
+        raise ParameterError(f"device {device!r} is not usable: expected cpu, cuda or cuda:1, for example ({said})") from error
 
 
 def _dtype(dtype: str | torch.dtype | None, spec: ModelSpec, device: torch.device) -> torch.dtype:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from kvutils.errors import KVUtilsError, ParameterError
+from kvutils.errors import KVUtilsError, ParameterError, at_least, of_kind
 
 DIRECTIONS = 4  # preconditioned gradient and the last three steps; more gained nothing measurable
 REFRESH = 5  # iterations between preconditioners: separable data leave the curvature at zero far behind
@@ -100,12 +100,19 @@ def fit_linear_probe(X: Tensor, y: Tensor, num_classes: int = 2, strength: float
     >>> probe = fit_linear_probe(support, labels).require_converged()   # (28, 720, 64), (720,)
     >>> scores = probe.logits(query)                                    # (28, 144, 64) -> (28, 144)
     """
-    X = torch.as_tensor(X)
+    try:
+        X, y = torch.as_tensor(X), torch.as_tensor(y)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ParameterError(f"fit_linear_probe: expected arrays of numbers, X (S, N, C) and labels y (N,) from 0 on ({error})") from error
+    if y.is_floating_point() and not (y == y.round()).all():
+        raise ParameterError("fit_linear_probe: expected whole numbers as labels y, found fractions")
+    of_kind("strength", strength, (int, float), "a number")
+    at_least("num_classes", num_classes, 2)
+    at_least("max_iter", max_iter)
     if X.ndim < 2 or X.numel() == 0:
         raise ParameterError(f"fit_linear_probe: expected X of shape (S, N, C), none of them 0, found {tuple(X.shape)}")
-    if num_classes < 2 or not 0 < strength < float("inf") or not tol > 0 or max_iter < 1:
-        raise ParameterError("fit_linear_probe: expected num_classes >= 2, strength > 0, tol > 0 and max_iter >= 1, found "
-                             f"{num_classes}, {strength}, {tol}, {max_iter}")
+    if not 0 < strength < float("inf") or not tol > 0:
+        raise ParameterError(f"fit_linear_probe: expected strength > 0 and tol > 0, found {strength}, {tol}")
     lead, (N, C) = X.shape[:-2], X.shape[-2:]
     dtype = torch.float64 if X.dtype == torch.float64 else torch.float32
 

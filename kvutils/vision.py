@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import TypeVar
 
+import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from PIL import Image
@@ -27,8 +28,8 @@ T, R = TypeVar("T"), TypeVar("R")
 
 def over_images(run: Callable[..., list[R]], images: Iterable[ImageLike], batch_size: int, progress: bool = False) -> Iterator[R]:
     """What run(opened images, their names in errors) gives, in order: `batch_size` images at a time, fewer as `in_halves`."""
-    if isinstance(images, str | PathLike | Image.Image):
-        raise ParameterError("images must be a list or another iterable of pictures, not a single one")
+    if isinstance(images, str | PathLike | Image.Image | np.ndarray | torch.Tensor) or not isinstance(images, Iterable):
+        raise ParameterError(f"images must be a list or another iterable of pictures, not a single {type(images).__name__}; write [picture]")
     named = ((one, str(one) if isinstance(one, str | PathLike) else f"images[{i}]") for i, one in enumerate(images))
     opened = ((open_image(one, name), name) for one, name in named)
     total = len(images) if isinstance(images, Sequence) else None

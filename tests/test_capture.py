@@ -330,9 +330,8 @@ def test_arguments_out_of_range(family, setting, call, said):
         call(replace(tiny(family), **setting))
 
 
-def test_bad_images_are_named_and_none_are_none(tmp_path):
+def test_bad_images_are_named(tmp_path):
     mlm = tiny_pocket()
-    assert capture(mlm, []) == [] and text_values(mlm, []).shape[0] == 0
     (tmp_path / "note.txt").write_text("not a picture")
     with pytest.raises(ImageError, match="note.txt"):
         capture(mlm, [IMAGES[0], tmp_path / "note.txt"])

@@ -115,7 +115,7 @@ def test_every_process_takes_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     for rank, index in (("0", 0), ("3", 3), ("5", 1)):
         monkeypatch.setenv("LOCAL_RANK", rank)
-        assert models._device(None) == torch.device("cuda", index)
+        assert models.usable_device(None) == torch.device("cuda", index)
 
 
 def test_weights_that_do_not_fit_say_so(folder, monkeypatch):

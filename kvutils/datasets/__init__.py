@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from os import PathLike
 from pathlib import Path
 
 from kvutils.datasets import bdd10k, blink, coco, davis, folder, imagenet_s, mme, msrc, pascal5i, pope, refcoco, spair
@@ -11,7 +12,7 @@ from kvutils.datasets.files import expect, find
 from kvutils.datasets.hub import HUB, holds_parquet, revision_of
 from kvutils.datasets.pocket import choices, yes_no
 from kvutils.datasets.pocket import sets as pocket
-from kvutils.errors import DataError, ParameterError, one_of
+from kvutils.errors import DataError, ParameterError, at_least, of_kind, one_of
 
 # The loader of each real data set and of its generated twin, which is named pocket-* after it.
 _LOADERS: dict[str, tuple[Callable[..., Iterable], Callable[..., Iterable]]] = {
@@ -69,7 +70,11 @@ def open_dataset(name: str, root: str | Path | None = None, **options) -> Sequen
     >>> len(open_dataset("pocket-davis-2017", count=2, frames=3))
     2
     """
+    if name not in DATASETS and Path(str(name)).is_dir():
+        raise DataError(f'{name} is a folder: open_dataset("folder", root="{name}")')
     one_of("data set", name, DATASETS, DataError)
+    of_kind("root", root, (str, PathLike, type(None)), "a folder")
+    at_least("seed", options.get("seed", 0), 0)
     loader = _EVERY[name]
     if name in _ON_DISK:
         options["root"] = find_root(name, root)

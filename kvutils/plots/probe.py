@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from matplotlib.figure import Figure
 
-from kvutils.plots.style import BEFORE_HANDLE, SOURCE_STYLE, along_the_flow, legend_below, panels, styled
+from kvutils.plots.style import BEFORE, BEFORE_HANDLE, SOURCE_STYLE, along_the_flow, legend_below, panels, styled
 
 FAMILIES = {family: SOURCE_STYLE[family] for family in ("value", "shuffled.value")}
 
@@ -15,6 +15,8 @@ def own_curves(tasks: Mapping[str, Mapping]) -> Figure:
     figure, axes = panels(len(tasks), len(tasks), 3.6, 3.3)
     for axis, each in zip(axes, tasks.values(), strict=True):
         along_the_flow(axis, each["sources"], FAMILIES)
+        for source, label in zip(BEFORE, axis.get_xticklabels(), strict=False):
+            label.set_visible(source in each["sources"])
         axis.set(title=f"{each['title']}\n{each['n']} items", ylabel=each["metric"], xlabel="before the language model | layer")
     legend_below(figure, axes, {"before the language model": BEFORE_HANDLE}, ncols=len(tasks))
     return figure

@@ -28,6 +28,7 @@ import torch
 from PIL import Image
 
 from kvutils.errors import MemoryLimitError, ModelError, one_of
+from kvutils.images import ImageLike, open_image
 from kvutils.kvcache import capture_prepared
 from kvutils.language import resolve_layers
 from kvutils.layout import TokenLayout
@@ -41,7 +42,7 @@ from kvutils.vision import VisionInputs, encode_images, in_halves, prepare_image
 HEADS = ("head.encoder_original", "head.encoder")
 STACK_BYTES = 2**31  # of features, in float32, that a task computes with at once
 FULL = 2 / 3  # of a GPU's memory: the features of further pictures live in main memory
-Item = tuple[str, Image.Image]  # image id (for errors) and upright RGB image
+Item = tuple[str, ImageLike]  # image id, for errors, and picture
 Opener = Callable[[], Image.Image]
 
 
@@ -164,6 +165,7 @@ class FeatureExtractor:
         Inf, which else is said by `not_finite`."""
         found = []
         for name, image in items:
+            image = open_image(image, name)
             found.append(self.image(name, picture_key(image), lambda image=image: image, prefix, sources))
             if checked and (lacking := sorted(found[-1].not_finite)):
                 raise ModelError(f"image {name}: {', '.join(lacking[:3])} of {self.mlm.name} hold NaN or Inf in {self.mlm.dtype}; "

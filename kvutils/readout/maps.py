@@ -9,7 +9,7 @@ from sklearn.decomposition import PCA
 
 from kvutils.errors import one_of
 from kvutils.images import encode_image
-from kvutils.layout import TokenLayout
+from kvutils.layout import TokenLayout, check_points
 from kvutils.readout.features import FeatureExtractor, ImageFeatures
 
 SHOWN = ("pixels", "encoder_original", "encoder", "projector")  # beside the values of every layer
@@ -49,7 +49,7 @@ def similarity_to_point(features: ImageFeatures, source: str, point: tuple[float
     """(N,) cosine similarity of every token of a source to the token under a point (x, y in image pixels), centred as in `directions`."""
     one_of("source", source, features.features)
     tokens = directions(features.features[source].cpu())
-    return (tokens @ tokens[int(features.layout.token_at(np.array([point]))[0])]).numpy()
+    return (tokens @ tokens[int(features.layout.token_at(check_points(point, features.layout.image_size))[0])]).numpy()
 
 
 def picture(extractor: FeatureExtractor, name: str, image: Image.Image, point: tuple[float, float],

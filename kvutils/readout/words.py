@@ -27,7 +27,7 @@ from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoTokenizer, SiglipModel, SiglipTextModel
 
 from kvutils import data_folder
-from kvutils.errors import ModelError, ParameterError
+from kvutils.errors import ModelError, ParameterError, at_least
 from kvutils.language import not_finite, read_layers, resolve_layers
 from kvutils.models import ENCODERS, MLM, Encoder
 from kvutils.processors import quiet_transformers
@@ -89,8 +89,9 @@ def text_values(mlm: MLM, texts: Sequence[str], layers: str | int | Iterable[int
     Every text is read without image or chat template: section 3.1 needs a vector in the space of the image values. It is
     read as it stands in a sentence, with a space before it, which byte-pair tokenizers make part of its first token.
     behind: tokens that are read before it and not averaged; default `start_tokens`."""
-    for text in texts:
-        if isinstance(texts, str) or not text.strip() or mlm.processor.image_token in text:
+    at_least("batch_size", batch_size)
+    for text in texts or [""]:
+        if isinstance(texts, str) or not isinstance(text, str) or not text.strip() or mlm.processor.image_token in text:
             raise ParameterError("texts must be a list of texts of at least one word each, without the image token; found "
                                  + repr(texts if isinstance(texts, str) else text))  # fmt: skip
     layers, before = resolve_layers(mlm, layers), list(start_tokens(mlm) if behind is None else behind)

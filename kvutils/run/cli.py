@@ -53,8 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return STOPPED
-    except (errors.KVUtilsError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (errors.KVUtilsError, OSError) as error:  # such as a name that is too long
+        said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        print(f"error: {said}", file=sys.stderr)
         return MISUSED
     except KeyboardInterrupt:
         try:

@@ -13,13 +13,13 @@ import torch
 from kvutils.answer import Answer, SessionBatch, spellings
 from kvutils.datasets.samples import MultipleChoice
 from kvutils.errors import DataError, at_least, one_of
-from kvutils.layout import TokenLayout
+from kvutils.layout import TokenLayout, check_points
 from kvutils.metrics.answers import LETTERS, blink_extract, read_letter
 from kvutils.models import MLM, ONEVISION, QWEN, Encoder
 from kvutils.readout.features import FeatureExtractor, image_tokens
 from kvutils.store import Frame, Parts, in_chunks
 from kvutils.tasks.base import by_layer
-from kvutils.tasks.value_readouts import POINTS, READOUTS, check_points, mean_similarity, point_similarity, style_similarity
+from kvutils.tasks.value_readouts import POINTS, READOUTS, mean_similarity, point_similarity, style_similarity
 from kvutils.vision import in_halves
 
 MAX_NEW_TOKENS = 128  # verbose models come to their letter late; an answer ends before, at its end token

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvutils.errors import DataError
-from kvutils.layout import TokenLayout
+from kvutils.layout import TokenLayout, check_points
 from kvutils.readout.matching import cosine_similarity
 
 # subtask -> its readouts; the first is the one that claims are about. Others of BLINK's subtasks have none: their
@@ -57,17 +56,6 @@ def point_similarity(images: Sequence[Tensor], layouts: Sequence[TokenLayout], r
         tokens = tokens.double()
         read.append(weights @ (tokens - tokens.mean(dim=-2, keepdim=True)))  # (S, points, C)
     return cosine_similarity(*read)[..., 0, :]
-
-
-def check_points(points, size: tuple[int, int], where: str) -> np.ndarray:
-    """(K, 2) float of points x, y; DataError unless all lie in an image of (width, height)."""
-    points = np.asarray(points, dtype=float).reshape(-1, 2)
-    inside = (points >= 0).all(axis=1) & (points < np.array(size)).all(axis=1)
-    if not inside.all():
-        x, y = points[~inside][0]
-        raise DataError(f"{where}: the point ({x:g}, {y:g}) is outside its image of {size[0]} x {size[1]} pixels; "
-                        "points are x, y in pixels of the original image")  # fmt: skip
-    return points
 
 
 def _with_first(vectors: Sequence[Tensor]) -> Tensor:
