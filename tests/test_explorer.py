@@ -160,12 +160,15 @@ def test_two_models_or_two_pictures_side_by_side():
     turned.save(png, "PNG")
     panels, _ = pair.answer("picture", {"panel": 1, "name": "mine.png"}, [memoryview(png.getvalue())])
     assert [each["title"] for each in panels["panels"]] == ["images[0]", "mine.png"]
-    text = pair.answer("code", {"state": {"mode": "similarity", "panel": 1, "from": 0, "token": 6, "source": "value", "layer": 1}})[0]["text"]
-    for name, variable in (("mine.png", "turned"), ("images[0]", "first")):
-        text = text.replace(f"# picture: the picture that was explored ({name})", f"picture = {variable}")
-    exec(text, names := {"mlm": mlm, "turned": turned, "first": IMAGE})
-    shown = floats(pair.answer("similar", {"panel": 1, "from": 0, "token": 6, "source": "value", "layer": 1}))
-    np.testing.assert_allclose(names["similarity"][:16], shown[:16], atol=1e-6)  # the last is a newline
+    of = {"panel": 1, "from": 0, "token": 6, "source": "value", "layer": 1}
+    for mode in ("similarity", "colours"):
+        text = pair.answer("code", {"state": of | {"mode": mode}})[0]["text"]
+        for name, variable in (("mine.png", "turned"), ("images[0]", "first")):
+            text = text.replace(f"# picture: the picture that was explored ({name})", f"picture = {variable}")
+        exec(text, names := {"mlm": mlm, "turned": turned, "first": IMAGE})
+        if mode == "similarity":
+            np.testing.assert_allclose(names[mode][:16], floats(pair.answer("similar", of))[:16], atol=1e-6)  # the last is a newline
+    np.testing.assert_array_equal(names["colours"], np.frombuffer(pair.answer("colours", of)[1][0], np.uint8).reshape(-1, 3)[:16])
 
 
 def test_a_tower_beside_the_model():

@@ -16,7 +16,8 @@ IMPORTS = {"torch": "", "kv": "", "Panel": "explorer.panel", "open_image": "imag
 
 def reproduce(panel: Panel, origin: Panel, state: Mapping) -> str:
     """Python of what `panel` shows, by the state of a view: mode, the parameters of its op, and block, those of a selection. origin: the
-    panel of the token. Attention is that of the last question asked. Raises ParameterError."""
+    panel of the token, or the one whose colours are made together with these. Attention is that of the last question asked. Raises
+    ParameterError."""
     mode, source, text = state.get("mode"), state.get("source"), state.get("text")
     one_of("mode", mode, ("similarity", "colours", "words", "attention", "selection"))
     layer, head = (state.get("layer"), state.get("head")) if source in LAYERED or mode == "attention" else (None, None)
@@ -24,18 +25,19 @@ def reproduce(panel: Panel, origin: Panel, state: Mapping) -> str:
     known = base_name(mlm.name) in MODELS and mlm.revision != "in memory" and not mlm.revision.startswith("untrained")
     lines.insert(0, f"mlm = kv.load_mlm({mlm.name!r})" if known else f"# mlm: the model that was explored ({mlm.name}, {mlm.revision})")
     lines += ["shot = kv.capture(mlm, [picture])[0]", "layout = shot.layout  # slots, rectangles and views of the N image tokens"]
-    if mode == "similarity":
-        token, row = origin.token(state.get("token")), "centred"
+    if mode in ("similarity", "colours"):
         lines += _tokens("tokens", panel, source, layer, head)
-        lines.append("centred = directions(tokens, image_tokens(layout))  # unit length, the mean of the finest view subtracted")
-        if origin is not panel and origin.mlm is mlm:
-            row = "other"
-            lines += [_given("picture", origin), "shot = kv.capture(mlm, [picture])[0]", *_tokens("tokens", origin, source, layer, head),
-                      "other = directions(tokens, image_tokens(shot.layout))"]  # fmt: skip
-        lines.append(f"similarity = centred @ {row}[{token if row == 'other' else panel.same_place(origin, token)}]  # (N,) cosine")
+        pair = origin is not panel and origin.mlm is mlm
+        second = [_given("picture", origin), "shot = kv.capture(mlm, [picture])[0]", *_tokens("others", origin, source, layer, head)] if pair else []
+    if mode == "similarity":
+        token, row = origin.token(state.get("token")), "other" if pair else "centred"
+        lines += ["centred = directions(tokens, image_tokens(layout))  # unit length, the mean of the finest view subtracted", *second]
+        lines += ["other = directions(others, image_tokens(shot.layout))"] if pair else []
+        lines.append(f"similarity = centred @ {row}[{token if pair else panel.same_place(origin, token)}]  # (N,) cosine")
     elif mode == "colours":
-        lines += [*_tokens("tokens", panel, source, layer, head),
-                  'colours = pca_colours([tokens.float().numpy()[~layout.is_newline]], "arpack")[0]  # of all tokens but newlines']  # fmt: skip
+        lines += ["real = [tokens.float().cpu().numpy()[~layout.is_newline]]", *second]
+        lines += ["real.append(others.float().cpu().numpy()[~shot.layout.is_newline])"] if pair else []
+        lines.append('colours = pca_colours(real, "arpack")[0]  # of all tokens but newlines')
     elif mode == "words":
         panel.words(text, source, layer)  # which says what cannot be
         name = source if layer is None else f"{source}.{layer}"
@@ -91,7 +93,7 @@ def _selection(panel: Panel, asked: Mapping) -> list[str]:
     if kind in ("agnostic", "lowest"):
         paths = [fspath(one) for one in panel.context if isinstance(one, str | PathLike)]
         lines += [f"context = {paths}" if len(paths) == len(panel.context) else f"# context: the {len(panel.context)} pictures that were passed",
-                  f"variance = kv.key_variance(mlm, [open_image(one).resize({panel.picture.size}) for one in context]).result"]  # fmt: skip
+                  f"variance = kv.key_variance(mlm, [open_image(one).resize({panel.picture.size}) for one in context]).result.cpu()"]  # fmt: skip
     lines += {
         "agnostic": ['mask = ((variance < variance_threshold(variance[..., real], mlm.name)["value"]) & real)[layers]'],
         "lowest": [f"mask = select_lowest(variance, real, {asked.get('share')}, layers).mask"],

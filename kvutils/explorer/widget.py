@@ -188,7 +188,10 @@ class Explorer(anywidget.AnyWidget):
 
     def _code(self, params: Mapping) -> Reply:
         state = params.get("state") or {}
-        return {"text": reproduce(self._panel(state), self._panel(state, "from"), state)}, []
+        panel, origin = self._panel(state), self._panel(state, "from")
+        if state.get("mode") == "colours":
+            origin = next((each for each in self.panels if each is not panel and each.mlm is panel.mlm), panel)
+        return {"text": reproduce(panel, origin, state)}, []
 
     def _close(self, params: Mapping) -> Reply:
         """Of the last view: what was read is freed, and read again if another view is opened."""
