@@ -318,7 +318,9 @@ def test_the_last_cells(root, monkeypatch, capsys):
     assert "| heads | together |" in run.choices({"heads": "together"}).data
     drawn = Mock()
     monkeypatch.setattr("kvutils.plots.draw_all", drawn)
-    run.finish(None, "It works.", parameters={"profile": "pocket", "model": "pocket", "seed": 1}, claims={"C1": MEASURED}, sources={"data": "toy"}, choices={"a": "b"})
+    about = {"parameters": {"profile": "pocket", "model": "pocket", "seed": 1}}
+    found = {"claims": {"C1": MEASURED}, "finding": "It works."}
+    run.finish(None, measured={}, about=about, results=found, sources={"data": "toy"}, choices={"a": "b"})
     assert capsys.readouterr().out == "It works.\n"
     drawn.assert_called_once_with(run.folder, run.figures, "01_stub")  # not what another notebook left, perhaps long ago
     stored = json.loads(run.results.read_text())

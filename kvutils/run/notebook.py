@@ -97,9 +97,8 @@ class Run:
         """The choices made where the paper is silent."""
         return table(("what", "our choice"), choices.items())
 
-    def finish(self, mlm: MLM, finding: str = "", *, measured: Mapping[str, items.Table] | None = None, about: Mapping | None = None,
-               results: Mapping | None = None, choices: Mapping, shown: Mapping | None = None, sources: Mapping | None = None,
-               **old: object) -> None:
+    def finish(self, mlm: MLM, *, measured: Mapping[str, items.Table], about: Mapping, results: Mapping, choices: Mapping,
+               shown: Mapping | None = None, sources: Mapping | None = None) -> None:  # fmt: skip
         """Write what was measured, the results and where they came from; draw the figures; print the finding.
 
         measured: the tables by name, and about: {"parameters": ..., and facts of the model such as "num_layers"}, of which the notebook's
@@ -109,10 +108,7 @@ class Run:
         came = provenance(mlm, **sources or {})
         came["machine"]["hours"] = float(f"{sum(sum(parts.seconds.values()) for parts in self.made) / 3600:.3g}")  # also of earlier starts
         write_json(self.folder / "provenance" / self.results.name, came)
-        if measured is None:  # a notebook that does not leave its items yet
-            results, about = {"finding": finding, **old}, {"parameters": old["parameters"]}
-        else:
-            items.write_items(self.folder, self.notebook, measured, about, choices, shown or {})
+        items.write_items(self.folder, self.notebook, measured, about, choices, shown or {})
         write_json(self.results, items.results_file(self.notebook, about, choices, results), digits=9)
         plots.draw_all(self.folder, self.figures, self.notebook)  # others' results may be of another version
         print(results["finding"])
