@@ -9,6 +9,8 @@ from os import PathLike, fspath
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from kvutils import data_folder
 from kvutils.errors import DataError, ModelError, ask_hub, of_kind, one_of
@@ -73,6 +75,10 @@ def find_model(name: str | PathLike, known: dict[str, ModelSpec] = MODELS) -> Mo
     folder = name and Path(name).is_dir()
     if not folder and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         one_of("model", name, [*known, "a folder", "a hub id org/name"], ModelError)
+    try:
+        folder or validate_repo_id(name)
+    except HFValidationError as error:
+        raise ModelError(f"{name!r} is neither a folder nor a hub id: {str(error).splitlines()[0]}") from error
     return ModelSpec(Path(name).name if folder else name, "", name, "custom")
 
 
@@ -103,8 +109,11 @@ def look_for_model(spec: ModelSpec) -> tuple[str, float]:
     return "", sum(file.size or 0 for file in info.siblings or () if file.rfilename.endswith(".safetensors")) / 1e9
 
 
-def need_model(spec: ModelSpec) -> None:
-    """ModelError for a checkpoint that is neither on this machine nor can be fetched: in one sentence, before the hub's client retries."""
-    if not Path(spec.source).is_dir() and not isinstance(try_to_load_from_cache(spec.source, "config.json", revision=spec.revision), str):
+def need_model(spec: ModelSpec, weights: bool = False) -> None:
+    """ModelError for a checkpoint that is neither on this machine nor can be fetched: in one sentence, before the hub's client retries.
+    weights: they too, not the configuration alone."""
+    if Path(spec.source).is_dir():
+        return  # what it lacks is said when it is read
+    if weights or not isinstance(try_to_load_from_cache(spec.source, "config.json", revision=spec.revision), str):
         if problem := look_for_model(spec)[0]:
             raise ModelError(f"{spec.name}: {problem}")

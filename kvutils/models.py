@@ -15,11 +15,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, SiglipVisionModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from kvutils.checkpoints import ENCODERS, FAMILIES, MODELS, QWEN, ModelSpec, find_model, need_model
-from kvutils.checkpoints import NEXT as NEXT
-from kvutils.checkpoints import ONEVISION as ONEVISION
-from kvutils.checkpoints import base_name as base_name
-from kvutils.checkpoints import original_encoder as original_encoder
+from kvutils.checkpoints import ENCODERS, FAMILIES, MODELS, NEXT, ONEVISION, QWEN, ModelSpec, base_name, find_model, need_model, original_encoder  # noqa: F401
 from kvutils.errors import KVUtilsError, MemoryLimitError, ModelError, ParameterError, at_least, of_kind, one_of, writing
 from kvutils.layout import check_mlm
 from kvutils.processors import PROMPTS, load_processor, quiet_transformers, render, turn_of
@@ -151,7 +147,7 @@ def load_mlm(name: str, device: str | torch.device | None = None, dtype: str | t
     if device_map is not None and (device is not None or untrained):
         raise ParameterError("device_map places a trained checkpoint itself: pass no device and no untrained")
     chosen, device = device, usable_device(device)
-    need_model(spec)
+    need_model(spec, weights=not untrained)
     with _reading(spec, device):
         config = AutoConfig.from_pretrained(spec.source, revision=spec.revision)
         one_of(f"family of {spec.name}", config.model_type, FAMILIES, ModelError)

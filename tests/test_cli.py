@@ -68,6 +68,7 @@ def test_a_terminal_without_utf_8_shows_what_it_can(monkeypatch, encoding):
 @pytest.mark.parametrize(("arguments", "said"), [
     (["replicate", "--model", "pokcet"], "unknown model 'pokcet' (did you mean 'pocket'?)"),
     (["plan", "--model", "pokcet"], "unknown model 'pokcet'"),
+    (["replicate", "--model", "my/big model"], "is neither a folder nor a hub id"),
     (["replicate", "--profile", "paper", "--model", "llava-onevision-0.5b", "--data", "hub"], "cannot be looked up on the hub"),
 ])
 def test_a_misspelt_model_and_a_hub_out_of_reach_are_said_once_and_at_once(tmp_path, arguments, said):

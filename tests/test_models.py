@@ -85,7 +85,7 @@ def test_a_revision_is_passed_on(monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(models.AutoConfig, "from_pretrained", config_of)
-    monkeypatch.setattr(models, "need_model", lambda spec: None)  # the hub has them
+    monkeypatch.setattr(models, "need_model", lambda *_, **__: None)  # the hub has them
     for name in ("llava-onevision-0.5b@abc", "me/mine@abc", "llava-onevision-0.5b"):
         with pytest.raises(ModelError):
             load_mlm(name)
@@ -207,6 +207,6 @@ def test_a_full_disk_is_not_a_missing_model(monkeypatch):
     wrapped = OSError("There was a specific connection error when trying to load the model")
     wrapped.__cause__ = OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(models.AutoConfig, "from_pretrained", Mock(side_effect=wrapped))
-    monkeypatch.setattr(models, "need_model", lambda spec: None)
+    monkeypatch.setattr(models, "need_model", lambda *_, **__: None)
     with pytest.raises(StoreError, match="files of .* could not be written .*No space left.*HF_HOME"):
         models.load_mlm("org/model")
