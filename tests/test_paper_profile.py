@@ -212,6 +212,6 @@ def test_a_notebook_of_the_paper_profile(data, tmp_path):
     folder = tmp_path / "out" / "data" / "results" / "paper" / "pocket"
     provenance = json.loads((folder / "provenance" / "05_blink_gap.json").read_text())
     assert provenance["data"] == {"blink": "copy of the hub's BLINK-Benchmark/BLINK"}
-    assert len(list((folder / "figures").glob("05_*.png"))) == 6
+    assert len(list((folder / "figures").glob("05_*.png"))) == 4  # no method: BLINK has no points
     book = nbformat.read(folder / "05_blink_gap.ipynb", as_version=4)
     assert not [output for cell in book.cells for output in cell.get("outputs", []) if output.get("name") == "stderr"]
