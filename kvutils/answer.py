@@ -1,9 +1,5 @@
 """Questions about a cached image: it is read once, and any number of questions and interventions follow.
 
-    with ImageSession(load_mlm("pocket"), "photo.png") as session:
-        session.yes_no(["is there a red car ?"])[0].text                      # "yes"
-        session.ask(["describe the image ."], block=selection)[0].text        # with some image keys hidden
-
 `SessionBatch` does the same for several prompts at once, `answer_all` for any number of images. Prompts are those of
 `MLM.prompt`, and the numbers are those of a full prefill of each. Decoding is greedy; of the model's generation settings
 the end tokens and the repetition penalty apply, as in `generate(do_sample=False)`, and the chat template's end of a turn."""
@@ -176,9 +172,14 @@ class SessionBatch(contextlib.AbstractContextManager):
 
 
 class ImageSession(SessionBatch):
-    """One prompt with one image, or several: `prefix + images` is read once, then questions are asked.
+    """One prompt with one image, or several: `prefix + images` is read once, then questions are asked. Arguments and errors (ImageError,
+    ModelError, ParameterError) as for `SessionBatch`; every method takes `block` and `queries` of its `answer`.
 
-    Arguments and errors as for `SessionBatch`; every method takes `block` and `queries` of its `answer`."""
+    >>> with kv.ImageSession(mlm, scene) as session:
+    ...     everything = kv.select_region(mlm, session.layouts[0], (0, 0, 96, 96))
+    ...     [session.yes_no(["is there a tree ?"], block=block)[0].text for block in (None, everything)]
+    ['yes', 'no']
+    """
 
     def __init__(self, mlm: MLM, images: Pictures, prefix: str | None = None, vision: VisionInputs | None = None):
         super().__init__(mlm, [_as_list(images)], prefix, vision=vision)

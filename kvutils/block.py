@@ -37,7 +37,15 @@ def block_keys(mlm: MLM, selection: KeySelection, slots: Slots, queries: str = "
     Exact for prefill, for a continued or static cache, and for decoding, with "sdpa" and "eager" attention. A forward pass
     whose queries all come before is untouched, and so is every layer without a selected key. Blocks inside each other act
     together. At the end, or after an exception, the model is as it was. Raises ModelError (attention that takes no mask),
-    DataError, ParameterError; inside, ParameterError for a slot beyond the sequence or a batch that the rows do not fit."""
+    DataError, ParameterError; inside, ParameterError for a slot beyond the sequence or a batch that the rows do not fit.
+
+    >>> with kv.ImageSession(mlm, scene) as session:
+    ...     layout, question = session.layouts[0], ["is there a tree ?"]
+    ...     before = session.yes_no(question)[0].text
+    ...     with kv.block_keys(mlm, kv.select_region(mlm, layout, (0, 0, 96, 96)), layout):
+    ...         before, session.yes_no(question)[0].text
+    ('yes', 'no')
+    """
     need_mlm(mlm)
     of_kind("selection", selection, KeySelection, "a KeySelection, such as select_region gives")
     one_of("queries", queries, ("after", "all"))

@@ -31,8 +31,9 @@ class KeyVariance:
 
     Welford's update within a stream, that of Chan et al. between streams. Images are taken one at a time, so the result
     does not depend on how they were batched, and the memory is that of one mean key per position however many are seen.
+    Raises DataError: see `update`.
 
-    >>> variance = KeyVariance()
+    >>> variance = kv.KeyVariance()
     >>> variance.update(torch.zeros(3, 2, 4)).update(torch.ones(3, 2, 4)).result
     tensor([1., 1.], dtype=torch.float64)
     """
@@ -135,7 +136,9 @@ def key_variance(mlm: MLM, images: Iterable[ImageLike], layers: str | int | Iter
     generator; parts of them can be streamed elsewhere and merged. Newline tokens are in N and mean nothing. Arguments as
     in `capture`. Raises DataError for images with different token grids and for none, and what `capture` raises.
 
-    >>> key_variance(load_mlm("pocket"), scenes).merge(KeyVariance.from_state(stored)).result
+    >>> variance = kv.key_variance(mlm, [scene, scene.rotate(90)], layers=[3, 7])
+    >>> variance.count, variance.result.shape     # (L, G, N)
+    (2, torch.Size([2, 2, 145]))
     """
     variance, grid = KeyVariance(), SameGrid()
 
@@ -155,7 +158,12 @@ class KeySelection:
     """Which image keys are chosen, such as those that `block_keys` blocks.
 
     mask (L, G, N) bool: mask[i] belongs to layer layers[i], different numbers from 0 on; N counts an image's tokens in the
-    order of its `TokenLayout`, newlines included. Raises DataError for another mask, ParameterError for other layers."""
+    order of its `TokenLayout`, newlines included. Raises DataError for another mask, ParameterError for other layers.
+
+    >>> variance = kv.key_variance(mlm, [scene, scene.rotate(90)], layers=[3, 7]).result
+    >>> kv.KeySelection("steady", variance < variance.median(), layers=[3, 7])
+    KeySelection('steady': 289 of 580 keys, layers [3, 7], 2 heads, 145 tokens)
+    """
 
     name: str
     mask: torch.Tensor
@@ -193,7 +201,11 @@ def select_region(mlm: MLM, layout: TokenLayout, region: Sequence[float] | np.nd
     layout: of the picture, from a `Capture` or an `ImageSession`. region: a box (x0, y0, x1, y1) in pixels of the upright picture, or a
     mask (height, width) bool, counted by its pixels. Where base view and tiles show the picture, the tokens of both are chosen.
     layers as in `capture`; heads: key-value heads, None for all. Raises ParameterError for a box that is not in the picture, for layers
-    and heads that the model lacks and for a region that holds half of no token, DataError for a mask of another size."""
+    and heads that the model lacks and for a region that holds half of no token, DataError for a mask of another size.
+
+    >>> kv.select_region(mlm, kv.capture(mlm, [scene])[0].layout, (0, 0, 48, 96), layers=[3], heads=1)
+    KeySelection('region': 72 of 290 keys, layers [3], 2 heads, 145 tokens)
+    """
     need_mlm(mlm)
     of_kind("layout", layout, TokenLayout, "a TokenLayout, such as capture.layout")
     tokens, size = np.flatnonzero((layout.rects[:, 2:] > layout.rects[:, :2]).all(axis=1)), np.array(layout.image_size)

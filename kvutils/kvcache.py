@@ -28,7 +28,13 @@ class Capture:
     """What one image became; tensors that were not asked for are None.
 
     keys, values (L, G, N, D) of `layers`, keys after rotary embedding as cached; encoder (N, C_v), the vision tower's features;
-    projector (N, C_h), what enters the language model. In newline rows encoder is zero and projector the newline embedding."""
+    projector (N, C_h), what enters the language model. In newline rows encoder is zero and projector the newline embedding. `value` and
+    `key` raise ParameterError for what was not captured.
+
+    >>> shot = kv.capture(mlm, [scene])[0]
+    >>> shot.value(3).shape, shot.value(3, head=1).shape, shot.encoder.shape     # (N, G*D), (N, D), (N, C_v)
+    (torch.Size([145, 64]), torch.Size([145, 32]), torch.Size([145, 128]))
+    """
 
     layout: TokenLayout
     layers: tuple[int, ...]
@@ -96,7 +102,12 @@ def capture(mlm: MLM, images: Iterable[ImageLike], prefix: str | None = None, la
     last requested layer only (not at all without keys and values). How it looks at pictures is a setting of the `MLM`.
     features adds encoder and projector. to: where results go (None: the model's device). With on_capture(index, capture)
     nothing is kept and None is returned, and `images` may be a generator: memory stays constant. A batch that does not fit
-    the device is halved. Raises ImageError, ParameterError, MemoryLimitError."""
+    the device is halved. Raises ImageError, ParameterError, MemoryLimitError.
+
+    >>> shot = kv.capture(mlm, [scene], layers=[3, 7])[0]
+    >>> shot.layers, shot.values.shape     # (L, G, N, D)
+    ((3, 7), torch.Size([2, 2, 145, 32]))
+    """
     layers, to = resolve_layers(mlm, layers), to if to is None else usable_device(to)
 
     def run(pictures: Sequence[Image.Image], names: Sequence[str]) -> list[Capture]:

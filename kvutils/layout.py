@@ -27,7 +27,13 @@ class TokenLayout:
     slots (N,) int64 positions in the token sequence; rects (N, 4) float64 x0, y0, x1, y1 in pixels of the original upright
     image, clipped to it (NaN for newlines; empty for tokens that see only padding); cells (N, 2) int64 row and column
     within the view's grid (a newline has column = number of columns); view (N,) int64 `BASE` or `TILES`; is_newline (N,)
-    bool; image_size (W, H); grids: view name -> (rows, columns)."""
+    bool; image_size (W, H); grids: view name -> (rows, columns).
+
+    >>> layout = kv.capture(mlm, [scene])[0].layout
+    >>> token = int(layout.token_at([(50, 30)])[0])     # under a point x, y in pixels; DataError for what is none
+    >>> token, layout.rects[token].tolist()
+    (42, [48.0, 24.0, 56.0, 32.0])
+    """
 
     slots: np.ndarray
     rects: np.ndarray

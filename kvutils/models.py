@@ -138,7 +138,12 @@ def load_mlm(name: str, device: str | torch.device | None = None, dtype: str | t
     `placement`. untrained: the same configuration with the random initialisation of its class under `seed` (control).
     max_pixels: of a picture, for Qwen2.5-VL alone (0: `QWEN_MAX_PIXELS`, 1280 tokens; the checkpoint's own bound is 16,384).
     prompts: the form in which it is asked (data/prompts.yaml).
-    Only safetensors are read. Raises ModelError also where `check_mlm` finds the model to be another than the code expects."""
+    Only safetensors are read. Raises ParameterError, ModelError also where `check_mlm` finds the model to be another than the code
+    expects, MemoryLimitError.
+
+    >>> kv.load_mlm("pocket", device="cpu").num_layers
+    8
+    """
     spec = find_model(name)
     at_least("max_pixels (or 0)", max_pixels, 0)
     at_least("seed", seed, 0)
@@ -190,7 +195,11 @@ def need_mlm(mlm: object) -> None:
 
 
 def load_encoder(name: str, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Encoder:
-    """Load a SigLIP vision tower by its name in `ENCODERS`, a folder or a hub id."""
+    """Load a SigLIP vision tower by its name in `ENCODERS`, a folder or a hub id; device, dtype as for `load_mlm`, and its errors (ModelError, ...).
+
+    >>> kv.load_encoder("pocket-siglip", device="cpu").model.config.hidden_size     # C
+    128
+    """
     spec, device = find_model(name, ENCODERS), usable_device(device)
     need_model(spec)
     with _reading(spec, device), quiet_transformers():

@@ -97,8 +97,12 @@ def fit_linear_probe(X: Tensor, y: Tensor, num_classes: int = 2, strength: float
     ParameterError: shapes that do not fit, labels out of range, a source with fewer than two classes, NaN or Inf. Source:
     paper section 3.1; the regularisation is ours.
 
-    >>> probe = fit_linear_probe(support, labels).require_converged()   # (28, 720, 64), (720,)
-    >>> scores = probe.logits(query)                                    # (28, 144, 64) -> (28, 144)
+    >>> shot = kv.capture(mlm, [scene])[0]
+    >>> features = torch.stack([shot.value(layer) for layer in shot.layers])     # (S, N, C): a source for each layer
+    >>> upper = torch.tensor(shot.layout.centers[:, 1] < 48).long()              # (N,): is a token in the upper half?
+    >>> probe = kv.fit_linear_probe(features, upper).require_converged()
+    >>> probe.predict(features).shape     # (S, N)
+    torch.Size([8, 145])
     """
     try:
         X, y = torch.as_tensor(X), torch.as_tensor(y)

@@ -1,5 +1,6 @@
 """`import kvutils as kv`: light, complete, and what it shows of an object fits a cell's output."""
 
+import doctest
 import re
 import subprocess
 import sys
@@ -28,6 +29,21 @@ def test_the_docstring_tells_every_name_and_each_is_there():
     for name in table:
         assert getattr(kv, name).__name__ == name and getattr(kv, name).__doc__
     assert kv.VOID == 255
+
+
+@pytest.mark.parametrize("name", [*kv.__all__, ""])
+def test_the_example_of_every_name_runs(name, tmp_path, monkeypatch):
+    """As `help` shows it, with what the face's own docstring names: `mlm` and `scene`; and errors are told where there can be any."""
+    monkeypatch.chdir(tmp_path)
+    scene = kv.open_dataset("pocket-coco", count=1)[0].image
+    scene.save("photo.jpg")
+    text, about = (getattr(kv, name) if name else kv).__doc__, {"kv": kv, "scene": scene, "mlm": kv.load_mlm("pocket", device="cpu"), "torch": torch}
+    examples = doctest.DocTestParser().get_doctest(text, about, name, None, 0)
+    said = []
+    found = doctest.DocTestRunner(verbose=False).run(examples, out=said.append)
+    assert found.attempted and not found.failed, "".join(said)
+    assert examples.examples[-1].want, "an example shows what comes of it"
+    assert "Error" in text or not name, "which errors?"
 
 
 def test_an_unknown_name_says_what_there_is():

@@ -67,7 +67,7 @@ def open_dataset(name: str, root: str | Path | None = None, **options) -> Sequen
     such as sizes and the seed of a pocket set, or samples="episodes" of a folder. Raises DataError for an unknown name, a
     missing folder and options that do not exist.
 
-    >>> len(open_dataset("pocket-davis-2017", count=2, frames=3))
+    >>> len(kv.open_dataset("pocket-davis-2017", count=2, frames=3))
     2
     """
     if name not in DATASETS and Path(str(name)).is_dir():

@@ -44,7 +44,7 @@ def explore(models: Model | Sequence[Model], images: ImageLike | Sequence[ImageL
     freed when the last view is closed, by `close()` and when another explorer is opened; an earlier one reads its picture again when it
     is clicked. Raises ImageError, ParameterError, and what `capture` raises.
 
-    >>> kv.explore(kv.load_mlm("pocket"), scene)
+    >>> kv.explore(mlm, scene)
     Explorer(145 image tokens of picture in pocket)
     """
     models, images = (list(each) if isinstance(each, list | tuple) else [each] for each in (models, images))

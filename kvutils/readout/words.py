@@ -88,7 +88,12 @@ def text_values(mlm: MLM, texts: Sequence[str], layers: str | int | Iterable[int
 
     Every text is read without image or chat template: section 3.1 needs a vector in the space of the image values. It is
     read as it stands in a sentence, with a space before it, which byte-pair tokenizers make part of its first token.
-    behind: tokens that are read before it and not averaged; default `start_tokens`."""
+    behind: tokens that are read before it and not averaged; default `start_tokens`. Raises ParameterError, and ModelError where values
+    are not finite.
+
+    >>> kv.text_values(mlm, ["the tree", "red car"]).shape     # (texts, L, G, D)
+    torch.Size([2, 8, 2, 32])
+    """
     at_least("batch_size", batch_size)
     for text in texts or [""]:
         if isinstance(texts, str) or not isinstance(text, str) or not text.strip() or mlm.processor.image_token in text:
