@@ -19,7 +19,7 @@ from kvutils import plots
 from kvutils.datasets import FOLDERS, USES, open_dataset
 from kvutils.datasets.catalog import CATALOG
 from kvutils.datasets.hub import HUB
-from kvutils.errors import DataError, KVUtilsError
+from kvutils.errors import DataError, KVUtilsError, ParameterError
 from kvutils.images import encode_image
 from kvutils.run import DONE, FAILED, items, notebook, report
 from kvutils.run.compare import differences, leaves
@@ -38,8 +38,10 @@ MACHINE = ("commit", "device", "python", "torch", "transformers", "numpy", "scik
 
 def check(chosen: argparse.Namespace) -> int:
     """Say of each folder what fits and what does not; 1 if anything does not."""
-    found = False
-    for folder in map(Path, chosen.folders) if chosen.folders else report.result_folders(notebook.output_root()):
+    found, folders = False, [Path(each) for each in chosen.folders] or report.result_folders(notebook.output_root())
+    if chosen.figures and len(folders) != 1:
+        raise ParameterError(f"--figures takes the figures of one run, found {len(folders)} folders")
+    for folder in folders:
         with tempfile.TemporaryDirectory() as drawn:
             fits, wrong = check_folder(folder, Path(chosen.figures or drawn), chosen.without_pictures)
         print("\n".join([str(folder), *(f"  {line}" for line in fits), *["  does not fit:"][: len(wrong)], *(f"    {line}" for line in wrong)]))
@@ -83,7 +85,8 @@ def check_folder(folder: Path, figures: Path, without_pictures: bool = False) ->
 def _check_notebook(folder: Path, name: str, derived: Mapping) -> tuple[list[str], list[str]]:
     file, rest = folder / f"{name}.json", read_json(folder / "items" / f"{name}.json")
     frames = {path.stem: read_frame(path) for path in sorted((folder / "items" / name).glob("*.parquet"))}
-    said = [f"{len(frames)} tables, {sum(map(_length, frames.values())):,} rows"]
+    skipped = sum(len(frame.about.get("skipped", ())) for frame in frames.values())
+    said = [f"{len(frames)} tables, {sum(map(_length, frames.values())):,} rows" + (f", {skipped:,} samples skipped" if skipped else "")]
     if file.exists():
         wrong = differences(read_json(file), derived, "follows from the items")
         said += [] if wrong else [f"the {sum(1 for _ in leaves(derived)):,} numbers and texts in {file.name} follow from them"]
