@@ -210,8 +210,7 @@ def resample(compute: Callable[[np.ndarray], np.ndarray], n: int, n_boot: int, s
     step = max(1, _CHUNK // unit.size)
     for start in range(0, n_boot, step):
         drawn = weights(random.multinomial(units, np.full(units, 1 / units), size=min(step, n_boot - start)))
-        some = drawn.any(axis=1)  # of few pairs, each may lack one of its two
-        draws.append(np.asarray(compute(drawn if some.all() else drawn[some])))  # a copy has another layout, and sums other last bits
+        draws.append(np.asarray(compute(drawn if (some := drawn.any(axis=1)).all() else drawn[some])))  # a copy would sum to other last bits
     return Resampled(value, np.concatenate(draws), n, units)
 
 
