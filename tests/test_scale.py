@@ -54,10 +54,10 @@ class Logged(Parts):
         super().__init__(root, model="tiny")
         self.log = log
 
-    def save(self, key, value):
+    def save(self, key, value, seconds=0.0):
         with self.log.open("a") as file:
             file.write(f"{os.getpid()} {key}\n")
-        super().save(key, value)
+        super().save(key, value, seconds)
 
 
 def measure(mlm, folder: Path, out: Path, pause: float = 0) -> None:
@@ -154,10 +154,10 @@ def test_a_part_that_cannot_be_written_stops_the_run_and_keeps_the_others(tmp_pa
     jobs = [(f"part/{i}", lambda i=i: made.append(i) or {"i": i}) for i in range(3)]
     save = Parts.save
 
-    def full(self, key, value):
+    def full(self, key, value, seconds=0.0):
         if key == "part/1":
             raise StoreError("part/1 could not be written (No space left on device)")
-        save(self, key, value)
+        save(self, key, value, seconds)
 
     with monkeypatch.context() as patch:
         patch.setattr(Parts, "save", full)
