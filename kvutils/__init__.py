@@ -49,8 +49,7 @@ VOID = 255  # value of mask pixels without annotation: excluded from training an
 _HOME = {
     "load_mlm": "models", "load_encoder": "models", "capture": "kvcache", "Capture": "kvcache", "text_values": "readout.words",
     "TokenLayout": "layout", "KeyVariance": "keys", "key_variance": "keys", "KeySelection": "keys", "select_region": "keys", "block_keys": "block",
-    "ImageSession": "answer", "fit_linear_probe": "probes", "open_dataset": "datasets", "explore": "explorer.widget",
-}  # fmt: skip
+    "ImageSession": "answer", "fit_linear_probe": "probes", "open_dataset": "datasets", "explore": "explorer.widget"}  # fmt: skip
 __all__ = list(_HOME)
 
 

@@ -38,8 +38,7 @@ _LOGITS_AT_ONCE = 256  # rows of (tokens, vocabulary) held in float32
 
 def spellings(option: str) -> tuple[str, ...]:
     """As which texts an option is scored: yes and no as in `YES_NO`, "(A)" also without its brackets, others as they are."""
-    letter = (option.strip("()"),) if option.isupper() else ()
-    return YES_NO.get(option.lower(), (option, *letter))
+    return YES_NO.get(option.lower(), (option, *([option.strip("()")] if option.isupper() else [])))
 
 
 @dataclass(frozen=True)
@@ -128,8 +127,7 @@ class SessionBatch(contextlib.AbstractContextManager):
 
     @torch.no_grad()
     def answer(self, questions: Sequence[Sequence[str]], options: Options | Sequence[Sequence[Options]] | None = None,
-               max_new_tokens: int = MAX_NEW_TOKENS, block: KeySelection | None = None,
-               queries: str = "after") -> list[list[Answer]]:
+               max_new_tokens: int = MAX_NEW_TOKENS, block: KeySelection | None = None, queries: str = "after") -> list[list[Answer]]:
         """Answers to the questions of every prompt: answers[row][i] belongs to questions[row][i].
 
         options: texts to score (or label -> spellings whose probabilities add up) for all questions, or options[row][i] for
@@ -199,14 +197,7 @@ class ImageSession(SessionBatch):
 
     def choose(self, questions: Sequence[str], options: Choices, max_new_tokens: int = MAX_NEW_TOKENS, **intervention) -> list[Answer]:
         """Multiple choice: text, and scores of the options."""
-        if not for_all(options):
-            options = [options]
-        return self.answer([questions], options, max_new_tokens, **intervention)[0]
-
-    def score(self, questions: Sequence[str], options: Options, **intervention) -> torch.Tensor:
-        """(questions, options) float32 log-probabilities that the answer begins with the option."""
-        answers = self.choose(questions, options, 0, **intervention)
-        return torch.tensor([list(answer.scores.values()) for answer in answers])
+        return self.answer([questions], options if for_all(options) else [options], max_new_tokens, **intervention)[0]
 
 
 def answer_all(mlm: MLM, samples: Iterable[tuple[str, Pictures, Sequence[str]]],
@@ -279,8 +270,7 @@ def _score(mlm: MLM, state: Continuation, asked: Sequence[_Asked], logits: torch
     """Sum the log-probabilities of each spelling's tokens; spellings of one label add their probabilities.
 
     First tokens are read from `logits`; the others from one pass in which each longer spelling is a branch."""
-    spelled = [(owner, label, ids) for owner, one in enumerate(asked)
-               for label, spellings in one.options.items() for ids in spellings]  # fmt: skip
+    spelled = [(owner, label, ids) for owner, one in enumerate(asked) for label, texts in one.options.items() for ids in texts]
     owners, first = torch.tensor([(owner, ids[0]) for owner, _, ids in spelled], device=logits.device).T
     scores = logits.log_softmax(-1)[owners, first].tolist()
     longer = [(branch, *each) for branch, each in enumerate(spelled) if len(each[2]) > 1]

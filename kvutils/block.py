@@ -3,9 +3,8 @@
     with block_keys(mlm, selection, layout):
         output = mlm.model.generate(**inputs)
 
-The weights, the cache and the keys themselves stay as they are. Each chosen layer's attention gets a mask of its own,
-(B, H, queries, keys), in which the query heads h = g*H/G .. (g+1)*H/G - 1 that KV head g serves do not see the keys chosen
-for g; the softmax runs over the rest."""
+Weights, cache and keys stay as they are. Each chosen layer's attention gets a mask of its own, (B, H, queries, keys), in which the
+query heads h = g*H/G .. (g+1)*H/G - 1 that KV head g serves do not see the keys chosen for g; the softmax runs over the rest."""
 
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager

@@ -40,12 +40,9 @@ MODELS = {spec.name: spec for spec in (
     ModelSpec("llava-onevision-0.5b", ONEVISION, "llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "paper", (24, 14, 2, 64, 2929)),
     ModelSpec("qwen2.5-vl-7b", QWEN, "Qwen/Qwen2.5-VL-7B-Instruct", "paper", (28, 28, 4, 128, 391)),
     ModelSpec("qwen2.5-vl-3b", QWEN, "Qwen/Qwen2.5-VL-3B-Instruct", "paper", (36, 16, 2, 128, 391)),
-    ModelSpec("llava-next-llama3-8b", NEXT, "llava-hf/llama3-llava-next-8b-hf", "paper", (32, 32, 8, 128, 2340)),
-)}  # fmt: skip
-ENCODERS = {
-    "pocket-siglip": ModelSpec("pocket-siglip", "siglip", str(_POCKET / "siglip"), "pocket"),
-    "siglip-so400m": ModelSpec("siglip-so400m", "siglip", "google/siglip-so400m-patch14-384", "paper"),
-}
+    ModelSpec("llava-next-llama3-8b", NEXT, "llava-hf/llama3-llava-next-8b-hf", "paper", (32, 32, 8, 128, 2340)))}  # fmt: skip
+ENCODERS = {"pocket-siglip": ModelSpec("pocket-siglip", "siglip", str(_POCKET / "siglip"), "pocket"),
+            "siglip-so400m": ModelSpec("siglip-so400m", "siglip", "google/siglip-so400m-patch14-384", "paper")}  # fmt: skip
 
 
 def base_name(model: str) -> str:
@@ -83,8 +80,7 @@ def find_model(name: str | PathLike, known: dict[str, ModelSpec] = MODELS) -> Mo
 
 
 def look_for_model(spec: ModelSpec) -> tuple[str, float]:
-    """What is said of a checkpoint that is neither on this machine nor can be fetched, else ""; the gigabytes that loading it fetches.
-    One short request at most."""
+    """What is said of a checkpoint that is neither here nor can be fetched, else ""; the gigabytes to fetch. One short request at most."""
     if spec.name == "siglip-so400m" and (lacking := [name for name, module in _TOKENIZER.items() if not find_spec(module)]):
         return f"the tokenizer of {spec.source} needs {', '.join(lacking)}: pip install sentencepiece protobuf, or make install anew", 0.0
     if Path(spec.source).is_dir():
@@ -112,8 +108,6 @@ def look_for_model(spec: ModelSpec) -> tuple[str, float]:
 def need_model(spec: ModelSpec, weights: bool = False) -> None:
     """ModelError for a checkpoint that is neither on this machine nor can be fetched: in one sentence, before the hub's client retries.
     weights: they too, not the configuration alone."""
-    if Path(spec.source).is_dir():
-        return  # what it lacks is said when it is read
-    if weights or not isinstance(try_to_load_from_cache(spec.source, "config.json", revision=spec.revision), str):
-        if problem := look_for_model(spec)[0]:
-            raise ModelError(f"{spec.name}: {problem}")
+    found = not weights and isinstance(try_to_load_from_cache(spec.source, "config.json", revision=spec.revision), str)
+    if not found and not Path(spec.source).is_dir() and (problem := look_for_model(spec)[0]):  # what a folder lacks is said when it is read
+        raise ModelError(f"{spec.name}: {problem}")

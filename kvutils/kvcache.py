@@ -44,10 +44,6 @@ class Capture:
     projector: torch.Tensor | None = None
     prefix: str | None = None
 
-    def __post_init__(self):
-        for name, tensor in self._tensors().items():
-            assert tensor.shape[-2] == len(self.layout), f"{name} does not fit the layout"
-
     def __repr__(self) -> str:
         (width, height), layers = self.layout.image_size, self.layers
         in_a_row = layers and layers == tuple(range(layers[0], layers[-1] + 1))
@@ -93,9 +89,8 @@ class Capture:
 
 @torch.no_grad()
 def capture(mlm: MLM, images: Iterable[ImageLike], prefix: str | None = None, layers: str | int | Iterable[int] = "all", *,
-            keys: bool = True, values: bool = True, features: bool = True, batch_size: int = 8,
-            to: str | torch.device | None = "cpu", on_capture: Callable[[int, Capture], None] | None = None,
-            progress: bool = False) -> list[Capture] | None:
+            keys: bool = True, values: bool = True, features: bool = True, batch_size: int = 8, to: str | torch.device | None = "cpu",
+            on_capture: Callable[[int, Capture], None] | None = None, progress: bool = False) -> list[Capture] | None:
     """Capture the image tokens of any number of pictures (sizes may differ).
 
     The prompt is `prefix + image` under the model's chat template; it ends after the image, and the model runs up to the

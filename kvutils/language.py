@@ -153,9 +153,8 @@ class Continuation:
         self.owner, self.branch = torch.cat([self.owner, owner], dim=1), torch.cat([self.branch, branch], dim=1)
         positions = self.prefix.next_position[:, None] + offsets
         positions = positions.expand(3, -1, -1) if self.mlm.family == QWEN else positions
-        output = self.mlm.model.model.language_model(
-            inputs_embeds=self.mlm.model.get_input_embeddings()(ids), attention_mask=self._mask(longest), position_ids=positions,
-            past_key_values=self.cache, use_cache=True)  # fmt: skip
+        output = self.mlm.model.model.language_model(inputs_embeds=self.mlm.model.get_input_embeddings()(ids), position_ids=positions,
+                                                     attention_mask=self._mask(longest), past_key_values=self.cache, use_cache=True)  # fmt: skip
         return torch.cat([output.last_hidden_state[place] for place in places])
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -66,9 +66,8 @@ class TokenLayout:
 
     def select(self, index) -> "TokenLayout":
         """The layout of some of the tokens (integer indices or a bool mask over N)."""
-        index = np.asarray(index)
         names = ("slots", "rects", "cells", "view", "is_newline")
-        return replace(self, **{name: getattr(self, name)[index] for name in names})
+        return replace(self, **{name: getattr(self, name)[np.asarray(index)] for name in names})
 
     def token_labels(self, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Class of every token: the majority of the pixels in its rectangle (see `pixel_sums`), `VOID` pixels left out.
@@ -100,8 +99,7 @@ class TokenLayout:
     def token_at(self, points: np.ndarray, view: str | None = None) -> np.ndarray:
         """(K,) index of the token of the finest (or given) view under each point.
 
-        points (K, 2) x, y in image pixels, clipped to the image. Pixels that no token sees (the rim that patches do not
-        divide) go to the nearest one."""
+        points (K, 2) x, y in image pixels, clipped to the image; what no token sees (a rim that no patch covers) goes to the nearest."""
         points = check_points(points)
         index, ys, xs = self._grid(view)
         row = _interval_at(ys, np.clip(points[:, 1], 0, self.image_size[1] - 1e-9))
@@ -169,9 +167,8 @@ def tiling(mlm, image_size: tuple[int, int]) -> tuple[int, int]:
     """(height, width) in pixels of the canvas that a LLaVA family cuts into tiles; (0, 0) where it is shown base views only."""
     if mlm.base_view_only:
         return 0, 0
-    width, height = image_size
-    best = select_best_resolution((height, width), mlm.model.config.image_grid_pinpoints)
-    return int(best[0]), int(best[1])
+    height, width = select_best_resolution(image_size[::-1], mlm.model.config.image_grid_pinpoints)
+    return int(height), int(width)
 
 
 def pack_crops(mlm, crops: list[torch.Tensor], image_sizes: list[tuple[int, int]], newline: torch.Tensor) -> list[torch.Tensor]:
@@ -179,10 +176,8 @@ def pack_crops(mlm, crops: list[torch.Tensor], image_sizes: list[tuple[int, int]
 
     crops: per image (P, g*g, C), base view first; image_sizes (W, H); newline (C,). Returns per image (N, C)."""
     option = "vision_aspect_ratio" if mlm.family == "llava_onevision" else "vision_feature_select_strategy"
-    options = {option: getattr(mlm.model.config, option)}
-    sizes = [(height, width) for width, height in image_sizes]
-    packed, _ = mlm.model.model.pack_image_features(crops, sizes, image_newline=newline, **options)
-    return list(packed)
+    options, sizes = {option: getattr(mlm.model.config, option)}, [(height, width) for width, height in image_sizes]
+    return list(mlm.model.model.pack_image_features(crops, sizes, image_newline=newline, **options)[0])
 
 
 def build_layout(mlm, image_size: tuple[int, int], grid: tuple[int, int] | None = None) -> TokenLayout:
@@ -221,10 +216,8 @@ def build_layout(mlm, image_size: tuple[int, int], grid: tuple[int, int] | None 
         down, across = np.moveaxis(centers.reshape(rows, columns, 2), 2, 0)
         blank = np.broadcast_to(np.uint8(0), (3, *image_size[::-1]))  # only its shape is read
         high, broad = get_patch_output_size(blank, (tall, wide), input_data_format="channels_first")
-        intervals[TILES] = [
-            _tile_intervals(across[0] if rows else [], g, patch, side, wide, broad, image_size[0]),
-            _tile_intervals(down[:, 0] if columns else [], g, patch, side, tall, high, image_size[1]),
-        ]
+        intervals[TILES] = [_tile_intervals(across[0] if rows else [], g, patch, side, wide, broad, image_size[0]),
+                            _tile_intervals(down[:, 0] if columns else [], g, patch, side, tall, high, image_size[1])]  # fmt: skip
     view = np.repeat([BASE, TILES if tall else BASE], [g * g, len(tiles)])
     return _layout(image_size, grids, np.concatenate([square, rest]), view, intervals)
 
@@ -250,9 +243,7 @@ def _tile_intervals(centers, g: int, patch: int, side: int, canvas: int, resized
 
 def _layout(image_size, grids, cells, view, intervals) -> TokenLayout:
     """Rectangles from each view's intervals of columns and rows, clipped to the image; a column beyond the grid is a newline."""
-    width, height = image_size
-    rects = np.full((len(cells), 4), np.nan)
-    is_newline = np.zeros(len(cells), dtype=bool)
+    rects, is_newline = np.full((len(cells), 4), np.nan), np.zeros(len(cells), dtype=bool)
     if len(cells) != len(view):
         raise ModelError(f"image tokens do not form the grids {grids}; this model packs them in another way")
     for name, (_, columns) in grids.items():
@@ -261,8 +252,8 @@ def _layout(image_size, grids, cells, view, intervals) -> TokenLayout:
         tokens = np.flatnonzero(mine & ~is_newline)
         xs, ys = intervals[VIEWS[name]]
         rects[tokens] = np.concatenate([xs[cells[tokens, 1]], ys[cells[tokens, 0]]], axis=1)[:, [0, 2, 1, 3]]
-    rects = np.clip(rects, 0, [width, height, width, height])
-    return TokenLayout(np.arange(len(cells)), rects, cells, view, is_newline, (width, height), dict(grids))
+    rects = np.clip(rects, 0, [*image_size, *image_size])
+    return TokenLayout(np.arange(len(cells)), rects, cells, view, is_newline, tuple(image_size), dict(grids))
 
 
 def check_mlm(mlm, sizes: tuple[int, ...] = (), pictures: Sequence[tuple[int, int]] = ((300, 500), (96, 96), (640, 480))) -> None:

@@ -51,8 +51,7 @@ class MLM:
         self.tokenizer, self.image_token_id = self.processor.tokenizer, self.model.config.image_token_id
         one_of("form of prompts", self.prompts, PROMPTS)
         self._turn = turn_of(self.processor, self.prompts, self.family)
-        # Which code resizes the pictures.
-        self.image_backend = "pil" if type(self.processor.image_processor).__name__.endswith("Pil") else "torchvision"
+        self.image_backend = "pil" if type(self.processor.image_processor).__name__.endswith("Pil") else "torchvision"  # which resizes
 
     def __repr__(self) -> str:
         heads = f"{self.num_heads} query and {self.num_kv_heads} key-value heads of {self.head_dim}"
@@ -61,8 +60,7 @@ class MLM:
 
     @property
     def settings(self) -> dict:
-        """All that results of this model depend on, JSON-able: stored parts are reused only where it is the same, and the
-        provenance of results shows it."""
+        """All that results depend on, JSON-able: stored parts are reused only where it is the same, and the provenance shows it."""
         return {"model": self.name, "family": self.family, "revision": self.revision, "dtype": str(self.dtype).removeprefix("torch."),
                 "attention": self.attention, "image_backend": self.image_backend, "base_view_only": self.base_view_only,
                 "max_pixels": self.max_pixels, "pad_to_square": self.pad_to_square, "prompts": self.prompts}  # fmt: skip

@@ -46,11 +46,9 @@ class ImageOnlyQwen2_5_VLProcessor(Qwen2_5_VLProcessor):
 
 
 # family -> (published processor, processor without video, PIL image processor)
-_CLASSES = {
-    "llava_onevision": (LlavaOnevisionProcessor, ImageOnlyLlavaOnevisionProcessor, LlavaOnevisionImageProcessorPil),
-    "qwen2_5_vl": (Qwen2_5_VLProcessor, ImageOnlyQwen2_5_VLProcessor, Qwen2VLImageProcessorPil),
-    "llava_next": (LlavaNextProcessor, LlavaNextProcessor, LlavaNextImageProcessorPil),
-}
+_CLASSES = {"llava_onevision": (LlavaOnevisionProcessor, ImageOnlyLlavaOnevisionProcessor, LlavaOnevisionImageProcessorPil),
+            "qwen2_5_vl": (Qwen2_5_VLProcessor, ImageOnlyQwen2_5_VLProcessor, Qwen2VLImageProcessorPil),
+            "llava_next": (LlavaNextProcessor, LlavaNextProcessor, LlavaNextImageProcessorPil)}  # fmt: skip
 
 # Before a template that takes texts only: images first, then a line for each text, as the LLaVA templates write a message.
 _AS_TEXT = """\
@@ -131,8 +129,7 @@ def render(processor, content: Sequence[dict], turn: dict | None = None) -> str:
 
 
 def turn_of(processor, prompts: str, family: str) -> dict | None:
-    """What a form writes around a user's turn, None for the checkpoint's own template. ParameterError where the tokenizer does not
-    know the words."""
+    """What a form writes around a user's turn, None for the checkpoint's template. ParameterError for words that the tokenizer lacks."""
     turn = PROMPTS[prompts].get("turns", {}).get(family)
     unknown = processor.tokenizer.unk_token_id if turn else None
     if unknown is not None and unknown in processor.tokenizer(turn["begin"] + turn["end"])["input_ids"]:

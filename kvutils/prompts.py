@@ -26,8 +26,7 @@ class TextInputs:
 def prepare_text(mlm: MLM, prompts: Sequence[str], vision: VisionInputs, images_only: bool = True) -> TextInputs:
     """Tokenise prompts and place the layouts' slots; images belong to the prompts' image tokens in order.
 
-    images_only ends every sequence after its last image token: attention is causal, so what follows cannot change the
-    image tokens."""
+    images_only ends every sequence after its last image token: attention is causal, so what follows cannot change image tokens."""
     token, rows, first = mlm.processor.image_token, [], 0
     for prompt in prompts:
         head, *tails = prompt.split(token)

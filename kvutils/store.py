@@ -164,8 +164,7 @@ def _content(table, about: Mapping) -> tuple[dict[str, np.ndarray | list], str]:
 
 @cache
 def code_version() -> str:
-    """16 hex digits of the code that measures, the same under every Python; not of comments, docstrings and layout: mending these
-    costs no measurement."""
+    """16 hex digits of the code that measures, the same under every Python; mending comments, docstrings, layout costs no measurement."""
     found = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
         name = path.relative_to(PACKAGE).as_posix()

@@ -51,8 +51,7 @@ def in_batches(run: Callable[[Sequence[T]], list[R]], items: Iterable[T], batch_
 def in_halves(run: Callable[[Sequence[T]], list[R]], items: Sequence[T]) -> list[R]:
     """run(items), one result per item; where memory does not suffice, the results of its halves, one after the other.
 
-    A smaller batch may change the last bits of a result (as another GPU does), so it is logged. Raises MemoryLimitError
-    where a single item does not fit."""
+    A smaller batch may change a result's last bits (as another GPU does): it is logged. MemoryLimitError where one item does not fit."""
     try:
         return run(items)
     except RuntimeError as error:
@@ -170,11 +169,9 @@ def _encode_llava(mlm: MLM, vision: VisionInputs) -> tuple[list[torch.Tensor], l
         projected = pack_crops(mlm, crops, image_sizes, inner.image_newline)
     else:
         sizes = torch.tensor([(height, width) for width, height in image_sizes])
-        options = {}
-        if mlm.family == ONEVISION:
-            # More than one image per prompt is how the class is told not to tile.
-            several = [max(2, len(image_sizes))]
-            options["batch_num_images"] = several if mlm.base_view_only else [1] * len(image_sizes)
+        # More than one image per prompt is how the class is told not to tile.
+        images = [max(2, len(image_sizes))] if mlm.base_view_only else [1] * len(image_sizes)
+        options = {"batch_num_images": images} if mlm.family == ONEVISION else {}
         output = inner.get_image_features(vision.pixels, sizes, return_dict=True, **options)
         states, projected = _feature_states(config, output), list(output.pooler_output)
     newline = states.new_zeros(states.shape[-1])
@@ -183,8 +180,7 @@ def _encode_llava(mlm: MLM, vision: VisionInputs) -> tuple[list[torch.Tensor], l
 
 def _feature_states(config, output) -> torch.Tensor:
     """(crops, g*g, C_v) the vision-tower states that the projector reads."""
-    layers = config.vision_feature_layer
-    layers = [layers] if isinstance(layers, int) else layers
+    layers = [config.vision_feature_layer] if isinstance(config.vision_feature_layer, int) else config.vision_feature_layer
     states = torch.cat([output.hidden_states[layer] for layer in layers], dim=-1)
     return states[:, 1:] if config.vision_feature_select_strategy == "default" else states
 
@@ -212,8 +208,7 @@ def compact(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 @contextlib.contextmanager
 def _awake(module: torch.nn.Module) -> Iterator[None]:
     """A module's own offloaded weights, as in `forward`: `get_image_features` reads `image_newline` without going through it."""
-    hook = getattr(module, "_hf_hook", None)
-    if hook:
+    if hook := getattr(module, "_hf_hook", None):
         hook.pre_forward(module)
     try:
         yield

@@ -54,10 +54,16 @@ def generated(mlm, images, question, prefix=None, limit=6) -> list[int]:
     return ids[: min([ids.index(end) for end in ends if end in ids], default=len(ids))]
 
 
+def scores_of(session, questions, options, **intervention):
+    """(questions, options) float32 log-probabilities that the answer begins with the option."""
+    answers = session.choose(questions, options, 0, **intervention)
+    return torch.tensor([list(answer.scores.values()) for answer in answers])
+
+
 def vocabulary_scores(session, questions, **intervention):
     """(questions, vocabulary) log-probabilities of the next token, read through the session's own scores."""
     tokenizer = session.mlm.tokenizer
-    return session.score(questions, WORDS, **intervention), tokenizer.convert_tokens_to_ids(WORDS)
+    return scores_of(session, questions, WORDS, **intervention), tokenizer.convert_tokens_to_ids(WORDS)
 
 
 def assert_same(mlm, session, images, prefix=None, questions=QUESTIONS):
@@ -148,7 +154,7 @@ def test_half_precision_runs(family):
     mlm = scrambled(tiny(family))
     mlm.model.to(torch.bfloat16)
     with ImageSession(mlm, IMAGES[0]) as session:
-        scores = session.score(QUESTIONS, ["red", "yes"])
+        scores = scores_of(session, QUESTIONS, ["red", "yes"])
         assert scores.dtype == torch.float32 and scores.isfinite().all()
         exact = torch.stack([full_logits(mlm, [IMAGES[0]], q)[0].log_softmax(-1) for q in QUESTIONS])
         ids = mlm.tokenizer.convert_tokens_to_ids(["red", "yes"])
@@ -178,7 +184,7 @@ def test_option_scores_are_sums_over_the_options_tokens(family, attention):
     mlm = tiny(family, attention=attention)
     options = ["yes", "a red fish", "car car"]
     with ImageSession(mlm, IMAGES[0]) as session:
-        scores = session.score(QUESTIONS, options)
+        scores = scores_of(session, QUESTIONS, options)
         assert scores.shape == (len(QUESTIONS), len(options))
         for i, question in enumerate(QUESTIONS):
             for j, option in enumerate(options):
@@ -187,26 +193,26 @@ def test_option_scores_are_sums_over_the_options_tokens(family, attention):
                 expected = logits.log_softmax(-1)[torch.arange(len(ids)), ids].sum()
                 assert abs(scores[i, j] - expected) < 1e-5 * len(ids)
         # options of one question do not see each other
-        alone = torch.cat([session.score(QUESTIONS, [option]) for option in options], dim=1)
+        alone = torch.cat([scores_of(session, QUESTIONS, [option]) for option in options], dim=1)
         assert torch.allclose(scores, alone, atol=1e-5)
 
 
 def test_choices_add_spellings_and_may_be_of_each_question():
     mlm = scrambled(tiny_pocket())  # lower-cases everything: "yes", "Yes" and "YES" are one token
     session = ImageSession(mlm, IMAGES[0])
-    for answer, score in zip(session.yes_no(QUESTIONS), session.score(QUESTIONS, ["yes", "no"]), strict=True):
+    for answer, score in zip(session.yes_no(QUESTIONS), scores_of(session, QUESTIONS, ["yes", "no"]), strict=True):
         assert list(answer.scores) == list(YES_NO)
         assert list(answer.scores.values()) == pytest.approx(score.tolist(), abs=1e-6)
     spelled = {"either": ("yes", "no", "a red fish"), "fish": ["fish"]}
     (answer,) = session.choose(QUESTIONS[:1], spelled)
-    total = session.score(QUESTIONS[:1], ["yes", "no", "a red fish"]).exp().sum().log()
+    total = scores_of(session, QUESTIONS[:1], ["yes", "no", "a red fish"]).exp().sum().log()
     assert answer.scores["either"] == pytest.approx(float(total), abs=1e-5)
     assert answer.mass == pytest.approx(math.exp(answer.scores["either"]) + math.exp(answer.scores["fish"])) and 0 < answer.mass < 1
     # options of each question
     options = [["red", "blue"], ["a car", "a fish", "this picture"]]
     answers = session.choose(QUESTIONS[:2], options)
     for question, some, answer in zip(QUESTIONS, options, answers, strict=False):
-        expected = session.score([question], some)[0]
+        expected = scores_of(session, [question], some)[0]
         assert list(answer.scores) == some and answer.best == some[int(expected.argmax())]
         assert list(answer.scores.values()) == pytest.approx(expected.tolist(), abs=1e-5)
         assert answer.tokens == session.ask([question])[0].tokens
@@ -257,9 +263,9 @@ def test_how_often_text_and_images_are_read():
     session.yes_no(QUESTIONS * 3, max_new_tokens=1)
     assert len(lengths) == 2, "one token is one pass"
     block = selection(mlm, len(session.layouts[0]))
-    session.score(QUESTIONS, ["yes"], block=block)
+    scores_of(session, QUESTIONS, ["yes"], block=block)
     assert len(lengths) == 3
-    session.score(QUESTIONS, ["yes"], block=block, queries="all")
+    scores_of(session, QUESTIONS, ["yes"], block=block, queries="all")
     assert lengths[3] == 17 and len(lengths) == 5 and len(pictures) == 1
 
 
@@ -313,7 +319,7 @@ def test_closing_frees_the_memory():
         assert all(reference() is not None for reference in references)
         session.ask([])
     assert all(reference() is None for reference in references)
-    for ask in (session.ask, lambda asked: session.score(asked, ["yes"])):
+    for ask in (session.ask, lambda asked: scores_of(session, asked, ["yes"])):
         with pytest.raises(ParameterError, match="closed"):
             ask(QUESTIONS)
     session.close()  # twice is fine
@@ -391,12 +397,12 @@ def test_bad_questions_and_options():
         (lambda: session.ask(["what is <image> ?"]), "<image>"),
         (lambda: session.ask(QUESTIONS, max_new_tokens=0), "max_new_tokens"),
         (lambda: session.ask(QUESTIONS, queries="before", block=selection(mlm, 17)), "before"),
-        (lambda: session.score(QUESTIONS, []), "at least one"),
-        (lambda: session.score(QUESTIONS, "yes"), "options must"),
-        (lambda: session.score(QUESTIONS, ["yes", " "]), "no tokens"),
-        (lambda: session.score(QUESTIONS, ["yes", "zebra"]), "zebra"),
-        (lambda: session.score(QUESTIONS, ["yes", "yes"]), "different"),
-        (lambda: session.score(QUESTIONS, {"yes": []}), "no tokens"),
+        (lambda: scores_of(session, QUESTIONS, []), "at least one"),
+        (lambda: scores_of(session, QUESTIONS, "yes"), "options must"),
+        (lambda: scores_of(session, QUESTIONS, ["yes", " "]), "no tokens"),
+        (lambda: scores_of(session, QUESTIONS, ["yes", "zebra"]), "zebra"),
+        (lambda: scores_of(session, QUESTIONS, ["yes", "yes"]), "different"),
+        (lambda: scores_of(session, QUESTIONS, {"yes": []}), "no tokens"),
         (lambda: session.choose(QUESTIONS, [["yes"], ["no"]]), "options for"),
         (lambda: batch.answer([QUESTIONS]), "2 prompts"),
         (lambda: batch.answer("ab"), "2 prompts"),
@@ -409,7 +415,7 @@ def test_bad_questions_and_options():
             call()
     with pytest.raises(DataError, match="17"):
         session.ask(QUESTIONS, block=selection(mlm, 5))
-    assert session.ask(QUESTIONS, 2) and math.isfinite(session.score(QUESTIONS[:1], ["yes"])[0, 0])
+    assert session.ask(QUESTIONS, 2) and math.isfinite(scores_of(session, QUESTIONS[:1], ["yes"])[0, 0])
     assert list(answer_all(mlm, [])) == []
 
 

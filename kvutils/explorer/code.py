@@ -15,9 +15,8 @@ IMPORTS = {"torch": "", "kv": "", "Panel": "explorer.panel", "open_image": "imag
 
 
 def reproduce(panel: Panel, origin: Panel, state: Mapping) -> str:
-    """Python of what `panel` shows, by the state of a view: mode, the parameters of its op, and block, those of a selection. origin: the
-    panel of the token, or the one whose colours are made together with these. Attention is that of the last question asked. Raises
-    ParameterError."""
+    """Python of what `panel` shows, by the state of a view: mode, the parameters of its op, and block, a selection's. origin: the panel of
+    the token, or the one whose colours are made with these. Attention is that of the last question asked. Raises ParameterError."""
     mode, source, text = state.get("mode"), state.get("source"), state.get("text")
     one_of("mode", mode, ("similarity", "colours", "words", "attention", "selection"))
     layer, head = (state.get("layer"), state.get("head")) if source in LAYERED or mode == "attention" else (None, None)

@@ -31,6 +31,7 @@ from kvutils.vision import in_halves
 log = logging.getLogger(__name__)
 Model = MLM | FeatureExtractor
 Reply = tuple[dict, list[bytes]]  # result and buffers
+OPS = ("open", "similar", "colours", "words", "ask", "attention", "select", "picture", "code", "close")  # each a method _op
 _HOLDING: weakref.WeakSet["Explorer"] = weakref.WeakSet()  # the explorer that holds memory
 
 
@@ -94,16 +95,14 @@ class Explorer(anywidget.AnyWidget):
 
     def answer(self, op: str, params: Mapping | None = None, buffers: Sequence = ()) -> Reply:
         """(result, buffers) of one message. Raises KVUtilsError."""
-        ops = {"open": self._open, "similar": self._similar, "colours": self._colours, "words": self._words, "ask": self._ask,
-               "attention": self._attention, "select": self._select, "picture": self._picture, "code": self._code, "close": self._close}
-        one_of("request of the explorer", op, ops)
+        one_of("request of the explorer", op, OPS)
         if not self.panels:
             raise ParameterError("this explorer is closed; run its cell again")
         for other in [each for each in _HOLDING if each is not self]:
             other._close({})
         _HOLDING.add(self)
         given = [params or {}, *([buffers] if op == "picture" else [])]
-        return in_halves(lambda _: [ops[op](*given)], [op])[0]
+        return in_halves(lambda _: [getattr(self, f"_{op}")(*given)], [op])[0]
 
     def _receive(self, content: Mapping, buffers: Sequence) -> None:
         """Answer a message of the browser, whatever happens."""

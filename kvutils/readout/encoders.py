@@ -23,17 +23,12 @@ def depth_read(encoder: Encoder, mlm: MLM) -> int:
 
 
 @torch.no_grad()
-def capture_encoder(
-    encoder: Encoder, mlm: MLM, images: Iterable[ImageLike], *, batch_size: int = 8, to: str | torch.device | None = "cpu",
-    head: bool = False, own: bool = False,
-) -> list[torch.Tensor]:  # fmt: skip
-    """Features (N, C) of another SigLIP tower on the crops that `capture` shows the model, on its token grid; head, own: those
-    of `encode_prepared`."""
-    device = encoder.model.device if to is None else torch.device(to)
+def capture_encoder(encoder: Encoder, mlm: MLM, images: Iterable[ImageLike], *, batch_size: int = 8) -> list[torch.Tensor]:
+    """Features (N, C) on the CPU of another SigLIP tower on the crops that `capture` shows the model, on its token grid."""
 
     def run(pictures: Sequence[Image.Image], names: Sequence[str]) -> list[torch.Tensor]:
-        states = encode_prepared(encoder, mlm, prepare_images(mlm, pictures, names), pictures, head, own)
-        return [compact(item, device) for item in states]
+        states = encode_prepared(encoder, mlm, prepare_images(mlm, pictures, names), pictures)
+        return [compact(item, torch.device("cpu")) for item in states]
 
     return list(over_images(run, images, batch_size))
 

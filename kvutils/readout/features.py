@@ -102,8 +102,7 @@ def stack_images(images: Sequence[ImageFeatures], sources: Sequence[str]) -> tor
 def image_tokens(layout: TokenLayout) -> np.ndarray:
     """Indices of the tokens that tasks read: the finest view's grid without newlines and padding."""
     tokens = layout.spatial()
-    sides = layout.rects[tokens, 2:] - layout.rects[tokens, :2]
-    return tokens[(sides > 0).all(axis=1)]
+    return tokens[(layout.rects[tokens, 2:] > layout.rects[tokens, :2]).all(axis=1)]
 
 
 def token_means(layout: TokenLayout, planes: np.ndarray) -> np.ndarray:
@@ -127,11 +126,9 @@ class FeatureExtractor:
     third of what is free, shared by the processes of this machine): on the model's device until that is `FULL`, then in main
     memory. vocabulary: as in `TextAlignment`."""
 
-    def __init__(
-        self, mlm: MLM, untrained: MLM | None = None, encoder_original: Encoder | None = None, *,
-        encoder_text: SiglipText | None = None, layers: str | int | Iterable[int] = "all", keys: bool = True,
-        memory_bytes: int | None = None, vocabulary: Sequence[str] | None = None,
-    ):  # fmt: skip
+    def __init__(self, mlm: MLM, untrained: MLM | None = None, encoder_original: Encoder | None = None, *,
+                 encoder_text: SiglipText | None = None, layers: str | int | Iterable[int] = "all", keys: bool = True,
+                 memory_bytes: int | None = None, vocabulary: Sequence[str] | None = None):  # fmt: skip
         self.mlm, self.untrained, self.encoder_original = mlm, untrained, encoder_original
         self.layers, self.keys = resolve_layers(mlm, layers), keys
         self.memory_bytes = _free(mlm.device) // 3 if memory_bytes is None else memory_bytes
@@ -180,10 +177,8 @@ class FeatureExtractor:
             self._memory.move_to_end(place)
             return self._memory[place]
         made = self._extract(name, key, opened(), prefix, wanted)
-        self._held -= self._memory[place].nbytes if place in self._memory else 0
+        self._held += made.nbytes - (self._memory.pop(place).nbytes if place in self._memory else 0)
         self._memory[place] = made
-        self._memory.move_to_end(place)
-        self._held += made.nbytes
         while self._held > self.memory_bytes and len(self._memory) > 1:
             self._held -= self._memory.popitem(last=False)[1].nbytes
         return made
@@ -224,9 +219,8 @@ class FeatureExtractor:
         return ImageFeatures(layout, features, self.mlm.device, frozenset(not_finite))
 
     @torch.no_grad()
-    def _read(
-        self, name: str, key: str, image: Image.Image, prefix: str | None, wanted: Set[str]
-    ) -> tuple[TokenLayout, dict[str, torch.Tensor]]:
+    def _read(self, name: str, key: str, image: Image.Image, prefix: str | None,
+              wanted: Set[str]) -> tuple[TokenLayout, dict[str, torch.Tensor]]:  # fmt: skip
         """Layout, and the wanted sources of the models as they write them: (tokens, C), or (G, tokens, D) of a layer's heads."""
         families = {source.rpartition(".")[0] or source for source in wanted}
         if self._seen[0] != key:  # behind another prefix, the tower sees the same

@@ -1,8 +1,7 @@
 """Which image keys to hide: those that vary least, by a threshold or a share, and the controls they are compared with (section 3.2, C6, X2).
 
-Every selection is a `KeySelection` by layer, key-value head and image token. The controls take a selection (`like`) and choose as many
-keys, or keys that receive as much attention, in another way. real (N,) bool: the tokens that show a part of the image; newlines are never
-drawn."""
+Every selection is a `KeySelection` by layer, key-value head and image token. The controls choose as many keys as a selection (`like`),
+or keys that receive as much attention, in another way. real (N,) bool: the tokens that show a part of the image, so no newlines."""
 
 from collections.abc import Callable, Iterable, Sequence
 

@@ -134,8 +134,7 @@ def words_of(mlm: MLM, text: str) -> list[int]:
 
 
 def vocabulary_of(mlm: MLM) -> tuple[str, ...]:
-    """The names whose mean vector is subtracted for this model: `COCO_NAMES`, or, where its tokenizer lacks words of them, those of
-    `POCKET_NAMES` that it knows."""
+    """The names whose mean vector is subtracted: `COCO_NAMES`, or, where the tokenizer lacks some, those of `POCKET_NAMES` it knows."""
     unknown = mlm.tokenizer.unk_token_id
     known = {name for name in (*COCO_NAMES, *POCKET_NAMES) if unknown not in words_of(mlm, name)}
     return COCO_NAMES if known.issuperset(COCO_NAMES) else tuple(name for name in POCKET_NAMES if name in known)
