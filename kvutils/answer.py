@@ -209,8 +209,7 @@ def answer_all(mlm: MLM, samples: Iterable[tuple[str, Pictures, Sequence[str]]],
     Each image is read once for all its questions and all `blocks` (name -> selection, None for no block; by default only
     {"none": None}), `batch_size` images together, or fewer where memory does not suffice. The other arguments are those of
     `SessionBatch.answer`. `samples` may be a generator."""
-    blocks = blocks or {"none": None}
-    tokens = PromptTokens(mlm, prefix)
+    blocks, tokens = blocks or {"none": None}, PromptTokens(mlm, prefix)
 
     def run(batch: Sequence[tuple]) -> list[tuple[str, dict[str, list[Answer]]]]:
         names, images, questions = zip(*batch, strict=True)

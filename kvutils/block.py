@@ -60,7 +60,7 @@ def block_keys(mlm: MLM, selection: KeySelection, slots: Slots, queries: str = "
         for layer, mask in zip(selection.layers, selection.mask, strict=True):
             if mask.any():
                 attention = mlm.model.model.language_model.layers[layer].self_attn
-                hook = _blocking_hook(mlm, _by_query_head(mlm, mask, rows), rows.max(axis=1), queries)
+                hook = _blocking_hook(mlm, mask, rows, queries)
                 stack.callback(attention.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
 
@@ -86,18 +86,12 @@ def slot_rows(slots: Slots) -> np.ndarray:
     return rows.astype(np.int64)
 
 
-def _by_query_head(mlm: MLM, mask: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
-    """(rows, H, S) bool from (G, N): is the key in a slot blocked? S ends with the last image slot."""
-    slots = torch.from_numpy(rows)[:, None].expand(-1, len(mask), -1)
-    by_slot = torch.zeros(len(rows), len(mask), rows.max() + 1, dtype=torch.bool)
-    by_slot.scatter_(2, slots, mask.cpu().expand(len(rows), -1, -1))
-    return by_slot.repeat_interleave(mlm.num_heads // mlm.num_kv_heads, dim=1).to(mlm.device)
-
-
-def _blocking_hook(mlm: MLM, by_slot: torch.Tensor, last: np.ndarray, queries: str) -> Callable:
-    """A forward pre-hook for one `self_attn` that edits its attention mask.
-
-    by_slot (rows, H, S) as from `_by_query_head`; last (rows,), the slot of each row's last image token."""
+def _blocking_hook(mlm: MLM, mask: torch.Tensor, rows: np.ndarray, queries: str) -> Callable:
+    """A forward pre-hook for one `self_attn` that edits its attention mask: keys mask (G, N) in the slots rows (rows, N)."""
+    last = rows.max(axis=1)  # the slot of each row's last image token
+    by_slot = torch.zeros(len(rows), len(mask), last.max() + 1, dtype=torch.bool)
+    by_slot.scatter_(2, torch.from_numpy(rows)[:, None].expand(-1, len(mask), -1), mask.cpu().expand(len(rows), -1, -1))
+    by_slot = by_slot.repeat_interleave(mlm.num_heads // mlm.num_kv_heads, dim=1).to(mlm.device)  # (rows, H, S): is its key blocked?
 
     def hook(module, args, kwargs):
         check_masks(mlm, ())

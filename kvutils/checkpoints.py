@@ -108,6 +108,8 @@ def look_for_model(spec: ModelSpec) -> tuple[str, float]:
 def need_model(spec: ModelSpec, weights: bool = False) -> None:
     """ModelError for a checkpoint that is neither on this machine nor can be fetched: in one sentence, before the hub's client retries.
     weights: they too, not the configuration alone."""
-    found = not weights and isinstance(try_to_load_from_cache(spec.source, "config.json", revision=spec.revision), str)
-    if not found and not Path(spec.source).is_dir() and (problem := look_for_model(spec)[0]):  # what a folder lacks is said when it is read
+    if Path(spec.source).is_dir():
+        return  # what it lacks is said when it is read
+    config = None if weights else try_to_load_from_cache(spec.source, "config.json", revision=spec.revision)
+    if not isinstance(config, str) and (problem := look_for_model(spec)[0]):
         raise ModelError(f"{spec.name}: {problem}")

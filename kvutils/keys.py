@@ -146,8 +146,7 @@ def key_variance(mlm: MLM, images: Iterable[ImageLike], layers: str | int | Iter
         grid.check(one.layout, f"images[{index}]")
         variance.update(one.keys[None])
 
-    capture(mlm, images, prefix, layers, values=False, features=False, batch_size=batch_size, to=None, on_capture=add,
-            progress=progress)  # fmt: skip
+    capture(mlm, images, prefix, layers, values=False, features=False, batch_size=batch_size, to=None, on_capture=add, progress=progress)
     if not variance.count:
         raise DataError("a variance across images needs images, found none")
     return variance

@@ -20,8 +20,6 @@ from kvutils.models import MLM, usable_device
 from kvutils.prompts import prepare_text
 from kvutils.vision import VisionInputs, compact, encode_images, over_images, prepare_images
 
-_TENSORS = ("keys", "values", "encoder", "projector")
-
 
 @dataclass(eq=False, repr=False)
 class Capture:
@@ -71,7 +69,8 @@ class Capture:
         return replace(self, layout=self.layout.select(index), **rows)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        return {name: getattr(self, name) for name in _TENSORS if getattr(self, name) is not None}
+        names = ("keys", "values", "encoder", "projector")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def _read(self, name: str, layer: int, head: int | None) -> torch.Tensor:
         tensor = getattr(self, name)

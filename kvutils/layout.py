@@ -145,8 +145,7 @@ def _interval_at(intervals: np.ndarray, values: np.ndarray) -> np.ndarray:
 def _interpolation(centers: np.ndarray, size: int) -> torch.Tensor:
     """(size, len(centers)) weights that interpolate linearly between increasing centres at pixel centres."""
     position = np.interp(np.arange(size) + 0.5, centers, np.arange(len(centers)))
-    weights = 1 - np.abs(position[:, None] - np.arange(len(centers)))
-    return torch.from_numpy(weights.clip(0))
+    return torch.from_numpy((1 - np.abs(position[:, None] - np.arange(len(centers)))).clip(0))
 
 
 def check_points(points, size: tuple[float, float] = (np.inf, np.inf), where: str = "points") -> np.ndarray:
@@ -190,10 +189,8 @@ def build_layout(mlm, image_size: tuple[int, int], grid: tuple[int, int] | None 
         cells = _cells(*grid)
         return _layout(image_size, {"base": grid}, cells, np.zeros(len(cells), int), intervals)
 
-    vision = mlm.model.config.vision_config
-    side, patch = vision.image_size, vision.patch_size
-    g = side // patch
-    tall, wide = tiling(mlm, image_size)
+    side, patch = mlm.model.config.vision_config.image_size, mlm.model.config.vision_config.patch_size
+    g, (tall, wide) = side // patch, tiling(mlm, image_size)
 
     # Coordinates in place of features: row and column of every patch of every crop; NaN marks newlines.
     square = _cells(g, g)
@@ -211,8 +208,7 @@ def build_layout(mlm, image_size: tuple[int, int], grid: tuple[int, int] | None 
         centers = tiles[~np.isnan(tiles[:, 0])]
         rows = len(tiles) - len(centers)
         columns = len(centers) // max(1, rows)
-        grids["tiles"] = (rows, columns)
-        rest = _cells(rows, columns + 1)
+        grids["tiles"], rest = (rows, columns), _cells(rows, columns + 1)
         down, across = np.moveaxis(centers.reshape(rows, columns, 2), 2, 0)
         blank = np.broadcast_to(np.uint8(0), (3, *image_size[::-1]))  # only its shape is read
         high, broad = get_patch_output_size(blank, (tall, wide), input_data_format="channels_first")
@@ -235,8 +231,7 @@ def _tile_intervals(centers, g: int, patch: int, side: int, canvas: int, resized
     that show the image, with its aspect kept; size: of the image."""
     centers = np.asarray(centers, dtype=np.float64)
     spacing = (centers[-1] - centers[0]) / (len(centers) - 1) if len(centers) > 1 else 1.0
-    low, high = centers + 0.5 - spacing / 2, centers + 0.5 + spacing / 2
-    low, high = np.round(low, 6), np.round(high, 6)  # the interpolated coordinates are not exact
+    low, high = (np.round(centers + 0.5 + half, 6) for half in (-spacing / 2, spacing / 2))  # interpolated coordinates are not exact
     ends = [tile * side + (end - tile * g) * patch for end, tile in ((low, low // g), (high, np.ceil(high / g) - 1))]
     return (np.stack(ends, axis=1) - (canvas - resized) // 2) * size / resized
 

@@ -126,18 +126,15 @@ class PromptTokens:
         if not texts or len(set(texts)) < len(options):
             raise ParameterError(f"options must be a list of different texts, at least one, not {options!r}")
         spelled = options if isinstance(options, Mapping) else {option: (option,) for option in options}
-        return {label: self._spellings(label, spellings) for label, spellings in spelled.items()}
-
-    def _spellings(self, label: str, spellings: Sequence[str]) -> list[list[int]]:
-        found, unknown = [], self.mlm.tokenizer.unk_token_id
-        for text in spellings:
+        found, unknown = {label: [] for label in spelled}, self.mlm.tokenizer.unk_token_id
+        for label, text in ((label, text) for label, spellings in spelled.items() for text in spellings):
             if text not in self._spelled:
                 self._spelled[text] = self.mlm.tokenizer(text, add_special_tokens=False)["input_ids"]
             ids = self._spelled[text]
-            if ids and ids not in found and (unknown is None or unknown not in ids):
-                found.append(ids)
-        if not found:
-            raise ParameterError(f"the option {label!r} has no tokens that {self.mlm.name} knows")
+            if ids and ids not in found[label] and (unknown is None or unknown not in ids):
+                found[label].append(ids)
+        if lacking := [label for label, spellings in found.items() if not spellings]:
+            raise ParameterError(f"the option {lacking[0]!r} has no tokens that {self.mlm.name} knows")
         return found
 
     def _behind_images(self, ids: list[int]) -> int:

@@ -40,8 +40,7 @@ def in_batches(run: Callable[[Sequence[T]], list[R]], items: Iterable[T], batch_
                total: int | None = None) -> Iterator[R]:
     """The results of run(items), one per item and in order: `batch_size` items at a time, fewer as `in_halves`."""
     at_least("batch_size", batch_size)
-    source = iter(items)
-    total = len(items) if isinstance(items, Sequence) else total
+    source, total = iter(items), len(items) if isinstance(items, Sequence) else total
     with tqdm(total=total, unit="image", disable=not progress) as bar:
         while batch := list(itertools.islice(source, batch_size)):
             yield from in_halves(run, batch)
@@ -122,8 +121,8 @@ def _prepare_qwen(mlm: MLM, images: list[Image.Image], names: Sequence[str]) -> 
     grids = torch.cat([batch["image_grid_thw"] for batch in batches])
     tokens = [(rows // merge, columns // merge) for _, rows, columns in grids.tolist()]
     layouts = [build_layout(mlm, image.size, grid) for image, grid in zip(images, tokens, strict=True)]
-    pixels = torch.cat([batch["pixel_values"] for batch in batches])
-    return VisionInputs(pixels.to(mlm.device, mlm.dtype), layouts, grids=grids.to(mlm.device))
+    pixels = torch.cat([batch["pixel_values"] for batch in batches]).to(mlm.device, mlm.dtype)
+    return VisionInputs(pixels, layouts, grids=grids.to(mlm.device))
 
 
 def _within(mlm: MLM, image: Image.Image) -> BatchFeature:
@@ -162,11 +161,9 @@ def encode_images(mlm: MLM, vision: VisionInputs) -> tuple[list[torch.Tensor], l
 def _encode_llava(mlm: MLM, vision: VisionInputs) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     inner, config = mlm.model.model, mlm.model.config
     image_sizes = [layout.image_size for layout in vision.layouts]
-    if mlm.family == NEXT and mlm.base_view_only:
-        # The class always tiles; this is its `get_image_features` for images of one crop.
+    if mlm.family == NEXT and mlm.base_view_only:  # the class always tiles; this is its `get_image_features` for images of one crop
         states = _feature_states(config, inner.vision_tower(vision.pixels, output_hidden_states=True))
-        crops = list(inner.multi_modal_projector(states)[:, None])
-        projected = pack_crops(mlm, crops, image_sizes, inner.image_newline)
+        projected = pack_crops(mlm, list(inner.multi_modal_projector(states)[:, None]), image_sizes, inner.image_newline)
     else:
         sizes = torch.tensor([(height, width) for width, height in image_sizes])
         # More than one image per prompt is how the class is told not to tile.
@@ -174,8 +171,7 @@ def _encode_llava(mlm: MLM, vision: VisionInputs) -> tuple[list[torch.Tensor], l
         options = {"batch_num_images": images} if mlm.family == ONEVISION else {}
         output = inner.get_image_features(vision.pixels, sizes, return_dict=True, **options)
         states, projected = _feature_states(config, output), list(output.pooler_output)
-    newline = states.new_zeros(states.shape[-1])
-    return pack_crops(mlm, list(states.split(vision.crops)), image_sizes, newline), projected
+    return pack_crops(mlm, list(states.split(vision.crops)), image_sizes, states.new_zeros(states.shape[-1])), projected
 
 
 def _feature_states(config, output) -> torch.Tensor:

@@ -53,11 +53,9 @@ def oracle_clusters(labels: Sequence[np.ndarray], foreground: Sequence[np.ndarra
 
     labels (N_i,) per image; foreground, pixels (N_i,) true foreground and annotated pixels, or shares of the pixels, in each
     token. All unions are tried. Two empty masks score 1."""
-    k = num_clusters
-    inside, area = (np.stack([np.bincount(c, w, k) for c, w in zip(labels, weights, strict=True)]) for weights in (foreground, pixels))
-    chosen = (np.arange(2**k)[:, None] >> np.arange(k)) & 1  # (unions, clusters)
+    inside, area = (np.stack([np.bincount(c, w, num_clusters) for c, w in zip(labels, weights, strict=True)]) for weights in (foreground, pixels))
+    chosen = (np.arange(2**num_clusters)[:, None] >> np.arange(num_clusters)) & 1  # (unions, clusters)
     intersection = chosen @ inside.T
     union = chosen @ (area - inside).T + inside.sum(axis=1)
     score = np.where(union > 0, intersection / np.maximum(union, 1e-12), 1.0).mean(axis=1)
-    best = int(score.argmax())
-    return np.flatnonzero(chosen[best]), float(score[best])
+    return np.flatnonzero(chosen[score.argmax()]), float(score.max())

@@ -44,8 +44,7 @@ def encode_prepared(encoder: Encoder, mlm: MLM, vision: VisionInputs, pictures: 
     no crops: the tower sees the whole image squashed to its square input. Patch grids of another size are interpolated bilinearly."""
     depth = depth_read(encoder, mlm)
     tower = mlm.model.model.vision_tower if own else encoder.model
-    config = tower.config
-    side = config.image_size // config.patch_size
+    config, side = tower.config, tower.config.image_size // tower.config.patch_size
     rest = getattr(encoder.model, "vision_model", encoder.model).encoder.layers[depth:] if head else []
 
     if mlm.family == QWEN:
@@ -53,7 +52,10 @@ def encode_prepared(encoder: Encoder, mlm: MLM, vision: VisionInputs, pictures: 
     elif own:
         pixels = vision.pixels
     else:
-        pixels = _renormalise(vision.pixels.float(), mlm.processor.image_processor, encoder.processor)
+        old, new = mlm.processor.image_processor, encoder.processor
+        numbers = torch.tensor([old.image_std, old.image_mean, new.image_mean, new.image_std], device=vision.pixels.device)
+        std, mean, new_mean, new_std = numbers[..., None, None]
+        pixels = (vision.pixels.float() * std + mean - new_mean) / new_std
         if pixels.shape[-1] != config.image_size:
             pixels = F.interpolate(pixels, (config.image_size, config.image_size), mode="bicubic", antialias=True)
     states = tower(pixels.to(tower.device, tower.dtype), output_hidden_states=True).hidden_states[depth]
@@ -64,8 +66,7 @@ def encode_prepared(encoder: Encoder, mlm: MLM, vision: VisionInputs, pictures: 
         grids = [layout.grids["base"] for layout in vision.layouts]
         return [_resampled(square[None], grid)[0] for square, grid in zip(squares, grids, strict=True)]
     crops = _resampled(squares, vision.layouts[0].grids["base"]).split(vision.crops)
-    sizes = [layout.image_size for layout in vision.layouts]
-    return pack_crops(mlm, list(crops), sizes, states.new_zeros(states.shape[-1]))
+    return pack_crops(mlm, list(crops), [layout.image_size for layout in vision.layouts], states.new_zeros(states.shape[-1]))
 
 
 def _resampled(squares: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -73,10 +74,3 @@ def _resampled(squares: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     if squares.shape[-2:] != grid:
         squares = F.interpolate(squares.float(), grid, mode="bilinear", antialias=True).to(squares.dtype)
     return squares.flatten(2).transpose(1, 2)
-
-
-def _renormalise(pixels: torch.Tensor, old, new) -> torch.Tensor:
-    """From the mean and deviation of one image processor to those of another."""
-    numbers = torch.tensor([old.image_std, old.image_mean, new.image_mean, new.image_std], device=pixels.device)
-    std, mean, new_mean, new_std = numbers[..., None, None]
-    return (pixels * std + mean - new_mean) / new_std

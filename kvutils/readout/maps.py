@@ -64,6 +64,5 @@ def picture(extractor: FeatureExtractor, name: str, image: Image.Image, point: t
         colours = pca_colours([f.features[source].float().cpu().numpy() for f in found])[0]
         pca[source] = to_grid(layout, colours).tolist()
         similarity[source] = to_grid(layout, similarity_to_point(found[0], source, point).astype(float)).round(3).tolist()
-    clicked = int(layout.token_at(np.array([point]))[0])
     return {"image": encode_image(image), "size": list(image.size), "point": list(point), "rects": layout.rects.round(2).tolist(),
-            "clicked": clicked, "pca": pca, "similarity": similarity}  # fmt: skip
+            "clicked": int(layout.token_at(np.array([point]))[0]), "pca": pca, "similarity": similarity}  # fmt: skip

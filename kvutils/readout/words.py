@@ -194,6 +194,7 @@ class TextAlignment:
             self._texts[text] = {source: made[source] for source in self.sources}
         return self._texts[text]
 
+    @torch.no_grad()
     def _plain(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Vector in every source as it is, of one text, or the mean over several."""
         vectors = {}
@@ -202,9 +203,11 @@ class TextAlignment:
             vectors |= {f"{family}.{layer}": value for layer, value in zip(self.layers, values, strict=True)}
         ids = [torch.tensor(words_of(self.mlm, text)) for text in texts]
         tables = self.mlm.model.get_input_embeddings().weight, self.mlm.model.lm_head.weight
-        vectors["projector"], lens = (torch.stack([rows[each.to(rows.device)].float().mean(0) for each in ids]).mean(0).cpu().detach()
+        vectors["projector"], lens = (torch.stack([rows[each.to(rows.device)].float().mean(0) for each in ids]).mean(0).cpu()
                                       for rows in tables)  # fmt: skip
-        vectors |= {f"lens.value.{layer}": self._seen_from_values(lens, layer) for layer in self.layers}
+        gain = self.mlm.model.model.language_model.norm.weight.float()
+        seen = gain * lens.to(gain.device)  # g * t, see `_lens_scale`
+        vectors |= {f"lens.value.{layer}": (self._summed_output(layer).T @ seen).cpu() for layer in self.layers}
         if self.encoder_text is not None:
             vectors["encoder_original"] = vectors["encoder"] = torch.stack([self.encoder_text.embed(text) for text in texts]).mean(0)
         return vectors
@@ -240,12 +243,6 @@ class TextAlignment:
     # What values v (N, G*D) add to the residual stream when attended to with full weight is x = W v, where W sums the output
     # projection over the query heads that share a value; its final norm is x / rms(x) * g. A text's row t of the head then scores
     # v . W' (g * t) / rms(x), and |x| = |R v| for the root R of W'W: both in the width of the values, in float32.
-    @torch.no_grad()
-    def _seen_from_values(self, row: torch.Tensor, layer: int) -> torch.Tensor:
-        """(G*D,) W' (g * t) of a row t (C_h,) of the language-model head, on the CPU."""
-        gain = self.mlm.model.model.language_model.norm.weight.float()
-        return (self._summed_output(layer).T @ (gain * row.to(gain.device))).cpu()
-
     def _lens_scale(self, values: torch.Tensor, layer: int) -> torch.Tensor:
         """(N,) 1 / rms(x) of values (N, G*D)."""
         if layer not in self._roots:
