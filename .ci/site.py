@@ -30,7 +30,7 @@ import kvutils
 from kvutils.errors import ParameterError
 from kvutils.datasets.pocket.world import render, sample_scene
 from kvutils.explorer.widget import Explorer
-from kvutils.models import original_encoder
+from kvutils.checkpoints import original_encoder
 from kvutils.readout.features import FeatureExtractor
 from kvutils.readout.words import POCKET_NAMES
 from kvutils.run.report import repository

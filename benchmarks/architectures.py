@@ -19,9 +19,10 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from kvutils.checkpoints import MODELS, NEXT, ONEVISION, QWEN, base_name
 from kvutils.datasets.pocket.questions import WORDS
 from kvutils.errors import ModelError, one_of
-from kvutils.models import MLM, MODELS, NEXT, ONEVISION, QWEN, Encoder, base_name, wrap_mlm
+from kvutils.models import MLM, Encoder, wrap_mlm
 from kvutils.processors import ImageOnlyLlavaOnevisionProcessor, ImageOnlyQwen2_5_VLProcessor, quiet_transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data" / "pocket"))

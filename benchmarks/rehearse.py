@@ -32,12 +32,13 @@ from simulated_gpu import SimulatedGPU
 from tqdm import tqdm
 
 from kvutils import data_folder
+from kvutils.checkpoints import MODELS
 from kvutils.datasets import class_names, open_dataset
 from kvutils.datasets.samples import Pictures
 from kvutils.errors import KVUtilsError, at_least
 from kvutils.images import open_image
 from kvutils.kvcache import capture
-from kvutils.models import MLM, MODELS
+from kvutils.models import MLM
 from kvutils.readout.features import FeatureExtractor
 from kvutils.readout.selections import select_lowest
 from kvutils.run.notebook import provenance

@@ -16,8 +16,9 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from kvutils.checkpoints import QWEN
 from kvutils.errors import ModelError, ParameterError
-from kvutils.models import MLM, QWEN, need_mlm
+from kvutils.models import MLM, need_mlm
 from kvutils.prompts import TextInputs
 
 Store = Callable[[int, torch.Tensor, torch.Tensor], None]

@@ -15,7 +15,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, SiglipVisionModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from kvutils.checkpoints import ENCODERS, FAMILIES, MODELS, NEXT, ONEVISION, QWEN, ModelSpec, base_name, find_model, need_model, original_encoder  # noqa: F401
+from kvutils.checkpoints import ENCODERS, FAMILIES, MODELS, QWEN, ModelSpec, find_model, need_model
 from kvutils.errors import KVUtilsError, MemoryLimitError, ModelError, ParameterError, at_least, of_kind, one_of, writing
 from kvutils.layout import check_mlm
 from kvutils.processors import PROMPTS, load_processor, quiet_transformers, render, turn_of

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from kvutils.checkpoints import ONEVISION, QWEN
 from kvutils.errors import ModelError, ParameterError
-from kvutils.models import MLM, ONEVISION, QWEN
+from kvutils.models import MLM
 from kvutils.vision import VisionInputs
 
 Options = Sequence[str] | Mapping[str, Sequence[str]]

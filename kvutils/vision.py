@@ -17,10 +17,11 @@ from tqdm import tqdm
 from transformers import BatchFeature
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+from kvutils.checkpoints import NEXT, ONEVISION, QWEN
 from kvutils.errors import ImageError, MemoryLimitError, ModelError, ParameterError, at_least
 from kvutils.images import ImageLike, open_image
 from kvutils.layout import TokenLayout, build_layout, pack_crops, tiling
-from kvutils.models import MLM, NEXT, ONEVISION, QWEN
+from kvutils.models import MLM
 
 log = logging.getLogger(__name__)
 T, R = TypeVar("T"), TypeVar("R")

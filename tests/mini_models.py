@@ -8,10 +8,11 @@ from recipe.tokenizer import PUNCTUATION, build_word_tokenizer
 from transformers import SiglipConfig, SiglipModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from kvutils.checkpoints import ENCODERS
 from kvutils.datasets import bdd10k
 from kvutils.datasets.pocket.shapes import CLASSES
 from kvutils.datasets.pocket.world import COLOURS
-from kvutils.models import ENCODERS, load_mlm
+from kvutils.models import load_mlm
 from kvutils.tasks.prefixes import WORDING
 from tests.tiny_models import TOWER, WORDS, save, tiny
 

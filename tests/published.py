@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from kvutils.models import MLM, NEXT, ONEVISION, QWEN, wrap_mlm
+from kvutils.checkpoints import NEXT, ONEVISION, QWEN
+from kvutils.models import MLM, wrap_mlm
 from kvutils.processors import load_processor
 
 FOLDERS = {ONEVISION: "llava-onevision-qwen2-7b-ov-hf", NEXT: "llama3-llava-next-8b-hf", QWEN: "Qwen2.5-VL-7B-Instruct"}

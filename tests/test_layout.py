@@ -21,10 +21,11 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from kvutils.checkpoints import FAMILIES, NEXT, ONEVISION
 from kvutils.errors import DataError, ParameterError
 from kvutils.kvcache import capture
 from kvutils.layout import BASE, TILES, TokenLayout, build_layout, check_mlm, tiling
-from kvutils.models import FAMILIES, NEXT, ONEVISION, wrap_mlm
+from kvutils.models import wrap_mlm
 from kvutils.tasks.choices import base_views
 from kvutils.vision import prepare_images
 

@@ -11,10 +11,11 @@ import torch
 from accelerate import dispatch_model
 
 from kvutils import models
+from kvutils.checkpoints import FAMILIES, MODELS, NEXT, QWEN, base_name, find_model, original_encoder
 from kvutils.errors import MemoryLimitError, ModelError, ParameterError, StoreError
 from kvutils.kvcache import capture
 from kvutils.layout import check_mlm
-from kvutils.models import FAMILIES, MODELS, NEXT, QWEN, base_name, find_model, load_encoder, load_mlm, original_encoder, placement
+from kvutils.models import load_encoder, load_mlm, placement
 from kvutils.readout.selections import variance_threshold
 from kvutils.run.notebook import Run
 from tests.published import write_checkpoint

@@ -9,13 +9,14 @@ import torch
 from PIL import Image
 from tiny_models import score_table
 
+from kvutils.checkpoints import FAMILIES
 from kvutils.datasets import class_names, open_dataset
 from kvutils.datasets.refcoco import CATEGORIES
 from kvutils.datasets.samples import DomainImage, YesNoSample
 from kvutils.errors import DataError, ParameterError
 from kvutils.images import encode_image
 from kvutils.metrics.statistics import Halves, paired_difference
-from kvutils.models import FAMILIES, load_mlm
+from kvutils.models import load_mlm
 from kvutils.probes import fit_linear_probe
 from kvutils.prompts import tokenize
 from kvutils.readout.features import FeatureExtractor

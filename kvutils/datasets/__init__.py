@@ -37,14 +37,10 @@ _EVERY = _GENERATED | _ON_DISK | {"folder": folder.folder_samples}
 DATASETS = tuple(_EVERY)
 FOLDERS = {"imagenet-s-train": "imagenet-s", "bdd-10k-train": "bdd-10k"}  # where it is not the data set's name
 _SIX_TASKS = {
-    "foreground_segmentation": "pascal-5i",
-    "co_segmentation": "msrc",
-    "semantic_segmentation": "imagenet-s",
-    "semantic_segmentation_probe": "imagenet-s-train",
-    "referring_segmentation": "refcoco",
-    "semantic_correspondence": "spair-71k",
+    "foreground_segmentation": "pascal-5i", "co_segmentation": "msrc", "semantic_segmentation": "imagenet-s",
+    "semantic_segmentation_probe": "imagenet-s-train", "referring_segmentation": "refcoco", "semantic_correspondence": "spair-71k",
     "temporal_correspondence": "davis-2017",
-}
+}  # fmt: skip
 _PAPER = {
     "01": _SIX_TASKS,
     "02": _SIX_TASKS,

@@ -1,16 +1,12 @@
 """BDD-10K, the semantic segmentation of BDD100K, by domain: time of day and kind of road.
 
-    bdd100k/images/10k/{train,val}/0004a4c0-d4dff0ad.jpg ...
-    bdd100k/labels/sem_seg/masks/{train,val}/0004a4c0-d4dff0ad.png ...   one channel: 0..18 classes, 255 unknown
-    bdd100k/labels/det_20/det_train.json, det_val.json                   or the labels of 2018, see `read_attributes`
+Layout: data/catalog.yaml. Masks have one channel (0..18 classes, 255 unknown); label maps here are the file's number + 1, as 0 is
+background and BDD has none. The domain of an image is known only from the detection labels of the 100K images, which lack about
+4,000 of these 10,000 (bdd100k issues 22 and 120); some labels are wrong (issue 20). Images of images/10k/test have no masks.
 
-Label maps here are the file's number + 1, as 0 is background and BDD has none. The domain of an image is known only
-from the detection labels of the 100K images, which lack about 4,000 of these 10,000 (bdd100k issues 22 and 120); some
-labels are wrong (issue 20). Images of images/10k/test have no masks.
-
-What the paper read as "night and highway" is not published further. Ours: every image of train and val that its labels call
-night and highway, and as control, so that there is a wrong domain to name, as many by day on a highway. Images whose names
-begin alike (one recording) go either to those that are scored or to those that a probe is fitted on."""
+What the paper read as "night and highway" is not published further. Ours: every image of train and val that its labels call night
+and highway, and as control, so that there is a wrong domain to name, as many by day on a highway. Images whose names begin alike
+(one recording) go either to those that are scored or to those that a probe is fitted on."""
 
 import hashlib
 import logging

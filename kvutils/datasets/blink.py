@@ -1,7 +1,5 @@
 """BLINK as the Hugging Face hub holds it (Parquet, one folder per subtask), the only form in which it is published.
 
-    Art_Style/val-00000-of-00001.parquet, Visual_Similarity/val-00000-of-00001.parquet ...
-
 Columns: idx, question, image_1 ... image_4, choices, answer "(A)", prompt. Asked is the column `prompt`, by default as BLINK's
 own evaluation does, after a disclaimer in three subtasks (data/prompts.yaml). The answers of the test split are hidden. The
 questions about corresponding points paint their points into the images and give no coordinates, so notebook 05 reads only

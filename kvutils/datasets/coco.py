@@ -1,11 +1,8 @@
 """COCO val2017: images as they come, with what is annotated as foreground, for statistics of the image keys.
 
-    val2017/000000000139.jpg ...
-    annotations/instances_val2017.json
-
-or a Parquet copy of detection-datasets/coco on the Hugging Face hub (split val; columns image_id, image, width,
-height, objects with bbox as x_min, y_min, x_max, y_max). That copy has boxes but no masks, and does not tell crowds
-apart: its foreground is coarse, the inside of the boxes. The images are the same."""
+Official files (data/catalog.yaml), or a Parquet copy of detection-datasets/coco on the Hugging Face hub (split val; columns
+image_id, image, width, height, objects with bbox as x_min, y_min, x_max, y_max). That copy has boxes but no masks, and does not
+tell crowds apart: its foreground is coarse, the inside of the boxes. The images are the same."""
 
 import logging
 from collections import defaultdict

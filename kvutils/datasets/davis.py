@@ -1,9 +1,5 @@
-"""DAVIS-2017 in its official layout: videos with tracked objects.
-
-    DAVIS/JPEGImages/480p/<sequence>/00000.jpg ...    DAVIS/Annotations/480p/<sequence>/00000.png ...
-    DAVIS/ImageSets/2017/val.txt                      one sequence name per line
-
-Annotations are palette images whose index is the object (from 1), 255 is void."""
+"""DAVIS-2017 in its official layout (data/catalog.yaml): videos with tracked objects. A list of a split holds one sequence name per
+line; annotations are palette images whose index is the object (from 1), 255 is void."""
 
 from collections.abc import Sequence
 from functools import partial

@@ -1,16 +1,9 @@
 """ImageNet-S: ImageNet pictures with pixel masks of their classes, in 50, 300 or 919 classes.
 
-    ImageNetS50/validation/n01443537/ILSVRC2012_val_00004677.JPEG ...
-    ImageNetS50/validation-segmentation/n01443537/ILSVRC2012_val_00004677.png ...
-    ImageNetS50/train-semi/n01443537/n01443537_23292.JPEG ...              ten images per class, for a probe
-    ImageNetS50/train-semi-segmentation/n01443537/n01443537_23292.png ...
-    data/categories/ImageNetS_categories_im50.txt     folder data of github.com/LUSSeg/ImageNet-S: class ids,
-    data/names/ImageNetS_im50_validation.txt          which images (or data/mapping/..._mapping_validation.txt),
-    data/names/ImageNetSemi_im50_train.txt            which training images,
-    data/data.py                                      class names (read as text, never run)
-
-Masks are RGB images: class id = R + 256 G, 1 for the first of the sorted categories; 0 is everything else and 1000 is ignored. The
-images themselves may also stay where ImageNet has them (folder `imagenet`, or `imagenet=`): the official lists say which they are.
+Layout: data/catalog.yaml; train-semi holds ten images per class, for a probe. The folder data of github.com/LUSSeg/ImageNet-S says
+the class ids, which images there are (in names, or mapping) and the class names (data.py, read as text, never run). Masks are RGB
+images: class id = R + 256 G, 1 for the first of the sorted categories; 0 is everything else and 1000 is ignored. The images
+themselves may also stay where ImageNet has them (folder `imagenet`, or `imagenet=`): the official lists say which they are.
 ILSVRC/imagenet-1k on the Hugging Face hub is not read: its columns are image and label, and the lists go by file name."""
 
 import ast

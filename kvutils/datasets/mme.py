@@ -1,7 +1,4 @@
-"""MME in its official layout: two questions per image, answered yes or no, in 14 subtasks.
-
-    MME_Benchmark_release_version/existence/000000006040.jpg, 000000006040.txt ...
-    MME_Benchmark_release_version/artwork/images/0.jpg ...  artwork/questions_answers_YN/0.txt ...
+"""MME in its official layout (data/catalog.yaml): two questions per image, answered yes or no, in 14 subtasks.
 
 Subtasks come in either form. A text file holds two lines, question, tab, Yes or No. Each question ends with "Please answer yes or no.".
 

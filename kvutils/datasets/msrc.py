@@ -1,11 +1,9 @@
 """MSRC v2 for co-segmentation: groups of images that show the same kind of object.
 
-    MSRC_ObjCategImageDatabase_v2/Images/5_1_s.bmp ...
-    MSRC_ObjCategImageDatabase_v2/GroundTruth/5_1_s_GT.bmp ...    the colour of a pixel is its class, black is void
-
-The first number of a file name is the set of pictures (5: cows), the second counts within the set; the published
-database has 591 images. Protocol of Amir et al. (Deep ViT Features, MSRC7): seven classes, ten images each. Which ten
-is not said there; here they are the first, by number, of the set that shows most of the class."""
+In the ground truth (layout: data/catalog.yaml) the colour of a pixel is its class, black is void. The first number of a file name
+such as 5_1_s.bmp is the set of pictures (5: cows), the second counts within the set; the published database has 591 images.
+Protocol of Amir et al. (Deep ViT Features, MSRC7): seven classes, ten images each. Which ten is not said there; here they are the
+first, by number, of the set that shows most of the class."""
 
 import logging
 import re

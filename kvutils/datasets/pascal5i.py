@@ -1,13 +1,10 @@
 """Pascal-5i: few-shot episodes over PASCAL VOC 2012, drawn from the lists of HSNet as its test does.
 
-    VOC2012/JPEGImages/2007_000129.jpg ...
-    VOC2012/SegmentationClassAug/2007_000129.png ...    or SegmentationClass/, as in the VOC archive
-    splits/pascal/val/fold0.txt ... fold3.txt           lines <image>__<class 1..20>, data/splits of juhongm999/hsnet
-
-`VOC2012` may be in `VOCdevkit` (as the archive extracts), and `splits` in `data` (as HSNet's repository has it).
-All 1,381 images of these four lists are in VOC's own ImageSets/Segmentation/val.txt, and none is in HSNet's training
-lists: the plain VOC archive is enough, the additional masks of SBD are for training only. SegmentationClassAug is
-single channel, SegmentationClass a palette image; both hold class numbers, 0 background, 255 void.
+The lists (layout: data/catalog.yaml) have lines <image>__<class 1..20>, from data/splits of juhongm999/hsnet. `VOC2012` may be in
+`VOCdevkit` (as the archive extracts), and `splits` in `data` (as HSNet's repository has it). All 1,381 images of these four lists
+are in VOC's own ImageSets/Segmentation/val.txt, and none is in HSNet's training lists: the plain VOC archive is enough, the
+additional masks of SBD are for training only. SegmentationClassAug is single channel, SegmentationClass a palette image; both hold
+class numbers, 0 background, 255 void.
 
 Copies on the Hugging Face hub are not read: nateraw/pascal-voc-2012 has only image and mask, the lists go by name."""
 

@@ -1,6 +1,4 @@
-"""POPE in its official layout: is an object in the image, three ways to choose the objects that are not.
-
-    output/coco/coco_pope_{random,popular,adversarial}.json    val2014/COCO_val2014_000000310196.jpg ...
+"""POPE in its official layout (data/catalog.yaml): is an object in the image, three ways to choose the objects that are not.
 
 A list holds one JSON object per line: question_id, image, text, label (yes or no). The published ones have
 500 images of COCO val2014 with 6 questions each, half of them yes, and differ only in the negatives.

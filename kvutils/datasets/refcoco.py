@@ -1,12 +1,9 @@
-"""RefCOCO: sentences that name one thing in a photograph, and the mask of that thing. One sample is one sentence, as the scores
-of LAVT and LISA count. The layout of the toolkit:
+"""RefCOCO: sentences that name one thing in a photograph, and the mask of that thing. One sample is one sentence, as the scores of
+LAVT and LISA count. The toolkit's files (data/catalog.yaml): refs(unc).p and refs(google).p, pickled lists of objects referred to,
+each with its sentences; instances.json, COCO annotations with images, polygons and category names; the images of COCO train2014.
 
-    refcoco/refs(unc).p, refs(google).p    pickled lists of objects referred to, each with its sentences
-    refcoco/instances.json                 COCO annotations: images, polygons, category names
-    images/mscoco/images/train2014/COCO_train2014_000000581857.jpg ...   (or ../coco/train2014)
-
-A pickle can run programs when it is read: this one is read with every class and function refused. The `file_name` of a
-reference ("..._9.jpg") is no file: images go by their id. On the Hugging Face hub three repositories hold RefCOCO:
+A pickle can run programs when it is read: this one is read with every class and function refused. The `file_name` of a reference
+("..._9.jpg") is no file: images go by their id. On the Hugging Face hub three repositories hold RefCOCO:
 
     jxu124/refcoco-benchmark   one row per image: image, ref_list of {ref_info, ann_info}, image_info. All is there
                                (val, testA, testB by UNC; val, test by Google): read, and the one that "hub" means

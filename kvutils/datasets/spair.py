@@ -1,8 +1,5 @@
-"""SPair-71k in its official layout: pairs of photographs of one class with corresponding key points.
-
-    Layout/{large,small}/{trn,val,test}.txt            one pair per line: 000006-2008_002719-2008_007604:aeroplane
-    PairAnnotation/test/000006-2008_002719-2008_007604:aeroplane.json ...      key points (x, y), boxes, image sizes
-    JPEGImages/aeroplane/2008_002719.jpg ...
+"""SPair-71k in its official layout (data/catalog.yaml): pairs of photographs of one class with corresponding key points. A list
+holds one pair per line, an annotation its key points (x, y), boxes and image sizes.
 
 File systems of Windows allow no ":" in a name. Where an unzipper wrote "_" or "%3A" instead, that file is taken."""
 

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from os import PathLike, fspath
 
 from kvutils.answer import spellings
+from kvutils.checkpoints import MODELS, base_name
 from kvutils.errors import one_of
 from kvutils.explorer.panel import LAYERED, Panel
-from kvutils.models import MODELS, base_name
 
 IMPORTS = {"torch": "", "kv": "", "Panel": "explorer.panel", "open_image": "images", "token_attention": "readout.attention",
            "FeatureExtractor": "readout.features", "image_tokens": "readout.features", "directions": "readout.maps",

@@ -1,8 +1,7 @@
 """How the published evaluators read and score the answers to POPE, MME and BLINK.
 
 Other evaluators read the same answer otherwise ("I cannot tell" is *yes* for POPE's own script and wrong for lmms-eval);
-these are the rules of the benchmarks' authors.
-"""
+these are the rules of the benchmarks' authors."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -24,8 +23,7 @@ def pope_parse(answer: str) -> str:
     """Read one answer as "yes" or "no" (RUCAIBox/POPE evaluate.py, LLaVA eval_pope.py).
 
     Of the words before the first full stop, commas deleted: "no" where one of them is No, not or no (case counts),
-    "yes" for anything else, even for an empty answer.
-    """
+    "yes" for anything else, even for an empty answer."""
     words = answer.split(".", 1)[0].replace(",", "").split(" ")
     return "no" if {"No", "not", "no"} & set(words) else "yes"
 
@@ -48,8 +46,7 @@ def blink_extract(text: str | None, choices: Sequence[str]) -> str | None:
     """The option that a free-text answer chooses (BLINK_Benchmark analyze_answer), as "(A)" to "(E)".
 
     `NEEDS_JUDGE` where that script asks a language model; None where it swallows an exception (no text, or more than
-    five choices to list for the judge).
-    """
+    five choices to list for the judge)."""
     if not isinstance(text, str):
         return None
     if text in tuple(LETTERS):
@@ -69,8 +66,7 @@ def read_letter(text: str) -> str | None:
 
     For answers at which BLINK's script asks its judge: "A.", "**A**", "Answer: A", "B. a dog", "A is closer". The article A is
     no letter, and where one might be the other, only a text that begins with the option ("B. A dog") is sure. Of the answers
-    that BLINK saved with GPT's reading, this resolves 57 %, and 99 % of these alike.
-    """
+    that BLINK saved with GPT's reading, this resolves 57 %, and 99 % of these alike."""
     text = re.sub(r"</?\w+>", " ", text)  # "<answer>B</answer>"
     if alone := _ALONE.fullmatch(text):
         return f"({alone[1].upper()})"
@@ -97,8 +93,7 @@ def blink_scores(items: Mapping[str, Sequence[tuple[str, str | None]]]) -> dict:
     """accuracy by subtask and "Total" (their plain mean), unresolved (share) and n by subtask.
 
     items: subtask -> [(gold, prediction)], both "(A)".."(E)"; a prediction counts when the strings are equal, so None and
-    `NEEDS_JUDGE` are wrong, and their share is reported. Total weighs subtasks alike, as BLINK does.
-    """
+    `NEEDS_JUDGE` are wrong, and their share is reported. Total weighs subtasks alike, as BLINK does."""
     accuracy = {name: sum(gold == said for gold, said in pairs) / len(pairs) for name, pairs in items.items()}
     accuracy["Total"] = sum(accuracy.values()) / len(accuracy)
     unresolved = {name: sum(said in (None, NEEDS_JUDGE) for _, said in pairs) / len(pairs) for name, pairs in items.items()}

@@ -1,8 +1,7 @@
 """Masks, score maps and boxes: pixel counts of many predictions at once, and the metrics that follow from them.
 
 Masks are integer (H, W) arrays in which `VOID` (255) means no annotation; void pixels count nowhere. Scores are fractions
-in 0..1. Each equals the field's reference implementation, see tests/test_reference_metrics.py.
-"""
+in 0..1. Each equals the field's reference implementation, see tests/test_reference_metrics.py."""
 
 from __future__ import annotations
 
@@ -20,8 +19,7 @@ from kvutils import VOID
 def binary_counts(predicted: torch.Tensor, mask: np.ndarray) -> np.ndarray:
     """(S, 4) I_background, I_foreground, U_background, U_foreground in pixels of predictions (S, H, W) bool.
 
-    mask (H, W) of 0, 1 and void.
-    """
+    mask (H, W) of 0, 1 and void."""
     valid, true = _annotated(mask, predicted.device)
     said = predicted.flatten(1)[:, valid]
     both = (said & true).sum(1)

@@ -6,8 +6,7 @@ products. Questions about one scene, or sentences about one image, are not indep
 two groups, (a, b), such as a pair of images, is drawn as often as both (Owen's pigeonhole bootstrap; see `units_of`).
 
 Below `FEW_UNITS` units a percentile bootstrap is too narrow (of 4 groups it misses a null effect in 15 % of the samples, not 5 %);
-there the interval is Student's t around the value, with the jackknife's standard error (units left out one by one).
-"""
+there the interval is Student's t around the value, with the jackknife's standard error (units left out one by one)."""
 
 from __future__ import annotations
 
@@ -121,9 +120,8 @@ def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     return np.divide(above, below, out=np.full(np.shape(above), np.nan), where=below > 0)
 
 
-def bootstrap_ci(
-    scores, statistic: Statistic = mean_statistic, n_boot: int = 2000, seed: int = 0, groups: Sequence[Hashable] | None = None
-) -> Interval | list[Interval]:
+def bootstrap_ci(scores, statistic: Statistic = mean_statistic, n_boot: int = 2000, seed: int = 0,
+                 groups: Sequence[Hashable] | None = None) -> Interval | list[Interval]:  # fmt: skip
     """95 % interval of a statistic of scores (n,) or (n, k).
 
     statistic: (weights (n_boot, n), scores) -> (n_boot,). One that returns (n_boot, L), such as the mean of a curve
@@ -137,17 +135,15 @@ def bootstrap_ci(
     return resample(lambda w: statistic(w, scores), len(scores), n_boot, seed, groups).intervals()
 
 
-def effect(
-    scores, statistic: Statistic = mean_statistic, n_boot: int = 2000, seed: int = 0, groups: Sequence[Hashable] | None = None
-) -> Effect | list[Effect]:
+def effect(scores, statistic: Statistic = mean_statistic, n_boot: int = 2000, seed: int = 0,
+           groups: Sequence[Hashable] | None = None) -> Effect | list[Effect]:  # fmt: skip
     """As `bootstrap_ci`, of a statistic that is a difference already."""
     scores = _scores(scores)
     return resample(lambda w: statistic(w, scores), len(scores), n_boot, seed, groups).effects()
 
 
-def paired_difference(
-    a, b, statistic: Statistic = mean_statistic, n_boot: int = 2000, seed: int = 0, groups: Sequence[Hashable] | None = None
-) -> Effect | list[Effect]:
+def paired_difference(a, b, statistic: Statistic = mean_statistic, n_boot: int = 2000, seed: int = 0,
+                      groups: Sequence[Hashable] | None = None) -> Effect | list[Effect]:  # fmt: skip
     """Statistic(a) - statistic(b), two measurements of the same n items, resampled together."""
     a, b = _scores(a), _scores(b)
     return resample(lambda w: statistic(w, a) - statistic(w, b), len(a), n_boot, seed, groups).effects()

@@ -1,8 +1,7 @@
 """DAVIS-2017 semi-supervised video object segmentation: J and F, equal to davis2017-evaluation.
 
 Objects are labelled 1.. in index masks (frames, height, width); 255 is void. The first frame is given and the last is not
-scored. In the semi-supervised task the toolkit turns void into background instead of ignoring it, and so does this.
-"""
+scored. In the semi-supervised task the toolkit turns void into background instead of ignoring it, and so does this."""
 
 import math
 
@@ -27,8 +26,7 @@ def boundary_f(predictions: Tensor, mask: Tensor) -> Tensor:
     """(...) float64 F of binary frames (..., H, W) bool and one (H, W): harmonic mean of boundary precision and recall; 1 if
     neither has a boundary.
 
-    Boundaries match within ceil(0.008 * diagonal) pixels.
-    """
+    Boundaries match within ceil(0.008 * diagonal) pixels."""
     radius = math.ceil(_TOLERANCE * math.hypot(*mask.shape))
     said, true = _boundary(predictions), _boundary(mask)
     found, there = _count(said).double(), _count(true).double()
@@ -70,8 +68,7 @@ def davis_sequence(results: np.ndarray | Tensor, masks: np.ndarray) -> tuple[np.
     (frames, height, width), computed where the results lie.
 
     The number of objects is the largest label of the first true mask; an object missing from the result scores as empty.
-    DataError for a result label above that, for other shapes, fewer than 3 frames and a first mask without an object.
-    """
+    DataError for a result label above that, for other shapes, fewer than 3 frames and a first mask without an object."""
     results, masks = torch.as_tensor(results), np.where(masks == VOID, 0, masks)
     objects = int(masks[0].max())
     if results.shape[-3:] != masks.shape or len(masks) < 3 or not objects or results[..., 1:-1, :, :].max() > objects:

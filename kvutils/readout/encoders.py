@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from kvutils.checkpoints import QWEN
 from kvutils.images import ImageLike
 from kvutils.layout import pack_crops
-from kvutils.models import MLM, QWEN, Encoder
+from kvutils.models import MLM, Encoder
 from kvutils.vision import VisionInputs, compact, over_images, prepare_images
 
 

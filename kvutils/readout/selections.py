@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from sklearn.mixture import GaussianMixture
 
+from kvutils.checkpoints import base_name
 from kvutils.errors import DataError, ParameterError
 from kvutils.keys import KeySelection
-from kvutils.models import base_name
 
 PAPER_THRESHOLDS = {"llava-onevision-7b": 450.0}  # squared key units, section 3.2
 QUANTILE = 0.1  # of the variances: the threshold where there are no two modes (ours)

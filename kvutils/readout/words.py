@@ -27,9 +27,10 @@ from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoTokenizer, SiglipModel, SiglipTextModel
 
 from kvutils import data_folder
+from kvutils.checkpoints import ENCODERS
 from kvutils.errors import ModelError, ParameterError, at_least
 from kvutils.language import not_finite, read_layers, resolve_layers
-from kvutils.models import ENCODERS, MLM, Encoder
+from kvutils.models import MLM, Encoder
 from kvutils.processors import quiet_transformers
 from kvutils.prompts import pad, tokenize
 from kvutils.readout.encoders import depth_read

@@ -17,9 +17,10 @@ import torch
 from IPython.display import Markdown
 
 from kvutils import named_folder
+from kvutils.checkpoints import base_name
 from kvutils.datasets import USES, data_sources
 from kvutils.errors import ParameterError, one_of
-from kvutils.models import MLM, base_name
+from kvutils.models import MLM
 from kvutils.run import DEFAULT, items, report
 from kvutils.run import PROFILES as PROFILES
 from kvutils.run.sizes import SIZES as SIZES

@@ -25,8 +25,8 @@ from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
 from kvutils import errors, plots
+from kvutils.checkpoints import MODELS, find_model
 from kvutils.errors import DataError, KVUtilsError, ParameterError, StoreError, not_written, one_of
-from kvutils.models import MODELS, find_model
 from kvutils.run import compare, notebook, plan, report
 from kvutils.run.notebook import Run
 from kvutils.run.sizes import left_out, parameters_of

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 
 from kvutils.answer import Answer, SessionBatch, spellings
+from kvutils.checkpoints import ONEVISION, QWEN
 from kvutils.datasets.samples import MultipleChoice
 from kvutils.errors import DataError, at_least, one_of
 from kvutils.layout import TokenLayout, check_points
 from kvutils.metrics.answers import LETTERS, blink_extract, read_letter
-from kvutils.models import MLM, ONEVISION, QWEN, Encoder
+from kvutils.models import MLM, Encoder
 from kvutils.readout.features import FeatureExtractor, image_tokens
 from kvutils.store import Frame, Parts, in_chunks
 from kvutils.tasks.base import by_layer

@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from kvutils.checkpoints import QWEN
 from kvutils.datasets import USES, open_dataset
 from kvutils.errors import DataError, MemoryLimitError, ModelError, ParameterError
 from kvutils.metrics.effects import measured, part
 from kvutils.metrics.statistics import UNDEFINED, paired_difference, resample
-from kvutils.models import MLM, QWEN
+from kvutils.models import MLM
 from kvutils.processors import other_backend
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, Opener
 from kvutils.store import Parts, digest, in_chunks

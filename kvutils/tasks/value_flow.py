@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 
+from kvutils.checkpoints import original_encoder
 from kvutils.datasets import USES, class_names, open_uses
 from kvutils.metrics.effects import effect_of, measured, no_floor, part, prerequisite
 from kvutils.metrics.statistics import UNDEFINED, Effect, interval_text, mean_effect
-from kvutils.models import load_encoder, load_mlm, original_encoder
+from kvutils.models import load_encoder, load_mlm
 from kvutils.readout.features import FeatureExtractor
 from kvutils.readout.words import load_siglip_text
 from kvutils.tasks import photographs
