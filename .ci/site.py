@@ -27,10 +27,10 @@ from sklearn.datasets import load_sample_images
 from tqdm import tqdm
 
 import kvutils
-from kvutils.errors import ParameterError
-from kvutils.datasets.pocket.world import render, sample_scene
-from kvutils.explorer.widget import Explorer
 from kvutils.checkpoints import original_encoder
+from kvutils.datasets.pocket.world import render, sample_scene
+from kvutils.errors import ParameterError
+from kvutils.explorer.widget import Explorer
 from kvutils.readout.features import FeatureExtractor
 from kvutils.readout.words import POCKET_NAMES
 from kvutils.run.report import repository

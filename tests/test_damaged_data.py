@@ -137,7 +137,7 @@ DAMAGE = [
     ("coco", {}, edit(VAL, lambda found: found["annotations"][1].pop("image_id") and None), r"val2017.json: annotations\[1\] lacks image_id"),
     ("coco", {}, put(VAL, '{"images": []}'), "expected COCO's instances with a list 'annotations', found NoneType"),
     ("coco", {}, put(VAL, '{"images": ['), "val2017.json: expected JSON, but it cannot be read"),
-    ("coco", {}, lose(VAL), r"there is no .*val2017.json: .*annotated=False(.|\n)*get it"),
+    ("coco", {}, lose(VAL), r"there is no .*val2017.json: .*where the objects are(.|\n)*get it"),
     ("coco", {"count": 9}, lose("nothing"), "9 images are wanted, and .*json has 4 that POPE does not use"),
     ("refcoco", {}, edit(REFS, first(ref_id="1")), "reference 0: expected a reference .*'1' is no whole number"),
     ("refcoco", {}, edit(REFS, first(sentences=[])), "reference 0: .*it has no sentence"),

@@ -321,7 +321,7 @@ def test_the_official_imagenet_s_lists():
         open_dataset("imagenet-s", root)
 
 
-def test_coco_takes_the_lowest_numbers_that_pope_does_not_use_with_or_without_annotations(copy, caplog):
+def test_coco_takes_the_lowest_numbers_that_pope_does_not_use(copy):
     root = copy("coco")
     path = root / "annotations" / "instances_val2017.json"
     content, numbers = json.loads(path.read_text()), [100, 417, 734, 2000]
@@ -340,23 +340,15 @@ def test_coco_takes_the_lowest_numbers_that_pope_does_not_use_with_or_without_an
             inside[each["iscrowd"]] |= segmentation_mask(each["segmentation"], *inside.shape[1:])
         np.testing.assert_array_equal(one.mask, np.select([inside[0], inside[1]], [1, VOID], 0))
     assert set.union(*(values(one.mask) for one in images)) == {0, 1, VOID}
-    path.unlink()
-    save(np.zeros((4, 4, 3)), root / "val2017" / f"{min(POPE_IMAGES):012d}.jpg")
-    images = open_dataset("coco", root, count=4, annotated=False)
-    assert [int(one.id) for one in images] == [100, 417, 734, 1051] and "val2017 has 5000" in caplog.text
-    assert all(values(one.mask) == {VOID} and one.mask.shape == one.image.size[::-1] for one in images)
 
 
 @needs_samples
-def test_a_real_coco_image_and_the_images_of_pope(tmp_path):
+def test_a_real_coco_image_and_the_images_of_pope():
     (one,) = open_dataset("coco", SAMPLES / "coco", count=1)
     assert one.id == "000000039769" and one.image.size == (640, 480) and values(one.mask) == {0, 1}
     content = json.loads((SAMPLES / "coco" / "annotations" / "instances_val2017.json").read_text())
     objects = [segmentation_mask(each["segmentation"], 480, 640) for each in content["annotations"]]
     np.testing.assert_array_equal(one.mask, np.any(objects, axis=0))  # two cats, two remote controls, a bed
-    (tmp_path / "val2017").symlink_to(SAMPLES / "coco" / "images_only")
-    images = open_dataset("coco", tmp_path, count=5, annotated=False)
-    assert [one.id for one in images] == sorted(one.id for one in images) and images[0].image.mode == "RGB"
     lists = (SAMPLES / "pope" / "output" / "coco").glob("coco_pope_*.json")
     named = {int(Path(json.loads(line)["image"]).stem.split("_")[-1]) for path in lists for line in path.open()}
     assert named == POPE_IMAGES

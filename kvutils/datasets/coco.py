@@ -4,7 +4,6 @@ Official files (data/catalog.yaml), or a Parquet copy of detection-datasets/coco
 image_id, image, width, height, objects with bbox as x_min, y_min, x_max, y_max). That copy has boxes but no masks, and does not
 tell crowds apart: its foreground is coarse, the inside of the boxes. The images are the same."""
 
-import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
@@ -15,34 +14,29 @@ import numpy as np
 from kvutils import VOID, data_folder
 from kvutils.datasets.catalog import missing_data
 from kvutils.datasets.coco_masks import check_segmentation, segmentation_mask
-from kvutils.datasets.files import every, expect, find, limits, need, read_json, reading
+from kvutils.datasets.files import expect, find, limits, need, read_json, reading
 from kvutils.datasets.hub import HUB, holds_parquet, open_rows, picture_at
 from kvutils.datasets.labels import Picture, Turn
 from kvutils.datasets.samples import LabelledImage
 
-log = logging.getLogger(__name__)
 # The 500 images of COCO val2014 (val2017 is a part of it, with the same numbers) that POPE asks about: other measurements on
 # COCO leave them out, whether or not POPE is on the disk. From its lists (RUCAIBox/POPE, MIT licence, commit 3df3ba1b).
 POPE_IMAGES = frozenset(map(int, (data_folder() / "pope_images.txt").read_text(encoding="utf-8").split()))
-IMAGES = 5000  # of val2017
 _COLUMNS = ("image_id", "width", "height", "objects")
 
 
-def coco_images(root: str | Path, count: int = 1000, annotated: bool = True) -> list[LabelledImage]:
+def coco_images(root: str | Path, count: int = 1000) -> list[LabelledImage]:
     """`count` images with label maps: 1 any annotated object, `VOID` in crowds, 0 background.
 
     The paper takes 1,000 COCO images and does not say which. Here they are those of val2017 with the lowest numbers, without the images
     that POPE asks about (`POPE_IMAGES`), in the order of their numbers: a number says nothing of the content, a larger set begins with
-    the smaller one, and disk and hub give the same images. annotated=False needs no annotations; masks are then `VOID` everywhere, and
-    shares of foreground 0. Raises ParameterError, and DataError for missing images or annotations before anything is opened."""
+    the smaller one, and disk and hub give the same images. Raises ParameterError, and DataError for missing images or annotations
+    before anything is opened."""
     limits(count=count)
-    if str(root) == HUB:
-        return _from_parquet(root, count, annotated)
-    root = Path(root)
-    if not (root / "val2017").is_dir() and not (root / "images" / "val2017").is_dir() and holds_parquet(root):
-        return _from_parquet(root, count, annotated)
-    folder = find("coco", root / "val2017", root / "images" / "val2017")
-    return _from_json(root, folder, count) if annotated else _unannotated(folder, count)
+    folders = [Path(root) / "val2017", Path(root) / "images" / "val2017"]
+    if str(root) == HUB or not any(folder.is_dir() for folder in folders) and holds_parquet(root):
+        return _from_parquet(root, count)
+    return _from_json(Path(root), find("coco", *folders), count)
 
 
 def _choose(numbers: Sequence[int], count: int, where: str) -> list[int]:
@@ -54,8 +48,7 @@ def _choose(numbers: Sequence[int], count: int, where: str) -> list[int]:
 
 
 def _from_json(root: Path, folder: Path, count: int) -> list[LabelledImage]:
-    hint = ": it says where the objects are (annotated=False does without)"
-    path = find("coco", root / "annotations" / "instances_val2017.json", hint=hint)
+    path = find("coco", root / "annotations" / "instances_val2017.json", hint=": it says where the objects are")
     images, objects = _read_annotations(path)
     chosen = _choose(list(images), count, str(path))
     with reading(path, "file names of the images as text"):
@@ -96,19 +89,7 @@ def _draw(objects: Sequence[dict], turn: Turn, picture: Path) -> np.ndarray:
     return turn.mask(mask)
 
 
-def _unannotated(folder: Path, count: int) -> list[LabelledImage]:
-    pictures = {int(path.stem): Picture(path) for path in every("coco", folder, "*.jpg") if path.stem.isdecimal()}
-    if len(pictures) != IMAGES:
-        log.warning("%s holds %d images, val2017 has %d: the lowest numbers may be others.", folder, len(pictures), IMAGES)
-    opened = {number: pictures[number] for number in _choose(list(pictures), count, str(folder))}
-    return [LabelledImage(f"{number:012d}", each, partial(_void, each)) for number, each in opened.items()]
-
-
-def _void(picture: Picture) -> np.ndarray:
-    return np.full(picture().size[::-1], VOID, np.uint8)
-
-
-def _from_parquet(root: str | Path, count: int, annotated: bool) -> list[LabelledImage]:
+def _from_parquet(root: str | Path, count: int) -> list[LabelledImage]:
     rows = open_rows("coco", root, "val", _COLUMNS, pictures=("image",))
     with reading(f"COCO in {root}", "whole numbers as image_id"):
         places = {int(number): place for place, number in enumerate(rows["image_id"])}
@@ -119,8 +100,7 @@ def _from_parquet(root: str | Path, count: int, annotated: bool) -> list[Labelle
         with reading(picture.name, "objects with bbox"):
             objects = row["objects"]
             boxes = objects["bbox"] if isinstance(objects, dict) else [one["bbox"] for one in objects]
-        drawn = partial(_fill, boxes, (row["width"], row["height"]), picture)
-        samples.append(LabelledImage(f"{number:012d}", picture, drawn if annotated else partial(_void, picture)))
+        samples.append(LabelledImage(f"{number:012d}", picture, partial(_fill, boxes, (row["width"], row["height"]), picture)))
     return samples
 
 

@@ -1,6 +1,7 @@
 """Two runs or two results files side by side: what differs, and by how much."""
 
 import json
+import math
 import os
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -39,14 +40,11 @@ def leaves(value: object, place: str = "") -> Iterator[tuple[str, object]]:
         yield place, value
 
 
-def _apart(old: float, new: float) -> float:
-    """The relative difference of two numbers."""
-    return abs(new - old) / max(abs(new), abs(old), 1e-9)
-
-
-def _equal(old: object, new: object) -> bool:
-    """Whether two leaves are the same on machines of one kind."""
-    return _apart(old, new) <= TOLERANCE if _is_number(old) and _is_number(new) else old == new
+def _apart(old: object, new: object) -> float:
+    """The relative difference of two numbers; of other leaves 0 where they are the same, else infinite."""
+    if _is_number(old) and _is_number(new):
+        return abs(new - old) / max(abs(new), abs(old), 1e-9)
+    return 0.0 if old == new else math.inf
 
 
 def _is_number(value: object) -> bool:
@@ -72,7 +70,7 @@ def numbers_apart(before: Mapping[str, Mapping], after: Mapping[str, Mapping]) -
 def differences(stored: Mapping, derived: Mapping, follows: str) -> list[str]:
     """Where the leaves of two JSON values differ, claims first; numbers by more than another machine's last bits."""
     old, new = dict(leaves(stored)), dict(leaves(derived))
-    places = [place for place in old | new if place not in old or place not in new or not _equal(old[place], new[place])]
+    places = [place for place in old | new if place not in old or place not in new or _apart(old[place], new[place]) > TOLERANCE]
     places.sort(key=lambda place: (not place.startswith("claims."), place != "finding"))
     pairs = [(place, *_around(old.get(place, "missing"), new.get(place, "nothing"))) for place in places[:SHOWN]]
     told = [f"{place} is {one!r}, {other!r} {follows}" for place, one, other in pairs]

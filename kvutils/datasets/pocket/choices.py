@@ -73,17 +73,6 @@ def _triples(subtask: str, shelf: _Shelf, kinds: int, question: str, items: int)
     return found
 
 
-def _art_style(items: int, seed: int) -> list[MultipleChoice]:
-    shelf = _Shelf("art_style", seed, lambda scene: scene.style, portraits=False)
-    return _triples("Art_Style", shelf, len(STYLES), q.STYLE_MATCH, items)
-
-
-def _visual_similarity(items: int, seed: int) -> list[MultipleChoice]:
-    """Portraits: one large thing each; its class decides, colour, style and light are free."""
-    shelf = _Shelf("visual_similarity", seed, _class_of, portraits=True)
-    return _triples("Visual_Similarity", shelf, len(CLASSES), q.CLASS_MATCH, items)
-
-
 def _semantic_correspondence(items: int, seed: int) -> list[MultipleChoice]:
     """Two portraits of a class; the marked part of the first is one of four lettered parts of the second."""
     subtask = "Semantic_Correspondence"
@@ -127,5 +116,11 @@ def _balanced(seed: int, subtask: str, number: int, options: int) -> int:
     return int(random.permutation(options)[number % options])
 
 
-_MAKE = {"Art_Style": _art_style, "Visual_Similarity": _visual_similarity, "Semantic_Correspondence": _semantic_correspondence}
+_MAKE = {  # Visual_Similarity: portraits, one large thing each; its class decides, colour, style and light are free
+    "Art_Style": lambda items, seed: _triples(
+        "Art_Style", _Shelf("art_style", seed, lambda scene: scene.style, portraits=False), len(STYLES), q.STYLE_MATCH, items),
+    "Visual_Similarity": lambda items, seed: _triples(
+        "Visual_Similarity", _Shelf("visual_similarity", seed, _class_of, portraits=True), len(CLASSES), q.CLASS_MATCH, items),
+    "Semantic_Correspondence": _semantic_correspondence,
+}  # fmt: skip
 SUBTASKS = tuple(_MAKE)
