@@ -6,7 +6,6 @@ import subprocess
 
 import pytest
 
-from kvutils.errors import DataError
 from kvutils.metrics.effects import enough, measured, no_ceiling, no_floor, part
 from kvutils.metrics.statistics import UNDEFINED, Effect
 from kvutils.run import notebook, report
@@ -106,7 +105,10 @@ def test_one_sentence_beside_the_numbers():
 
 
 def test_all_claims_are_there():
-    assert [c["id"] for c in report.load_claims()] == "C1 C2a C2b C3 C4 C5 C6 C7a C7b C8 X1 X2 X3 X4 X5 X6".split()
+    claims = report.load_claims()
+    assert [c["id"] for c in claims] == "C1 C2a C2b C3 C4 C5 C6 C7a C7b C8 X1 X2 X3 X4 X5 X6".split()
+    fields = set("id short section statement paper effect unit smallest why kind primary needs notebook".split())
+    assert all(c.keys() == fields and c["kind"] in ("effect", "tasks", "equal") and c["smallest"] > 0 for c in claims)
 
 
 def test_what_matters_is_half_of_what_the_paper_states():
@@ -114,14 +116,6 @@ def test_what_matters_is_half_of_what_the_paper_states():
     assert list(stated) == ["C6", "C7a", "C7b", "C8"]
     stated["C8"] = stated["C8"][0], stated["C8"][1] - 25  # its comparison is above guessing
     assert all(abs(least - found / 2) <= 0.05 + 1e-9 for least, found in stated.values())
-
-
-@pytest.mark.parametrize("broken", [{"kind": "looks good"}, {"smallest": 0}, {"smallest": None}, {"smal": 1}])
-def test_a_claim_without_its_fields_is_refused(tmp_path, broken):
-    path = tmp_path / "claims.yaml"
-    path.write_text(json.dumps({"claims": [claim("C1") | broken]}))
-    with pytest.raises(DataError, match="claim C1: expected id, short"):
-        report.load_claims(path)
 
 
 @pytest.fixture

@@ -128,10 +128,8 @@ def data_sources(names: Iterable[str], options: Mapping[str, Mapping] | None = N
         root = find_root(name, chosen.get("root"))
         if root == HUB:
             found[name] = f"hub: {hub} at {revision_of(hub)}"
-        elif hub and holds_parquet(root):
-            found[name] = f"copy of the hub's {hub}"
         else:
-            found[name] = "files in the official layout"
+            found[name] = f"copy of the hub's {hub}" if hub and holds_parquet(root) else "files in the official layout"
     return {"data": found} if found else {}
 
 
