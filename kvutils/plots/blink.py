@@ -17,10 +17,8 @@ READING_STYLE = {  # family of sources -> colour, line, marker, label
     "untrained.value": (COLOURS[7], ":", "^", "values, untrained model"),
 }
 SOURCES = {**{family: each[3] for family, each in READING_STYLE.items()}, "value.0": "first value projection", **dict(reversed(BEFORE.items()))}
-READOUT_LABELS = {
-    "style": "style statistics (mean and Gram)", "mean": "mean token", "point": "token at the point",
-    "around": "3 x 3 tokens at the point",
-}  # fmt: skip
+READOUT_LABELS = {"style": "style statistics (mean and Gram)", "mean": "mean token", "point": "token at the point",
+                  "around": "3 x 3 tokens at the point"}  # fmt: skip
 CELLS = {  # of the 2 x 2 table -> colour, label
     "value_only": (COLOURS[0], "values right, model wrong"), "both": ("0.62", "both right"),
     "model_only": ("0.8", "model right, values wrong"), "neither": ("0.92", "both wrong"),

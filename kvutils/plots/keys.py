@@ -80,12 +80,10 @@ def places(trained: Mapping) -> Figure:
         drawn = picture(axis, np.array(about["maps"][name], dtype=float), size, title, vmin=0, vmax=1, cmap="magma")
     top.colorbar(drawn, ax=axes[1:], shrink=0.8, label=f"share among the\nlowest {about['lowest']:.0%} of a head")
     axis = bottom.subplots()
-    styles = {
-        "first": (COLOURS[0], "-", "o", "first row of patches, usual order"),
-        "turned_first": (COLOURS[1], "--", "s", "reverse order: what is read first (the place)"),
-        "turned_picture": (COLOURS[2], "-.", "D", "reverse order: the patches of the first row (the picture)"),
-        "rest": (COLOURS[7], ":", "^", "other rows, usual order"),
-    }
+    styles = {"first": (COLOURS[0], "-", "o", "first row of patches, usual order"),
+              "turned_first": (COLOURS[1], "--", "s", "reverse order: what is read first (the place)"),
+              "turned_picture": (COLOURS[2], "-.", "D", "reverse order: the patches of the first row (the picture)"),
+              "rest": (COLOURS[7], ":", "^", "other rows, usual order")}
     for name, style in styles.items():
         curve(axis, range(trained["layers"]), curves[name]["layers"], style)
     _tick_layers(axis, trained["layers"])
@@ -228,11 +226,6 @@ def sweep_map(sweep: Mapping) -> Figure:
 
 def draw(results: Mapping) -> dict[str, Figure]:
     keys, blocking = results["keys"], results["blocking"]
-    return {
-        "03_variance": variance(keys["trained"]),
-        "03_places": places(keys["trained"]),
-        "03_shares": shares_by_layer(keys),
-        "03_knock_out": knock_out(results["knock_out"], blocking["about"]["layers"]),
-        "03_block_effects": block_effects(blocking),
-        "03_sweep": sweep_map(results["sweep"]),
-    }
+    return {"03_variance": variance(keys["trained"]), "03_places": places(keys["trained"]), "03_shares": shares_by_layer(keys),
+            "03_knock_out": knock_out(results["knock_out"], blocking["about"]["layers"]), "03_block_effects": block_effects(blocking),
+            "03_sweep": sweep_map(results["sweep"])}

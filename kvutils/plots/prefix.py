@@ -94,8 +94,5 @@ def prefix_maps(scene: Mapping) -> Figure:
 
 
 def draw(results: Mapping) -> dict[str, Figure]:
-    return {
-        "04_prefix_effects": prefix_effects(results["readouts"], results["answers"]),
-        "04_layers": by_layer(results["readouts"]),
-        "04_maps": prefix_maps(results["picture"]),
-    }
+    return {"04_prefix_effects": prefix_effects(results["readouts"], results["answers"]), "04_layers": by_layer(results["readouts"]),
+            "04_maps": prefix_maps(results["picture"])}

@@ -1,9 +1,8 @@
 """What the six tasks share: rows of scores, a resumable run over samples, and the summary with its intervals.
 
-A task turns one sample (an episode, a pair, a clip, ...) into rows; a row holds, for every feature source, a few numbers
-(`columns`) from which the metrics follow. Metrics such as mIoU are ratios of sums over items, hence a metric is a
-statistic `(weights (n_boot, n), values (n, k)) -> (n_boot,)`, see `kvutils.metrics.statistics`.
-"""
+A task turns one sample (an episode, a pair, a clip, ...) into rows; a row holds, for every feature source, a few numbers (`columns`) from
+which the metrics follow. Metrics such as mIoU are ratios of sums over items, hence a metric is a statistic `(weights (n_boot, n), values
+(n, k)) -> (n_boot,)`, see `kvutils.metrics.statistics`."""
 
 import hashlib
 import re
@@ -122,10 +121,9 @@ def run_task(
 ) -> ScoreTable:
     """Score all samples of a task. With `parts`, finished chunks are kept there and a run that was stopped goes on.
 
-    Bytes do not depend on interruptions. A sample that cannot be scored (a damaged picture, a mask of another size) is skipped
-    and says why; so is a row where a source is not finite, but a source of which more than `SKIPPED` of the rows are not is left
-    out itself. Raises DataError when no sample can be scored, or too many cannot, see `SKIPPED`.
-    """
+    Bytes do not depend on interruptions. A sample that cannot be scored (a damaged picture, a mask of another size) is skipped and says
+    why; so is a row where a source is not finite, but a source of which more than `SKIPPED` of the rows are not is left out itself. Raises
+    DataError when no sample can be scored, or too many cannot, see `SKIPPED`."""
     sources, order = task.sources(extractor), sorted(range(len(task.samples)), key=lambda i: task.near(task.samples[i]))
     depends = [task.name, task.parameters, sources, list(task.columns), extractor.fingerprint]
     prepare = cache(task.prepare)  # once, before the first chunk that is not stored
@@ -185,21 +183,17 @@ def _too_many(task: Task, skipped: Mapping[str, str], parts: Parts | None) -> Da
 def summarise(table: ScoreTable, task: Task, n_boot: int = 2000, seed: int = 0) -> dict:
     """Every metric of every source with its interval, and the tests on layers; JSON-able.
 
-    skipped, why_skipped, left_out: what has no score, see `ScoreTable`. sources: headline metric per source. secondary: the other
-    metrics. Layers are chosen on one half of the rows and read on the other, both ways, among those from 1 on: values of layer 0, the
-    first value projection, are a linear map of the projector's output. build_then_degrade: per family of at least three such layers,
-    but of controls, what `statistics.build_then_degrade` finds; its peak in layers, and as a share of the depth. value_best: see
-    `BestValues`; its score, and its paired differences to every source without layers, to the first value projection, and to the
-    "control". no_layer: why no layer was chosen.
-    """
-    summary: dict = {
-        "task": table.task, "title": task.title, "metric": task.metric,
-        "n": len(table), "groups": table.units, "skipped": len(table.skipped), "parameters": task.parameters,
-        "why_skipped": dict(table.skipped), "left_out": dict(table.left_out),
-        "sources": _intervals(table, task.statistic, n_boot, seed),
-        "secondary": {name: _intervals(table, s, n_boot, seed) for name, s in task.statistics.items()},
-        "build_then_degrade": {},
-    }  # fmt: skip
+    skipped, why_skipped, left_out: what has no score, see `ScoreTable`. sources: headline metric per source. secondary: the other metrics.
+    Layers are chosen on one half of the rows and read on the other, both ways, among those from 1 on: values of layer 0, the first value
+    projection, are a linear map of the projector's output. build_then_degrade: per family of at least three such layers, but of controls,
+    what `statistics.build_then_degrade` finds; its peak in layers, and as a share of the depth. value_best: see `BestValues`; its score,
+    and its paired differences to every source without layers, to the first value projection, and to the "control". no_layer: why no layer
+    was chosen."""
+    summary: dict = {"task": table.task, "title": task.title, "metric": task.metric, "n": len(table), "groups": table.units,
+                     "skipped": len(table.skipped), "parameters": task.parameters, "why_skipped": dict(table.skipped),
+                     "left_out": dict(table.left_out), "sources": _intervals(table, task.statistic, n_boot, seed),
+                     "secondary": {name: _intervals(table, s, n_boot, seed) for name, s in task.statistics.items()},
+                     "build_then_degrade": {}}  # fmt: skip
     try:
         halves = table.halves(seed)
     except ParameterError:
@@ -211,10 +205,9 @@ def summarise(table: ScoreTable, task: Task, n_boot: int = 2000, seed: int = 0) 
             curve = np.stack([table.of(source) for source in layers.values()], axis=1)
             found, numbers = build_then_degrade(curve, halves, table.groups, task.statistic, n_boot, seed), list(layers)
             peak = {key: numbers[int(found["peak"][key])] for key in ("mean", "low", "high")}
-            summary["build_then_degrade"][family] = found | {
-                "layers": numbers, "best": [numbers[index] for index in found["best"]], "peak": peak,
-                "peak_depth": {key: layer / numbers[-1] for key, layer in peak.items()},
-            }  # fmt: skip
+            summary["build_then_degrade"][family] = found | {"layers": numbers, "best": [numbers[index] for index in found["best"]],
+                                                             "peak": peak,
+                                                             "peak_depth": {key: layer / numbers[-1] for key, layer in peak.items()}}  # fmt: skip
     if any(layer for layer, _ in by_layer(table.sources, "value")):
         best = BestValues.of(table, task.statistic, halves)
         others = {source: table.of(source) for source in table.sources if "." not in source or source == FIRST}

@@ -91,11 +91,10 @@ def surface(table: ChoiceTable, halves: Halves, sources: Sequence[str]) -> tuple
 def interventions(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dict:
     """Each intervention on the n items whose answer names an option, against that; fitted on each half, read on the other; JSON-able.
 
-    layers, weights: of the two halves. errors: of the model. changes: name -> accuracy, change (paired), gained and lost (shares of
-    items newly right and newly wrong), cost (lost as a share of the items that the model had right), n. Beside `INTERVENTIONS`:
-    `SCORES` (no values: what comes of reading the answer from log-probabilities) and `EITHER` (a perfect gate: the upper bound).
-    beyond_scores: accuracy by `HEADLINE` minus that by `SCORES`. others: the change by `HEADLINE` with every other source in
-    place of the values."""
+    layers, weights: of the two halves. errors: of the model. changes: name -> accuracy, change (paired), gained and lost (shares of items
+    newly right and newly wrong), cost (lost as a share of the items that the model had right), n. Beside `INTERVENTIONS`: `SCORES` (no
+    values: what comes of reading the answer from log-probabilities) and `EITHER` (a perfect gate: the upper bound). beyond_scores: accuracy
+    by `HEADLINE` minus that by `SCORES`. others: the change by `HEADLINE` with every other source in place of the values."""
     halves = Halves.of(table.groups, seed)
     sources = sources_of(table, halves)
     answers, weights = surface(table, halves, sources)
@@ -111,12 +110,10 @@ def interventions(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dict
     packed = np.stack([*columns.values()], axis=1).astype(float)
     effects = resample(lambda w: ratio(w @ packed, w @ of), len(rest), n_boot, seed, rest.groups).effects()
     found = {key: each.as_dict() | {"n": int(n)} for key, each, n in zip(columns, effects, of.sum(axis=0), strict=True)}
-    return {
-        "title": table.title, "layers": layers_of(sources), "weights": weights, "n": len(rest), "unresolved": len(table) - len(rest),
-        "errors": int(rest.model_wrong.sum()), "model": found["model",], "beyond_scores": found["beyond_scores",],
-        "changes": {name: {key: found[name, key] for key in ("accuracy", "change", "gained", "lost", "cost")} for name in answers},
-        "others": {name: found[name, "change"] for name in others},
-    }  # fmt: skip
+    return {"title": table.title, "layers": layers_of(sources), "weights": weights, "n": len(rest), "unresolved": len(table) - len(rest),
+            "errors": int(rest.model_wrong.sum()), "model": found["model",], "beyond_scores": found["beyond_scores",],
+            "changes": {name: {key: found[name, key] for key in ("accuracy", "change", "gained", "lost", "cost")} for name in answers},
+            "others": {name: found[name, "change"] for name in others}}  # fmt: skip
 
 
 def claim_x5(found: Mapping[str, Mapping]) -> dict:

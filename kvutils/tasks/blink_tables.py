@@ -52,13 +52,12 @@ def layers_of(sources: Sequence[str]) -> list[int]:
 def describe_table(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dict:
     """Everything that notebook 05 reports on a subtask but the interventions; JSON-able, intervals with n.
 
-    model: accuracy (unresolved answers count as wrong, as in BLINK), unresolved (share), accuracy of the highest option score,
-    said (how often each option, -1 unresolved), option_mass (probability that the options hold together), warnings.
-    readouts: readout -> source -> accuracy. said: how often the values say each option. telling: id and source of the first item with
-    value right and model wrong, of the first one if there is none. Cross-fitted, each a `table_of_two` and the layers of the
-    two halves: table, of the values; others, of every other source; by_option_scores, with the model's most probable option
-    as its answer, for all items; by_readouts, by the subtask's other readouts.
-    ParameterError for fewer than four independent items."""
+    model: accuracy (unresolved answers count as wrong, as in BLINK), unresolved (share), accuracy of the highest option score, said (how
+    often each option, -1 unresolved), option_mass (probability that the options hold together), warnings. readouts: readout -> source ->
+    accuracy. said: how often the values say each option. telling: id and source of the first item with value right and model wrong, of the
+    first one if there is none. Cross-fitted, each a `table_of_two` and the layers of the two halves: table, of the values; others, of every
+    other source; by_option_scores, with the model's most probable option as its answer, for all items; by_readouts, by the subtask's other
+    readouts. ParameterError for fewer than four independent items."""
     halves = Halves.of(table.groups, seed)
     sources = sources_of(table, halves)
     says = says_of(table, halves, sources)
@@ -71,24 +70,20 @@ def describe_table(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dic
     def two(chosen: Sequence[str], readout: str | None = None, against: ChoiceTable = table) -> dict:
         return table_of_two(against, says_of(table, halves, chosen, readout), n_boot, seed) | {"layers": layers_of(chosen)}
 
-    return {
-        "subtask": table.subtask, "title": table.title, "n": len(table), "groups": len(set(table.groups)),
-        "options": table.options, "chance": 1 / table.options,
-        "model": {
-            **accuracies({"accuracy": table.model_right, "unresolved": ~table.resolved, "option_mass": table.mass,
-                          "option_scores": table.option_scores.argmax(axis=1) == table.gold}),
-            "said": {str(option): int((table.said == option).sum()) for option in range(UNRESOLVED, table.options)},
-            "warnings": low_mass({f"{table.title}, {len(table)} items": table.mass.mean()}),
-        },
-        "readouts": {name: accuracies({source: table.right(source, name) for source in table.sources}) for name in table.readouts},
-        "readout": table.readouts[0], "said": np.bincount(says, minlength=table.options).tolist(),
-        "telling": {"id": table.ids[telling], "source": sources[int(halves.second[telling])]},
-        "table": two(sources),
-        "others": {name: two(each) | _minus(table, says, says_of(table, halves, each), n_boot, seed)
-                   for name, each in other_sources(table, halves).items()},
-        "by_option_scores": two(sources, against=replace(table, said=table.option_scores.argmax(axis=1))),
-        "by_readouts": {name: two(sources_of(table, halves, readout=name), name) for name in table.readouts[1:]},
-    }  # fmt: skip
+    return {"subtask": table.subtask, "title": table.title, "n": len(table), "groups": len(set(table.groups)),
+            "options": table.options, "chance": 1 / table.options,
+            "model": {**accuracies({"accuracy": table.model_right, "unresolved": ~table.resolved, "option_mass": table.mass,
+                                    "option_scores": table.option_scores.argmax(axis=1) == table.gold}),
+                      "said": {str(option): int((table.said == option).sum()) for option in range(UNRESOLVED, table.options)},
+                      "warnings": low_mass({f"{table.title}, {len(table)} items": table.mass.mean()})},
+            "readouts": {name: accuracies({source: table.right(source, name) for source in table.sources}) for name in table.readouts},
+            "readout": table.readouts[0], "said": np.bincount(says, minlength=table.options).tolist(),
+            "telling": {"id": table.ids[telling], "source": sources[int(halves.second[telling])]},
+            "table": two(sources),
+            "others": {name: two(each) | _minus(table, says, says_of(table, halves, each), n_boot, seed)
+                       for name, each in other_sources(table, halves).items()},
+            "by_option_scores": two(sources, against=replace(table, said=table.option_scores.argmax(axis=1))),
+            "by_readouts": {name: two(sources_of(table, halves, readout=name), name) for name in table.readouts[1:]}}  # fmt: skip
 
 
 def table_of_two(table: ChoiceTable, says: np.ndarray, n_boot: int = 2000, seed: int = 0) -> dict:
@@ -124,10 +119,9 @@ def table_of_two(table: ChoiceTable, says: np.ndarray, n_boot: int = 2000, seed:
     found = {name: each.as_dict() for name, each in zip(names, effects, strict=True)}
     errors = int(wrong.sum())
     found["of_errors"]["n"] = errors
-    return {
-        "n": len(table), "unresolved": unresolved, "errors": errors, "counts": dict(zip(CELLS, cells.sum(axis=0).tolist(), strict=True)),
-        "shares": {name: found[name] for name in CELLS}, **{name: found[name] for name in names[len(CELLS) :]},
-    }  # fmt: skip
+    return {"n": len(table), "unresolved": unresolved, "errors": errors,
+            "counts": dict(zip(CELLS, cells.sum(axis=0).tolist(), strict=True)), "shares": {name: found[name] for name in CELLS},
+            **{name: found[name] for name in names[len(CELLS) :]}}  # fmt: skip
 
 
 def _minus(table: ChoiceTable, values: np.ndarray, says: np.ndarray, n_boot: int, seed: int) -> dict:

@@ -137,10 +137,9 @@ def read_items(
 ) -> dict[str, ChoiceTable]:  # fmt: skip
     """subtask -> answers and readouts of its items.
 
-    Sources: value.l, from the cache that the model answers from; alone.value.l, of each image in a prompt of its own
-    (it cannot know the other images); projector, encoder and pixels; and, where these models are given,
-    encoder_original and untrained.value.l (in the item's prompt). With `parts`, finished batches are kept there, and a
-    run that was stopped goes on. Raises DataError as `check_items`."""
+    Sources: value.l, from the cache that the model answers from; alone.value.l, of each image in a prompt of its own (it cannot know the
+    other images); projector, encoder and pixels; and, where these models are given, encoder_original and untrained.value.l (in the item's
+    prompt). With `parts`, finished batches are kept there, and a run that was stopped goes on. Raises DataError as `check_items`."""
     at_least("batch_size", batch_size)
     by_subtask = check_items(items)
     mlm = base_views(mlm)

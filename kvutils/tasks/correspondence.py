@@ -45,12 +45,8 @@ class SemanticCorrespondence(Task):
     metric = "PCK@0.1 per image"
     columns = ("points", "hits", "hits_strict", "hits_image", "soft_hits", "soft_hits_image")
     statistic = staticmethod(mean_over_pairs(_HITS))
-    statistics = {
-        "PCK@0.1 per point": column_ratio(_HITS_STRICT, _POINTS),
-        "PCK@0.1 of the image": mean_over_pairs(_HITS_IMAGE),
-        "soft PCK@0.1 per image": mean_over_pairs(_SOFT),
-        "soft PCK@0.1 of the image": mean_over_pairs(_SOFT_IMAGE),
-    }
+    statistics = {"PCK@0.1 per point": column_ratio(_HITS_STRICT, _POINTS), "PCK@0.1 of the image": mean_over_pairs(_HITS_IMAGE),
+                  "soft PCK@0.1 per image": mean_over_pairs(_SOFT), "soft PCK@0.1 of the image": mean_over_pairs(_SOFT_IMAGE)}
     parameters = {"alpha": ALPHA, "temperature": TEMPERATURE, "radius": RADIUS}
 
     def images(self, sample: KeypointPair) -> list[tuple[str, Opener]]:

@@ -28,12 +28,10 @@ def open_data(profile: str, options: Mapping[str, Mapping] | None = None, size: 
               ) -> dict[str, Sequence]:  # fmt: skip
     """What the notebook reads: `keys` (images), `pope`, `mme` (questions), `reading` (questions for the knock-out curve).
 
-    options, prompts: as in `open_uses`. size: (width, height) to which every image is resized, default `IMAGE_SIZE`: keys
-    are compared position by position, which needs one token grid.
-    The pocket profile has questions of every kind to read by; the paper profile takes those about the first
-    `READING_IMAGES` images of each subset of POPE and MME. Raises ParameterError for a size that is none and for
-    options of a set that the profile does not use.
-    """
+    options, prompts: as in `open_uses`. size: (width, height) to which every image is resized, default `IMAGE_SIZE`: keys are compared
+    position by position, which needs one token grid. The pocket profile has questions of every kind to read by; the paper profile takes
+    those about the first `READING_IMAGES` images of each subset of POPE and MME. Raises ParameterError for a size that is none and for
+    options of a set that the profile does not use."""
     size = tuple(size) or IMAGE_SIZE[profile]
     if size is not None and (len(size) != 2 or not all(type(each) is int and each > 0 for each in size)):
         raise ParameterError(f"the image size must be a width and a height in pixels, not {size}")
@@ -79,15 +77,11 @@ def results(tables: Mapping, about: Mapping) -> dict:
         f"{interval_text(score, 0, True)} points, hiding every image key there changes POPE by {interval_text(every, 1, True, 100)}; "
         f"the image is read most in layers {reading['layers'][0]}-{reading['layers'][-1]}."
     )
-    return {
-        "keys": {"trained": described, "compared": compared},
-        "knock_out": summarise_knock_out(tables["reading"], *options) | {"reading": reading},
-        "blocking": {"about": blocks, "pope": pope, "mme": mme},
-        "sweep": sweep(tables["sweep"], tables["sweep_held_out"], total, *options),
-        "claims": claims,
-        "finding": finding,
-        "tables": _tables(described, compared, blocks, pope, mme),
-    }  # fmt: skip
+    return {"keys": {"trained": described, "compared": compared},
+            "knock_out": summarise_knock_out(tables["reading"], *options) | {"reading": reading},
+            "blocking": {"about": blocks, "pope": pope, "mme": mme},
+            "sweep": sweep(tables["sweep"], tables["sweep_held_out"], total, *options), "claims": claims, "finding": finding,
+            "tables": _tables(described, compared, blocks, pope, mme)}  # fmt: skip
 
 
 def _tables(described: Mapping, compared: Mapping, blocks: Mapping, pope: Mapping, mme: Mapping) -> list[dict]:
@@ -100,30 +94,25 @@ def _tables(described: Mapping, compared: Mapping, blocks: Mapping, pope: Mappin
               described["foreground"]["correlation"], described["sinks"]["raw"]["mass"])  # fmt: skip
     keys = [[layer, each["two_modes"], *(interval_text(curve["layers"][layer], 2) for curve in curves)]
             for layer, each in enumerate(described["modes"]["layers"])]  # fmt: skip
-    return [
-        {"title": "what each block changes", "rows": changed,
-         "header": ["keys hidden", "how many", "attention they receive", "POPE F1 (points)", "MME score (points)"]},
-        {"title": "scores without a block", "rows": scores, "header": ["", "subset", "metric", "value", "questions"]},
-        {"title": "keys of every layer", "rows": keys, "header": [
-            "layer", "two modes", "share below the threshold", "near-constant", "untrained", "r of log-variance and foreground",
-            "attention minus others'"]},
-    ]  # fmt: skip
+    return [{"title": "what each block changes", "rows": changed,
+             "header": ["keys hidden", "how many", "attention they receive", "POPE F1 (points)", "MME score (points)"]},
+            {"title": "scores without a block", "rows": scores, "header": ["", "subset", "metric", "value", "questions"]},
+            {"title": "keys of every layer", "rows": keys, "header": [
+                "layer", "two modes", "share below the threshold", "near-constant", "untrained", "r of log-variance and foreground",
+                "attention minus others'"]}]  # fmt: skip
 
 
 def claim_c5(described: Mapping) -> dict:
     """C5: layers behind layer 0 whose log-variance, each head's mode subtracted, has two modes. described: of `describe_keys`, or what it holds of
     `images`, `modes`, `thresholds`, `shares` and `order`.
 
-    A pooled histogram has two modes as soon as keys of some layers or heads are longer; this has not.
-    """
+    A pooled histogram has two modes as soon as keys of some layers or heads are longer; this has not."""
     found, pooled, layers = described["modes"], described["thresholds"]["raw"], described["modes"]["layers"]
     which = {word: [str(layer) for layer, each in enumerate(layers) if each["two_modes"] == word and layer] for word in ("yes", "open")}
     late, near = (Effect.of(each).scaled(100) for each in (found["late_minus_early"], described["shares"]["near_constant"]["all"]))
-    others = [
-        part("the same count, with whole KV heads left out", Effect.of(found["heads"]), "one KV head"),
-        part("share of such layers, later half minus earlier", late, unit="% of layers", smallest=100 / max(len(layers) // 2, 1)),
-        part("near-constant keys", near, unit="% of keys", smallest=SMALLEST_SHARE),
-    ]
+    others = [part("the same count, with whole KV heads left out", Effect.of(found["heads"]), "one KV head"),
+              part("share of such layers, later half minus earlier", late, unit="% of layers", smallest=100 / max(len(layers) // 2, 1)),
+              part("near-constant keys", near, unit="% of keys", smallest=SMALLEST_SHARE)]
     note = f"Two modes within heads in {len(which['yes'])} of {len(layers) - 1} layers behind layer 0 ({', '.join(which['yes']) or 'none'}), " \
            f"open in {len(which['open'])} ({', '.join(which['open']) or 'none'}); all layers together have " \
            f"{'two modes' if pooled['two_modes'] else 'one mode'}, which layers of different scale alone can make.{_order_note(described)}"
@@ -133,20 +122,17 @@ def claim_c5(described: Mapping) -> dict:
 def claim_x4(described: Mapping, compared: Mapping) -> dict:
     """X4: share of keys behind layer 0 that vary little within their head, trained minus untrained; and whether these are sinks.
 
-    The threshold is the valley of the trained model in layers with two modes, else variance below a fixed share of the squared
-    norm: keys of random weights are short, so that below an absolute threshold all of them lie. Attention and norm are those
-    of the trained model's keys below the threshold minus the others of their head, undefined where no head has both.
-    """
+    The threshold is the valley of the trained model in layers with two modes, else variance below a fixed share of the squared norm: keys
+    of random weights are short, so that below an absolute threshold all of them lie. Attention and norm are those of the trained model's
+    keys below the threshold minus the others of their head, undefined where no head has both."""
     found = compared["within_heads"]
     difference, every = (Effect.of(each).scaled(100) for each in (found["behind_layer_0"], found["difference"]["all"]))
     sinks, why = described["sinks"]["within_heads"], "no layer and head has keys below and above the threshold"
-    others = [
-        part("the same with layer 0, whose keys are a projection of the patches alone", every),
-        part("near-constant keys, trained minus untrained", Effect.of(compared["near_constant"]["difference"]["all"]).scaled(100)),
-        *(part(f"{name} of these keys minus that of the others of their head", Effect.of(sinks[kind]["all"]), why,
-               unit="times the average key's", smallest=SMALLEST_SINK)
-          for kind, name in (("mass", "attention per key"), ("norm", "norm"))),
-    ]  # fmt: skip
+    others = [part("the same with layer 0, whose keys are a projection of the patches alone", every),
+              part("near-constant keys, trained minus untrained", Effect.of(compared["near_constant"]["difference"]["all"]).scaled(100)),
+              *(part(f"{name} of these keys minus that of the others of their head", Effect.of(sinks[kind]["all"]), why,
+                     unit="times the average key's", smallest=SMALLEST_SINK)
+                for kind, name in (("mass", "attention per key"), ("norm", "norm")))]  # fmt: skip
     valleys = sum(each["method"] == "valley" for each in described["thresholds"]["within_heads"])
     untrained = 100 * found["untrained"]["all"]["mean"]
     note = f"With layer 0, whose keys no attention has reached, {untrained + every.mean:.1f} % of the trained model's keys vary little and " \

@@ -8,9 +8,8 @@ Three scales of the same variance are told apart throughout:
                  upper one holds most keys, in other layers near_constant.
   near_constant  variance / mean norm^2 below a fixed `NEAR_CONSTANT`, which needs no modes and so compares models that have none.
 
-Intervals are over token positions (the same resample in all layers and heads): images are so many that the noise of a
-variance is small (sqrt(2 / n) of it at most, if keys are normal), and positions are what another crop would change.
-"""
+Intervals are over token positions (the same resample in all layers and heads): images are so many that the noise of a variance is small
+(sqrt(2 / n) of it at most, if keys are normal), and positions are what another crop would change."""
 
 from collections.abc import Mapping
 
@@ -36,9 +35,8 @@ def _logs(variance: torch.Tensor, real: torch.Tensor) -> np.ndarray:
 def thresholds(table: KeyTable, model: str | None = None, modes: Mapping | None = None) -> dict:
     """What counts as input-agnostic, on each of the `SCALES`: a `variance_threshold`, a list of limits per layer, a fixed number.
 
-    model: a name in `MODELS`; the paper's threshold holds for the raw variance of its own model. modes: of `bimodal_layers`, if
-    they are known.
-    """
+    model: a name in `MODELS`; the paper's threshold holds for the raw variance of its own model. modes: of `bimodal_layers`, if they are
+    known."""
     modes = modes or bimodal_layers(_logs(table.variance, table.real))
     near = {"value": NEAR_CONSTANT, "two_modes": None, "method": "near-constant"}
     valleys = [{"value": each["modes"][1], "two_modes": True, "method": "valley"} if _lower_group(each) else near for each in modes["layers"]]
@@ -69,18 +67,13 @@ def describe_keys(table: KeyTable, model: str | None = None, n_boot: int = 2000,
     modes = bimodal_layers(_logs(table.variance, table.real), n_boot, seed)
     found = thresholds(table, model, modes)
     chosen = {scale: agnostic(table, found, scale) for scale in SCALES}
-    return {
-        "model": table.name, "images": table.images, "mass_images": table.mass_images,
-        "layers": len(table.variance), "heads": table.variance.shape[1], "positions": int(table.real.sum()),
-        "thresholds": found,
-        "modes": modes,
-        "order": None if table.turned is None else causal_order(table, n_boot, seed),
-        "shares": {scale: shares(table, mask, n_boot, seed) for scale, mask in chosen.items()},
-        "sinks": {scale: sinks(table, mask, n_boot, seed) for scale, mask in chosen.items()},
-        "foreground": foreground(table, n_boot, seed),
-        "histograms": histograms(table),
-        "foreground_map": _grid(table, table.foreground), "size": list(table.layout.image_size),
-    }  # fmt: skip
+    return {"model": table.name, "images": table.images, "mass_images": table.mass_images, "layers": len(table.variance),
+            "heads": table.variance.shape[1], "positions": int(table.real.sum()), "thresholds": found, "modes": modes,
+            "order": None if table.turned is None else causal_order(table, n_boot, seed),
+            "shares": {scale: shares(table, mask, n_boot, seed) for scale, mask in chosen.items()},
+            "sinks": {scale: sinks(table, mask, n_boot, seed) for scale, mask in chosen.items()},
+            "foreground": foreground(table, n_boot, seed), "histograms": histograms(table),
+            "foreground_map": _grid(table, table.foreground), "size": list(table.layout.image_size)}  # fmt: skip
 
 
 def shares(table: KeyTable, mask: torch.Tensor, n_boot: int = 2000, seed: int = 0) -> dict:
@@ -93,9 +86,8 @@ def shares(table: KeyTable, mask: torch.Tensor, n_boot: int = 2000, seed: int = 
 def sinks(table: KeyTable, mask: torch.Tensor, n_boot: int = 2000, seed: int = 0) -> dict:
     """Chosen keys minus the others of their own layer and head; intervals over positions, None where no head has both.
 
-    mass: attention per key, as a multiple of that of the average image key of the head; norm: mean norm over that of the
-    head. layers: the same per layer.
-    """
+    mass: attention per key, as a multiple of that of the average image key of the head; norm: mean norm over that of the head. layers: the
+    same per layer."""
     keep = table.real
     on = mask[..., keep].double().numpy()
     result: dict = {"heads": int((on.any(-1) & ~on.all(-1)).sum())}
@@ -139,10 +131,9 @@ def causal_order(table: KeyTable, n_boot: int = 2000, seed: int = 0) -> dict:
 
     In `turned` the patches were fed in reverse, so that slot i held the patch of the last but i. Of each head the `LOWEST` share of keys:
     their share among the first `row` tokens (the first row of the grid) and among the others, in the usual order (`first`, `rest`) and in
-    reverse (`turned_first`, and `turned_picture`, the last tokens, which show the first row's patches). Above `LOWEST` by chance, the one is an
-    effect of the place, the other of the picture. all: mean over layers, without layer 0, whose keys are computed before any token has seen
-    another. maps: the share at each patch, mean over layers and heads.
-    """
+    reverse (`turned_first`, and `turned_picture`, the last tokens, which show the first row's patches). Above `LOWEST` by chance, the one
+    is an effect of the place, the other of the picture. all: mean over layers, without layer 0, whose keys are computed before any token
+    has seen another. maps: the share at each patch, mean over layers and heads."""
     real, row = table.real, next(iter(table.layout.grids.values()))[1]
     orders = (each[..., real].argsort(-1).argsort(-1) for each in (table.variance, table.turned))
     lowest = [(each < LOWEST * int(real.sum())).double().mean(1).numpy() for each in orders]
@@ -169,9 +160,8 @@ def causal_order(table: KeyTable, n_boot: int = 2000, seed: int = 0) -> dict:
 def compare_trained(trained: KeyTable, untrained: KeyTable, found: dict, n_boot: int = 2000, seed: int = 0) -> dict:
     """X4: share of input-agnostic keys, trained minus untrained, with intervals over positions; JSON-able.
 
-    Both are measured with the trained model's thresholds. Keys of random weights are short, so that under an absolute
-    threshold (raw) all of them vary little; the other two are free of that. behind_layer_0: without the layer whose keys are
-    computed from a patch alone."""
+    Both are measured with the trained model's thresholds. Keys of random weights are short, so that under an absolute threshold (raw) all
+    of them vary little; the other two are free of that. behind_layer_0: without the layer whose keys are computed from a patch alone."""
     result = {}
     for scale in SCALES:
         masks = [agnostic(each, found, scale) for each in (trained, untrained)]

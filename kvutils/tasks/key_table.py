@@ -1,7 +1,6 @@
 """Statistics of the image keys of a model over many images: variance, norm, attention from text, foreground.
 
-`kvutils.tasks.key_statistics` says what the table means.
-"""
+`kvutils.tasks.key_statistics` says what the table means."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,11 +31,9 @@ _MEASURED = {"variance": "variance", "norm": "norm", "mass": "attention", "turne
 class KeyTable:
     """Statistics of every image key of a model. All tensors are float64 on the CPU.
 
-    variance, norm, mass (L, G, N): L2 variance over images (squared key units), mean L2 norm, mean attention
-    weight (0..1) from the text, where that was measured.
-    foreground (N,): share of images, 0..1, in which the token is mostly foreground. layout: of every image. turned (L, G, N): the
-    variance over images with their patches in reverse order, from `measure_turned`, where that was measured.
-    """
+    variance, norm, mass (L, G, N): L2 variance over images (squared key units), mean L2 norm, mean attention weight (0..1) from the text,
+    where that was measured. foreground (N,): share of images, 0..1, in which the token is mostly foreground. layout: of every image. turned
+    (L, G, N): the variance over images with their patches in reverse order, from `measure_turned`, where that was measured."""
 
     name: str
     variance: torch.Tensor
@@ -85,17 +82,13 @@ class KeyTable:
         return cls(about["name"], **found, foreground=often, layout=layout, images=about["images"], mass_images=about["mass_images"])
 
 
-def measure_keys(
-    mlm: MLM, images: Sequence[LabelledImage], questions: Sequence[str], parts: Parts | None = None, *,
-    mass_images: int = 200, chunk: int = 50, progress: bool = True,
-) -> KeyTable:  # fmt: skip
+def measure_keys(mlm: MLM, images: Sequence[LabelledImage], questions: Sequence[str], parts: Parts | None = None, *,
+                 mass_images: int = 200, chunk: int = 50, progress: bool = True) -> KeyTable:  # fmt: skip
     """Read the keys of all images (at least 2 chunks' worth), and the attention that `questions` pay to them, if there are any.
 
-    images: any sequence of samples with `id`, `image` and `mask` (0 background, `VOID` unknown), which may open its files
-    when they are asked for; all of one token grid. mass_images: how many of them the attention is measured on. With
-    `parts` finished chunks are kept, and a stopped run goes on. Raises DataError for too few images or different grids,
-    and what `capture` raises.
-    """
+    images: any sequence of samples with `id`, `image` and `mask` (0 background, `VOID` unknown), which may open its files when they are
+    asked for; all of one token grid. mass_images: how many of them the attention is measured on. With `parts` finished chunks are kept, and
+    a stopped run goes on. Raises DataError for too few images or different grids, and what `capture` raises."""
     at_least("mass_images", mass_images)
     if len(images) <= chunk:
         raise DataError(f"{len(images)} images make no two chunks of {chunk}: give more, or a smaller chunk")
@@ -119,8 +112,7 @@ def measure_keys(
             found["mass"] = attention_mass(mlm, heard, questions) * len(heard)
         return found
 
-    chunks = in_chunks(parts, "keys", range(len(images)), compute, chunk,
-                       [mlm.settings, list(questions)],
+    chunks = in_chunks(parts, "keys", range(len(images)), compute, chunk, [mlm.settings, list(questions)],
                        of=lambda i: [images[i].id, i < mass_images], unit="image", progress=progress)  # fmt: skip
     for found in chunks:
         foreground, mass = foreground + found["foreground"], mass + found.get("mass", 0.0)

@@ -116,9 +116,8 @@ def knock_out(mlm: MLM, samples: Sequence[Question], parts: Parts | None = None,
     def compute(some: list[list[Question]]) -> list:
         return [row for rows in in_halves(run, some) for row in rows]
 
-    chunks = in_chunks(parts, "knock_out", list(scenes.values()), compute, batch_size,
-                       [mlm.settings, options], unit="image", progress=progress,
-                       of=lambda asked: [[s.group, s.id, s.text, s.answer] for s in asked])  # fmt: skip
+    chunks = in_chunks(parts, "knock_out", list(scenes.values()), compute, batch_size, [mlm.settings, options], unit="image",
+                       progress=progress, of=lambda asked: [[s.group, s.id, s.text, s.answer] for s in asked])  # fmt: skip
     rows = [row for chunk in chunks for row in chunk]
     ordered = [sample for asked in scenes.values() for sample in asked]
     return KnockOut(mlm.num_layers, list(blocked), [s.id for s in ordered], [s.kind for s in ordered], [s.group or s.id for s in ordered],

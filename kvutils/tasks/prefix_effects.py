@@ -68,15 +68,13 @@ def _tables(readouts: Mapping, precision: Mapping, answers: Mapping) -> list[dic
     minus = [(name, kind, ", ".join(map(str, best["layers"])), points(best["scores"], "none"),
               *(points(best["correct_minus"], c, True) for c in ("none", "random"))) for name, kind, found in kinds for best in [found["best"]]]
     rates = {**answers["rates"], "probability of yes and no together": answers["option_mass"]}
-    return [
-        {"title": "Readouts behind every prefix, mIoU points", "header": ["readout", *CONDITIONS],
-         "rows": [[name, *(points(each["best"]["scores"], c) for c in CONDITIONS)] for name, each in readouts.items()]},
-        {"title": "Referring expressions with and without threshold and centring, points",
-         "header": ["readout", "score", "layers", "without prefix", "correct minus none", "correct minus random"],
-         "rows": [list(row) for row in minus]},
-        {"title": f"Answers to {answers['questions']} questions about {answers['images']} images, %", "header": ["", *CONDITIONS],
-         "rows": [[rate, *(points(each, c) for c in CONDITIONS)] for rate, each in rates.items()]},
-    ]  # fmt: skip
+    return [{"title": "Readouts behind every prefix, mIoU points", "header": ["readout", *CONDITIONS],
+             "rows": [[name, *(points(each["best"]["scores"], c) for c in CONDITIONS)] for name, each in readouts.items()]},
+            {"title": "Referring expressions with and without threshold and centring, points",
+             "header": ["readout", "score", "layers", "without prefix", "correct minus none", "correct minus random"],
+             "rows": [list(row) for row in minus]},
+            {"title": f"Answers to {answers['questions']} questions about {answers['images']} images, %", "header": ["", *CONDITIONS],
+             "rows": [[rate, *(points(each, c) for c in CONDITIONS)] for rate, each in rates.items()]}]  # fmt: skip
 
 
 def summarise_prefixes(table: ScoreTable, statistic: Statistic, n_boot: int = 2000, seed: int = 0, kind: str = "") -> dict:

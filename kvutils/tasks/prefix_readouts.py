@@ -33,12 +33,10 @@ UNTRAINED = "untrained"
 FEWER = CONDITIONS[:4]  # none, correct, wrong, random: for readouts that stand beside the one that a claim is judged by
 MOVED = ("moved_objects", "moved_background")  # the last columns of every readout
 STUFF = frozenset(BDD_NAMES[: BDD_NAMES.index("person")])  # road, sky ...: every pixel of BDD has a class, these are no objects
-TITLES = {
-    "referring_by_class_name": "Referring segmentation,\nclass name before the image",
-    "referring_by_expression": "Referring segmentation,\nexpression before the image",
-    "domain_by_text": "Domain segmentation by text,\ndomain before the image",
-    "domain_by_probe": "Domain segmentation by probe,\ndomain before the image",
-}
+TITLES = {"referring_by_class_name": "Referring segmentation,\nclass name before the image",
+          "referring_by_expression": "Referring segmentation,\nexpression before the image",
+          "domain_by_text": "Domain segmentation by text,\ndomain before the image",
+          "domain_by_probe": "Domain segmentation by probe,\ndomain before the image"}
 Prefixes = dict[str, str | None]
 
 

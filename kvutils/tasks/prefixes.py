@@ -8,10 +8,9 @@
     unrelated   a piece of an ordinary sentence about something else
     filler      one token repeated: nothing but the shift of all image tokens
 
-All but none have the same number of tokens, counted in the whole prompt as the model reads it. In byte-pair tokenizers the tokens of a
-word depend on what touches it: "umbrella" at the start of a line is two, " umbrella" one, and ".\\n" is one where the template ends the
-line. So prefixes of published models begin with a space and end in a word: then the tokens of a text are those of its words, in any
-order."""
+All but none have the same number of tokens, counted in the whole prompt as the model reads it. In byte-pair tokenizers the tokens of a word
+depend on what touches it: "umbrella" at the start of a line is two, " umbrella" one, and ".\\n" is one where the template ends the line. So
+prefixes of published models begin with a space and end in a word: then the tokens of a text are those of its words, in any order."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -51,18 +50,16 @@ WORDING = {
         sentences=("please look at this picture", "the weather was nice today", "here is another scene", "good morning"),
         filler=",",
     ),
-    "paper": Wording(
-        class_name="Look for the {}",
-        expression="Look for {}",
-        domain="A photo of a street in {} conditions",
-        words=tuple("paper river seven music window under letter quickly market because yellow number walk station later "
-                    "garden silver open table winter between simple finger ocean early circle happy bread engine always "
-                    "village lesson cloud never pocket travel reason stone kitchen answer".split()),
-        sentences=("The committee will meet again on Thursday to talk about next year's budget and the new library.",
-                   "My grandmother used to bake a loaf of bread every Sunday before the rest of the family woke up."),
-        filler="and",
-        lead=" ",
-    ),
+    "paper": Wording(class_name="Look for the {}",
+                     expression="Look for {}",
+                     domain="A photo of a street in {} conditions",
+                     words=tuple("paper river seven music window under letter quickly market because yellow number walk station later "
+                                 "garden silver open table winter between simple finger ocean early circle happy bread engine always "
+                                 "village lesson cloud never pocket travel reason stone kitchen answer".split()),
+                     sentences=("The committee will meet again on Thursday to talk about next year's budget and the new library.",
+                                "My grandmother used to bake a loaf of bread every Sunday before the rest of the family woke up."),
+                     filler="and",
+                     lead=" "),
 }  # fmt: skip
 
 
@@ -107,13 +104,9 @@ class PrefixWriter:
         if len(words) < 2:
             raise ParameterError(f"the prefix {correct!r} must have at least two words, so that they can be reversed")
         rng = np.random.default_rng(seed)
-        candidates = {
-            "wrong": (wrong[i] for i in rng.permutation(len(wrong)) if wrong[i] != correct),
-            "random": self._random(rng, len(words)),
-            "reversed": self._led([words[::-1]]),
-            "unrelated": self._pieces(rng),
-            "filler": self._led([self.wording.filler] * n for n in range(1, 4 * len(words) + 8)),
-        }
+        candidates = {"wrong": (wrong[i] for i in rng.permutation(len(wrong)) if wrong[i] != correct),
+                      "random": self._random(rng, len(words)), "reversed": self._led([words[::-1]]), "unrelated": self._pieces(rng),
+                      "filler": self._led([self.wording.filler] * n for n in range(1, 4 * len(words) + 8))}
         found, length = {"none": None, "correct": correct}, self.tokens(correct)
         found |= {name: next((text for text in texts if self.tokens(text) == length), None) for name, texts in candidates.items()}
         if absent := [name for name in CONDITIONS[1:] if found[name] is None]:

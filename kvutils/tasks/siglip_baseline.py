@@ -1,8 +1,7 @@
 """Notebook 02, the paper's Table 1: what each step from SigLIP to the values adds to, or loses of, what the six tasks read; claim C4.
 
-Along the data flow: SigLIP as published -> (finetuning) -> the model's own encoder -> (projection) -> projector ->
-(first value projection) -> values of layer 0 -> (language model) -> values of later layers.
-"""
+Along the data flow: SigLIP as published -> (finetuning) -> the model's own encoder -> (projection) -> projector -> (first value projection)
+-> values of layer 0 -> (language model) -> values of later layers."""
 
 import math
 from collections.abc import Mapping

@@ -20,13 +20,8 @@ from kvutils.readout.matching import cosine_similarity
 
 # subtask -> its readouts; the first is the one that claims are about. Others of BLINK's subtasks have none: their
 # answer is not a similarity to a reference in the images.
-READOUTS = {
-    "Art_Style": ("style", "mean"),
-    "Visual_Similarity": ("mean", "style"),
-    "Semantic_Correspondence": ("around", "point"),
-    "Functional_Correspondence": ("around", "point"),
-    "Visual_Correspondence": ("around", "point"),
-}
+READOUTS = {"Art_Style": ("style", "mean"), "Visual_Similarity": ("mean", "style"), "Semantic_Correspondence": ("around", "point"),
+            "Functional_Correspondence": ("around", "point"), "Visual_Correspondence": ("around", "point")}
 POINTS = ("around", "point")  # readouts that need to know where the points are
 
 
