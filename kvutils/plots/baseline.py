@@ -9,10 +9,8 @@ from matplotlib.figure import Figure
 from kvutils.plots.style import in_order, styled
 from kvutils.plots.value_flow import overview
 
-STEPS = {  # step -> what it is
-    "finetuning": "finetuning\n(to encoder)", "projection": "projection\n(to projector)", "first value projection": "first value\nprojection",
-    "language model": "language model\n(to best values)", "all steps": "all steps",
-}  # fmt: skip
+STEPS = {"finetuning": "finetuning\n(to encoder)", "projection": "projection\n(to projector)",
+         "first value projection": "first value\nprojection", "language model": "language model\n(to best values)", "all steps": "all steps"}
 
 
 @styled

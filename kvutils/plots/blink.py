@@ -11,18 +11,14 @@ from kvutils.plots import style
 from kvutils.plots.style import BEFORE, COLOURS, along_the_flow, decode_image, forest, legend_below, panels, picture, styled
 
 ORDER = ("Art_Style", "Visual_Similarity", "Semantic_Correspondence", "Functional_Correspondence", "Visual_Correspondence")
-READING_STYLE = {  # family of sources -> colour, line, marker, label
-    "value": (COLOURS[0], "-", "o", "values in the item's prompt"),
-    "alone.value": (COLOURS[1], "--", "s", "values, each image alone"),
-    "untrained.value": (COLOURS[7], ":", "^", "values, untrained model"),
-}
+READING_STYLE = {"value": (COLOURS[0], "-", "o", "values in the item's prompt"),  # family of sources -> colour, line, marker, label
+                 "alone.value": (COLOURS[1], "--", "s", "values, each image alone"),
+                 "untrained.value": (COLOURS[7], ":", "^", "values, untrained model")}
 SOURCES = {**{family: each[3] for family, each in READING_STYLE.items()}, "value.0": "first value projection", **dict(reversed(BEFORE.items()))}
 READOUT_LABELS = {"style": "style statistics (mean and Gram)", "mean": "mean token", "point": "token at the point",
                   "around": "3 x 3 tokens at the point"}  # fmt: skip
-CELLS = {  # of the 2 x 2 table -> colour, label
-    "value_only": (COLOURS[0], "values right, model wrong"), "both": ("0.62", "both right"),
-    "model_only": ("0.8", "model right, values wrong"), "neither": ("0.92", "both wrong"),
-}  # fmt: skip
+CELLS = {"value_only": (COLOURS[0], "values right, model wrong"), "both": ("0.62", "both right"),  # of the 2 x 2 table -> colour, label
+         "model_only": ("0.8", "model right, values wrong"), "neither": ("0.92", "both wrong")}  # fmt: skip
 WAYS = {"value added": ("o", COLOURS[0]), "value decides": ("s", COLOURS[1]), "either right": ("D", "black")}
 
 
@@ -53,7 +49,7 @@ def gap(results: Mapping) -> Figure:
     right.set(xlabel="accuracy minus the model's (points)", title=f"Values added to the option scores:\n{_interval(added)} points")
     for axis in (left, right):
         axis.grid(axis="y", visible=False)
-    figure.legend(**style.labelled([left]), loc="outside lower left", ncols=3)
+    legend_below(figure, [left], place="left", ncols=3)
     right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3, columnspacing=0.8, handletextpad=0.2)
     return figure
 
@@ -100,16 +96,14 @@ def shares_by_source(subtasks: Mapping[str, Mapping]) -> Figure:
             points.append((row, each["shares"]["value_only"], colour, marker, None))
             guess = np.nan if each["at_guess"]["mean"] is None else 100 * each["at_guess"]["mean"]
             axis.plot(guess, row, "|", ms=15, mew=2.5, color=COLOURS[3], label=None if row else "by guessing, options as often as this readout")
-        forest(axis, points, [_label(source, each["layers"], place == 0) for source, each in tables.items()], factor=100, zero=False)
+        # In the first column in full, in the others what differs there: the layers.
+        names = [", ".join([SOURCES[source]] * (place == 0) + [style.layers_text(each["layers"])] * bool(each["layers"]))
+                 for source, each in tables.items()]  # fmt: skip
+        forest(axis, points, names, factor=100, zero=False)
         axis.set(title=f"{found['title']}\n{found['table']['errors']} errors of the model", xlabel=f"% of {found['table']['n']} items")
     legend_below(figure, axes[:1])
     figure.suptitle("Readout right, model wrong: right of the bar, more than by guessing", fontsize=10)
     return figure
-
-
-def _label(source: str, layers: Sequence[int], first: bool) -> str:
-    """In the first column in full, in the others what differs there: the layers."""
-    return ", ".join([SOURCES[source]] * first + [style.layers_text(layers)] * bool(layers))
 
 
 @styled

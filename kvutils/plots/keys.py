@@ -9,25 +9,21 @@ from matplotlib.figure import Figure
 from kvutils.plots.style import COLOURS, curve, forest, in_order, legend_below, picture, styled
 
 TASKS = {"pope": ("POPE F1", 100.0), "mme": ("MME score", 1.0)}  # -> score, what it is multiplied by for points
-KNOCK_OUT_STYLE = {  # which layers are hidden -> colour, line, marker, label
-    "one": (COLOURS[0], "-", "o", "in this layer alone"),
-    "from": (COLOURS[1], "--", "s", "in this layer and all after it"),
-    "until": (COLOURS[2], "-.", "D", "in this layer and all before it"),
-}
+KNOCK_OUT_STYLE = {"one": (COLOURS[0], "-", "o", "in this layer alone"),  # which layers are hidden -> colour, line, marker, label
+                   "from": (COLOURS[1], "--", "s", "in this layer and all after it"),
+                   "until": (COLOURS[2], "-.", "D", "in this layer and all before it")}
 MODES = {"yes": "two modes", "open": "open", "no": "one mode"}
 _NUMBERS = ("mean", "low", "high")
 BLOCK, EVERY, BELOW = "input-agnostic", "all keys", "reading layers, input-agnostic"
-ROWS = {  # condition -> its label, colour and marker
-    EVERY: ("every image key", COLOURS[3], "v"),
-    BLOCK: ("the block: keys below the threshold", COLOURS[0], "o"),
-    "random": ("random keys", COLOURS[7], "s"),
-    "random, same attention": ("random keys, same attention", COLOURS[7], "s"),
-    "highest variance": ("keys that vary most", COLOURS[7], "s"),
-    "same positions, early layers": ("same positions as the block", COLOURS[7], "s"),
-    BELOW: ("keys below the threshold", COLOURS[2], "D"),
-    "reading layers, lowest variance": ("as many as the block, lowest", COLOURS[2], "D"),
-    "reading layers, random": ("as many as the block, random", COLOURS[2], "D"),
-}
+ROWS = {EVERY: ("every image key", COLOURS[3], "v"),  # condition -> its label, colour and marker
+        BLOCK: ("the block: keys below the threshold", COLOURS[0], "o"),
+        "random": ("random keys", COLOURS[7], "s"),
+        "random, same attention": ("random keys, same attention", COLOURS[7], "s"),
+        "highest variance": ("keys that vary most", COLOURS[7], "s"),
+        "same positions, early layers": ("same positions as the block", COLOURS[7], "s"),
+        BELOW: ("keys below the threshold", COLOURS[2], "D"),
+        "reading layers, lowest variance": ("as many as the block, lowest", COLOURS[2], "D"),
+        "reading layers, random": ("as many as the block, random", COLOURS[2], "D")}
 
 
 def _span(layers: Sequence[int]) -> str:

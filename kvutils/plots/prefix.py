@@ -9,15 +9,13 @@ from matplotlib.figure import Figure
 
 from kvutils.plots.style import COLOURS, curve, decode_image, forest, in_order, legend_below, panels, picture, styled
 
-CONDITION_STYLE = {  # condition -> colour, line, marker, label
-    "none": ("black", "-", "D", "no prefix"),
-    "correct": (COLOURS[0], "-", "o", "correct"),
-    "wrong": (COLOURS[3], "--", "v", "wrong"),
-    "random": (COLOURS[1], ":", "s", "random words"),
-    "reversed": (COLOURS[2], "-.", "^", "correct, reversed"),
-    "unrelated": (COLOURS[4], "--", "P", "unrelated words"),
-    "filler": (COLOURS[7], ":", "X", "filler (token count only)"),
-}
+CONDITION_STYLE = {"none": ("black", "-", "D", "no prefix"),  # condition -> colour, line, marker, label
+                   "correct": (COLOURS[0], "-", "o", "correct"),
+                   "wrong": (COLOURS[3], "--", "v", "wrong"),
+                   "random": (COLOURS[1], ":", "s", "random words"),
+                   "reversed": (COLOURS[2], "-.", "^", "correct, reversed"),
+                   "unrelated": (COLOURS[4], "--", "P", "unrelated words"),
+                   "filler": (COLOURS[7], ":", "X", "filler (token count only)")}
 JUDGED = ("referring_by_class_name", "domain_by_text")  # the readouts that claims are about
 ABOUT = {"referring_by_class_name": "referring expressions", "domain_by_text": "street scenes"}
 NAMED = "accuracy on the object named"

@@ -17,11 +17,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 COLOURS = sns.color_palette("colorblind")
-SOURCE_STYLE = {  # family of sources -> colour, line, marker, label
-    "value": (COLOURS[0], "-", "o", "image values"),
-    "untrained.value": (COLOURS[7], ":", "^", "values, untrained model"),
-    "shuffled.value": (COLOURS[3], ":", "v", "control: shuffled labels or text"),
-}
+SOURCE_STYLE = {"value": (COLOURS[0], "-", "o", "image values"),  # family of sources -> colour, line, marker, label
+                "untrained.value": (COLOURS[7], ":", "^", "values, untrained model"),
+                "shuffled.value": (COLOURS[3], ":", "v", "control: shuffled labels or text")}
 # What comes before the language model, in order of the data flow; its points in a legend.
 BEFORE = {"pixels": "pixels", "encoder_original": "SigLIP", "encoder": "encoder", "projector": "projector"}
 FIRST = "first projection"  # of values (and keys): layer 0
@@ -63,15 +61,10 @@ def panels(count: int, columns: int, width: float, height: float, **options) -> 
     return figure, list(axes.flat)[:count]
 
 
-def labelled(axes: Iterable, more: Mapping[str, object] | None = None) -> dict[str, list]:
-    """The handles and labels of all axes for one legend, each label once; more: label -> handle."""
+def legend_below(figure: Figure, axes: Iterable, more: Mapping[str, object] | None = None, place: str = "center", **options) -> None:
+    """One legend for all axes below them, each label once; more: label -> handle."""
     found = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)} | (more or {})
-    return {"handles": list(found.values()), "labels": list(found)}
-
-
-def legend_below(figure: Figure, axes: Iterable, more: Mapping[str, object] | None = None, **options) -> None:
-    """One legend for all axes below them."""
-    figure.legend(**labelled(axes, more), loc="outside lower center", **options)
+    figure.legend(list(found.values()), list(found), loc=f"outside lower {place}", **options)
 
 
 def picture(axis, image: np.ndarray, size: tuple[int, int], title: str = "", **options):

@@ -7,7 +7,7 @@ which the metrics follow. Metrics such as mIoU are ratios of sums over items, he
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, ClassVar
@@ -101,24 +101,7 @@ def opener(sample: Any, field: str = "image") -> Opener:
     return partial(getattr, sample, field)
 
 
-class _Pictures:
-    """Features of a task's pictures, by id: one that is in memory is not opened again."""
-
-    def __init__(self, extractor: FeatureExtractor, sources: Iterable[str]):
-        self.extractor, self.sources = extractor, {*extractor.sources, *HEADS}.intersection(sources)
-        self.keys: dict[str, str] = {}
-
-    def features(self, name: str, opened: Opener) -> ImageFeatures:
-        if name not in self.keys:
-            image = opened()
-            self.keys[name] = picture_key(image)
-            opened = image.copy  # it is open already
-        return self.extractor.image(name, self.keys[name], opened, sources=self.sources)
-
-
-def run_task(
-    task: Task, extractor: FeatureExtractor, parts: Parts | None = None, progress: bool = True, chunk: int | None = None
-) -> ScoreTable:
+def run_task(task: Task, extractor: FeatureExtractor, parts: Parts | None = None, progress: bool = True, chunk: int | None = None) -> ScoreTable:
     """Score all samples of a task. With `parts`, finished chunks are kept there and a run that was stopped goes on.
 
     Bytes do not depend on interruptions. A sample that cannot be scored (a damaged picture, a mask of another size) is skipped and says
@@ -128,12 +111,19 @@ def run_task(
     depends = [task.name, task.parameters, sources, list(task.columns), extractor.fingerprint]
     prepare = cache(task.prepare)  # once, before the first chunk that is not stored
     read = {source: task.reads(source, extractor) for source in sources}
-    pictures = _Pictures(extractor, read.values())
+    wanted, keys = {*extractor.sources, *HEADS}.intersection(read.values()), {}
+
+    def features_of(name: str, opened: Opener) -> ImageFeatures:
+        """A picture whose features are in memory is not opened again."""
+        if name not in keys:
+            image = opened()
+            keys[name], opened = picture_key(image), image.copy  # it is open already
+        return extractor.image(name, keys[name], opened, sources=wanted)
 
     def score(sample: Any) -> dict:
         try:
             images = dict(task.images(sample))
-            features = {name: pictures.features(name, opened) for name, opened in images.items()}
+            features = {name: features_of(name, opened) for name, opened in images.items()}
             rows = task.score(sample, features, extractor)
         except (DataError, ImageError, ConvergenceError) as error:
             return {"id": sample.id, "rows": [], "why": str(error).removeprefix(f"{sample.id}: ")}

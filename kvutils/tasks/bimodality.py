@@ -1,10 +1,9 @@
 """Two groups of keys or one? `readout.selections.variance_threshold` asks it of all keys together, as the paper does; `bimodal_layers`
 within heads (ours).
 
-Ashman's D = |m1 - m2| / sqrt((s1^2 + s2^2) / 2) alone calls a flat or a skewed distribution bimodal: two normals describe it better than
-one. So D counts only where the keys themselves are rarer between the two means. And the deepest valley of a sample is there by chance, and
-deeper still in its resamples, so that a resampled count of layers is too large. So the valley of a layer is chosen on one half of the token
-positions and read on the other, both ways: of keys of one mode it is none."""
+Ashman's D = |m1 - m2| / sqrt((s1^2 + s2^2) / 2) alone calls a flat or a skewed distribution bimodal, so it counts only where the keys
+themselves are rarer between the two means. The deepest valley of a sample is there by chance, and deeper still in its resamples: so that of
+a layer is chosen on one half of the token positions and read on the other, both ways; of keys of one mode it is none."""
 
 from dataclasses import replace
 
@@ -23,14 +22,14 @@ _GRID = 200  # places at which a density is read
 def bimodal_layers(logs: np.ndarray, n_boot: int = 2000, seed: int = 0) -> dict:
     """In how many layers has the log-variance (L, G, P), each head's mode subtracted, two modes? JSON-able.
 
-    Heads are aligned at their modes since a mixture of one-moded heads of any width and skew then has one mode; at their means or medians
-    it may have two. A layer has two (`two_modes`: "yes") if its valley is below `VALLEY` of the lower mode's density, Ashman's D is above
-    2, and the valley is real by Holm's procedure over the layers; "no" if the 95 % interval excludes such a valley; else "open". Intervals
-    are over the P positions, each with all its heads. layers: per layer `two_modes`, `separation` (D), `valley` (the density in it over the
-    lower mode's, an interval; 1: none) and `modes` (lower mode, valley, upper mode, as multiples of the variance at the head's mode).
-    Behind layer 0, whose keys no attention has reached: count: an effect: the layers that have them in the sample, from those with "yes" to
-    all but those with "no"; its error is that of a 90 % interval as wide. late_minus_early: the same of the share of the later half's
-    layers minus the earlier's. heads: the count with whole heads left out in turn. ParameterError for fewer than four positions."""
+    Heads are aligned at their modes since a mixture of one-moded heads of any width and skew then has one mode; at means or medians it may
+    have two. A layer has two (`two_modes`: "yes") if its valley is below `VALLEY` of the lower mode's density, Ashman's D is above 2, and
+    the valley is real by Holm's procedure over the layers; "no" if the 95 % interval, over the P positions, excludes such a valley; else
+    "open". layers: of each `two_modes`, `separation` (D), `valley` (the density in it over the lower mode's; 1: none) and `modes` (lower
+    mode, valley, upper mode, as multiples of the variance at the head's mode). Behind layer 0, whose keys no attention has reached: count:
+    an effect: the layers that have them in the sample, from those with "yes" to all but those with "no"; its error is that of a 90 %
+    interval as wide. late_minus_early: the same of the share of the later half's layers minus the earlier's. heads: the count with whole
+    heads left out in turn. ParameterError for fewer than four positions."""
     layers, heads, positions = logs.shape
     halves, values = Halves.of(range(positions), seed), logs - head_modes(logs)
     packed = np.stack([_at_chosen(each, halves) for each in values], axis=1)

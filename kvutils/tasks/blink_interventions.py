@@ -39,12 +39,6 @@ class Evidence:
     gold: np.ndarray
 
 
-def evidence(table: ChoiceTable, source: str, fit: np.ndarray) -> Evidence:
-    """fit (n,) bool: the items whose readout scores give the standard deviation."""
-    model, value = (scores - scores.mean(axis=1, keepdims=True) for scores in (table.option_scores, table.of(source)))
-    return Evidence(model, value / max(value[fit].std(), 1e-12), table.said, table.gold)
-
-
 def choose_weight(found: Evidence, fit: np.ndarray) -> float:
     """The weight of the readout that is right most often on the items `fit`; the smallest on a tie."""
     right = [(add_values(found, weight) == found.gold)[fit].mean() for weight in WEIGHTS]
@@ -78,7 +72,8 @@ def surface(table: ChoiceTable, halves: Halves, sources: Sequence[str]) -> tuple
     answers = {name: np.zeros(len(table), dtype=int) for name in (*INTERVENTIONS, SCORES, EITHER)}
     weights = []
     for half, fit, source in zip((~halves.second, halves.second), halves.choosing, sources, strict=True):
-        found = evidence(table, source, fit)
+        model, value = (scores - scores.mean(axis=1, keepdims=True) for scores in (table.option_scores, table.of(source)))
+        found = Evidence(model, value / max(value[fit].std(), 1e-12), table.said, table.gold)
         readout, weight = found.value.argmax(axis=1), choose_weight(found, fit)
         weights.append(weight)
         said = {DECIDES: readout, ADDED: add_values(found, weight), GATE: gated(found, fit), SCORES: add_values(found, 0.0),

@@ -178,7 +178,8 @@ def _read_batch(models: Mapping[str, MLM], extractor: FeatureExtractor, batch: l
         with SessionBatch(mlm, images) as session:
             for row, in_prompt in enumerate(session.image_values()):
                 for place, (values, layout) in enumerate(zip(in_prompt, session.layouts[row], strict=True), places[row]):
-                    features[place] |= _by_layer(family, values, layout)
+                    read = values[:, :, torch.from_numpy(image_tokens(layout)).to(values.device)]  # (L, G, N, D) of the tokens that tasks read
+                    features[place] |= {f"{family}.{layer}": each.transpose(0, 1).flatten(1) for layer, each in enumerate(read)}
             if family == "value":
                 options = [[{option: spellings(option) for option in item.options}] for item in batch]
                 answers = session.answer([[item.prompt] for item in batch], options, max_new_tokens)
@@ -191,15 +192,8 @@ def _read_batch(models: Mapping[str, MLM], extractor: FeatureExtractor, batch: l
     return rows
 
 
-def _by_layer(family: str, values: torch.Tensor, layout: TokenLayout) -> dict[str, torch.Tensor]:
-    """Sources `<family>.<layer>` -> (N, G*D) of the tokens that tasks read, from (L, G, all tokens, D)."""
-    values = values[:, :, torch.from_numpy(image_tokens(layout)).to(values.device)]
-    return {f"{family}.{layer}": each.transpose(0, 1).flatten(1) for layer, each in enumerate(values)}
-
-
-def score_options(
-    item: MultipleChoice, features: Sequence[Mapping[str, torch.Tensor]], layouts: Sequence[TokenLayout]
-) -> dict[str, dict[str, list[float]]]:
+def score_options(item: MultipleChoice, features: Sequence[Mapping[str, torch.Tensor]],
+                  layouts: Sequence[TokenLayout]) -> dict[str, dict[str, list[float]]]:  # fmt: skip
     """readout -> source -> score of every option, from source -> (N, C) of each image."""
     widths: dict[int, list[str]] = {}
     for source, tokens in features[0].items():

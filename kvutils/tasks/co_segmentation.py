@@ -27,9 +27,7 @@ class CoSegmentation(Task):
     threshold meaningless, hence `J, relative threshold` beside it: above the image's mean saliency. `J, oracle` is the best union of
     the same clusters (chosen on tokens): what any choice of clusters could reach. Rows are images, resampled by group."""
 
-    name = "co_segmentation"
-    title = "Co-segmentation"
-    metric = "Jaccard"
+    name, title, metric = "co_segmentation", "Co-segmentation", "Jaccard"
     columns = ("j", "j_oracle", "j_relative", "precision", "clusters")
     statistic = staticmethod(column_mean(_J))
     statistics = {"J, oracle": column_mean(_J_ORACLE), "J, relative threshold": column_mean(_J_RELATIVE),

@@ -40,9 +40,7 @@ class SemanticCorrespondence(Task):
     finite (not visible in both images) are left out; a pair without points is skipped. Rows are resampled over both images, which in
     SPair serve dozens of pairs each; layers are chosen on other categories than they are read on, so that halves share no image."""
 
-    name = "semantic_correspondence"
-    title = "Semantic correspondence"
-    metric = "PCK@0.1 per image"
+    name, title, metric = "semantic_correspondence", "Semantic correspondence", "PCK@0.1 per image"
     columns = ("points", "hits", "hits_strict", "hits_image", "soft_hits", "soft_hits_image")
     statistic = staticmethod(mean_over_pairs(_HITS))
     statistics = {"PCK@0.1 per point": column_ratio(_HITS_STRICT, _POINTS), "PCK@0.1 of the image": mean_over_pairs(_HITS_IMAGE),
@@ -98,9 +96,7 @@ class TemporalCorrespondence(Task):
     share of its pixels (DINO takes the centre pixel), which does not lose objects smaller than a token. The first frame is given,
     the last not scored, void is background."""
 
-    name = "temporal_correspondence"
-    title = "Temporal correspondence"
-    metric = "J&F"
+    name, title, metric = "temporal_correspondence", "Temporal correspondence", "J&F"
     columns = ("j", "f", "j_dino", "f_dino")
     chunk = 1  # a clip has a hundred frames
     statistic = staticmethod(j_and_f(_J, _F))

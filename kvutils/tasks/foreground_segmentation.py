@@ -46,9 +46,7 @@ class ForegroundSegmentation(Task):
     the query's mask and cut at 0. If no support token has a foreground (or background) majority, the token with the largest such share in
     each support image takes that label. Control: the same probe fitted on shuffled labels."""
 
-    name = "foreground_segmentation"
-    title = "Foreground segmentation"
-    metric = "fg mIoU"
+    name, title, metric = "foreground_segmentation", "Foreground segmentation", "fg mIoU"
     columns = ("fold", "class", "i_bg", "i_fg", "u_bg", "u_fg", "converged")
     shuffled = True
     statistic = staticmethod(foreground_miou)

@@ -1,10 +1,9 @@
-"""The data that notebook 03 reads, what it derives from its measurements, and claims C5 and X4 in the form that data/claims.yaml asks for."""
+"""What notebook 03 reads, what it derives from its measurements, and claims C5 and X4."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from kvutils.datasets import open_uses
-from kvutils.datasets.samples import YesNoSample
 from kvutils.errors import ParameterError
 from kvutils.metrics.answers import low_mass
 from kvutils.metrics.effects import enough, measured, part
@@ -15,9 +14,7 @@ from kvutils.tasks.knock_out import as_questions, reading_layers, summarise_knoc
 
 ATTENTION_QUESTIONS = {  # the text whose attention to the image keys is measured
     "pocket": ("is there a fish ?", "what colour is the car ?", "how many things are there ?", "what style is the image ?"),
-    "paper": ("Is there a person in the image?", "What color is the largest object?", "How many people are there?",
-              "Describe the image."),
-}  # fmt: skip
+    "paper": ("Is there a person in the image?", "What color is the largest object?", "How many people are there?", "Describe the image.")}
 IMAGE_SIZE = {"pocket": None, "paper": (640, 480)}  # pocket scenes are of one size; most COCO images are of this one
 READING_IMAGES = 100  # of each subset of POPE and MME, for the knock-out curve of a profile without questions by kind
 FEWEST_IMAGES = 100  # on one grid, for the variance of a key to be told from its noise
@@ -28,10 +25,9 @@ def open_data(profile: str, options: Mapping[str, Mapping] | None = None, size: 
               ) -> dict[str, Sequence]:  # fmt: skip
     """What the notebook reads: `keys` (images), `pope`, `mme` (questions), `reading` (questions for the knock-out curve).
 
-    options, prompts: as in `open_uses`. size: (width, height) to which every image is resized, default `IMAGE_SIZE`: keys are compared
-    position by position, which needs one token grid. The pocket profile has questions of every kind to read by; the paper profile takes
-    those about the first `READING_IMAGES` images of each subset of POPE and MME. Raises ParameterError for a size that is none and for
-    options of a set that the profile does not use."""
+    options, prompts: as in `open_uses`. size: (width, height) of every image, default `IMAGE_SIZE`: keys are compared position by position,
+    which needs one token grid. The paper profile reads by the questions about the first `READING_IMAGES` images of each subset of POPE and
+    MME. Raises ParameterError for a size that is none and for options of a set that the profile does not use."""
     size = tuple(size) or IMAGE_SIZE[profile]
     if size is not None and (len(size) != 2 or not all(type(each) is int and each > 0 for each in size)):
         raise ParameterError(f"the image size must be a width and a height in pixels, not {size}")
@@ -40,24 +36,20 @@ def open_data(profile: str, options: Mapping[str, Mapping] | None = None, size: 
         found["keys"] = [one.resized(size) for one in found["keys"]]
         found |= {use: [replace(sample, size=size) for sample in found[use]] for use in ("pope", "mme")}
     if "reading" not in found:
-        found["reading"] = as_questions(_first_images([*found["pope"], *found["mme"]], READING_IMAGES))
+        samples, images = [*found["pope"], *found["mme"]], {}
+        for sample in samples:
+            images.setdefault(sample.subset, {})[sample.image_id] = None
+        first = {subset: set(list(names)[:READING_IMAGES]) for subset, names in images.items()}
+        found["reading"] = as_questions([sample for sample in samples if sample.image_id in first[sample.subset]])
     return found
 
 
-def _first_images(samples: list[YesNoSample], count: int) -> list[YesNoSample]:
-    """The questions about the first `count` images of each subset."""
-    images: dict[str, dict[str, None]] = {}
-    for sample in samples:
-        images.setdefault(sample.subset, {})[sample.image_id] = None
-    first = {subset: set(list(names)[:count]) for subset, names in images.items()}
-    return [sample for sample in samples if sample.image_id in first[sample.subset]]
-
-
 def results(tables: Mapping, about: Mapping) -> dict:
-    """All that notebook 03 derives from what it has measured, JSON-able: `keys`, `knock_out`, `blocking`, `sweep`, `claims`, `finding`, `tables`.
+    """All that notebook 03 derives from what it has measured, JSON-able: `keys`, `knock_out`, `blocking`, `sweep`, `claims`, `finding`,
+    `tables`.
 
-    tables: `keys` and `keys_untrained` (`KeyTable`; the first with `turned`), `reading` (`KnockOut`), and `Answers`: `pope` and `mme` under
-    every block, `sweep` and `sweep_held_out` of `ask_sweep`. about: the notebook's `parameters`."""
+    tables: `keys` (with `turned`) and `keys_untrained`, `reading` (`KnockOut`), and `Answers`: `pope` and `mme` under every block, `sweep`
+    and `sweep_held_out` of `ask_sweep`. about: the notebook's `parameters`."""
     parameters, trained, untrained = about["parameters"], tables["keys"], tables["keys_untrained"]
     seed, total = parameters["seed"], len(trained.variance)
     options = parameters["bootstrap"], seed
@@ -103,10 +95,8 @@ def _tables(described: Mapping, compared: Mapping, blocks: Mapping, pope: Mappin
 
 
 def claim_c5(described: Mapping) -> dict:
-    """C5: layers behind layer 0 whose log-variance, each head's mode subtracted, has two modes. described: of `describe_keys`, or what it holds of
-    `images`, `modes`, `thresholds`, `shares` and `order`.
-
-    A pooled histogram has two modes as soon as keys of some layers or heads are longer; this has not."""
+    """C5: layers behind layer 0 whose log-variance, each head's mode subtracted, has two modes. described: of `describe_keys`, or what it
+    holds of `images`, `modes`, `thresholds`, `shares` and `order`."""
     found, pooled, layers = described["modes"], described["thresholds"]["raw"], described["modes"]["layers"]
     which = {word: [str(layer) for layer, each in enumerate(layers) if each["two_modes"] == word and layer] for word in ("yes", "open")}
     late, near = (Effect.of(each).scaled(100) for each in (found["late_minus_early"], described["shares"]["near_constant"]["all"]))
@@ -116,15 +106,15 @@ def claim_c5(described: Mapping) -> dict:
     note = f"Two modes within heads in {len(which['yes'])} of {len(layers) - 1} layers behind layer 0 ({', '.join(which['yes']) or 'none'}), " \
            f"open in {len(which['open'])} ({', '.join(which['open']) or 'none'}); all layers together have " \
            f"{'two modes' if pooled['two_modes'] else 'one mode'}, which layers of different scale alone can make.{_order_note(described)}"
-    return measured(part("layers behind layer 0 with two modes", Effect.of(found["count"])), others, [_images(described)], note)
+    need = enough("images on one grid", described["images"], FEWEST_IMAGES)
+    return measured(part("layers behind layer 0 with two modes", Effect.of(found["count"])), others, [need], note)
 
 
 def claim_x4(described: Mapping, compared: Mapping) -> dict:
     """X4: share of keys behind layer 0 that vary little within their head, trained minus untrained; and whether these are sinks.
 
-    The threshold is the valley of the trained model in layers with two modes, else variance below a fixed share of the squared norm: keys
-    of random weights are short, so that below an absolute threshold all of them lie. Attention and norm are those of the trained model's
-    keys below the threshold minus the others of their head, undefined where no head has both."""
+    The threshold is the valley of the trained model in layers with two modes, else variance below a fixed share of the squared norm.
+    Attention and norm are those of the trained model's keys below it minus the others of their head, undefined where no head has both."""
     found = compared["within_heads"]
     difference, every = (Effect.of(each).scaled(100) for each in (found["behind_layer_0"], found["difference"]["all"]))
     sinks, why = described["sinks"]["within_heads"], "no layer and head has keys below and above the threshold"
@@ -138,11 +128,8 @@ def claim_x4(described: Mapping, compared: Mapping) -> dict:
     note = f"With layer 0, whose keys no attention has reached, {untrained + every.mean:.1f} % of the trained model's keys vary little and " \
            f"{untrained:.1f} % of the untrained one's (by the valley of the log-variance in {valleys} layers, by a fixed limit in the " \
            f"others).{_order_note(described)}"
-    return measured(part("share within heads behind layer 0, trained minus untrained", difference), others, [_images(described)], note)
-
-
-def _images(described: Mapping) -> dict:
-    return enough("images on one grid", described["images"], FEWEST_IMAGES)
+    need = enough("images on one grid", described["images"], FEWEST_IMAGES)
+    return measured(part("share within heads behind layer 0, trained minus untrained", difference), others, [need], note)
 
 
 def _order_note(described: Mapping) -> str:

@@ -1,7 +1,7 @@
 """The blocking experiment of section 3.2 and its controls (C6, X2): which keys are hidden, and what that changes.
 
 Every condition is a `KeySelection`; "family/07" is one draw of a family of random controls. One prefill of an image serves all
-conditions, and finished chunks of images are kept."""
+conditions."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -41,10 +41,10 @@ def conditions(table: KeyTable, threshold: Mapping, reading: Sequence[int], laye
 
     layers: where keys are blocked (default `last_layers`). threshold: of `variance_threshold`; where no key of these layers is below it,
     the `FALLBACK` share of each layer that varies least is blocked instead, and `method` says so. reading: as many layers where the image
-    is read, from `reading_layers`. Controls: random keys, as many in each layer and head; random keys that receive as much attention; the
-    keys that vary most; the same positions in the first layers; in the reading layers the keys below the threshold, and as many lowest and
-    random ones as the block has. "all keys" of the layers bounds what any block of them can do. about: JSON-able; `below`: how many keys
-    of these layers are below the paper's threshold or one between two modes, 0 where there is neither."""
+    is read. Controls: random keys, as many in each layer and head; those that receive as much attention; the keys that vary most; the same
+    positions in the first layers; in the reading layers the keys below the threshold, and as many lowest and random ones as the block has;
+    "all keys" of the layers, which bounds what any block of them can do. about: JSON-able; `below`: how many keys of these layers are below
+    the paper's threshold or one between two modes, 0 where there is neither."""
     at_least("draws", draws)
     total, heads, tokens = table.variance.shape
     layers = last_layers(total) if layers is None else tuple(layers)
@@ -99,7 +99,7 @@ def ask_under_blocks(task: YesNoTask, mlm: MLM, blocks: Mapping[str, KeySelectio
     """What the model says to every question of the task under every condition. batch_size as in `answer_all`.
 
     Questions with the same wording about one image are asked once. With `parts`, finished chunks of images are kept under their questions
-    and blocks, and a run that was stopped goes on."""
+    and blocks."""
     first, asked = {}, {}
     for sample in task.samples:
         first.setdefault(sample.image_id, sample)
@@ -127,9 +127,9 @@ def ask_under_blocks(task: YesNoTask, mlm: MLM, blocks: Mapping[str, KeySelectio
 def effects(task: YesNoTask, answers: Mapping[str, Sequence[str]], n_boot: int = 2000, seed: int = 0) -> dict:
     """What every family of conditions changes, and how the block differs from each, from one set of resamples; JSON-able.
 
-    plain: scores without a block. families: `Scored.change` of the family (its draws together) against no block; draws: the headline
-    difference of each draw. versus: block minus family, judged as one more of its draws. as_large: share of a family's draws that change
-    the headline at least as much as the block, upwards. smallest: effect of interest of the headline."""
+    plain: scores without a block. families: `Scored.change` of the family (its draws together) against no block, with the headline
+    difference of each of its `draws`. versus: block minus family, judged as one more of its draws; `as_large`: share of a family's draws
+    that change the headline at least as much as the block, upwards. smallest: effect of interest of the headline."""
     scored = Scored.of(task, answers, n_boot, seed)
     sets, versus = _by_family({name: name for name in answers}), {}
     families = {name: scored.change(members, [NONE]) for name, members in sets.items()}
@@ -194,8 +194,8 @@ def sweep_cells(layers: int, shares: Sequence[float] = (0.05, 0.1, 0.2, 0.35, 0.
 
 
 def ask_sweep(task: YesNoTask, mlm: MLM, table: KeyTable, parts: Parts | None = None, seed: int = 0, **options) -> tuple[Answers, Answers]:
-    """Answers under every cell of the sweep on one half of the images, and under the cell that is best there on the other half: all cells on
-    both would double the longest measurement of the notebook. options: those of `ask_under_blocks`."""
+    """Answers under every cell of the sweep on one half of the images, and under the cell that is best there on the other: all cells on
+    both would double the notebook's longest measurement. options: those of `ask_under_blocks`."""
     total, chosen = len(table.variance), choosing_half([s.image_id for s in task.samples], seed)
     halves = [type(task)([s for s, c in zip(task.samples, chosen, strict=True) if c == side]) for side in (True, False)]
     cells = {name: keys.select_lowest(table.variance, table.real, share, range(total - depth, total))
@@ -210,10 +210,8 @@ def _best(scored: Scored, cells: Iterable[str]) -> str:
 
 
 def sweep(choosing: Answers, held_out: Answers, layers: int, n_boot: int = 2000, seed: int = 0) -> dict:
-    """What `ask_sweep` of a model of so many layers has found; JSON-able.
-
-    grid[i][j]: effect on the headline for shares[i] and depths[j], on the choosing half of the images; held_out: the effect of the best
-    cell on the other half."""
+    """What `ask_sweep` of a model of so many layers has found; JSON-able. grid[i][j]: effect on the headline for shares[i] and depths[j],
+    on the choosing half of the images; held_out: the effect of the best cell on the other half."""
     scored, cells = Scored.of(choosing.task, choosing.texts, n_boot, seed), sweep_cells(layers)
     headlines = [scored.change([cell], [NONE])["headline"] for cell in cells]
     (shares, depths), best = (list(dict.fromkeys(each)) for each in zip(*cells.values(), strict=True)), _best(scored, cells)

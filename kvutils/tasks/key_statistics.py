@@ -2,14 +2,13 @@
 
 Three scales of the same variance are told apart throughout:
 
-  raw            squared key units, as in the paper. Layers and heads whose keys are longer vary more, so a pooled
-                 histogram can have two modes only because there are two kinds of layers.
+  raw            squared key units, as in the paper; layers and heads whose keys are longer vary more
   within_heads   in relation to the variance that most keys of the same head have; below the valley of a layer with two modes whose
-                 upper one holds most keys, in other layers near_constant.
-  near_constant  variance / mean norm^2 below a fixed `NEAR_CONSTANT`, which needs no modes and so compares models that have none.
+                 upper one holds most keys, in other layers near_constant
+  near_constant  variance / mean norm^2 below a fixed `NEAR_CONSTANT`, which needs no modes and so compares models that have none
 
-Intervals are over token positions (the same resample in all layers and heads): images are so many that the noise of a variance is small
-(sqrt(2 / n) of it at most, if keys are normal), and positions are what another crop would change."""
+Intervals are over token positions, the same resample in all layers and heads: the noise of a variance over so many images is small, and
+positions are what another crop would change."""
 
 from collections.abc import Mapping
 
@@ -35,25 +34,24 @@ def _logs(variance: torch.Tensor, real: torch.Tensor) -> np.ndarray:
 def thresholds(table: KeyTable, model: str | None = None, modes: Mapping | None = None) -> dict:
     """What counts as input-agnostic, on each of the `SCALES`: a `variance_threshold`, a list of limits per layer, a fixed number.
 
-    model: a name in `MODELS`; the paper's threshold holds for the raw variance of its own model. modes: of `bimodal_layers`, if they are
-    known."""
+    model: a name in `MODELS`, for the paper's threshold of its own model. modes: of `bimodal_layers`, if they are known."""
     modes = modes or bimodal_layers(_logs(table.variance, table.real))
     near = {"value": NEAR_CONSTANT, "two_modes": None, "method": "near-constant"}
-    valleys = [{"value": each["modes"][1], "two_modes": True, "method": "valley"} if _lower_group(each) else near for each in modes["layers"]]
-    return {"raw": variance_threshold(table.variance[..., table.real], model), "within_heads": valleys, "near_constant": near}
-
-
-def _lower_group(layer: Mapping) -> bool:
-    """Two modes, the lower one of fewer keys: the head's mode is the upper one."""
-    low, _, high = np.abs(np.log(layer["modes"]))
-    return layer["two_modes"] == "yes" and bool(high < low)
+    limits = []
+    for each in modes["layers"]:
+        low, valley, high = each["modes"]
+        # Two modes, the lower one of fewer keys: the head's mode is the upper one.
+        lower = each["two_modes"] == "yes" and np.abs(np.log(high)) < np.abs(np.log(low))
+        limits.append({"value": valley, "two_modes": True, "method": "valley"} if lower else near)
+    return {"raw": variance_threshold(table.variance[..., table.real], model), "within_heads": limits, "near_constant": near}
 
 
 def agnostic(table: KeyTable, found: dict, scale: str = "raw") -> torch.Tensor:
     """(L, G, N) bool: the keys below the threshold of a scale, never a newline. found: from `thresholds`."""
     if scale == "raw":
         return (table.variance < found["raw"]["value"]) & table.real
-    near = (table.scale_free < NEAR_CONSTANT) & table.real
+    scale_free = torch.where(table.norm > 0, table.variance / table.norm.square().clamp(min=1e-300), 0.0)  # no unit; 0 where a key is always 0
+    near = (scale_free < NEAR_CONSTANT) & table.real
     if scale == "within_heads":
         usual = torch.from_numpy(np.exp(head_modes(_logs(table.variance, table.real))))
         for layer, limit in enumerate(found[scale]):
@@ -86,8 +84,7 @@ def shares(table: KeyTable, mask: torch.Tensor, n_boot: int = 2000, seed: int = 
 def sinks(table: KeyTable, mask: torch.Tensor, n_boot: int = 2000, seed: int = 0) -> dict:
     """Chosen keys minus the others of their own layer and head; intervals over positions, None where no head has both.
 
-    mass: attention per key, as a multiple of that of the average image key of the head; norm: mean norm over that of the head. layers: the
-    same per layer."""
+    mass: attention per key, as a multiple of that of the average image key of the head; norm: mean norm over that of the head."""
     keep = table.real
     on = mask[..., keep].double().numpy()
     result: dict = {"heads": int((on.any(-1) & ~on.all(-1)).sum())}
@@ -129,11 +126,11 @@ def foreground(table: KeyTable, n_boot: int = 2000, seed: int = 0) -> dict:
 def causal_order(table: KeyTable, n_boot: int = 2000, seed: int = 0) -> dict:
     """Do keys vary little for what their patch shows, or for being among the first tokens that are read? JSON-able.
 
-    In `turned` the patches were fed in reverse, so that slot i held the patch of the last but i. Of each head the `LOWEST` share of keys:
-    their share among the first `row` tokens (the first row of the grid) and among the others, in the usual order (`first`, `rest`) and in
-    reverse (`turned_first`, and `turned_picture`, the last tokens, which show the first row's patches). Above `LOWEST` by chance, the one
-    is an effect of the place, the other of the picture. all: mean over layers, without layer 0, whose keys are computed before any token
-    has seen another. maps: the share at each patch, mean over layers and heads."""
+    In `turned` the patches were fed in reverse. Of each head the `LOWEST` share of keys: their share among the first `row` tokens (the
+    first row of the grid) and among the others, in the usual order (`first`, `rest`) and in reverse (`turned_first`, and `turned_picture`,
+    the last tokens, which show the first row's patches). Above `LOWEST` by chance, the one is an effect of the place, the other of the
+    picture. all: mean over layers but layer 0, whose keys are computed before any token has seen another. maps: the share at each patch,
+    mean over layers and heads."""
     real, row = table.real, next(iter(table.layout.grids.values()))[1]
     orders = (each[..., real].argsort(-1).argsort(-1) for each in (table.variance, table.turned))
     lowest = [(each < LOWEST * int(real.sum())).double().mean(1).numpy() for each in orders]
@@ -160,8 +157,8 @@ def causal_order(table: KeyTable, n_boot: int = 2000, seed: int = 0) -> dict:
 def compare_trained(trained: KeyTable, untrained: KeyTable, found: dict, n_boot: int = 2000, seed: int = 0) -> dict:
     """X4: share of input-agnostic keys, trained minus untrained, with intervals over positions; JSON-able.
 
-    Both are measured with the trained model's thresholds. Keys of random weights are short, so that under an absolute threshold (raw) all
-    of them vary little; the other two are free of that. behind_layer_0: without the layer whose keys are computed from a patch alone."""
+    Both by the trained model's thresholds. Keys of random weights are short, so that under the raw one all of them vary little; the other
+    two are free of that. behind_layer_0: without the layer whose keys are computed from a patch alone."""
     result = {}
     for scale in SCALES:
         masks = [agnostic(each, found, scale) for each in (trained, untrained)]
@@ -190,7 +187,7 @@ def _all_and_layers(values: np.ndarray, statistic: Statistic, n_boot: int, seed:
 
 def histograms(table: KeyTable) -> dict:
     """Counts of log10 of the variance per layer on common edges: raw, and over that at the mode of the key's head, on the same edges for
-    every model (`_RANGE`; what lies beyond counts at its ends)."""
+    every model (`_RANGE`)."""
     logs, found = _logs(table.variance, table.real) / np.log(10), {}
     inside = (logs - head_modes(logs)).clip(*_RANGE)
     for name, each, (low, high) in (("raw", logs, (logs.min(), logs.max() + 1e-9)), ("within_heads", inside, _RANGE)):

@@ -1,6 +1,4 @@
-"""Statistics of the image keys of a model over many images: variance, norm, attention from text, foreground.
-
-`kvutils.tasks.key_statistics` says what the table means."""
+"""Statistics of the image keys of a model over many images; `kvutils.tasks.key_statistics` says what they mean."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,11 +27,11 @@ _MEASURED = {"variance": "variance", "norm": "norm", "mass": "attention", "turne
 
 @dataclass(frozen=True, eq=False)
 class KeyTable:
-    """Statistics of every image key of a model. All tensors are float64 on the CPU.
+    """Statistics of every image key of a model. All tensors are float64 on the CPU; mass and turned are None where they were not measured.
 
-    variance, norm, mass (L, G, N): L2 variance over images (squared key units), mean L2 norm, mean attention weight (0..1) from the text,
-    where that was measured. foreground (N,): share of images, 0..1, in which the token is mostly foreground. layout: of every image. turned
-    (L, G, N): the variance over images with their patches in reverse order, from `measure_turned`, where that was measured."""
+    variance, norm, mass (L, G, N): L2 variance over images (squared key units), mean L2 norm, mean attention weight (0..1) from the text.
+    foreground (N,): share of images, 0..1, in which the token is mostly foreground. layout: of every image. turned (L, G, N): the variance
+    over images with their patches in reverse order, from `measure_turned`."""
 
     name: str
     variance: torch.Tensor
@@ -49,11 +47,6 @@ class KeyTable:
     def real(self) -> torch.Tensor:
         """(N,) bool: tokens that are no newlines."""
         return torch.from_numpy(~self.layout.is_newline)
-
-    @property
-    def scale_free(self) -> torch.Tensor:
-        """(L, G, N) variance / mean norm^2, no unit; 0 where the key is always zero."""
-        return torch.where(self.norm > 0, self.variance / self.norm.square().clamp(min=1e-300), 0.0)
 
     def frame(self) -> Frame:
         """A row per layer, key-value head and image token: where the token is, and its key's statistics."""
@@ -86,9 +79,9 @@ def measure_keys(mlm: MLM, images: Sequence[LabelledImage], questions: Sequence[
                  mass_images: int = 200, chunk: int = 50, progress: bool = True) -> KeyTable:  # fmt: skip
     """Read the keys of all images (at least 2 chunks' worth), and the attention that `questions` pay to them, if there are any.
 
-    images: any sequence of samples with `id`, `image` and `mask` (0 background, `VOID` unknown), which may open its files when they are
-    asked for; all of one token grid. mass_images: how many of them the attention is measured on. With `parts` finished chunks are kept, and
-    a stopped run goes on. Raises DataError for too few images or different grids, and what `capture` raises."""
+    images: any sequence of samples with `id`, `image` and `mask` (0 background, `VOID` unknown), all of one token grid. mass_images: how
+    many of them the attention is measured on. With `parts` finished chunks are kept, and a stopped run goes on. Raises DataError for too
+    few images or different grids, and what `capture` raises."""
     at_least("mass_images", mass_images)
     if len(images) <= chunk:
         raise DataError(f"{len(images)} images make no two chunks of {chunk}: give more, or a smaller chunk")
@@ -126,10 +119,10 @@ def measure_keys(mlm: MLM, images: Sequence[LabelledImage], questions: Sequence[
 @torch.no_grad()
 def measure_turned(mlm: MLM, images: Sequence[LabelledImage], parts: Parts | None = None, *, chunk: int = 50, progress: bool = True
                    ) -> torch.Tensor:  # fmt: skip
-    """(L, G, N) variance of the keys over images whose patches are fed in reverse order: slot i holds the last patch but i.
+    """(L, G, N) variance of the keys over images whose patches are fed in reverse order; newlines and positions stay where they are.
 
-    Newlines and positions stay where they are. What is low at the same slots as in the usual order comes from the place in the
-    order; what moves along with the patches comes from what they show. images, parts: as in `measure_keys`, whose grid they have."""
+    What is low at the same slots as in the usual order comes from the place in the order; what moves along with the patches from what they
+    show. images, parts: as in `measure_keys`, whose grid they have."""
 
     def run(pictures: Sequence[Image.Image], names: Sequence[str]) -> list[Capture]:
         vision = prepare_images(mlm, pictures, names)

@@ -1,14 +1,14 @@
 """Where is the image read? Text that may not see the image in one layer, or from a layer on, or up to one.
 
-Blocking keys of late layers can only matter for questions whose answer still depends on the image there. So this
-is measured first: per kind of question, accuracy and loss with all image keys hidden from the text
+Blocking keys of late layers can only matter for questions whose answer still depends on the image there. So this is measured first: per
+kind of question, accuracy and loss with all image keys hidden from the text
 
   one    in layer l alone
   from   in layer l and all after it: what is read before l is enough, as far as nothing is lost
   until  in layer l and all before it
 
-A question is answered right when the right option scores highest among the options of its kind (of every spelling that models use); the
-loss is minus the log-probability (nats) that the answer begins with the right option."""
+An answer is right when the right option scores highest among those of its kind (of every spelling that models use); the loss is minus the
+log-probability (nats) that it begins with the right option."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,8 +35,8 @@ MEASURED = ("right", "loss", "mass")
 
 @dataclass(frozen=True, eq=False)
 class KnockOut:
-    """Per question and condition: values (n, C, 3) float64, right (0 or 1), loss (nats), and the probability that the options
-    hold together.
+    """Per question and condition: values (n, C, 3) float64, right (0 or 1), loss (nats), and the probability that the options hold
+    together.
 
     conditions (C,): "none", then "one 0", "from 0", ...; ids, kinds, groups (n,): of the question, its kind, its scene."""
 
@@ -90,11 +90,10 @@ def as_questions(samples: Sequence[YesNoSample]) -> list[Question]:
 
 
 def knock_out(mlm: MLM, samples: Sequence[Question], parts: Parts | None = None, *, batch_size: int = 16, progress: bool = True) -> KnockOut:
-    """Every question under every condition; each image is read once.
+    """Every question under every condition; each image is read once, for all questions of its `group`.
 
-    The questions of one `group` share its image. The images of a batch need the same number of tokens (batch_size=1 serves any). With
-    `parts`, finished batches are kept. Raises DataError for no samples or a kind with fewer than two different options, and what
-    `SessionBatch` raises."""
+    The images of a batch need the same number of tokens (batch_size=1 serves any). With `parts`, finished batches are kept. Raises
+    DataError for no samples or a kind with fewer than two different options, and what `SessionBatch` raises."""
     options = _options(samples)
     scenes: dict[str, list[Question]] = {}
     for sample in samples:

@@ -17,13 +17,8 @@ from kvutils.tasks.prefixes import CONDITIONS, PrefixWriter
 
 COLUMNS = ("right", "yes", "changed", "right about correct", "right about wrong", "asked", "correct", "wrong", "mass")
 NAMED, ABSENT = "accuracy on the object named", "accuracy on the wrong object"  # by the correct prefix, and it is there; by the wrong, and it is not
-RATES = {  # name -> (column above, column below)
-    "accuracy": ("right", "asked"),
-    "share of yes": ("yes", "asked"),
-    "changed answers": ("changed", "asked"),
-    NAMED: ("right about correct", "correct"),
-    ABSENT: ("right about wrong", "wrong"),
-}
+RATES = {"accuracy": ("right", "asked"), "share of yes": ("yes", "asked"), "changed answers": ("changed", "asked"),  # column above, below
+         NAMED: ("right about correct", "correct"), ABSENT: ("right about wrong", "wrong")}
 _OBJECT = re.compile(r"is there an? (.+?)(?: in the image)?\s*\?", re.IGNORECASE)
 
 
@@ -107,8 +102,8 @@ def summarise_prefix_answers(frame: Frame, n_boot: int = 2000, seed: int = 0) ->
 
     option_mass: the probability that yes and no hold together, with a warning where it is low."""
     table = counts(frame)
-    found: dict = {"images": len(table), "questions": len(frame["id"]), "skipped": len(table.skipped), "rates": {}, "minus_none": {},
-                   "correct_minus": {}}  # fmt: skip
+    found: dict = {"images": len(table), "questions": len(frame["id"]), "skipped": len(table.skipped)}
+    found |= {"rates": {}, "minus_none": {}, "correct_minus": {}}
     for name, ends in RATES.items():
         options = (column_ratio(*(COLUMNS.index(end) for end in ends)), n_boot, seed)
         found["rates"][name] = {c: table.interval(c, *options) for c in CONDITIONS}

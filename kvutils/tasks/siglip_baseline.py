@@ -1,7 +1,4 @@
-"""Notebook 02, the paper's Table 1: what each step from SigLIP to the values adds to, or loses of, what the six tasks read; claim C4.
-
-Along the data flow: SigLIP as published -> (finetuning) -> the model's own encoder -> (projection) -> projector -> (first value projection)
--> values of layer 0 -> (language model) -> values of later layers."""
+"""Notebook 02, the paper's Table 1: what each step from SigLIP to the values adds to, or loses of, what the six tasks read; claim C4."""
 
 import math
 from collections.abc import Mapping
@@ -15,23 +12,17 @@ from kvutils.tasks.text_segmentation import ReferringSegmentation, SemanticSegme
 from kvutils.tasks.value_flow import SIX, named_tasks, says, task_parts
 
 CHAIN = ("encoder_original", "encoder", "projector", FIRST, "value")  # along the data flow; value: of the best layer from 1 on
-STEPS = {  # step -> (before, after)
-    "finetuning": ("encoder_original", "encoder"),
-    "projection": ("encoder", "projector"),
-    "first value projection": ("projector", FIRST),
-    "language model": (FIRST, "value"),
-    "all steps": ("encoder_original", "value"),
-}
+STEPS = {"finetuning": ("encoder_original", "encoder"), "projection": ("encoder", "projector"),  # step -> (before, after)
+         "first value projection": ("projector", FIRST), "language model": (FIRST, "value"), "all steps": ("encoder_original", "value")}
 
 
 def compare_along_chain(table: ScoreTable, task: Task, n_boot: int = 2000, seed: int = 0) -> dict:
     """Scores of the chain's sources and the paired differences between them; JSON-able.
 
-    The best value layer (from 1 on) is chosen for each half of the rows on the other, `layers`; all rows are used. scores: {name:
-    interval}, steps: {name: `Effect`}, of None for a source that the table has left out, and where the task has no score of the model's
-    own encoder: the tower of Qwen2.5-VL and LLaVA-NeXT is no SigLIP, so it has no text to compare its patches with. above_control:
-    SigLIP, and the best values, minus the control of `BestValues`. Raises ParameterError where another source is missing, and where
-    there are too few units to choose a layer."""
+    The best value layer (from 1 on) is chosen for each half of the rows on the other, `layers`. scores: {name: interval}, steps: {name:
+    `Effect`}, of None for a source that the table has left out, and where the task has no score of the model's own encoder: the tower of
+    Qwen2.5-VL and LLaVA-NeXT has no text to compare its patches with. above_control: SigLIP, and the best values, minus the control of
+    `BestValues`. Raises ParameterError where another source is missing, and where there are too few units to choose a layer."""
     options = (task.statistic, n_boot, seed)
     best = BestValues.of(table, task.statistic, table.halves(seed))
     gone = {"encoder", FIRST, *table.left_out}.difference(table.sources)
@@ -67,8 +58,8 @@ def claim_c4(chains: Mapping[str, Mapping]) -> dict:
 def results(measured: Mapping[str, ScoreTable], about: Mapping) -> dict:
     """Everything that notebook 02 derives; JSON-able. measured: `run_task` of the six tasks, by name; about: `parameters`.
 
-    chains: of every task that has units enough to choose a layer, see `compare_along_chain`; left_out: of the others why not; uncentred:
-    of the two tasks by text as if texts were not centred."""
+    chains: `compare_along_chain` of every task that has units enough to choose a layer; left_out: of the others why not; uncentred: of the
+    two tasks by text as if texts were not centred."""
     options = about["parameters"]["bootstrap"], about["parameters"]["seed"]
     chains, left_out, plain = {}, {}, {}
     for task in (each for each in SIX if each.name in measured):

@@ -144,9 +144,7 @@ class BestValues:
         return cls([int(name.rpartition(".")[2]) for name in best], values, *control, nothing)
 
 
-def differences(
-    pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], table: ScoreTable, statistic: Statistic, n_boot: int, seed: int
-) -> dict[str, dict]:
+def differences(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], table: ScoreTable, statistic: Statistic, n_boot: int, seed: int) -> dict:
     """A statistic of the first minus that of the second of each pair of values (n, k) of a table's rows, all from the same
     resamples: name -> `Effect`, JSON-able."""
     both = np.stack([np.stack(pair, axis=1) for pair in pairs.values()], axis=1)  # (n, pairs, 2, k)

@@ -61,7 +61,17 @@ class TextSegmentation(Task):
 
     def __init__(self, samples: Sequence[NamedMask]):
         super().__init__(samples)
-        self._wrong = _wrong_texts(samples)
+        own: dict[str, set[str]] = {}  # of an image, the texts and classes that hold
+        for sample in samples:
+            own.setdefault(sample.image_id, set()).update((sample.text, sample.class_name))
+        texts = sorted({(sample.text, sample.class_name) for sample in samples})
+        self._wrong = {}  # for every sample a text of another image that no sample of its own image has
+        for sample in samples:
+            free = [text for text, name in texts if not {text, name} & own[sample.image_id]]
+            # An image that shows everything leaves any other text of another class, or else any other text.
+            free = free or [text for text, name in texts if text != sample.text and name != sample.class_name]
+            free = free or [text for text, _ in texts if text != sample.text] or [sample.text]
+            self._wrong[sample.id] = free[sample_seed(sample.id) % len(free)]
 
     def sources(self, extractor: FeatureExtractor) -> list[str]:
         names = extractor.alignment.sources
@@ -93,31 +103,13 @@ class TextSegmentation(Task):
         return {source: pair[0] for source, pair in scores.items()} | wrong
 
 
-def _wrong_texts(samples: Sequence[NamedMask]) -> dict[str, str]:
-    """For every sample a text of another image that no sample of its own image has (by text and class)."""
-    own: dict[str, set[str]] = {}
-    for sample in samples:
-        own.setdefault(sample.image_id, set()).update((sample.text, sample.class_name))
-    texts = sorted({(sample.text, sample.class_name) for sample in samples})
-    wrong = {}
-    for sample in samples:
-        free = [text for text, name in texts if not {text, name} & own[sample.image_id]]
-        # An image that shows everything leaves any other text of another class, or else any other text.
-        free = free or [text for text, name in texts if text != sample.text and name != sample.class_name]
-        free = free or [text for text, _ in texts if text != sample.text] or [sample.text]
-        wrong[sample.id] = free[sample_seed(sample.id) % len(free)]
-    return wrong
-
-
 class SemanticSegmentation(TextSegmentation):
     """Zero-shot: the class name's vector . every image token, in each text-aligned source.
 
     Headline: average precision over pixels, which needs no threshold. Second: IoU after Otsu's threshold (ours; the paper states no
     rule). Control: a class name that is not in the image."""
 
-    name = "semantic_segmentation"
-    title = "Semantic segmentation, by text"
-    metric = "AP"
+    name, title, metric = "semantic_segmentation", "Semantic segmentation, by text", "AP"
     statistic = staticmethod(column_mean(AP))
     statistics = {"IoU": column_mean(IOU)}
 
@@ -129,8 +121,7 @@ class SemanticSegmentationProbe(SemanticSegmentation):
     background, void excluded), class-balanced. A class's score is its log-odds against all others, foreground is above 0. Control: the
     probe fitted on shuffled labels."""
 
-    name = "semantic_segmentation_probe"
-    title = "Semantic segmentation, by probe"
+    name, title = "semantic_segmentation_probe", "Semantic segmentation, by probe"
     threshold = 0.0
     sources, reads = Task.sources, Task.reads  # of every feature, not only those that texts are compared with
 
@@ -189,9 +180,7 @@ class ReferringSegmentation(TextSegmentation):
     the average precision over pixels, and Acc@0.5, the share of sentences whose box around the largest region has an IoU of at least 0.5
     with the true box. Control: an expression for another image."""
 
-    name = "referring_segmentation"
-    title = "Referring-expression segmentation"
-    metric = "mIoU"
+    name, title, metric = "referring_segmentation", "Referring-expression segmentation", "mIoU"
     columns = (*COLUMNS, "box")
     statistic = staticmethod(column_mean(IOU))
     statistics = {"oIoU": column_ratio(INTERSECTION, UNION), "AP": column_mean(AP), "Acc@0.5": column_mean(BOX)}
