@@ -15,8 +15,7 @@ READING_STYLE = {"value": (COLOURS[0], "-", "o", "values in the item's prompt"),
                  "alone.value": (COLOURS[1], "--", "s", "values, each image alone"),
                  "untrained.value": (COLOURS[7], ":", "^", "values, untrained model")}
 SOURCES = {**{family: each[3] for family, each in READING_STYLE.items()}, "value.0": "first value projection", **dict(reversed(BEFORE.items()))}
-READOUT_LABELS = {"style": "style statistics (mean and Gram)", "mean": "mean token", "point": "token at the point",
-                  "around": "3 x 3 tokens at the point"}  # fmt: skip
+READOUT_LABELS = {"style": "style statistics (mean and Gram)", "mean": "mean token", "around": "3 x 3 tokens at the point"}  # the first of a subtask
 CELLS = {"value_only": (COLOURS[0], "values right, model wrong"), "both": ("0.62", "both right"),  # of the 2 x 2 table -> colour, label
          "model_only": ("0.8", "model right, values wrong"), "neither": ("0.92", "both wrong")}  # fmt: skip
 WAYS = {"value added": ("o", COLOURS[0]), "value decides": ("s", COLOURS[1]), "either right": ("D", "black")}
@@ -40,9 +39,8 @@ def gap(results: Mapping) -> Figure:
         left.plot(np.nan if guess is None else 100 * guess, row + 0.38, "^", ms=8, color=COLOURS[3], label=None if row else "by guessing")
         right.axhline(row + 0.5, color="0.8", lw=0.6)
     for place, (name, (marker, colour)) in enumerate(WAYS.items()):
-        points = [(row + 0.2 * (place - 1), each["changes"][name]["change"], colour, marker, None if row else name) for row, each in
-                  enumerate(found.values())]  # fmt: skip
-        forest(right, points, factor=100)
+        forest(right, [(row + 0.2 * (place - 1), each["changes"][name]["change"], colour, marker, None if row else name)
+                       for row, each in enumerate(found.values())], factor=100)  # fmt: skip
     left.set_yticks(range(len(subtasks)), [f"{each['title']}\n{each['table']['n']} items" for each in subtasks.values()])
     beyond, added = (results["claims"][name]["primary"] for name in ("C8", "X5"))
     left.set(xlim=(0, 100), xlabel="% of items", title=f"Values right, model wrong, beyond guessing:\n{_interval(beyond)} % of items")
@@ -113,34 +111,27 @@ def example_items(examples: Sequence[Mapping]) -> Figure:
     most = max(len(each["images"]) for each in examples)
     figure, axes = plt.subplots(len(examples), most + 2, figsize=(8.8, 2.7 * len(examples)), squeeze=False,
                                 width_ratios=(*[1] * most, 1.7, 1.2))  # fmt: skip
-    for row, example in zip(axes, examples, strict=True):
-        _item(row, example)
+    for (*pictures, values, model), example in zip(axes, examples, strict=True):
+        for axis in pictures[len(example["images"]) :]:
+            axis.set_axis_off()
+        for axis, text, points, place in zip(pictures, example["images"], example["points"], ("first", "second", "third"), strict=False):
+            image = decode_image(text)
+            picture(axis, image, image.shape[1::-1], f"{place} image")
+            axis.plot(*np.reshape(points, (-1, 2)).T, "o", ms=13, mfc="none", mec=COLOURS[1], mew=1.6)
+        scores, gold, said = np.array(example["values"]), example["gold"], example["said"]
+        letters = [f"({letter})" for letter in string.ascii_uppercase[: scores.shape[1]]]
+        colours = [COLOURS[0] if option == gold else "darkgrey" for option in range(len(letters))]
+        right = int((scores[1:].argmax(axis=1) == gold).sum())
+        for option, (line, colour) in enumerate(zip(scores[1:].T, colours, strict=True)):
+            values.plot(range(1, len(scores)), line, "o-", ms=3.5, color=colour, lw=2 if option == gold else 1.2)
+            values.annotate(letters[option], (len(scores) - 1, line[-1]), (6, 0), textcoords="offset points", va="center", color=colour)
+        pictures[0].set_ylabel(example["title"])
+        values.set(title=f"values: right in {right} of {len(scores) - 1} layers", xlabel="layer", ylabel="likeness to the reference")
+        model.barh(letters, np.exp(example["model"]), color=colours)
+        model.invert_yaxis()
+        verdict = f"says {letters[said]}: {'right' if said == gold else 'wrong'}" if said >= 0 else "names no option"
+        model.set(title=f"model {verdict}", xlabel="probability", xlim=(0, 1))
     return figure
-
-
-def _item(axes: Sequence, example: Mapping) -> None:
-    *pictures, values, model = axes
-    for axis in pictures[len(example["images"]) :]:
-        axis.set_axis_off()
-    for axis, text, points, name in zip(pictures, example["images"], example["points"], ("first image", "second image", "third image"), strict=False):
-        image = decode_image(text)
-        picture(axis, image, image.shape[1::-1], name)
-        axis.plot(*np.reshape(points, (-1, 2)).T, "o", ms=13, mfc="none", mec=COLOURS[1], mew=1.6)
-    scores, gold, letters = np.array(example["values"]), example["gold"], string.ascii_uppercase
-    options = scores.shape[1]
-    colours = [COLOURS[0] if option == gold else "darkgrey" for option in range(options)]
-    right = int((scores[1:].argmax(axis=1) == gold).sum())
-    for option, (line, colour) in enumerate(zip(scores[1:].T, colours, strict=True)):
-        values.plot(range(1, len(scores)), line, "o-", ms=3.5, color=colour, lw=2 if option == gold else 1.2)
-        values.annotate(f"({letters[option]})", (len(scores) - 1, line[-1]), (6, 0), textcoords="offset points", va="center", color=colour)
-    pictures[0].set_ylabel(example["title"])
-    values.set(title=f"values: right in {right} of {len(scores) - 1} layers", xlabel="layer", ylabel="likeness to the reference")
-    said = example["said"]
-    model.barh(range(options), np.exp(example["model"]), color=colours)
-    model.set_yticks(range(options), [f"({letters[option]})" for option in range(options)])
-    model.invert_yaxis()
-    verdict = f"says ({letters[said]}): {'right' if said == gold else 'wrong'}" if said >= 0 else "names no option"
-    model.set(title=f"model {verdict}", xlabel="probability", xlim=(0, 1))
 
 
 def draw(results: Mapping) -> dict[str, Figure]:

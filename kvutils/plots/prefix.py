@@ -45,7 +45,8 @@ def prefix_effects(readouts: Mapping[str, Mapping], answers: Mapping) -> Figure:
         forest(axis, [(row, found[c], _told(found[c], smallest)[1], "o", None) for row, c in enumerate(others)],
                [f"minus {CONDITION_STYLE[c][3]}" for c in others], factor=100)  # fmt: skip
         axis.set(title=f"{title}\n{_told(found['none'], smallest)[0]}", xlabel=f"{unit} ({n})")
-    figure.suptitle("A true word before the image: blue, surely better than the control; orange, surely worse (titles: against no prefix)", fontsize=10)
+    head = "A true word before the image: blue, surely better than the control; orange, surely worse (titles: against no prefix)"
+    figure.suptitle(head, fontsize=10)
     return figure
 
 
@@ -73,9 +74,8 @@ def by_layer(readouts: Mapping[str, Mapping]) -> Figure:
 
 @styled
 def prefix_maps(scene: Mapping) -> Figure:
-    """Score of one text on every token behind four prefixes, one colour scale; in brackets the IoU after Otsu.
-
-    scene: image (base64), size (W, H), text, layer, n, maps {condition: grid}, prefixes, ious, order."""
+    """Score of one text on every token behind four prefixes, one colour scale; in brackets the IoU after Otsu. scene: image (base64), size
+    (W, H), text, layer, n, maps {condition: grid}, prefixes, ious, order."""
     conditions, size = scene["order"], scene["size"]
     figure, axes = panels(len(conditions) + 1, len(conditions) + 1, 1.75, 2.5)
     picture(axes[0], decode_image(scene["image"]), size, "the image")

@@ -85,9 +85,8 @@ def error_bar(found: Mapping, factor: float = 1) -> list[list[float]]:
 
 
 def forest(axis, points: Iterable[tuple], names: Sequence[str] = (), factor: float = 1, zero: bool = True) -> None:
-    """Values with intervals in rows from the top, and a line at 0.
-
-    points: (row, interval, colour, marker, label or None); names: of the rows."""
+    """Values with intervals in rows from the top, and a line at 0. points: (row, interval, colour, marker, label or None); names: of the
+    rows."""
     for row, found, colour, marker, label in points:
         if None in (found["mean"], found["low"], found["high"]):
             found = dict.fromkeys(("mean", "low", "high"), np.nan)  # its place stays empty

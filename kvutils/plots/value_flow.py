@@ -33,8 +33,8 @@ def _photo(axis, scene: Mapping, title: str = "") -> None:
         axis.plot(*scene["point"], "o", ms=8, mfc="none", mec=colour, mew=width)
 
 
-def _similarity(axis, scene: Mapping, source: str, title: str = ""):
-    return picture(axis, np.array(scene["similarity"][source], dtype=float), scene["size"], title, vmin=-1, vmax=1, cmap="cividis")
+def _similarity(axis, scene: Mapping, source: str):
+    return picture(axis, np.array(scene["similarity"][source], dtype=float), scene["size"], vmin=-1, vmax=1, cmap="cividis")
 
 
 def _counts(tasks: Mapping[str, Mapping], *keys: str) -> tuple[int, int]:
@@ -49,9 +49,8 @@ def _counts(tasks: Mapping[str, Mapping], *keys: str) -> tuple[int, int]:
 
 @styled
 def token_layout(scene: Mapping) -> Figure:
-    """Where each image token sits: the image cut into tokens, and at which place of the sequence each of them stands.
-
-    scene: image (base64), size (W, H), rects (N, 4), slots (N,), newlines (slots), clicked (token index)."""
+    """Where each image token sits: the image cut into tokens, and at which place of the sequence each of them stands. scene: image
+    (base64), size (W, H), rects (N, 4), slots (N,), newlines (slots), clicked (token index)."""
     rects, slots = np.array(scene["rects"]), np.array(scene["slots"])
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 0.6 + 3.9 * _height(scene)), sharey=True)
     picture(left, decode_image(scene["image"]), scene["size"])

@@ -31,9 +31,8 @@ def sample_seed(*names: str) -> int:
 
 
 def shuffled_labels(labels: torch.Tensor, seed: int, known: torch.Tensor) -> torch.Tensor:
-    """Control: labels (N,) permuted among the `known` ones (N,) bool, the same on every machine.
-
-    The share of each class is kept, so a probe that beats chance on new images with these has found no meaning in them."""
+    """Control: labels (N,) permuted among the `known` ones (N,) bool, the same on every machine. The share of each class is kept, so a
+    probe that beats chance on new images with these has found no meaning in them."""
     out = labels.clone()
     out[known] = torch.from_numpy(np.random.default_rng(seed).permutation(labels[known].numpy()))
     return out

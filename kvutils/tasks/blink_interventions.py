@@ -39,6 +39,12 @@ class Evidence:
     gold: np.ndarray
 
 
+def evidence(table: ChoiceTable, source: str, fit: np.ndarray) -> Evidence:
+    """fit (n,) bool: the items whose readout scores give the standard deviation."""
+    model, value = (scores - scores.mean(axis=1, keepdims=True) for scores in (table.option_scores, table.of(source)))
+    return Evidence(model, value / max(value[fit].std(), 1e-12), table.said, table.gold)
+
+
 def choose_weight(found: Evidence, fit: np.ndarray) -> float:
     """The weight of the readout that is right most often on the items `fit`; the smallest on a tie."""
     right = [(add_values(found, weight) == found.gold)[fit].mean() for weight in WEIGHTS]
@@ -51,10 +57,9 @@ def add_values(found: Evidence, weight: float) -> np.ndarray:
 
 
 def gated(found: Evidence, fit: np.ndarray) -> np.ndarray:
-    """(n,) the readout's answer where it disagrees with the model and the gate trusts it, else the model's.
-
-    Fitted on those of the items `fit` (n,) bool where they disagree and exactly one is right (an answer that names no option is not
-    wrong); if it is always the same one, that one is always trusted, and if there is no such item, the model."""
+    """(n,) the readout's answer where it disagrees with the model and the gate trusts it, else the model's. Fitted on those of the items
+    `fit` (n,) bool where they disagree and exactly one is right (an answer that names no option is not wrong); if it is always the same
+    one, that one is always trusted, and if there is no such item, the model."""
     readout = found.value.argmax(axis=1)
     use = fit & (found.said != UNRESOLVED) & ((readout == found.gold) != (found.said == found.gold))
     value_right = (readout == found.gold)[use]
@@ -72,8 +77,7 @@ def surface(table: ChoiceTable, halves: Halves, sources: Sequence[str]) -> tuple
     answers = {name: np.zeros(len(table), dtype=int) for name in (*INTERVENTIONS, SCORES, EITHER)}
     weights = []
     for half, fit, source in zip((~halves.second, halves.second), halves.choosing, sources, strict=True):
-        model, value = (scores - scores.mean(axis=1, keepdims=True) for scores in (table.option_scores, table.of(source)))
-        found = Evidence(model, value / max(value[fit].std(), 1e-12), table.said, table.gold)
+        found = evidence(table, source, fit)
         readout, weight = found.value.argmax(axis=1), choose_weight(found, fit)
         weights.append(weight)
         said = {DECIDES: readout, ADDED: add_values(found, weight), GATE: gated(found, fit), SCORES: add_values(found, 0.0),

@@ -182,10 +182,8 @@ class Subtasks:
 
 def claim_c8(described: Mapping[str, Mapping]) -> dict:
     """C8 from `describe_table` of each subtask: "value right, model wrong" minus what guessing gives (`at_guess`), in % of the items whose
-    answer names an option.
-
-    Primary: art style, the paper's subtask; where the model makes too few errors on it, the mean over the subtasks where it makes
-    enough. size: the share itself, as the paper states it."""
+    answer names an option. Primary: art style, the paper's subtask; where the model makes too few errors on it, the mean over the subtasks
+    where it makes enough. size: the share itself, as the paper states it."""
     subtasks = Subtasks({each["title"]: each | {key: each["table"][key] for key in ("n", "unresolved", "errors")}
                          for each in described.values()})  # fmt: skip
     speaking = [HEADLINE] if HEADLINE in subtasks.able else subtasks.able

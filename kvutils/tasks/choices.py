@@ -29,10 +29,8 @@ UNRESOLVED = -1
 
 @dataclass(frozen=True, eq=False)
 class ChoiceTable:
-    """n items of one subtask with K options each.
-
-    gold (n,) right option; said (n,) the model's, `UNRESOLVED` where its text names none; option_scores (n, K) natural
-    log-probability that its answer begins with the option; scores (n, R, S, K) of the readouts by source."""
+    """n items of one subtask with K options each. gold (n,) right option; said (n,) the model's, `UNRESOLVED` where its text names none;
+    option_scores (n, K) natural log-probability that its answer begins with the option; scores (n, R, S, K) of the readouts by source."""
 
     subtask: str
     ids: list[str]
@@ -154,7 +152,13 @@ def read_items(
     for subtask, mine in by_subtask.items():
         chunks = in_chunks(parts, f"multiple_choice/{subtask}", mine, compute, batch_size, depends, unit="item",
                            of=lambda item: [item.id, item.group, item.prompt, item.answer], progress=progress)  # fmt: skip
-        tables[subtask] = _table(subtask, mine, [row for chunk in chunks for row in chunk])
+        rows, readouts = [row for chunk in chunks for row in chunk], list(READOUTS[subtask])
+        sources = sorted(rows[0]["scores"][readouts[0]])  # stored parts do not keep the order of keys
+        gold, said = np.array([LETTERS.index(item.answer[1]) for item in mine]), np.array([row["said"] for row in rows])
+        option_scores = np.array([row["options"] for row in rows], dtype=float)
+        scores = np.array([[[row["scores"][r][s] for s in sources] for r in readouts] for row in rows], dtype=float)
+        ids, groups, texts = [item.id for item in mine], [item.group for item in mine], [row["text"] for row in rows]
+        tables[subtask] = ChoiceTable(subtask, ids, groups, texts, gold, said, option_scores, readouts, sources, scores)
     return tables
 
 
@@ -220,16 +224,6 @@ def said(item: MultipleChoice, text: str) -> int:
     found = blink_extract(text, item.choices)
     found = found if found in letters else read_letter(text)
     return letters.index(found) if found in letters else UNRESOLVED
-
-
-def _table(subtask: str, items: list[MultipleChoice], rows: list[dict]) -> ChoiceTable:
-    readouts = list(READOUTS[subtask])
-    sources = sorted(rows[0]["scores"][readouts[0]])  # stored parts do not keep the order of keys
-    gold, said = np.array([LETTERS.index(item.answer[1]) for item in items]), np.array([row["said"] for row in rows])
-    option_scores = np.array([row["options"] for row in rows], dtype=float)
-    scores = np.array([[[row["scores"][r][s] for s in sources] for r in readouts] for row in rows], dtype=float)
-    ids, groups, texts = [item.id for item in items], [item.group for item in items], [row["text"] for row in rows]
-    return ChoiceTable(subtask, ids, groups, texts, gold, said, option_scores, readouts, sources, scores)
 
 
 def some_items(table: ChoiceTable, chosen: np.ndarray) -> ChoiceTable:

@@ -46,10 +46,8 @@ def open_data(profile: str, options: Mapping[str, Mapping] | None = None, size: 
 
 def results(tables: Mapping, about: Mapping) -> dict:
     """All that notebook 03 derives from what it has measured, JSON-able: `keys`, `knock_out`, `blocking`, `sweep`, `claims`, `finding`,
-    `tables`.
-
-    tables: `keys` (with `turned`) and `keys_untrained`, `reading` (`KnockOut`), and `Answers`: `pope` and `mme` under every block, `sweep`
-    and `sweep_held_out` of `ask_sweep`. about: the notebook's `parameters`."""
+    `tables`. tables: `keys` (with `turned`) and `keys_untrained`, `reading` (`KnockOut`), and `Answers`: `pope` and `mme` under every
+    block, `sweep` and `sweep_held_out` of `ask_sweep`. about: the notebook's `parameters`."""
     parameters, trained, untrained = about["parameters"], tables["keys"], tables["keys_untrained"]
     seed, total = parameters["seed"], len(trained.variance)
     options = parameters["bootstrap"], seed
@@ -111,10 +109,9 @@ def claim_c5(described: Mapping) -> dict:
 
 
 def claim_x4(described: Mapping, compared: Mapping) -> dict:
-    """X4: share of keys behind layer 0 that vary little within their head, trained minus untrained; and whether these are sinks.
-
-    The threshold is the valley of the trained model in layers with two modes, else variance below a fixed share of the squared norm.
-    Attention and norm are those of the trained model's keys below it minus the others of their head, undefined where no head has both."""
+    """X4: share of keys behind layer 0 that vary little within their head, trained minus untrained; and whether these are sinks. The
+    threshold is the valley of the trained model in layers with two modes, else variance below a fixed share of the squared norm. Attention
+    and norm are those of the trained model's keys below it minus the others of their head, undefined where no head has both."""
     found = compared["within_heads"]
     difference, every = (Effect.of(each).scaled(100) for each in (found["behind_layer_0"], found["difference"]["all"]))
     sinks, why = described["sinks"]["within_heads"], "no layer and head has keys below and above the threshold"

@@ -4,7 +4,7 @@ Every condition is a `KeySelection`; "family/07" is one draw of a family of rand
 conditions."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 
@@ -60,29 +60,22 @@ def conditions(table: KeyTable, threshold: Mapping, reading: Sequence[int], laye
     variance, mass = table.variance[list(layers)], table.mass[list(layers)]
     like = keys.select_same_positions(block, reading)
     found: dict[str, KeySelection | None] = {NONE: None, BLOCK: block}
-    found |= _drawn(CONTROLS[0], draws, lambda draw: keys.select_random(block, real, seed + draw))
-    found |= _drawn(CONTROLS[1], draws, lambda draw: keys.select_random_matched_mass(block, mass, real, seed + draw))
+    found |= {f"{CONTROLS[0]}/{draw:02d}": keys.select_random(block, real, seed + draw) for draw in range(draws)}
+    found |= {f"{CONTROLS[1]}/{draw:02d}": keys.select_random_matched_mass(block, mass, real, seed + draw) for draw in range(draws)}
     found[CONTROLS[2]] = keys.select_highest(block, variance, real)
     found[CONTROLS[3]] = keys.select_same_positions(block, range(len(layers)))
     found[READING[0]] = every.restrict(reading)
     # The keys that vary least are those of which minus the variance is highest.
     found[READING[1]] = replace(keys.select_highest(like, -table.variance[sorted(reading)], real), name=READING[1])
-    found |= _drawn(READING[2], READING_DRAWS, lambda draw: keys.select_random(like, real, seed + draw))
+    found |= {f"{READING[2]}/{draw:02d}": keys.select_random(like, real, seed + draw) for draw in range(READING_DRAWS)}
     found[EVERY] = keys.select_all(layers, heads, tokens)
     share = float(block.mask.sum() / (len(layers) * heads * real.sum()))
-    families = {name: _about(each, table) for name, each in _by_family(found).items()}
+    families = {}
+    for name, each in _by_family(found).items():  # mass: the share of its text's attention that they receive, mean over layers and heads
+        masses = [keys.selected_mass(one, table.mass[list(one.layers)]).mean() for one in each]
+        families[name] = {"keys": float(np.mean([int(one.mask.sum()) for one in each])), "draws": len(each),
+                          "layers": list(each[0].layers), "mass": float(np.mean(masses))}  # fmt: skip
     return found, {"layers": list(layers), "method": method, "below": below, "share": share, "families": families}
-
-
-def _drawn(family: str, draws: int, select: Callable[[int], KeySelection]) -> dict[str, KeySelection]:
-    return {f"{family}/{draw:02d}": select(draw) for draw in range(draws)}
-
-
-def _about(selections: Sequence[KeySelection], table: KeyTable) -> dict:
-    """Keys of a selection, and the share of its text's attention they receive, mean over layers and heads."""
-    masses = [keys.selected_mass(each, table.mass[list(each.layers)]).mean() for each in selections]
-    return {"keys": float(np.mean([int(each.mask.sum()) for each in selections])), "draws": len(selections),
-            "layers": list(selections[0].layers), "mass": float(np.mean(masses))}  # fmt: skip
 
 
 def _by_family(found: Mapping[str, object]) -> dict[str, list]:
@@ -96,10 +89,8 @@ def _by_family(found: Mapping[str, object]) -> dict[str, list]:
 
 def ask_under_blocks(task: YesNoTask, mlm: MLM, blocks: Mapping[str, KeySelection | None], parts: Parts | None = None, *, batch_size: int = 16,
                      chunk: int = 48, progress: bool = True) -> Answers:  # fmt: skip
-    """What the model says to every question of the task under every condition. batch_size as in `answer_all`.
-
-    Questions with the same wording about one image are asked once. With `parts`, finished chunks of images are kept under their questions
-    and blocks."""
+    """What the model says to every question of the task under every condition. batch_size as in `answer_all`. Questions with the same
+    wording about one image are asked once. With `parts`, finished chunks of images are kept under their questions and blocks."""
     first, asked = {}, {}
     for sample in task.samples:
         first.setdefault(sample.image_id, sample)

@@ -32,9 +32,8 @@ def _logs(variance: torch.Tensor, real: torch.Tensor) -> np.ndarray:
 
 
 def thresholds(table: KeyTable, model: str | None = None, modes: Mapping | None = None) -> dict:
-    """What counts as input-agnostic, on each of the `SCALES`: a `variance_threshold`, a list of limits per layer, a fixed number.
-
-    model: a name in `MODELS`, for the paper's threshold of its own model. modes: of `bimodal_layers`, if they are known."""
+    """What counts as input-agnostic, on each of the `SCALES`: a `variance_threshold`, a list of limits per layer, a fixed number. model: a
+    name in `MODELS`, for the paper's threshold of its own model. modes: of `bimodal_layers`, if they are known."""
     modes = modes or bimodal_layers(_logs(table.variance, table.real))
     near = {"value": NEAR_CONSTANT, "two_modes": None, "method": "near-constant"}
     limits = []
@@ -82,9 +81,8 @@ def shares(table: KeyTable, mask: torch.Tensor, n_boot: int = 2000, seed: int = 
 
 
 def sinks(table: KeyTable, mask: torch.Tensor, n_boot: int = 2000, seed: int = 0) -> dict:
-    """Chosen keys minus the others of their own layer and head; intervals over positions, None where no head has both.
-
-    mass: attention per key, as a multiple of that of the average image key of the head; norm: mean norm over that of the head."""
+    """Chosen keys minus the others of their own layer and head; intervals over positions, None where no head has both. mass: attention per
+    key, as a multiple of that of the average image key of the head; norm: mean norm over that of the head."""
     keep = table.real
     on = mask[..., keep].double().numpy()
     result: dict = {"heads": int((on.any(-1) & ~on.all(-1)).sum())}
@@ -155,10 +153,9 @@ def causal_order(table: KeyTable, n_boot: int = 2000, seed: int = 0) -> dict:
 
 
 def compare_trained(trained: KeyTable, untrained: KeyTable, found: dict, n_boot: int = 2000, seed: int = 0) -> dict:
-    """X4: share of input-agnostic keys, trained minus untrained, with intervals over positions; JSON-able.
-
-    Both by the trained model's thresholds. Keys of random weights are short, so that under the raw one all of them vary little; the other
-    two are free of that. behind_layer_0: without the layer whose keys are computed from a patch alone."""
+    """X4: share of input-agnostic keys, trained minus untrained, with intervals over positions; JSON-able. Both by the trained model's
+    thresholds. Keys of random weights are short, so that under the raw one all of them vary little; the other two are free of that.
+    behind_layer_0: without the layer whose keys are computed from a patch alone."""
     result = {}
     for scale in SCALES:
         masks = [agnostic(each, found, scale) for each in (trained, untrained)]

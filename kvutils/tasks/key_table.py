@@ -119,10 +119,9 @@ def measure_keys(mlm: MLM, images: Sequence[LabelledImage], questions: Sequence[
 @torch.no_grad()
 def measure_turned(mlm: MLM, images: Sequence[LabelledImage], parts: Parts | None = None, *, chunk: int = 50, progress: bool = True
                    ) -> torch.Tensor:  # fmt: skip
-    """(L, G, N) variance of the keys over images whose patches are fed in reverse order; newlines and positions stay where they are.
-
-    What is low at the same slots as in the usual order comes from the place in the order; what moves along with the patches from what they
-    show. images, parts: as in `measure_keys`, whose grid they have."""
+    """(L, G, N) variance of the keys over images whose patches are fed in reverse order; newlines and positions stay where they are. What
+    is low at the same slots as in the usual order comes from the place in the order; what moves along with the patches from what they show.
+    images, parts: as in `measure_keys`, whose grid they have."""
 
     def run(pictures: Sequence[Image.Image], names: Sequence[str]) -> list[Capture]:
         vision = prepare_images(mlm, pictures, names)

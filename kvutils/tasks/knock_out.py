@@ -36,9 +36,7 @@ MEASURED = ("right", "loss", "mass")
 @dataclass(frozen=True, eq=False)
 class KnockOut:
     """Per question and condition: values (n, C, 3) float64, right (0 or 1), loss (nats), and the probability that the options hold
-    together.
-
-    conditions (C,): "none", then "one 0", "from 0", ...; ids, kinds, groups (n,): of the question, its kind, its scene."""
+    together. conditions (C,): "none", then "one 0", "from 0", ...; ids, kinds, groups (n,): of the question, its kind, its scene."""
 
     layers: int
     conditions: list[str]
@@ -90,14 +88,20 @@ def as_questions(samples: Sequence[YesNoSample]) -> list[Question]:
 
 
 def knock_out(mlm: MLM, samples: Sequence[Question], parts: Parts | None = None, *, batch_size: int = 16, progress: bool = True) -> KnockOut:
-    """Every question under every condition; each image is read once, for all questions of its `group`.
-
-    The images of a batch need the same number of tokens (batch_size=1 serves any). With `parts`, finished batches are kept. Raises
-    DataError for no samples or a kind with fewer than two different options, and what `SessionBatch` raises."""
-    options = _options(samples)
+    """Every question under every condition; each image is read once, for all questions of its `group`. The images of a batch need the same
+    number of tokens (batch_size=1 serves any). With `parts`, finished batches are kept. Raises DataError for no samples or a kind with
+    fewer than two different options, and what `SessionBatch` raises."""
+    if not samples:
+        raise DataError("a knock-out curve needs questions, found none")
     scenes: dict[str, list[Question]] = {}
+    named: dict[str, set[str]] = {}  # the options of each kind: those that its samples name, and all their answers
     for sample in samples:
         scenes.setdefault(sample.group or sample.id, []).append(sample)
+        named.setdefault(sample.kind, set()).update((sample.answer, *sample.options))
+    for kind, found in named.items():
+        if len(found) < 2:
+            raise DataError(f"all {kind} questions have the answer {found}: nothing can be right or wrong")
+    options = {kind: sorted(found) for kind, found in named.items()}
     blocked, tokens = blocked_layers(mlm.num_layers), PromptTokens(mlm, None)
 
     def run(some: Sequence[list[Question]]) -> list[list]:
@@ -123,24 +127,10 @@ def knock_out(mlm: MLM, samples: Sequence[Question], parts: Parts | None = None,
                     np.array(rows, dtype=float))  # fmt: skip
 
 
-def _options(samples: Sequence[Question]) -> dict[str, list[str]]:
-    """The options of each kind: those that its samples name, and all their answers."""
-    if not samples:
-        raise DataError("a knock-out curve needs questions, found none")
-    options: dict[str, set[str]] = {}
-    for sample in samples:
-        options.setdefault(sample.kind, set()).update((sample.answer, *sample.options))
-    for kind, found in options.items():
-        if len(found) < 2:
-            raise DataError(f"all {kind} questions have the answer {found}: nothing can be right or wrong")
-    return {kind: sorted(found) for kind, found in options.items()}
-
-
 def summarise_knock_out(table: KnockOut, n_boot: int = 2000, seed: int = 0) -> dict:
-    """Per kind, and for all kinds: accuracy and loss without block and under each, with 95 % intervals over scenes.
-
-    kinds -> kind -> n, scenes, none {accuracy, loss, option_mass}, and per family a list over layers of these three and the paired
-    differences to none, accuracy_change and loss_change. warnings: where the options hold little probability. JSON-able."""
+    """Per kind, and for all kinds: accuracy and loss without block and under each, with 95 % intervals over scenes. kinds -> kind -> n,
+    scenes, none {accuracy, loss, option_mass}, and per family a list over layers of these three and the paired differences to none,
+    accuracy_change and loss_change. warnings: where the options hold little probability. JSON-able."""
     every = table.balance
     kinds = {ALL: np.ones(len(table.kinds), bool), **{kind: np.array(table.kinds) == kind for kind in dict.fromkeys(table.kinds)}}
     names = ("accuracy", "loss", "option_mass", "accuracy_change", "loss_change")
@@ -165,10 +155,9 @@ def summarise_knock_out(table: KnockOut, n_boot: int = 2000, seed: int = 0) -> d
 
 
 def reading_layers(table: KnockOut, width: int, seed: int = 0) -> dict:
-    """The `width` adjacent layers where the image is read: hiding it in each alone adds most loss, summed. Kinds count equally.
-
-    layers: chosen on all scenes, where hiding the image adds `windows`. held_out: what is added in the layers that one half of the scenes
-    chooses, on the other half, both ways. ParameterError for fewer than four scenes."""
+    """The `width` adjacent layers where the image is read: hiding it in each alone adds most loss, summed. Kinds count equally. layers:
+    chosen on all scenes, where hiding the image adds `windows`. held_out: what is added in the layers that one half of the scenes chooses,
+    on the other half, both ways. ParameterError for fewer than four scenes."""
     added = np.stack([table.of(f"one {layer}")[:, 1] - table.of("none")[:, 1] for layer in range(table.layers)], axis=1)
     sums = np.lib.stride_tricks.sliding_window_view(added, width, axis=1).sum(axis=-1)  # (n, windows)
     scores = np.stack([sums, np.ones_like(sums)], axis=-1) * table.balance[:, None, None]

@@ -24,10 +24,8 @@ NOWHERE = -1.0  # in columns of movement: the image shows no object, or no backg
 
 
 def moved(values: torch.Tensor, plain: torch.Tensor, objects: np.ndarray) -> list[tuple[float, float]]:
-    """How far tokens move, per layer: |v - v without prefix| / |v without prefix|, mean over objects and background.
-
-    values, plain (L, N, C); objects (N,): the share of each token's pixels that show an object, its weight. `NOWHERE`
-    where there is none of the two."""
+    """How far tokens move, per layer: |v - v without prefix| / |v without prefix|, mean over objects and background. values, plain (L, N,
+    C); objects (N,): the share of each token's pixels that show an object, its weight. `NOWHERE` where there is none of the two."""
     distance = ((values - plain).norm(dim=-1) / plain.norm(dim=-1).clamp_min(1e-12)).double().cpu().numpy()
     weights = np.stack([objects, 1 - objects], axis=1)
     found = np.where(weights.sum(0) > 0, distance @ weights / np.maximum(weights.sum(0), 1e-12), NOWHERE)
@@ -35,10 +33,9 @@ def moved(values: torch.Tensor, plain: torch.Tensor, objects: np.ndarray) -> lis
 
 
 def run_prefixes(readout: PrefixReadout, parts: Parts | None = None, progress: bool = True, chunk: int = 20) -> ScoreTable:
-    """The rows of a readout: sources `<family>.<layer>`. Samples without controls of equal length, or that cannot be read, are
-    `skipped`, layers whose probe did not converge `left_out`. DataError if nothing is left or too many cannot be read.
-
-    With `parts`, finished chunks are kept there and a run that was stopped goes on, with the same bytes."""
+    """The rows of a readout: sources `<family>.<layer>`. Samples without controls of equal length, or that cannot be read, are `skipped`,
+    layers whose probe did not converge `left_out`. DataError if nothing is left or too many cannot be read. With `parts`, finished chunks
+    are kept there and a run that was stopped goes on, with the same bytes."""
     sources = [f"{family}.{layer}" for family in readout.families for layer in readout.extractor.layers]
     depends = [readout.name, sources, list(readout.columns), readout.extractor.fingerprint]
     items = [(sample, readout.prefixes(sample)) for sample in readout.samples]
@@ -92,9 +89,8 @@ def _values(readout: PrefixReadout, sample: Any, prefixes: Prefixes) -> list:
 
 
 def with_controls(readout: PrefixReadout) -> int:
-    """Number of the first sample that has prefixes of equal length in every condition.
-
-    Raises DataError where none has: nothing can be measured, which is better known before hours of reading."""
+    """Number of the first sample that has prefixes of equal length in every condition. Raises DataError where none has: nothing can be
+    measured, which is better known before hours of reading."""
     found = next((number for number, sample in enumerate(readout.samples) if readout.prefixes(sample) is not None), None)
     if found is None:
         absent = sorted(set(chain(*readout.writer.unmatched.values())))
@@ -105,9 +101,8 @@ def with_controls(readout: PrefixReadout) -> int:
 
 
 def prefix_picture(readout: ReferringPrefix, table: ScoreTable, layer: int) -> dict:
-    """What the figure of one referring expression needs, JSON-able: its score on every token behind `FEWER` prefixes, in one layer.
-
-    Of the sample that these prefixes together find best in that layer: which of them finds it best is not asked."""
+    """What the figure of one referring expression needs, JSON-able: its score on every token behind `FEWER` prefixes, in one layer. Of the
+    sample that these prefixes together find best in that layer: which of them finds it best is not asked."""
     found = np.mean([table.of(f"{condition}.{layer}")[:, IOU] for condition in FEWER], axis=0)
     (sample,) = (sample for sample in readout.samples if sample.id == table.ids[int(found.argmax())])
     prefixes = readout.prefixes(sample)

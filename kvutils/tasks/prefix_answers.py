@@ -98,9 +98,7 @@ def counts(frame: Frame) -> ScoreTable:
 
 def summarise_prefix_answers(frame: Frame, n_boot: int = 2000, seed: int = 0) -> dict:
     """Every rate per condition, per condition its difference to no prefix, and the correct prefix minus each other condition; intervals
-    over images; JSON-able.
-
-    option_mass: the probability that yes and no hold together, with a warning where it is low."""
+    over images; JSON-able. option_mass: the probability that yes and no hold together, with a warning where it is low."""
     table = counts(frame)
     found: dict = {"images": len(table), "questions": len(frame["id"]), "skipped": len(table.skipped)}
     found |= {"rates": {}, "minus_none": {}, "correct_minus": {}}

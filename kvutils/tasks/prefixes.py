@@ -89,10 +89,9 @@ class PrefixWriter:
         return self._lengths[key]
 
     def write(self, correct: str, wrong: Sequence[str], seed: int) -> dict[str, str | None] | None:
-        """A prefix per condition, or None where some control of the same number of tokens does not exist (`unmatched`).
-
-        correct, wrong: as `correct` writes them; of the candidates wrong, one is drawn. seed: of all draws. Raises
-        ParameterError for a correct prefix of one word, which cannot be reversed."""
+        """A prefix per condition, or None where some control of the same number of tokens does not exist (`unmatched`). correct, wrong: as
+        `correct` writes them; of the candidates wrong, one is drawn. seed: of all draws. Raises ParameterError for a correct prefix of one
+        word, which cannot be reversed."""
         words = correct.split()
         if len(words) < 2:
             raise ParameterError(f"the prefix {correct!r} must have at least two words, so that they can be reversed")

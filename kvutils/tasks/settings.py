@@ -19,7 +19,7 @@ from kvutils.checkpoints import QWEN
 from kvutils.datasets import USES, open_dataset
 from kvutils.errors import DataError, MemoryLimitError, ModelError, ParameterError
 from kvutils.metrics.effects import measured, part
-from kvutils.metrics.statistics import UNDEFINED, paired_difference, resample
+from kvutils.metrics.statistics import UNDEFINED, Effect, paired_difference, resample
 from kvutils.models import MLM
 from kvutils.processors import other_backend
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, Opener
@@ -74,10 +74,9 @@ class ValueReader(FeatureExtractor):
 
 
 def settings_of(mlm: MLM, load: Load, pixels: int) -> dict[str, Callable[[], Setting]]:
-    """The settings of a model by name; each is made when it is called, and raises ParameterError where it cannot be had.
-
-    load(dtype=, attention=) gives the model anew. pixels: of a usual picture. A lower resolution is `COARSE` of the side: fixed grids
-    of tokens are shown pictures made smaller and brought back, Qwen2.5-VL gets fewer tokens. float16 is for GPUs alone."""
+    """The settings of a model by name; each is made when it is called, and raises ParameterError where it cannot be had. load(dtype=,
+    attention=) gives the model anew. pixels: of a usual picture. A lower resolution is `COARSE` of the side: fixed grids of tokens are
+    shown pictures made smaller and brought back, Qwen2.5-VL gets fewer tokens. float16 is for GPUs alone."""
     now = {"dtype": str(mlm.dtype).removeprefix("torch."), "attention": mlm.attention}
     looks = {name: getattr(mlm, name) for name in ("base_view_only", "max_pixels", "pad_to_square", "prompts")}
 
@@ -165,9 +164,8 @@ def _beside(before: ScoreTable, under: Mapping[str, ScoreTable], sources: Sequen
 
 def setting_changes(measured: Mapping[str, ScoreTable | Answers], tasks: Sequence[type[Task]], left_out: Mapping[str, str],
                     n_boot: int = 2000, seed: int = 0) -> dict:  # fmt: skip
-    """Every setting's change of every headline score, with it minus without, paired; JSON-able.
-
-    measured: of `run_task` and `measure_settings`. layers: those that are compared. changes: setting -> score -> part, in points."""
+    """Every setting's change of every headline score, with it minus without, paired; JSON-able. measured: of `run_task` and
+    `measure_settings`. layers: those that are compared. changes: setting -> score -> part, in points."""
     changes: dict[str, dict] = {name: {} for name in getattr(measured.get(UNDER + Pope.name), "texts", {}) if name != NONE}
     layers = set()
     for task in (each for each in tasks if UNDER + each.name in measured):
@@ -188,7 +186,7 @@ def setting_changes(measured: Mapping[str, ScoreTable | Answers], tasks: Sequenc
         asked = measured[UNDER + Pope.name]
         for setting in changes:
             name = f"{asked.task.title}, F1"
-            changes[setting][name] = _f1_change(asked.task, asked.texts[setting], asked.texts[NONE], n_boot, seed) | {"name": f"{setting}: {name}"}
+            changes[setting][name] = part(f"{setting}: {name}", _f1_change(asked.task, asked.texts[setting], asked.texts[NONE], n_boot, seed))
     return {"layers": sorted(layers), "changes": changes, "left_out": dict(sorted(left_out.items()))}
 
 
@@ -204,7 +202,7 @@ def _answers(pope: Pope, setting: Setting, parts: Parts | None) -> list[str]:
     return list(in_chunks(parts, "settings/pope", asked.samples, ask, len(asked.samples), depends, progress=False))[0]
 
 
-def _f1_change(pope: Pope, now: Sequence[str], before: Sequence[str], n_boot: int, seed: int) -> dict:
+def _f1_change(pope: Pope, now: Sequence[str], before: Sequence[str], n_boot: int, seed: int) -> Effect:
     """The headline under two answer sets, resampled over images."""
     values = [pope.values(answers) for answers in (now, before)]
 
@@ -212,7 +210,7 @@ def _f1_change(pope: Pope, now: Sequence[str], before: Sequence[str], n_boot: in
         new, old = (pope.measures(np.einsum("rn,ns,nk->rsk", weights, pope.member, each, optimize=True))[pope.metric] for each in values)
         return new - old
 
-    return part("F1", resample(change, len(pope.samples), n_boot, seed, pope.image_of.tolist()).effects().scaled(100))
+    return resample(change, len(pope.samples), n_boot, seed, pope.image_of.tolist()).effects().scaled(100)
 
 
 def claim_x6(found: Mapping) -> dict:

@@ -56,10 +56,9 @@ def claim_c4(chains: Mapping[str, Mapping]) -> dict:
 
 
 def results(measured: Mapping[str, ScoreTable], about: Mapping) -> dict:
-    """Everything that notebook 02 derives; JSON-able. measured: `run_task` of the six tasks, by name; about: `parameters`.
-
-    chains: `compare_along_chain` of every task that has units enough to choose a layer; left_out: of the others why not; uncentred: of the
-    two tasks by text as if texts were not centred."""
+    """Everything that notebook 02 derives; JSON-able. measured: `run_task` of the six tasks, by name; about: `parameters`. chains:
+    `compare_along_chain` of every task that has units enough to choose a layer; left_out: of the others why not; uncentred: of the two
+    tasks by text as if texts were not centred."""
     options = about["parameters"]["bootstrap"], about["parameters"]["seed"]
     chains, left_out, plain = {}, {}, {}
     for task in (each for each in SIX if each.name in measured):

@@ -30,10 +30,9 @@ PIXELS = {"cpu": 2**19, "cuda": 2**26}  # of maps at once: what the cache, and a
 
 def map_scores(scores: torch.Tensor, mask: np.ndarray, threshold: float | None = None, boxes: bool = False,
                layout: TokenLayout | None = None) -> np.ndarray:  # fmt: skip
-    """(S, 4) `COLUMNS` of score maps (S, H, W), or of the scores (S, N) of a layout's tokens, brought to pixels.
-
-    AP, I and U in pixels, IoU (0 for an empty union). Foreground is above the threshold (None: Otsu's, per map). boxes: a fifth
-    column, is the box around the largest region right (IoU >= 0.5)? All on the device of the scores."""
+    """(S, 4) `COLUMNS` of score maps (S, H, W), or of the scores (S, N) of a layout's tokens, brought to pixels. AP, I and U in pixels, IoU
+    (0 for an empty union). Foreground is above the threshold (None: Otsu's, per map). boxes: a fifth column, is the box around the largest
+    region right (IoU >= 0.5)? All on the device of the scores."""
     known, true_box, rows = true_and_void(mask, scores.device), Image.fromarray(mask == 1).getbbox(), []
     for some in scores.split(max(1, PIXELS["cpu" if scores.device.type == "cpu" else "cuda"] // mask.size)):
         maps = layout.to_pixels(some) if layout else some
@@ -49,11 +48,9 @@ def map_scores(scores: torch.Tensor, mask: np.ndarray, threshold: float | None =
 
 
 class TextSegmentation(Task):
-    """Score of a text on every image token, interpolated to pixels; Otsu's threshold per image (ours). Texts are centred, and as
-    they are in `uncentred.` sources, which stand beside (`kvutils.readout.words`).
-
-    Control: the same scores for the text of another sample that does not hold for this image. Samples without a foreground pixel are
-    skipped."""
+    """Score of a text on every image token, interpolated to pixels; Otsu's threshold per image (ours). Texts are centred, and as they are
+    in `uncentred.` sources, which stand beside (`kvutils.readout.words`). Control: the same scores for the text of another sample that does
+    not hold for this image. Samples without a foreground pixel are skipped."""
 
     columns = COLUMNS
     shuffled = True
@@ -104,10 +101,9 @@ class TextSegmentation(Task):
 
 
 class SemanticSegmentation(TextSegmentation):
-    """Zero-shot: the class name's vector . every image token, in each text-aligned source.
-
-    Headline: average precision over pixels, which needs no threshold. Second: IoU after Otsu's threshold (ours; the paper states no
-    rule). Control: a class name that is not in the image."""
+    """Zero-shot: the class name's vector . every image token, in each text-aligned source. Headline: average precision over pixels, which
+    needs no threshold. Second: IoU after Otsu's threshold (ours; the paper states no rule). Control: a class name that is not in the
+    image."""
 
     name, title, metric = "semantic_segmentation", "Semantic segmentation, by text", "AP"
     statistic = staticmethod(column_mean(AP))
@@ -115,11 +111,9 @@ class SemanticSegmentation(TextSegmentation):
 
 
 class SemanticSegmentationProbe(SemanticSegmentation):
-    """Supervised counterpart of the same samples and metrics, for every source (ours).
-
-    One multinomial probe per source, fitted on the tokens of other labelled images (`train`: class index + 1 of `class_names`, 0
-    background, void excluded), class-balanced. A class's score is its log-odds against all others, foreground is above 0. Control: the
-    probe fitted on shuffled labels."""
+    """Supervised counterpart of the same samples and metrics, for every source (ours). One multinomial probe per source, fitted on the
+    tokens of other labelled images (`train`: class index + 1 of `class_names`, 0 background, void excluded), class-balanced. A class's
+    score is its log-odds against all others, foreground is above 0. Control: the probe fitted on shuffled labels."""
 
     name, title = "semantic_segmentation_probe", "Semantic segmentation, by probe"
     threshold = 0.0

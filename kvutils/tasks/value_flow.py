@@ -144,10 +144,9 @@ def centring(summaries: Mapping[str, Mapping]) -> dict[str, str]:
 
 
 def results(measured: Mapping, about: Mapping) -> dict:
-    """Everything that notebook 01 derives; JSON-able.
-
-    measured: `run_task` of each task by name, what `measure_settings` gives, `read_otherwise` as `text_<task>`, and `photographs`.
-    about: `parameters`, those of every task (`task_parameters`), the settings that were `left_out`, the words that texts are read `behind`."""
+    """Everything that notebook 01 derives; JSON-able. measured: `run_task` of each task by name, what `measure_settings` gives,
+    `read_otherwise` as `text_<task>`, and `photographs`. about: `parameters`, those of every task (`task_parameters`), the settings that
+    were `left_out`, the words that texts are read `behind`."""
     options = about["parameters"]["bootstrap"], about["parameters"]["seed"]
     there = [task for task in (*SIX, SemanticSegmentationProbe) if task.name in measured]
     tasks = {task.name: summarise(measured[task.name], task, *options) | {"parameters": about["task_parameters"][task.name]} for task in there}

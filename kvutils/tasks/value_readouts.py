@@ -37,11 +37,9 @@ def style_similarity(images: Sequence[Tensor]) -> Tensor:
 
 
 def point_similarity(images: Sequence[Tensor], layouts: Sequence[TokenLayout], reference, candidates, around: bool = False) -> Tensor:
-    """(S, K) cosine of the tokens under candidate points (K, 2) of the second image with that under the reference
-    point (2,) of the first, the mean token of each image subtracted.
-
-    layouts: of the features' tokens, a full grid. around: the mean of the tokens at most one row and one column away.
-    Raises DataError for a point outside its image."""
+    """(S, K) cosine of the tokens under candidate points (K, 2) of the second image with that under the reference point (2,) of the first,
+    the mean token of each image subtracted. layouts: of the features' tokens, a full grid. around: the mean of the tokens at most one row
+    and one column away. Raises DataError for a point outside its image."""
     read = []
     for tokens, layout, points in zip(images, layouts, (reference, candidates), strict=True):
         at = layout.token_at(check_points(points, layout.image_size, "a point readout"))

@@ -77,11 +77,9 @@ class YesNoTask(ABC):
 
 
 class Pope(YesNoTask):
-    """POPE: is an object in the image? F1 of yes, read as by POPE's own script (`pope_parse`).
-
-    Scores per split, as `mean` the plain mean over splits (the headline is its F1), and as `pooled` over all questions at once. f1 is 0
-    without a true positive; precision is undefined without a yes. What is no "no" is taken for yes; an answer counts as unknown where it
-    is taken for yes without the word."""
+    """POPE: is an object in the image? F1 of yes, read as by POPE's own script (`pope_parse`). Scores per split, as `mean` the plain mean
+    over splits (the headline is its F1), and as `pooled` over all questions at once. f1 is 0 without a true positive; precision is
+    undefined without a yes. What is no "no" is taken for yes; an answer counts as unknown where it is taken for yes without the word."""
 
     name, title = "pope", "POPE"
     metric = (MEAN, "f1")
@@ -167,9 +165,8 @@ class Mme(YesNoTask):
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """What a model said to a task's questions under several conditions.
-
-    texts: condition -> n answers; mass: condition -> (n,) the probability that yes and no hold together at the answer's beginning."""
+    """What a model said to a task's questions under several conditions. texts: condition -> n answers; mass: condition -> (n,) the
+    probability that yes and no hold together at the answer's beginning."""
 
     task: YesNoTask
     texts: Mapping[str, Sequence[str]]
@@ -197,10 +194,9 @@ class Answers:
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """Every metric of several answer sets to the same questions, resampled together over images.
-
-    sets: name -> one answer text per question; keys: the (subset or summary, metric) of every metric; found: value (sets, metrics), draws
-    (R, sets, metrics); right (sets, n) bool: which questions each set answers right."""
+    """Every metric of several answer sets to the same questions, resampled together over images. sets: name -> one answer text per
+    question; keys: the (subset or summary, metric) of every metric; found: value (sets, metrics), draws (R, sets, metrics); right (sets, n)
+    bool: which questions each set answers right."""
 
     task: YesNoTask
     sets: Mapping[str, Sequence[str]]
@@ -227,10 +223,9 @@ class Scored:
         return cls(task, sets, keys, resample(measured, len(task.images), n_boot, seed), right)
 
     def summary(self, name: str) -> dict:
-        """Every metric of every subset of one answer set with its 95 % interval over images; JSON-able.
-
-        scores: by subset, then summaries over subsets, each metric as mean, low, high, n. headline: one of them. errors: how many answers
-        are not right; unknown: how many say neither yes nor no: they are scored as the authors do, never dropped."""
+        """Every metric of every subset of one answer set with its 95 % interval over images; JSON-able. scores: by subset, then summaries
+        over subsets, each metric as mean, low, high, n. headline: one of them. errors: how many answers are not right; unknown: how many
+        say neither yes nor no: they are scored as the authors do, never dropped."""
         place = list(self.sets).index(name)
         found = replace(self.found, value=self.found.value[place], draws=self.found.draws[:, place])
         errors, unknown = ~self.right[place], self.task.unknown(self.sets[name])
