@@ -19,7 +19,7 @@ from kvutils.store import read_json, to_json, write_text
 
 PICTURES = {"02_siglip_baseline": "02_steps", "03_input_agnostic_keys": "03_block_effects", "04_prefix": "04_prefix_effects",
             "05_blink_gap": "05_gap"}  # the figure that stands for a notebook in the README, where it is not named after it
-FIRST = "A picture, the colours of its tokens through the model, and what is like one clicked point"  # README's first figure
+FIRST = "A generated scene, the colours of its tokens through the model, and what is like one clicked point"  # README's first figure
 COMPARISONS = ("claim", "comparison", "value [95 % interval]", "smallest effect of interest", "detectable", "n", "units", "verdict")
 
 

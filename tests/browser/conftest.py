@@ -80,7 +80,7 @@ def new_page(chromium):
     def opened(width=1200, height=1000, scheme="light"):
         contexts.append(chromium.new_context(viewport={"width": width, "height": height}, color_scheme=scheme, accept_downloads=True))
         page = contexts[-1].new_page()
-        page.set_default_timeout(5_000)
+        page.set_default_timeout(20_000)
         page.on("pageerror", lambda error: errors.append(str(error)))
         return page
 

@@ -103,7 +103,7 @@ def notebook(lab, new_page, shots, request):
         (lab.folder / f"{name}.ipynb").write_text(json.dumps({"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}))
         page = new_page(height=height, **how)
         pages.append(page)
-        page.set_default_timeout(30_000)
+        page.set_default_timeout(60_000)
         page.goto(lab.address(f"lab/tree/{name}.ipynb?token={lab.token}&reset"))
         page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
         page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
@@ -114,7 +114,7 @@ def notebook(lab, new_page, shots, request):
             page.wait_for_timeout(1500)
             if re.search(r"\[(\*|\d+)\]", page.locator(".jp-InputPrompt").first.inner_text()):
                 break
-        page.locator(".kvx-panel[data-drawn]").first.wait_for(timeout=90_000)  # the kernel's first import of torch
+        page.locator(".kvx-panel[data-drawn]").first.wait_for(timeout=180_000)  # the kernel's first import of torch
         return page
 
     pages = []
