@@ -43,10 +43,8 @@ def spellings(option: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model says to a question.
-
-    text: greedy, without special tokens; tokens: its ids; complete: the model ended it, not max_new_tokens. scores: option
-    -> log-probability (natural) that the answer begins with it."""
+    """What a model says to a question. text: greedy, without special tokens; tokens: its ids; complete: the model ended it, not
+    max_new_tokens. scores: option -> log-probability (natural) that the answer begins with it."""
 
     question: str
     text: str
@@ -66,11 +64,10 @@ class Answer:
 
 
 class SessionBatch(contextlib.AbstractContextManager):
-    """B prompts, each of one image or a sequence of images, read up to their last image exactly once.
-
-    prefix as in `capture`; `tokens` of an earlier session of the same model and prefix saves tokenising its questions again; vision: the
-    images' pixels, where `prepare_images` has made them before.
-    Memory is held until `close()` or the end of `with`. Raises ImageError, ModelError, ParameterError."""
+    """B prompts, each of one image or a sequence of images, read up to their last image exactly once. prefix as in `capture`;
+    `tokens` of an earlier session of the same model and prefix saves tokenising its questions again; vision: the images' pixels,
+    where `prepare_images` has made them before. Memory is held until `close()` or the end of `with`. Raises ImageError,
+    ModelError, ParameterError."""
 
     @torch.no_grad()
     def __init__(self, mlm: MLM, images: Sequence[Pictures], prefix: str | None = None, tokens: PromptTokens | None = None,
@@ -204,11 +201,10 @@ def answer_all(mlm: MLM, samples: Iterable[tuple[str, Pictures, Sequence[str]]],
                blocks: Mapping[str, KeySelection | None] | None = None, *, options: Options | None = None,
                max_new_tokens: int = MAX_NEW_TOKENS, prefix: str | None = None, batch_size: int = 16,
                progress: bool = False) -> Iterator[tuple[str, dict[str, list[Answer]]]]:
-    """(image id, intervention -> its answers), in order, for samples (image id, image or images, questions).
-
-    Each image is read once for all its questions and all `blocks` (name -> selection, None for no block; by default only
-    {"none": None}), `batch_size` images together, or fewer where memory does not suffice. The other arguments are those of
-    `SessionBatch.answer`. `samples` may be a generator."""
+    """(image id, intervention -> its answers), in order, for samples (image id, image or images, questions). Each image is read
+    once for all its questions and all `blocks` (name -> selection, None for no block; by default only {"none": None}),
+    `batch_size` images together, or fewer where memory does not suffice. The other arguments are those of `SessionBatch.answer`.
+    `samples` may be a generator."""
     blocks, tokens = blocks or {"none": None}, PromptTokens(mlm, prefix)
 
     def run(batch: Sequence[tuple]) -> list[tuple[str, dict[str, list[Answer]]]]:
@@ -228,9 +224,8 @@ def _as_list(images) -> list:
 
 @dataclass(eq=False)
 class _Asked:
-    """A question of a prompt (`row`) as tokens, and what comes of it: the fields of its `Answer`.
-
-    head: ids before the question, one per image; ids: of the question; options: label -> spellings."""
+    """A question of a prompt (`row`) as tokens, and what comes of it: the fields of its `Answer`. head: ids before the question,
+    one per image; ids: of the question; options: label -> spellings."""
 
     row: int
     question: str
@@ -266,17 +261,14 @@ def _answer_together(mlm: MLM, prefix: Prefix, asked: Sequence[_Asked], max_new_
 
 
 def _score(mlm: MLM, state: Continuation, asked: Sequence[_Asked], logits: torch.Tensor) -> None:
-    """Sum the log-probabilities of each spelling's tokens; spellings of one label add their probabilities.
-
-    First tokens are read from `logits`; the others from one pass in which each longer spelling is a branch."""
+    """Sum the log-probabilities of each spelling's tokens; spellings of one label add their probabilities. First tokens are read
+    from `logits`; the others from one pass in which each longer spelling is a branch."""
     spelled = [(owner, label, ids) for owner, one in enumerate(asked) for label, texts in one.options.items() for ids in texts]
     owners, first = torch.tensor([(owner, ids[0]) for owner, _, ids in spelled], device=logits.device).T
     scores = logits.log_softmax(-1)[owners, first].tolist()
-    longer = [(branch, *each) for branch, each in enumerate(spelled) if len(each[2]) > 1]
-    if longer:
-        pieces = [Piece(asked[owner].row, owner, ids[:-1], len(asked[owner].ids), branch + 1) for branch, owner, _, ids in longer]
+    if longer := [(branch, *each) for branch, each in enumerate(spelled) if len(each[2]) > 1]:
         branches = state.fork()
-        hidden = branches.extend(pieces)
+        hidden = branches.extend([Piece(asked[owner].row, owner, ids[:-1], len(asked[owner].ids), branch + 1) for branch, owner, _, ids in longer])
         targets = torch.tensor([token for *_, ids in longer for token in ids[1:]])
         rest: list[float] = []
         for part, wanted in zip(hidden.split(_LOGITS_AT_ONCE), targets.split(_LOGITS_AT_ONCE), strict=True):
@@ -303,7 +295,6 @@ def _decode(mlm: MLM, state: Continuation, asked: Sequence[_Asked], logits: torc
             one.complete = token in ends
             if not one.complete:
                 one.tokens.append(token)
-        going = [(owner, one) for owner, one in going if not one.complete and len(one.tokens) < max_new_tokens]
-        if going:
+        if going := [(owner, one) for owner, one in going if not one.complete and len(one.tokens) < max_new_tokens]:
             pieces = [Piece(one.row, owner, one.tokens[-1:], len(one.ids) + len(one.tokens) - 1) for owner, one in going]
             logits = state.logits(state.extend(pieces))

@@ -86,8 +86,7 @@ def look_for_model(spec: ModelSpec) -> tuple[str, float]:
     if Path(spec.source).is_dir():
         there = Path(spec.source, "config.json").is_file()
         return "" if there else f"{spec.source} holds no config.json; expected a folder as save_pretrained writes it", 0.0
-    config = try_to_load_from_cache(spec.source, "config.json", revision=spec.revision)
-    if isinstance(config, str):
+    if isinstance(config := try_to_load_from_cache(spec.source, "config.json", revision=spec.revision), str):
         index = Path(config).with_name("model.safetensors.index.json")
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else {"model.safetensors"}
         if all(index.with_name(name).is_file() for name in names):
@@ -99,8 +98,7 @@ def look_for_model(spec: ModelSpec) -> tuple[str, float]:
         info = ask_hub(spec.source, lambda: HfApi().model_info(spec.source, revision=spec.revision, timeout=10, files_metadata=True))
     except DataError as error:
         return f"not in the local cache; {error}\n  {get}", 0.0
-    family = (info.config or {}).get("model_type", "")
-    if family not in ("", *FAMILIES, "siglip"):
+    if (family := (info.config or {}).get("model_type", "")) not in ("", *FAMILIES, "siglip"):
         return f"{spec.source} is a {family}; kvutils reads {', '.join(FAMILIES)}", 0.0
     return "", sum(file.size or 0 for file in info.siblings or () if file.rfilename.endswith(".safetensors")) / 1e9
 

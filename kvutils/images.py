@@ -23,11 +23,9 @@ _UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4
 
 
 def open_image(image: ImageLike, name: str = "image", max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Upright RGB `PIL.Image` of a path or a PIL image.
-
-    EXIF orientation is applied (and no metadata kept), transparency is composited on white, 16-bit greyscale is scaled
-    to 8 bits, CMYK, palette and greyscale become RGB; of an animation the first frame is taken. `name` says in errors
-    which argument is meant (paths name themselves). Raises `ImageError`."""
+    """Upright RGB `PIL.Image` of a path or a PIL image. EXIF orientation is applied (and no metadata kept), transparency is
+    composited on white, 16-bit greyscale is scaled to 8 bits, CMYK, palette and greyscale become RGB; of an animation the first
+    frame is taken. `name` says in errors which argument is meant (paths name themselves). Raises `ImageError`."""
     if not isinstance(image, ImageLike):
         how = ("one picture is meant here, not several" if isinstance(image, list | tuple) else
                "PIL.Image.fromarray makes one of an array (height, width, 3) uint8, PIL.Image.open(io.BytesIO(...)) one of bytes")  # fmt: skip

@@ -49,9 +49,8 @@ class KeyVariance:
         return f"KeyVariance(images: {self.count}, keys {tuple(self.mean.shape)}, mean variance {self.result.mean():.4g})"
 
     def update(self, keys: torch.Tensor) -> KeyVariance:
-        """Add B images and return itself. keys: (B, ..., D), any float type, every call the same (..., D).
-
-        Raises DataError for another shape and for keys that are not finite (half precision may have overflowed)."""
+        """Add B images and return itself. keys: (B, ..., D), any float type, every call the same (..., D). Raises DataError for
+        another shape and for keys that are not finite (half precision may have overflowed)."""
         keys = torch.as_tensor(keys)
         if self.mean is not None and keys.shape[1:] != self.mean.shape:
             raise DataError(f"keys of shape (B, *{tuple(self.mean.shape)}) were expected, found {tuple(keys.shape)}; "
@@ -104,8 +103,7 @@ class KeyVariance:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All it holds as tensors on the CPU, such as `Parts` keeps."""
-        sums = {name: getattr(self, name).cpu().clone() for name in _SUMS} if self.count else {}
-        return {"count": torch.tensor(self.count), **sums}
+        return {"count": torch.tensor(self.count)} | {name: getattr(self, name).cpu().clone() for name in _SUMS if self.count}
 
     @classmethod
     def from_state(cls, state: Mapping[str, torch.Tensor]) -> KeyVariance:

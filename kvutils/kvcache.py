@@ -73,8 +73,7 @@ class Capture:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def _read(self, name: str, layer: int, head: int | None) -> torch.Tensor:
-        tensor = getattr(self, name)
-        if tensor is None:
+        if (tensor := getattr(self, name)) is None:
             raise ParameterError(f"{name} were not captured; pass {name}=True to capture")
         at_least("layer", layer, 0)
         if layer not in self.layers:
@@ -122,9 +121,8 @@ def capture(mlm: MLM, images: Iterable[ImageLike], prefix: str | None = None, la
 def capture_prepared(mlm: MLM, vision: VisionInputs, prefix: str | None, layers: tuple[int, ...], *, keys: bool = True,
                      values: bool = True, features: bool = True, to: str | torch.device | None = None,
                      encoded: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None) -> list[Capture]:
-    """As `capture`, of one batch of pictures whose pixels are ready: two models of one kind read the same ones.
-
-    encoded: what `encode_images` gave for them, if the model's tower has looked at them before."""
+    """As `capture`, of one batch of pictures whose pixels are ready: two models of one kind read the same ones. encoded: what
+    `encode_images` gave for them, if the model's tower has looked at them before."""
     layers = layers if keys or values else ()
     device = mlm.device if to is None else torch.device(to)
     wanted = ["keys"] * keys + ["values"] * values

@@ -76,9 +76,8 @@ class _ReadingCache(DynamicCache):
 
 
 def read_layers(mlm: MLM, embeddings: torch.Tensor, text: TextInputs, layers: Sequence[int], store: Store) -> None:
-    """Run the language model on embeddings (B, T, C) up to the last of the layers; no head.
-
-    store(position in `layers`, keys (B, G, T, D), values (B, G, T, D)) is called layer after layer."""
+    """Run the language model on embeddings (B, T, C) up to the last of the layers; no head. store(position in `layers`, keys (B,
+    G, T, D), values (B, G, T, D)) is called layer after layer."""
     language_model = mlm.model.model.language_model
     with contextlib.suppress(_LastLayerReached):
         language_model(inputs_embeds=embeddings, attention_mask=text.attention_mask, position_ids=text.position_ids,
@@ -92,10 +91,9 @@ def read_layers(mlm: MLM, embeddings: torch.Tensor, text: TextInputs, layers: Se
 
 @dataclass(eq=False)
 class Prefix:
-    """The cache of B prompts up to their last image token, P tokens padded on the right.
-
-    keys_values: per layer the keys and the values (B, G, P, D); mask (B, P) bool, False on padding; next_position (B,): the
-    position of the first token after the prefix."""
+    """The cache of B prompts up to their last image token, P tokens padded on the right. keys_values: per layer the keys and the
+    values (B, G, P, D); mask (B, P) bool, False on padding; next_position (B,): the position of the first token after the
+    prefix."""
 
     keys_values: list[tuple[torch.Tensor, torch.Tensor]]
     mask: torch.Tensor
@@ -112,10 +110,9 @@ def prefill(mlm: MLM, embeddings: torch.Tensor, text: TextInputs) -> Prefix:
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive tokens of one question: `owner` is the question's number, `row` its prompt.
-
-    offset: tokens between the end of the prefix and this piece. Pieces of one owner see each other in order; a piece with a
-    `branch` other than 0 (an answer option) sees branch 0 and itself."""
+    """Consecutive tokens of one question: `owner` is the question's number, `row` its prompt. offset: tokens between the end of
+    the prefix and this piece. Pieces of one owner see each other in order; a piece with a `branch` other than 0 (an answer
+    option) sees branch 0 and itself."""
 
     row: int
     owner: int
@@ -159,11 +156,9 @@ class Continuation:
         return torch.cat([output.last_hidden_state[place] for place in places])
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(tokens, vocabulary) float32 of last hidden states (tokens, C).
-
-        ModelError where one is not finite: a NaN has a largest logit as well, and its token would pass for an answer."""
-        logits = self.mlm.model.lm_head(hidden).float()
-        if logits.isfinite().all():
+        """(tokens, vocabulary) float32 of last hidden states (tokens, C). ModelError where one is not finite: a NaN has a largest
+        logit as well, and its token would pass for an answer."""
+        if (logits := self.mlm.model.lm_head(hidden).float()).isfinite().all():
             return logits
         raise not_finite(self.mlm, f"logits that are not finite, first because of {self._first_not_finite()}")
 

@@ -70,12 +70,10 @@ class TokenLayout:
         return replace(self, **{name: getattr(self, name)[np.asarray(index)] for name in names})
 
     def token_labels(self, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Class of every token: the majority of the pixels in its rectangle (see `pixel_sums`), `VOID` pixels left out.
-
-        mask (H, W) int. Returns labels (N,) int64 (-1: newline, padding, or only void pixels; the smaller class on a tie)
-        and coverage (N,) float64, the share of the rectangle's pixels that carry the label."""
-        mask = np.asarray(mask)
-        if mask.shape != self.image_size[::-1]:
+        """Class of every token: the majority of the pixels in its rectangle (see `pixel_sums`), `VOID` pixels left out. mask (H,
+        W) int. Returns labels (N,) int64 (-1: newline, padding, or only void pixels; the smaller class on a tie) and coverage
+        (N,) float64, the share of the rectangle's pixels that carry the label."""
+        if (mask := np.asarray(mask)).shape != self.image_size[::-1]:
             raise DataError(f"the mask must be (H, W) = {self.image_size[::-1]} like its image, not {mask.shape}")
         labels, coverage = np.full(len(self), -1), np.zeros(len(self))
         seen = np.flatnonzero(self._areas() > 0)
@@ -97,9 +95,8 @@ class TokenLayout:
         return sums[y1, x1] - sums[y0, x1] - sums[y1, x0] + sums[y0, x0], (x1 - x0) * (y1 - y0)
 
     def token_at(self, points: np.ndarray, view: str | None = None) -> np.ndarray:
-        """(K,) index of the token of the finest (or given) view under each point.
-
-        points (K, 2) x, y in image pixels, clipped to the image; what no token sees (a rim that no patch covers) goes to the nearest."""
+        """(K,) index of the token of the finest (or given) view under each point. points (K, 2) x, y in image pixels, clipped to
+        the image; what no token sees (a rim that no patch covers) goes to the nearest."""
         points = check_points(points)
         index, ys, xs = self._grid(view)
         row = _interval_at(ys, np.clip(points[:, 1], 0, self.image_size[1] - 1e-9))
@@ -108,8 +105,7 @@ class TokenLayout:
 
     def to_pixels(self, scores: torch.Tensor, view: str | None = None) -> torch.Tensor:
         """Token scores (..., N) -> pixel scores (..., H, W): bilinear between centres, constant beyond."""
-        scores = torch.as_tensor(scores)
-        if scores.shape[-1] != len(self):
+        if (scores := torch.as_tensor(scores)).shape[-1] != len(self):
             raise ParameterError(f"scores must end in N = {len(self)}, not {tuple(scores.shape)}")
         dtype = scores.dtype if scores.dtype in (torch.float32, torch.float64) else torch.float32
         index, ys, xs = self._grid(view)
@@ -171,18 +167,16 @@ def tiling(mlm, image_size: tuple[int, int]) -> tuple[int, int]:
 
 
 def pack_crops(mlm, crops: list[torch.Tensor], image_sizes: list[tuple[int, int]], newline: torch.Tensor) -> list[torch.Tensor]:
-    """The model's own unpadding, shrinking and newline insertion, for any features of the LLaVA families.
-
-    crops: per image (P, g*g, C), base view first; image_sizes (W, H); newline (C,). Returns per image (N, C)."""
+    """The model's own unpadding, shrinking and newline insertion, for any features of the LLaVA families. crops: per image (P,
+    g*g, C), base view first; image_sizes (W, H); newline (C,). Returns per image (N, C)."""
     option = "vision_aspect_ratio" if mlm.family == "llava_onevision" else "vision_feature_select_strategy"
     options, sizes = {option: getattr(mlm.model.config, option)}, [(height, width) for width, height in image_sizes]
     return list(mlm.model.model.pack_image_features(crops, sizes, image_newline=newline, **options)[0])
 
 
 def build_layout(mlm, image_size: tuple[int, int], grid: tuple[int, int] | None = None) -> TokenLayout:
-    """Layout of one image of `image_size` (W, H), with slots 0..N-1.
-
-    grid: (rows, columns) of merged patches of Qwen2.5-VL, as its image processor chose them."""
+    """Layout of one image of `image_size` (W, H), with slots 0..N-1. grid: (rows, columns) of merged patches of Qwen2.5-VL, as
+    its image processor chose them."""
     if mlm.family == "qwen2_5_vl":
         edges = [np.linspace(0, size, count + 1) for size, count in zip(image_size, grid[::-1], strict=True)]
         intervals = {BASE: [np.stack([ends[:-1], ends[1:]], axis=1) for ends in edges]}
@@ -196,8 +190,7 @@ def build_layout(mlm, image_size: tuple[int, int], grid: tuple[int, int] | None 
     square = _cells(g, g)
     crops = [square, *(square + [i * g, j * g] for i, j in np.ndindex(tall // side, wide // side))]
     coordinates = torch.from_numpy(np.stack(crops).astype(np.float64))
-    newline = torch.full((2,), float("nan"), dtype=torch.float64)
-    tiles = pack_crops(mlm, [coordinates], [image_size], newline)[0].numpy()[g * g :]
+    tiles = pack_crops(mlm, [coordinates], [image_size], torch.full((2,), torch.nan, dtype=torch.float64))[0].numpy()[g * g :]
 
     starts = np.arange(g)[:, None] * patch + [0, patch]  # of a picture squashed or padded to `side`; a rim may be unseen
     seen = [max(image_size)] * 2 if mlm.pad_to_square else image_size
@@ -224,11 +217,10 @@ def _cells(rows: int, columns: int) -> np.ndarray:
 
 
 def _tile_intervals(centers, g: int, patch: int, side: int, canvas: int, resized: int, size: int) -> np.ndarray:
-    """(n, 2) intervals in image pixels along one axis of the tile grid.
-
-    centers: patch coordinates on the padded canvas, fractional where the model shrank the grid; every token nominally
-    covers the spacing around its centre. The last pixels of a tile may belong to no patch. resized: of `canvas` pixels those
-    that show the image, with its aspect kept; size: of the image."""
+    """(n, 2) intervals in image pixels along one axis of the tile grid. centers: patch coordinates on the padded canvas,
+    fractional where the model shrank the grid; every token nominally covers the spacing around its centre. The last pixels of a
+    tile may belong to no patch. resized: of `canvas` pixels those that show the image, with its aspect kept; size: of the
+    image."""
     centers = np.asarray(centers, dtype=np.float64)
     spacing = (centers[-1] - centers[0]) / (len(centers) - 1) if len(centers) > 1 else 1.0
     low, high = (np.round(centers + 0.5 + half, 6) for half in (-spacing / 2, spacing / 2))  # interpolated coordinates are not exact
@@ -262,8 +254,7 @@ def check_mlm(mlm, sizes: tuple[int, ...] = (), pictures: Sequence[tuple[int, in
     found, expected = (len(layers), widths), (mlm.num_layers, {mlm.num_kv_heads * mlm.head_dim})
     if found != expected:
         wrong.append(f"decoder layers, and width of keys and values: the configuration says {expected}, found {found}")
-    ids = mlm.tokenizer(token, add_special_tokens=False)["input_ids"]
-    if ids != [mlm.image_token_id]:
+    if (ids := mlm.tokenizer(token, add_special_tokens=False)["input_ids"]) != [mlm.image_token_id]:
         wrong.append(f"image token {token!r}: the configuration says id {mlm.image_token_id}, the tokenizer makes {ids}")
     for size in pictures:
         batch = mlm.processor(images=[Image.new("RGB", size)], text=[token], return_tensors="pt")

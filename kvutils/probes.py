@@ -38,10 +38,9 @@ class ConvergenceError(KVUtilsError):
 
 @dataclass
 class LinearProbe:
-    """A fitted probe per source; S stands for the leading dimensions of the fitted X (none, one or several).
-
-    K' is 1 for two classes (one logit, positive for class 1), else num_classes. weight applies to standardised features. A
-    class without training rows has bias -inf. loss is F (see the module) at the solution."""
+    """A fitted probe per source; S stands for the leading dimensions of the fitted X (none, one or several). K' is 1 for two
+    classes (one logit, positive for class 1), else num_classes. weight applies to standardised features. A class without training
+    rows has bias -inf. loss is F (see the module) at the solution."""
 
     weight: Tensor  # (S, K', C)
     bias: Tensor  # (S, K')
@@ -121,8 +120,7 @@ def fit_linear_probe(X: Tensor, y: Tensor, num_classes: int = 2, strength: float
     dtype = torch.float64 if X.dtype == torch.float64 else torch.float32
 
     def rows(name: str, value: Tensor) -> Tensor:
-        value = torch.as_tensor(value, device=X.device)
-        if value.shape not in ((N,), (*lead, N)):
+        if (value := torch.as_tensor(value, device=X.device)).shape not in ((N,), (*lead, N)):
             raise ParameterError(f"fit_linear_probe: expected {name} of shape {(N,)} or {(*lead, N)}, found {tuple(value.shape)}")
         return value.expand(*lead, N).reshape(-1, N)
 
@@ -159,10 +157,9 @@ def fit_linear_probe(X: Tensor, y: Tensor, num_classes: int = 2, strength: float
 
 
 def _standardise(X: Tensor, keep: Tensor | None, dtype: torch.dtype, first: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Standardised rows with a column of ones (S, N, C+1), mean and std (S, C); X (S, N, C), keep (S, N) bool or None.
-
-    One source at a time: passes over one source stay in the cache and need little scratch space, where passes over all
-    sources would cost as much as the optimisation."""
+    """Standardised rows with a column of ones (S, N, C+1), mean and std (S, C); X (S, N, C), keep (S, N) bool or None. One source
+    at a time: passes over one source stay in the cache and need little scratch space, where passes over all sources would cost as
+    much as the optimisation."""
     S, N, C = X.shape
     A, mean, std = (X.new_empty(shape, dtype=dtype) for shape in ((S, N, C + 1), (S, C), (S, C)))
     scratch, share, eps = A.new_empty(N, C), A.new_full((1, N), 1 / N), torch.finfo(dtype).eps
@@ -226,8 +223,7 @@ def _fit_chunk(X: Tensor, onehot: Tensor, s: Tensor, keep: Tensor | None, streng
             trial = point + move
             data, state = model(trial[..., P:])
             trial_loss = data + (trial[..., :P].square() * (ridge / 2)).sum((1, 2))
-            worse = trial_loss > loss * (1 + 8 * eps)
-            if not worse.any():
+            if not (worse := trial_loss > loss * (1 + 8 * eps)).any():
                 break
             step = torch.where(worse[:, None, None], step * 0.25, step)  # Newton overshot in its direction
         point, loss = trial, trial_loss
@@ -239,10 +235,9 @@ def _fit_chunk(X: Tensor, onehot: Tensor, s: Tensor, keep: Tensor | None, streng
 
 
 def _factorise(A: Tensor, curvature: Tensor, ridge: Tensor, evenly: bool) -> Tensor:
-    """Cholesky factor (S, P, P) of about A' diag(curvature) A + diag(ridge); A (S, N, P), curvature (S, N).
-
-    Only some rows enter: every n-th while all have about the same curvature (evenly), else those with most of it, for late
-    in the optimisation a few rows near the boundary carry nearly all."""
+    """Cholesky factor (S, P, P) of about A' diag(curvature) A + diag(ridge); A (S, N, P), curvature (S, N). Only some rows enter:
+    every n-th while all have about the same curvature (evenly), else those with most of it, for late in the optimisation a few
+    rows near the boundary carry nearly all."""
     S, N, P = A.shape
     count, index = min(N, ROWS_PER_CHANNEL * P), None
     if evenly:

@@ -67,20 +67,17 @@ _AS_TEXT = """\
 
 
 def load_processor(source: str | Path, family: str, revision: str = "main"):
-    """Processor of a checkpoint, by explicit class: of an unknown one `AutoProcessor` gives the tokenizer.
-
-    Images are resized as the checkpoint was made: by torchvision for published ones if it is installed, by PIL for
-    processors saved by this project (so that its results do not depend on what else is installed). What older folders do
-    not say is read from the configuration, a chat template that is not there from the tokenizer."""
+    """Processor of a checkpoint, by explicit class: of an unknown one `AutoProcessor` gives the tokenizer. Images are resized as
+    the checkpoint was made: by torchvision for published ones if it is installed, by PIL for processors saved by this project (so
+    that its results do not depend on what else is installed). What older folders do not say is read from the configuration, a
+    chat template that is not there from the tokenizer."""
     published, image_only, pil_class = _CLASSES[family]
     settings, _ = image_only.get_processor_dict(source, revision=revision)
-    ours = settings.get("processor_class", "").startswith("ImageOnly")
-    if not ours and find_spec("torchvision") is not None:
+    if not settings.get("processor_class", "").startswith("ImageOnly") and find_spec("torchvision") is not None:
         processor = published.from_pretrained(source, revision=revision)
     else:
-        image_processor = pil_class.from_pretrained(source, revision=revision)
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-        processor = image_only.from_args_and_dict([image_processor, tokenizer], settings)
+        parts = [each.from_pretrained(source, revision=revision) for each in (pil_class, AutoTokenizer)]
+        processor = image_only.from_args_and_dict(parts, settings)
     for name, value in _told_by(AutoConfig.from_pretrained(source, revision=revision)).items():
         if settings.get(name) is None:
             setattr(processor, name, value)

@@ -25,9 +25,8 @@ class TextInputs:
 
 
 def prepare_text(mlm: MLM, prompts: Sequence[str], vision: VisionInputs, images_only: bool = True) -> TextInputs:
-    """Tokenise prompts and place the layouts' slots; images belong to the prompts' image tokens in order.
-
-    images_only ends every sequence after its last image token: attention is causal, so what follows cannot change image tokens."""
+    """Tokenise prompts and place the layouts' slots; images belong to the prompts' image tokens in order. images_only ends every
+    sequence after its last image token: attention is causal, so what follows cannot change image tokens."""
     token, rows, first = mlm.processor.image_token, [], 0
     for prompt in prompts:
         head, *tails = prompt.split(token)
@@ -61,10 +60,8 @@ def tokenize(mlm: MLM, text: str) -> list[int]:
 
 def pad(mlm: MLM, rows: list[torch.Tensor]) -> TextInputs:
     """Rows of token ids, padded on the right (left padding would rotate the keys), with the positions of a text."""
-    filler = mlm.tokenizer.pad_token_id or 0
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=filler)
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(mlm.device)
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=mlm.tokenizer.pad_token_id or 0)
+    mask = (torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])).long().to(mlm.device)
     return TextInputs(ids.to(mlm.device), mask, (mask.cumsum(-1) - 1).clamp(min=0))
 
 
@@ -104,9 +101,8 @@ class PromptTokens:
         return self._heads[images]
 
     def tail(self, question: str, images: int) -> list[int]:
-        """Token ids behind the last image of the whole prompt with this question.
-
-        ParameterError where the prompt up to there is not what every other question shares."""
+        """Token ids behind the last image of the whole prompt with this question. ParameterError where the prompt up to there is
+        not what every other question shares."""
         if not isinstance(question, str) or not question.strip():
             raise ParameterError(f"a question must be a text of at least one word, not {question!r}")
         if (question, images) not in self._prompts:
@@ -119,10 +115,9 @@ class PromptTokens:
         return self._prompts[question, images]
 
     def options(self, options: Options) -> dict[str, list[list[int]]]:
-        """Label -> token ids of each spelling, as the model would begin its turn with them.
-
-        options: texts, or label -> spellings. Spellings with equal tokens count once, those with tokens unknown to the
-        model not at all; ParameterError where an option has no other."""
+        """Label -> token ids of each spelling, as the model would begin its turn with them. options: texts, or label ->
+        spellings. Spellings with equal tokens count once, those with tokens unknown to the model not at all; ParameterError where
+        an option has no other."""
         texts = [] if isinstance(options, str) else [one for one in options or () if isinstance(one, str)]
         if not texts or len(set(texts)) < len(options):
             raise ParameterError(f"options must be a list of different texts, at least one, not {options!r}")
@@ -131,8 +126,7 @@ class PromptTokens:
         for label, text in ((label, text) for label, spellings in spelled.items() for text in spellings):
             if text not in self._spelled:
                 self._spelled[text] = self.mlm.tokenizer(text, add_special_tokens=False)["input_ids"]
-            ids = self._spelled[text]
-            if ids and ids not in found[label] and (unknown is None or unknown not in ids):
+            if (ids := self._spelled[text]) and ids not in found[label] and (unknown is None or unknown not in ids):
                 found[label].append(ids)
         if lacking := [label for label, spellings in found.items() if not spellings]:
             raise ParameterError(f"the option {lacking[0]!r} has no tokens that {self.mlm.name} knows")

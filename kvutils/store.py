@@ -63,9 +63,8 @@ def need_writable(folder: Path, how: str) -> None:
 
 
 def plain(value: object, digits: int | None = None, where: str = "the value") -> object:
-    """`value` in JSON's own types: arrays become lists, NaN (undefined) None; floats with so many significant `digits`.
-
-    Raises `StoreError` that names the entry for infinities and types that JSON does not have."""
+    """`value` in JSON's own types: arrays become lists, NaN (undefined) None; floats with so many significant `digits`. Raises
+    `StoreError` that names the entry for infinities and types that JSON does not have."""
     if isinstance(value, torch.Tensor | np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, float) and math.isinf(value):
@@ -167,8 +166,7 @@ def code_version() -> str:
     """16 hex digits of the code that measures, the same under every Python; mending comments, docstrings, layout costs no measurement."""
     found = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
-        name = path.relative_to(PACKAGE).as_posix()
-        if not name.startswith(NOT_MEASURING):
+        if not (name := path.relative_to(PACKAGE).as_posix()).startswith(NOT_MEASURING):
             found.update(f"{name}\0{_meaning(ast.parse(path.read_text(encoding='utf-8'), name))}\0".encode())
     return found.hexdigest()[:16]
 
@@ -231,15 +229,13 @@ class Parts:
 
     def load(self, key: str) -> object:
         """What was saved under `key`; `StoreError` if it is not finished."""
-        found = self._read(key)
-        if found is None:
+        if (found := self._read(key)) is None:
             raise StoreError(f"part {key!r} is not finished in {self.folder}: compute and save it first.")
         value, self.seconds[key] = found
         return value
 
     def _read(self, key: str) -> tuple[object, float] | None:
-        path = self.path(key)
-        if not path.exists():
+        if not (path := self.path(key)).exists():
             return None
         try:
             content = path.read_bytes()  # once: another process may put a new file in its place meanwhile
@@ -254,7 +250,6 @@ class Parts:
 
     def make_all(self, jobs: Sequence[tuple[str, Callable[[], object]]]) -> Iterator[object]:
         """The parts of all jobs (key, compute), in order, as the files hold them: a resumed run goes on from the same values.
-
         Processes that run the same jobs in this folder share them: a part is computed by the one that locks it first, and while
         one waits for a part of another it computes those that come later. The operating system gives back the lock of a process
         that dies, so its part is computed by another."""
@@ -303,10 +298,9 @@ def _checksum(tensors: Mapping[str, torch.Tensor], value: object) -> str:
 
 def in_chunks(parts: Parts | None, name: str, items: Sequence, compute: Callable[[list], object], size: int, depends: object = (),
               *, of: Callable[[object], object] = lambda item: item.id, unit: str = "sample", progress: bool = True) -> Iterator:
-    """`compute(some)` for `size` items at a time, in order: the long work of every task.
-
-    With `parts`, finished chunks are kept under `name` and all that they depend on, `depends` and `of(item)` of their items (both
-    JSON-able): a run that was stopped goes on, and several processes share the chunks. unit: an item, beside the progress bar."""
+    """`compute(some)` for `size` items at a time, in order: the long work of every task. With `parts`, finished chunks are kept
+    under `name` and all that they depend on, `depends` and `of(item)` of their items (both JSON-able): a run that was stopped
+    goes on, and several processes share the chunks. unit: an item, beside the progress bar."""
     at_least("chunk", size)
     jobs, starts = [], range(0, len(items), size)
     for start in starts:

@@ -1,6 +1,5 @@
 """Pictures -> pixels -> what the vision tower and the projector make of them: the one vision pass that feeds everything."""
 
-import contextlib
 import itertools
 import logging
 import math
@@ -11,6 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from accelerate.utils import align_module_device
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from PIL import Image
 from tqdm import tqdm
@@ -49,9 +49,8 @@ def in_batches(run: Callable[[Sequence[T]], list[R]], items: Iterable[T], batch_
 
 
 def in_halves(run: Callable[[Sequence[T]], list[R]], items: Sequence[T]) -> list[R]:
-    """run(items), one result per item; where memory does not suffice, the results of its halves, one after the other.
-
-    A smaller batch may change a result's last bits (as another GPU does): it is logged. MemoryLimitError where one item does not fit."""
+    """run(items), one result per item; where memory does not suffice, the results of its halves, one after the other. A smaller
+    batch may change a result's last bits (as another GPU does): it is logged. MemoryLimitError where one item does not fit."""
     try:
         return run(items)
     except RuntimeError as error:
@@ -71,11 +70,9 @@ def in_halves(run: Callable[[Sequence[T]], list[R]], items: Sequence[T]) -> list
 
 @dataclass
 class VisionInputs:
-    """Preprocessed images, on the model's device.
-
-    pixels: LLaVA families (crops of all images, 3, S, S), the base view of an image first; Qwen2.5-VL (patches of all
-    images, patch values). layouts: one per image; `prepare_text` places their slots. crops: crops per image (LLaVA).
-    grids (n, 3): temporal, rows and columns of unmerged patches (Qwen)."""
+    """Preprocessed images, on the model's device. pixels: LLaVA families (crops of all images, 3, S, S), the base view of an
+    image first; Qwen2.5-VL (patches of all images, patch values). layouts: one per image; `prepare_text` places their slots.
+    crops: crops per image (LLaVA). grids (n, 3): temporal, rows and columns of unmerged patches (Qwen)."""
 
     pixels: torch.Tensor
     layouts: list[TokenLayout]
@@ -145,12 +142,11 @@ def _within(mlm: MLM, image: Image.Image) -> BatchFeature:
 
 
 def encode_images(mlm: MLM, vision: VisionInputs) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The vision pass. Per image, on its token grid: tower features (N, C_v) and projector output (N, C_h).
-
-    The tower features are what the projector reads: the configured feature layer, unpadded, shrunk and packed like the
-    tokens (newline rows are zeros). Qwen2.5-VL merges 2x2 patches in its projector: its tower features are the mean of
-    each 2x2 group, in image order (the tower itself works in window order)."""
-    with _awake(mlm.model.model):
+    """The vision pass. Per image, on its token grid: tower features (N, C_v) and projector output (N, C_h). The tower features
+    are what the projector reads: the configured feature layer, unpadded, shrunk and packed like the tokens (newline rows are
+    zeros). Qwen2.5-VL merges 2x2 patches in its projector: its tower features are the mean of each 2x2 group, in image order (the
+    tower itself works in window order)."""
+    with align_module_device(mlm.model.model):  # as in `forward`: offloaded, `image_newline` is read without going through it
         states, projected = (_encode_qwen if mlm.family == QWEN else _encode_llava)(mlm, vision)
     for layout, tower, tokens in zip(vision.layouts, states, projected, strict=True):
         if not len(layout) == len(tower) == len(tokens):
@@ -200,15 +196,3 @@ def _encode_qwen(mlm: MLM, vision: VisionInputs) -> tuple[list[torch.Tensor], li
 def compact(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A compact copy: a view would keep the features of the whole batch alive."""
     return tensor.to(device, copy=True, memory_format=torch.contiguous_format)
-
-
-@contextlib.contextmanager
-def _awake(module: torch.nn.Module) -> Iterator[None]:
-    """A module's own offloaded weights, as in `forward`: `get_image_features` reads `image_newline` without going through it."""
-    if hook := getattr(module, "_hf_hook", None):
-        hook.pre_forward(module)
-    try:
-        yield
-    finally:
-        if hook:
-            hook.post_forward(module, None)

@@ -64,8 +64,7 @@ def reproduce(panel: Panel, origin: Panel, state: Mapping) -> str:
     code = "\n".join(lines)
     used = {name: room for name, room in IMPORTS.items() if f"{name}(" in code or f"{name}." in code}
     plain = {"kv": "import kvutils as kv", "torch": "import torch"}
-    imports = [plain.get(name, f"from kvutils.{room} import {name}") for name, room in used.items()]
-    return "\n".join([*imports, "", code, ""])
+    return "\n".join([*(plain.get(name, f"from kvutils.{room} import {name}") for name, room in used.items()), "", code, ""])
 
 
 def _given(variable: str, panel: Panel) -> str:

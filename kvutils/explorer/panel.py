@@ -89,8 +89,7 @@ class Panel:
         except ModelError:
             able = False
         more = {"layers": list(self.extractor.layers), "heads": self.mlm.num_kv_heads}
-        none = dict.fromkeys(more)
-        sources = [{"name": source, "label": LABELS[source]} | (more if source in LAYERED else none) for source in self.sources]
+        sources = [{"name": each, "label": LABELS[each]} | (more if each in LAYERED else dict.fromkeys(more)) for each in self.sources]
         width, height = self.picture.size
         return {"model": f"{self.mlm.name} ({self.mlm.revision})", "width": width, "height": height, "tokens": len(self.layout), "sources": sources,
                 "heads": self.mlm.num_heads, "layers": self.mlm.num_layers, "interventions": able, "can_ask": able}  # fmt: skip
@@ -122,8 +121,7 @@ class Panel:
     def directions(self, source: str, layer: int | None = None, head: int | None = None) -> torch.Tensor:
         """(N, C) centred tokens of unit length; the mean is that of the finest view, which the tasks read. Raises ModelError for NaN."""
         def make() -> torch.Tensor:
-            tokens = self.tokens(source, layer, head)
-            if not tokens.isfinite().all():
+            if not (tokens := self.tokens(source, layer, head)).isfinite().all():
                 raise not_finite(self.mlm, f"{LABELS[source]} of this picture that are not finite{'' if layer is None else f' in layer {layer}'}")
             return directions(tokens, torch.from_numpy(image_tokens(self.layout)).to(tokens.device))
 
@@ -238,8 +236,7 @@ class Panel:
             raise ParameterError(f"share must be a number above 0 and at most 1, not {share!r}")
         found = torch.zeros(len(layers), self.mlm.num_kv_heads, len(real), dtype=torch.bool)
         if kind == "agnostic":
-            limit = variance_threshold(self.variance[..., real], self.mlm.name)["value"]
-            found = ((self.variance < limit) & real)[list(layers)]
+            found = ((self.variance < variance_threshold(self.variance[..., real], self.mlm.name)["value"]) & real)[list(layers)]
         elif kind == "lowest":
             found = select_lowest(self.variance, real, share, layers).mask
         elif kind == "random":

@@ -101,8 +101,7 @@ class Explorer(anywidget.AnyWidget):
         for other in [each for each in _HOLDING if each is not self]:
             other._close({})
         _HOLDING.add(self)
-        given = [params or {}, *([buffers] if op == "picture" else [])]
-        return in_halves(lambda _: [getattr(self, f"_{op}")(*given)], [op])[0]
+        return in_halves(lambda _: [getattr(self, f"_{op}")(params or {}, *([buffers] if op == "picture" else []))], [op])[0]
 
     def _receive(self, content: Mapping, buffers: Sequence) -> None:
         """Answer a message of the browser, whatever happens."""

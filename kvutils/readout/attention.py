@@ -54,8 +54,7 @@ def attention_mass(mlm: MLM, images: Iterable[ImageLike], questions: Sequence[st
                 raise ParameterError(f"the chat template of {mlm.name} does not put the question {question!r} behind the image")
         return [(_received(mlm, vision, texts, end), len(batch) * len(questions))]
 
-    found = list(over_images(run, images, batch_size, progress=False))
-    if not found:
+    if not (found := list(over_images(run, images, batch_size))):
         raise DataError("a mean over images needs images, found none")
     return sum(mass for mass, _ in found) / sum(count for _, count in found)
 
@@ -72,10 +71,9 @@ def prompt_saliency(mlm: MLM, image: ImageLike, question: str = QUESTION) -> tup
 @torch.no_grad()
 def token_attention(session: SessionBatch, ids: Sequence[int], block: KeySelection | None = None) -> torch.Tensor:
     """(L, H, N) float32 on the CPU: attention weight (0..1) of the last of `ids` on every image token of a session's one prompt.
-
-    ids: text behind the image, such as `session.tokens.tail(question, 1)` and tokens of the answer. The image is not read again, and
-    of the text only the weights of this one token are kept. block: image keys hidden from the text. Raises ParameterError for a closed
-    session and for no ids, ModelError for weights that are not finite."""
+    ids: text behind the image, such as `session.tokens.tail(question, 1)` and tokens of the answer. The image is not read again,
+    and of the text only the weights of this one token are kept. block: image keys hidden from the text. Raises ParameterError for
+    a closed session and for no ids, ModelError for weights that are not finite."""
     if not len(ids):
         raise ParameterError("attention needs the tokens of at least one word behind the image, found none")
     mlm, slots = session.mlm, torch.from_numpy(session.slots[0])
@@ -111,10 +109,9 @@ def _finite(mlm: MLM, weights: torch.Tensor) -> torch.Tensor:
 
 
 def _received(mlm: MLM, vision: VisionInputs, texts: Sequence[TextInputs], end: int) -> torch.Tensor:
-    """(L, G, N) the mean weight of the queries from `end` on, on the image tokens, summed over all sequences of the texts.
-
-    What lies before `end`, alike in all texts, is read once with the model's own attention; only the rest runs with eager
-    attention, the only backend that returns its weights, so no T x T map is ever held."""
+    """(L, G, N) the mean weight of the queries from `end` on, on the image tokens, summed over all sequences of the texts. What
+    lies before `end`, alike in all texts, is read once with the model's own attention; only the rest runs with eager attention,
+    the only backend that returns its weights, so no T x T map is ever held."""
     language_model, cache, first = mlm.model.model.language_model, DynamicCache(), texts[0]
     columns = torch.from_numpy(vision.layouts[0].slots)
     mass = torch.zeros(mlm.num_layers, mlm.num_kv_heads, len(columns), dtype=torch.float64)
@@ -124,12 +121,10 @@ def _received(mlm: MLM, vision: VisionInputs, texts: Sequence[TextInputs], end: 
 
     def record(row: torch.Tensor, module, args, output) -> None:
         weights = output[1]  # (B, H, queries, keys)
-        received = weights[..., columns.to(weights.device)].double().mean(2)
-        row.add_(received.unflatten(1, (len(row), -1)).mean(2).sum(0).cpu())
+        row.add_(weights[..., columns.to(weights.device)].double().mean(2).unflatten(1, (len(row), -1)).mean(2).sum(0).cpu())
 
     run(embed(mlm, first.input_ids[:, :end], encode_images(mlm, vision)[1]), first.position_ids[..., :end], cache)
     with _weights_shown(mlm, mass, record):
         for text in texts:
-            embeddings = mlm.model.get_input_embeddings()(text.input_ids[:, end:])
-            run(embeddings, text.position_ids[..., end:], copy.deepcopy(cache))
+            run(mlm.model.get_input_embeddings()(text.input_ids[:, end:]), text.position_ids[..., end:], copy.deepcopy(cache))
     return _finite(mlm, mass)

@@ -15,11 +15,10 @@ ELBOW = 0.975  # k grows while the inertia falls below this share of the one bef
 
 
 def cluster_tokens(tokens: Sequence[np.ndarray], n_init: int = 10, seed: int = 0) -> tuple[list[np.ndarray], list[float]]:
-    """Joint k-means of the L2-normalised tokens (N_i, C) of all images of a group, whose grids may differ: labels (N_i,) int per image,
-    and inertias, the mean squared distance with 1, 2, ... clusters, as many as labels.
-
-    k grows from 1 until inertia(k) > ELBOW * inertia(k - 1), at most MAX_CLUSTERS; that last k is the one used, as in the
-    reference. scikit-learn's k-means, of n_init starts per k, stands in for faiss, so labels are not bit-identical."""
+    """Joint k-means of the L2-normalised tokens (N_i, C) of all images of a group, whose grids may differ: labels (N_i,) int per
+    image, and inertias, the mean squared distance with 1, 2, ... clusters, as many as labels. k grows from 1 until inertia(k) >
+    ELBOW * inertia(k - 1), at most MAX_CLUSTERS; that last k is the one used, as in the reference. scikit-learn's k-means, of
+    n_init starts per k, stands in for faiss, so labels are not bit-identical."""
     points = normalize(np.concatenate(tokens).astype(np.float32))
     limit = min(MAX_CLUSTERS, len(np.unique(points[:MANY], axis=0)))
     if limit < MAX_CLUSTERS:  # hardly ever: sorting all points would cost as much as the clusters
@@ -36,10 +35,9 @@ def cluster_tokens(tokens: Sequence[np.ndarray], n_init: int = 10, seed: int = 0
 
 def salient_clusters(labels: Sequence[np.ndarray], saliency: Sequence[np.ndarray], num_clusters: int,
                      threshold: float = 0.065, percentage: float = 75) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """(votes (num_clusters,), indices of salient clusters). labels, saliency: (N_i,) per image.
-
-    An image votes for a cluster if its tokens there have a mean saliency above the threshold; a cluster absent from the
-    image gets no vote. Salient: votes >= ceil(images * percentage / 100)."""
+    """(votes (num_clusters,), indices of salient clusters). labels, saliency: (N_i,) per image. An image votes for a cluster if
+    its tokens there have a mean saliency above the threshold; a cluster absent from the image gets no vote. Salient: votes >=
+    ceil(images * percentage / 100)."""
     votes = np.zeros(num_clusters)
     for image_labels, image_saliency in zip(labels, saliency, strict=True):
         for cluster in np.unique(image_labels):
@@ -49,10 +47,9 @@ def salient_clusters(labels: Sequence[np.ndarray], saliency: Sequence[np.ndarray
 
 def oracle_clusters(labels: Sequence[np.ndarray], foreground: Sequence[np.ndarray], pixels: Sequence[np.ndarray],
                     num_clusters: int) -> tuple[np.ndarray, float]:  # fmt: skip
-    """(indices of the best union of clusters, its mean Jaccard over images): the upper bound of any choice.
-
-    labels (N_i,) per image; foreground, pixels (N_i,) true foreground and annotated pixels, or shares of the pixels, in each
-    token. All unions are tried. Two empty masks score 1."""
+    """(indices of the best union of clusters, its mean Jaccard over images): the upper bound of any choice. labels (N_i,) per
+    image; foreground, pixels (N_i,) true foreground and annotated pixels, or shares of the pixels, in each token. All unions are
+    tried. Two empty masks score 1."""
     inside, area = (np.stack([np.bincount(c, w, num_clusters) for c, w in zip(labels, weights, strict=True)]) for weights in (foreground, pixels))
     chosen = (np.arange(2**num_clusters)[:, None] >> np.arange(num_clusters)) & 1  # (unions, clusters)
     intersection = chosen @ inside.T

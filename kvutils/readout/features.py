@@ -48,10 +48,9 @@ Opener = Callable[[], Image.Image]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageFeatures:
-    """One image: the full grid of its finest view, no newlines, no padding; features: source -> (N, C).
-
-    device: where stacks are made, so that a GPU computes with features that the main memory holds. not_finite: sources that
-    the model itself filled with NaN or Inf; zeros stand in for them, and a task counts them as without a score."""
+    """One image: the full grid of its finest view, no newlines, no padding; features: source -> (N, C). device: where stacks are
+    made, so that a GPU computes with features that the main memory holds. not_finite: sources that the model itself filled with
+    NaN or Inf; zeros stand in for them, and a task counts them as without a score."""
 
     layout: TokenLayout
     features: dict[str, torch.Tensor]
@@ -75,9 +74,8 @@ class ImageFeatures:
         return torch.stack([self.features[source][tokens].to(self.device).float() for source in sources])
 
     def by_width(self, sources: Iterable[str], rows: int = 0) -> list[list[str]]:
-        """The sources in groups of equal C, each of which can be stacked; order is kept within a group.
-
-        rows: tokens, of all images together, that will be stacked per source; a group has at most `STACK_BYTES` then."""
+        """The sources in groups of equal C, each of which can be stacked; order is kept within a group. rows: tokens, of all
+        images together, that will be stacked per source; a group has at most `STACK_BYTES` then."""
         groups: dict[int, list[str]] = {}
         for source in sources:
             one_of("source", source, self.features)
@@ -114,8 +112,7 @@ def token_means(layout: TokenLayout, planes: np.ndarray) -> np.ndarray:
 def pixel_features(layout: TokenLayout, image: Image.Image) -> torch.Tensor:
     """(N, 5) mean red, green, blue and the centre's x, y, all in -1..1."""
     colour = token_means(layout, np.asarray(image)) / 127.5 - 1
-    position = 2 * layout.centers / np.array(layout.image_size) - 1
-    return torch.from_numpy(np.concatenate([colour, position], axis=1))
+    return torch.from_numpy(np.concatenate([colour, 2 * layout.centers / np.array(layout.image_size) - 1], axis=1))
 
 
 class FeatureExtractor:
@@ -185,8 +182,7 @@ class FeatureExtractor:
 
     def saliency(self, item: Item, question: str = QUESTION) -> torch.Tensor:
         """(N,) float32 attention of the last prompt token, scaled to 0..1 over the image's tokens (0 if constant)."""
-        key = f"{picture_key(item[1])} {question!r}"
-        if key not in self._saliency:
+        if (key := f"{picture_key(item[1])} {question!r}") not in self._saliency:
             layout, attention = prompt_saliency(self.mlm, item[1], question)
             attention = attention[torch.from_numpy(image_tokens(layout))]
             low, high = attention.min(), attention.max()
@@ -246,8 +242,7 @@ class FeatureExtractor:
 
     def _place(self) -> torch.device:
         """Where the next features live."""
-        device = self.mlm.device
-        if device.type != "cuda":
+        if (device := self.mlm.device).type != "cuda":
             return device
         total = torch.cuda.get_device_properties(device).total_memory
         return device if torch.cuda.memory_allocated(device) < FULL * total else torch.device("cpu")

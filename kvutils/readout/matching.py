@@ -30,10 +30,9 @@ def match_nearest(source: Tensor, target: Tensor) -> Tensor:
 
 
 def soft_argmax(similarity: Tensor, centers: Tensor, temperature: float, radius: float) -> Tensor:
-    """(..., K, 2) expected position under softmax(similarity / temperature); ours, beside the hard match.
-
-    similarity (..., K, N), centers (N, 2) x, y of the tokens. Only tokens within `radius` pixels of the most similar one
-    count, which keeps a second, distant mode from pulling the point between the two."""
+    """(..., K, 2) expected position under softmax(similarity / temperature); ours, beside the hard match. similarity (..., K, N),
+    centers (N, 2) x, y of the tokens. Only tokens within `radius` pixels of the most similar one count, which keeps a second,
+    distant mode from pulling the point between the two."""
     centers = centers.to(similarity)
     best = centers[similarity.argmax(dim=-1)]  # (..., K, 2)
     far = (best.unsqueeze(-2) - centers).norm(dim=-1) > radius
@@ -48,24 +47,21 @@ def restrict_neighborhood(h: int, w: int, radius: int, device: torch.device | No
 
 
 def propagate_step(cosine: Tensor, labels: Tensor, neighborhood: Tensor, topk: int = 5, temperature: float = 0.1) -> Tensor:
-    """(..., N, K) soft labels of one frame, as DINO's label_propagation.
-
-    cosine (..., N, n * N) of its tokens with those of n earlier frames, overwritten; labels (..., n, N, K) of these. Weights are
-    exp(cosine / temperature), zero outside the neighbourhood; each target token keeps its topk largest over *all* context
-    frames together (ties with the last are kept too) and takes the weighted mean of their labels."""
+    """(..., N, K) soft labels of one frame, as DINO's label_propagation. cosine (..., N, n * N) of its tokens with those of n
+    earlier frames, overwritten; labels (..., n, N, K) of these. Weights are exp(cosine / temperature), zero outside the
+    neighbourhood; each target token keeps its topk largest over *all* context frames together (ties with the last are kept too)
+    and takes the weighted mean of their labels."""
     frames, cells = labels.shape[-3:-1]
     affinity = cosine.div_(temperature).exp_()
     affinity.unflatten(-1, (frames, cells)).mul_(neighborhood.unsqueeze(1))
-    smallest = affinity.topk(min(topk, frames * cells), dim=-1).values[..., -1:]
-    affinity.masked_fill_(affinity < smallest, 0)
+    affinity.masked_fill_(affinity < affinity.topk(min(topk, frames * cells), dim=-1).values[..., -1:], 0)
     affinity /= affinity.sum(dim=-1, keepdim=True)
     return affinity @ labels.flatten(-3, -2).to(affinity)
 
 
 def norm_mask(labels: Tensor) -> Tensor:
-    """Soft labels (..., K, h, w) stretched to 0..1 per channel, as DINO's norm_mask.
-
-    Channels that are constant stay as they are (DINO divides 0 by 0 where the constant is positive)."""
+    """Soft labels (..., K, h, w) stretched to 0..1 per channel, as DINO's norm_mask. Channels that are constant stay as they are
+    (DINO divides 0 by 0 where the constant is positive)."""
     low, high = labels.amin(dim=(-2, -1), keepdim=True), labels.amax(dim=(-2, -1), keepdim=True)
     varies = (high > 0) & (high > low)
     return (labels - low.where(varies, 0)).div_((high - low).clamp_min(1e-38).where(varies, 1))

@@ -100,11 +100,10 @@ def select_same_positions(like: KeySelection, layers: Iterable[int]) -> KeySelec
 
 
 def select_random_matched_mass(like: KeySelection, mass: torch.Tensor, real: torch.Tensor, seed: int) -> KeySelection:
-    """Random keys that receive as much attention as those of `like`, however many that takes.
-
-    mass (L, G, N), as from `attention_mass`, of the layers of `like`. In each layer and head keys are drawn one by one, and the draw ends
-    where its mass is closest to that of `like`; of 16 draws the closest is taken. `selected_mass` of both says how close that is: where
-    few keys receive most of the attention it may not be."""
+    """Random keys that receive as much attention as those of `like`, however many that takes. mass (L, G, N), as from
+    `attention_mass`, of the layers of `like`. In each layer and head keys are drawn one by one, and the draw ends where its mass
+    is closest to that of `like`; of 16 draws the closest is taken. `selected_mass` of both says how close that is: where few keys
+    receive most of the attention it may not be."""
     places, random, weights = np.flatnonzero(real), np.random.default_rng(seed), mass.numpy()
 
     def choose(place: tuple[int, ...], target: float) -> np.ndarray:

@@ -59,8 +59,7 @@ class SiglipText:
         caption = self.template.format(text.removeprefix("the "))
         length = self.model.config.max_position_embeddings
         tokens = self.tokenizer([caption], padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        ids = tokens["input_ids"].to(self.model.device)
-        return normalize(self.model(input_ids=ids).pooler_output[0].float(), dim=-1).cpu()
+        return normalize(self.model(input_ids=tokens["input_ids"].to(self.model.device)).pooler_output[0].float(), dim=-1).cpu()
 
 
 def load_siglip_text(name: str, device: str | torch.device = "cpu") -> SiglipText:
@@ -68,8 +67,7 @@ def load_siglip_text(name: str, device: str | torch.device = "cpu") -> SiglipTex
     source = ENCODERS[name].source if name in ENCODERS else name
     try:
         with quiet_transformers():
-            kind = AutoConfig.from_pretrained(source).model_type
-            if kind != "siglip":
+            if (kind := AutoConfig.from_pretrained(source).model_type) != "siglip":
                 raise ModelError(f"{name}: {source} is a {kind!r}, not a SigLIP pair of two towers")
             tokenizer = AutoTokenizer.from_pretrained(source)  # before the weights: it may need packages that are not there
             # Whole: for the text tower alone, every weight of the other would be reported as unexpected.
@@ -103,8 +101,7 @@ def text_values(mlm: MLM, texts: Sequence[str], layers: str | int | Iterable[int
     layers, before = resolve_layers(mlm, layers), list(start_tokens(mlm) if behind is None else behind)
     result = torch.empty(len(texts), len(layers), mlm.num_kv_heads, mlm.head_dim)
     for start in range(0, len(texts), batch_size):
-        rows = [torch.tensor(before + words_of(mlm, text)) for text in texts[start : start + batch_size]]
-        read = pad(mlm, rows)
+        read = pad(mlm, [torch.tensor(before + words_of(mlm, text)) for text in texts[start : start + batch_size]])
         weight = read.attention_mask.float()
         weight[:, : len(before)] = 0
         weight = weight / weight.sum(1, keepdim=True)
@@ -114,8 +111,7 @@ def text_values(mlm: MLM, texts: Sequence[str], layers: str | int | Iterable[int
             result[start : start + len(mean), position] = mean.cpu()
 
         read_layers(mlm, mlm.model.get_input_embeddings()(read.input_ids), read, layers, store)
-    broken = (~result.isfinite()).any(-1).any(-1).nonzero()  # (text, layer): scores with NaN would pass for a map
-    if len(broken):
+    if len(broken := (~result.isfinite()).any(-1).any(-1).nonzero()):  # (text, layer): scores with NaN would pass for a map
         first = broken[broken[:, 1].argmin()].tolist()
         raise not_finite(mlm, f"values of the text {texts[first[0]]!r} that are not finite in layer {layers[first[1]]}, the first of them")
     return result
@@ -136,8 +132,7 @@ def words_of(mlm: MLM, text: str) -> list[int]:
 
 def vocabulary_of(mlm: MLM) -> tuple[str, ...]:
     """The names whose mean vector is subtracted: `COCO_NAMES`, or, where the tokenizer lacks some, those of `POCKET_NAMES` it knows."""
-    unknown = mlm.tokenizer.unk_token_id
-    known = {name for name in (*COCO_NAMES, *POCKET_NAMES) if unknown not in words_of(mlm, name)}
+    known = {name for name in (*COCO_NAMES, *POCKET_NAMES) if mlm.tokenizer.unk_token_id not in words_of(mlm, name)}
     return COCO_NAMES if known.issuperset(COCO_NAMES) else tuple(name for name in POCKET_NAMES if name in known)
 
 
@@ -157,8 +152,7 @@ class TextAlignment:
             self.sources.append("encoder_original")
             # The finetuned tower can use the original head only if it is the same kind of tower.
             own = mlm.model.config.vision_config
-            width = getattr(own, "hidden_size", None)
-            if own.model_type == "siglip_vision_model" and width == encoder.model.config.hidden_size:
+            if own.model_type == "siglip_vision_model" and own.hidden_size == encoder.model.config.hidden_size:
                 self.sources.append("encoder")
         self.sources.append("projector")
         # A tower that is cut before the last layer (26 of 27 in LLaVA-OneVision) has no state that the head was trained on.
