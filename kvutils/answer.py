@@ -24,7 +24,7 @@ from kvutils.keys import KeySelection
 from kvutils.language import Continuation, Piece, Prefix, check_masks, embed, prefill
 from kvutils.layout import TokenLayout
 from kvutils.models import MLM, need_mlm
-from kvutils.prompts import Options, PromptTokens, end_tokens, for_all, per_question, prepare_text
+from kvutils.prompts import Options, PromptTokens, end_tokens, for_all, prepare_text
 from kvutils.vision import VisionInputs, encode_images, in_batches, prepare_images
 
 Pictures = ImageLike | Sequence[ImageLike]  # of one prompt
@@ -157,8 +157,11 @@ class SessionBatch(contextlib.AbstractContextManager):
         if single or len(questions) != len(self._layouts):
             raise ParameterError(f"expected a list of at least one question for each of {len(self._layouts)} prompts, not {questions!r}; "
                                  "a single question is [question]")  # fmt: skip
+        options = [[options] * len(texts) for texts in questions] if for_all(options) else options
+        if (counts := list(map(len, questions))) != (found := list(map(len, options))):
+            raise ParameterError(f"expected options for {counts} questions (of each prompt), found {found}")
         asked = []
-        for row, (texts, choices) in enumerate(zip(questions, per_question(options, questions), strict=True)):
+        for row, (texts, choices) in enumerate(zip(questions, options, strict=True)):
             images = len(self._layouts[row])
             for text, choice in zip(texts, choices, strict=True):
                 spelled = {} if choice is None else self.tokens.options(choice)

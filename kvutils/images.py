@@ -17,9 +17,8 @@ MAX_PIXELS = 100_000_000  # larger files are refused before they are decoded (de
 # What Pillow's decoders raise on bad data, and Python on a value of another kind than expected.
 MALFORMED = (OSError, SyntaxError, EOFError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError,
              struct.error, zlib.error, Image.DecompressionBombError)  # fmt: skip
-_UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-            5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-            8: Image.Transpose.ROTATE_90}  # fmt: skip
+_UPRIGHT = {orientation: Image.Transpose[turn] for orientation, turn in enumerate(
+    ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"), start=2)}  # fmt: skip
 
 
 def open_image(image: ImageLike, name: str = "image", max_pixels: int = MAX_PIXELS) -> Image.Image:

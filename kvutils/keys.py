@@ -44,9 +44,8 @@ class KeyVariance:
     sum_norms: torch.Tensor | None = None  # (...) float64, over images: of the norm
 
     def __repr__(self) -> str:
-        if not self.count:
-            return "KeyVariance(no image yet)"
-        return f"KeyVariance(images: {self.count}, keys {tuple(self.mean.shape)}, mean variance {self.result.mean():.4g})"
+        about = f"images: {self.count}, keys {tuple(self.mean.shape)}, mean variance {self.result.mean():.4g}" if self.count else "no image yet"
+        return f"KeyVariance({about})"
 
     def update(self, keys: torch.Tensor) -> KeyVariance:
         """Add B images and return itself. keys: (B, ..., D), any float type, every call the same (..., D). Raises DataError for
@@ -179,8 +178,7 @@ class KeySelection:
         object.__setattr__(self, "layers", tuple(int(layer) for layer in layers))
 
     def __repr__(self) -> str:
-        _, heads, tokens = self.mask.shape
-        chosen = f"{int(self.mask.sum())} of {self.mask.numel()} keys"
+        (_, heads, tokens), chosen = self.mask.shape, f"{int(self.mask.sum())} of {self.mask.numel()} keys"
         return f"KeySelection({self.name!r}: {chosen}, layers {list(self.layers)}, {heads} heads, {tokens} tokens)"
 
     def restrict(self, layers: Iterable[int]) -> KeySelection:

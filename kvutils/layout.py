@@ -47,8 +47,7 @@ class TokenLayout:
         return len(self.slots)
 
     def __repr__(self) -> str:
-        grids = ", ".join(f"{name} {rows}x{columns}" for name, (rows, columns) in self.grids.items())
-        width, height = self.image_size
+        (width, height), grids = self.image_size, ", ".join(f"{name} {rows}x{columns}" for name, (rows, columns) in self.grids.items())
         return f"TokenLayout({len(self)} image tokens of a {width}x{height} picture: {grids}, {self.is_newline.sum()} newlines)"
 
     @property

@@ -139,13 +139,3 @@ class PromptTokens:
 def for_all(options) -> bool:
     """Whether these are one question's options, meant for every question, and not options of each."""
     return options is None or isinstance(options, str | Mapping) or not options or isinstance(options[0], str)
-
-
-def per_question(options, questions: Sequence[Sequence[str]]) -> Sequence[Sequence[Options | None]]:
-    """options[row][i] of questions[row][i]; ParameterError where their numbers differ."""
-    if for_all(options):
-        return [[options] * len(texts) for texts in questions]
-    counts, found = [len(texts) for texts in questions], [len(choices) for choices in options]
-    if counts != found:
-        raise ParameterError(f"expected options for {counts} questions (of each prompt), found {found}")
-    return options

@@ -88,14 +88,10 @@ def prepare_images(mlm: MLM, images: Sequence[Image.Image], names: Sequence[str]
         raise ParameterError("pad_to_square is of the base view alone: set base_view_only too")
     if mlm.family == QWEN:
         return _prepare_qwen(mlm, list(images), names or [f"images[{index}]" for index in range(len(images))])
-    return _prepare_llava(mlm, list(images))
-
-
-def _prepare_llava(mlm: MLM, images: list[Image.Image]) -> VisionInputs:
     side = mlm.model.config.vision_config.image_size
     # With one square resolution there is one tile to cut, and to drop: the base view is the same either way.
     processor, options = mlm.processor.image_processor, {"image_grid_pinpoints": [[side, side]]} if mlm.base_view_only else {}
-    shown = [_padded(image, processor.image_mean) for image in images] if mlm.pad_to_square else images
+    shown = [_padded(image, processor.image_mean) for image in images] if mlm.pad_to_square else list(images)
     batch = processor(images=shown, return_tensors="pt", **options)
     crops = [1 + (tall // side) * (wide // side) for tall, wide in (tiling(mlm, image.size) for image in images)]
     pixels = torch.cat([views[:count] for views, count in zip(batch["pixel_values"], crops, strict=True)])

@@ -98,8 +98,7 @@ def _selection(panel: Panel, asked: Mapping) -> list[str]:
         "random": [f"mask[..., : max(1, round({asked.get('share')} * int(real.sum())))] = True  # only their number counts",
                    f'mask = select_random(kv.KeySelection("random", mask, layers), real, {asked.get("seed")}).mask'],
         "region": [f"mask = kv.select_region(mlm, layout, {asked['box']}, layers).mask" if asked.get("box") is not None
-                   else f"mask[..., {asked.get('tokens')}] = True"],
-    }[kind]  # fmt: skip
+                   else f"mask[..., {asked.get('tokens')}] = True"]}[kind]  # fmt: skip
     if heads is not None:
         lines.append(f"mask[:, {[head for head in range(panel.mlm.num_kv_heads) if head not in heads]}] = False  # the other key-value heads")
     return [*lines, f"selection = kv.KeySelection({kind!r}, mask, layers)"]

@@ -73,9 +73,7 @@ def token_attention(session: SessionBatch, ids: Sequence[int], block: KeySelecti
     """(L, H, N) float32 on the CPU: attention weight (0..1) of the last of `ids` on every image token of a session's one prompt.
     ids: text behind the image, such as `session.tokens.tail(question, 1)` and tokens of the answer. The image is not read again,
     and of the text only the weights of this one token are kept. block: image keys hidden from the text. Raises ParameterError for
-    a closed session and for no ids, ModelError for weights that are not finite."""
-    if not len(ids):
-        raise ParameterError("attention needs the tokens of at least one word behind the image, found none")
+    a closed session, ModelError for weights that are not finite."""
     mlm, slots = session.mlm, torch.from_numpy(session.slots[0])
     weights = torch.empty(mlm.num_layers, mlm.num_heads, len(slots))
 

@@ -128,7 +128,9 @@ class FeatureExtractor:
                  memory_bytes: int | None = None, vocabulary: Sequence[str] | None = None):  # fmt: skip
         self.mlm, self.untrained, self.encoder_original = mlm, untrained, encoder_original
         self.layers, self.keys = resolve_layers(mlm, layers), keys
-        self.memory_bytes = _free(mlm.device) // 3 if memory_bytes is None else memory_bytes
+        free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        free += torch.cuda.mem_get_info(mlm.device)[0] if mlm.device.type == "cuda" else 0
+        self.memory_bytes = free // 3 if memory_bytes is None else memory_bytes
         self.alignment = TextAlignment(mlm, self.layers, untrained, encoder_original, encoder_text, vocabulary)
         self._memory: OrderedDict[str, ImageFeatures] = OrderedDict()
         self._held = 0
@@ -199,7 +201,10 @@ class FeatureExtractor:
             self._memory.clear()
             self._held = 0
             whole, found = self._read(name, key, image, prefix, wanted)
-        tokens, place, features, not_finite = image_tokens(whole), self._place(), {}, set()
+        place = device = self.mlm.device
+        if device.type == "cuda" and torch.cuda.memory_allocated(device) >= FULL * torch.cuda.get_device_properties(device).total_memory:
+            place = torch.device("cpu")
+        tokens, features, not_finite = image_tokens(whole), {}, set()
         layout, index = whole.select(tokens), torch.from_numpy(tokens)
         for source in (each for each in (*self.sources, *HEADS) if each in wanted):
             if source == "pixels":
@@ -240,13 +245,6 @@ class FeatureExtractor:
             (found[source],) = encode_prepared(self.encoder_original, self.mlm, vision, [image], **about)
         return vision.layouts[0], found
 
-    def _place(self) -> torch.device:
-        """Where the next features live."""
-        if (device := self.mlm.device).type != "cuda":
-            return device
-        total = torch.cuda.get_device_properties(device).total_memory
-        return device if torch.cuda.memory_allocated(device) < FULL * total else torch.device("cpu")
-
 
 def _rows(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """(N, C) of the tokens of an index, compact, from (tokens, C) or (G, tokens, D)."""
@@ -262,9 +260,3 @@ def _finite(tokens: torch.Tensor) -> bool:
 def picture_key(image: Image.Image) -> str:
     """Name of a picture: of its pixels, whatever file or sample they come from."""
     return hashlib.sha256(f"{image.mode}{image.size}".encode() + image.tobytes()).hexdigest()[:32]
-
-
-def _free(device: torch.device) -> int:
-    """Bytes of main memory for this process of all that share it, and of its GPU."""
-    main = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return main + (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0)

@@ -7,7 +7,6 @@ import torch
 from PIL import Image
 from sklearn.decomposition import PCA
 
-from kvutils.errors import one_of
 from kvutils.images import encode_image
 from kvutils.layout import TokenLayout, check_points
 from kvutils.readout.features import FeatureExtractor, ImageFeatures
@@ -44,7 +43,6 @@ def directions(tokens: torch.Tensor, over: torch.Tensor | slice = slice(None)) -
 
 def similarity_to_point(features: ImageFeatures, source: str, point: tuple[float, float]) -> np.ndarray:
     """(N,) cosine similarity of every token of a source to the token under a point (x, y in image pixels), centred as in `directions`."""
-    one_of("source", source, features.features)
     tokens = directions(features.features[source].cpu())
     return (tokens @ tokens[int(features.layout.token_at(check_points(point, features.layout.image_size))[0])]).numpy()
 
