@@ -184,12 +184,10 @@ class Panel:
         before = one(None, None)[1] if prefix or block else None
         answer, found = one(prefix, selection)
         behind = self.session(prefix).tokens.tail(question, 1)
-        self.asked = {"question": question, "options": options, "prefix": prefix, "block": block, "selection": selection,
-                      "ids": [*behind, *answer.tokens]}  # fmt: skip
-        for key in [each for each in self._kept if each[0] == "attention"]:
-            del self._kept[key]
-        words = [{"index": index, "text": self.mlm.tokenizer.decode([token]), "answer": index >= len(behind)}
-                 for index, token in enumerate(self.asked["ids"])]  # fmt: skip
+        ids = [*behind, *answer.tokens]
+        self.asked = {"question": question, "options": options, "prefix": prefix, "block": block, "selection": selection, "ids": ids}
+        self._kept = OrderedDict((key, each) for key, each in self._kept.items() if key[0] != "attention")
+        words = [{"index": i, "text": self.mlm.tokenizer.decode([each]), "answer": i >= len(behind)} for i, each in enumerate(ids)]
         return found | {"words": words, "before": before}
 
     def attention(self, word: int, layer: int | None = None, head: int | None = None) -> np.ndarray:

@@ -40,8 +40,7 @@ def variance_threshold(variance: torch.Tensor, model: str | None = None) -> dict
     one, two = (GaussianMixture(k, n_init=3, random_state=0).fit(points) for k in (1, 2))
     order = two.means_[:, 0].argsort()
     means, spread, shares = two.means_[order, 0], two.covariances_[order, 0, 0], two.weights_[order]
-    distance = float((means[1] - means[0]) / np.sqrt(spread.mean()))
-    grid = np.linspace(*means, 1001)
+    distance, grid = float((means[1] - means[0]) / np.sqrt(spread.mean())), np.linspace(*means, 1001)
     valley = int(two.score_samples(grid[:, None]).argmin())
     better, inside = two.bic(points) < one.bic(points), 0 < valley < len(grid) - 1
     two_modes = bool(better and distance > 2 and inside and shares.min() >= _SMALLEST)
