@@ -87,26 +87,24 @@ def _encoded(value: dict | None) -> bytes:
 def revision_of(repository: str) -> str:
     """The commit of a hub repository that is used: the one written down in `KVUTILS_DATA`/hub_revisions.json, else the
     present one (offline the one in the hub's cache), which is written down. Raises DataError where there is none of these."""
-    known = _revisions()
+    file, known = _revisions()
     if repository not in known:
         cached = _cached(repository) if constants.HF_HUB_OFFLINE else None
         known[repository] = cached.name if cached else ask_hub(repository, lambda: HfApi().dataset_info(repository).sha)
-        write_json(_revisions_file(), known)
+        write_json(file, known)
     return known[repository]
 
 
-def _revisions_file() -> Path:
-    return (data_root() or Path.home() / ".cache" / "kvutils") / "hub_revisions.json"
-
-
-def _revisions() -> dict[str, Any]:
-    return read_json(_revisions_file()) if _revisions_file().is_file() else {}
+def _revisions() -> tuple[Path, dict[str, Any]]:
+    """Where they are written down, and those that are."""
+    file = (data_root() or Path.home() / ".cache" / "kvutils") / "hub_revisions.json"
+    return file, read_json(file) if file.is_file() else {}
 
 
 def _cached(repository: str) -> Path | None:
     """The folder of the hub's cache with the revision that is used; None where there is none."""
     try:
-        return Path(snapshot_download(repository, repo_type="dataset", revision=_revisions().get(repository), local_files_only=True))
+        return Path(snapshot_download(repository, repo_type="dataset", revision=_revisions()[1].get(repository), local_files_only=True))
     except LocalEntryNotFoundError:
         return None
 

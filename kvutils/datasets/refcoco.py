@@ -92,9 +92,6 @@ def _mask(one: _Reference, picture: Picture) -> np.ndarray:
         return turn.mask(segmentation_mask(one.segmentation, one.size[1], one.size[0]).astype(np.uint8))
 
 
-# --- the toolkit's files -----------------------------------------------------------------------------------
-
-
 def _toolkit_references(root: str | Path, splits: Sequence[str], split_by: str) -> list[_Reference]:
     file = find("refcoco", Path(root) / "refcoco" / "instances.json", Path(root) / "instances.json")
     path = find("refcoco", file.parent / f"refs({split_by}).p")
@@ -155,9 +152,6 @@ def _reference(record: dict, annotation: Any, image: Any, category: Any, where: 
         segmentation = annotation["segmentation"]
         check_segmentation(segmentation, size[1], size[0])
     return _Reference(record["ref_id"], record["image_id"], file_name, size, segmentation, category, record["sentences"], where, picture)
-
-
-# --- copies of the hub's repositories ----------------------------------------------------------------------
 
 
 def _hub_references(root: str | Path, splits: Sequence[str], split_by: str) -> list[_Reference]:

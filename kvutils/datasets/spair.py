@@ -12,13 +12,11 @@ from tqdm import tqdm
 
 from kvutils.datasets.files import expect, find, limits, need, read_json, read_lines, reading, some_of
 from kvutils.datasets.labels import Picture, Turn
+from kvutils.datasets.pascal5i import CLASS_NAMES
 from kvutils.datasets.samples import KeypointPair
 from kvutils.errors import one_of
 
-CATEGORIES = (
-    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dog", "horse",
-    "motorbike", "person", "pottedplant", "sheep", "train", "tvmonitor",
-)  # fmt: skip
+CATEGORIES = tuple(name for name in CLASS_NAMES if name not in ("diningtable", "sofa"))  # those of VOC but two
 SPLITS, LAYOUTS = ("trn", "val", "test"), ("large", "small")
 _COLONS = (":", "_", "%3A")  # the colon of a file name, and what unzippers make of it
 

@@ -20,7 +20,9 @@ def binary_counts(predicted: torch.Tensor, mask: np.ndarray) -> np.ndarray:
     """(S, 4) I_background, I_foreground, U_background, U_foreground in pixels of predictions (S, H, W) bool.
 
     mask (H, W) of 0, 1 and void."""
-    valid, true = _annotated(mask, predicted.device)
+    flat = torch.from_numpy(np.require(mask, requirements=["C", "W"])).to(predicted.device).flatten()
+    valid = flat != VOID
+    true = (flat == 1)[valid]
     said = predicted.flatten(1)[:, valid]
     both = (said & true).sum(1)
     said, true, total = said.sum(1), true.sum(), valid.sum()
@@ -93,13 +95,6 @@ def _at_least(rows: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         return rows.shape[1] - torch.searchsorted(rows, scores)
     pairs = zip(rows.numpy(), scores.numpy(), strict=True)  # numpy makes use of it that the scores ascend, too
     return rows.shape[1] - torch.from_numpy(np.stack([np.searchsorted(*pair) for pair in pairs]))
-
-
-def _annotated(mask: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(H*W,) bool: is the pixel annotated; and (annotated pixels,) bool: is it foreground."""
-    flat = torch.from_numpy(np.require(mask, requirements=["C", "W"])).to(device).flatten()
-    valid = flat != VOID
-    return valid, (flat == 1)[valid]
 
 
 def class_counts(said: torch.Tensor, true: torch.Tensor, labels: range) -> np.ndarray:

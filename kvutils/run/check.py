@@ -59,7 +59,8 @@ def check_folder(folder: Path, figures: Path, without_pictures: bool = False) ->
     for name in names:
         try:
             if without_pictures:
-                take_pictures_out(folder / "items" / f"{name}.json")
+                content = read_json(file := folder / "items" / f"{name}.json")
+                write_text(file, to_json(content | {"shown": _greyed(content["shown"])}, sort=False))
             derived[name] = json.loads(to_json(items.derive(folder, name), digits=9))
             said, problems = _check_notebook(folder, name, derived[name])
             said.append(f"{len(plots.draw_all(folder, figures, name))} figures drawn")
@@ -195,9 +196,3 @@ def _greyed(value: object) -> object:
     if isinstance(value, str) and value.startswith("iVBORw0KGgo"):  # how a PNG begins in base64
         return encode_image(Image.new("RGB", Image.open(io.BytesIO(base64.b64decode(value))).size, "grey"))
     return value
-
-
-def take_pictures_out(file: Path) -> None:
-    """Put grey in place of every picture in a JSON of items: maps and overlays stay to be drawn."""
-    content = read_json(file)
-    write_text(file, to_json(content | {"shown": _greyed(content["shown"])}, sort=False))

@@ -278,8 +278,6 @@ def evenly(by_answer: dict[str, list], count: int) -> list:
     return [one for answer in sorted(by_answer) for one in by_answer[answer][:cap]]
 
 
-# --- several images, in BLINK's form ----------------------------------------------------------------------------------
-
 STYLE_MATCH = "which image has the same style as the first image ? (a) the second image (b) the third image"
 CLASS_MATCH = "which image shows the same thing as the first image ? (a) the second image (b) the third image"
 CORRESPONDENCE = "which point on the second image corresponds to the reference point ? (a) (b) (c) (d)"

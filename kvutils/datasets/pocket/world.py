@@ -85,7 +85,10 @@ def sample_scene(rng: np.random.Generator, kind: str = "mixed") -> Scene:
     things: list[Thing] = []
     count = 1 if kind == "portrait" else int(rng.choice((1, 2, 3, 4), p=(0.2, 0.3, 0.27, 0.23)))
     for _ in range(count):
-        cls = _sample_class(rng, things)
+        if things and rng.random() < 0.45:
+            cls = COMPANION[things[-1].cls] if rng.random() < 0.6 else things[-1].cls
+        else:
+            cls = int(rng.choice(len(CLASSES), p=CLASS_PRIOR))
         for _ in range(12):
             radius, margin = (rng.uniform(26, 36), 36.0) if kind == "portrait" else (rng.uniform(15, 28), 6.0)
             x, y = rng.uniform(margin, SIZE - margin, size=2)
@@ -96,13 +99,6 @@ def sample_scene(rng: np.random.Generator, kind: str = "mixed") -> Scene:
                 things.append(Thing(cls, colour, float(x), float(y), float(radius), angle, bool(rng.random() < 0.5)))
                 break
     return Scene(tuple(things), style, domain, int(rng.integers(2**31)))
-
-
-def _sample_class(rng: np.random.Generator, things: list[Thing]) -> int:
-    if things and rng.random() < 0.45:
-        last = things[-1].cls
-        return COMPANION[last] if rng.random() < 0.6 else last
-    return int(rng.choice(len(CLASSES), p=CLASS_PRIOR))
 
 
 def render(scene: Scene) -> Rendered:

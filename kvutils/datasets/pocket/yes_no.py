@@ -23,9 +23,6 @@ from kvutils.errors import at_least, one_of
 _POSITIVES, _NEGATIVES, _PAIRS = 1, 2, 3  # what a seed is for, beside the scene; pairs: and on
 
 
-# --- POPE --------------------------------------------------------------------------------------------------
-
-
 def pocket_pope(scenes: int = 600, split: str = "all", per_scene: int = 3, seed: int = SEED) -> list[YesNoSample]:
     """Twin of POPE: is there a thing of a class, with three kinds of negatives.
 
@@ -75,8 +72,6 @@ def _absent(facts: Facts) -> list[int]:
     return [cls for cls in range(len(CLASSES)) if cls not in seen]
 
 
-# --- MME ---------------------------------------------------------------------------------------------------
-
 # Subtask of MME -> the form of question (`kvutils.datasets.pocket.questions.KINDS`) that stands for it. MME counts by number ("are
 # there two dogs"); the pocket models know only yes-no questions that compare two counts. same_color, which compares the colours
 # of two things, is no subtask of MME and in none of its totals.
@@ -112,7 +107,7 @@ def pocket_mme(images: int = 300, split: str | Sequence[str] = "all", seed: int 
 
 def _pair(subtask: str, facts: Facts, seed: int, index: int) -> tuple[str, str] | None:
     """The true and the false question of a scene, or None where it does not allow them."""
-    return _PAIR_OF[subtask](facts, _random(seed, index, _PAIRS + list(MME_FORMS).index(subtask)))
+    return _PAIR_OF[subtask](facts, np.random.default_rng((seed, index, _PAIRS + list(MME_FORMS).index(subtask))))
 
 
 def _existence(facts: Facts, random: np.random.Generator) -> tuple[str, str] | None:
@@ -169,16 +164,9 @@ def _same_colour(facts: Facts, random: np.random.Generator) -> tuple[str, str] |
 _PAIR_OF = {"existence": _existence, "count": _count, "position": _position, "color": _colour, "same_color": _same_colour}
 
 
-def _random(*seed: int) -> np.random.Generator:
-    return np.random.default_rng(seed)
-
-
 def _draw(items: Sequence[int], seed: tuple[int, ...]) -> list[int]:
     """The items in random order."""
-    return [items[i] for i in _random(*seed).permutation(len(items))]
-
-
-# --- questions of every kind --------------------------------------------------------------------------------------------
+    return [items[i] for i in np.random.default_rng(seed).permutation(len(items))]
 
 
 def questions_of_every_kind(per_kind: int = 200, scenes: int = 1200, kinds: tuple[str, ...] = SCORED,
@@ -192,7 +180,7 @@ def questions_of_every_kind(per_kind: int = 200, scenes: int = 1200, kinds: tupl
         one_of("kind of question about one image", kind, SCORED)
     pictures, facts = [], []
     for index in range(scenes):
-        random = _random(seed, index)
+        random = np.random.default_rng((seed, index))
         scene = sample_scene(random, sample_kind(random))
         drawn = render(scene)
         pictures.append(Image.fromarray(drawn.image))
