@@ -12,7 +12,7 @@ from recipe.model import IMAGE_SLOTS, answer_logits, build_mlm, build_siglip, en
 from recipe.muon import Muon
 from recipe.packing import IGNORE, TOKEN, encode, pack, pixel_batch
 from recipe.pool import make_pool
-from recipe.samples import Sample, Sampler, ask_about_all
+from recipe.samples import KINDS, Sample, Sampler, ask_about_all
 from recipe.start import SHIPPED, add_places, load_places, match_words
 from recipe.symbolic import SymbolicImage, mark_loss, place_loss
 from recipe.tokenizer import build_pocket_processor
@@ -104,7 +104,7 @@ PLACES = (("left of", "car", "fish", "red"), ("above", "car", "fish", "red"),
 ])  # fmt: skip
 def test_answers_follow_from_the_facts(kind, expected):
     facts, rng = _facts(("fish", "red", 20, 20), ("car", "blue", 70, 70)), np.random.default_rng(0)
-    assert dict(found for _ in range(60) if (found := q.ask(facts, kind, rng))) == expected
+    assert dict(found for _ in range(60) if (found := q.ask(facts, kind, rng, KINDS))) == expected
 
 
 def test_lookups_ask_about_every_thing():

@@ -62,7 +62,7 @@ def quick_accuracy(mlm, sampler: Sampler, embed: Callable, slots: int, scenes: i
 
 def balanced_samples(pool: Pool, kind: str, count: int, seed: int) -> list[Sample]:
     """At least `count` questions of a kind if the scenes allow so many, answers balanced; one question per sample."""
-    if kind in q.SCORED:
+    if kind in q.KINDS:
         found = q.balanced_questions([pool.facts(row) for row in range(len(pool))], kind, count, seed)
         return [Sample([row], [(kind, question, answer)], [[]]) for row, question, answer in found]
     rng = np.random.default_rng((seed, len(kind), sum(map(ord, kind))))
@@ -111,9 +111,9 @@ def evaluate(mlm, pool: Pool, count: int = 1000, seed: int = 11, progress: bool 
     def embed(images):
         return image_embeddings(mlm, pixel_batch(pool, images).to(device))
 
-    samples = {kind: balanced_samples(pool, kind, count, seed) for kind in (*q.SCORED, *SEVERAL)}
+    samples = {kind: balanced_samples(pool, kind, count, seed) for kind in (*q.KINDS, *SEVERAL)}
     report = {}
-    for name, kinds in {"one image": q.SCORED, **{kind: (kind,) for kind in SEVERAL}}.items():
+    for name, kinds in {"one image": tuple(q.KINDS), **{kind: (kind,) for kind in SEVERAL}}.items():
         asked = [sample for kind in kinds for sample in samples[kind]]
         seen = _right(mlm, asked, embed, progress, name)
         blind = _right(mlm, _other_images(asked, seed), embed, progress, f"{name}, blind")

@@ -32,6 +32,33 @@ _NEUTRAL = (
 )
 
 
+def _caption(facts, rng):
+    """The present things from left to right."""
+    things = sorted(facts.present, key=lambda t: t[2])
+    named = " and ".join(f"a {COLOURS[t[1]]} {CLASSES[t[0]]}" for t in things) or "nothing"
+    return None if facts.partial else ("describe the image .", named)
+
+
+def _list_things(facts, question, values):
+    """"fish red , car blue" from left to right. The word behind a class is its colour (or side): one look from the
+    class word, at the class word. A question has the look and the answer at different tokens; without these lists
+    neither step was ever learned, and the model was content with a colour that is somewhere in view."""
+    things = sorted(q.unique(facts, 0), key=lambda t: t[2])
+    return (question, " , ".join(f"{CLASSES[t[0]]} {values(t)}" for t in things)) if things else None
+
+
+def _list_sides(facts, rng):
+    if rng.random() < 0.5:
+        return _list_things(facts, "are the things left or right ?", lambda t: "left" if t[2] < 48 else "right")
+    return _list_things(facts, "are the things top or bottom ?", lambda t: "top" if t[3] < 48 else "bottom")
+
+
+KINDS = q.KINDS | {  # and descriptions, of several words: trained on, not scored
+    "caption": _caption, "list_sides": _list_sides,
+    "list_colours": lambda facts, rng: _list_things(facts, "what colour are the things ?", lambda t: COLOURS[t[1]]),
+}  # fmt: skip
+
+
 @dataclass
 class Sample:
     """One sequence: pool rows of its images, marks to paint on each, words before, and (kind, question, answer) blocks.
@@ -51,7 +78,7 @@ def ask_about_all(facts: q.Facts, kind: str, rng: np.random.Generator) -> list[t
     Where the answers differ from thing to thing, the class (or colour) in the question must be found in the image:
     asked about one thing per scene, the model was content with a frequent answer for any thing in view."""
     if kind not in q.LOOKUPS:
-        found = q.ask(facts, kind, rng)
+        found = q.ask(facts, kind, rng, KINDS)
         return [found] if found else []
     found = q.LOOKUPS[kind](facts, rng)
     return [found[i] for i in rng.permutation(len(found))]
@@ -75,7 +102,7 @@ def single_image_sample(pool: Pool, row: int, rng: np.random.Generator, blocks: 
     facts = pool.facts(row)
     if rng.random() < 0.08:  # the question before the image, as many chats have it
         kind = str(rng.choice(list(MIX), p=_SHARES))
-        found = q.ask(facts, kind, rng)
+        found = q.ask(facts, kind, rng, KINDS)
         if found:
             return Sample([row], [(kind, *found)], [[]], question_first=True)
     words = prefix(facts, rng) if rng.random() < 0.25 else ""

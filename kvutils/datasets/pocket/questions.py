@@ -2,10 +2,10 @@
 
 Every question kind is balanced where it is drawn: yes and no equally often, negative classes in proportion to how
 frequent the class is (so that frequency does not give the answer away), and nothing is asked whose answer depends on
-a thing that is hardly visible. What only training needs (prefixes, hints) is in the recipe, data/pocket/recipe."""
+a thing that is hardly visible. What only training needs (descriptions, prefixes, hints) is in the recipe, data/pocket/recipe."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -198,27 +198,6 @@ def _hop_match(facts, rng):
     return f"what has the same colour as the {CLASSES[one[0]]} ?", CLASSES[other[0]]
 
 
-def _caption(facts, rng):
-    """The present things from left to right."""
-    things = sorted(facts.present, key=lambda t: t[2])
-    named = " and ".join(f"a {COLOURS[t[1]]} {CLASSES[t[0]]}" for t in things) or "nothing"
-    return None if facts.partial else ("describe the image .", named)
-
-
-def _list_things(facts, question, values):
-    """"fish red , car blue" from left to right. The word behind a class is its colour (or side): one look from the
-    class word, at the class word. A question has the look and the answer at different tokens; without these lists
-    neither step was ever learned, and the model was content with a colour that is somewhere in view."""
-    things = sorted(unique(facts, 0), key=lambda t: t[2])
-    return (question, " , ".join(f"{CLASSES[t[0]]} {values(t)}" for t in things)) if things else None
-
-
-def _list_sides(facts, rng):
-    if rng.random() < 0.5:
-        return _list_things(facts, "are the things left or right ?", lambda t: "left" if t[2] < 48 else "right")
-    return _list_things(facts, "are the things top or bottom ?", lambda t: "top" if t[3] < 48 else "bottom")
-
-
 # Kinds that look one thing up: every question of the kind that a scene allows.
 LOOKUPS = {"class": _classes, "colour": _colours, "position": _positions, "relation": _relations}
 KINDS = {
@@ -226,18 +205,14 @@ KINDS = {
     "count": _count, "count_class": _count_class, "style": lambda facts, rng: ("what style is the image ?", STYLES[facts.style]),
     "domain": lambda facts, rng: ("what is the light ?", DOMAINS[facts.domain]), "position": _positions,
     "relation": _relations, "hop_colour": _hop_colour, "hop_class": _hop_class, "hop_same": _hop_same, "hop_more": _hop_more,
-    "hop_match": _hop_match, "caption": _caption,
-    "list_colours": lambda facts, rng: _list_things(facts, "what colour are the things ?", lambda t: COLOURS[t[1]]),
-    "list_sides": _list_sides,
+    "hop_match": _hop_match,
 }  # fmt: skip
-DESCRIPTIONS = ("caption", "list_colours", "list_sides")  # several words: trained on, not scored
-SCORED = tuple(kind for kind in KINDS if kind not in DESCRIPTIONS)
 
 
-def ask(facts: Facts, kind: str, rng: np.random.Generator, tries: int = 4) -> tuple[str, str] | None:
+def ask(facts: Facts, kind: str, rng: np.random.Generator, kinds: Mapping = KINDS) -> tuple[str, str] | None:
     """One (question, answer) of a kind, or None when the scene does not allow it."""
-    for _ in range(tries):
-        found = KINDS[kind](facts, rng)
+    for _ in range(4):
+        found = kinds[kind](facts, rng)
         if kind in LOOKUPS:
             found = pick(rng, found) if found else None
         if found is not None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from kvutils.datasets.files import limits
 from kvutils.datasets.mme import mme_subtasks
-from kvutils.datasets.pocket.questions import MARGIN, OF, SCORED, SIDES, Facts, balanced_questions, facts_of, offset, pick, unique
+from kvutils.datasets.pocket.questions import KINDS, MARGIN, OF, SIDES, Facts, balanced_questions, facts_of, offset, pick, unique
 from kvutils.datasets.pocket.sets import SEED, PocketScene, describe_scene, pocket_scene, tries
 from kvutils.datasets.pocket.shapes import CLASSES, PLURALS
 from kvutils.datasets.pocket.world import CLASS_PRIOR, COLOURS, render, sample_kind, sample_scene
@@ -169,7 +169,7 @@ def _draw(items: Sequence[int], seed: tuple[int, ...]) -> list[int]:
     return [items[i] for i in np.random.default_rng(seed).permutation(len(items))]
 
 
-def questions_of_every_kind(per_kind: int = 200, scenes: int = 1200, kinds: tuple[str, ...] = SCORED,
+def questions_of_every_kind(per_kind: int = 200, scenes: int = 1200, kinds: tuple[str, ...] = tuple(KINDS),
                             seed: int = SEED) -> list[Question]:  # fmt: skip
     """About `per_kind` questions of each kind, every answer equally often as far as `scenes` scenes allow.
 
@@ -177,7 +177,7 @@ def questions_of_every_kind(per_kind: int = 200, scenes: int = 1200, kinds: tupl
     options of a kind are its answers. Raises ParameterError for sizes below 1 and unknown kinds."""
     limits(per_kind=per_kind, scenes=scenes)
     for kind in kinds:
-        one_of("kind of question about one image", kind, SCORED)
+        one_of("kind of question about one image", kind, KINDS)
     pictures, facts = [], []
     for index in range(scenes):
         random = np.random.default_rng((seed, index))
