@@ -20,13 +20,12 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from kvutils.checkpoints import MODELS, NEXT, ONEVISION, QWEN, base_name
-from kvutils.datasets.pocket.questions import WORDS
 from kvutils.errors import ModelError, one_of
 from kvutils.models import MLM, Encoder, wrap_mlm
 from kvutils.processors import ImageOnlyLlavaOnevisionProcessor, ImageOnlyQwen2_5_VLProcessor, quiet_transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data" / "pocket"))
-from recipe.tokenizer import build_word_tokenizer
+from recipe.tokenizer import WORDS, build_word_tokenizer
 
 # width of the MLP, vocabulary, tied word embeddings; layers, heads and head dimension are those of `MODELS`
 _TEXT: dict[str, tuple[int, int, bool]] = {

@@ -11,10 +11,10 @@ import torch
 from recipe.packing import encode, pack
 from recipe.pool import make_pool
 from recipe.samples import Sampler
+from recipe.tokenizer import WORDS
 
 from kvutils.answer import SessionBatch
 from kvutils.datasets import open_dataset
-from kvutils.datasets.pocket import questions as q
 from kvutils.datasets.pocket import sets as pocket
 from kvutils.datasets.pocket.choices import SUBTASKS
 from kvutils.datasets.pocket.world import draw_mark
@@ -39,7 +39,7 @@ def items():
 
 @pytest.fixture(scope="module")
 def mlm():
-    return tiny_models.tiny_pocket(words=list(q.WORDS))
+    return tiny_models.tiny_pocket(words=list(WORDS))
 
 
 def test_items_are_whole_balanced_and_independent(items):
@@ -187,7 +187,7 @@ def test_readouts_are_those_of_a_plain_full_prompt(items, mlm):
 
 
 def test_every_source_is_read_and_no_more_depends_on_the_other_images_than_should(items, mlm):
-    controls = {"encoder_original": tiny_models.tiny_siglip(), "untrained": tiny_models.tiny_pocket(seed=1, words=list(q.WORDS))}
+    controls = {"encoder_original": tiny_models.tiny_siglip(), "untrained": tiny_models.tiny_pocket(seed=1, words=list(WORDS))}
     # The candidates of two items exchanged against the same reference: their scores change places where images are alone.
     item = items[0]
     turned = replace(item, id="turned", images=(item.images[0], item.images[2], item.images[1]))
@@ -491,7 +491,7 @@ def test_results_and_figures_need_only_the_items(items, redraw, tmp_path):
 @pytest.mark.parametrize("family", [*tiny_models.FAMILIES])
 def test_every_family_reads_items_in_their_official_form(family):
     """Photographs of different sizes, options "(A)" or "A", several images as base views or as grids of their own."""
-    mlm = tiny_models.tiny(family, words=list(q.WORDS))
+    mlm = tiny_models.tiny(family, words=list(WORDS))
     pictures = [tiny_models.picture(*size) for size in ((50, 40), (40, 60), (64, 48))]
     about = {"question": "which image ?", "prompt": "which image ? (A) (B)", "options": ("(A)", "(B)"), "choices": ("A", "B")}
     style = MultipleChoice(id="s", subtask="Art_Style", images=tuple(pictures), answer="(B)", group="s", **about)

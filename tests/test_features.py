@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from recipe.tokenizer import WORDS as POCKET_WORDS
 from recipe.tokenizer import build_word_tokenizer
 from sentencepiece import SentencePieceTrainer
 from torch.nn.functional import normalize
 from transformers import SiglipConfig, SiglipModel, SiglipTextConfig
 from transformers.utils import import_utils
 
-from kvutils.datasets.pocket import questions as q
 from kvutils.datasets.pocket.shapes import CLASSES
 from kvutils.datasets.refcoco import CATEGORIES
 from kvutils.datasets.samples import KeypointPair
@@ -290,7 +290,7 @@ def test_published_tokenizers_spell_the_vocabulary(published, family):
 
 def test_the_vocabulary_is_that_of_the_model_and_never_of_the_data():
     assert list(COCO_NAMES) == list(CATEGORIES.values()) and POCKET_NAMES == CLASSES
-    assert vocabulary_of(tiny_pocket(words=list(q.WORDS))) == POCKET_NAMES
+    assert vocabulary_of(tiny_pocket(words=list(POCKET_WORDS))) == POCKET_NAMES
     spelled = tiny_pocket(words=[*WORDS, *" ".join(COCO_NAMES).split()])
     assert vocabulary_of(spelled) == COCO_NAMES
     own, other = FeatureExtractor(spelled), FeatureExtractor(spelled, vocabulary=["cat", "dog"])

@@ -14,12 +14,12 @@ import rehearse
 import torch
 from architectures import architecture, random_mlm
 from PIL import Image
+from recipe.tokenizer import WORDS
 
 from kvutils import checkpoints
 from kvutils.checkpoints import ENCODERS, MODELS, ModelSpec, find_model, look_for_model
 from kvutils.datasets import DATASETS
 from kvutils.datasets.catalog import CATALOG
-from kvutils.datasets.pocket.questions import WORDS
 from kvutils.errors import DataError, ModelError, ParameterError
 from kvutils.layout import check_mlm
 from kvutils.run import plan

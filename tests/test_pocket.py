@@ -15,7 +15,7 @@ from recipe.pool import make_pool
 from recipe.samples import KINDS, Sample, Sampler, ask_about_all
 from recipe.start import SHIPPED, add_places, load_places, match_words
 from recipe.symbolic import SymbolicImage, mark_loss, place_loss
-from recipe.tokenizer import build_pocket_processor
+from recipe.tokenizer import WORDS, build_pocket_processor
 
 from kvutils.datasets.pocket import questions as q
 from kvutils.datasets.pocket.shapes import CLASSES, KEYPOINTS, PARTS, SILHOUETTES
@@ -154,7 +154,7 @@ def test_every_word_is_in_the_vocabulary(pool):
 def test_a_packed_block_is_the_prompt_the_model_meets_at_inference(pool, mlm):
     """Logits of every block of a packed batch equal those of `prefix + image + question` through the chat template,
     the processor and the model's own forward, one at a time."""
-    wrapped = wrap_mlm(mlm, build_pocket_processor(list(q.WORDS)), base_view_only=True)
+    wrapped = wrap_mlm(mlm, build_pocket_processor(list(WORDS)), base_view_only=True)
     blocks = [("colour", "what colour is the fish ?", "red"), ("caption", "describe the image .", "a red fish"),
               ("count", "how many things are there ?", "one")]  # fmt: skip
     samples = [Sample([0], blocks, [[]], "look for the fish"), Sample([1, 2], blocks[:2], [[], []])]

@@ -8,12 +8,13 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 from recipe.pool import make_pool
+from recipe.tokenizer import WORDS
 
 from kvutils import VOID
 from kvutils.datasets import mme, open_dataset, pope
 from kvutils.datasets.pocket import sets as pocket
 from kvutils.datasets.pocket import yes_no as pocket_questions
-from kvutils.datasets.pocket.questions import WORDS, ask, facts_of
+from kvutils.datasets.pocket.questions import ask, facts_of
 from kvutils.datasets.pocket.shapes import CLASSES
 from kvutils.datasets.pocket.world import PRESENT, Scene, Thing, render
 from kvutils.datasets.samples import LabelledImage

@@ -11,7 +11,6 @@ import json
 import torch
 from safetensors.torch import save_file
 
-from kvutils.datasets.pocket.questions import WORDS
 from kvutils.errors import ParameterError
 from kvutils.models import load_mlm
 from kvutils.store import write_json, write_text
@@ -20,7 +19,7 @@ from recipe.evaluate import evaluate, missed_gates, print_report
 from recipe.model import build_mlm, build_siglip
 from recipe.pool import make_pool
 from recipe.start import HOME, PLACES, SHIPPED, load_places
-from recipe.tokenizer import build_pocket_processor
+from recipe.tokenizer import WORDS, build_pocket_processor
 from recipe.trainer import STAGES, WORK
 
 CHECKPOINTS = {  # folder -> (stage, file)

@@ -11,11 +11,10 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from kvutils.datasets.pocket.questions import WORDS
 from kvutils.datasets.pocket.world import draw_mark
 from recipe.pool import Pool
 from recipe.samples import NTH, Sample
-from recipe.tokenizer import build_word_tokenizer
+from recipe.tokenizer import WORDS, build_word_tokenizer
 
 TOKEN = build_word_tokenizer(list(WORDS)).get_vocab()
 PAD, EOS, IMAGE = TOKEN["<pad>"], TOKEN["<eos>"], TOKEN["<image>"]

@@ -6,11 +6,23 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
+from kvutils.datasets.pocket import world
+from kvutils.datasets.pocket.questions import NUMBERS, OPTIONS
+from kvutils.datasets.pocket.shapes import CLASSES, PARTS, PLURALS
 from kvutils.errors import ParameterError
 from kvutils.processors import ImageOnlyLlavaOnevisionProcessor
 
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<eos>", "<image>")  # ids 0, 1, 2, 3 of a word-level tokenizer
 PUNCTUATION = ("?", ",", ".")
+_TEMPLATE_WORDS = (
+    "is there a an the thing things what colour how many are style image on of or left right at top bottom above "
+    "below same as and more than has which letter marks part marked describe light first second third shows point "
+    "corresponds to reference yes no : ? . , it in this picture photo look for please find nothing else carefully "
+    "good morning here another scene with some weather was nice today small large near far every"
+)
+WORDS = tuple(dict.fromkeys(
+    [*_TEMPLATE_WORDS.split(), *CLASSES, *PLURALS, *world.COLOURS, *world.STYLES, *world.DOMAINS, *NUMBERS, *PARTS, *world.LETTERS, *OPTIONS]
+))  # fmt: skip
 # Content items in order, text as is and images as "<image>", joined by one space; the answer follows a colon.
 # Several images of a message are announced: "first <image> second <image>".
 POCKET_CHAT_TEMPLATE = (

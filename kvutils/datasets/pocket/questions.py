@@ -1,4 +1,4 @@
-"""Questions about pocket scenes and their answers, in a language of about 150 words.
+"""Questions about pocket scenes and their answers, in the language of the pocket models (`WORDS` of the recipe's tokenizer).
 
 Every question kind is balanced where it is drawn: yes and no equally often, negative classes in proportion to how
 frequent the class is (so that frequency does not give the answer away), and nothing is asked whose answer depends on
@@ -12,23 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from kvutils.datasets.pocket.shapes import CLASSES, PARTS, PLURALS
-from kvutils.datasets.pocket.world import CLASS_PRIOR, COLOURS, DOMAINS, LETTERS, PRESENT, STYLES, Rendered, Scene
+from kvutils.datasets.pocket.shapes import CLASSES, PLURALS
+from kvutils.datasets.pocket.world import CLASS_PRIOR, COLOURS, DOMAINS, PRESENT, STYLES, Rendered, Scene
 
 NUMBERS = ("none", "one", "two", "three", "four")
 OF = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 SIDES = tuple(OF)
 MARGIN = 8.0  # pixels by which one thing must be further left (or higher) before it is asked about
 OPTIONS = ("(a)", "(b)", "(c)", "(d)")
-_TEMPLATE_WORDS = (
-    "is there a an the thing things what colour how many are style image on of or left right at top bottom above "
-    "below same as and more than has which letter marks part marked describe light first second third shows point "
-    "corresponds to reference yes no : ? . , it in this picture photo look for please find nothing else carefully "
-    "good morning here another scene with some weather was nice today small large near far every"
-)
-WORDS = tuple(dict.fromkeys(
-    [*_TEMPLATE_WORDS.split(), *CLASSES, *PLURALS, *COLOURS, *STYLES, *DOMAINS, *NUMBERS, *PARTS, *LETTERS, *OPTIONS]
-))  # fmt: skip
 
 
 @dataclass(frozen=True)
