@@ -125,12 +125,11 @@ class SessionBatch(contextlib.AbstractContextManager):
     @torch.no_grad()
     def answer(self, questions: Sequence[Sequence[str]], options: Options | Sequence[Sequence[Options]] | None = None,
                max_new_tokens: int = MAX_NEW_TOKENS, block: KeySelection | None = None, queries: str = "after") -> list[list[Answer]]:
-        """Answers to the questions of every prompt: answers[row][i] belongs to questions[row][i].
-
-        options: texts to score (or label -> spellings whose probabilities add up) for all questions, or options[row][i] for
-        each. max_new_tokens: 0 for scores alone, with options. block: image keys hidden from queries="after" (what follows
-        the last image; the cached image is used) or from "all" (image tokens too: the prompt is read anew under the block).
-        Raises ParameterError, and what `block_keys` raises."""
+        """Answers to the questions of every prompt: answers[row][i] belongs to questions[row][i]. options: texts to score (or
+        label -> spellings whose probabilities add up) for all questions, or options[row][i] for each. max_new_tokens: 0 for
+        scores alone, with options. block: image keys hidden from queries="after" (what follows the last image; the cached image
+        is used) or from "all" (image tokens too: the prompt is read anew under the block). Raises ParameterError, and what
+        `block_keys` raises."""
         prefix = self._open()
         at_least("max_new_tokens (or 0 with options)", max_new_tokens, 1 if options is None else 0)
         asked = self._asked(questions, options)

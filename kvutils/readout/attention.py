@@ -31,12 +31,11 @@ QUESTION = "Describe the image."
 @torch.no_grad()
 def attention_mass(mlm: MLM, images: Iterable[ImageLike], questions: Sequence[str], prefix: str | None = None,
                    batch_size: int = 8) -> torch.Tensor:  # fmt: skip
-    """(L, G, N) float64 on the CPU: the attention weight (0..1) that each image key receives, as a mean.
-
-    The mean is over images, questions, all text tokens behind the image (question and what the chat template adds) and the
-    query heads that a key-value head serves. Summed over N it is the share of its attention that the text spends on the
-    image. The images need one token grid, as in `key_variance`, and may come from a generator. Raises DataError for
-    different token grids and for no images, ImageError, ParameterError."""
+    """(L, G, N) float64 on the CPU: the attention weight (0..1) that each image key receives, as a mean. The mean is over images,
+    questions, all text tokens behind the image (question and what the chat template adds) and the query heads that a key-value
+    head serves. Summed over N it is the share of its attention that the text spends on the image. The images need one token grid,
+    as in `key_variance`, and may come from a generator. Raises DataError for different token grids and for no images, ImageError,
+    ParameterError."""
     if isinstance(questions, str) or not questions:
         raise ParameterError(f"questions must be a list of at least one text, not {questions!r}")
     grid, prompts = SameGrid(), [mlm.prompt(question, prefix) for question in questions]

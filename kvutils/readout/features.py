@@ -116,12 +116,11 @@ def pixel_features(layout: TokenLayout, image: Image.Image) -> torch.Tensor:
 
 
 class FeatureExtractor:
-    """Features of images and texts from one MLM and its baselines; see the module for the sources.
-
-    layers: of values and keys ("all" or numbers). encoder_text: the text tower of encoder_original, for text scores of the
-    encoders. `alignment` scores texts. Pictures are kept up to `memory_bytes`, the least recently used goes first (default: a
-    third of what is free, shared by the processes of this machine): on the model's device until that is `FULL`, then in main
-    memory. vocabulary: as in `TextAlignment`."""
+    """Features of images and texts from one MLM and its baselines; see the module for the sources. layers: of values and keys
+    ("all" or numbers). encoder_text: the text tower of encoder_original, for text scores of the encoders. `alignment` scores
+    texts. Pictures are kept up to `memory_bytes`, the least recently used goes first (default: a third of what is free, shared by
+    the processes of this machine): on the model's device until that is `FULL`, then in main memory. vocabulary: as in
+    `TextAlignment`."""
 
     def __init__(self, mlm: MLM, untrained: MLM | None = None, encoder_original: Encoder | None = None, *,
                  encoder_text: SiglipText | None = None, layers: str | int | Iterable[int] = "all", keys: bool = True,

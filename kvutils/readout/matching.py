@@ -79,11 +79,10 @@ def grid_labels(mask: np.ndarray, grid: tuple[int, int]) -> Tensor:
 def propagate_labels(first_mask: np.ndarray, features: Tensor, grid: tuple[int, int], n_last: int = 7, radius: int = 12,
                      topk: int = 5) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(S, T, H, W) uint8 index masks of a clip, twice, from its first mask (H, W) and features (S, T, h*w, C): as DINO on DAVIS,
-    and where each token copies the label of its nearest token in the first frame.
-
-    The context of a frame is the first frame and the n_last before it, see `propagate_step`; the grid covers the whole
-    frame. The first frame is returned as given, with void as background. Sources are independent of each other and taken
-    as many at a time as fit in `CHUNK_BYTES`, all on the features' device."""
+    and where each token copies the label of its nearest token in the first frame. The context of a frame is the first frame and
+    the n_last before it, see `propagate_step`; the grid covers the whole frame. The first frame is returned as given, with void
+    as background. Sources are independent of each other and taken as many at a time as fit in `CHUNK_BYTES`, all on the features'
+    device."""
     sources, frames, cells, _ = features.shape
     features, first = unit_length(features), grid_labels(first_mask, grid).to(features.device)
     neighborhood = restrict_neighborhood(*grid, radius, features.device)

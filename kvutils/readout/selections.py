@@ -21,15 +21,13 @@ _TRIES = 16  # random orders of which the one with the closest attention mass is
 
 
 def variance_threshold(variance: torch.Tensor, model: str | None = None) -> dict:
-    """Below which variance a key is input-agnostic, and whether the keys fall into two groups at all; JSON-able.
-
-    variance: of any keys, pooled; zeros count for the quantile only. model: a name in `MODELS`, also at a commit. value: squared key units,
-    the paper's for its own model, else the valley of the log-variance (lowest density between the means of a mixture of two
-    normal distributions), else, without two modes, the `QUANTILE` (ours); method: "paper", "valley" or "quantile ...".
-    two_modes: two normal distributions describe the log-variance better than one (BIC), Ashman's D is above 2, the density
-    has a valley between them, and each has 1 % of the keys. separation: Ashman's D; modes and shares: exp(m) and weight of
-    the two, lower first. Raises DataError for variances all alike.
-    """
+    """Below which variance a key is input-agnostic, and whether the keys fall into two groups at all; JSON-able. variance: of any
+    keys, pooled; zeros count for the quantile only. model: a name in `MODELS`, also at a commit. value: squared key units, the
+    paper's for its own model, else the valley of the log-variance (lowest density between the means of a mixture of two normal
+    distributions), else, without two modes, the `QUANTILE` (ours); method: "paper", "valley" or "quantile ...". two_modes: two
+    normal distributions describe the log-variance better than one (BIC), Ashman's D is above 2, the density has a valley between
+    them, and each has 1 % of the keys. separation: Ashman's D; modes and shares: exp(m) and weight of the two, lower first.
+    Raises DataError for variances all alike. """
     values = variance.flatten().numpy()
     logs = np.log(values[values > 0])
     if len(logs) < 10 or np.ptp(logs) < 1e-9:
