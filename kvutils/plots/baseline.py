@@ -36,8 +36,7 @@ def steps_along_chain(chains: Mapping[str, Mapping]) -> Figure:
     axis.tick_params(length=0, top=True, bottom=False, labeltop=True, labelbottom=False)
     axis.grid(False)
     axis.axvline(len(STEPS) - 1.5, color="white", lw=6)
-    for spine in axis.spines.values():
-        spine.set_visible(False)
+    axis.spines[:].set_visible(False)
     ahead, behind = (int((sure[fair, -1] == sign).sum()) for sign in (-1, 1))
     counts = [(sure[:, :-1] == sign).sum(0) for sign in (-1, 1)]
     lost, gained = (" and ".join(step for step, each in zip(STEPS, count, strict=False) if 0 < each == count.max()) or "nothing" for count in counts)

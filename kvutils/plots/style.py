@@ -1,7 +1,6 @@
-"""One style for all figures, and the few things that they draw: pictures, curves with bands, points with intervals.
-
-Intervals are dictionaries {mean, low, high} of a results file; None is what is not defined, and is left out.
-Colours are seaborn's colour-blind palette; every kind of source keeps its colour in every figure."""
+"""One style for all figures, and the few things that they draw: pictures, curves with bands, points with intervals. Intervals are
+dictionaries {mean, low, high} of a results file; None is what is not defined, and is left out. Colours are seaborn's colour-blind palette;
+every kind of source keeps its colour in every figure."""
 
 import base64
 import functools
@@ -73,8 +72,7 @@ def picture(axis, image: np.ndarray, size: tuple[int, int], title: str = "", **o
     axis.set_title(title)
     axis.set(xticks=[], yticks=[])
     axis.grid(False)
-    for spine in axis.spines.values():
-        spine.set_visible(False)
+    axis.spines[:].set_visible(False)
     return shown
 
 

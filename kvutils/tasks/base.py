@@ -1,8 +1,7 @@
-"""What the six tasks share: rows of scores, a resumable run over samples, and the summary with its intervals.
-
-A task turns one sample (an episode, a pair, a clip, ...) into rows; a row holds, for every feature source, a few numbers (`columns`) from
-which the metrics follow. Metrics such as mIoU are ratios of sums over items, hence a metric is a statistic `(weights (n_boot, n), values
-(n, k)) -> (n_boot,)`, see `kvutils.metrics.statistics`."""
+"""What the six tasks share: rows of scores, a resumable run over samples, and the summary with its intervals. A task turns one sample (an
+episode, a pair, a clip, ...) into rows; a row holds, for every feature source, a few numbers (`columns`) from which the metrics follow.
+Metrics such as mIoU are ratios of sums over items, hence a metric is a statistic `(weights (n_boot, n), values (n, k)) -> (n_boot,)`, see
+`kvutils.metrics.statistics`."""
 
 import hashlib
 import re
@@ -101,11 +100,10 @@ def opener(sample: Any, field: str = "image") -> Opener:
 
 
 def run_task(task: Task, extractor: FeatureExtractor, parts: Parts | None = None, progress: bool = True, chunk: int | None = None) -> ScoreTable:
-    """Score all samples of a task. With `parts`, finished chunks are kept there and a run that was stopped goes on.
-
-    Bytes do not depend on interruptions. A sample that cannot be scored (a damaged picture, a mask of another size) is skipped and says
-    why; so is a row where a source is not finite, but a source of which more than `SKIPPED` of the rows are not is left out itself. Raises
-    DataError when no sample can be scored, or too many cannot, see `SKIPPED`."""
+    """Score all samples of a task. With `parts`, finished chunks are kept there and a run that was stopped goes on. Bytes do not depend on
+    interruptions. A sample that cannot be scored (a damaged picture, a mask of another size) is skipped and says why; so is a row where a
+    source is not finite, but a source of which more than `SKIPPED` of the rows are not is left out itself. Raises DataError when no sample
+    can be scored, or too many cannot, see `SKIPPED`."""
     sources, order = task.sources(extractor), sorted(range(len(task.samples)), key=lambda i: task.near(task.samples[i]))
     depends = [task.name, task.parameters, sources, list(task.columns), extractor.fingerprint]
     prepare = cache(task.prepare)  # once, before the first chunk that is not stored

@@ -53,16 +53,13 @@ def bimodal_layers(logs: np.ndarray, n_boot: int = 2000, seed: int = 0) -> dict:
                        error=max(value - low, high - value) / float(student.ppf(1 - 2 * LEVEL, positions - 1)))  # fmt: skip
 
     counts = np.array([_count(each[1:], halves) for each in without])
-    return {
-        "layers": [
-            {"two_modes": "yes" if yes else "open" if maybe else "no", "separation": float(d), "modes": np.exp(points).tolist(),
-             "valley": {name: float(np.exp(-max(x, 0.0))) for name, x in (("mean", each.mean), ("low", each.high), ("high", each.low))}}
-            for yes, maybe, d, points, each in zip(sure, possible, separate, where, depths, strict=True)
-        ],
-        "count": within(there, behind.astype(float)).as_dict(),
-        "late_minus_early": within(there, np.where(late, 1 / late.sum(), -1.0 * early / max(early.sum(), 1))).as_dict(),
-        "heads": (Resampled(np.array(there[1:].sum()), counts, heads, heads, jackknife=True).effects() if heads > 1 else UNDEFINED).as_dict(),
-    }  # fmt: skip
+    by_layer = [{"two_modes": "yes" if yes else "open" if maybe else "no", "separation": float(d), "modes": np.exp(points).tolist(),
+                 "valley": {name: float(np.exp(-max(x, 0.0))) for name, x in (("mean", each.mean), ("low", each.high), ("high", each.low))}}
+                for yes, maybe, d, points, each in zip(sure, possible, separate, where, depths, strict=True)]  # fmt: skip
+    by_head = Resampled(np.array(there[1:].sum()), counts, heads, heads, jackknife=True).effects() if heads > 1 else UNDEFINED
+    balance = np.where(late, 1 / late.sum(), -1.0 * early / max(early.sum(), 1))
+    return {"layers": by_layer, "count": within(there, behind.astype(float)).as_dict(), "late_minus_early": within(there, balance).as_dict(),
+            "heads": by_head.as_dict()}  # fmt: skip
 
 
 def head_modes(logs: np.ndarray) -> np.ndarray:

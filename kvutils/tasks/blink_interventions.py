@@ -22,8 +22,7 @@ from kvutils.tasks.choices import UNRESOLVED, ChoiceTable, some_items
 from kvutils.tasks.value_readouts import READOUTS
 
 WEIGHTS = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # nats per standard deviation of the readout
-DECIDES, ADDED, GATE = "value decides", "value added", "learned gate"
-INTERVENTIONS = (DECIDES, ADDED, GATE)
+INTERVENTIONS = DECIDES, ADDED, GATE = "value decides", "value added", "learned gate"
 SCORES, EITHER = "option scores alone", "either right"
 HEADLINE = ADDED  # set before anything was measured: it can fall back to the model (weight 0) and needs no second model
 

@@ -206,10 +206,8 @@ def describe_example(item: MultipleChoice, table: ChoiceTable) -> dict:
     if item.reference_point is not None:
         points[0], points[1] = [list(map(float, item.reference_point))], np.asarray(item.candidate_points, dtype=float).tolist()
     scale = [min(1.0, 320 / max(image.size)) for image in item.images]  # as `encode_image` shrinks them
-    return {
-        "id": item.id, "title": table.title, "prompt": item.prompt[max(item.prompt.find(item.question), 0) :],  # without what stands before
-        "images": [encode_image(image) for image in item.images],
-        "points": [(np.array(each) * factor).tolist() if each else [] for each, factor in zip(points, scale, strict=True)],
-        "values": [table.of(source)[row].tolist() for source in table.layers()],
-        "model": table.option_scores[row].tolist(), "gold": int(table.gold[row]), "said": int(table.said[row]),
-    }  # fmt: skip
+    prompt = item.prompt[max(item.prompt.find(item.question), 0) :]  # without what stands before
+    return {"id": item.id, "title": table.title, "prompt": prompt, "images": [encode_image(image) for image in item.images],
+            "points": [(np.array(each) * factor).tolist() if each else [] for each, factor in zip(points, scale, strict=True)],
+            "values": [table.of(source)[row].tolist() for source in table.layers()],
+            "model": table.option_scores[row].tolist(), "gold": int(table.gold[row]), "said": int(table.said[row])}  # fmt: skip

@@ -1,7 +1,6 @@
-"""What the model answers to multiple-choice items, and what its image values answer without language (section 4.2).
-
-One pass per item: the prompt with all its images is read once; the model answers from that cache, and the values are those of the same
-cache. `read_items` gives a `ChoiceTable`; what follows from it is in `blink_tables` and `blink_interventions`."""
+"""What the model answers to multiple-choice items, and what its image values answer without language (section 4.2). One pass per item: the
+prompt with all its images is read once; the model answers from that cache, and the values are those of the same cache. `read_items` gives a
+`ChoiceTable`; what follows from it is in `blink_tables` and `blink_interventions`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -129,15 +128,13 @@ def check_items(items: Sequence[MultipleChoice]) -> dict[str, list[MultipleChoic
     return found
 
 
-def read_items(
-    mlm: MLM, items: Sequence[MultipleChoice], parts: Parts | None = None, *, encoder_original: Encoder | None = None,
-    untrained: MLM | None = None, max_new_tokens: int = MAX_NEW_TOKENS, batch_size: int = 16, progress: bool = True,
-) -> dict[str, ChoiceTable]:  # fmt: skip
-    """subtask -> answers and readouts of its items.
-
-    Sources: value.l, from the cache that the model answers from; alone.value.l, of each image in a prompt of its own (it cannot know the
-    other images); projector, encoder and pixels; and, where these models are given, encoder_original and untrained.value.l (in the item's
-    prompt). With `parts`, finished batches are kept there, and a run that was stopped goes on. Raises DataError as `check_items`."""
+def read_items(mlm: MLM, items: Sequence[MultipleChoice], parts: Parts | None = None, *, encoder_original: Encoder | None = None,
+               untrained: MLM | None = None, max_new_tokens: int = MAX_NEW_TOKENS, batch_size: int = 16,
+               progress: bool = True) -> dict[str, ChoiceTable]:  # fmt: skip
+    """subtask -> answers and readouts of its items. Sources: value.l, from the cache that the model answers from; alone.value.l, of each
+    image in a prompt of its own (it cannot know the other images); projector, encoder and pixels; and, where these models are given,
+    encoder_original and untrained.value.l (in the item's prompt). With `parts`, finished batches are kept there, and a run that was stopped
+    goes on. Raises DataError as `check_items`."""
     at_least("batch_size", batch_size)
     by_subtask = check_items(items)
     mlm = base_views(mlm)

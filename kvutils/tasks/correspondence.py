@@ -1,6 +1,5 @@
-"""Task 5: semantic correspondence (SPair-71k) by nearest neighbours (paper, section 3.1).
-
-Task 6: temporal correspondence (DAVIS-2017), a mask carried through a video (paper, section 3.1)."""
+"""Task 5: semantic correspondence (SPair-71k) by nearest neighbours (paper, section 3.1). Task 6: temporal correspondence (DAVIS-2017), a
+mask carried through a video (paper, section 3.1)."""
 
 from collections.abc import Mapping
 from functools import partial

@@ -21,13 +21,11 @@ FEWEST_IMAGES = 100  # on one grid, for the variance of a key to be told from it
 SMALLEST_SHARE, SMALLEST_SINK = 2, 0.5  # % of keys (data/claims.yaml, X4); times the average key's attention or norm (ours)
 
 
-def open_data(profile: str, options: Mapping[str, Mapping] | None = None, size: Sequence[int] = (), prompts: str = "paper"
-              ) -> dict[str, Sequence]:  # fmt: skip
-    """What the notebook reads: `keys` (images), `pope`, `mme` (questions), `reading` (questions for the knock-out curve).
-
-    options, prompts: as in `open_uses`. size: (width, height) of every image, default `IMAGE_SIZE`: keys are compared position by position,
-    which needs one token grid. The paper profile reads by the questions about the first `READING_IMAGES` images of each subset of POPE and
-    MME. Raises ParameterError for a size that is none and for options of a set that the profile does not use."""
+def open_data(profile: str, options: Mapping[str, Mapping] | None = None, size: Sequence[int] = (), prompts: str = "paper") -> dict[str, Sequence]:
+    """What the notebook reads: `keys` (images), `pope`, `mme` (questions), `reading` (questions for the knock-out curve). options, prompts:
+    as in `open_uses`. size: (width, height) of every image, default `IMAGE_SIZE`: keys are compared position by position, which needs one
+    token grid. The paper profile reads by the questions about the first `READING_IMAGES` images of each subset of POPE and MME. Raises
+    ParameterError for a size that is none and for options of a set that the profile does not use."""
     size = tuple(size) or IMAGE_SIZE[profile]
     if size is not None and (len(size) != 2 or not all(type(each) is int and each > 0 for each in size)):
         raise ParameterError(f"the image size must be a width and a height in pixels, not {size}")
@@ -61,12 +59,10 @@ def results(tables: Mapping, about: Mapping) -> dict:
     claims = {"C5": claim_c5(described), "C6": claim_c6(blocks, pope, mme), "X2": claim_x2(blocks, pope), "X4": claim_x4(described, compared)}
     effect, score, every = (found["families"][name]["headline"] for found, name in ((pope, BLOCK), (mme, BLOCK), (pope, EVERY)))
     bimodal = [layer for layer, each in enumerate(described["modes"]["layers"]) if each["two_modes"] == "yes" and layer]
-    finding = (
-        f"The variance of image keys has two separate modes in {len(bimodal)} of {total - 1} layers behind layer 0. Blocking the keys that "
-        f"vary least in layers {layers[0]}-{layers[-1]} changes POPE by {interval_text(effect, 1, True, 100)} F1 points and MME by "
-        f"{interval_text(score, 0, True)} points, hiding every image key there changes POPE by {interval_text(every, 1, True, 100)}; "
-        f"the image is read most in layers {reading['layers'][0]}-{reading['layers'][-1]}."
-    )
+    finding = (f"The variance of image keys has two separate modes in {len(bimodal)} of {total - 1} layers behind layer 0. Blocking the keys "
+               f"that vary least in layers {layers[0]}-{layers[-1]} changes POPE by {interval_text(effect, 1, True, 100)} F1 points and MME by "
+               f"{interval_text(score, 0, True)} points, hiding every image key there changes POPE by {interval_text(every, 1, True, 100)}; "
+               f"the image is read most in layers {reading['layers'][0]}-{reading['layers'][-1]}.")
     return {"keys": {"trained": described, "compared": compared},
             "knock_out": summarise_knock_out(tables["reading"], *options) | {"reading": reading},
             "blocking": {"about": blocks, "pope": pope, "mme": mme},

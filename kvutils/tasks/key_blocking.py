@@ -1,7 +1,5 @@
-"""The blocking experiment of section 3.2 and its controls (C6, X2): which keys are hidden, and what that changes.
-
-Every condition is a `KeySelection`; "family/07" is one draw of a family of random controls. One prefill of an image serves all
-conditions."""
+"""The blocking experiment of section 3.2 and its controls (C6, X2): which keys are hidden, and what that changes. Every condition is a
+`KeySelection`; "family/07" is one draw of a family of random controls. One prefill of an image serves all conditions."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -116,11 +114,10 @@ def ask_under_blocks(task: YesNoTask, mlm: MLM, blocks: Mapping[str, KeySelectio
 
 
 def effects(task: YesNoTask, answers: Mapping[str, Sequence[str]], n_boot: int = 2000, seed: int = 0) -> dict:
-    """What every family of conditions changes, and how the block differs from each, from one set of resamples; JSON-able.
-
-    plain: scores without a block. families: `Scored.change` of the family (its draws together) against no block, with the headline
-    difference of each of its `draws`. versus: block minus family, judged as one more of its draws; `as_large`: share of a family's draws
-    that change the headline at least as much as the block, upwards. smallest: effect of interest of the headline."""
+    """What every family of conditions changes, and how the block differs from each, from one set of resamples; JSON-able. plain: scores
+    without a block. families: `Scored.change` of the family (its draws together) against no block, with the headline difference of each of
+    its `draws`. versus: block minus family, judged as one more of its draws; `as_large`: share of a family's draws that change the headline
+    at least as much as the block, upwards. smallest: effect of interest of the headline."""
     scored = Scored.of(task, answers, n_boot, seed)
     sets, versus = _by_family({name: name for name in answers}), {}
     families = {name: scored.change(members, [NONE]) for name, members in sets.items()}
@@ -169,13 +166,10 @@ def _needs(about: Mapping, pope: Mapping) -> list[dict]:
     smallest, room = 100 * pope["smallest"], 100 * (1 - pope["plain"]["headline"]["mean"])
     limit = f"{'' if room >= smallest else 'ceiling: '}F1 could rise by {room:.1f} points, {smallest:g} would matter"
     layers = f"layers {min(about['layers'])}-{max(about['layers'])}"
-    return [
-        prerequisite("keys below the threshold", about["below"] > 0, f"{about['below']} image keys of {layers} are below the paper's threshold, or "
-                     "one between the two modes of all layers together"),
-        lever(f"hiding every image key of {layers}", _points(pope["families"][EVERY]["headline"]), smallest, "F1 points"),
-        no_ceiling("POPE", pope["plain"]["errors"]),
-        prerequisite("POPE: room for the effect", room >= smallest, limit),
-    ]
+    below = f"{about['below']} image keys of {layers} are below the paper's threshold, or one between the two modes of all layers together"
+    return [prerequisite("keys below the threshold", about["below"] > 0, below),
+            lever(f"hiding every image key of {layers}", _points(pope["families"][EVERY]["headline"]), smallest, "F1 points"),
+            no_ceiling("POPE", pope["plain"]["errors"]), prerequisite("POPE: room for the effect", room >= smallest, limit)]
 
 
 def sweep_cells(layers: int, shares: Sequence[float] = (0.05, 0.1, 0.2, 0.35, 0.5)) -> dict[str, tuple[float, int]]:

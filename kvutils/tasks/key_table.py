@@ -28,7 +28,6 @@ _MEASURED = {"variance": "variance", "norm": "norm", "mass": "attention", "turne
 @dataclass(frozen=True, eq=False)
 class KeyTable:
     """Statistics of every image key of a model. All tensors are float64 on the CPU; mass and turned are None where they were not measured.
-
     variance, norm, mass (L, G, N): L2 variance over images (squared key units), mean L2 norm, mean attention weight (0..1) from the text.
     foreground (N,): share of images, 0..1, in which the token is mostly foreground. layout: of every image. turned (L, G, N): the variance
     over images with their patches in reverse order, from `measure_turned`."""
@@ -77,11 +76,10 @@ class KeyTable:
 
 def measure_keys(mlm: MLM, images: Sequence[LabelledImage], questions: Sequence[str], parts: Parts | None = None, *,
                  mass_images: int = 200, chunk: int = 50, progress: bool = True) -> KeyTable:  # fmt: skip
-    """Read the keys of all images (at least 2 chunks' worth), and the attention that `questions` pay to them, if there are any.
-
-    images: any sequence of samples with `id`, `image` and `mask` (0 background, `VOID` unknown), all of one token grid. mass_images: how
-    many of them the attention is measured on. With `parts` finished chunks are kept, and a stopped run goes on. Raises DataError for too
-    few images or different grids, and what `capture` raises."""
+    """Read the keys of all images (at least 2 chunks' worth), and the attention that `questions` pay to them, if there are any. images: any
+    sequence of samples with `id`, `image` and `mask` (0 background, `VOID` unknown), all of one token grid. mass_images: how many of them
+    the attention is measured on. With `parts` finished chunks are kept, and a stopped run goes on. Raises DataError for too few images or
+    different grids, and what `capture` raises."""
     at_least("mass_images", mass_images)
     if len(images) <= chunk:
         raise DataError(f"{len(images)} images make no two chunks of {chunk}: give more, or a smaller chunk")
@@ -117,8 +115,7 @@ def measure_keys(mlm: MLM, images: Sequence[LabelledImage], questions: Sequence[
 
 
 @torch.no_grad()
-def measure_turned(mlm: MLM, images: Sequence[LabelledImage], parts: Parts | None = None, *, chunk: int = 50, progress: bool = True
-                   ) -> torch.Tensor:  # fmt: skip
+def measure_turned(mlm: MLM, images: Sequence[LabelledImage], parts: Parts | None = None, *, chunk: int = 50, progress: bool = True) -> torch.Tensor:
     """(L, G, N) variance of the keys over images whose patches are fed in reverse order; newlines and positions stay where they are. What
     is low at the same slots as in the usual order comes from the place in the order; what moves along with the patches from what they show.
     images, parts: as in `measure_keys`, whose grid they have."""

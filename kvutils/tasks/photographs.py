@@ -1,7 +1,6 @@
-"""What the values do with a photograph that the model was never trained for, and where the horizontal band in them comes from.
-
-A plain grey picture shows nothing: what its tokens differ in is their place. The same tokens handed to the language model column by column
-keep their place in the picture and change their place in the order of reading: causal attention gives each what was read before it."""
+"""What the values do with a photograph that the model was never trained for, and where the horizontal band in them comes from. A plain grey
+picture shows nothing: what its tokens differ in is their place. The same tokens handed to the language model column by column keep their
+place in the picture and change their place in the order of reading: causal attention gives each what was read before it."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -24,9 +23,8 @@ BAND = 1.5  # times as much by rows as by columns
 
 
 def look_at(extractor: FeatureExtractor, photos: Mapping[str, tuple[Image.Image, tuple[float, float]]]) -> tuple[ScoreTable, dict[str, dict]]:
-    """What tokens of photographs, name -> (picture, point), and of a grey picture differ in; and similarity to the point, for figures.
-
-    A row per picture, by the sources from SigLIP to the last values: `rows`, `columns`: share of the tokens' variance that is between rows
+    """What tokens of photographs, name -> (picture, point), and of a grey picture differ in; and similarity to the point, for figures. A
+    row per picture, by the sources from SigLIP to the last values: `rows`, `columns`: share of the tokens' variance that is between rows
     (columns) of the grid, 1/12 of 12 by chance; `like grey`, `like SigLIP`: correlation, over pairs of tokens, of their centred cosine
     similarity with that in a grey picture of the same size, and with that in SigLIP. NaN where that is not defined."""
     sources = ["encoder_original", "projector", *(f"value.{layer}" for layer in extractor.layers)]
@@ -66,19 +64,14 @@ def columnwise(mlm: MLM, image: Image.Image) -> ImageFeatures:
 
 def _numbers(image: ImageFeatures, source: str, grey: ImageFeatures | None) -> list[float]:
     """`COLUMNS` of a source."""
-    between = [_between(image.features[source], image.layout.cells[:, axis]) for axis in range(2)]
-    alike = _alike(image, source)
+    centred, between, alike = image.features[source].double().cpu().numpy(), [], _alike(image, source)
+    centred = centred - centred.mean(0)
+    for lines in image.layout.cells.T:  # (N,) the row, then the column of each token
+        each, line_of = np.unique(lines, return_inverse=True)
+        means = np.stack([centred[lines == line].mean(0) for line in each])[line_of]  # of each token's line
+        between.append(float((means**2).sum() / (centred**2).sum()))
     return [*between, *(np.nan if grey is None else float(np.corrcoef(alike, _alike(*other))[0, 1])
                         for other in ((grey, source), (image, "encoder_original")))]  # fmt: skip
-
-
-def _between(tokens: torch.Tensor, lines: np.ndarray) -> float:
-    """Share of the variance of tokens (N, C) that is between the lines that they are in (N,)."""
-    centred = tokens.double().cpu().numpy()
-    centred = centred - centred.mean(0)
-    each, line_of = np.unique(lines, return_inverse=True)
-    means = np.stack([centred[lines == line].mean(0) for line in each])[line_of]  # of each token's line
-    return float((means**2).sum() / (centred**2).sum())
 
 
 def _alike(image: ImageFeatures, source: str) -> np.ndarray:

@@ -1,6 +1,5 @@
-"""Do words before the image make its values better? Section 4.1: one measurement, four readouts (`kvutils.tasks.prefix_readouts`).
-
-Every sample is read in every family of its readout. Sources are `<family>.<layer>`, so that a layer's conditions are compared on the same
+"""Do words before the image make its values better? Section 4.1: one measurement, four readouts (`kvutils.tasks.prefix_readouts`). Every
+sample is read in every family of its readout. Sources are `<family>.<layer>`, so that a layer's conditions are compared on the same
 samples."""
 
 from functools import cache

@@ -22,7 +22,6 @@ FEWEST = 4  # images: two in each half
 
 def results(tables: Mapping[str, ScoreTable | Frame], about: Mapping) -> dict:
     """Everything that notebook 04 derives from its tables: those of the readouts by name, and of the answers ("answers").
-
     about["parameters"]: `bootstrap`, `seed` and `profile`. -> readouts (`summarise_prefixes`, with title, metric and the smallest effect of
     interest in points), average_precision (the same of the readouts of expressions, scored without a threshold), answers, claims, finding
     and tables for the report."""
@@ -121,11 +120,10 @@ def summarise_prefixes(table: ScoreTable, statistic: Statistic, n_boot: int = 20
     plain = drawn.value[first:n_layers, 0]
     best = {"layers": [layers[each] for each in chosen], "scores": {c: at_best(c) for c in conditions},
             "correct_minus": {c: at_best("correct", c) for c in conditions if c != "correct"}, "random_minus_none": at_best("random", "none")}
-    summary: dict = {
-        "n": len(table), "groups": groups, "skipped": len(table.skipped), "why_skipped": dict(table.skipped), "left_out": dict(table.left_out),
-        "layers": layers, "best_layer": layers[first + int(np.argmax(plain))] if len(plain) else layers[0], "best": best,
-        "scores": {family: by_layers(family) for family in families}, "added": {c: by_layers(c, "none") for c in conditions[1:]},
-    }
+    summary: dict = {"n": len(table), "groups": groups, "skipped": len(table.skipped), "why_skipped": dict(table.skipped),
+                     "left_out": dict(table.left_out), "layers": layers, "best": best,
+                     "best_layer": layers[first + int(np.argmax(plain))] if len(plain) else layers[0],
+                     "scores": {family: by_layers(family) for family in families}, "added": {c: by_layers(c, "none") for c in conditions[1:]}}
     if UNTRAINED in families:
         best["above_untrained"] = at_best("none", UNTRAINED)
     if not kind and MOVED[0] in table.columns:

@@ -1,7 +1,6 @@
-"""X6: do batch size, precision, attention backend, image backend or resolution change any figure?
-
-Under each setting, one change to how a model runs, the headline scores of the six tasks are measured again, in a middle and in the
-last layer of the values, on some of the same items, and POPE's F1. Every picture is read alone: a batch can change answers only."""
+"""X6: do batch size, precision, attention backend, image backend or resolution change any figure? Under each setting, one change to how a
+model runs, the headline scores of the six tasks are measured again, in a middle and in the last layer of the values, on some of the same
+items, and POPE's F1. Every picture is read alone: a batch can change answers only."""
 
 import copy
 import math
@@ -19,7 +18,7 @@ from kvutils.checkpoints import QWEN
 from kvutils.datasets import USES, open_dataset
 from kvutils.errors import DataError, MemoryLimitError, ModelError, ParameterError
 from kvutils.metrics.effects import measured, part
-from kvutils.metrics.statistics import UNDEFINED, Effect, paired_difference, resample
+from kvutils.metrics.statistics import UNDEFINED, paired_difference, resample
 from kvutils.models import MLM
 from kvutils.processors import other_backend
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, Opener
@@ -115,12 +114,10 @@ def open_pope(profile: str) -> Pope | None:
         return None
 
 
-def measure_settings(
-    tasks: Mapping[str, Task], tables: Mapping[str, ScoreTable], pope: Pope | None, mlm: MLM, load: Load, parts: Parts | None = None, *,
-    pictures: int = PICTURES, progress: bool = True,
-) -> tuple[dict[str, ScoreTable | Answers], dict[str, str]]:  # fmt: skip
+def measure_settings(tasks: Mapping[str, Task], tables: Mapping[str, ScoreTable], pope: Pope | None, mlm: MLM, load: Load,
+                     parts: Parts | None = None, *, pictures: int = PICTURES,
+                     progress: bool = True) -> tuple[dict[str, ScoreTable | Answers], dict[str, str]]:  # fmt: skip
     """Every headline score and POPE's answers under every setting, and of other settings why they cannot be had or have nothing to change.
-
     tables: the tasks' scores under the model's own settings, of all layers. Those under others are of a middle and of the last layer, by
     the name `settings_<task>`: a row for each row of `tables` that was measured, sources such as `precision bfloat16/value.7`; NaN where
     there is no score. `settings_pope`: a condition per setting, the model's own as `NONE`. pictures: of each task, and of POPE."""
@@ -184,9 +181,16 @@ def setting_changes(measured: Mapping[str, ScoreTable | Answers], tasks: Sequenc
             layers.add(int(layer))
     if UNDER + Pope.name in measured:
         asked = measured[UNDER + Pope.name]
-        for setting in changes:
-            name = f"{asked.task.title}, F1"
-            changes[setting][name] = part(f"{setting}: {name}", _f1_change(asked.task, asked.texts[setting], asked.texts[NONE], n_boot, seed))
+        pope, name = asked.task, f"{asked.task.title}, F1"
+        for setting in changes:  # of the headline, resampled over images
+            values = [pope.values(asked.texts[each]) for each in (setting, NONE)]
+
+            def change(weights: np.ndarray, values: Sequence[np.ndarray] = values) -> np.ndarray:
+                now, before = (np.einsum("rn,ns,nk->rsk", weights, pope.member, each, optimize=True) for each in values)
+                return pope.measures(now)[pope.metric] - pope.measures(before)[pope.metric]
+
+            found = resample(change, len(pope.samples), n_boot, seed, pope.image_of.tolist()).effects().scaled(100)
+            changes[setting][name] = part(f"{setting}: {name}", found)
     return {"layers": sorted(layers), "changes": changes, "left_out": dict(sorted(left_out.items()))}
 
 
@@ -200,17 +204,6 @@ def _answers(pope: Pope, setting: Setting, parts: Parts | None) -> list[str]:
 
     depends = [setting.mlm.settings, setting.scale, setting.batch_size]
     return list(in_chunks(parts, "settings/pope", asked.samples, ask, len(asked.samples), depends, progress=False))[0]
-
-
-def _f1_change(pope: Pope, now: Sequence[str], before: Sequence[str], n_boot: int, seed: int) -> Effect:
-    """The headline under two answer sets, resampled over images."""
-    values = [pope.values(answers) for answers in (now, before)]
-
-    def change(weights: np.ndarray) -> np.ndarray:
-        new, old = (pope.measures(np.einsum("rn,ns,nk->rsk", weights, pope.member, each, optimize=True))[pope.metric] for each in values)
-        return new - old
-
-    return resample(change, len(pope.samples), n_boot, seed, pope.image_of.tolist()).effects().scaled(100)
 
 
 def claim_x6(found: Mapping) -> dict:

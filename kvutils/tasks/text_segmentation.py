@@ -1,7 +1,6 @@
-"""Tasks 3 and 4: what a text names, found among the image tokens (paper, section 3.1).
-
-Task 3 is semantic segmentation (ImageNet-S), read with words or with a probe; task 4 is referring-expression segmentation and detection
-(RefCOCO), read with words. Both make score maps of an image and ask how well they show one mask."""
+"""Tasks 3 and 4: what a text names, found among the image tokens (paper, section 3.1). Task 3 is semantic segmentation (ImageNet-S), read
+with words or with a probe; task 4 is referring-expression segmentation and detection (RefCOCO), read with words. Both make score maps of an
+image and ask how well they show one mask."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -168,11 +167,10 @@ class SemanticSegmentationProbe(SemanticSegmentation):
 
 
 class ReferringSegmentation(TextSegmentation):
-    """Zero-shot: the expression's vector . every image token, in each text-aligned source.
-
-    Rows are sentences. Headline: mIoU after Otsu's threshold (ours; an empty union counts 0, as LAVT). Beside it oIoU (sum I / sum U),
-    the average precision over pixels, and Acc@0.5, the share of sentences whose box around the largest region has an IoU of at least 0.5
-    with the true box. Control: an expression for another image."""
+    """Zero-shot: the expression's vector . every image token, in each text-aligned source. Rows are sentences. Headline: mIoU after Otsu's
+    threshold (ours; an empty union counts 0, as LAVT). Beside it oIoU (sum I / sum U), the average precision over pixels, and Acc@0.5, the
+    share of sentences whose box around the largest region has an IoU of at least 0.5 with the true box. Control: an expression for another
+    image."""
 
     name, title, metric = "referring_segmentation", "Referring-expression segmentation", "mIoU"
     columns = (*COLUMNS, "box")
@@ -190,10 +188,9 @@ def uncentred(table: ScoreTable) -> ScoreTable:
 
 def read_otherwise(task: TextSegmentation, extractor: FeatureExtractor, table: ScoreTable, count: int = 80) -> tuple[ScoreTable, dict]:
     """Scores of the task's first samples with texts read our way and the other way, and the words that each reads a text behind. Ours:
-    behind the model's `start_tokens`, and at the start for a model without. The other: at the start, or behind the end-of-text token.
-
-    With centred texts and the values of the layer that is best in the task's `table`, the first layer aside (whose values do not depend
-    on what is before a text): sources `ours/value.3` and `other/value.3`."""
+    behind the model's `start_tokens`, and at the start for a model without. The other: at the start, or behind the end-of-text token. With
+    centred texts and the values of the layer that is best in the task's `table`, the first layer aside (whose values do not depend on what
+    is before a text): sources `ours/value.3` and `other/value.3`."""
     mlm, everything = extractor.mlm, np.ones((1, len(table)))
     usable = [layer for layer, _ in by_layer(table.sources, "value") if layer > 0]  # others are `left_out`
     layer = max(usable, key=lambda each: float(task.statistic(everything, table.of(f"value.{each}"))[0]))

@@ -1,7 +1,6 @@
-"""POPE and MME: one answer per question, read as the authors' scripts do, and scores with intervals over images.
-
-An answer set is a list of texts, one per sample of the task, in that order. Whatever gives it (a plain model, one with keys blocked),
-nothing here knows about models."""
+"""POPE and MME: one answer per question, read as the authors' scripts do, and scores with intervals over images. An answer set is a list of
+texts, one per sample of the task, in that order. Whatever gives it (a plain model, one with keys blocked), nothing here knows about
+models."""
 
 import math
 import re
@@ -232,11 +231,10 @@ class Scored:
         return self._report(found.intervals()) | {"errors": int(errors.sum()), "unknown": int(unknown.sum())}
 
     def change(self, now: Sequence[str], before: Sequence[str]) -> dict:
-        """Mean score of the sets `now` minus that of the sets `before`, an `Effect` of every metric, paired; JSON-able.
-
-        Several sets are draws (20 of random keys, say) of many that could be: the variance between them counts as in `_with_draws`, and a
-        single set against several is judged as if it were one more of theirs. changed: the share of questions that are right and were
-        wrong, and the reverse, over all pairs of sets."""
+        """Mean score of the sets `now` minus that of the sets `before`, an `Effect` of every metric, paired; JSON-able. Several sets are
+        draws (20 of random keys, say) of many that could be: the variance between them counts as in `_with_draws`, and a single set against
+        several is judged as if it were one more of theirs. changed: the share of questions that are right and were wrong, and the reverse,
+        over all pairs of sets."""
         places, was = ([list(self.sets).index(name) for name in side] for side in (now, before))
 
         def between(values: np.ndarray) -> np.ndarray:
