@@ -1,2 +1,2 @@
-"""The paper's tasks: samples -> scores per item. The six perception tasks of section 3.1 go from features to scores per source, the
-question tasks (POPE, MME) from answers to scores per subset."""
+"""The paper's tasks: samples -> scores per item. The perception tasks go from features to scores per source, POPE and MME from answers to
+scores per subset."""

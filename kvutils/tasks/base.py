@@ -171,11 +171,10 @@ def summarise(table: ScoreTable, task: Task, n_boot: int = 2000, seed: int = 0) 
     """Every metric of every source with its interval, and the tests on layers; JSON-able.
 
     skipped, why_skipped, left_out: what has no score, see `ScoreTable`. sources: headline metric per source. secondary: the other metrics.
-    Layers are chosen on one half of the rows and read on the other, both ways, among those from 1 on: values of layer 0, the first value
-    projection, are a linear map of the projector's output. build_then_degrade: per family of at least three such layers, but of controls,
-    what `statistics.build_then_degrade` finds; its peak in layers, and as a share of the depth. value_best: see `BestValues`; its score,
-    and its paired differences to every source without layers, to the first value projection, and to the "control". no_layer: why no layer
-    was chosen."""
+    Layers are chosen on one half of the rows and read on the other, both ways, from 1 on: values of layer 0 are a linear map of the
+    projector's output. build_then_degrade: per family of at least three such layers, but of controls, what `statistics.build_then_degrade`
+    finds; its peak in layers, and as a share of the depth. value_best: see `BestValues`; its score, and its paired differences to every
+    source without layers, to the first value projection, and to the "control". no_layer: why no layer was chosen."""
     summary: dict = {"task": table.task, "title": task.title, "metric": task.metric, "n": len(table), "groups": table.units,
                      "skipped": len(table.skipped), "parameters": task.parameters, "why_skipped": dict(table.skipped),
                      "left_out": dict(table.left_out), "sources": _intervals(table, task.statistic, n_boot, seed),

@@ -90,9 +90,9 @@ def interventions(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dict
     """Each intervention on the n items whose answer names an option, against that; fitted on each half, read on the other; JSON-able.
 
     layers, weights: of the two halves. errors: of the model. changes: name -> accuracy, change (paired), gained and lost (shares of items
-    newly right and newly wrong), cost (lost as a share of the items that the model had right), n. Beside `INTERVENTIONS`: `SCORES` (no
-    values: what comes of reading the answer from log-probabilities) and `EITHER` (a perfect gate: the upper bound). beyond_scores: accuracy
-    by `HEADLINE` minus that by `SCORES`. others: the change by `HEADLINE` with every other source in place of the values."""
+    newly right and newly wrong), cost (lost as a share of the items that the model had right). Beside `INTERVENTIONS`: `SCORES` (no values)
+    and `EITHER` (a perfect gate: the upper bound). beyond_scores: accuracy by `HEADLINE` minus that by `SCORES`. others: the change by
+    `HEADLINE` with every other source in place of the values."""
     halves = Halves.of(table.groups, seed)
     sources = sources_of(table, halves)
     answers, weights = surface(table, halves, sources)

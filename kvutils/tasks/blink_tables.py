@@ -55,9 +55,9 @@ def describe_table(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dic
     model: accuracy (unresolved answers count as wrong, as in BLINK), unresolved (share), accuracy of the highest option score, said (how
     often each option, -1 unresolved), option_mass (probability that the options hold together), warnings. readouts: readout -> source ->
     accuracy. said: how often the values say each option. telling: id and source of the first item with value right and model wrong, of the
-    first one if there is none. Cross-fitted, each a `table_of_two` and the layers of the two halves: table, of the values; others, of every
-    other source; by_option_scores, with the model's most probable option as its answer, for all items; by_readouts, by the subtask's other
-    readouts. ParameterError for fewer than four independent items."""
+    first one if there is none. Cross-fitted, each a `table_of_two` with its layers: table, of the values; others, of every other source;
+    by_option_scores, with the model's most probable option as its answer; by_readouts, by the subtask's other readouts. ParameterError for
+    fewer than four independent items."""
     halves = Halves.of(table.groups, seed)
     sources = sources_of(table, halves)
     says = says_of(table, halves, sources)
@@ -87,17 +87,15 @@ def describe_table(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dic
 
 
 def table_of_two(table: ChoiceTable, says: np.ndarray, n_boot: int = 2000, seed: int = 0) -> dict:
-    """The 2 x 2 table of a readout's answers (n,) against the model's, as effects over independent items.
+    """The 2 x 2 table of a readout's answers (n,) against the model's, as effects over the n items whose answer names an option: what
+    cannot be read (`unresolved`, a number) is no wrong answer.
 
-    All of it over the n items whose answer names an option: what cannot be read (`unresolved`, a number) is no wrong answer.
-    counts, shares: of `CELLS`, shares of these n. of_errors: value_only as a share of the model's errors (None where
-    it makes none). value_accuracy, model_accuracy. Three levels that the value_only share is compared with, on the same
-    items (above_...: the share minus it):
+    counts, shares: of `CELLS`. of_errors: value_only as a share of the model's errors (None where it makes none). value_accuracy,
+    model_accuracy. Three levels that the value_only share is compared with, on the same items (above_...: the share minus it):
+
       at_chance        a readout that guesses all options alike: errors / K
-      at_guess         a readout that guesses, each option as often as this one says it. Where the model prefers one
-                       option and the readout another, the first level is passed without any knowledge; this is not
-      at_independence  a readout of this accuracy that is as good on the model's errors as elsewhere (below it: values
-                       and model fail on the same items)"""
+      at_guess         a readout that guesses, each option as often as this one says it: opposite preferences alone do not pass it
+      at_independence  a readout of this accuracy that is as good on the model's errors as elsewhere"""
     says, unresolved, table = says[table.resolved], int((~table.resolved).sum()), some_items(table, table.resolved)
     model, wrong, value, k = table.model_right, table.model_wrong, says == table.gold, table.options
     cells = np.stack([value & model, value & wrong, ~value & model, ~value & wrong], axis=1)

@@ -19,13 +19,12 @@ _J, _J_ORACLE, _J_RELATIVE, _PRECISION, _CLUSTERS = range(5)
 
 
 class CoSegmentation(Task):
-    """k-means over the tokens of all images of a group; foreground is what is salient in most of them.
+    """k-means over the tokens of all images of a group; foreground is what is salient in most of them. Rows are images, resampled by group.
 
-    Paper and Amir et al.: k grows until the inertia stops falling; clusters whose mean saliency is above 0.065 in 75 % of the images
-    are the common object. Ours: saliency is the model's attention from the last prompt token, scaled to 0..1 per image (the same for
-    every source); no GrabCut afterwards; clusters are brought to pixels bilinearly. A single attention sink would make a fixed
-    threshold meaningless, hence `J, relative threshold` beside it: above the image's mean saliency. `J, oracle` is the best union of
-    the same clusters (chosen on tokens): what any choice of clusters could reach. Rows are images, resampled by group."""
+    Paper and Amir et al.: k grows until the inertia stops falling; clusters whose mean saliency is above 0.065 in 75 % of the images are
+    the common object. Ours: saliency is the model's attention from the last prompt token, scaled to 0..1 per image; no GrabCut afterwards;
+    clusters are brought to pixels bilinearly. A single attention sink would make a fixed threshold meaningless, hence `J, relative
+    threshold` beside it: above the image's mean saliency. `J, oracle` is the best union of the same clusters (chosen on tokens)."""
 
     name, title, metric = "co_segmentation", "Co-segmentation", "Jaccard"
     columns = ("j", "j_oracle", "j_relative", "precision", "clusters")

@@ -41,10 +41,10 @@ class ForegroundSegmentation(Task):
     """A probe fitted on the tokens of the support images labels every token of the query.
 
     Paper: a linear classifier on value tokens, 5 support images. Ours: L2-regularised logistic regression, class-balanced, features
-    standardised on the support; `strength` is scikit-learn's C, one value for all sources (0.01 was best or close to it for every source on
-    pocket scenes that are not scored); a token's label is the majority of its pixels, void excluded; logits are interpolated bilinearly to
-    the query's mask and cut at 0. If no support token has a foreground (or background) majority, the token with the largest such share in
-    each support image takes that label. Control: the same probe fitted on shuffled labels."""
+    standardised on the support; `strength` is scikit-learn's C (0.01 was best or close to it for every source on pocket scenes that are not
+    scored); a token's label is the majority of its pixels, void excluded; logits are interpolated bilinearly to the query's mask and cut at
+    0. If no support token has a foreground (or background) majority, that with the largest such share in each support image takes the
+    label. Control: shuffled labels."""
 
     name, title, metric = "foreground_segmentation", "Foreground segmentation", "fg mIoU"
     columns = ("fold", "class", "i_bg", "i_fg", "u_bg", "u_fg", "converged")

@@ -32,10 +32,10 @@ def object_of(question: str) -> str:
 
 def ask_behind_prefixes(samples: Sequence[YesNoSample], mlm: MLM, writer: PrefixWriter, parts: Parts | None = None, images: int = 150,
                         seed: int = 0, batch_size: int = 16, progress: bool = True) -> Frame:  # fmt: skip
-    """Answers about the first `images` images under every condition: a row per question, with what its image's correct and wrong prefix
-    are, and per condition the text of the answer and the probability that yes and no hold together. The correct prefix names an object that
-    one of the image's questions is about and that is there, the wrong one an object that is asked about and is not. Wordings count once per
-    image. Images without an object of each kind, or without controls of equal length, are `skipped`; DataError if all are."""
+    """Answers about the first `images` images under every condition: a row per question, with its image's correct and wrong prefix, and per
+    condition the text of the answer and the probability that yes and no hold together. The correct prefix names an object that one of the
+    image's questions is about and that is there, the wrong one an object that is asked about and is not. Wordings count once per image.
+    Images without an object of each kind, or without controls of equal length, are `skipped`; DataError if all are."""
     asked: dict[str, dict[str, YesNoSample]] = {}
     for sample in samples:
         asked.setdefault(sample.image_id, {}).setdefault(sample.question, sample)

@@ -22,9 +22,8 @@ FEWEST = 4  # images: two in each half
 
 def results(tables: Mapping[str, ScoreTable | Frame], about: Mapping) -> dict:
     """Everything that notebook 04 derives from its tables: those of the readouts by name, and of the answers ("answers").
-    about["parameters"]: `bootstrap`, `seed` and `profile`. -> readouts (`summarise_prefixes`, with title, metric and the smallest effect of
-    interest in points), average_precision (the same of the readouts of expressions, scored without a threshold), answers, claims, finding
-    and tables for the report."""
+    about["parameters"]: `bootstrap`, `seed` and `profile`. average_precision: as `readouts`, of the readouts of expressions, scored without
+    a threshold."""
     options = about["parameters"]["bootstrap"], about["parameters"]["seed"]
     readouts, precision = {}, {}
     for name in (name for name in TITLES if name in tables):
@@ -77,15 +76,14 @@ def _tables(readouts: Mapping, precision: Mapping, answers: Mapping) -> list[dic
 
 
 def summarise_prefixes(table: ScoreTable, statistic: Statistic, n_boot: int = 2000, seed: int = 0, kind: str = "") -> dict:
-    """Scores by condition and layer, what each prefix adds, and the comparisons at the best layer; JSON-able. kind: `UNCENTRED` for
-    these families.
+    """Scores by condition and layer, what each prefix adds, and the comparisons at the best layer; JSON-able. kind: `UNCENTRED` for these
+    families.
 
-    best_layer: that of the values *without* prefix, over all samples, of all layers but the first (whose values no prefix can
-    reach). `best` is over all samples too, each in the layer that is best so in the other half of the groups (`layers`: for the
-    first half, and for the second): score per condition, `correct_minus` every other, `random_minus_none`, and `above_untrained`,
-    without prefix minus the untrained model in the same layers; with fewer than four groups it has no numbers, and says why.
-    added: per condition and layer, its score minus that without prefix. moved: per condition and layer, over the samples that show
-    objects or background; None where none does. uncentred: a summary of those families."""
+    best_layer: that of the values *without* prefix, over all samples, of all layers but the first, which no prefix can reach. `best`: each
+    sample in the layer that is best so in the other half of the groups (`layers`): score per condition, `correct_minus` every other,
+    `random_minus_none`, and `above_untrained`, without prefix minus the untrained model; with fewer than four groups it has no numbers, and
+    says why. added: per condition and layer, its score minus that without prefix. moved: the same over the samples that show objects or
+    background; None where none does. uncentred: a summary of those families."""
     conditions = [c for c in CONDITIONS if by_layer(table.sources, kind + c)]
     layers = [layer for layer, _ in by_layer(table.sources, f"{kind}none")]
     families = conditions + [UNTRAINED] * bool(not kind and by_layer(table.sources, UNTRAINED))

@@ -57,14 +57,8 @@ WORDING = {
 
 
 class PrefixWriter:
-    """Writes prefixes for one model in the wording of a profile.
-
-    unmatched: correct prefix -> the controls that do not exist in its number of tokens, of all that were written.
-
-    >>> writer = PrefixWriter(mlm, "pocket")
-    >>> writer.write(writer.correct("class_name", "fish"), ["look for the car"], seed=0)["reversed"]
-    'fish the for look'
-    """
+    """Writes prefixes for one model in the wording of a profile. unmatched: correct prefix -> the controls that do not exist in its number
+    of tokens, of all that were written."""
 
     def __init__(self, mlm: MLM, profile: str):
         if profile not in WORDING:
@@ -90,8 +84,8 @@ class PrefixWriter:
 
     def write(self, correct: str, wrong: Sequence[str], seed: int) -> dict[str, str | None] | None:
         """A prefix per condition, or None where some control of the same number of tokens does not exist (`unmatched`). correct, wrong: as
-        `correct` writes them; of the candidates wrong, one is drawn. seed: of all draws. Raises ParameterError for a correct prefix of one
-        word, which cannot be reversed."""
+        `correct` writes them; of the candidates wrong, one is drawn. ParameterError for a correct prefix of one word, which cannot be
+        reversed."""
         words = correct.split()
         if len(words) < 2:
             raise ParameterError(f"the prefix {correct!r} must have at least two words, so that they can be reversed")

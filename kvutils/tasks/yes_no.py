@@ -76,9 +76,9 @@ class YesNoTask(ABC):
 
 
 class Pope(YesNoTask):
-    """POPE: is an object in the image? F1 of yes, read as by POPE's own script (`pope_parse`). Scores per split, as `mean` the plain mean
-    over splits (the headline is its F1), and as `pooled` over all questions at once. f1 is 0 without a true positive; precision is
-    undefined without a yes. What is no "no" is taken for yes; an answer counts as unknown where it is taken for yes without the word."""
+    """POPE: is an object in the image? F1 of yes, read as by POPE's own script (`pope_parse`). Scores per split, as `mean` over splits (the
+    headline is its F1), and as `pooled` over all questions at once. f1 is 0 without a true positive; precision is undefined without a yes.
+    What is no "no" is taken for yes, and counts as unknown without the word."""
 
     name, title = "pope", "POPE"
     metric = (MEAN, "f1")
@@ -112,10 +112,10 @@ class Mme(YesNoTask):
 
     Per subtask: acc, share of questions that are right; acc_plus, share of images with both right; score, 100 times their sum (0 to 200).
     Summaries add scores up: `total` over the samples' subtasks that are MME's (the headline), and perception, cognition and hallucination
-    where all of their subtasks are there. A subtask that MME does not have stands beside, in no summary. An answer that is neither yes
-    nor no is wrong, and counts as unknown: a subtask of such answers alone, on which the authors' script stops, scores 0. The smallest
-    effect of interest is 1 % of the highest total (ours, the paper states no figure). Raises DataError unless a subtask is MME's, and
-    every image of a subtask has two questions."""
+    where all of their subtasks are there. Another subtask is in no summary. An answer that is neither yes nor no is wrong, and counts as
+    unknown: a subtask of such answers alone, on which the authors' script stops, scores 0. The smallest effect of interest is 1 % of the
+    highest total (ours, the paper states no figure). Raises DataError unless a subtask is MME's, and every image of a subtask has two
+    questions."""
 
     name, title = "mme", "MME"
     metric = (TOTAL, "score")
@@ -232,9 +232,9 @@ class Scored:
 
     def change(self, now: Sequence[str], before: Sequence[str]) -> dict:
         """Mean score of the sets `now` minus that of the sets `before`, an `Effect` of every metric, paired; JSON-able. Several sets are
-        draws (20 of random keys, say) of many that could be: the variance between them counts as in `_with_draws`, and a single set against
-        several is judged as if it were one more of theirs. changed: the share of questions that are right and were wrong, and the reverse,
-        over all pairs of sets."""
+        draws (of random keys, say) of many that could be: the variance between them counts as in `_with_draws`, and a single set against
+        several is judged as one more of theirs. changed: the share of questions that are right and were wrong, and the reverse, over all
+        pairs of sets."""
         places, was = ([list(self.sets).index(name) for name in side] for side in (now, before))
 
         def between(values: np.ndarray) -> np.ndarray:
@@ -265,10 +265,10 @@ class Scored:
 def _with_draws(effects: Sequence[Effect], drawn: Resampled, times: float) -> list[Effect]:
     """Effects (metrics) that rest on drawn (K, metrics), with the variance between draws beside that of images.
 
-    Scores R_k of K draws differ by what was drawn (variance v) and by the chance of the images: their sample variance s2 is v + t on
-    average, where t = sum_k Var(R_k - mean R) / (K - 1) over resamples of images. So v = s2 - t, at least 0, and error^2 is that over
-    images + times v. times = 1 / K for the mean of all draws that could be; 1 + 1 / K if one more of them is compared with it. Student's
-    t with Welch and Satterthwaite's freedom, at least K - 1: K - 1 of s2, units - 1 of the rest."""
+    Scores R_k of K draws have a sample variance s2 of v (what was drawn) + t (the images) on average, t = sum_k Var(R_k - mean R) / (K - 1)
+    over resamples of images. So v = s2 - t, at least 0, and error^2 is that over images + times v: times = 1 / K for the mean of all draws
+    that could be; 1 + 1 / K if one more of them is compared with it. Student's t with Welch and Satterthwaite's freedom, at least K - 1: K
+    - 1 of s2, units - 1 of the rest."""
     k, found = len(drawn.value), []
     chance = replace(drawn, draws=drawn.draws - drawn.draws.mean(axis=1, keepdims=True)).error
     for each, total, noise in zip(effects, drawn.value.var(axis=0, ddof=1), (chance**2).sum(axis=0) / (k - 1), strict=True):
