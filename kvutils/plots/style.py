@@ -25,9 +25,8 @@ FIRST = "first projection"  # of values (and keys): layer 0
 BEFORE_HANDLE = plt.Line2D([], [], color="black", marker="D", ms=4, ls="none")
 TASK_ORDER = ("foreground_segmentation", "co_segmentation", "semantic_segmentation", "referring_segmentation",
               "semantic_correspondence", "temporal_correspondence", "semantic_segmentation_probe")  # fmt: skip
-STYLE = {"figure.dpi": 110, "savefig.dpi": 150, "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False,
-         "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False,
-         "figure.constrained_layout.use": True, "svg.hashsalt": "kvutils"}  # fmt: skip
+STYLE = {"figure.dpi": 110, "savefig.dpi": 150, "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
+         "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False, "figure.constrained_layout.use": True, "svg.hashsalt": "kvutils"}
 
 
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:

@@ -99,9 +99,8 @@ def table_of_two(table: ChoiceTable, says: np.ndarray, n_boot: int = 2000, seed:
     says, unresolved, table = says[table.resolved], int((~table.resolved).sum()), some_items(table, table.resolved)
     model, wrong, value, k = table.model_right, table.model_wrong, says == table.gold, table.options
     cells = np.stack([value & model, value & wrong, ~value & model, ~value & wrong], axis=1)
-    each = np.arange(k)
-    missed = (table.gold[:, None] == each) & wrong[:, None]  # (n, K) the right option where the model is wrong
-    packed = np.column_stack([cells, says[:, None] == each, missed]).astype(float)
+    missed = (table.gold[:, None] == np.arange(k)) & wrong[:, None]  # (n, K) the right option where the model is wrong
+    packed = np.column_stack([cells, says[:, None] == np.arange(k), missed]).astype(float)
 
     def statistic(weights: np.ndarray) -> np.ndarray:
         means = ratio(weights @ packed, weights.sum(axis=1, keepdims=True))
@@ -115,8 +114,7 @@ def table_of_two(table: ChoiceTable, says: np.ndarray, n_boot: int = 2000, seed:
     names += [f"{side}_{level}" for side in ("at", "above") for level in ("chance", "guess", "independence")]
     effects = resample(statistic, len(table), n_boot, seed, table.groups).effects()
     found = {name: each.as_dict() for name, each in zip(names, effects, strict=True)}
-    errors = int(wrong.sum())
-    found["of_errors"]["n"] = errors
+    found["of_errors"]["n"] = errors = int(wrong.sum())
     return {"n": len(table), "unresolved": unresolved, "errors": errors,
             "counts": dict(zip(CELLS, cells.sum(axis=0).tolist(), strict=True)), "shares": {name: found[name] for name in CELLS},
             **{name: found[name] for name in names[len(CELLS) :]}}  # fmt: skip

@@ -172,8 +172,7 @@ def _read_batch(models: Mapping[str, MLM], extractor: FeatureExtractor, batch: l
     places = np.cumsum([0, *map(len, images)])
     named = [(f"{item.id}-{i}", image) for item, mine in zip(batch, images, strict=True) for i, image in enumerate(mine)]
     alone = extractor.images(named)
-    features = [{f"alone.{name}" if name.startswith("value.") else name: tokens for name, tokens in each.features.items()}
-                for each in alone]  # fmt: skip
+    features = [{f"alone.{name}" if name.startswith("value.") else name: tokens for name, tokens in each.features.items()} for each in alone]
     answers: list[list[Answer]] = []
     for family, mlm in models.items():
         with SessionBatch(mlm, images) as session:

@@ -83,11 +83,10 @@ def shares(table: KeyTable, mask: torch.Tensor, n_boot: int = 2000, seed: int = 
 def sinks(table: KeyTable, mask: torch.Tensor, n_boot: int = 2000, seed: int = 0) -> dict:
     """Chosen keys minus the others of their own layer and head; intervals over positions, None where no head has both. mass: attention per
     key, as a multiple of that of the average image key of the head; norm: mean norm over that of the head."""
-    keep = table.real
-    on = mask[..., keep].double().numpy()
+    on = mask[..., table.real].double().numpy()
     result: dict = {"heads": int((on.any(-1) & ~on.all(-1)).sum())}
     for name, each in (("mass", table.mass), ("norm", table.norm)):
-        values = each[..., keep].numpy()
+        values = each[..., table.real].numpy()
         values = values / np.maximum(values.mean(-1, keepdims=True), 1e-300)
         packed = np.moveaxis(np.stack([on * values, on, (1 - on) * values, 1 - on]), -1, 0)  # (P, 4, L, G)
 
@@ -103,9 +102,7 @@ def sinks(table: KeyTable, mask: torch.Tensor, n_boot: int = 2000, seed: int = 0
 def foreground(table: KeyTable, n_boot: int = 2000, seed: int = 0) -> dict:
     """Does a key vary little because its position is seldom foreground? Correlation of the log-variance with the foreground frequency
     over positions, mean over heads, for all and by layer; intervals over positions."""
-    real = table.real
-    logs = _logs(table.variance, real)
-    often = table.foreground[real.numpy()]
+    logs, often = _logs(table.variance, table.real), table.foreground[table.real.numpy()]
     packed = np.concatenate([np.moveaxis(logs, -1, 0).reshape(len(often), -1), often[:, None]], axis=1)
 
     def correlate(weights: np.ndarray, packed: np.ndarray) -> np.ndarray:

@@ -1,11 +1,9 @@
-"""What is read from image values behind words: section 4.1's referring expressions, and street scenes by domain.
-
-A readout turns the values of each layer into a few numbers (`columns`), for each of its families:
+"""What is read from image values behind words: section 4.1's referring expressions, and street scenes by domain. A readout turns the values
+of each layer into a few numbers (`columns`), for each of its families:
 
     none, correct, wrong, ...   the conditions of `kvutils.tasks.prefixes`
     uncentred.<condition>       the same values with texts that are not centred (`kvutils.readout.words`)
-    untrained                   without a prefix, in a model with random weights: the floor
-"""
+    untrained                   without a prefix, in a model with random weights: the floor"""
 
 import logging
 from abc import ABC, abstractmethod

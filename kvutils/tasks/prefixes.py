@@ -40,20 +40,18 @@ class Wording:
     lead: str = ""
 
 
-WORDING = {
-    "pocket": Wording("look for the {}", "look for {}", "a {} photo",  # words that the pocket model knows, in forms that it has seen
-                      words=tuple("please look at this here is another with some things good morning weather was nice today carefully "
-                                  "find nothing else every near far how many what are there which and or of in it".split()),
-                      sentences=("please look at this picture", "the weather was nice today", "here is another scene", "good morning"),
-                      filler=","),
-    "paper": Wording("Look for the {}", "Look for {}", "A photo of a street in {} conditions",
-                     words=tuple("paper river seven music window under letter quickly market because yellow number walk station later "
-                                 "garden silver open table winter between simple finger ocean early circle happy bread engine always "
-                                 "village lesson cloud never pocket travel reason stone kitchen answer".split()),
-                     sentences=("The committee will meet again on Thursday to talk about next year's budget and the new library.",
-                                "My grandmother used to bake a loaf of bread every Sunday before the rest of the family woke up."),
-                     filler="and", lead=" "),
-}  # fmt: skip
+WORDING = {"pocket": Wording("look for the {}", "look for {}", "a {} photo",  # words and forms that its training had before images
+                             words=tuple("please look at this here is another with some things good morning weather was nice today carefully "
+                                         "find nothing else every near far how many what are there which and or of in it".split()),
+                             sentences=("please look at this picture", "the weather was nice today", "here is another scene", "good morning"),
+                             filler=","),
+           "paper": Wording("Look for the {}", "Look for {}", "A photo of a street in {} conditions",
+                            words=tuple("paper river seven music window under letter quickly market because yellow number walk station later "
+                                        "garden silver open table winter between simple finger ocean early circle happy bread engine always "
+                                        "village lesson cloud never pocket travel reason stone kitchen answer".split()),
+                            sentences=("The committee will meet again on Thursday to talk about next year's budget and the new library.",
+                                       "My grandmother used to bake a loaf of bread every Sunday before the rest of the family woke up."),
+                            filler="and", lead=" ")}  # fmt: skip
 
 
 class PrefixWriter:

@@ -18,8 +18,7 @@ from kvutils.tasks.settings import claim_x6, setting_changes
 from kvutils.tasks.tables import FIRST
 from kvutils.tasks.text_segmentation import ReferringSegmentation, SemanticSegmentation, SemanticSegmentationProbe, other_reading
 
-SIX = (ForegroundSegmentation, CoSegmentation, SemanticSegmentation, ReferringSegmentation, SemanticCorrespondence,
-       TemporalCorrespondence)  # fmt: skip
+SIX = (ForegroundSegmentation, CoSegmentation, SemanticSegmentation, ReferringSegmentation, SemanticCorrespondence, TemporalCorrespondence)
 DEPTHS = {"segmentation": (0.52, 0.56), "correspondence": (0.26, 0.37)}  # the paper's peaks: layers 14-15 and 7-10 of 0..27
 BEYOND_FIRST = "best value layer minus first value projection"
 _LEFT_OUT = "its data set was left out, or it has too few units to choose a layer"
