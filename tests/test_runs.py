@@ -11,6 +11,7 @@ from PIL import Image
 from tiny_models import score_table, tiny_pocket
 
 from kvutils.datasets import open_dataset
+from kvutils.errors import StoreError
 from kvutils.images import encode_image
 from kvutils.run import items, notebook, report
 from kvutils.run.cli import main
@@ -49,6 +50,8 @@ def test_items_are_read_as_the_tables_that_were_written(tmp_path):
     assert rest == {"about": about, "choices": {"a": "b"}, "shown": {"x": 0.333333333}}
     assert {name: type(table) for name, table in measured.items()} == {"answers": Frame, "scores": ScoreTable}
     assert measured["scores"].task == "task" and measured["answers"]["answer"] == ["yes"]
+    with pytest.raises(StoreError, match=r"01_x/pope\.parquet is missing"):
+        measured["pope"]
 
 
 def finish(profile: str, options: dict) -> notebook.Run:
@@ -65,7 +68,7 @@ def finish(profile: str, options: dict) -> notebook.Run:
     maps = {"similarity": np.zeros((4, 4)).tolist(), "pca": np.zeros((4, 4, 3), int).tolist()}
     scene = {"image": encode_image(Image.new("RGB", (32, 24), "teal")), "size": [32, 24], "point": [8, 8],
              **{kind: dict.fromkeys(("encoder_original", "encoder", "value.0"), each) for kind, each in maps.items()}}  # fmt: skip
-    run.finish(tiny_pocket(), measured=measured, about=about, results=siglip_baseline.results(measured, about), choices={"a": "b"},
+    run.finish(replace(tiny_pocket(), name=run.model), measured=measured, about=about, results=siglip_baseline.results(measured, about), choices={"a": "b"},
                shown={"scene": scene})
     report.write(notebook.output_root())
     return run
@@ -143,6 +146,11 @@ def test_files_that_were_damaged_or_edited_are_found(folder, capsys):
     replaced(f"items/{NAME}.json", '"about"', '"abuot"', "its items are not what this version of kvutils reads (KeyError: 'about')")
     replaced("claims.json", '"verdict": "', '"verdict": "surely ', "C1.verdict is 'surely not measured', 'not measured' follows: `make report`")
     replaced(f"provenance/{JSON}", '"hours"', '"days"', f"provenance/{JSON} does not say: hours")
+    replaced(f"provenance/{JSON}", '"hours": 0.0', '"hours": -5', f"provenance/{JSON}: -5 hours")
+    replaced(f"provenance/{JSON}", '"model": "pocket"', '"model": "other"', "of the model 'other', its items of 'pocket'")
+    replaced(f"provenance/{JSON}", "{", "", f"provenance/{JSON} cannot be read as JSON")
+    replaced(JSON, "{", "", f"{JSON} cannot be read as JSON")
+    replaced("claims.json", "[", "", "claims.json cannot be read as JSON")
     replaced(f"provenance/{JSON}", "c0ffee1234", "c0ffee1234 (modified)", "is none that others can fetch")
     data = (folder / TABLE).read_bytes()
     (folder / TABLE).write_bytes(data[:-9])
@@ -151,6 +159,16 @@ def test_files_that_were_damaged_or_edited_are_found(folder, capsys):
     table = parquet.read_table(folder / TABLE)
     parquet.write_table(table.set_column(0, "id", [["x", *table["id"].to_pylist()[1:]]]), folder / TABLE)
     check("it was changed after the run")
+    (folder / TABLE).write_bytes(data)
+    strange = (folder / TABLE).with_name("foo.parquet")
+    strange.write_bytes(data)
+    check("foo.parquet is no table of this notebook")
+    strange.unlink()
+    about = (folder / f"items/{NAME}.json").rename(folder / "about.json")
+    check(f"items/{NAME}.json is missing: take it from")
+    about.rename(folder / f"items/{NAME}.json")
+    (folder / "claims.json").unlink()
+    assert main(["check", str(folder)]) == 0 and "claims.json is missing" in capsys.readouterr().out  # as four notebooks are
     (folder / TABLE).unlink()
     check("has no tables: run the notebook again")
     assert main(["check", str(folder.parent)]) == 2 and "holds no run" in capsys.readouterr().err

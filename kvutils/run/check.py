@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from kvutils import plots
+from kvutils.checkpoints import base_name
 from kvutils.datasets import FOLDERS, USES, open_dataset
 from kvutils.datasets.catalog import CATALOG
 from kvutils.datasets.hub import HUB
@@ -72,15 +73,17 @@ def check_folder(folder: Path, figures: Path, without_pictures: bool = False) ->
         wrong += [f"{name}: {each}" for each in problems]
     if absent := [name for name in items.RESULTS if name not in names]:
         fits.append(f"not run: {', '.join(absent)}")
-    lines = report.rows(report.read_all(folder) | derived)
-    fits.append("verdicts: " + ", ".join(f"{line['id']} {line['verdict']}" for line in lines))
     try:
-        stored = {line["id"]: line for line in read_json(folder / "claims.json")}
-        now = {line["id"]: line for line in lines}
-        wrong += [f"claims.json: {each}" for each in differences(stored, now, "follows: `make report` writes it anew")]
-    except KVUtilsError:
-        wrong.append("claims.json is missing or damaged: `make report` writes it")
-    return fits, wrong + _check_origin(folder, names)
+        lines = report.rows(report.read_all(folder) | derived)
+        fits.append("verdicts: " + ", ".join(f"{line['id']} {line['verdict']}" for line in lines))
+        if (file := folder / "claims.json").exists():
+            stored, now = ({line["id"]: line for line in each} for each in (read_json(file), lines))
+            wrong += [f"claims.json: {each}" for each in differences(stored, now, "follows: `make report` writes it anew")]
+        else:  # of a run in parts it comes last
+            (fits if absent else wrong).append("claims.json is missing: `make report` writes it")
+    except (KVUtilsError, AttributeError, LookupError, TypeError) as error:
+        wrong.append(f"no verdicts: {error}")
+    return fits, wrong + _check_origin(folder, names, derived)
 
 
 def _check_notebook(folder: Path, name: str, derived: Mapping) -> tuple[list[str], list[str]]:
@@ -170,17 +173,26 @@ def _against(table: str, frame: Frame, known: Mapping[str, list]) -> list[str]:
         (strange, "rows of samples that the data set does not have"), (lacking, "samples of the data set have no row")) if names]  # fmt: skip
 
 
-def _check_origin(folder: Path, names: list[str]) -> list[str]:
-    """What a run does not say about itself."""
+def _check_origin(folder: Path, names: list[str], derived: Mapping) -> list[str]:
+    """What a run does not say about itself, or cannot be so."""
     wrong, revisions = [], {}
     for name in names:
-        about = report.read_results(folder / "provenance").get(name, {})
+        file = folder / "provenance" / f"{name}.json"
+        try:
+            about = read_json(file) if file.exists() else {}
+        except KVUtilsError as error:
+            wrong.append(str(error))
+            continue
         machine = about.get("machine", {})
         lacking = [key for key in SETTINGS if key not in about] + [key for key in MACHINE if key not in machine]
         if lacking:
             wrong.append(f"provenance/{name}.json does not say: {', '.join(lacking)}")
         elif not re.fullmatch(r"[0-9a-f]{7,40}", machine["commit"]):
             wrong.append(f"provenance/{name}.json: commit {machine['commit']!r} is none that others can fetch; run from a clean clone")
+        elif not machine["hours"] >= 0:
+            wrong.append(f"provenance/{name}.json: {machine['hours']} hours; expected what the run took")
+        if "model" in about and name in derived and len({Path(base_name(each["model"])).name for each in (about, derived[name])}) > 1:
+            wrong.append(f"provenance/{name}.json: of the model {about['model']!r}, its items of {derived[name]['model']!r}")
         revisions.setdefault(about.get("revision"), []).append(name)
     if len(revisions) > 1:
         wrong.append("notebooks are of different models: " + "; ".join(f"{', '.join(some)} of revision {each}" for each, some in revisions.items()))

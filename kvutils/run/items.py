@@ -26,6 +26,20 @@ RESULTS: dict[str, Callable[[Mapping[str, Table], Mapping], dict]] = {  # notebo
 }
 
 
+class _Tables(dict):
+    """Tables by name; which were asked for, and an error that names the file of one that is not there."""
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.folder, self.asked = folder, set()
+
+    def __getitem__(self, name: str) -> Table:
+        if name not in self:
+            raise StoreError(f"{self.folder / name}.parquet is missing: take it from where the results are, or run the notebook again.")
+        self.asked.add(name)
+        return super().__getitem__(name)
+
+
 def write_items(folder: Path, notebook: str, measured: Mapping[str, Table], about: Mapping, choices: Mapping, shown: Mapping) -> None:
     """Write the tables {name: table} and the JSON beside them; tables of an earlier run go. about["parameters"]: the notebook's."""
     tables = folder / "items" / notebook
@@ -42,19 +56,21 @@ def write_items(folder: Path, notebook: str, measured: Mapping[str, Table], abou
     write_text(tables.with_name(f"{notebook}.json"), to_json(content, sort=False))  # results may depend on the order of what is about them
 
 
-def read_items(folder: Path, notebook: str) -> tuple[dict[str, Table], dict]:
+def read_items(folder: Path, notebook: str) -> tuple[_Tables, dict]:
     """What `write_items` wrote: the tables, and the JSON. StoreError for what is missing or damaged."""
     paths = sorted((folder / "items" / notebook).glob("*.parquet"))
     if not paths:
         raise StoreError(f"{folder / 'items' / notebook} has no tables: run the notebook again, or take its items from where the results are.")
-    measured: dict[str, Table] = {}
+    if not (file := folder / "items" / f"{notebook}.json").exists():
+        raise StoreError(f"{file} is missing: take it from where the results are, or run the notebook again.")
+    measured = _Tables(folder / "items" / notebook)
     for path in paths:
         frame = read_frame(path)
         if name := frame.about.get("class"):
             one_of(f"kind of table in {path}:", name, TABLES, StoreError)
             frame = TABLES[name].of_frame(frame)
         measured[path.stem] = frame
-    return measured, read_json(folder / "items" / f"{notebook}.json")
+    return measured, read_json(file)
 
 
 def results_file(notebook: str, about: Mapping, choices: Mapping, found: Mapping) -> dict:
@@ -68,4 +84,7 @@ def derive(folder: Path, notebook: str) -> dict:
     """The content of a results file, computed again from the items beside it."""
     one_of("notebook", notebook, RESULTS)
     measured, rest = read_items(folder, notebook)
-    return results_file(notebook, rest["about"], rest["choices"], RESULTS[notebook](measured, rest["about"]))
+    found = RESULTS[notebook](measured, rest["about"])
+    if strange := sorted(measured.keys() - measured.asked):
+        raise StoreError(f"{measured.folder / strange[0]}.parquet is no table of this notebook: no result follows from it. Remove it.")
+    return results_file(notebook, rest["about"], rest["choices"], found)
