@@ -11,6 +11,7 @@ from PIL import Image
 import kvutils as kv
 from kvutils.datasets.pocket.sets import pocket_scene
 from kvutils.errors import DataError, KVUtilsError
+from kvutils.readout.maps import picture
 from kvutils.run.cli import main
 from kvutils.tasks.base import Task
 from tests.mini_models import save_tiny
@@ -134,8 +135,14 @@ def test_probe_measures_what_the_folder_allows(family, folder, tmp_path, capsys,
         summary = found["tasks"][task]
         line = next(line for line in shown.splitlines() if line.startswith(summary["title"]))
         best = summary["value_best"]["score"] if task != "semantic_segmentation_probe" else None  # of two pictures
-        last = f"[{best['low']:.3f}, {best['high']:.3f}], layer" if best else "units are too few to choose a layer"
+        last = "units are too few to choose a layer"
+        if best:  # of one unit for each picture, and of half as many groups of pairs
+            last = (f"[{best['low']:.3f}, {best['high']:.3f}], layer" if summary["groups"] == COUNT
+                    else f"{best['mean']:.3f} (too few pictures for an interval: {summary['groups']} units), layer")
         assert f"{summary['sources']['pixels']['mean']:.3f}" in line and last in line
+        ends = [each[end] for each in summary["sources"].values() for end in ("low", "high")]
+        assert set(ends) == {None} if summary["groups"] < COUNT else min(ends) >= 0 and max(ends) <= 1
+    assert "first projection" in shown
     assert {path.name for path in out.glob("*.png")} == {"scores.png", "picture-p0.png"}
     monkeypatch.setattr(Task, "prepare", Mock(side_effect=AssertionError))
     before = (out / "probe.json").read_bytes()
@@ -145,7 +152,23 @@ def test_probe_measures_what_the_folder_allows(family, folder, tmp_path, capsys,
 
 def test_probe_of_pictures_alone_draws_them(folder, tmp_path, capsys):
     shutil.rmtree(folder / "masks")
+    (folder / "points.csv").write_text("image;name;x;y\np1;a;3;4\n")
+    assert main(["probe", str(folder), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 2
+    assert "image,name,x,y, separated by commas, found 'image;name;x;y'" in capsys.readouterr().err
     (folder / "points.csv").unlink()
     assert main(["probe", str(folder), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
     assert "No scores:" in (shown := capsys.readouterr().out) and "masks/NAME.png" in shown and "points.csv" in shown
+    assert "Semantic correspondence needs two pictures with points of one name, found 0" in shown and "samples=" not in shown
     assert len(list((tmp_path / "out").glob("*.png"))) == 3
+
+
+def test_probe_shows_what_is_like_a_point_on_the_first_thing(folder, tmp_path, monkeypatch):
+    corners = np.zeros((96, 96), np.uint8)
+    corners[:24, :24], corners[72:, 72:], corners[8:16, 8:16] = 1, 2, 0  # two things, the first with a hole in its middle
+    Image.fromarray(corners).save(folder / "masks" / "p0.png")
+    shown = {}
+    monkeypatch.setattr("kvutils.run.probe.SHOWN", 1)
+    monkeypatch.setattr("kvutils.run.probe.picture", lambda *given: shown.update(point=given[3]) or picture(*given))
+    assert main(["probe", str(folder), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    x, y = (int(each) for each in shown["point"])
+    assert corners[y, x] == 1 and max(x, y) < 18

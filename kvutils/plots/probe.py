@@ -11,7 +11,8 @@ FAMILIES = {family: SOURCE_STYLE[family] for family in ("value", "shuffled.value
 
 @styled
 def own_curves(tasks: Mapping[str, Mapping]) -> Figure:
-    """Score of each task of one's own pictures, from pixels over encoder and projector to the values of every layer, with 95 % bands."""
+    """Score of each task of one's own pictures, from pixels over encoder and projector to the values of every layer, with 95 % bands; of few
+    units, no bands."""
     figure, axes = panels(len(tasks), len(tasks), 3.6, 3.3)
     for axis, each in zip(axes, tasks.values(), strict=True):
         along_the_flow(axis, each["sources"], FAMILIES)

@@ -75,8 +75,11 @@ def picture(axis, image: np.ndarray, size: tuple[int, int], title: str = "", **o
     return shown
 
 
-def error_bar(found: Mapping, factor: float = 1) -> list[list[float]]:
-    """The interval as `errorbar` takes it. A percentile interval need not hold the value itself; bars then begin there."""
+def error_bar(found: Mapping, factor: float = 1) -> list[list[float]] | None:
+    """The interval as `errorbar` takes it, None where there is none. A percentile interval need not hold the value itself; bars then
+    begin there."""
+    if found["low"] is None:
+        return None
     low, high = found["mean"] - found["low"], found["high"] - found["mean"]
     return [[factor * max(low, 0.0)], [factor * max(high, 0.0)]]
 
@@ -129,7 +132,7 @@ def along_the_flow(axis, sources: Mapping[str, Mapping], families: Mapping[str, 
         if own := [layer for layer in layers_of(sources, family) if layer > 0]:
             curve(axis, np.array(own) + offset, [sources[f"{family}.{layer}"] for layer in own], style)
     for x, source, colour, marker in points:
-        if source in sources and None not in (sources[source]["low"], sources[source]["high"]):
+        if source in sources and sources[source]["mean"] is not None:
             axis.errorbar(x, sources[source]["mean"], yerr=error_bar(sources[source]), fmt=marker, ms=4, color=colour, capsize=2)
     ticks = [layer for layer in layers if layer > 0][:: max(1, -(-len(layers) // 8))]  # every layer of a small model, some of a large one
     axis.set_xticks([*before, *(layer + offset for layer in ticks)], [*BEFORE.values(), FIRST, *map(str, ticks)])

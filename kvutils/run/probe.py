@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from kvutils import plots
@@ -12,12 +13,13 @@ from kvutils.datasets.folder import FolderPicture, name_of, samples_of
 from kvutils.errors import DataError, KVUtilsError, ParameterError
 from kvutils.models import load_mlm
 from kvutils.plots.probe import own_curves
-from kvutils.plots.style import layers_text
+from kvutils.plots.style import FIRST, layers_text
 from kvutils.plots.value_flow import overview
 from kvutils.readout.features import FeatureExtractor
 from kvutils.readout.maps import picture
 from kvutils.run import DONE, FAILED
 from kvutils.run.notebook import provenance
+from kvutils.run.verdicts import FEW_UNITS
 from kvutils.store import Parts, need_writable, write_json
 from kvutils.tasks.base import run_task, summarise
 from kvutils.tasks.correspondence import SemanticCorrespondence
@@ -25,10 +27,12 @@ from kvutils.tasks.foreground_segmentation import ForegroundSegmentation
 from kvutils.tasks.text_segmentation import SemanticSegmentationProbe
 
 SHOWN, CONTEXT, LAYERS = 3, 8, 9  # pictures that are drawn, those whose tokens share their colours, layers that are drawn
-COLUMNS = ("pixels", "encoder", "projector")
-NOTE = """\
-best value layer: chosen among the layers from 1 on with half of the items and read on the other half, with 95 % interval;
-pixels: the same task on colour and place alone, what a model has to be better than. n: items."""
+COLUMNS = {"pixels": "pixels", "encoder": "encoder", "projector": "projector", "value.0": FIRST}
+NOTE = f"""\
+best value layer: chosen among the layers from 1 on with half of the items and read on the other half, with 95 % interval; two
+layers are one for each half. {FIRST}: values of layer 0. pixels: the same task on colour and place alone, what a model has to
+be better than. n: items; what shares a picture or a group of pairs is one unit."""
+TASKS = {"episodes": ForegroundSegmentation, "named": SemanticSegmentationProbe, "pairs": SemanticCorrespondence}
 
 
 def probe(chosen: argparse.Namespace) -> int:
@@ -37,14 +41,15 @@ def probe(chosen: argparse.Namespace) -> int:
     out = Path(chosen.out or f"{folder.resolve().name}-probe")
     if out.resolve() == folder.resolve():
         raise ParameterError(f"--out {out}: its figures would be pictures of the folder; name another one")
+    _need_header(folder / "points.csv")
     pictures = open_dataset("folder", folder, progress=True)
     need_writable(out, "--out")
     samples, why = {}, {}
-    for kind in ("episodes", "named", "pairs"):
+    for kind, task in TASKS.items():
         try:
             samples[kind] = samples_of(pictures, kind)
         except DataError as error:
-            why[kind] = str(error)
+            why[kind] = f"{task.title} needs {str(error).rpartition(' are made of ')[2]}"
     classes = sorted({number for one in pictures for number in one.classes})
     print(f"{folder}: {len(pictures)} pictures, {sum(bool(one.classes) for one in pictures)} with a mask of {len(classes)} classes, "
           f"{sum(bool(one.points) for one in pictures)} with points", flush=True)  # fmt: skip
@@ -58,7 +63,7 @@ def probe(chosen: argparse.Namespace) -> int:
     parts, found, failed = Parts(out / "parts", mlm=extractor.mlm.settings, files=files), {}, {}
     for task in tasks:
         try:
-            found[task.name] = summarise(run_task(task, extractor, parts), task)
+            found[task.name] = _within(summarise(run_task(task, extractor, parts), task))
         except KVUtilsError as error:
             failed[task.title] = str(error)
     plots.save(_pictures(pictures, extractor) | ({"scores": own_curves(found)} if found else {}), out)
@@ -71,13 +76,36 @@ def probe(chosen: argparse.Namespace) -> int:
     return FAILED if failed else DONE
 
 
+def _need_header(path: Path) -> None:
+    """ParameterError for points.csv with another first line, such as one of semicolons."""
+    first = path.read_text("utf-8-sig", errors="replace").partition("\n")[0] if path.is_file() else ""
+    if first and not {"image", "name", "x", "y"} <= set(first.replace('"', "").split(",")):
+        raise ParameterError(f"{path}: expected the first line image,name,x,y, separated by commas, found {first.strip()!r}")
+
+
+def _within(summary: dict) -> dict:
+    """`summary` without the intervals of few units, of which Student's t reaches beyond any score; others end at 0 and at 1, as scores do."""
+    best = [summary["value_best"]["score"]] if summary.get("value_best") else []
+    for each in [*best, *summary["sources"].values(), *(one for metric in summary["secondary"].values() for one in metric.values())]:
+        few = summary["groups"] < FEW_UNITS or each["low"] is None
+        each |= {key: None if few else min(max(each[key], 0.0), 1.0) for key in ("low", "high")}
+    return summary
+
+
+def _point(one: FolderPicture) -> tuple[float, float]:
+    """x, y: the pixel of the mask's first class that is nearest its middle; of a picture without a mask, its middle."""
+    if not one.classes:
+        return tuple(((one.box[:2] + one.box[2:]) / 2).tolist())
+    pixels = np.argwhere(one.mask == one.classes[0])[:, ::-1] + 0.5
+    return tuple(pixels[((pixels - pixels.mean(0)) ** 2).sum(1).argmin()].tolist())
+
+
 def _pictures(pictures: Sequence[FolderPicture], extractor: FeatureExtractor) -> dict[str, Figure]:
-    """Of the first pictures: what tokens are alike, as colours, and what is like the middle of what the mask shows, or of the picture."""
+    """Of the first pictures: what tokens are alike, as colours, and what is like one point (`_point`)."""
     figures, most = {}, max(1, -(-len(extractor.layers) // LAYERS))
     for place, one in enumerate(pictures[:SHOWN]):
         context = {other.id: other.image for other in pictures[max(0, place - CONTEXT) : place + CONTEXT] if other is not one}
-        middle = (one.box[:2] + one.box[2:]) / 2
-        scene = picture(extractor, one.id, one.image, (float(middle[0]), float(middle[1])), context)
+        scene = picture(extractor, one.id, one.image, _point(one), context)
         some = [name for name in scene["pca"] if "." not in name or int(name.rpartition(".")[2]) % most == 0]
         figures[f"picture-{one.id}"] = overview(scene | {kind: {name: scene[kind][name] for name in some} for kind in ("pca", "similarity")})
     return figures
@@ -85,12 +113,14 @@ def _pictures(pictures: Sequence[FolderPicture], extractor: FeatureExtractor) ->
 
 def table(found: Mapping[str, Mapping]) -> list[str]:
     """Lines of text: of each task's summary the sources before the language model and the best value layer."""
-    rows = [("task", "n", *COLUMNS, "best value layer")]
+    rows = [("task", "n", *COLUMNS.values(), "best value layer")]
     for each in found.values():
         before = [f"{each['sources'][name]['mean']:.3f}" if name in each["sources"] else "-" for name in COLUMNS]
         best, score = each.get("value_best"), each.get("no_layer", "-")
         if best:
-            score = f"{best['score']['mean']:.3f} [{best['score']['low']:.3f}, {best['score']['high']:.3f}], {layers_text(best['layers'])}"
+            few = f" (too few pictures for an interval: {each['groups']} units)"
+            interval = few if best["score"]["low"] is None else " [{low:.3f}, {high:.3f}]".format(**best["score"])
+            score = f"{best['score']['mean']:.3f}{interval}, {layers_text(best['layers'])}"
         rows.append((f"{each['title']} ({each['metric']})", str(each["n"]), *before, score))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows] + [NOTE]
