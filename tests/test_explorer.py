@@ -75,9 +75,9 @@ def test_maps_are_those_of_the_library(explored):
 def test_answers_and_attention_are_those_of_a_session(family, attention):
     explorer, mlm = kv.explore(tiny(family, attention=attention), IMAGE), tiny(family, attention=attention)
     found = explorer.answer("ask", {"question": QUESTION, "options": OPTIONS})[0]
-    every = [floats(explorer.answer("attention", {"word": word["index"]})) for word in found["words"] if not word["answer"]]
+    every = [floats(explorer.answer("attention", {"asked": found["asked"], "word": word["index"]})) for word in found["words"] if not word["answer"]]
     np.testing.assert_allclose(np.mean(every, axis=0), attention_mass(mlm, [IMAGE], [QUESTION]).mean((0, 1)), rtol=1e-4)
-    reply = explorer.answer("attention", {"word": 2, "layer": 3, "head": 1})
+    reply = explorer.answer("attention", {"asked": found["asked"], "word": 2, "layer": 3, "head": 1})
     assert reply[0]["share"] == pytest.approx(floats(reply).sum()) and found["before"] is None
     selection = explorer.panels[0].selection(REGION)
     assert selection.mask.nonzero().tolist() == [[layer, 0, token] for layer in (0, 1) for token in (1, 2, 5)] and selection.layers == (1, 3)
@@ -90,9 +90,31 @@ def test_answers_and_attention_are_those_of_a_session(family, attention):
         assert said["probabilities"] == pytest.approx({option: np.exp(score) for option, score in expected.scores.items()})
         assert sum(said["probabilities"].values()) + said["rest"] == pytest.approx(1)
     assert blocked["probabilities"] != found["probabilities"]
-    seen = [floats(explorer.answer("attention", {"word": 2, "layer": 3, "head": head})) for head in range(4)]
+    seen = [floats(explorer.answer("attention", {"asked": blocked["asked"], "word": 2, "layer": 3, "head": head})) for head in range(4)]
     assert [bool(each[[1, 2, 5]].any()) for each in seen] == [False, False, True, True]  # two query heads for each key-value head
     assert mlm.attention == explorer.panels[0].mlm.attention == attention
+
+
+def test_views_of_one_explorer_have_questions_of_their_own(monkeypatch):
+    """Two tabs, or one explorer shown twice: neither shows numbers of the other's question or picture."""
+    explorer, sent = kv.explore(tiny_pocket(), IMAGE), []
+    one, other = (explorer.answer("ask", {"question": text, "block": block})[0] for text, block in ((QUESTION, REGION), ("is there a bird", None)))
+    seen = [explorer.answer("attention", {"asked": asked, "word": 2})[1][0] for asked in (one["asked"], other["asked"])]
+    alone = kv.explore(tiny_pocket(), IMAGE)  # which also takes the memory of the first
+    number = alone.answer("ask", {"question": QUESTION, "block": REGION})[0]["asked"]
+    assert seen[0] == alone.answer("attention", {"asked": number, "word": 2})[1][0] != seen[1]
+    assert explorer.answer("attention", {"asked": one["asked"], "word": 2})[1][0] == seen[0]  # read again, the question kept
+    assert QUESTION in explorer.answer("code", {"state": {"mode": "attention", "asked": one["asked"], "word": 2}})[0]["text"]
+    with pytest.raises(kv.errors.ParameterError, match="no longer held"):
+        alone.answer("attention", {"asked": one["asked"], "word": 2})
+    OTHERS[0].save(png := io.BytesIO(), "PNG")
+    monkeypatch.setattr(Explorer, "send", lambda self, content, buffers=None: sent.append(content))
+    for number, message in enumerate(({"op": "picture", "params": {"name": "mine.png"}}, {"op": "similar", "params": VALUE}, {"op": "open"})):
+        explorer._handle_custom_msg({"id": number, "opened": 0} | message, [memoryview(png.getvalue())] * (number == 0))
+    assert sent[1] == {"opened": 1} and "another view opened another picture" in sent[2]["error"]  # to all views; to the one that has not read it
+    assert sent[0]["result"]["opened"] == sent[3]["result"]["opened"] == 1 and sent[3]["result"]["panels"][0]["title"] == "mine.png"
+    explorer._handle_custom_msg({"id": 4, "opened": 1, "op": "similar", "params": VALUE}, [])
+    assert sent[4]["ok"]
 
 
 def test_selections(explored):
@@ -125,7 +147,7 @@ STATES = [
 @pytest.mark.parametrize("state", STATES, ids=lambda state: f"{state['mode']}-{state.get('source') or state.get('block', state).get('kind', '')}")
 def test_code_gives_the_same_numbers(explored, state):
     panel = explored.panels[0]
-    explored.answer("ask", {"question": QUESTION, "options": OPTIONS, "block": REGION})
+    state = state | {"asked": explored.answer("ask", {"question": QUESTION, "options": OPTIONS, "block": REGION})[0]["asked"]}
     names = {"mlm": panel.mlm, "picture": IMAGE, "context": OTHERS, "extractor": panel.extractor}
     exec(explored.answer("code", {"state": state})[0]["text"], names)
     op = {"similarity": "similar", "selection": "select"}.get(state["mode"], state["mode"])
@@ -193,7 +215,8 @@ MISTAKES = [
         ({"question": ""}, "question"), ({"question": None}, "question"), ({"options": []}, "options must be"),
         ({"options": "yes"}, "options must be"),
         ({"options": ["red", "red"]}, "options must be"), ({"block": {"kind": "best"}}, "kind of selection 'best'"))),
-    ("attention", {"word": 99}, "word of the last question"), ("attention", {"word": 0, "layer": 5}, "layer 5"),
+    ("attention", {"asked": "last", "word": 99}, "word of the question"), ("attention", {"asked": "last", "word": 0, "layer": 5}, "layer 5"),
+    ("attention", {"asked": 0, "word": 0}, "no longer held"),
     *(("select", {"share": 0.1, "seed": 0, "tokens": [1]} | wrong, words) for wrong, words in (
         ({"kind": "best"}, "kind of selection 'best'"), ({"kind": "lowest"}, "context=[...]"), ({"kind": "agnostic"}, "context=[...]"),
         ({"kind": "random", "share": 0}, "share"), ({"kind": "random", "seed": None}, "seed"), ({"kind": "region", "tokens": []}, "no key"),
@@ -209,8 +232,9 @@ def test_mistakes_are_one_sentence_and_the_widget_lives(monkeypatch):
     explorer._handle_custom_msg({"id": 0, "op": "attention", "params": {"word": 0}}, [])
     assert "ask a question first" in sent.pop()[0]["error"]
     explorer._handle_custom_msg({"id": 1, "op": "ask", "params": {"question": QUESTION}}, [])
-    assert sent.pop()[0]["result"]["probabilities"] == {}
+    assert (asked := sent.pop()[0]["result"])["probabilities"] == {}
     for number, (op, params, words) in enumerate(MISTAKES):
+        params = params | {"asked": asked["asked"]} if params.get("asked") == "last" else params
         explorer._handle_custom_msg({"id": number, "op": op, "params": params}, [])
         content, buffers = sent.pop()
         assert not content["ok"] and content["id"] == number and buffers == [] and words in content["error"], (op, params, content)
@@ -219,7 +243,7 @@ def test_mistakes_are_one_sentence_and_the_widget_lives(monkeypatch):
         explorer._handle_custom_msg({"id": 1, "op": "picture", "params": {"name": "x.png"}}, [memoryview(data)])
         assert "x.png" in sent.pop()[0]["error"]
     monkeypatch.setattr("kvutils.explorer.panel.token_attention", lambda *_: 1 / 0)
-    for content in ({"id": 2, "op": "attention", "params": {"word": 0}}, {"id": 2, "op": "similar", "params": [1]}, "nonsense"):
+    for content in ({"id": 2, "op": "attention", "params": {"asked": asked["asked"], "word": 0}}, {"id": 2, "op": "similar", "params": [1]}, "nonsense"):
         explorer._handle_custom_msg(content, [])
         assert not sent.pop()[0]["ok"]
     explorer._handle_custom_msg({"id": 3, "op": "similar", "params": {"panel": 0, "token": 1, "source": "value", "layer": 1}}, [])

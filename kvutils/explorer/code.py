@@ -16,7 +16,7 @@ IMPORTS = {"torch": "", "kv": "", "Panel": "explorer.panel", "open_image": "imag
 
 def reproduce(panel: Panel, origin: Panel, state: Mapping) -> str:
     """Python of what `panel` shows, by the state of a view: mode, the parameters of its op, and block, a selection's. origin: the panel of
-    the token, or the one whose colours are made with these. Attention is that of the last question asked. Raises ParameterError."""
+    the token, or the one whose colours are made with these. Attention is that of the question `asked`. Raises ParameterError."""
     mode, source, text = state.get("mode"), state.get("source"), state.get("text")
     one_of("mode", mode, ("similarity", "colours", "words", "attention", "selection"))
     layer, head = (state.get("layer"), state.get("head")) if source in LAYERED or mode == "attention" else (None, None)
@@ -48,9 +48,9 @@ def reproduce(panel: Panel, origin: Panel, state: Mapping) -> str:
             lines += ["# extractor: the FeatureExtractor that was explored",
                       f"words = Panel(extractor, picture).words({text!r}, {source!r}, {layer})"]  # fmt: skip
     else:
-        asked = state if mode == "selection" else panel.asked
+        asked = state if mode == "selection" else panel.question(state.get("asked"))
         if mode == "attention":
-            panel.attention(state.get("word"), layer, head)
+            panel.attention(state.get("asked"), state.get("word"), layer, head)
         block, prefix = asked.get("block"), asked.get("prefix")
         lines += _selection(panel, block) if block else []
         if asked.get("question"):

@@ -204,7 +204,7 @@ class Panel {
   /** What the map needs of the backend as {op, params}, or a sentence that says what is missing. */
   request() {
     const { mode, source, layer, head, queryLayer, queryHead, word } = this.state, panel = this.index, op = MODES[mode].op;
-    if (mode === "attention") return this.asked ? { op, params: { panel, word, layer: queryLayer, head: queryHead } }
+    if (mode === "attention") return this.asked ? { op, params: { panel, asked: this.asked.asked, word, layer: queryLayer, head: queryHead } }
       : "Ask a question below; then choose one of its words to see where it looks.";
     if (mode === "selection") { const block = this.view.selection(this); return typeof block === "string" ? block
       : { op, params: { panel, ...block } }; }
@@ -388,7 +388,7 @@ class Panel {
 /** The whole view in `root`. Returns {ready, close}: a promise of the first drawing, and what takes the view out again. */
 export function createView(root, backend) {
   const view = new View(root, backend);
-  return { ready: view.open(), close: () => view.element.remove() };
+  return { ready: view.open(), open: () => view.open(), close: () => view.element.remove() };
 }
 
 class View {
@@ -668,7 +668,7 @@ class View {
     const panel = this.active, { mode, source, layer, head, queryLayer, queryHead, word } = panel.state,
       block = mode === "selection" ? this.selection(panel) : null, attention = mode === "attention";
     if (typeof block === "string") throw new Error(block);
-    return { panel: panel.index, mode, source, layer: attention ? queryLayer : layer, head: attention ? queryHead : head, word,
+    return { panel: panel.index, mode, source, layer: attention ? queryLayer : layer, head: attention ? queryHead : head, word, asked: panel.asked?.asked,
       token: panel.anchor.token, from: panel.anchor.panel, text: this.text(), question: this.question.value.trim(),
       options: this.choices.value.split(",").map((text) => text.trim()).filter(Boolean), prefix: this.prefix.value.trim() || null, block };
   }
@@ -719,17 +719,19 @@ class View {
 const shown = new WeakMap(); // model -> how many views of it there are
 function render({ model, el }) {
   const waiting = new Map(), mine = Math.random().toString(36).slice(2);
-  let calls = 0;
-  const receive = ({ id, ok, result, error }, buffers) => {
+  let calls = 0, seen; // the number of the picture that this view shows
+  const receive = ({ id, ok, result, error, opened }, buffers) => {
+    if (opened !== undefined && opened !== seen) view.open(); // another view opened another picture
     const call = waiting.get(id);
     if (!call) return; // another view's
     waiting.delete(id);
+    seen = result?.opened ?? seen;
     ok ? call.resolve({ ...result, buffers: buffers ?? [] }) : call.reject(new Error(error));
   };
   const backend = { call: (op, params = {}, buffers = []) => new Promise((resolve, reject) => {
     const id = `${mine}-${++calls}`;
     waiting.set(id, { resolve, reject });
-    model.send({ id, op, params }, undefined, buffers);
+    model.send({ id, op, params, opened: seen }, undefined, buffers);
   }) };
   model.on("msg:custom", receive);
   shown.set(model, (shown.get(model) ?? 0) + 1);

@@ -1,12 +1,13 @@
 """One model and one picture, read once: every number that a panel of the explorer shows, as arrays over all N image tokens.
 
 Features are read at the first call and kept as the model wrote them; what is made of them (centred tokens, colours, attention) is kept
-up to `KEPT` results. `free` gives the memory back; the next call reads the picture again."""
+up to `KEPT` results. `free` gives the memory back, but for the texts of questions; the next call reads the picture again."""
 
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ from kvutils.vision import VisionInputs, prepare_images
 LABELS = {"pixels": "pixels", "encoder_original": "SigLIP", "encoder": "vision tower", "projector": "projector", "key": "keys", "value": "values"}
 LAYERED = ("key", "value")
 KEPT = 24  # results: of 2,929 tokens and 512 channels about 150 MB
+QUESTIONS = 100  # asked last, whose attention can be shown: views of one panel have questions of their own
+_NUMBERS = count(1)  # of questions; none comes twice, also not for another picture
 SHOWN = 1024  # pixels of the longer side of the picture that is shown
 
 
@@ -42,6 +45,7 @@ class Panel:
         self.small = self.picture.reduce(max(1, max(self.picture.size) // SHOWN))  # a whole number of pixels first, which is fast
         self.small.thumbnail((SHOWN, SHOWN))
         self._sessions: dict[str | None, ImageSession] = {}
+        self._asked: dict[int, dict] = {}  # number -> what was asked and how, `ids` of its tokens and of the answer's
         self.free()
 
     def free(self) -> None:
@@ -52,7 +56,6 @@ class Panel:
         self._kept: OrderedDict[tuple, Any] = OrderedDict()
         self._read: tuple[VisionInputs, Capture] | None = None
         self._variance: torch.Tensor | None = None
-        self.asked: dict | None = None  # the last question: what was asked and how, `ids` of its tokens and of the answer's
 
     def _keep(self, key: tuple, make: Callable[[], Any]) -> Any:
         """A result made before, or now; the least recently used goes first."""
@@ -167,7 +170,7 @@ class Panel:
 
     def ask(self, question: str, options: Sequence[str] | None = None, prefix: str | None = None, block: Mapping | None = None) -> dict:
         """The answer, and the probability that it begins with each option, in any of its `spellings`. block: parameters of a `selection`.
-        `before`: the same without block and prefix where there is one of them. Raises ParameterError, and what `ImageSession` raises."""
+        `before`: the same without block and prefix where there is one of them; `asked`: the question's number, for `attention`. Raises ParameterError, and what `ImageSession` raises."""
         texts = isinstance(options, list | tuple) and all(isinstance(each, str) for each in options) and len(set(options)) == len(options)
         if options is not None and not texts:
             raise ParameterError(f"options must be a list of different texts, or none for a free answer, not {options!r}")
@@ -185,22 +188,28 @@ class Panel:
         answer, found = one(prefix, selection)
         behind = self.session(prefix).tokens.tail(question, 1)
         ids = [*behind, *answer.tokens]
-        self.asked = {"question": question, "options": options, "prefix": prefix, "block": block, "selection": selection, "ids": ids}
-        self._kept = OrderedDict((key, each) for key, each in self._kept.items() if key[0] != "attention")
+        self._asked[number := next(_NUMBERS)] = {"question": question, "options": options, "prefix": prefix, "block": block, "ids": ids}
+        self._asked.pop(number - QUESTIONS, None)
         words = [{"index": i, "text": self.mlm.tokenizer.decode([each]), "answer": i >= len(behind)} for i, each in enumerate(ids)]
-        return found | {"words": words, "before": before}
+        return found | {"asked": number, "words": words, "before": before}
 
-    def attention(self, word: int, layer: int | None = None, head: int | None = None) -> np.ndarray:
-        """(N,) float32 weights of a word of the last question or answer on the image tokens, under its block; None: the mean over
-        layers or query heads. ParameterError before the first question."""
-        if (asked := self.asked) is None:
-            raise ParameterError("ask a question first: attention is that of its words and of the answer's")
-        one_of("word of the last question and answer", word, range(len(asked["ids"])))
-        for what, number, count in (("layer", layer, self.mlm.num_layers), ("query head", head, self.mlm.num_heads)):
-            if number is not None:
-                one_of(what, number, range(count))
-        weights = self._keep(("attention", word),
-                             lambda: token_attention(self.session(asked["prefix"]), asked["ids"][: word + 1], asked["selection"]))  # fmt: skip
+    def question(self, number: int | None) -> dict:
+        """What was asked under a number of `ask`. ParameterError for none, and for one of another picture or long ago."""
+        if number not in self._asked:
+            raise ParameterError("ask a question first: attention is that of its words and of the answer's" if number is None else
+                                 "this question is no longer held; ask it again")  # fmt: skip
+        return self._asked[number]
+
+    def attention(self, number: int | None, word: int, layer: int | None = None, head: int | None = None) -> np.ndarray:
+        """(N,) float32 weights of a word of a question (its number) or its answer on the image tokens, under its block; None: the mean
+        over layers or query heads. ParameterError as `question`."""
+        asked = self.question(number)
+        one_of("word of the question and its answer", word, range(len(asked["ids"])))
+        for what, chosen, most in (("layer", layer, self.mlm.num_layers), ("query head", head, self.mlm.num_heads)):
+            if chosen is not None:
+                one_of(what, chosen, range(most))
+        weights = self._keep(("attention", number, word), lambda: token_attention(
+            self.session(asked["prefix"]), asked["ids"][: word + 1], self.selection(asked["block"]) if asked["block"] else None))  # fmt: skip
         weights = weights.mean(0) if layer is None else weights[layer]
         return (weights.mean(0) if head is None else weights[head]).numpy()
 

@@ -1,8 +1,9 @@
 """`explore`: the widget of JupyterLab, Notebook, VS Code and Colab, and the messages between its browser side and the kernel.
 
 anywidget, because a canvas of one's own then is one JavaScript file beside this one, without a build step, in all four. The browser asks
-{id, op, params} with buffers and is answered {id, ok, result} with buffers, or {id, ok, error}: one sentence. Nothing that goes wrong in a
-call ends the kernel or the widget. Arrays are little-endian, over all N image tokens of a panel."""
+{id, op, params} with buffers and is answered {id, ok, result} with buffers, or {id, ok, error}: one sentence. `opened` counts the pictures
+that were uploaded: all views hear {opened} and read anew; what they ask before is refused. Nothing that goes wrong in a call ends the kernel
+or the widget. Arrays are little-endian, over all N image tokens of a panel."""
 
 import base64
 import contextlib
@@ -69,7 +70,7 @@ class Explorer(anywidget.AnyWidget):
 
     def __init__(self, panels: Sequence[Panel]):
         super().__init__()
-        self.panels = list(panels)
+        self.panels, self.opened = list(panels), 0
         self.on_msg(Explorer._receive)
         try:
             self.answer("open")
@@ -105,8 +106,10 @@ class Explorer(anywidget.AnyWidget):
 
     def _receive(self, content: Mapping, buffers: Sequence) -> None:
         """Answer a message of the browser, whatever happens."""
-        said, out = content if isinstance(content, Mapping) else {}, []
+        said, out, before = content if isinstance(content, Mapping) else {}, [], self.opened
         try:
+            if said.get("opened", before) != before and said.get("op") not in ("open", "picture", "close"):
+                raise ParameterError("another view opened another picture here; it is read now, then click again")
             result, out = self.answer(said.get("op"), said.get("params"), buffers)
             found = {"ok": True, "result": result}
         except KVUtilsError as error:
@@ -116,6 +119,8 @@ class Explorer(anywidget.AnyWidget):
             what = " ".join(f"{type(error).__name__} {error}".split())[:200]
             found = {"ok": False, "error": f"internal error: {what} (the kernel's log says where; it goes on)"}
         self.send({"id": said.get("id")} | found, buffers=out)
+        if self.opened != before:
+            self.send({"opened": self.opened})
 
     def _panel(self, params: Mapping, name: str = "panel") -> Panel:
         number = params.get(name, params.get("panel", 0))
@@ -133,7 +138,7 @@ class Explorer(anywidget.AnyWidget):
             arrays = (layout.rects.astype("<f4"), layout.slots.astype("<i4"), layout.view.astype("<i4"), layout.is_newline.astype("u1"))
             about.append({"title": title} | found)
             buffers += [data.getvalue(), *(array.tobytes() for array in arrays)]
-        return {"panels": about}, buffers
+        return {"panels": about, "opened": self.opened}, buffers
 
     def _similar(self, params: Mapping) -> Reply:
         """The token may be another panel's: of two models the one at the same place of the picture is meant; of one model on two
@@ -158,7 +163,7 @@ class Explorer(anywidget.AnyWidget):
         return self._panel(params).ask(params.get("question"), params.get("options"), params.get("prefix"), params.get("block")), []
 
     def _attention(self, params: Mapping) -> Reply:
-        found = self._panel(params).attention(params.get("word"), params.get("layer"), params.get("head"))
+        found = self._panel(params).attention(params.get("asked"), params.get("word"), params.get("layer"), params.get("head"))
         return {"share": float(found.sum())}, [_floats(found)]
 
     def _select(self, params: Mapping) -> Reply:
@@ -181,7 +186,7 @@ class Explorer(anywidget.AnyWidget):
             panel.read()  # one that the model cannot take leaves what is shown
         for panel in changed:
             panel.free()
-        self.panels = [changed.get(panel, panel) for panel in self.panels]
+        self.panels, self.opened = [changed.get(panel, panel) for panel in self.panels], self.opened + 1
         return self._open(params)
 
     def _code(self, params: Mapping) -> Reply:

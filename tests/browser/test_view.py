@@ -214,7 +214,7 @@ def test_block_and_ask_again(opened, shots):
     assert calls(page, "ask")[0] == {"panel": 0, "question": "is there a fish?", "options": ["yes", "no"], "prefix": None, "block": None}
     page.locator(".kvx-word").nth(3).click()
     page.wait_for_function("document.querySelector('.kvx-unit').innerText.includes('40.0 % of it on the image')")
-    assert calls(page, "attention")[0] == {"panel": 0, "word": 3, "layer": None, "head": None}
+    assert calls(page, "attention")[0] == {"panel": 0, "asked": 7, "word": 3, "layer": None, "head": None}
     assert pixel(page, 3.5 / 11, 0.05)[:3] == [0xFE, 0xE8, 0x38] and page.locator(".kvx-word").nth(3).get_attribute("aria-pressed") == "true"
     page.get_by_label("box").check()
     drag(page, (0.01, 0.01), (0.3, 0.3))
