@@ -117,6 +117,15 @@ def test_views_of_one_explorer_have_questions_of_their_own(monkeypatch):
     assert sent[4]["ok"]
 
 
+def test_an_answer_is_never_blank_and_unknown_words_are_named(monkeypatch):
+    explorer = kv.explore(tiny_pocket(), IMAGE)
+    found = explorer.answer("ask", {"question": "is this a roof?", "prefix": "a chimney , a red roof"})[0]
+    assert found["unknown"] == ["chimney", "roof"] and found["answer"]
+    assert explorer.answer("ask", {"question": QUESTION})[0]["unknown"] == []
+    monkeypatch.setattr("kvutils.answer.end_tokens", lambda mlm: set(range(mlm.model.config.text_config.vocab_size)))
+    assert explorer.answer("ask", {"question": QUESTION})[0]["answer"] == "(no answer: the model ends at once)"
+
+
 def test_selections(explored):
     panel, real = explored.panels[0], int(explored.panels[0].real.sum())
     for kind in ("lowest", "random", "agnostic"):
@@ -214,7 +223,8 @@ MISTAKES = [
     *(("ask", ASKED | wrong, words) for wrong, words in (
         ({"question": ""}, "question"), ({"question": None}, "question"), ({"options": []}, "options must be"),
         ({"options": "yes"}, "options must be"),
-        ({"options": ["red", "red"]}, "options must be"), ({"block": {"kind": "best"}}, "kind of selection 'best'"))),
+        ({"options": ["red", "red"]}, "options must be"), ({"options": ["no", "yes", "Yes"]}, "with 'yes' may also begin with 'Yes'"),
+        ({"options": ["red fish", "blue", "red"]}, "count for both"), ({"block": {"kind": "best"}}, "kind of selection 'best'"))),
     ("attention", {"asked": "last", "word": 99}, "word of the question"), ("attention", {"asked": "last", "word": 0, "layer": 5}, "layer 5"),
     ("attention", {"asked": 0, "word": 0}, "no longer held"),
     *(("select", {"share": 0.1, "seed": 0, "tokens": [1]} | wrong, words) for wrong, words in (

@@ -378,6 +378,7 @@ class Panel {
     this.answer.replaceChildren(cards, ...(Object.keys(result.probabilities ?? {}).length ? [table] : []),
       h("div", { className: "kvx-words", role: "group", "aria-label": "words of question and answer: show attention" },
         "attention from: ", ...this.wordButtons),
+      ...(result.unknown?.length ? [h("p", { className: "kvx-unknown", textContent: `Words this model does not know: ${result.unknown.join(", ")}.` })] : []),
       h("div", { className: "kvx-seconds", textContent: result.seconds == null ? "" : `${result.seconds.toFixed(2)} s` }));
     this.press();
   }

@@ -7,7 +7,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import count
+from itertools import combinations, count
+from string import punctuation
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,13 @@ from kvutils.keys import KeySelection, key_variance, select_region
 from kvutils.kvcache import Capture, capture_prepared
 from kvutils.language import check_masks, not_finite, resolve_layers
 from kvutils.layout import TokenLayout
+from kvutils.prompts import PromptTokens
 from kvutils.readout.attention import token_attention
 from kvutils.readout.encoders import encode_prepared
 from kvutils.readout.features import FeatureExtractor, image_tokens, pixel_features
 from kvutils.readout.maps import directions, pca_colours
 from kvutils.readout.selections import select_lowest, select_random, variance_threshold
+from kvutils.readout.words import words_of
 from kvutils.vision import VisionInputs, prepare_images
 
 LABELS = {"pixels": "pixels", "encoder_original": "SigLIP", "encoder": "vision tower", "projector": "projector", "key": "keys", "value": "values"}
@@ -170,18 +173,24 @@ class Panel:
 
     def ask(self, question: str, options: Sequence[str] | None = None, prefix: str | None = None, block: Mapping | None = None) -> dict:
         """The answer, and the probability that it begins with each option, in any of its `spellings`. block: parameters of a `selection`.
-        `before`: the same without block and prefix where there is one of them; `asked`: the question's number, for `attention`. Raises ParameterError, and what `ImageSession` raises."""
+        `before`: the same without block and prefix where there is one of them; `asked`: the question's number, for `attention`; `unknown`: words
+        that the model has no token for. Raises ParameterError, also where one answer could begin with two options and would count for
+        both, and what `ImageSession` raises."""
         texts = isinstance(options, list | tuple) and all(isinstance(each, str) for each in options) and len(set(options)) == len(options)
         if options is not None and not texts:
             raise ParameterError(f"options must be a list of different texts, or none for a free answer, not {options!r}")
         choices = None if options is None else {option: spellings(option) for option in options}
+        for (one, first), (other, second) in combinations(PromptTokens(self.mlm).options(choices).items() if choices is not None else (), 2):
+            if any(a[: len(b)] == b[: len(a)] for a in first for b in second):
+                raise ParameterError(f"an answer that begins with {one!r} may also begin with {other!r} and would count for both; leave one out")
         prefix, selection = (prefix or "").strip() or None, self.selection(block) if block else None
 
         def one(prefix: str | None, block: KeySelection | None) -> tuple[Answer, dict]:
             began = time.perf_counter()
             answer = self.session(prefix).choose([question], choices, block=block)[0]
             found = {option: float(np.exp(score)) for option, score in answer.scores.items()}
-            return answer, {"answer": answer.text, "probabilities": found, "rest": max(0.0, 1 - answer.mass) if found else None,
+            said = answer.text or f"(no answer: {'only special tokens' if answer.tokens else 'the model ends at once'})"
+            return answer, {"answer": said, "probabilities": found, "rest": max(0.0, 1 - answer.mass) if found else None,
                             "seconds": round(time.perf_counter() - began, 3)}  # fmt: skip
 
         before = one(None, None)[1] if prefix or block else None
@@ -191,7 +200,9 @@ class Panel:
         self._asked[number := next(_NUMBERS)] = {"question": question, "options": options, "prefix": prefix, "block": block, "ids": ids}
         self._asked.pop(number - QUESTIONS, None)
         words = [{"index": i, "text": self.mlm.tokenizer.decode([each]), "answer": i >= len(behind)} for i, each in enumerate(ids)]
-        return found | {"asked": number, "words": words, "before": before}
+        lacking = [word.strip(punctuation) or word for word in f"{prefix or ''} {question}".split()
+                   if self.mlm.tokenizer.unk_token_id in words_of(self.mlm, word)]  # fmt: skip
+        return found | {"asked": number, "words": words, "unknown": list(dict.fromkeys(lacking)), "before": before}
 
     def question(self, number: int | None) -> dict:
         """What was asked under a number of `ask`. ParameterError for none, and for one of another picture or long ago."""
