@@ -1,9 +1,11 @@
 """The explorer's kernel side: every message against the library's own numbers, mistakes in one sentence, code, memory."""
 
 import base64
+import contextlib
 import gc
 import io
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -154,11 +156,18 @@ STATES = [
 
 
 @pytest.mark.parametrize("state", STATES, ids=lambda state: f"{state['mode']}-{state.get('source') or state.get('block', state).get('kind', '')}")
-def test_code_gives_the_same_numbers(explored, state):
+def test_code_gives_the_same_numbers(explored, state, tmp_path, monkeypatch):
+    """As it is copied, once the picture lies where its first line says."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("matplotlib.pyplot.show", lambda: None)
+    IMAGE.save("picture", "PNG")
     panel = explored.panels[0]
     state = state | {"asked": explored.answer("ask", {"question": QUESTION, "options": OPTIONS, "block": REGION})[0]["asked"]}
-    names = {"mlm": panel.mlm, "picture": IMAGE, "context": OTHERS, "extractor": panel.extractor}
-    exec(explored.answer("code", {"state": state})[0]["text"], names)
+    names, out = {"mlm": panel.mlm, "context": OTHERS}, io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(text := explored.answer("code", {"state": state})[0]["text"], names)
+    assert "plt.imshow(" in text if state["mode"] != "selection" else out.getvalue().startswith(names["answer"].text)
+    assert all(text.count(line.split()[-1]) > 1 for line in text.split("\n\n")[0].splitlines()), text  # nothing imported in vain
     op = {"similarity": "similar", "selection": "select"}.get(state["mode"], state["mode"])
     shown = explored.answer(op, state.get("block") or state)[1][0]
     real = panel.real
@@ -172,7 +181,9 @@ def test_code_gives_the_same_numbers(explored, state):
         np.testing.assert_allclose(np.asarray(names[state["mode"]])[real], np.frombuffer(shown, "<f4")[real], rtol=1e-4, atol=1e-6)
 
 
-def test_two_models_or_two_pictures_side_by_side():
+def test_two_models_or_two_pictures_side_by_side(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("matplotlib.pyplot.show", lambda: None)
     wide = kv.explore([tiny_onevision(), tiny_pocket()], IMAGE)
     about = wide.answer("open")[0]["panels"]
     assert [each["title"] for each in about] == ["tiny-llava_onevision (in memory)"] * 2 and [each["tokens"] for each in about] == [70, 17]
@@ -191,24 +202,29 @@ def test_two_models_or_two_pictures_side_by_side():
     turned.save(png, "PNG")
     panels, _ = pair.answer("picture", {"panel": 1, "name": "mine.png"}, [memoryview(png.getvalue())])
     assert [each["title"] for each in panels["panels"]] == ["images[0]", "mine.png"]
+    IMAGE.save("images[0]", "PNG")
+    Path("mine.png").write_bytes(png.getvalue())
     of = {"panel": 1, "from": 0, "token": 6, "source": "value", "layer": 1}
     for mode in ("similarity", "colours"):
-        text = pair.answer("code", {"state": of | {"mode": mode}})[0]["text"]
-        for name, variable in (("mine.png", "turned"), ("images[0]", "first")):
-            text = text.replace(f"# picture: the picture that was explored ({name})", f"picture = {variable}")
-        exec(text, names := {"mlm": mlm, "turned": turned, "first": IMAGE})
+        exec(pair.answer("code", {"state": of | {"mode": mode}})[0]["text"], names := {"mlm": mlm})
         if mode == "similarity":
             np.testing.assert_allclose(names[mode][:16], floats(pair.answer("similar", of))[:16], atol=1e-6)  # the last is a newline
     np.testing.assert_array_equal(names["colours"], np.frombuffer(pair.answer("colours", of)[1][0], np.uint8).reshape(-1, 3)[:16])
 
 
-def test_a_tower_beside_the_model():
-    explorer = kv.explore(tiny_onevision(), IMAGE, encoder=tiny_siglip())
+def test_a_tower_beside_the_model(tmp_path, monkeypatch):
+    explorer = kv.explore(tiny_onevision(), IMAGE, encoder=(tower := tiny_siglip()))
     panel, (about,) = explorer.panels[0], explorer.answer("open")[0]["panels"]
     assert about["sources"][1] == {"name": "encoder_original", "label": "SigLIP", "layers": None, "heads": None}
     found = floats(explorer.answer("similar", {"token": int(panel.layout.token_at([[31, 22]])[0]), "source": "encoder_original"}))
     expected = similarity_to_point(panel.extractor.images([("image", IMAGE)])[0], "encoder_original", (31, 22))
     np.testing.assert_allclose(found[image_tokens(panel.layout)], expected, atol=5e-3)
+    IMAGE.save(tmp_path / "picture", "PNG")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("matplotlib.pyplot.show", lambda: None)
+    state = {"mode": "similarity", "source": "encoder_original", "token": int(panel.layout.token_at([[31, 22]])[0])}
+    exec(explorer.answer("code", {"state": state})[0]["text"], names := {"mlm": panel.mlm, "encoder": tower})
+    np.testing.assert_allclose(names["similarity"].cpu().numpy()[panel.real], found[panel.real], atol=1e-5)
 
 
 VALUE = {"token": 1, "source": "value", "layer": 1}

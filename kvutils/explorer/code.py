@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from os import PathLike, fspath
 
 from kvutils.answer import spellings
-from kvutils.checkpoints import MODELS, base_name
+from kvutils.checkpoints import ENCODERS, MODELS, base_name
 from kvutils.errors import one_of
 from kvutils.explorer.panel import LAYERED, Panel
 
-IMPORTS = {"torch": "", "kv": "", "Panel": "explorer.panel", "open_image": "images", "token_attention": "readout.attention",
+IMPORTS = {"plt": "", "torch": "", "kv": "", "Panel": "explorer.panel", "open_image": "images", "token_attention": "readout.attention",
            "FeatureExtractor": "readout.features", "image_tokens": "readout.features", "directions": "readout.maps",
-           "pca_colours": "readout.maps", "select_lowest": "readout.selections", "select_random": "readout.selections",
+           "load_siglip_text": "readout.words", "pca_colours": "readout.maps", "to_grid": "readout.maps", "select_lowest": "readout.selections", "select_random": "readout.selections",
            "variance_threshold": "readout.selections"}  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def reproduce(panel: Panel, origin: Panel, state: Mapping) -> str:
             lines += ["alignment = FeatureExtractor(mlm).alignment",
                       f"words = alignment.scores({{{name!r}: tokens}}, [{text!r}], [{name!r}])[{name!r}][0]  # (N,)"]  # fmt: skip
         else:
-            lines += ["# extractor: the FeatureExtractor that was explored",
+            lines += [*_extractor(panel, source, True),
                       f"words = Panel(extractor, picture).words({text!r}, {source!r}, {layer})"]  # fmt: skip
     else:
         asked = state if mode == "selection" else panel.question(state.get("asked"))
@@ -61,15 +61,36 @@ def reproduce(panel: Panel, origin: Panel, state: Mapping) -> str:
             lines += ["    ids = [*session.tokens.tail(question, 1), *answer.tokens]",
                       f"    weights = token_attention(session, ids[: {state['word'] + 1}], {'selection' if block else None})  # (L, H, N)",
                       f"attention = weights{''.join('.mean(0)' if number is None else f'[{number}]' for number in (layer, head))}  # (N,)"]
+    if mode == "selection":
+        lines.append("print(answer.text, answer.scores)" if asked.get("question") else 'print(int(selection.mask.sum()), "keys of all layers and heads")')
+    else:
+        lines += ["real = layout.select(~layout.is_newline)", "finest = real.spatial()  # the tokens of one view",
+                  f"plt.imshow(to_grid(real.select(finest), {'colours' if mode == 'colours' else _plain(mode)}[finest]))", "plt.show()"]  # fmt: skip
     code = "\n".join(lines)
     used = {name: room for name, room in IMPORTS.items() if f"{name}(" in code or f"{name}." in code}
-    plain = {"kv": "import kvutils as kv", "torch": "import torch"}
+    plain = {"kv": "import kvutils as kv", "torch": "import torch", "plt": "import matplotlib.pyplot as plt"}
     return "\n".join([*(plain.get(name, f"from kvutils.{room} import {name}") for name, room in used.items()), "", code, ""])
 
 
 def _given(variable: str, panel: Panel) -> str:
-    path = isinstance(panel.given, str | PathLike)
-    return f"{variable} = {fspath(panel.given)!r}" if path else f"# {variable}: the picture that was explored ({panel.name})"
+    if isinstance(panel.given, str | PathLike):
+        return f"{variable} = {fspath(panel.given)!r}"
+    return f"{variable} = {panel.name!r}  # put here the path of the picture that was explored, or the picture"
+
+
+def _plain(name: str) -> str:
+    return f"torch.as_tensor({name}).float().cpu().numpy()[~layout.is_newline]"
+
+
+def _extractor(panel: Panel, source: str, text: bool = False) -> list[str]:
+    """Lines that make what reads the pixels or the towers. text: with the text side of the towers."""
+    tower = panel.extractor.encoder_original
+    if source == "pixels" or tower is None:
+        return ["extractor = FeatureExtractor(mlm)"]
+    known = tower.name in ENCODERS and tower.revision != "in memory"
+    first = f"encoder = kv.load_encoder({tower.name!r})" if known else f"# encoder: the tower that was explored beside the model ({tower.name})"
+    side = f", encoder_text=load_siglip_text({tower.name!r})" if text else ""
+    return [first, f"extractor = FeatureExtractor(mlm, encoder_original=encoder{side})"]
 
 
 def _tokens(variable: str, panel: Panel, source: str, layer: int | None, head: int | None) -> list[str]:
@@ -79,7 +100,7 @@ def _tokens(variable: str, panel: Panel, source: str, layer: int | None, head: i
         return [f"{variable} = shot.{source}({layer}, {head})  # (N, C)"]
     if source in ("encoder", "projector"):
         return [f"{variable} = shot.{source}  # (N, C)"]
-    return ["# extractor: FeatureExtractor(mlm, encoder_original=...), with the tower that was explored beside the model",
+    return [*_extractor(panel, source),
             f"{variable} = Panel(extractor, picture).tokens({source!r}, {layer}, {head})  # (N, C)"]  # fmt: skip
 
 
