@@ -7,6 +7,8 @@
 
 const LONG_SIDE = 1024; // pixels of a canvas: pictures come at most this large, and an exported one is this large
 const UPLOAD_BYTES = 8e6; // a message of Jupyter's server is at most 10 MiB: a larger file is encoded again before it is sent
+const UPLOAD_SIDE = 4096; // pixels of its longer side then at most, fewer where that is still too much
+const SHORT_SIDE = 64; // pixels of a canvas at least, on which a token can be hit
 const CACHED = 200; // maps kept for each panel, so that a slider moved back needs no kernel
 // Eleven colours of matplotlib's maps; both are told apart with every kind of colour blindness.
 const MAPS = {
@@ -27,7 +29,7 @@ const MODES = {
 };
 const KINDS = { region: "painted region", agnostic: "input-agnostic keys", lowest: "keys of lowest variance", random: "random keys" };
 const TOOLS = { point: "point", paint: "paint", box: "box", erase: "erase" };
-const HELP = [["← ↑ → ↓", "move the marked token"], ["[ ]", "layer down, up"], ["h", "next head"], ["m", "next map"], ["g", "token grid"],
+const HELP = [["← ↑ → ↓", "move the marked token"], ["Space", "the marked token into the region, or out of it"], ["[ ]", "layer down, up"], ["h", "next head"], ["m", "next map"], ["g", "token grid"],
   ["o", "opacity"], ["Enter", "ask, in a box of the form"], ["Escape", "cancel"], ["?", "this help"]];
 let views = 0;
 
@@ -81,6 +83,10 @@ function heads(text, count) {
   return [...found].sort((a, b) => a - b);
 }
 
+/** A selection in words. */
+const blocked = ({ kind, tokens, share, layers, heads }) => `blocked: ${KINDS[kind]}${tokens ? ` (${tokens.length} tokens)` : share
+  ? ` (${percent(share)})` : ""}, layers ${layers[0]} to ${layers.at(-1)}, key-value heads ${heads?.join(", ") ?? "all"}`;
+
 /** One picture read by one model: canvases, controls, the answer. What it shows is in `state`. */
 class Panel {
   constructor(view, index) {
@@ -105,12 +111,13 @@ class Panel {
       layer: field("layer", this.controls.layer, h("span", {}, this.controls.layer, this.layerText)),
         head: field("head", this.controls.head), view: field("tokens of", this.controls.view),
     };
-    this.title = h("h4"), this.info = h("div", { className: "kvx-info" }), this.note = h("div", { className: "kvx-note" });
+    this.title = h("h4"), this.info = h("div", { className: "kvx-info", title: "slot: the token's place in the model's sequence, counted from 0" }), this.note = h("div", { className: "kvx-note" });
     this.strip = h("canvas", { width: 256, height: 1 }), this.ticks = h("div", { className: "kvx-ticks" }),
       this.unit = h("div", { className: "kvx-unit" });
     this.bar = h("div", { className: "kvx-bar", role: "img" }, this.strip, this.ticks);
     this.answer = h("div", { className: "kvx-answer" });
-    const figure = h("div", { className: "kvx-figure" }, this.stack, this.bar, this.unit, this.info, this.note);
+    const figure = h("div", { className: "kvx-figure" }, this.stack, this.bar,
+      h("div", { className: "kvx-under" }, this.unit, this.note), this.info);
     this.element = h("section", { className: "kvx-panel" }, this.title,
       h("div", { className: "kvx-controls" }, ...Object.values(this.fields)), h("div", { className: "kvx-sides" }, figure, this.answer));
   }
@@ -122,7 +129,9 @@ class Panel {
       views: typed(Int32Array, view), newline: typed(Uint8Array, newline) });
     this.cache.clear();
     Object.assign(this, { asked: null, values: null, hover: null, preview: null, region: new Set() });
-    this.scale = LONG_SIDE / Math.max(about.width, about.height);
+    const scale = LONG_SIDE / Math.max(about.width, about.height), size = [about.width, about.height], // a strip is drawn wider than it is
+      drawn = size.map((pixels) => Math.max(SHORT_SIDE, Math.round(pixels * scale))), stretched = drawn.some((pixels, i) => pixels > size[i] * scale + 1);
+    this.scale = drawn.map((pixels, i) => pixels / size[i]);
     this.cells = new Map(), this.places = [], this.drawable = new Map();
     for (const t of this.views.keys()) {
       const [x0, y0, x1, y1] = this.rects.subarray(4 * t, 4 * t + 4);
@@ -139,10 +148,8 @@ class Panel {
       }
     }
     this.viewList = [...this.drawable.keys()].sort();
-    const fit = Math.min(1, about.width / about.height);
-    Object.assign(this.stack.style, { aspectRatio: `${about.width} / ${about.height}`, maxWidth: `${40 * fit}rem` });
-    for (const canvas of this.canvases) Object.assign(canvas, { width: Math.max(1, Math.round(about.width * this.scale)),
-      height: Math.max(1, Math.round(about.height * this.scale)) });
+    Object.assign(this.stack.style, { aspectRatio: drawn.join(" / "), maxWidth: `${40 * Math.min(1, drawn[0] / drawn[1])}rem` });
+    for (const canvas of this.canvases) [canvas.width, canvas.height] = drawn;
     const paint = this.canvases[0].getContext("2d");
     paint.imageSmoothingEnabled = bitmap.width > LONG_SIDE / 4; // a small picture keeps its pixels
     paint.drawImage(bitmap, 0, 0, this.canvases[0].width, this.canvases[0].height);
@@ -152,7 +159,9 @@ class Panel {
     if (!sources.includes(kept.source)) Object.assign(this.state, { source: best.name,
       layer: best.layers?.[best.layers.length >> 1] ?? null, head: null });
     this.anchor = { panel: this.index, token: this.tokenAt(about.width / 2, about.height / 2) ?? this.tokens(this.state.view)[0] };
-    this.title.textContent = about.title;
+    this.name = [about.title, ...(about.model.startsWith(about.title) ? [] : [about.model])].join(" · ");
+    this.title.replaceChildren(about.title, h("span", { className: "kvx-model",
+      textContent: this.name.slice(about.title.length) + (stretched ? ` · ${size.join(" × ")} px, drawn stretched` : "") }));
     this.answer.replaceChildren();
     this.stack.setAttribute("aria-label", `${about.title}: picture with ${about.tokens} image tokens; arrow keys move the marked one`);
     this.settle();
@@ -167,7 +176,7 @@ class Panel {
   }
   centre(t) { return [(this.rects[4 * t] + this.rects[4 * t + 2]) / 2, (this.rects[4 * t + 1] + this.rects[4 * t + 3]) / 2]; }
   box(t) { // of a token on the canvas, in whole pixels: neighbours leave no seam
-    const [x0, y0, x1, y1] = this.rects.subarray(4 * t, 4 * t + 4).map((value) => Math.round(value * this.scale));
+    const [x0, y0, x1, y1] = this.rects.subarray(4 * t, 4 * t + 4).map((value, i) => Math.round(value * this.scale[i % 2]));
     return [x0, y0, x1 - x0, y1 - y0];
   }
 
@@ -251,7 +260,7 @@ class Panel {
       paint.fillRect(...this.box(t));
     }
     const more = about.share !== undefined && this.state.mode === "attention" ? `; ${percent(about.share)} of it on the image`
-      : about.keys !== undefined ? `; ${about.keys} keys per ${about.per ?? "layer and head"}` : "";
+      : about.keys !== undefined ? `; ${about.keys} ${about.keys === 1 ? "key" : "keys"} per ${about.per ?? "layer and head"}` : "";
     this.unit.textContent = values ? mode.unit + more : "";
     this.bar.hidden = !(values && mode.map);
     if (!this.bar.hidden) {
@@ -285,7 +294,7 @@ class Panel {
       paint.strokeStyle = "black"; paint.lineWidth = 2; paint.beginPath(); paint.moveTo(x, y + height); paint.lineTo(x + w, y);
         paint.stroke(); // hatched: not told by colour alone
     }
-    if (this.stroke?.box) outline(this.stroke.box.map((value) => value * this.scale), "white", "black", 2, [8, 6]);
+    if (this.stroke?.box) outline(this.stroke.box.map((value, i) => value * this.scale[i % 2]), "white", "black", 2, [8, 6]);
     if (this.hover !== null) outline(this.box(this.hover), "white", "black", 2, [8, 6]);
     const anchor = this.preview ?? this.anchor;
     if (anchor.panel === this.index && anchor.token !== null
@@ -357,15 +366,23 @@ class Panel {
     return painted;
   }
 
+  /** No answer beside the other panel's, and none that is older. */
+  notAsked(why) {
+    this.asked = null;
+    this.answer.replaceChildren(h("p", { textContent: `Not asked: ${why}` }));
+    if (this.state.mode === "attention") this.refresh();
+  }
   /** The answer of `ask`: before and after side by side where something was changed, and the words as buttons. */
-  showAnswer(result, changed) {
-    this.asked = result;
+  showAnswer(result, changed, wanted) {
+    this.asked = { ...result, wanted };
     this.state.word = (result.words.find((word) => word.answer) ?? result.words.at(-1))?.index ?? 0;
     const runs = result.before ? [["as it is", result.before], [changed, result]] : [["answer", result]];
     const cards = h("div", { className: "kvx-cards" }, ...runs.map(([title, run]) =>
       h("div", { className: "kvx-card" }, h("b", { textContent: title }), h("p", { textContent: run.answer }))));
+    this.asked.lines = runs.map(([title, run]) => `${title}: ${run.answer}`);
     const rows = [...Object.keys(result.probabilities ?? {}).map((option) => [option, (run) => run.probabilities[option]]),
       ["any other", (run) => run.rest]].filter(([, of]) => of(result) != null);
+    runs.forEach(([, run], i) => (this.asked.lines[i] += rows.map(([name, of]) => ` · ${name} ${percent(of(run))}`).join("")));
     const table = h("table", { className: "kvx-bars" }, h("tr", {}, h("th", { textContent: "option" }),
       ...runs.map(([title]) => h("th", { textContent: title })), ...(runs[1] ? [h("th", { textContent: "change" })] : [])),
       ...rows.map(([name, of]) => h("tr", {}, h("th", { textContent: name, scope: "row" }),
@@ -375,13 +392,15 @@ class Panel {
     this.wordButtons = result.words.map((word) => h("button", { type: "button", className: word.answer ? "kvx-word kvx-said"
       : "kvx-word", textContent: word.text.replaceAll("\n", "↵"), title: word.answer ? "of the answer" : "of the question",
       onclick: () => { this.state.word = word.index; this.view.change(this, "mode", "attention"); } }));
-    this.answer.replaceChildren(cards, ...(Object.keys(result.probabilities ?? {}).length ? [table] : []),
+    this.answer.replaceChildren(h("div", { className: "kvx-asked", textContent: wanted }), cards,
+      ...(Object.keys(result.probabilities ?? {}).length ? [table] : []),
       h("div", { className: "kvx-words", role: "group", "aria-label": "words of question and answer: show attention" },
         "attention from: ", ...this.wordButtons),
       ...(result.unknown?.length ? [h("p", { className: "kvx-unknown", textContent: `Words this model does not know: ${result.unknown.join(", ")}.` })] : []),
       h("div", { className: "kvx-seconds", textContent: result.seconds == null ? "" : `${result.seconds.toFixed(2)} s` }));
     this.press();
   }
+  said() { return this.asked ? [this.asked.wanted, ...this.asked.lines] : []; } // question and answers, as lines
   press() { this.wordButtons?.forEach((button, i) => button.setAttribute("aria-pressed", this.state.mode === "attention"
     && this.asked?.words[i]?.index === this.state.word)); }
 }
@@ -399,7 +418,9 @@ class View {
     const id = `kvx-${++views}`, can = (op) => this.can(op);
     const toggle = (name, label) => h("label", {}, (this[name] = h("input",
       { type: "checkbox", checked: this.settings[name], onchange: (e) => this.set(name, e.target.checked) })), " ", label);
-    const button = (label, action, title = "") => h("button", { type: "button", textContent: label, title, onclick: action });
+    // A field that is being typed in keeps the focus: what its change redraws must not move the button away under the pointer.
+    const button = (label, action, title = "") => h("button", { type: "button", textContent: label, title, onclick: action,
+      onmousedown: (e) => e.preventDefault() });
     const enter = (action) => (event) => { if (event.key === "Enter") { event.preventDefault(); action(); } };
     this.opacity = h("input", { type: "range", min: 0, max: 1, step: 0.05, value: 0.65, oninput: () => this.fade() });
     this.textBox = h("input", { type: "text", placeholder: "fish", list: `${id}-texts`, onkeydown: enter(() => this.read()),
@@ -419,7 +440,7 @@ class View {
     this.wide.className = "kvx-wide";
     this.askForm = h("fieldset", { className: "kvx-row" }, h("legend", { textContent: "Ask" }), this.wide, field("options", this.choices),
       field("text before the image", this.prefix), button("Ask", () => this.ask(false)));
-    const show = () => this.panels.some((p) => p.state?.mode === "selection") && this.panels.forEach((p) => p.refresh());
+    const show = () => { this.tell(""); this.panels.forEach((p) => p.state?.mode === "selection" && p.refresh()); };
     const count = (value, max, step = 1) => h("input", { type: "number", min: 0, max, step, value, onchange: show,
       onkeydown: enter(() => this.ask(true)) });
     this.kind = h("select", { onchange: () => { this.limits(); show(); } });
@@ -460,17 +481,21 @@ class View {
 
   can(op) { return !this.backend.ops || [...this.backend.ops].includes(op); }
   text() { return this.textBox.value.trim(); }
-  say(sentence) { this.status.textContent = sentence; this.status.classList.toggle("kvx-error", !!sentence); }
+  say(sentence) { this.status.textContent = sentence; this.status.classList.toggle("kvx-error", !!sentence);
+    this.codeText.hidden = true; } // that of what was shown before
   tell(sentence) { this.say(sentence); this.status.classList.remove("kvx-error"); }
 
   /** A call of the backend; the view is marked as busy while it lasts. */
   async call(op, params = {}, buffers = []) {
     const words = { open: "Reading the picture …", picture: "Reading the picture …", ask: "Asking …" }[op] ?? "Working …";
+    return this.busy(words, () => this.backend.call(op, params, buffers));
+  }
+  async busy(words, action) {
     this.waiting++;
     this.element.setAttribute("aria-busy", "true");
     const late = setTimeout(() => this.tell(words), 400);
     try {
-      const answer = await this.backend.call(op, params, buffers);
+      const answer = await action();
       if (this.status.textContent.endsWith("…")) this.tell("");
       return answer;
     } finally {
@@ -574,36 +599,38 @@ class View {
 
   /** The selection of the form for a panel, or a sentence that says what is missing. */
   selection(panel) {
-    const kind = this.kind.value, [first, last] = [this.first, this.last].map((box) => Math.round(box.valueAsNumber)),
-      seed = Math.round(this.seed.valueAsNumber), share = this.share.valueAsNumber / 100;
-    if (kind === "region" && !panel.region.size) return "Choose “paint” or “box” and mark a region in the picture.";
+    const kind = this.kind.value, [first, last, seed] = [this.first, this.last, this.seed].map((box) => box.valueAsNumber),
+      share = this.share.valueAsNumber / 100;
+    if (kind === "region" && !panel.region.size) return "Choose “paint” or “box” and mark a region in the picture; the space bar paints the marked token.";
     const shared = kind === "lowest" || kind === "random";
     if (shared && !(share > 0 && share <= 1))
       return `The share of the tokens is a number above 0 and at most 100 %; found "${this.share.value}".`;
-    if (!(first >= 0 && first <= last))
-      return `Layers go from 0 to ${panel.about.layers - 1}, the first not behind the last; found ${this.first.value} to ${this.last.value}.`;
+    if (!(first >= 0 && first <= last && Number.isInteger(first) && Number.isInteger(last)))
+      return `Layers are whole numbers from 0 to ${panel.about.layers - 1}, the first not behind the last; found ${this.first.value} to ${this.last.value}.`;
     const layers = [...Array(panel.about.layers).keys()].filter((layer) => layer >= first && layer <= last);
     if (!layers.length) return `“${panel.about.title}” has layers 0 to ${panel.about.layers - 1}; found ${first} to ${last}.`;
-    if (!Number.isInteger(seed)) return `The seed is a whole number; found "${this.seed.value}".`;
+    if (kind === "random" && !(Number.isInteger(seed) && seed >= 0)) return `The seed is a whole number from 0; found "${this.seed.value}".`;
     try { return { kind, share: shared ? share : null, tokens: kind === "region" ? [...panel.region].sort((a, b) => a - b) : null,
-      layers, heads: heads(this.headBox.value, panel.source("key")?.heads ?? panel.source("value")?.heads ?? 1), seed }; }
+      layers, heads: heads(this.headBox.value, panel.source("key")?.heads ?? panel.source("value")?.heads ?? 1), seed: kind === "random" ? seed : null }; }
     catch (error) { return error.message; }
   }
 
-  ask(blocked) {
+  ask(again) {
     const turn = ++this.turn;
     return this.attempt(async (current) => {
       const question = this.question.value.trim(), given = this.choices.value.split(/[,\n]/).map((text) =>
         text.trim()).filter(Boolean), prefix = this.prefix.value.trim() || null;
       if (!question) { this.question.focus(); throw new Error("Type a question first."); }
       const asking = this.panels.filter((panel) => panel.about.can_ask).map((panel) =>
-        [panel, blocked ? this.selection(panel) : null]), able = asking.filter(([, block]) => typeof block !== "string");
+        [panel, again ? this.selection(panel) : null]), able = asking.filter(([, block]) => typeof block !== "string");
       if (!able.length) throw new Error(asking[0][1]);
+      for (const [panel, missing] of asking) if (typeof missing === "string") panel.notAsked(missing);
       await Promise.all(able.map(async ([panel, block]) => {
         const result = await this.call("ask", { panel: panel.index, question, options: given.length ? given : null, prefix, block });
         if (!current()) return;
         panel.cache.clear();
-        panel.showAnswer(result, [prefix && "with the text before", block && "with keys blocked"].filter(Boolean).join(", "));
+        panel.showAnswer(result, [prefix && "with the text before", block && "with keys blocked"].filter(Boolean).join(", "),
+          [`“${question}”`, prefix && `text before the image “${prefix}”`, block && blocked(block)].filter(Boolean).join(" · "));
         if (panel.state.mode === "attention") await panel.refresh();
       }));
       if (turn === this.turn) this.element.dataset.asked = turn;
@@ -613,24 +640,28 @@ class View {
   dropped(event, panel) { const [file] = event.dataTransfer?.files ?? []; if (!file || !this.can("picture")) return;
     event.preventDefault(); event.stopPropagation(); this.upload(file, panel); }
   upload(file, panel) {
-    return this.attempt(async () => {
-      let bytes = file;
+    return this.attempt(() => this.busy("Reading the picture …", async () => {
+      let bytes = file, said = "";
       if (!file.type.startsWith("image/")) throw new Error(`"${file.name}" is not a picture; JPEG and PNG files are.`);
       if (file.size > UPLOAD_BYTES) {
-        const bitmap = await createImageBitmap(file).catch(() => { throw new Error(`"${file.name}" cannot be read as a picture.`);
-          }), canvas = h("canvas", { width: bitmap.width, height: bitmap.height });
-        canvas.getContext("2d").drawImage(bitmap, 0, 0);
-        bytes = await new Promise((resolve) => canvas.toBlob(resolve, "image/jpeg", 0.92));
-        if (!bytes || bytes.size > UPLOAD_BYTES)
-          throw new Error(`"${file.name}" is too large to be sent to the kernel: save it below ${UPLOAD_BYTES / 1e6} MB, or open it with kv.explore.`);
+        const bitmap = await createImageBitmap(file).catch(() => { throw new Error(`"${file.name}" cannot be read as a picture.`); });
+        const long = Math.max(bitmap.width, bitmap.height), canvas = h("canvas");
+        for (let side = Math.min(long, UPLOAD_SIDE); bytes.size > UPLOAD_BYTES; side /= 1.5) {
+          Object.assign(canvas, { width: Math.max(1, Math.round(bitmap.width * side / long)), height: Math.max(1, Math.round(bitmap.height * side / long)) });
+          canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+          bytes = await new Promise((resolve) => canvas.toBlob(resolve, "image/jpeg", 0.92));
+          if (!bytes) throw new Error(`"${file.name}" is too large for this browser; save it smaller, or open it with kv.explore.`);
+        }
+        said = `"${file.name}" is larger than a message may be: sent as JPEG of ${canvas.width} × ${canvas.height} px.`;
       }
       await this.load(await this.call("picture", { panel: panel.index, name: file.name }, [await bytes.arrayBuffer()]));
-    });
+      this.tell(said);
+    }));
   }
 
   /** The panels as one picture: at full size, with colour bar and caption. */
   compose() {
-    const gap = 24, line = 30, head = 44, foot = 24 + 3 * line + gap,
+    const gap = 24, line = 30, head = 44, foot = 24 + (3 + Math.max(...this.panels.map((p) => p.said().length))) * line + gap,
       sizes = this.panels.map((p) => [p.canvases[0].width, p.canvases[0].height]), widths = sizes.map(([w]) => Math.max(w, 640));
     const canvas = h("canvas", { width: gap + widths.reduce((sum, w) => sum + w + gap, 0),
       height: head + Math.max(...sizes.map(([, height]) => height)) + foot + gap }), paint = canvas.getContext("2d");
@@ -640,7 +671,7 @@ class View {
     for (const [i, panel] of this.panels.entries()) {
       const [w, height] = sizes[i], wide = widths[i], write = (text, y, font = "20px sans-serif") =>
         { paint.font = font; paint.fillStyle = "black"; paint.textAlign = "left"; paint.fillText(text, left, y, wide); };
-      write(`${panel.about.title}: ${panel.caption()}`, head / 2 + 4, "bold 22px sans-serif");
+      write(`${panel.name}: ${panel.caption()}`, head / 2 + 4, "bold 22px sans-serif");
       for (const [at, layer] of panel.canvases.entries()) { paint.globalAlpha = at === 1 ? +this.opacity.value : 1;
         paint.drawImage(layer, left, head); }
       paint.globalAlpha = 1;
@@ -651,7 +682,7 @@ class View {
           paint.font = "20px sans-serif"; paint.fillStyle = "black"; paint.fillText(tick.textContent, left + (wide * at) / 2, y + line); });
         y += line;
       }
-      for (const text of [panel.unit.textContent, panel.info.textContent]) write(text, (y += line));
+      for (const text of [panel.unit.textContent, panel.info.textContent, ...panel.said()]) write(text, (y += line));
       left += wide + gap;
     }
     return canvas;
@@ -676,10 +707,10 @@ class View {
   copyCode() {
     return this.attempt(async () => {
       const { text } = await this.call("code", { state: this.state() });
-      this.codeText.hidden = false;
+      const stands = (said) => { this.tell(said); this.codeText.hidden = false; };
       this.codeText.textContent = text;
-      this.tell("The code stands below.");
-      navigator.clipboard?.writeText(text).then(() => this.tell("Copied; the code also stands below."), () => {});
+      stands("The code stands below.");
+      navigator.clipboard?.writeText(text).then(() => this.codeText.hidden || stands("Copied; the code also stands below."), () => {});
         // a page may not be allowed to
     });
   }
@@ -700,6 +731,9 @@ class View {
       const from = panel.anchor.panel === panel.index ? panel.anchor.token : panel.tokens(panel.state.view)[0],
         [row, column] = panel.places[from], next = panel.cells.get(`${panel.state.view}/${[row + step[0], column + step[1]]}`);
       if (next !== undefined) this.mark(panel, next, true);
+    } else if (key === " " && target === panel.stack && panel.anchor.panel === panel.index) {
+      panel.region.delete(panel.anchor.token) || panel.region.add(panel.anchor.token);
+      this.painted(panel);
     } else if (key === "[" || key === "]") {
       if (panel.fields.layer.hidden) return;
       this.change(panel, ...panel.layerAt(+panel.controls.layer.value + (key === "]" ? 1 : -1)));
@@ -729,19 +763,25 @@ function render({ model, el }) {
     seen = result?.opened ?? seen;
     ok ? call.resolve({ ...result, buffers: buffers ?? [] }) : call.reject(new Error(error));
   };
+  const gone = () => { // restarted or shut down: nobody answers any more
+    for (const { reject } of waiting.values()) reject(new Error("The kernel that read this picture is gone; run the cell again."));
+    waiting.clear();
+  };
   const backend = { call: (op, params = {}, buffers = []) => new Promise((resolve, reject) => {
     const id = `${mine}-${++calls}`;
     waiting.set(id, { resolve, reject });
-    model.send({ id, op, params, opened: seen }, undefined, buffers);
+    try { model.send({ id, op, params, opened: seen }, undefined, buffers); } catch { gone(); }
   }) };
   model.on("msg:custom", receive);
+  model.on("comm_live_update", gone);
   shown.set(model, (shown.get(model) ?? 0) + 1);
   const view = createView(el, backend);
   return () => {
     view.close();
     shown.set(model, shown.get(model) - 1);
-    if (!shown.get(model)) backend.call("close"); // the last view of it is gone: so is what it took in the kernel
+    if (!shown.get(model)) backend.call("close").catch(() => {}); // the last view of it is gone: so is what it took in the kernel
     model.off("msg:custom", receive);
+    model.off("comm_live_update", gone);
   };
 }
 

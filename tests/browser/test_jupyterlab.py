@@ -205,7 +205,7 @@ def test_click_ask_block_upload(notebook, lab, shots, measured):
     (lab.folder / "broken.png").write_bytes(b"\x89PNG nothing")
     page.locator(".kvx input[type=file]").set_input_files(lab.folder / "broken.png")
     page.locator(".kvx-error").wait_for()
-    assert "broken.png is no picture" in page.locator(".kvx-status").inner_text() and page.locator(".kvx h4").inner_text() == "photo.jpg"
+    assert "broken.png is no picture" in page.locator(".kvx-status").inner_text() and page.locator(".kvx h4").inner_text().startswith("photo.jpg · pocket")
     page.screenshot(path=shots / "lab_error.png")
     page.get_by_role("button", name="Close", exact=True).click()
     page.get_by_text("run the cell again").wait_for()
@@ -214,7 +214,7 @@ def test_click_ask_block_upload(notebook, lab, shots, measured):
 def test_two_pictures_dark_and_narrow(notebook, shots):
     page = notebook("two", 'kv.explore(mlm, ["scene0.png", "scene1.png"])', theme="JupyterLab Dark")
     quiet(page)
-    assert page.locator(".kvx h4").all_inner_texts() == ["scene0.png", "scene1.png"]
+    assert [text.split(" · ")[0] for text in page.locator(".kvx h4").all_inner_texts()] == ["scene0.png", "scene1.png"]
     dark = page.evaluate("getComputedStyle(document.querySelector('.kvx')).backgroundColor").removeprefix("rgb(").split(",")[0]
     assert int(dark) < 60
     page.locator(".kvx-stack").first.click(position={"x": 20, "y": 20})
@@ -239,7 +239,7 @@ def test_two_models_and_views_that_go(notebook, shots):
     page.locator(".kvx").screenshot(path=shots / "lab_two_models.png")
     page.locator(".jp-CodeCell").last.locator(".cm-content").click()
     page.keyboard.press("Control+A")
-    page.keyboard.type("print('still held' if any(panel._shot for panel in explored.panels) else 'freed')")
+    page.keyboard.type("print('still held' if any(panel._read for panel in explored.panels) else 'freed')")
     page.keyboard.press("Control+Enter")  # the cell's output goes, and the view with it
     page.locator(".jp-OutputArea-output pre", has_text=re.compile("freed|still held")).wait_for()
     page.keyboard.press("Control+Enter")

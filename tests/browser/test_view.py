@@ -225,7 +225,7 @@ def test_block_and_ask_again(opened, shots):
     page.get_by_label("key-value heads").fill("1")
     page.get_by_role("button", name="Block and ask again").click()
     page.wait_for_selector("text=with keys blocked >> nth=3")
-    assert calls(page, "ask")[-1]["block"] == {"kind": "region", "share": None, "tokens": region, "layers": [0, 1, 2], "heads": [1], "seed": 0}
+    assert calls(page, "ask")[-1]["block"] == {"kind": "region", "share": None, "tokens": region, "layers": [0, 1, 2], "heads": [1], "seed": None}
     rows = page.locator(".kvx-bars").first.evaluate("(table) => [...table.rows].map((row) => [...row.cells].map((cell) => cell.textContent))")
     assert rows[1:] == [["yes", "75.0 %", "25.0 %", "−50.0 pp"], ["no", "15.0 %", "65.0 %", "+50.0 pp"], ["any other", "10.0 %", "10.0 %", "+0.0 pp"]]
     assert page.locator(".kvx-card").first.inner_text().split() == ["as", "it", "is", "yes"]
@@ -238,6 +238,86 @@ def test_block_and_ask_again(opened, shots):
     page.get_by_label("key-value heads").fill("0, 5")
     page.keyboard.press("Tab")
     assert 'Heads are "all" or numbers from 0 to 1' in page.locator(".kvx-note").first.inner_text()
+
+
+def test_a_button_pressed_while_a_field_has_the_focus(opened):
+    page = opened()
+    page.get_by_label("question").fill("is there a fish?")
+    page.get_by_label("paint").check()
+    press(page, 0.02, 0.02)
+    page.wait_for_function("document.querySelector('.kvx-unit').innerText.includes('1 key per layer and head')")
+    page.get_by_label("layers from").fill("9")  # no such layer: the map and its scale go
+    before = page.get_by_role("button", name="Block and ask again").bounding_box()
+    page.keyboard.press("Tab")
+    assert "Layers are whole numbers from 0 to 5" in page.locator(".kvx-note").inner_text()
+    assert page.get_by_role("button", name="Block and ask again").bounding_box() == before
+    page.get_by_label("layers from").fill("1.5")
+    page.get_by_role("button", name="Block and ask again").click()
+    assert "found 1.5 to 5" in status(page) and calls(page, "ask") == []  # never rounded in silence
+    page.get_by_label("layers from").fill("1")
+    at = page.get_by_role("button", name="Block and ask again").bounding_box()
+    page.mouse.move(at["x"] + 9, at["y"] + 9)
+    page.mouse.down()  # what the field's change redraws may take any height
+    page.evaluate("document.querySelector('.kvx-info').style.height = document.activeElement.tagName === 'INPUT' ? '' : '200px'")
+    page.mouse.up()
+    page.wait_for_selector("text=with keys blocked")
+    assert calls(page, "ask")[0]["block"]["layers"] == [1, 2, 3, 4, 5]
+
+
+def test_one_picture_painted_of_two(opened):
+    page = opened("panels=2")
+    page.get_by_label("question").fill("is there a fish?")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".kvx-card >> nth=1")
+    page.locator(".kvx-stack").nth(1).focus()
+    page.keyboard.press("Space")  # no pointer needed: the middle token, as marked in the first picture, moved
+    page.locator(".kvx-stack").first.focus()
+    page.keyboard.press("Space")
+    page.wait_for_function("document.querySelector('.kvx-unit').innerText.includes('1 key per')")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Space")
+    page.wait_for_function("document.querySelector('.kvx-unit').innerText.includes('2 keys per')")
+    page.keyboard.press("Space")
+    page.wait_for_function("document.querySelector('.kvx-unit').innerText.includes('1 key per')")
+    page.get_by_role("button", name="Block and ask again").click()
+    page.wait_for_selector(".kvx-card >> nth=1")
+    assert [call["panel"] for call in calls(page, "ask")] == [0, 1, 0]
+    assert page.locator(".kvx-answer").nth(1).inner_text().startswith("Not asked: Choose “paint” or “box”")
+
+
+def test_an_answer_says_what_was_asked(opened):
+    page = opened()
+    page.get_by_label("question").fill("is there a roof?")
+    page.get_by_label("text before the image").fill("A photo.")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".kvx-card")
+    assert page.locator(".kvx-asked").inner_text() == "“is there a roof?” · text before the image “A photo.”"
+    assert page.get_by_text("Words this model does not know: roof.").is_visible() and page.locator("h4").inner_text() == "made up 0 · model"
+
+
+def test_a_strip_of_a_picture(opened):
+    page = opened("width=20000&height=10&rows=2&columns=20")
+    assert page.locator(".kvx-stack").bounding_box()["height"] > 30
+    assert page.locator("h4").inner_text().endswith("20000 × 10 px, drawn stretched")
+    press(page, 0.99, 0.8)
+    page.wait_for_function("document.querySelector('.kvx-info').innerText.startsWith('token 39 ')")
+    page.wait_for_function("document.querySelector('.kvx-info').innerText.endsWith('value +1.00')")
+    assert pixel(page, 0.99, 0.9)[:3] == list(RED)
+
+
+def test_a_kernel_that_is_gone(opened):
+    page = opened()
+    said = page.evaluate("""async () => { const { default: widget } = await import('/kvutils/explorer/explorer.js'), el = document.createElement('div'), on = {};
+        document.body.append(el);
+        let end = () => {};
+        const model = { on: (name, of) => { on[name] = of; }, off() {}, send: () => end() }, gone = widget.render({ model, el });
+        on.comm_live_update();  // while the picture is being read
+        await new Promise((done) => setTimeout(done, 50));
+        const first = el.querySelector('.kvx-status').textContent;
+        end = () => { throw new Error('Cannot send'); };
+        gone();
+        return [first, el.querySelector('.kvx')]; }""")  # fmt: skip
+    assert said == ["The kernel that read this picture is gone; run the cell again.", None]
 
 
 def test_paint_and_erase(opened):
@@ -287,15 +367,28 @@ def test_png_and_code(opened, shots):
     page.wait_for_function("document.querySelector('.kvx-code').innerText.startsWith('explore(')")
     page.wait_for_function("document.querySelector('.kvx-status').innerText.includes('below')")
     assert calls(page, "code")[0]["state"]["mode"] == "similarity"
+    press(page, 0.5, 0.5)
+    assert page.locator(".kvx-code").is_hidden()  # that of another view
+    page.get_by_label("question").fill("is there a fish?")
+    page.get_by_label("options").fill("yes, no")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".kvx-card >> nth=1")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save as PNG").click()
+    download.value.save_as(shots / "exported_answer.png")
+    assert Image.open(shots / "exported_answer.png").height == len(picture) + 2 * 30  # question and answer
 
 
 def test_own_picture_and_close(opened, tmp_path):
     page = opened()
-    noise = np.random.default_rng(0).integers(0, 255, (1700, 1700, 3), np.uint8)
-    Image.fromarray(noise).save(tmp_path / "large.png")
-    assert (tmp_path / "large.png").stat().st_size > 8e6  # more than a message may hold: encoded anew, at its full size
+    noise = np.random.default_rng(0).integers(0, 255, (3400, 3400, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "large.png", compress_level=0)  # more than a message may hold, and as JPEG of its size too
+    page.evaluate("() => { fake.delay.picture = new Promise((go) => { fake.release = go; }); }")
     page.locator("input[type=file]").set_input_files(tmp_path / "large.png")
+    page.get_by_text("Reading the picture …").wait_for()
+    page.evaluate("fake.release()")
     page.get_by_role("heading", name="large.png 0").wait_for()
+    page.get_by_text("sent as JPEG of 2267 × 2267 px").wait_for()
     assert 1e5 < page.evaluate("fake.bytes") < 8e6
     small = io.BytesIO()
     Image.fromarray(noise[:8, :8]).save(small, "PNG")
