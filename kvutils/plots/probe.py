@@ -18,6 +18,7 @@ def own_curves(tasks: Mapping[str, Mapping]) -> Figure:
         along_the_flow(axis, each["sources"], FAMILIES)
         for source, label in zip(BEFORE, axis.get_xticklabels(), strict=False):
             label.set_visible(source in each["sources"])
-        axis.set(title=f"{each['title']}\n{each['n']} items", ylabel=each["metric"], xlabel="before the language model | layer")
+        few = ", too few for intervals" if all(found["low"] is None for found in each["sources"].values()) else ""
+        axis.set(title=f"{each['title']}\n{each['n']} items{few}", ylabel=each["metric"], xlabel="before the language model | layer")
     legend_below(figure, axes, {"before the language model": BEFORE_HANDLE}, ncols=len(tasks))
     return figure

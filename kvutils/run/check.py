@@ -82,7 +82,7 @@ def check_folder(folder: Path, figures: Path, without_pictures: bool = False) ->
         else:  # of a run in parts it comes last
             (fits if absent else wrong).append("claims.json is missing: `make report` writes it")
     except (KVUtilsError, AttributeError, LookupError, TypeError) as error:
-        wrong.append(f"no verdicts: {error}")
+        wrong.append(f"verdicts: {error}")
     return fits, wrong + _check_origin(folder, names, derived)
 
 

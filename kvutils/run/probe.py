@@ -29,9 +29,9 @@ from kvutils.tasks.text_segmentation import SemanticSegmentationProbe
 SHOWN, CONTEXT, LAYERS = 3, 8, 9  # pictures that are drawn, those whose tokens share their colours, layers that are drawn
 COLUMNS = {"pixels": "pixels", "encoder": "encoder", "projector": "projector", "value.0": FIRST}
 NOTE = f"""\
-best value layer: chosen among the layers from 1 on with half of the items and read on the other half, with 95 % interval; two
-layers are one for each half. {FIRST}: values of layer 0. pixels: the same task on colour and place alone, what a model has to
-be better than. n: items; what shares a picture or a group of pairs is one unit."""
+best value layer: chosen among the layers from 1 on with half of the items and read on the other half, with 95 % interval;
+two layers are one for each half. {FIRST}: values of layer 0. pixels: the same task on colour and place alone,
+what a model has to be better than. n: items; those that share a picture or a group of pairs are one unit."""
 TASKS = {"episodes": ForegroundSegmentation, "named": SemanticSegmentationProbe, "pairs": SemanticCorrespondence}
 
 
