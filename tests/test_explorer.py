@@ -46,7 +46,9 @@ def test_open_tells_all_that_a_view_needs(explored):
     assert np.frombuffer(slots, "<i4").tolist() == layout.slots.tolist() and np.frombuffer(view, "<i4").tolist() == layout.view.tolist()
     assert np.frombuffer(newline, "u1").tolist() == layout.is_newline.tolist()
     assert {each["name"]: each["heads"] for each in about["sources"]} == {"pixels": None, "encoder": None, "projector": None, "key": 2, "value": 2}
-    assert kv.explore(mlm, IMAGE).answer("open")[1][1] == rects
+    assert {each["name"] for each in about["sources"] if each["text"]} == {"projector", "value"} and about["context"]
+    plain = kv.explore(mlm, IMAGE).answer("open")
+    assert plain[1][1] == rects and not plain[0]["panels"][0]["context"]
 
 
 def test_maps_are_those_of_the_library(explored):
@@ -215,7 +217,7 @@ def test_two_models_or_two_pictures_side_by_side(tmp_path, monkeypatch):
 def test_a_tower_beside_the_model(tmp_path, monkeypatch):
     explorer = kv.explore(tiny_onevision(), IMAGE, encoder=(tower := tiny_siglip()))
     panel, (about,) = explorer.panels[0], explorer.answer("open")[0]["panels"]
-    assert about["sources"][1] == {"name": "encoder_original", "label": "SigLIP", "layers": None, "heads": None}
+    assert about["sources"][1] == {"name": "encoder_original", "label": "SigLIP", "text": False, "layers": None, "heads": None}
     found = floats(explorer.answer("similar", {"token": int(panel.layout.token_at([[31, 22]])[0]), "source": "encoder_original"}))
     expected = similarity_to_point(panel.extractor.images([("image", IMAGE)])[0], "encoder_original", (31, 22))
     np.testing.assert_allclose(found[image_tokens(panel.layout)], expected, atol=5e-3)

@@ -188,7 +188,10 @@ class Panel {
 
   /** Makes the state one that this panel has (another model may have other layers and heads), and the controls show it. */
   settle() {
-    const s = this.state, about = this.about, now = this.source(s.source), attention = s.mode === "attention";
+    const s = this.state, about = this.about, attention = s.mode === "attention",
+      sources = about.sources.filter((each) => s.mode !== "words" || each.text !== false); // without a text side there are no words in it
+    if (!sources.includes(this.source(s.source))) s.source = sources.at(-1).name;
+    const now = this.source(s.source);
     if (now.layers === null) s.layer = null;
     else if (!now.layers.includes(s.layer)) s.layer = now.layers.reduce((a, b) =>
       (Math.abs(b - (s.layer ?? 1e9 / 2)) < Math.abs(a - (s.layer ?? 1e9 / 2)) ? b : a));
@@ -198,7 +201,7 @@ class Panel {
     const able = Object.entries(MODES).filter(([name, mode]) => this.view.can(mode.op) && (name !== "attention" || about.can_ask)
       && (name !== "selection" || about.interventions));
     options(this.controls.mode, able.map(([name, mode]) => [name, mode.label]), s.mode);
-    options(this.controls.source, about.sources.map((each) => [each.name, each.label]), s.source);
+    options(this.controls.source, sources.map((each) => [each.name, each.label]), s.source);
     options(this.controls.view, this.viewList.map((view) => [view, ["the whole picture", "its tiles"][view] ?? `view ${view}`]), s.view);
     const layers = s.mode === "selection" ? null : this.layerList(), count = attention ? about.heads : s.mode === "words"
       || s.mode === "selection" ? null : now.heads;
@@ -528,6 +531,10 @@ class View {
     const deepest = Math.max(...panels.map((p) => p.layers)) - 1;
     for (const box of [this.first, this.last]) box.max = deepest;
     this.last.value = deepest;
+    for (const option of this.kind.options) if (["agnostic", "lowest"].includes(option.value)) { // shown by other pictures
+      option.disabled = panels.every((p) => p.context === false);
+      option.textContent = KINDS[option.value] + (option.disabled ? " (needs context=)" : "");
+    }
     if (this.sharesModel()) this.panels[1].anchor = this.panels[0].anchor;
     this.limits();
     await Promise.all(this.panels.map((panel) => panel.refresh()));

@@ -87,6 +87,12 @@ class Panel:
     def sources(self) -> list[str]:
         return [source for source in LABELS if source != "encoder_original" or self.extractor.encoder_original]
 
+    @property
+    def readable(self) -> list[str]:
+        """Sources with a text side."""
+        known = self.extractor.alignment.sources
+        return [source for source in self.sources if source in known or f"{source}.{self.extractor.layers[0]}" in known]
+
     def describe(self) -> dict:
         """Sizes and sources, JSON-able. can_ask: the model's attention takes masks, without which no question follows a cached picture."""
         try:
@@ -95,10 +101,10 @@ class Panel:
         except ModelError:
             able = False
         more = {"layers": list(self.extractor.layers), "heads": self.mlm.num_kv_heads}
-        sources = [{"name": each, "label": LABELS[each]} | (more if each in LAYERED else dict.fromkeys(more)) for each in self.sources]
+        sources = [{"name": each, "label": LABELS[each], "text": each in self.readable} | (more if each in LAYERED else dict.fromkeys(more)) for each in self.sources]
         width, height = self.picture.size
         return {"model": f"{self.mlm.name} ({self.mlm.revision})", "width": width, "height": height, "tokens": len(self.layout), "sources": sources,
-                "heads": self.mlm.num_heads, "layers": self.mlm.num_layers, "interventions": able, "can_ask": able}  # fmt: skip
+                "heads": self.mlm.num_heads, "layers": self.mlm.num_layers, "interventions": able, "can_ask": able, "context": len(self.context) > 1}  # fmt: skip
 
     def tokens(self, source: str, layer: int | None = None, head: int | None = None) -> torch.Tensor:
         """(N, C) features as the model wrote them, newlines included; zeros there for pixels and towers. Raises ParameterError."""
@@ -157,7 +163,7 @@ class Panel:
         if not isinstance(text, str) or not text.strip():
             raise ParameterError(f"expected a word or an expression to look for, not {text!r}")
         if name not in alignment.sources:
-            able = [LABELS[each] for each in self.sources if each in alignment.sources or f"{each}.{self.extractor.layers[0]}" in alignment.sources]
+            able = [LABELS[each] for each in self.readable]
             raise ParameterError(f"words cannot be looked for in the {LABELS[source]}, which have no text side; choose {' or '.join(able)}")
         read = alignment.reads(name)
         features = {read: self._tower(read) if read.startswith("head.") else tokens}

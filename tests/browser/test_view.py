@@ -320,6 +320,24 @@ def test_a_kernel_that_is_gone(opened):
     assert said == ["The kernel that read this picture is gone; run the cell again.", None]
 
 
+def test_menus_offer_what_can_be_had(opened):
+    page = opened("context=0")
+    which = page.get_by_label("which").locator("option")
+    assert which.all_inner_texts()[1:3] == ["input-agnostic keys (needs context=)", "keys of lowest variance (needs context=)"]
+    assert [which.nth(i).is_disabled() for i in range(4)] == [False, True, True, False]
+    choose(page, "of", "key")
+    choose(page, "map", "words")
+    assert page.locator(".kvx-controls").get_by_label("of", exact=True).locator("option").all_inner_texts() == ["pixels", "values"]
+    page.get_by_label("words").fill("fish")
+    page.keyboard.press("Enter")
+    page.wait_for_function("fake.calls.some((call) => call.op === 'words')")
+    assert calls(page, "words")[-1]["source"] == "value"
+    page.get_by_label("question").fill("is there a roof?")
+    page.get_by_role("button", name="Ask", exact=True).click()
+    page.get_by_text("Words this model does not know: roof.").wait_for()
+    assert not opened().get_by_label("which").locator("option").nth(1).is_disabled()
+
+
 def test_paint_and_erase(opened):
     page = opened("tiles=1")
     page.get_by_label("paint").check()
