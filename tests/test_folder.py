@@ -127,6 +127,8 @@ def test_what_a_folder_lacks_is_said(folder):
 def test_probe_measures_what_the_folder_allows(family, folder, tmp_path, capsys, monkeypatch):
     model, out = "pocket" if family == "pocket" else str(save_tiny(family, tmp_path / "tiny")), tmp_path / "out"
     monkeypatch.setattr("kvutils.run.probe.SHOWN", 1)
+    few = 11 if family in ("pocket", "llava_next") else 2
+    monkeypatch.setattr("kvutils.run.probe.FEW_UNITS", few)
     arguments = ["probe", str(folder), "--model", model, "--out", str(out), "--device", "cpu"]
     assert main(arguments) == 0
     shown, found = capsys.readouterr().out, json.loads((out / "probe.json").read_text())
@@ -136,12 +138,12 @@ def test_probe_measures_what_the_folder_allows(family, folder, tmp_path, capsys,
         line = next(line for line in shown.splitlines() if line.startswith(summary["title"]))
         best = summary["value_best"]["score"] if task != "semantic_segmentation_probe" else None  # of two pictures
         last = "units are too few to choose a layer"
-        if best:  # of one unit for each picture, and of half as many groups of pairs
-            last = (f"[{best['low']:.3f}, {best['high']:.3f}], layer" if summary["groups"] == COUNT
+        if best:
+            last = (f"[{best['low']:.3f}, {best['high']:.3f}], layer" if few == 2
                     else f"{best['mean']:.3f} (too few pictures for an interval: {summary['groups']} units), layer")
         assert f"{summary['sources']['pixels']['mean']:.3f}" in line and last in line
         ends = [each[end] for each in summary["sources"].values() for end in ("low", "high")]
-        assert set(ends) == {None} if summary["groups"] < COUNT else min(ends) >= 0 and max(ends) <= 1
+        assert set(ends) == {None} if few == 11 else min(ends) >= 0 and max(ends) <= 1
     assert "first projection" in shown
     assert {path.name for path in out.glob("*.png")} == {"scores.png", "picture-p0.png"}
     monkeypatch.setattr(Task, "prepare", Mock(side_effect=AssertionError))
