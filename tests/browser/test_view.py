@@ -320,6 +320,30 @@ def test_a_kernel_that_is_gone(opened):
     assert said == ["The kernel that read this picture is gone; run the cell again.", None]
 
 
+def test_views_of_one_explorer_show_the_same_picture(opened):
+    page = opened()
+    found = page.evaluate("""async () => { const { default: widget } = await import('/kvutils/explorer/explorer.js'), hears = [], sent = [];
+        let opened = 0;
+        const model = { on: (name, of) => { if (name === 'msg:custom') hears.push(of); }, off() {}, send: async (message, _, buffers) => {
+            sent.push(message);
+            const { buffers: out, ...result } = await fake.backend.call(message.op, message.params, buffers), say = (...what) => hears.forEach((of) => of(...what));
+            if (message.op === 'picture') opened++;
+            say({ id: message.id, ok: true, result: result.panels ? { ...result, opened } : result }, out);
+            if (message.op === 'picture') say({ opened });
+          } }, views = [0, 1].map(() => document.createElement('div'));
+        document.body.append(...views);
+        for (const el of views) widget.render({ model, el });
+        const titles = () => views.map((el) => el.querySelector('h4')?.textContent ?? ''), until = async (is) => {
+          for (let i = 0; i < 2000 && !is(); i++) await new Promise((go) => setTimeout(go, 5)); };
+        await until(() => titles().every(Boolean));
+        const data = new DataTransfer(), before = sent.length;
+        data.items.add(new File([new Uint8Array(9)], 'mine.png', { type: 'image/png' }));
+        views[1].querySelector('.kvx-stack').dispatchEvent(new DragEvent('drop', { dataTransfer: data, bubbles: true, cancelable: true }));
+        await until(() => titles().every((title) => title.startsWith('mine.png')) && sent.filter(({ op }) => op === 'similar').length === 4);
+        return sent.slice(before).map(({ op, opened }) => `${op} ${opened}`).sort(); }""")  # fmt: skip
+    assert found == ["open 0", "picture 0", "similar 1", "similar 1"]
+
+
 def test_menus_offer_what_can_be_had(opened):
     page = opened("context=0")
     which = page.get_by_label("which").locator("option")
