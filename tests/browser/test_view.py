@@ -453,6 +453,9 @@ def test_narrow_and_readable(opened, shots, scheme):
     first, second = (page.locator(".kvx-stack").nth(panel).bounding_box() for panel in (0, 1))
     assert second["y"] > first["y"] + first["height"] and first["width"] > 300
     page.screenshot(path=shots / f"view_narrow_{scheme}.png", full_page=True)
+    page.set_viewport_size({"width": 130, "height": 800})  # an output beside JupyterLab's sidebars
+    edges = page.evaluate("[...document.querySelectorAll('.kvx select')].map((each) => each.getBoundingClientRect().right)")
+    assert max(edges) <= 130
     light = lambda text: [float(part) for part in text.removeprefix("rgb(").rstrip(")").split(",")]  # noqa: E731
     found = page.evaluate("['color', 'backgroundColor'].map((name) => getComputedStyle(document.querySelector('.kvx'))[name])")
     linear = [np.where(c <= 0.03928, c / 12.92, ((c + 0.055) / 1.055) ** 2.4) @ (0.2126, 0.7152, 0.0722)
