@@ -30,11 +30,11 @@ ALLOWED = {
 # Lines per room, blank ones and comments counted, rounded up to tens. A budget goes down as its room shrinks. It is raised
 # only by a commit that says what the new lines are for and what they made superfluous.
 BUDGET = {
-    "__init__": 80, "errors": 70, "checkpoints": 120, "images": 90, "processors": 160, "layout": 280, "probes": 300, "store": 270, "models": 320, "vision": 230,
-    "prompts": 160, "language": 210, "kvcache": 140, "keys": 190, "block": 130, "answer": 320,
-    "metrics": 750, "datasets": 2270, "datasets/pocket": 1220, "readout": 1010, "tasks": 4000, "plots": 950, "explorer": 460, "run": 1820, "__main__": 10,
+    "__init__": 80, "errors": 100, "checkpoints": 120, "images": 90, "processors": 150, "layout": 280, "probes": 310, "store": 320, "models": 290, "vision": 200,
+    "prompts": 150, "language": 200, "kvcache": 150, "keys": 240, "block": 130, "answer": 310,
+    "metrics": 730, "datasets": 2360, "datasets/pocket": 1140, "readout": 1080, "tasks": 4110, "plots": 930, "explorer": 650, "run": 2340, "__main__": 10,
 }
-CORE_BUDGET, PACKAGE_BUDGET = 2_880, 15_000  # the flat files together, the whole package
+CORE_BUDGET, PACKAGE_BUDGET = 3_030, 16_350  # the flat files together, the whole package
 LARGEST = 320  # lines of a module: a longer one is two ideas
 
 
@@ -163,7 +163,7 @@ def test_rooms_keep_their_budgets():
     assert found.keys() == BUDGET.keys()
     assert {name: (found[name], budget) for name, budget in BUDGET.items() if found[name] > budget} == {}
     flat = [path for path in PACKAGE.glob("*.py") if path.stem != "__main__"]
-    assert len(flat) <= 15 and sum(map(lines, flat)) <= CORE_BUDGET
+    assert len(flat) <= 16 and sum(map(lines, flat)) <= CORE_BUDGET
     assert sum(found.values()) <= PACKAGE_BUDGET
     assert {name_of(path): lines(path) for path in PACKAGE.rglob("*.py") if lines(path) > LARGEST} == {}
 
