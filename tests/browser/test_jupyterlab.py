@@ -244,3 +244,16 @@ def test_two_models_and_views_that_go(notebook, shots):
     page.locator(".jp-OutputArea-output pre", has_text=re.compile("freed|still held")).wait_for()
     page.keyboard.press("Control+Enter")
     page.locator(".jp-OutputArea-output pre", has_text="freed").wait_for()
+
+
+def test_a_kernel_that_was_restarted(notebook):
+    page = notebook("restarted", 'kv.explore(mlm, "scene0.png")')
+    quiet(page)
+    page.get_by_role("menuitem", name="Kernel", exact=True).click()
+    page.get_by_role("menuitem", name=re.compile("^Restart Kernel…")).click()
+    page.locator(".jp-Dialog .jp-mod-accept").click()
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
+    page.get_by_label("question").fill("is there a bird ?")
+    page.keyboard.press("Enter")
+    page.locator(".kvx-error").wait_for()
+    assert page.locator(".kvx-status").inner_text().startswith("The kernel that read this picture is gone; run the cell again")
