@@ -216,6 +216,6 @@ def test_a_rehearsal_answers_misuse_and_ctrl_c_in_words(capsys):
     begun = subprocess.run([*command, "lava-onevision-7b"], capture_output=True, text=True)  # before torch is loaded
     assert begun.returncode == 2 and begun.stderr.startswith("error: unknown model 'lava-onevision-7b' (did you mean 'llava-onevision-7b'?)")
     process = subprocess.Popen([*command, "qwen2.5-vl-3b"], stderr=subprocess.PIPE, text=True)
-    time.sleep(1.5)  # while it is
+    time.sleep(4)  # while it is, also on a busy machine
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60)[1] == "\nStopped. A rehearsal is short and keeps nothing: start it again.\n" and process.returncode == 130

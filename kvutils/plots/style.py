@@ -78,7 +78,7 @@ def picture(axis, image: np.ndarray, size: tuple[int, int], title: str = "", **o
 def error_bar(found: Mapping, factor: float = 1) -> list[list[float]] | None:
     """The interval as `errorbar` takes it, None where there is none. A percentile interval need not hold the value itself; bars then
     begin there."""
-    if found["low"] is None:
+    if None in (found["low"], found["high"]):
         return None
     low, high = found["mean"] - found["low"], found["high"] - found["mean"]
     return [[factor * max(low, 0.0)], [factor * max(high, 0.0)]]
