@@ -93,6 +93,10 @@ def test_results_and_figures_follow_from_the_items_without_a_model(folder, monke
     assert main(["check", str(folder), "--figures", str(folder / "again")]) == 0
     assert (folder / JSON).read_bytes() == before and "written, as it was missing" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in (folder / "again").glob("*.png")} == drawn and len(drawn) == 2
+    (folder / JSON).unlink()
+    assert main(["check"]) == 0 and (folder / JSON).read_bytes() == before  # a run of items alone is found as well
+    monkeypatch.setenv("KVUTILS_OUT", str(folder / "nothing"))
+    assert main(["check"]) == 2 and "holds no results" in capsys.readouterr().err
 
 
 def edit(frame: Frame, **columns) -> Frame:

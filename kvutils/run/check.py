@@ -39,7 +39,10 @@ MACHINE = ("commit", "device", "python", "torch", "transformers", "numpy", "scik
 
 def check(chosen: argparse.Namespace) -> int:
     """Say of each folder what fits and what does not; 1 if anything does not."""
-    found, folders = False, [Path(each) for each in chosen.folders] or report.result_folders(notebook.output_root())
+    root, found = notebook.output_root(), False
+    runs = {path.parent: None for path in sorted((root / "data" / "results").glob("*/*/items"))}  # results are made from items
+    if not (folders := [Path(each) for each in chosen.folders] or list(dict.fromkeys(report.result_folders(root)) | runs)):
+        raise DataError(f"{root} holds no results: name the folder of a run, such as data/results/<profile>/<model>")
     if chosen.figures and len(folders) != 1:
         raise ParameterError(f"--figures takes the figures of one run, found {len(folders)} folders")
     for folder in folders:
