@@ -218,4 +218,5 @@ def test_a_rehearsal_answers_misuse_and_ctrl_c_in_words(capsys):
     process = subprocess.Popen([*command, "qwen2.5-vl-3b"], stderr=subprocess.PIPE, text=True)
     time.sleep(4)  # while it is, also on a busy machine
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60)[1] == "\nStopped. A rehearsal is short and keeps nothing: start it again.\n" and process.returncode == 130
+    said = process.communicate(timeout=60)[1]  # a fast machine may have got as far as its progress
+    assert said.endswith("\nStopped. A rehearsal is short and keeps nothing: start it again.\n") and "Traceback" not in said and process.returncode == 130
