@@ -10,6 +10,7 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 NAMES = {"rehearse": ("rehearse", "A rehearsal is short and keeps nothing: start it again."),
          "bench": ("run", "The figures of the benches that are finished are kept."),
+         "profile": ("profile_notebooks", "Start it again."),
          "train": ("recipe.train", "The same command goes on from the last checkpoint.")}  # fmt: skip
 
 
