@@ -1,5 +1,6 @@
 """On a GPU: the same numbers as on the CPU, from the cache to the scores. Every test also runs CPU against CPU."""
 
+import bench_gpu
 import numpy as np
 import pytest
 import torch
@@ -84,3 +85,27 @@ def test_multiple_choice(device):
     for name, table in tables[0].items():
         np.testing.assert_allclose(table.option_scores, tables[1][name].option_scores, rtol=1e-2, atol=1e-2)
         np.testing.assert_allclose(table.scores, tables[1][name].scores, atol=5e-3)
+
+
+@devices
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_bench_of_a_gpu(family, device):
+    mlm = tiny(family)
+    mlm.model.to(device)
+    text, tokens = mlm.model.model.language_model, 50
+    with torch.no_grad():
+        found = bench_gpu.operations(lambda: text(inputs_embeds=torch.zeros(1, tokens, text.config.hidden_size, device=device)))
+        weights = sum(each.numel() for name, each in text.layers.named_parameters() if "proj.weight" in name)
+        assert found == 2 * tokens * weights + 2 * tokens**2 * mlm.num_layers * mlm.num_heads * mlm.head_dim  # causal
+        picture = open_dataset("pocket-coco", count=1)[0].image
+        figures = [*bench_gpu.capture_figures(mlm, picture, 1), *bench_gpu.rate_figures(mlm, picture, 1e9, (1, 2), 1),
+                   *bench_gpu.session_figures(mlm, picture, (6, 9), 1)]  # fmt: skip
+    assert len({figure["name"] for figure in figures}) == 6 and all(0 < figure["value"] < np.inf for figure in figures)
+    assert all("6 of 6 first tokens the same" in figure["detail"] for figure in figures if "session" in figure["name"])
+    ratio = next(figure for figure in figures if figure["name"] == "gpu_rate_ratio_b1")
+    assert float(ratio["detail"].split()[1].rstrip(":")) == pytest.approx(1 / ratio["value"], abs=1e-3)
+
+
+def test_the_bench_of_a_gpu_says_where_there_is_none(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench_gpu.run() == [] and "no CUDA device" in capsys.readouterr().out
