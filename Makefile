@@ -7,6 +7,7 @@ MODEL       ?= $(if $(filter paper,$(PROFILE)),llava-onevision-7b,pocket)
 SIZE         = full
 DATA         = files
 GPU          =
+JOBS         =
 NOTEBOOKS   ?=
 DATASETS    ?=
 ARGS        ?=
@@ -20,6 +21,7 @@ CHECK := $(CURDIR)/data/cache/check
 quoted = '$(subst ','\'',$(1))'
 PAPER_MODEL = $(if $(subst xpocketx,,x$(MODEL)x),$(MODEL),llava-onevision-7b)
 HOW    = --size $(call quoted,$(SIZE)) --data $(call quoted,$(DATA))
+ATONCE = $(if $(JOBS),--jobs $(call quoted,$(JOBS)))
 CHOSEN = $(if $(NOTEBOOKS),--notebooks $(NOTEBOOKS))
 FILES  = $(if $(NOTEBOOKS),$(foreach n,$(NOTEBOOKS),$(wildcard notebooks/$(n)*.ipynb)),notebooks)
 
@@ -39,6 +41,7 @@ help:  ## list every target with a line each
 	@echo '  SIZE=full|quick           quick: a sample of the data, the same measurements, results apart'
 	@echo '  DATA=files|hub            paper profile: data sets below KVUTILS_DATA, or the copies on the hub alone'
 	@echo '  GPU=h100|a100|t4|...      make plan: hours on this GPU (default: the one here, else h100)'
+	@echo '  JOBS=N                    make replicate: notebooks at a time (default: pocket on a CPU, as many as cores)'
 	@echo '  PYTHON=python3.12         the interpreter from which $(VENV) is made (3.11.4 or newer)'
 	@echo '  TORCH_INDEX=URL           an index to take torch from, such as https://download.pytorch.org/whl/cpu'
 	@echo '  KEEP_TORCH=1              use the torch that is installed already (a GPU machine'"'"'s own)'
@@ -63,7 +66,7 @@ $(STAMP): requirements.txt pyproject.toml
 	@touch $@
 
 replicate: $(STAMP)  ## run the notebooks, write results, figures and the verdict table
-	@$(RUN) -m kvutils replicate --profile $(call quoted,$(PROFILE)) --model $(call quoted,$(MODEL)) $(HOW) $(CHOSEN) $(ARGS)
+	@$(RUN) -m kvutils replicate --profile $(call quoted,$(PROFILE)) --model $(call quoted,$(MODEL)) $(HOW) $(CHOSEN) $(ATONCE) $(ARGS)
 
 test: test-code test-notebooks  ## all tests: the code, then every notebook
 
@@ -74,7 +77,7 @@ test-code: $(STAMP)  ## the tests of the code alone
 # marked outputs, reading the parts that the first execution has stored. Both write results and
 # figures into data/cache/check, not over the committed ones.
 test-notebooks: $(STAMP)  ## execute the notebooks with papermill, compare verdicts and outputs (nbval)
-	@KVUTILS_OUT='$(CHECK)' $(RUN) -m kvutils replicate --check $(CHOSEN)
+	@KVUTILS_OUT='$(CHECK)' $(RUN) -m kvutils replicate --check $(CHOSEN) $(ATONCE)
 	@KVUTILS_OUT='$(CHECK)' MPLBACKEND=module://matplotlib_inline.backend_inline \
 	  $(RUN) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=1800 $(FILES)
 
@@ -90,7 +93,7 @@ rehearse: $(STAMP)  ## run a published architecture with random weights: memory,
 	@$(RUN) benchmarks rehearse --model $(call quoted,$(PAPER_MODEL)) $(ARGS)
 
 lab: $(STAMP)  ## open the notebooks in JupyterLab; on a remote machine ARGS="--no-browser --port 8888"
-	@$(RUN) -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) --LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb $(ARGS)
+	@OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-PASSIVE} $(RUN) -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) --LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb $(ARGS)
 
 figures: $(STAMP)  ## redraw every figure from the stored results (seconds, no model)
 	@$(RUN) -m kvutils figures --profile $(call quoted,$(PROFILE)) --model $(call quoted,$(MODEL)) --size $(call quoted,$(SIZE))

@@ -198,9 +198,10 @@ class Parts:
     >>> table = run_task(task, extractor, parts)   # chunks are computed once, then read
     """
 
-    def __init__(self, root: str | Path, **depends: object):
-        self.folder = Path(root) / fingerprint(**depends)
-        self.seconds: dict[str, float] = {}  # what computing each part took that was read, whenever and by whichever process
+    def __init__(self, root: str | Path, by: str = "", **depends: object):
+        self.folder, self.by = Path(root) / fingerprint(**depends), by
+        self.seconds: dict[str, float] = {}  # what each part took that was read and made `by` the same, whenever, in whichever process
+        self.busy = 0.0  # CPU seconds of this process in parts
         for left in self.folder.rglob(".*.tmp"):
             with suppress(FileNotFoundError):  # another run has just finished writing it
                 if time.time() - left.stat().st_mtime > 3600:  # left by a killed run: no write takes an hour
@@ -223,7 +224,7 @@ class Parts:
             # A copy of its own for each: safetensors refuses views that share memory.
             options = {"device": "cpu", "copy": True, "memory_format": torch.contiguous_format}
             tensors, value = {name: item.detach().to(**options) for name, item in value.items()}, None
-        about = to_json({"value": value, "sha256": _checksum(tensors, value), "seconds": round(seconds, 3)}, indent=None)
+        about = to_json({"value": value, "sha256": _checksum(tensors, value), "seconds": round(seconds, 3), "by": self.by}, indent=None)
         with atomic(self.path(key)) as temporary:
             save_file(tensors, temporary, {"kvutils": about})  # one entry: safetensors writes several in no fixed order
 
@@ -231,10 +232,12 @@ class Parts:
         """What was saved under `key`; `StoreError` if it is not finished."""
         if (found := self._read(key)) is None:
             raise StoreError(f"part {key!r} is not finished in {self.folder}: compute and save it first.")
-        value, self.seconds[key] = found
+        value, seconds, by = found
+        if by == self.by:
+            self.seconds[key] = seconds
         return value
 
-    def _read(self, key: str) -> tuple[object, float] | None:
+    def _read(self, key: str) -> tuple[object, float, str] | None:
         if not (path := self.path(key)).exists():
             return None
         try:
@@ -243,7 +246,7 @@ class Parts:
             about, tensors = json.loads(header["__metadata__"]["kvutils"]), load(content)
             if about["sha256"] != _checksum(tensors, about["value"]):
                 raise ValueError("its content does not match its checksum")
-            return tensors or about["value"], about["seconds"]
+            return tensors or about["value"], about["seconds"], about["by"]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             log.warning("%s is damaged (%s): treated as missing, made again", path, error)
             return None
@@ -280,8 +283,9 @@ class Parts:
         try:  # apart from the above: what `compute` raises says nothing about this lock
             if self.finished(key):
                 return False
-            start = time.monotonic()
+            start, busy = time.monotonic(), time.process_time()
             self.save(key, compute(), time.monotonic() - start)
+            self.busy += time.process_time() - busy
             return True
         finally:
             lock.release()

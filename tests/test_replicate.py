@@ -11,13 +11,14 @@ import time
 from unittest.mock import Mock
 
 import nbformat
+import psutil
 import pytest
 
 from kvutils import plots
 from kvutils.errors import DataError, ParameterError
 from kvutils.metrics.effects import measured, part
 from kvutils.metrics.statistics import Effect
-from kvutils.run import compare, notebook, plan, replicate, report
+from kvutils.run import compare, kernels, notebook, plan, replicate, report
 from kvutils.run.cli import main
 from kvutils.run.notebook import PROFILES, Run, check_parameters
 from kvutils.store import Parts, write_json
@@ -121,12 +122,45 @@ def test_notebooks_that_fail_stay_as_they_were_and_the_others_are_run(root, caps
 def test_how_long_a_notebook_takes_is_said_before_it_runs(root, monkeypatch, capsys):
     kept = root / RESULTS.replace("01_stub", "provenance/01_stub")
     write_json(kept, {"machine": {"hours": 0.05, "device": "cpu (mine)"}})
-    monkeypatch.setattr(replicate, "execute", Mock(side_effect=DataError("stopped")))
+    monkeypatch.setattr(kernels, "execute", Mock(side_effect=DataError("stopped")))
     assert main(["replicate"]) == 1
     assert capsys.readouterr().out.startswith("01_stub  running, about 3 min in all (as on cpu (mine))\n")
     run = Run("", "paper", "llava-onevision-0.5b", "quick")
-    assert replicate.expected(run, root, "05_blink_gap").endswith(" min in all (by a rehearsal; `make plan` says more)")  # the shipped one
-    assert replicate.expected(Run(""), root, "05_blink_gap") == ""
+    hours, whence = replicate.expected(run, root, "05_blink_gap")
+    assert 0 < hours < 10 and whence == "by a rehearsal; `make plan` says more"  # the shipped one
+    assert replicate.expected(Run(""), root, "05_blink_gap") == (0, "")
+    write_book(root / "notebooks" / "02_stub.ipynb")
+    write_json(kept.with_name("02_stub.json"), {"machine": {"hours": 0.1, "device": "cpu (mine)"}})
+    for jobs, whole in ((1, 9), (2, 6)):  # the longest first
+        assert main(["replicate", "--jobs", str(jobs)]) == 1
+        said = capsys.readouterr().out
+        assert said.startswith(f"2 notebooks, {jobs} at a time: about {whole} min if none is finished yet\n0{jobs}_stub  running")
+
+
+@pytest.mark.parametrize(("jobs", "most", "free", "process", "found"), [
+    (None, 6, 24, {}, 3), (None, 2, 24, {}, 2), (None, 6, 3.5, {}, 2), (None, 6, 0.5, {}, 1), (5, 1, 1, {}, 5),
+    (None, 6, 24, {"RANK": "1"}, 1), (None, 6, 24, {"RANK": "0", "WORLD_SIZE": "2"}, 1),
+])
+def test_as_many_notebooks_at_a_time_as_cores_and_memory_allow(monkeypatch, jobs, most, free, process, found):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 5}, raising=False)
+    monkeypatch.setattr(kernels.psutil, "virtual_memory", lambda: Mock(available=free * 2**30))
+    for name, value in process.items():
+        monkeypatch.setenv(name, value)
+    assert kernels.side_by_side(jobs, most) == found
+
+
+def test_notebooks_side_by_side_have_a_thread_each(root, monkeypatch):
+    """Each waits for the other, so one after the other they would fail."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    meet = ("import os, pathlib, time\npathlib.Path({0!r}).touch()\nend = time.monotonic() + 60\n"
+            "while not os.path.exists({1!r}) and time.monotonic() < end:\n    time.sleep(0.05)\n"
+            "assert os.path.exists({1!r})\nprint(os.environ['OMP_NUM_THREADS'], os.getcwd())")
+    for mine, other in (("01", "02"), ("02", "01")):
+        write_book(root / "notebooks" / f"{mine}_stub.ipynb", meet.format(str(root / mine), str(root / other)))
+    before = os.getcwd()
+    assert main(["replicate", "--jobs", "2"]) == 0 and os.getcwd() == before
+    said = [nbformat.read(root / "notebooks" / f"{name}_stub.ipynb", as_version=4).cells[2].outputs[0].text for name in ("01", "02")]
+    assert said == ["1 notebooks\n"] * 2
 
 
 def test_a_widget_leaves_its_picture():
@@ -134,7 +168,7 @@ def test_a_widget_leaves_its_picture():
     data = {"application/vnd.jupyter.widget-view+json": {"model_id": "x"}, "text/plain": "Explorer(...)"}
     outputs = [nbformat.v4.new_output("display_data", each) for each in (data, data | {"image/png": "abc"})]
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("explore", outputs=outputs)])
-    (left,) = replicate.clean(book).cells[0].outputs
+    (left,) = kernels.clean(book).cells[0].outputs
     assert left.data == {"text/plain": "Explorer(...)", "image/png": "abc"}
 
 
@@ -184,7 +218,7 @@ from pathlib import Path
 from kvutils.run import cli, notebook, report
 notebook.ROOT = Path({root!r})
 report.load_claims = lambda: []
-sys.exit(cli.main(['replicate']))
+sys.exit(cli.main(['replicate', *sys.argv[1:]]))
 """
 SHARED = """
 import os, time
@@ -235,28 +269,32 @@ def test_check_compares_with_the_committed_verdicts(root, capsys):
     assert (root / RESULTS).read_bytes() == committed
 
 
-def test_an_interrupted_run_leaves_the_notebook_and_runs_again(root):
-    path, mark = root / STUB, root / "mark"
-    write_book(path, f"import time, pathlib\np = pathlib.Path({str(mark)!r})\nif not p.exists():\n    p.touch(); time.sleep(60)")
-    before = path.read_bytes()
+def test_an_interrupted_run_ends_its_kernels_leaves_the_notebooks_and_runs_again(root):
+    paths = [root / "notebooks" / f"0{i}_stub.ipynb" for i in (1, 2, 3)]
+    marks = [path.with_suffix(".mark") for path in paths]
+    for path, mark in zip(paths, marks, strict=True):
+        write_book(path, f"import os, time, pathlib\np = pathlib.Path({str(mark)!r})\n"
+                         "if not p.exists():\n    p.write_text(str(os.getpid())); time.sleep(60)")  # fmt: skip
+    before = [path.read_bytes() for path in paths]
     script, environment = elsewhere(root)
-    run = subprocess.Popen([sys.executable, script], cwd=root, env=environment, start_new_session=True, text=True,
+    run = subprocess.Popen([sys.executable, script, "--jobs", "2"], cwd=root, env=environment, start_new_session=True, text=True,
                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
     for _ in range(1200):  # two minutes, on a busy machine
-        if mark.exists() or run.poll() is not None:
+        if all(mark.exists() and mark.read_text() for mark in marks[:2]) or run.poll() is not None:
             break
         time.sleep(0.1)
-    assert mark.exists(), run.communicate()[0]
+    assert marks[0].exists() and marks[1].exists(), run.communicate()[0]
     os.killpg(run.pid, signal.SIGINT)  # as Ctrl-C does
     said = run.communicate(timeout=60)[0]
-    assert run.returncode == 130 and "the same command goes on" in said, said
-    assert path.read_bytes() == before and main(["replicate"]) == 0
+    assert run.returncode == 130 and "the same command goes on" in said and "stopped" not in said and "Traceback" not in said, said
+    assert not any(psutil.pid_exists(int(mark.read_text())) for mark in marks[:2]) and not marks[2].exists()
+    assert [path.read_bytes() for path in paths] == before and main(["replicate", "--notebooks", "01"]) == 0
 
 
 def test_colab_cells_follow_the_address(tmp_path):
     made = write_book(tmp_path / "01_stub.ipynb")
     for address, count in (("", 4), ("https://github.com/example/name", 6), ("https://github.com/example/name", 6), ("", 4)):
-        replicate.set_colab_cells(made, "01_stub", address)
+        kernels.set_colab_cells(made, "01_stub", address)
         assert len(made.cells) == count
         if address:
             assert "/github/example/name/blob/main/notebooks/01_stub.ipynb" in made.cells[0].source
@@ -370,7 +408,7 @@ def test_what_is_committed_counts_not_what_an_interrupted_run_left(root, monkeyp
     (["--model", "~/nothing/here"], 2, "nothing/here"), (["--out", "/dev/null/x"], 2, "Name another folder with --out or KVUTILS_OUT"),
 ])
 def test_what_cannot_be_meant_is_said_before_a_kernel_starts(root, monkeypatch, capsys, arguments, code, said):
-    monkeypatch.setattr(replicate.papermill, "execute_notebook", Mock(side_effect=AssertionError))
+    monkeypatch.setattr(kernels.papermill, "execute_notebook", Mock(side_effect=AssertionError))
     assert main(["replicate", *arguments]) == code
     shown = capsys.readouterr()
     assert said in shown.out + shown.err and "Traceback" not in shown.out + shown.err
@@ -399,7 +437,7 @@ def test_kernels_find_the_folders_of_the_command_and_need_no_home(root, monkeypa
 
 def test_a_full_disk_stops_one_notebook_and_says_so(root, monkeypatch, capsys):
     full = OSError(errno.ENOSPC, "No space left on device", "executed.ipynb")
-    monkeypatch.setattr(replicate.papermill, "execute_notebook", Mock(side_effect=full))
+    monkeypatch.setattr(kernels.papermill, "execute_notebook", Mock(side_effect=full))
     before = (root / STUB).read_bytes()
     assert main(["replicate"]) == 1 and (root / STUB).read_bytes() == before
     said = capsys.readouterr().out

@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     os.environ.update({name: str(folder) for name in FOLDERS if (folder := named_folder(name))})
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that wait leave the cores to other work
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?" for a dash
@@ -110,6 +111,7 @@ def parser() -> argparse.ArgumentParser:
     add("--data", default="files", metavar="files|hub", help="hub: only what the Hugging Face hub holds; the rest is left out")
     add("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="parameters",
         help="a notebook parameter, as JSON (3, true, [0, 1]) or a text; writes below data/cache/runs")
+    add("--jobs", type=int, metavar="N", help="notebooks at a time (default: a small model on a CPU as many as there are cores, else 1)")
     add("--out", type=os.path.expanduser, help="write everything below this folder, not the repository")
     add("--check", action="store_true", help="write below data/cache/check and compare the verdicts with the committed ones")
 

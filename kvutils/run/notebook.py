@@ -6,6 +6,7 @@ import platform
 import re
 import subprocess
 import textwrap
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -17,7 +18,7 @@ import torch
 from IPython.display import Markdown
 
 from kvutils import named_folder
-from kvutils.checkpoints import base_name
+from kvutils.checkpoints import MODELS, base_name
 from kvutils.datasets import USES, data_sources
 from kvutils.errors import ParameterError, one_of
 from kvutils.models import MLM
@@ -50,6 +51,12 @@ class Run:
     size: str = "full"
     made: list[Parts] = field(default_factory=list, init=False, repr=False, compare=False)  # by `parts`
 
+    def __post_init__(self):
+        """The pocket model runs on one thread, also in JupyterLab: a second one gains a fifth, and beside other work both collapse."""
+        known = MODELS.get(base_name(self.model))
+        if known and known.profile == "pocket" and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)
+
     @property
     def folder(self) -> Path:
         """data/results/<profile>/<model>/; of a model's folder its name, of a hub id "owner--name", of name@commit the name; another
@@ -75,8 +82,8 @@ class Run:
         """The finished parts of this profile and model: they depend on the model's settings, on which data are read how and from
         where (samples of another source or size have the same ids), and on whatever else is given (JSON-able)."""
         sources = data_sources(USES[self.profile].get(self.notebook[:2], {}).values(), data_options)
-        self.made.append(Parts(cache_root() / self.profile / self.folder.name / "parts", mlm=mlm.settings, profile=self.profile,
-                               options=data_options, sources=sources, **depends))  # fmt: skip
+        self.made.append(Parts(cache_root() / self.profile / self.folder.name / "parts", self.notebook, mlm=mlm.settings,
+                               profile=self.profile, options=data_options, sources=sources, **depends))  # fmt: skip
         return self.made[-1]
 
     def verdicts(self, claims: Mapping[str, Mapping]) -> dict[str, Verdict]:
@@ -107,7 +114,9 @@ class Run:
         which figures read with the results. sources: what the run came from beside the model, such as `data_sources(...)`."""
         from kvutils import plots
         came = provenance(mlm, **sources or {})
-        came["machine"]["hours"] = float(f"{sum(sum(parts.seconds.values()) for parts in self.made) / 3600:.3g}")  # also of earlier starts
+        # Parts also of earlier starts, but each in one notebook only; the rest (imports, statistics, figures) as this process computed it.
+        rest = time.process_time() - sum(parts.busy for parts in self.made)
+        came["machine"]["hours"] = float(f"{(sum(sum(parts.seconds.values()) for parts in self.made) + rest) / 3600:.3g}")
         write_json(self.folder / "provenance" / self.results.name, came)
         items.write_items(self.folder, self.notebook, measured, about, choices, shown or {})
         write_json(self.results, items.results_file(self.notebook, about, choices, results), digits=9)
