@@ -2,17 +2,17 @@
 
 Each runs in a kernel of its own, a process that is this interpreter; threads of this process wait for them."""
 
-import heapq
 import os
 import re
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 import nbformat
 import papermill
@@ -179,18 +179,10 @@ def side_by_side(jobs: int | None, most: int) -> int:
     return max(1, min(most, cores, int(psutil.virtual_memory().available / 2**30 / GIB_EACH)))
 
 
-def hours_together(hours: Iterable[float], jobs: int) -> float:
-    """Hours until the last of these is done, `jobs` at a time and the longest first."""
-    ends = [0.0] * jobs
-    for each in sorted(hours, reverse=True):
-        heapq.heapreplace(ends, ends[0] + each)
-    return max(ends)
-
-
-def say(text: str) -> None:
+def say(text: str, file: TextIO | None = None) -> None:
     """Print beside the progress bars of notebooks that run."""
-    tqdm.write(text)
-    sys.stdout.flush()
+    tqdm.write(text, file)
+    (file or sys.stdout).flush()
 
 
 def run_one(path: Path, parameters: dict, executed: Path, folder: Path, takes: str) -> tuple[str, bool]:
@@ -217,10 +209,7 @@ def run_all(paths: Mapping[Path, dict], executed: Path, takes: Mapping[str, tupl
                 running[pool.submit(run_one, path, paths[path], executed, folder, said)] = path.stem
             for done in as_completed(running):
                 said, failed = done.result()
-                if failed and rank():
-                    print(said, file=sys.stderr)
-                else:
-                    say(said)
+                say(said, sys.stderr if failed and rank() else None)
                 failures += [running[done]] * failed
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)

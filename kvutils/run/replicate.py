@@ -23,7 +23,7 @@ from kvutils import plots
 from kvutils.checkpoints import MODELS, find_model
 from kvutils.errors import DataError, ParameterError
 from kvutils.run import compare, notebook, plan, report
-from kvutils.run.kernels import ONE_THREAD, changed_parameters, hours_together, rank, run_all, show, side_by_side, time_text
+from kvutils.run.kernels import ONE_THREAD, changed_parameters, rank, run_all, show, side_by_side, time_text
 from kvutils.run.notebook import Run
 from kvutils.run.sizes import left_out, parameters_of
 from kvutils.run.verdicts import NOTHING
@@ -126,8 +126,9 @@ def replicate(chosen: argparse.Namespace) -> int:
             if absent := left_out(path.stem[:2], chosen.profile, each):
                 print(f"{path.stem}  without {', '.join(absent)}: no hub copy of {', '.join(absent.values())}")
         takes = {path.stem: expected(run, kept, path.stem) for path in paths}
-        if len(paths) > 1 and (together := hours_together([hours for hours, _ in takes.values()], jobs)):
-            print(f"{len(paths)} notebooks, {jobs} at a time: {time_text(together)} if none is finished yet", flush=True)
+        hours = [each for each, _ in takes.values()]
+        if len(paths) > 1 and any(hours):
+            print(f"{len(paths)} notebooks, {jobs} at a time: {time_text(max(*hours, sum(hours) / jobs))} if none is finished yet", flush=True)
         failures = run_all(paths, executed, takes, jobs, ONE_THREAD if small else {})
     if rank() or not run.folder.exists():
         return int(bool(failures))
