@@ -1,9 +1,11 @@
 """Task 2: co-segmentation (MSRC) by clustering the tokens of a group of images (paper, section 3.1; Amir et al.)."""
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from kvutils import VOID
 from kvutils.datasets.samples import ImageGroup
@@ -46,9 +48,14 @@ class CoSegmentation(Task):
         inside, area = ([share[:, column] for share in shares] for column in (0, 1))
         chosen: list[list[np.ndarray]] = []  # per source and rule the foreground tokens of all images
         counts = []
-        for source in order:
-            tokens = [one.features[source].float().cpu().numpy() for one in per_image]
-            clusters, inertias = cluster_tokens(tokens, N_INIT, SEED)
+
+        def clustered(source: str) -> tuple[list[np.ndarray], list[float]]:
+            return cluster_tokens([one.features[source].float().cpu().numpy() for one in per_image], N_INIT, SEED)
+
+        # One k-means gains little by more threads, the sources gain all of them; and its last bits do not depend on how many there are.
+        with threadpool_limits(1), ThreadPoolExecutor(torch.get_num_threads(), initializer=threadpool_limits, initargs=(1,)) as pool:
+            found = list(pool.map(clustered, order))
+        for clusters, inertias in found:
             counts.append(k := len(inertias))
             rules = (salient_clusters(clusters, saliency, k)[1], oracle_clusters(clusters, inside, area, k)[0],
                      salient_clusters(clusters, relative, k, threshold=1.0)[1])  # fmt: skip
