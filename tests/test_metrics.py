@@ -170,6 +170,7 @@ def test_chunks_of_resamples_do_not_change_the_numbers(monkeypatch):
     scores = np.random.default_rng(5).random((40, 3))
     whole = statistics.bootstrap_ci(scores, n_boot=300)
     monkeypatch.setattr("kvutils.metrics.statistics._CHUNK", 1000)
+    monkeypatch.setattr("kvutils.metrics.statistics._KEPT", 0)
     chunked = statistics.bootstrap_ci(scores, n_boot=300)
     assert len(whole) == 3 and np.allclose([(a.low, a.high) for a in whole], [(b.low, b.high) for b in chunked])
 

@@ -30,8 +30,8 @@ def pope_parse(answer: str) -> str:
 
 def pope_counts(answers: Sequence[str], labels: Sequence[str]) -> np.ndarray:
     """(n, 6) int, per question: TP, FP, TN, FN, right, said yes. Positive: yes; labels are yes or no."""
-    positive = np.array(labels) == "yes"
-    yes = np.array([pope_parse(answer) for answer in answers]) == "yes"
+    said = {answer: pope_parse(answer) for answer in set(answers)}
+    positive, yes = (np.array(each) == "yes" for each in (labels, [said[answer] for answer in answers]))
     columns = (positive & yes, ~positive & yes, ~positive & ~yes, positive & ~yes, positive == yes, yes)
     return np.stack(columns, axis=1).astype(np.int64)
 

@@ -1,9 +1,9 @@
 """Intervals over items or groups, paired differences, and layers chosen on one half of the items and read on the other.
 
-Resampling is a matrix of weights (n_boot, n): how often each item was drawn. A statistic is a function of the
-weights and the scores, so that ratios of sums (overall IoU, class-wise mIoU, F1) are resampled by a few matrix
-products. Questions about one scene, or sentences about one image, are not independent: pass them as `groups`. An item of
-two groups, (a, b), such as a pair of images, is drawn as often as both (Owen's pigeonhole bootstrap; see `units_of`).
+Resampling is a matrix of weights (n_boot, n): how often each item was drawn. A statistic is a function of the weights and the scores, so
+that ratios of sums (overall IoU, class-wise mIoU, F1) are resampled by a few matrix products. Questions about one scene, or sentences
+about one image, are not independent: pass them as `groups`. An item of two groups, (a, b), such as a pair of images, is drawn as often as
+both (Owen's pigeonhole bootstrap; see `units_of`).
 
 Below `FEW_UNITS` units a percentile bootstrap is too narrow (of 4 groups it misses a null effect in 15 % of the samples, not 5 %);
 there the interval is Student's t around the value, with the jackknife's standard error (units left out one by one)."""
@@ -14,18 +14,20 @@ import hashlib
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from kvutils.errors import DataError, ParameterError, at_least
 
 Statistic = Callable[[np.ndarray, np.ndarray], np.ndarray]
+Units = Sequence[Hashable] | None  # of the items; None: each its own
 _TAILS = (1 - 0.95) / 2, (1 + 0.95) / 2  # of a 95 % interval
-_CHUNK = 2**25  # weights held at once: 256 MiB in float64
+_CHUNK, _KEPT = 2**25, 2**23  # weights held at once (256 MiB), and kept for the next statistic of the same items
 FEW_UNITS = 30  # below: Student's t instead of percentiles
 POWER = 0.8  # probability with which a detectable difference would show
 
@@ -56,8 +58,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Effect(Interval):
-    """A difference that a verdict may be about: beside its 95 % interval its standard error, and how many independent units it
-    rests on. From these follow its 90 % interval and what difference would have been found."""
+    """A difference that a verdict may be about: beside its 95 % interval its standard error, and how many independent units it rests on."""
 
     error: float
     units: int
@@ -73,8 +74,7 @@ class Effect(Interval):
 
     @property
     def detectable(self) -> float:
-        """The true difference that the two-sided 5 % test finds with probability `POWER`, about 2.8 standard errors, more for few
-        units; NaN where nothing ever differed, which tells nothing about the noise.
+        """The true difference that the two-sided 5 % test finds with probability `POWER`; NaN where nothing ever differed.
 
         >>> round(Effect(1.0, 0.8, 1.2, 10_000, 0.1, 10_000).detectable, 2)
         0.28
@@ -120,13 +120,12 @@ def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     return np.divide(above, below, out=np.full(np.shape(above), np.nan), where=below > 0)
 
 
-def bootstrap_ci(scores, statistic: Statistic = mean_statistic, n_boot: int = 2000, seed: int = 0,
-                 groups: Sequence[Hashable] | None = None) -> Interval | list[Interval]:  # fmt: skip
+def bootstrap_ci(scores, statistic: Statistic = mean_statistic, n_boot: int = 2000, seed: int = 0, groups: Units = None) -> Interval | list[Interval]:
     """95 % interval of a statistic of scores (n,) or (n, k).
 
-    statistic: (weights (n_boot, n), scores) -> (n_boot,). One that returns (n_boot, L), such as the mean of a curve
-    (n, L), gives a list of L intervals from the same resamples. groups (n,): the resampled units, pairs of them as tuples. Raises
-    DataError for no scores or scores that are not finite; resamples with an undefined (NaN) value are left out.
+    statistic: (weights (n_boot, n), scores) -> (n_boot,). One that returns (n_boot, L), such as the mean of a curve (n, L), gives a list of
+    L intervals from the same resamples. groups (n,): the resampled units, pairs of them as tuples. DataError for no scores or scores that
+    are not finite; resamples with an undefined (NaN) value are left out.
 
     >>> bootstrap_ci([0.0, 1.0, 1.0, 1.0]).mean
     0.75
@@ -135,15 +134,13 @@ def bootstrap_ci(scores, statistic: Statistic = mean_statistic, n_boot: int = 20
     return resample(lambda w: statistic(w, scores), len(scores), n_boot, seed, groups).intervals()
 
 
-def effect(scores, statistic: Statistic = mean_statistic, n_boot: int = 2000, seed: int = 0,
-           groups: Sequence[Hashable] | None = None) -> Effect | list[Effect]:  # fmt: skip
+def effect(scores, statistic: Statistic = mean_statistic, n_boot: int = 2000, seed: int = 0, groups: Units = None) -> Effect | list[Effect]:
     """As `bootstrap_ci`, of a statistic that is a difference already."""
     scores = _scores(scores)
     return resample(lambda w: statistic(w, scores), len(scores), n_boot, seed, groups).effects()
 
 
-def paired_difference(a, b, statistic: Statistic = mean_statistic, n_boot: int = 2000, seed: int = 0,
-                      groups: Sequence[Hashable] | None = None) -> Effect | list[Effect]:  # fmt: skip
+def paired_difference(a, b, statistic: Statistic = mean_statistic, n_boot: int = 2000, seed: int = 0, groups: Units = None) -> Effect | list[Effect]:
     """Statistic(a) - statistic(b), two measurements of the same n items, resampled together."""
     a, b = _scores(a), _scores(b)
     return resample(lambda w: statistic(w, a) - statistic(w, b), len(a), n_boot, seed, groups).effects()
@@ -162,7 +159,7 @@ class Resampled:
     @property
     def error(self) -> np.ndarray:
         """() or (L,) standard error; NaN with fewer than two defined resamples."""
-        draws = np.ma.masked_invalid(self.draws)
+        draws = self.draws if len(self.draws) > 1 and np.isfinite(self.draws).all() else np.ma.masked_invalid(self.draws)
         spread = draws.std(axis=0, ddof=1) * ((self.units - 1) / math.sqrt(max(self.units, 1)) if self.jackknife else 1)
         return np.ma.filled(spread, np.nan)[()]
 
@@ -179,35 +176,45 @@ class Resampled:
             low, high = self.value - reach, self.value + reach
         else:
             drawn = ~np.isnan(self.draws)
-            low, high = np.nanquantile(np.where(drawn.any(0), self.draws, 0.0), _TAILS, axis=0)
-            low, high = (np.where(drawn.any(0), each, np.nan) for each in (low, high))
+            quantile = np.quantile if drawn.all() else np.nanquantile  # which goes column by column
+            low, high = np.where(drawn.any(0), quantile(np.where(drawn.any(0), self.draws, 0.0), _TAILS, axis=0), np.nan)
         found = [make(*map(float, each)) for each in zip(*map(np.ravel, (self.value, low, high, error)), strict=True)]
         return found if np.ndim(self.value) else found[0]
 
 
-def resample(compute: Callable[[np.ndarray], np.ndarray], n: int, n_boot: int, seed: int, groups: Sequence[Hashable] | None = None,
-             few: int = FEW_UNITS) -> Resampled:  # fmt: skip
+def resample(compute: Callable[[np.ndarray], np.ndarray], n: int, n_boot: int, seed: int, groups: Units = None, few: int = FEW_UNITS) -> Resampled:
     """compute (weights (R, n)) -> (R, ...) of all n items, and of n_boot resamples of their groups or, where these are fewer than
     `few`, without each group in turn. few: 0 for what hardly moves without one group, such as the place of a maximum."""
     at_least("n_boot", n_boot)
-    order: dict[Hashable, int] = {}  # by first appearance, so that names do not matter
-    found = [[order.setdefault(name, len(order)) for name in each] for each in units_of(range(n) if groups is None else groups)]
-    unit = np.array([each + [-1] * (max(map(len, found)) - len(each)) for each in found])  # (n, 1 or 2); -1: it is no pair
-    units, value, draws = len(order), np.asarray(compute(np.ones((1, n))))[0], []
+    groups = tuple(range(n) if groups is None else groups)
+    (unit, units), value = _numbered(groups), np.asarray(compute(np.ones((1, n))))[0]
+    drawn = [_weights(1 - np.eye(units), unit)] if units < few else (_kept if n_boot * unit.size <= _KEPT else _drawn)(groups, n_boot, seed)
+    draws = [np.asarray(compute(weights)) for weights in drawn if len(weights)] or [np.full((1, *value.shape), np.nan)]
+    return Resampled(value, np.concatenate(draws), n, units, jackknife=units < few)
 
-    def weights(counts: np.ndarray) -> np.ndarray:
-        return np.pad(counts, ((0, 0), (0, 1)), constant_values=1)[:, unit].prod(axis=2).astype(float)
 
-    if units < few:
-        kept = weights(1 - np.eye(units)) if units > 1 else np.empty((0, n))
-        kept = kept[kept.any(axis=1)]
-        return Resampled(value, np.asarray(compute(kept)) if len(kept) else np.full((1, *value.shape), np.nan), n, units, jackknife=True)
-    random = np.random.default_rng(seed)
+def _drawn(groups: tuple[Hashable, ...], n_boot: int, seed: int) -> Iterator[np.ndarray]:
+    random, (unit, units) = np.random.default_rng(seed), _numbered(groups)
     step = max(1, _CHUNK // unit.size)
     for start in range(0, n_boot, step):
-        drawn = weights(random.multinomial(units, np.full(units, 1 / units), size=min(step, n_boot - start)))
-        draws.append(np.asarray(compute(drawn if (some := drawn.any(axis=1)).all() else drawn[some])))  # a copy would sum to other last bits
-    return Resampled(value, np.concatenate(draws), n, units)
+        yield _weights(random.multinomial(units, np.full(units, 1 / units), size=min(step, n_boot - start)), unit)
+
+
+_kept = lru_cache(maxsize=2)(lambda *resamples: list(_drawn(*resamples)))  # a table's statistics are taken one after the other
+
+
+def _weights(counts: np.ndarray, unit: np.ndarray) -> np.ndarray:
+    """Of items, where any is drawn, from those of units and `_numbered`."""
+    drawn = np.pad(counts, ((0, 0), (0, 1)), constant_values=1)[:, unit].prod(axis=2).astype(float)
+    return drawn if (some := drawn.any(axis=1)).all() else drawn[some]  # a copy would sum to other last bits
+
+
+@lru_cache(maxsize=4)
+def _numbered(groups: tuple[Hashable, ...]) -> tuple[np.ndarray, int]:
+    """(n, 1 or 2) numbers of the items' units, by first appearance, so that names do not matter; -1: it is no pair. How many units."""
+    names, order = units_of(groups), {}
+    widest = max(map(len, names))
+    return np.array([[order.setdefault(name, len(order)) for name in each] + [-1] * (widest - len(each)) for each in names]), len(order)
 
 
 def units_of(groups: Sequence[Hashable]) -> list[tuple]:
@@ -220,12 +227,11 @@ def units_of(groups: Sequence[Hashable]) -> list[tuple]:
 
 def _quantile(level: float, units) -> np.ndarray:
     """Of Student's t for so many units; of the normal distribution, all but, for many."""
-    return student.ppf(level, np.maximum(units, 2) - 1)
+    return stdtrit(np.maximum(units, 2) - 1, level)
 
 
 def mean_effect(effects: Sequence[Effect]) -> Effect:
-    """The mean of effects on different items, each with the same weight: of six tasks, say. Student's t with the degrees of freedom
-    of Welch and Satterthwaite; `units` is that number, plus 1. `UNDEFINED` of none."""
+    """The mean of effects on different items, `UNDEFINED` of none. Student's t with Welch and Satterthwaite's degrees of freedom: `units` - 1."""
     if not effects:
         return UNDEFINED
     errors = np.array([each.error for each in effects]) / len(effects)
@@ -246,8 +252,7 @@ class Halves:
 
     @classmethod
     def of(cls, groups: Sequence[Hashable], seed: int = 0, pictures: Sequence[Sequence[str]] | None = None) -> Halves:
-        """groups (n,): what stays together; pictures (n,): names of each item's pictures. ParameterError unless each half has two
-        groups to choose on."""
+        """groups (n,): what stays together; pictures (n,): names of each item's pictures. ParameterError unless each half has two to choose on."""
         names = [str(group) for group in groups]
         second = ~choosing_half(names, seed)
         choosing = np.stack([second, ~second])
@@ -257,8 +262,8 @@ class Halves:
                 chooses &= [shown.isdisjoint(each) for each in pictures]
         least = min(len({name for name, c in zip(names, chooses, strict=True) if c}) for chooses in choosing)
         if least < 2:
-            raise ParameterError(f"choosing a layer on one half and reading it on the other needs at least 4 independent units, "
-                                 f"two in each half, found {len(set(names))}, {least} of them free to choose")  # fmt: skip
+            raise ParameterError("choosing a layer on one half and reading it on the other needs at least 4 independent units, two in each "
+                                 f"half, found {len(set(names))}, {least} of them free to choose")  # fmt: skip
         return cls(second, choosing)
 
     def best(self, scores: np.ndarray, statistic: Statistic = mean_statistic) -> list[int]:
@@ -275,8 +280,8 @@ def each_layer(statistic: Statistic) -> Statistic:
     return lambda weights, items: np.stack([statistic(weights, items[:, layer]) for layer in range(items.shape[1])], axis=1)
 
 
-def build_then_degrade(scores, halves: Halves, groups: Sequence[Hashable] | None = None, statistic: Statistic = mean_statistic,
-                       n_boot: int = 2000, seed: int = 0) -> dict:  # fmt: skip
+def build_then_degrade(scores, halves: Halves, groups: Units = None, statistic: Statistic = mean_statistic, n_boot: int = 2000,
+                       seed: int = 0) -> dict:  # fmt: skip
     """Does quality build up to some layer, and degrade after it? (paper, section 3.1, Figure 2); JSON-able.
 
     scores (n, L >= 3, ...), higher is better. The best layer between the first and the last is chosen on each half and read on the
@@ -300,8 +305,7 @@ def build_then_degrade(scores, halves: Halves, groups: Sequence[Hashable] | None
 
 
 def choosing_half(groups: Sequence[Hashable], seed: int = 0) -> np.ndarray:
-    """(n,) bool: the items of the half of the groups on which a layer is chosen, by a seeded hash of their names, so that
-    adding data keeps the order of the rest."""
+    """(n,) bool: the half of the groups on which a layer is chosen, by a seeded hash of their names: more data keep the order of the rest."""
     names = [str(group) for group in groups]
     units = sorted(set(names), key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).hexdigest())
     return np.isin(names, units[: len(units) // 2])
@@ -309,7 +313,7 @@ def choosing_half(groups: Sequence[Hashable], seed: int = 0) -> np.ndarray:
 
 def _scores(scores) -> np.ndarray:
     scores = np.asarray(scores, dtype=float)
-    bad = sum(not np.isfinite(item).all() for item in scores)
+    bad = int((~np.isfinite(scores).all(axis=tuple(range(1, scores.ndim)))).sum())
     if not len(scores) or bad:
         raise DataError(f"expected finite scores of at least one item, found {len(scores)} items, {bad} of them with NaN or "
                         "infinite scores; leave undefined items out")  # fmt: skip
