@@ -132,6 +132,16 @@ def test_memory_is_limited_and_gives_the_same_bytes(pocket):
     assert "tiny" in repr(plain) and "7 sources, layers 0-2" in repr(plain)
 
 
+def test_only_what_is_missing_is_read(monkeypatch, pocket):
+    (whole,) = FeatureExtractor(pocket.mlm, pocket.untrained, layers=[1]).images(ITEMS[:1])
+    extractor, read = FeatureExtractor(pocket.mlm, pocket.untrained, layers=[1]), []
+    monkeypatch.setattr(extractor, "_read", lambda *given, plain=extractor._read: read.append(given[-1]) or plain(*given))
+    extractor.images(ITEMS[:1], sources=["encoder", "value.1", "untrained.value.1"])
+    (one,) = extractor.images(ITEMS[:1])
+    assert read == [{"encoder", "value.1", "untrained.value.1"}, {"pixels", "projector", "key.1"}]
+    assert one.features.keys() == whole.features.keys() and all(torch.equal(one.features[s], whole.features[s]) for s in whole.features)
+
+
 def test_stacks_are_kept_small(monkeypatch, pocket):
     image, names = pocket.images(ITEMS)[0], [f"value.{layer}" for layer in range(5)]
     width = image.features["value.0"].shape[1]

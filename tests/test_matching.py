@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.cluster import KMeans
+from sklearn.preprocessing import normalize
 
 from kvutils.readout import clusters as cosegmentation
 from kvutils.readout import matching
@@ -116,6 +118,18 @@ def test_clusters_are_found_by_direction_and_the_elbow_stops():
     assert salient.tolist() == best.tolist()
     again, _ = cosegmentation.cluster_tokens(tokens)
     assert all(np.array_equal(a, b) for a, b in zip(labels, again, strict=True))
+
+
+@pytest.mark.parametrize("limit", [2, 6, 9])
+def test_clusters_are_those_of_scikit_learn(monkeypatch, limit):
+    """Starts that several numbers of clusters share are drawn once, and are those that each would draw by itself."""
+    monkeypatch.setattr(cosegmentation, "MAX_CLUSTERS", limit)
+    tokens = np.random.default_rng(3).normal(size=(150, 12)).astype(np.float32)  # no elbow: k grows to the limit
+    (labels,), inertias = cosegmentation.cluster_tokens([tokens], seed=5)
+    points = normalize(tokens)
+    expected = KMeans(limit, n_init=1, random_state=5).fit(points)
+    assert len(inertias) == limit and inertias[-1] == pytest.approx(expected.inertia_ / 150)
+    assert np.array_equal(labels, expected.predict(points))
 
 
 def test_identical_tokens_are_one_cluster():

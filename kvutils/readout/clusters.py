@@ -3,10 +3,12 @@
 Clusters that are salient in most images are the common object. An MLM has no class token whose attention gives saliency,
 so `oracle_clusters` reports beside it the best that any choice of clusters could do."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 import numpy as np
-from sklearn.cluster import KMeans
+from sklearn import config_context
+from sklearn.cluster import KMeans, kmeans_plusplus
 from sklearn.preprocessing import normalize
 
 MAX_CLUSTERS = 14
@@ -14,23 +16,33 @@ MANY = 64  # points that nearly always hold that many different ones
 ELBOW = 0.975  # k grows while the inertia falls below this share of the one before
 
 
-def cluster_tokens(tokens: Sequence[np.ndarray], n_init: int = 10, seed: int = 0) -> tuple[list[np.ndarray], list[float]]:
+def cluster_tokens(tokens: Sequence[np.ndarray], seed: int = 0) -> tuple[list[np.ndarray], list[float]]:
     """Joint k-means of the L2-normalised tokens (N_i, C) of all images of a group, whose grids may differ: labels (N_i,) int per
     image, and inertias, the mean squared distance with 1, 2, ... clusters, as many as labels. k grows from 1 until inertia(k) >
     ELBOW * inertia(k - 1), at most MAX_CLUSTERS; that last k is the one used, as in the reference. scikit-learn's k-means, of
-    n_init starts per k, stands in for faiss, so labels are not bit-identical."""
+    one start per k, stands in for faiss, so labels are not bit-identical."""
     points = normalize(np.concatenate(tokens).astype(np.float32))
     limit = min(MAX_CLUSTERS, len(np.unique(points[:MANY], axis=0)))
     if limit < MAX_CLUSTERS:  # hardly ever: sorting all points would cost as much as the clusters
         limit = min(MAX_CLUSTERS, len(np.unique(points, axis=0)))
     inertias: list[float] = []
-    for k in range(1, limit + 1):
-        model = KMeans(n_clusters=k, n_init=n_init, max_iter=300, random_state=seed).fit(points)
-        labels = model.predict(points)
-        inertias.append(float(np.square(points - model.cluster_centers_[labels]).sum(axis=1).mean()))
-        if k > 1 and inertias[-1] > ELBOW * inertias[-2]:
-            break
-    return np.split(labels.astype(np.int64), np.cumsum([len(t) for t in tokens])[:-1]), inertias
+    with config_context(assume_finite=True, skip_parameter_validation=True):
+        for chosen in _starts(points, limit, seed):
+            model = KMeans(len(chosen), init=points[chosen], n_init=1).fit(points)
+            inertias.append(model.inertia_ / len(points))
+            if len(inertias) > 1 and inertias[-1] > ELBOW * inertias[-2]:
+                break
+        labels = model.predict(points).astype(np.int64)
+    return np.split(labels, np.cumsum([len(t) for t in tokens])[:-1]), inertias
+
+
+def _starts(points: np.ndarray, limit: int, seed: int) -> Iterator[np.ndarray]:
+    """The points (k,) that k-means++ begins with for k = 1, 2, ..., limit: what `KMeans(k, random_state=seed)` would draw. A larger k
+    begins with those of a smaller one that looks at as many candidates per draw, so they are drawn once."""
+    for candidates, sizes in groupby(range(1, limit + 1), lambda k: 2 + int(np.log(k))):  # scikit-learn's number
+        sizes = list(sizes)
+        chosen = kmeans_plusplus(points - points.mean(axis=0), sizes[-1], random_state=seed, n_local_trials=candidates)[1]
+        yield from (chosen[:k] for k in sizes)
 
 
 def salient_clusters(labels: Sequence[np.ndarray], saliency: Sequence[np.ndarray], num_clusters: int,

@@ -20,7 +20,7 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import psutil
@@ -171,10 +171,12 @@ class FeatureExtractor:
         """Features of the image of this `picture_key` from memory, or from the models, for which it is opened."""
         wanted = set(self.sources if sources is None else sources)
         place = f"{key} {prefix!r}"
-        if place in self._memory and wanted <= self._memory[place].features.keys():
+        if (kept := self._memory.get(place)) and wanted <= kept.features.keys():
             self._memory.move_to_end(place)
-            return self._memory[place]
-        made = self._extract(name, key, opened(), prefix, wanted)
+            return kept
+        made = self._extract(name, key, opened(), prefix, wanted - kept.features.keys() if kept else wanted)
+        if kept:
+            made = replace(kept, features=kept.features | made.features, not_finite=kept.not_finite | made.not_finite)
         self._held += made.nbytes - (self._memory.pop(place).nbytes if place in self._memory else 0)
         self._memory[place] = made
         while self._held > self.memory_bytes and len(self._memory) > 1:

@@ -16,7 +16,7 @@ from kvutils.readout.clusters import MAX_CLUSTERS, cluster_tokens, oracle_cluste
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, Opener, token_means
 from kvutils.tasks.base import Row, Task, opener
 
-N_INIT, SEED = 1, 0  # of k-means: starts per k, and where they are drawn
+SEED = 0  # of k-means
 _J, _J_ORACLE, _J_RELATIVE, _PRECISION, _CLUSTERS = range(5)
 
 
@@ -33,7 +33,7 @@ class CoSegmentation(Task):
     statistic = staticmethod(column_mean(_J))
     statistics = {"J, oracle": column_mean(_J_ORACLE), "J, relative threshold": column_mean(_J_RELATIVE),
                   "P": column_mean(_PRECISION), "clusters": column_mean(_CLUSTERS)}  # fmt: skip
-    parameters = {"n_init": N_INIT, "max_clusters": MAX_CLUSTERS, "question": QUESTION, "seed": SEED}
+    parameters = {"n_init": 1, "max_clusters": MAX_CLUSTERS, "question": QUESTION, "seed": SEED}
 
     def images(self, sample: ImageGroup) -> list[tuple[str, Opener]]:
         return [(one.id, opener(one)) for one in sample.images]
@@ -50,7 +50,7 @@ class CoSegmentation(Task):
         counts = []
 
         def clustered(source: str) -> tuple[list[np.ndarray], list[float]]:
-            return cluster_tokens([one.features[source].float().cpu().numpy() for one in per_image], N_INIT, SEED)
+            return cluster_tokens([one.features[source].float().cpu().numpy() for one in per_image], SEED)
 
         # One k-means gains little by more threads, the sources gain all of them; and its last bits do not depend on how many there are.
         with threadpool_limits(1), ThreadPoolExecutor(torch.get_num_threads(), initializer=threadpool_limits, initargs=(1,)) as pool:
