@@ -10,6 +10,7 @@ import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from os import PathLike
 
 import numpy as np
@@ -21,7 +22,7 @@ from kvutils.block import block_keys, slot_rows
 from kvutils.errors import ImageError, ParameterError, at_least
 from kvutils.images import ImageLike, open_image
 from kvutils.keys import KeySelection
-from kvutils.language import Continuation, Piece, Prefix, check_masks, embed, prefill
+from kvutils.language import Continuation, Prefix, check_masks, embed, prefill
 from kvutils.layout import TokenLayout
 from kvutils.models import MLM, need_mlm
 from kvutils.prompts import Options, PromptTokens, end_tokens, for_all, prepare_text
@@ -131,19 +132,38 @@ class SessionBatch(contextlib.AbstractContextManager):
         is used) or from "all" (image tokens too: the prompt is read anew under the block). Raises ParameterError, and what
         `block_keys` raises."""
         prefix = self._open()
-        at_least("max_new_tokens (or 0 with options)", max_new_tokens, 1 if options is None else 0)
-        asked = self._asked(questions, options)
-        with contextlib.nullcontext() if block is None else block_keys(self.mlm, block, self.slots, queries):
-            if block is not None and queries == "all":
-                # Later tokens never change earlier ones, so a full blocked prefill is this and what follows it.
+        if block is not None and queries == "all":
+            # Later tokens never change earlier ones, so a full blocked prefill is this and what follows it.
+            with block_keys(self.mlm, block, self.slots, queries):
                 prefix = prefill(self.mlm, self._embeddings, self._text)
-            for some in _portions(asked):
-                _answer_together(self.mlm, prefix, some, max_new_tokens)
-        answers: list[list[Answer]] = [[] for _ in self._layouts]
-        for one in asked:
-            text = self.mlm.tokenizer.decode(one.tokens, skip_special_tokens=True).strip()
-            answers[one.row].append(Answer(one.question, text, tuple(one.tokens), one.complete, one.scores))
-        return answers
+        return self._under(prefix, {"": block}, questions, options, max_new_tokens, queries)[""]
+
+    @torch.no_grad()
+    def answer_under(self, blocks: Mapping[str, KeySelection | None], questions: Sequence[Sequence[str]],
+                     options: Options | Sequence[Sequence[Options]] | None = None,
+                     max_new_tokens: int = MAX_NEW_TOKENS) -> dict[str, list[list[Answer]]]:  # fmt: skip
+        """What `answer` gives under each of several blocks; the layers before the first in which one hides a key are run once for all."""
+        return self._under(self._open(), blocks, questions, options, max_new_tokens, "after")
+
+    def _under(self, prefix: Prefix, blocks: Mapping[str, KeySelection | None], questions, options, max_new_tokens: int,
+               queries: str) -> dict[str, list[list[Answer]]]:  # fmt: skip
+        at_least("max_new_tokens (or 0 with options)", max_new_tokens, 1 if options is None else 0)
+        asked, ends, shared = self._asked(questions, options), end_tokens(self.mlm), len(blocks) > 1
+        slots = self.slots if any(blocks.values()) else None
+        starts = {name: _first_layer(self.mlm, block) if block else 0 for name, block in blocks.items()} if shared else {}
+        found: dict[str, list[list[Answer]]] = {name: [[] for _ in self._layouts] for name in blocks}
+        texts: dict[tuple[int, ...], str] = {}
+        for some in _portions(asked):
+            plain = Continuation(self.mlm, prefix, starts.values())
+            for name, block in blocks.items():
+                within = partial(block_keys, self.mlm, block, slots, queries)
+                state = plain if block is None else Continuation(self.mlm, prefix, (), plain if shared else None, starts.get(name, 0), within)
+                some = _answer_together(state, some, max_new_tokens, ends)
+                for one in some:
+                    if (tokens := tuple(one.tokens)) not in texts:
+                        texts[tokens] = self.mlm.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+                    found[name][one.row].append(Answer(one.question, texts[tokens], tokens, one.complete, one.scores))
+        return found
 
     def _open(self) -> Prefix:
         if self._prefix is None:
@@ -212,7 +232,7 @@ def answer_all(mlm: MLM, samples: Iterable[tuple[str, Pictures, Sequence[str]]],
     def run(batch: Sequence[tuple]) -> list[tuple[str, dict[str, list[Answer]]]]:
         names, images, questions = zip(*batch, strict=True)
         with SessionBatch(mlm, images, prefix, tokens) as session:
-            found = {name: session.answer(questions, options, max_new_tokens, block) for name, block in blocks.items()}
+            found = session.answer_under(blocks, questions, options, max_new_tokens)
         return [(name, {block: answers[row] for block, answers in found.items()}) for row, name in enumerate(names)]
 
     return in_batches(run, samples, batch_size, progress)
@@ -250,53 +270,60 @@ def _portions(asked: Sequence[_Asked]) -> Iterator[list[_Asked]]:
     yield from groups.values()
 
 
-def _answer_together(mlm: MLM, prefix: Prefix, asked: Sequence[_Asked], max_new_tokens: int) -> None:
-    """Fill in the results of questions: one pass for all of them, one for longer options, one per token."""
-    state = Continuation(mlm, prefix)
-    hidden = state.extend([Piece(one.row, owner, one.ids) for owner, one in enumerate(asked)])
-    ends = torch.tensor([len(one.ids) for one in asked]).cumsum(0) - 1
-    logits = state.logits(hidden[ends.to(hidden.device)])  # (questions, vocabulary)
+def _first_layer(mlm: MLM, block: KeySelection) -> int:
+    """The first layer in which a key is hidden; the last where none is."""
+    return min([layer for layer, mask in zip(block.layers, block.mask, strict=True) if mask.any()] + [mlm.num_layers - 1])
+
+
+def _answer_together(state: Continuation, asked: Sequence[_Asked], max_new_tokens: int, ends: set[int]) -> list[_Asked]:
+    """The questions with their results: one pass for all of them and their longer options, then one per token. An answer that they have
+    from before, under another block, is read ahead: as far as it is given again, no further pass is needed."""
+    ahead = [(one.row, one.ids + ids[:-1]) for one in asked for texts in one.options.values() for ids in texts if len(ids) > 1]
+    state.extend([*ahead, *((one.row, one.ids + one.tokens) for one in asked)])
+    asked = [replace(one, tokens=[], scores={}) for one in asked]
+    logits = state.logits(state.extend([(one.row, one.ids) for one in asked]))  # (questions, vocabulary)
     if any(one.options for one in asked):
-        _score(mlm, state, asked, logits)
+        _score(state, asked, logits)
     if max_new_tokens:
-        _decode(mlm, state, asked, logits, max_new_tokens)
+        _decode(state, asked, logits, max_new_tokens, ends)
+    return asked
 
 
-def _score(mlm: MLM, state: Continuation, asked: Sequence[_Asked], logits: torch.Tensor) -> None:
+def _score(state: Continuation, asked: Sequence[_Asked], logits: torch.Tensor) -> None:
     """Sum the log-probabilities of each spelling's tokens; spellings of one label add their probabilities. First tokens are read
-    from `logits`; the others from one pass in which each longer spelling is a branch."""
-    spelled = [(owner, label, ids) for owner, one in enumerate(asked) for label, texts in one.options.items() for ids in texts]
-    owners, first = torch.tensor([(owner, ids[0]) for owner, _, ids in spelled], device=logits.device).T
+    from `logits`."""
+    labels = [(one, label) for one in asked for label in one.options]
+    counts = [len(one.options[label]) for one, label in labels]
+    spelled = [(owner, ids) for owner, one in enumerate(asked) for texts in one.options.values() for ids in texts]
+    owners, first = torch.tensor([(owner, ids[0]) for owner, ids in spelled], device=logits.device).T
     scores = logits.log_softmax(-1)[owners, first].tolist()
-    if longer := [(branch, *each) for branch, each in enumerate(spelled) if len(each[2]) > 1]:
-        branches = state.fork()
-        hidden = branches.extend([Piece(asked[owner].row, owner, ids[:-1], len(asked[owner].ids), branch + 1) for branch, owner, _, ids in longer])
-        targets = torch.tensor([token for *_, ids in longer for token in ids[1:]])
+    longer = [(place, asked[owner], ids, end) for place, (owner, ids) in enumerate(spelled) for end in range(1, len(ids))]
+    if longer:
+        hidden = state.extend([(one.row, one.ids + ids[:end]) for _, one, ids, end in longer])
+        targets = torch.tensor([ids[end] for _, _, ids, end in longer])
         rest: list[float] = []
         for part, wanted in zip(hidden.split(_LOGITS_AT_ONCE), targets.split(_LOGITS_AT_ONCE), strict=True):
-            found = branches.logits(part).log_softmax(-1)
+            found = state.logits(part).log_softmax(-1)
             rest += found.gather(1, wanted.to(found.device)[:, None])[:, 0].tolist()
-        following = iter(rest)
-        for branch, _, _, ids in longer:
-            scores[branch] += sum(itertools.islice(following, len(ids) - 1))
-    for (owner, label, _), score in zip(spelled, scores, strict=True):
-        found = asked[owner].scores
-        found[label] = float(np.logaddexp(found.get(label, -np.inf), score))
+        for (place, *_), score in zip(longer, rest, strict=True):
+            scores[place] += score
+    sums = np.logaddexp.reduceat(scores, np.cumsum([0, *counts[:-1]]))
+    for (one, label), score in zip(labels, sums.tolist(), strict=True):
+        one.scores[label] = score
 
 
-def _decode(mlm: MLM, state: Continuation, asked: Sequence[_Asked], logits: torch.Tensor, max_new_tokens: int) -> None:
-    """Greedy decoding; an answer ends at one of `end_tokens`."""
-    settings, ends, going = mlm.model.generation_config, end_tokens(mlm), list(enumerate(asked))
+def _decode(state: Continuation, asked: Sequence[_Asked], logits: torch.Tensor, max_new_tokens: int, ends: set[int]) -> None:
+    """Greedy decoding; an answer ends at one of `ends`."""
+    penalty, going = state.mlm.model.generation_config.repetition_penalty, asked
     while going:
-        if settings.repetition_penalty not in (None, 1):
-            said = [one.head + one.ids + one.tokens for _, one in going]
+        if penalty not in (None, 1):
+            said = [one.head + one.ids + one.tokens for one in going]
             longest = max(map(len, said))  # a row is filled with a token that it has: one token is penalised once
             rows = torch.tensor([ids + ids[:1] * (longest - len(ids)) for ids in said], device=logits.device)
-            logits = RepetitionPenaltyLogitsProcessor(settings.repetition_penalty)(rows, logits)
-        for (_, one), token in zip(going, logits.argmax(-1).tolist(), strict=True):
+            logits = RepetitionPenaltyLogitsProcessor(penalty)(rows, logits)
+        for one, token in zip(going, logits.argmax(-1).tolist(), strict=True):
             one.complete = token in ends
             if not one.complete:
                 one.tokens.append(token)
-        if going := [(owner, one) for owner, one in going if not one.complete and len(one.tokens) < max_new_tokens]:
-            pieces = [Piece(one.row, owner, one.tokens[-1:], len(one.ids) + len(one.tokens) - 1) for owner, one in going]
-            logits = state.logits(state.extend(pieces))
+        if going := [one for one in going if not one.complete and len(one.tokens) < max_new_tokens]:
+            logits = state.logits(state.extend([(one.row, one.ids + one.tokens) for one in going]))

@@ -110,7 +110,9 @@ def _blocking_hook(mlm: MLM, mask: torch.Tensor, rows: np.ndarray, queries: str)
         repeats, device = batch // len(by_slot), hidden.device
         query = torch.arange(seen, seen + length, device=device)
         keys = by_slot.to(device).repeat_interleave(repeats, dim=0)[:, :, None]  # (B, H, 1, S)
-        if queries == "after":
+        if queries == "after" and seen > last.max():
+            blocked = keys
+        elif queries == "after":
             ends = torch.from_numpy(last).to(device).repeat_interleave(repeats)
             blocked = keys & (query > ends[:, None])[:, None, :, None]
         else:
@@ -118,9 +120,8 @@ def _blocking_hook(mlm: MLM, mask: torch.Tensor, rows: np.ndarray, queries: str)
         mask = kwargs.get("attention_mask")
         if mask is None:  # how sdpa is told to be causal
             mask = torch.arange(total, device=device) <= query[:, None]
-        mask = mask.to(device).expand(*blocked.shape[:3], total).clone()
+        mask, blocked = mask.to(device), torch.nn.functional.pad(blocked, (0, total - blocked.shape[-1]))
         lowest = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-        mask[..., : keys.shape[-1]].masked_fill_(blocked, lowest)
-        return args, kwargs | {"attention_mask": mask}
+        return args, kwargs | {"attention_mask": mask.masked_fill(blocked, lowest)}
 
     return hook

@@ -2,8 +2,8 @@
 
 A cached prompt prefix is continued by many questions at once without one copy of the cache per question. A row of the batch
 is one prompt: its prefix (text and images) is cached once, and all its questions are appended to that row side by side. A
-mask lets every token see the prefix and its own question, nothing of the others, and positions continue after the prefix
-for each question anew: each is computed as if it were alone."""
+mask lets every token see the prefix and what is before it in its own question, nothing of the others, and positions continue
+after the prefix for each question anew: each is computed as if it were alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from kvutils.models import MLM, need_mlm
 from kvutils.prompts import TextInputs
 
 Store = Callable[[int, torch.Tensor, torch.Tensor], None]
-_PREFIX, _PADDING = -1, -2  # owners of tokens that no question has
 
 
 def resolve_layers(mlm: MLM, layers: str | int | Iterable[int]) -> tuple[int, ...]:
@@ -108,55 +107,81 @@ def prefill(mlm: MLM, embeddings: torch.Tensor, text: TextInputs) -> Prefix:
     return Prefix(kept, mask, text.position_ids.view(-1, *mask.shape).amax(0).masked_fill(~mask, 0).amax(-1) + 1)
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Consecutive tokens of one question: `owner` is the question's number, `row` its prompt. offset: tokens between the end of
-    the prefix and this piece. Pieces of one owner see each other in order; a piece with a `branch` other than 0 (an answer
-    option) sees branch 0 and itself."""
-
-    row: int
-    owner: int
-    ids: Sequence[int]
-    offset: int = 0
-    branch: int = 0
-
-
 class Continuation:
-    """Tokens after a `Prefix`, in any number of forward passes. The prefix itself is never changed."""
+    """Texts after a `Prefix`, in any number of forward passes. Texts of one row that begin alike share the tokens with which they begin: each
+    is computed once, and sees the prefix and the tokens that lead to it. The prefix is neither changed nor copied.
 
-    def __init__(self, mlm: MLM, prefix: Prefix):
-        self.mlm, self.prefix = mlm, prefix
-        self.cache = _cache(prefix.keys_values)
-        self.owner = torch.where(prefix.mask, _PREFIX, _PADDING)  # (B, T) of every cached token
-        self.branch = torch.zeros_like(self.owner)
+    keep: layers whose inputs are kept for continuations that differ from this one only from such a layer on: like, start. within: a
+    context in which the passes run, such as `block_keys`."""
 
-    def fork(self) -> Continuation:
-        """Another continuation of the same tokens; nothing is copied."""
-        other = Continuation(self.mlm, self.prefix)
-        other.cache = _cache([(layer.keys, layer.values) for layer in self.cache.layers])
-        other.owner, other.branch = self.owner, self.branch
-        return other
+    def __init__(self, mlm: MLM, prefix: Prefix, keep: Iterable[int] = (), like: Continuation | None = None, start: int = 0,
+                 within: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext):  # fmt: skip
+        self.mlm, self.prefix, self.keep, self.like, self.start, self.within = mlm, prefix, set(keep), like, start, within
+        self.cache = DynamicCache()
+        self.cache.layers = [_Behind(*each) for each in prefix.keys_values]
+        self.columns: list[dict[tuple[int, int], int]] = [{} for _ in prefix.mask]  # of each row: column of the token before, id -> column
+        self.paths = np.zeros((len(self.columns), 0, 0), dtype=bool)  # (B, T, T): the columns that lead to each column, and itself
+        self.states: dict[int, torch.Tensor] = {}  # (B, T, C) of all columns: what enters the layers of `keep`, and what leaves the last
 
-    def extend(self, pieces: Sequence[Piece]) -> torch.Tensor:
-        """Append pieces and return the last hidden state of each of their tokens, (tokens, C), in order."""
-        rows: list[list[tuple]] = [[] for _ in self.owner]  # id, position after the prefix, owner, branch of each token
-        places = []  # row, first and last column of each piece
-        for piece in pieces:
-            row = rows[piece.row]
-            places.append((piece.row, slice(len(row), len(row) + len(piece.ids))))
-            row += [(token, piece.offset + i, piece.owner, piece.branch) for i, token in enumerate(piece.ids)]
-        longest = max(map(len, rows))  # S; shorter rows are padded on the right
-        table = torch.tensor([row + [(0, 0, _PADDING, 0)] * (longest - len(row)) for row in rows], device=self.owner.device)
-        ids, offsets, owner, branch = table.unbind(-1)
-        self.owner, self.branch = torch.cat([self.owner, owner], dim=1), torch.cat([self.branch, branch], dim=1)
+    def extend(self, texts: Sequence[tuple[int, Sequence[int]]]) -> torch.Tensor:
+        """(texts, C) the last hidden state of the last token of each text: (row, ids) with all ids behind the prefix, of which those that
+        have been read are not read again."""
+        if self.like:
+            self.like.extend(texts)
+        new: list[list[tuple[int, int, int]]] = [[] for _ in self.columns]  # id, column before, column in `like`
+        first, places, like = self.paths.shape[1], [], self.like or self
+        for row, ids in texts:
+            known, alike, column, other = self.columns[row], like.columns[row], -1, -1
+            for token in ids:
+                key, before = (column, token), column
+                column = known.setdefault(key, first + len(new[row]))
+                other = alike[other, token]
+                if column == first + len(new[row]):
+                    new[row].append((token, before, other))
+            places.append((row, column))
+        if any(new):
+            self._read(new)
+        rows, columns = torch.tensor(places, device=self.prefix.mask.device).T
+        return self.states[self.mlm.num_layers][rows, columns]
+
+    def _read(self, new: Sequence[Sequence[tuple[int, int, int]]]) -> None:
+        """One pass over the new tokens of every row; shorter rows are padded on the right."""
+        first, longest, device = self.paths.shape[1], max(map(len, new)), self.prefix.mask.device
+        table = np.zeros((len(new), longest, 3), dtype=np.int64)  # id, how far behind the prefix, column in `like`
+        self.paths = np.pad(self.paths, ((0, 0), (0, longest), (0, longest)))
+        for row, tokens in enumerate(new):
+            for column, (token, before, other) in enumerate(tokens, first):
+                if before >= 0:
+                    self.paths[row, column] = self.paths[row, before]
+                table[row, column - first] = token, self.paths[row, column].sum(), other
+                self.paths[row, column, column] = True
+        ids, offsets, others = torch.from_numpy(table).to(device).unbind(-1)
+        seen = torch.from_numpy(self.paths[:, first:]).to(device)
+        seen = torch.cat([self.prefix.mask[:, None].expand(-1, longest, -1), seen], dim=-1).unsqueeze(1)  # (B, 1, S, T)
+        if self.like:
+            inputs = self.like.states[self.start][torch.arange(len(new), device=device)[:, None], others]
+        else:
+            inputs = self.mlm.model.get_input_embeddings()(ids)
+        # Added to the scores, as eager attention does; of a bool mask sdpa makes this one in every layer anew.
+        mask = torch.zeros_like(seen, dtype=inputs.dtype).masked_fill(~seen, torch.finfo(inputs.dtype).min)
         positions = self.prefix.next_position[:, None] + offsets
         positions = positions.expand(3, -1, -1) if self.mlm.family == QWEN else positions
-        output = self.mlm.model.model.language_model(inputs_embeds=self.mlm.model.get_input_embeddings()(ids), position_ids=positions,
-                                                     attention_mask=self._mask(longest), past_key_values=self.cache, use_cache=True)  # fmt: skip
-        return torch.cat([output.last_hidden_state[place] for place in places])
+        language_model, layers = self.mlm.model.model.language_model, self.mlm.model.model.language_model.layers
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.within())
+            for layer in self.keep:
+                stack.callback(layers[layer].register_forward_pre_hook(lambda _, args, layer=layer: self._keep(layer, args[0])).remove)
+            if self.start:  # the layers before it have nothing to add
+                stack.callback(setattr, language_model, "layers", layers)
+                language_model.layers = layers[self.start :]
+            output = language_model(inputs_embeds=inputs, position_ids=positions, attention_mask=mask, past_key_values=self.cache, use_cache=True)
+        self._keep(self.mlm.num_layers, output.last_hidden_state)
+
+    def _keep(self, layer: int, states: torch.Tensor) -> None:
+        self.states[layer] = torch.cat([self.states[layer], states], dim=1) if layer in self.states else states
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(tokens, vocabulary) float32 of last hidden states (tokens, C). ModelError where one is not finite: a NaN has a largest
+        """(texts, vocabulary) float32 of last hidden states (texts, C). ModelError where one is not finite: a NaN has a largest
         logit as well, and its token would pass for an answer."""
         if (logits := self.mlm.model.lm_head(hidden).float()).isfinite().all():
             return logits
@@ -165,22 +190,29 @@ class Continuation:
     def _first_not_finite(self) -> str:
         """Where the first number came from that is not finite, as the cache shows it: a layer's input spoils its keys and values."""
         for number, layer in enumerate(self.cache.layers):
-            keys, values = (not each.isfinite().all() for each in (layer.keys, layer.values))
+            keys, values = (not all(each.isfinite().all() for each in some) for some in zip(layer.prefix, (layer.keys, layer.values), strict=True))
             if keys and values:
                 return f"the output of layer {number - 1}" if number else "the embeddings of text and images (vision tower or projector)"
             if keys or values:
                 return f"the {'keys' if keys else 'values'} of layer {number}"
         return f"the output of layer {self.mlm.num_layers - 1}, the last, or of the output head"
 
-    def _mask(self, new: int) -> torch.Tensor:
-        """(B, 1, S, T) for the S newest of T tokens: bool for sdpa, additive for eager attention."""
-        owner, branch = self.owner[:, None], self.branch[:, None]  # of the keys (B, 1, T)
-        mine, my_branch = self.owner[:, -new:, None], self.branch[:, -new:, None]  # of the queries (B, S, 1)
-        seen = (owner == mine) & ((branch == 0) | (branch == my_branch))
-        seen = (seen.tril(self.owner.shape[1] - new) | (owner == _PREFIX)).unsqueeze(1)
-        if self.mlm.attention == "sdpa":
-            return seen
-        return torch.zeros_like(seen, dtype=self.mlm.dtype).masked_fill(~seen, torch.finfo(self.mlm.dtype).min)
+
+class _Behind(DynamicLayer):
+    """A layer's keys and values (B, G, T, D) behind those of a prefix, which it shares with others: what attention sees is put together
+    anew in every pass."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor):
+        super().__init__()
+        self.prefix = keys, values
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys[:, :, :0], values[:, :, :0]
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        return tuple(torch.cat(each, dim=-2) for each in zip(self.prefix, super().update(key_states, value_states), strict=True))
+
+    def get_seq_length(self) -> int:
+        return self.prefix[0].shape[-2] + self.keys.shape[-2]
 
 
 def not_finite(mlm: MLM, what: str) -> ModelError:
@@ -188,13 +220,3 @@ def not_finite(mlm: MLM, what: str) -> ModelError:
     return ModelError(f"{mlm.name} in {str(mlm.dtype).removeprefix('torch.')} has {what}. Load it with dtype=\"bfloat16\" or "
                       "\"float32\" (float16 ends at 65,504); if that is what it has, its weights are damaged: fetch the checkpoint again.")
 
-
-def _cache(keys_values: list[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:
-    """A cache that begins with these tensors; `DynamicLayer` appends by `torch.cat` and leaves them alone."""
-    cache = DynamicCache()
-    for keys, values in keys_values:
-        layer = DynamicLayer()
-        layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = keys, values
-        cache.layers.append(layer)
-    return cache

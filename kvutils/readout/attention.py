@@ -19,7 +19,7 @@ from kvutils.block import block_keys
 from kvutils.errors import DataError, ParameterError
 from kvutils.images import ImageLike, open_image
 from kvutils.keys import KeySelection, SameGrid
-from kvutils.language import Piece, embed, not_finite
+from kvutils.language import embed, not_finite
 from kvutils.layout import TokenLayout
 from kvutils.models import MLM
 from kvutils.prompts import TextInputs, prepare_text
@@ -81,7 +81,7 @@ def token_attention(session: SessionBatch, ids: Sequence[int], block: KeySelecti
 
     blocked = contextlib.nullcontext() if block is None else block_keys(mlm, block, session.slots)
     with _weights_shown(mlm, weights, record), blocked:
-        session.continued().extend([Piece(0, 0, list(ids))])
+        session.continued().extend([(0, ids)])
     return _finite(mlm, weights)
 
 

@@ -101,7 +101,7 @@ def ask_under_blocks(task: YesNoTask, mlm: MLM, blocks: Mapping[str, KeySelectio
         return [{name: [(answer.text, answer.mass) for answer in said] for name, said in answers.items()} for _, answers in found]
 
     # Of what is blocked, not of its name.
-    blocked = {name: "" if each is None else digest([list(each.layers), each.mask.int().tolist()]) for name, each in blocks.items()}
+    blocked = {name: "" if each is None else digest([each.layers, np.packbits(each.mask.cpu()).tobytes().hex()]) for name, each in blocks.items()}
     depends = [mlm.settings, blocked]
     chunks = in_chunks(parts, f"blocked/{task.name}", items, compute, chunk, depends, of=list, unit="image", progress=progress)
     replies: dict[tuple[str, str, str], tuple[str, float]] = {}

@@ -109,9 +109,10 @@ def knock_out(mlm: MLM, samples: Sequence[Question], parts: Parts | None = None,
         choices = [[{option: spellings(option) for option in options[s.kind]} for s in asked] for asked in some]
         rows: list[list[list]] = [[[] for _ in asked] for asked in some]  # [scene][question][condition] -> [right, loss, mass]
         with SessionBatch(mlm, [asked[0].images for asked in some], tokens=tokens) as session:
-            for layers in blocked.values():
-                block = select_all(layers, mlm.num_kv_heads, session.slots.shape[1]) if layers else None
-                for asked, found, mine in zip(some, session.answer(questions, choices, 0, block), rows, strict=True):
+            tokens_each = session.slots.shape[1]
+            blocks = {name: select_all(layers, mlm.num_kv_heads, tokens_each) if layers else None for name, layers in blocked.items()}
+            for answers in session.answer_under(blocks, questions, choices, 0).values():
+                for asked, found, mine in zip(some, answers, rows, strict=True):
                     for sample, answer, row in zip(asked, found, mine, strict=True):
                         row.append([float(answer.best == sample.answer), -answer.scores[sample.answer], answer.mass])
         return rows
