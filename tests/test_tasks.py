@@ -3,6 +3,7 @@
 A stand-in for the extractor gives hand-made features: `value.0` from the truth, `value.1` noise.
 """
 
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from kvutils import VOID
 from kvutils.datasets.samples import Clip, Episode, ImageGroup, KeypointPair, LabelledImage, NamedMask
 from kvutils.errors import DataError, ImageError, ParameterError
 from kvutils.images import open_image
+from kvutils.readout.clusters import cluster_tokens
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, token_means
 from kvutils.store import Parts, to_json
 from kvutils.tasks.base import by_layer, run_task, summarise
@@ -136,7 +138,7 @@ def test_a_thin_object_still_has_a_foreground_token():
         assert support_labels([ImageFeatures(layout, {})], [each]).tolist() == labels
 
 
-def test_co_segmentation_ceiling_and_chance():
+def test_co_segmentation_ceiling_and_chance_on_one_thread_and_two(monkeypatch):
     shown = [tuple(labelled(f"g{g}i{i}", SIZES[i % 3], 20 * g + i) for i in range(4)) for g in range(2)]
     task = CoSegmentation([ImageGroup(f"g{g}", "thing", images) for g, images in enumerate(shown)])
     table = run(task, one_hot({one.id: one.mask for images in shown for one in images}, 2))
@@ -144,6 +146,15 @@ def test_co_segmentation_ceiling_and_chance():
     assert score["value.0"] > 0.75 and oracle["value.0"] >= score["value.0"] - 0.02
     assert score["value.1"] < 0.35 and oracle["value.1"] < 0.35 and means(table, task, "P")["value.0"] > 0.95
     assert table.groups == ["g0"] * 4 + ["g1"] * 4
+
+    def together(*args):
+        next(first, int)()
+        return cluster_tokens(*args)
+
+    first = iter([threading.Barrier(2, timeout=30).wait] * 2)  # an error, if only one works at a time
+    monkeypatch.setattr("kvutils.tasks.co_segmentation.cluster_tokens", together)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert np.array_equal(run(task, one_hot({one.id: one.mask for images in shown for one in images}, 2)).values, table.values)
 
 
 WORDS = ["background", "fish", "bird", "car"]

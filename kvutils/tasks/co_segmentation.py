@@ -53,7 +53,7 @@ class CoSegmentation(Task):
             return cluster_tokens([one.features[source].float().cpu().numpy() for one in per_image], SEED)
 
         # One k-means gains little by more threads, the sources gain all of them; and its last bits do not depend on how many there are.
-        with threadpool_limits(1), ThreadPoolExecutor(torch.get_num_threads(), initializer=threadpool_limits, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(torch.get_num_threads(), initializer=threadpool_limits, initargs=(1,)) as pool, threadpool_limits(1):
             found = list(pool.map(clustered, order))
         for clusters, inertias in found:
             counts.append(k := len(inertias))
