@@ -70,8 +70,9 @@ replicate: $(STAMP)  ## run the notebooks, write results, figures and the verdic
 
 test: test-code test-notebooks  ## all tests: the code, then every notebook
 
-test-code: $(STAMP)  ## the tests of the code alone
-	@$(RUN) -m pytest tests
+# A process of one thread for each core, at most four (2 GB of memory each); who is done takes over from the others.
+test-code: $(STAMP)  ## the tests of the code alone (ARGS="-k keys")
+	@$(RUN) -m pytest tests -n logical --maxprocesses 4 --dist worksteal $(ARGS)
 
 # papermill executes each notebook and compares its verdicts with the committed ones; nbval then compares the
 # marked outputs, reading the parts that the first execution has stored. Both write results and
