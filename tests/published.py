@@ -90,7 +90,7 @@ def write_checkpoint(family: str, place: Path, form: str) -> MLM:
     weights = {}
     for name, tensor in mlm.model.state_dict().items():
         new = next((re.sub(old, hub, name) for old, hub in (OLD_QWEN_NAMES if family == QWEN else OLD_NAMES) if re.search(old, name)), name)
-        weights[new] = tensor.clone()
+        weights[new] = tensor
     save_file(weights, place / "model.safetensors", {"format": "pt"})
     return mlm
 

@@ -165,7 +165,7 @@ def test_scores_by_hand():
 
 def test_readouts_are_those_of_a_plain_full_prompt(items, mlm):
     chosen = [items[0], items[1], items[2 * FEW], items[2 * FEW + 1]]
-    tables = read_items(mlm, chosen, progress=False, batch_size=2)
+    tables = read_items(mlm, chosen, progress=False, batch_size=2, max_new_tokens=2)
     for item in chosen:
         embeddings, text, vision = tiny_models.embedded(mlm, item.images, mlm.prompt(item.prompt, images=len(item.images)))
         with torch.no_grad():
@@ -191,7 +191,7 @@ def test_every_source_is_read_and_no_more_depends_on_the_other_images_than_shoul
     # The candidates of two items exchanged against the same reference: their scores change places where images are alone.
     item = items[0]
     turned = replace(item, id="turned", images=(item.images[0], item.images[2], item.images[1]))
-    (table,) = read_items(mlm, [item, turned], **controls, progress=False).values()
+    (table,) = read_items(mlm, [item, turned], **controls, progress=False, max_new_tokens=2).values()
     layers = [f"{family}.{layer}" for family in ("alone.value", "value", "untrained.value") for layer in range(mlm.num_layers)]
     assert set(table.sources) == {"pixels", "encoder_original", "encoder", "projector", *layers}
     for source in table.sources:
@@ -201,12 +201,13 @@ def test_every_source_is_read_and_no_more_depends_on_the_other_images_than_shoul
 
 
 def test_a_stopped_run_goes_on_and_gives_the_same(items, mlm, tmp_path, monkeypatch):
-    plain = read_items(mlm, items, progress=False, batch_size=4)
+    options = {"progress": False, "batch_size": 4, "max_new_tokens": 2}
+    plain = read_items(mlm, items, **options)
     stops = Mock(wraps=choices._read_batch, side_effect=[DEFAULT] * 3 + [KeyboardInterrupt] + [DEFAULT] * 9)
     monkeypatch.setattr(choices, "_read_batch", stops)
     with pytest.raises(KeyboardInterrupt):
-        read_items(mlm, items, Parts(tmp_path, model="x"), progress=False, batch_size=4)
-    resumed = read_items(mlm, items, Parts(tmp_path, model="x"), progress=False, batch_size=4)
+        read_items(mlm, items, Parts(tmp_path, model="x"), **options)
+    resumed = read_items(mlm, items, Parts(tmp_path, model="x"), **options)
     assert stops.call_count == 4 + 3  # six batches, three of them stored before the fourth was stopped
     for subtask, table in plain.items():
         assert all(np.array_equal(value, getattr(resumed[subtask], name)) for name, value in vars(table).items())
@@ -498,7 +499,7 @@ def test_every_family_reads_items_in_their_official_form(family):
     points = {"reference_point": np.array([45.0, 5]), "candidate_points": np.array([[3.0, 55], [39, 3]])}
     about |= {"subtask": "Visual_Correspondence", **points}
     point = MultipleChoice(id="p", images=tuple(pictures[:2]), answer="(A)", group="p", **about)
-    tables = read_items(mlm, [style, point], encoder_original=tiny_models.tiny_siglip(), progress=False)
+    tables = read_items(mlm, [style, point], encoder_original=tiny_models.tiny_siglip(), progress=False, max_new_tokens=2)
     for name, gold in (("Art_Style", 1), ("Visual_Correspondence", 0)):
         table = tables[name]
         assert table.gold.tolist() == [gold] and len(table.layers()) == len(table.layers("alone.value")) == mlm.num_layers

@@ -31,7 +31,7 @@ from kvutils.tasks.yes_no import Pope
 from kvutils.vision import in_halves
 from tests.tiny_models import tiny_pocket
 
-KILLS = 20
+KILLS = 10
 QUESTIONS = ["is the fish on the left", "what colour is the car"]
 FORK = multiprocessing.get_context("fork")  # the model and the imports are there at once
 
