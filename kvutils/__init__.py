@@ -44,6 +44,10 @@ import os
 from importlib import import_module
 from pathlib import Path
 
+# Read when torch is loaded, if that is later: threads that wait for one another leave the cores to other work. Where they spin, which is
+# torch's default, small models are ten times slower on a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 __version__ = "0.1.0"
 VOID = 255  # value of mask pixels without annotation: excluded from training and from every score
 _HOME = {
