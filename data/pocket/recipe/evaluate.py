@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from kvutils.datasets.pocket import questions as q
@@ -50,13 +51,19 @@ def answer_blocks(mlm, samples: list[Sample], embed: Callable, slots: int, batch
 
 
 def quick_accuracy(mlm, sampler: Sampler, embed: Callable, slots: int, scenes: int = 150, seed: int = 5) -> dict[str, float]:
-    """Accuracy per question kind on a few held-out scenes, to watch training (in training precision)."""
+    """Accuracy per question kind on a few held-out scenes, to watch training (in training precision). Where several
+    processes train, each answers its share."""
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     right = defaultdict(list)
     for kind in ("single", "marked", "correspondence", "style_match", "class_match"):
-        samples = sampler.draw(kind, scenes, np.random.default_rng(seed))
+        samples = sampler.draw(kind, scenes, np.random.default_rng(seed))[rank::ranks]
         for sample, found in zip(samples, answer_blocks(mlm, samples, embed, slots), strict=True):
             for (name, _, _), ok in zip(sample.blocks, found, strict=True):
                 right[name].append(ok)
+    shares = [right]
+    if ranks > 1:
+        dist.all_gather_object(shares := [None] * ranks, dict(right))
+    right = {name: [ok for share in shares for ok in share.get(name, ())] for name in set().union(*shares)}
     return {name: float(np.mean(found)) for name, found in sorted(right.items())}
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 from transformers import (
+    AttentionInterface,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     Qwen2Config,
@@ -88,20 +89,60 @@ def with_newline(mlm: LlavaOnevisionForConditionalGeneration, tokens: torch.Tens
     return torch.cat((tokens, newline), dim=1)
 
 
+def packed_attention(module, query, key, value, attention_mask, scaling, **_):
+    """Attention of packed sequences: what the class's eager one computes under the whole mask, where that is not zero.
+
+    query (B, H, T, D), key and value (B, G, T, D), `attention_mask` the pair `shared`, `own` of `Packed`: (B, T, H, D)."""
+    seen, own = attention_mask
+    places, (pieces, piece), repeats = seen.shape[-1], own.shape[2:4], query.shape[1] // key.shape[1]
+    query = (query * scaling).unflatten(1, (-1, repeats))  # (B, G, H/G, T, D)
+    keys, values = key[:, :, :places], value[:, :, :places]
+
+    def with_previous(x):  # (B, G, n, 2 C, D): each piece behind the one before it
+        x = x[:, :, places:].unflatten(2, (pieces, piece))
+        return torch.cat((nn.functional.pad(x[:, :, :-1], (0, 0, 0, 0, 1, 0)), x), dim=3)
+
+    causal = torch.full((places, places), -1e4, device=query.device).triu(1)
+    scores = (query[:, :, :, :places].flatten(2, 3) @ keys.mT).unflatten(2, (repeats, places)).float() + causal
+    weights = scores.softmax(-1).to(value.dtype)
+    first = (weights.flatten(2, 3) @ values).unflatten(2, (repeats, places))
+
+    asking = query[:, :, :, places:].unflatten(3, (pieces, piece)).transpose(2, 3)  # (B, G, n, H/G, C, D)
+    shape = (pieces, repeats, piece)
+    far = (asking.flatten(2, 4) @ keys.mT).unflatten(2, shape).float() + seen[:, :, None, None]
+    near = (asking.flatten(3, 4) @ with_previous(key).mT).unflatten(3, shape[1:]).float() + own[:, :, :, None]
+    highest = torch.maximum(far.amax(-1, keepdim=True), near.amax(-1, keepdim=True)).detach()
+    far, near = (far - highest).exp(), (near - highest).exp()
+    total = far.sum(-1, keepdim=True) + near.sum(-1, keepdim=True)
+    far, near = (far / total).to(value.dtype), (near / total).to(value.dtype)
+    last = (far.flatten(2, 4) @ values).unflatten(2, shape)
+    last = last + (near.flatten(3, 4) @ with_previous(value)).unflatten(3, shape[1:])
+    return torch.cat((first, last.transpose(2, 3).flatten(3, 4)), dim=3).flatten(1, 2).transpose(1, 2), None
+
+
+AttentionInterface.register("packed", packed_attention)
+
+
 def answer_logits(mlm: LlavaOnevisionForConditionalGeneration, packed: Packed, images: torch.Tensor) -> torch.Tensor:
     """Logits (labelled positions, vocabulary) of a packed batch, `images` (n, slots, hidden) scattered into place."""
     embedded = mlm.get_input_embeddings()(packed.tokens)
     embedded = embedded.masked_scatter((packed.tokens == IMAGE)[..., None], images.to(embedded.dtype))
-    mask = packed.mask
-    if mlm.config.text_config._attn_implementation == "eager":
-        mask = torch.zeros(mask.shape, dtype=embedded.dtype, device=mask.device).masked_fill(~mask, -1e4)
-    hidden = mlm.model.language_model(
-        inputs_embeds=embedded, attention_mask=mask, position_ids=packed.positions, use_cache=False
-    ).last_hidden_state
-    return mlm.lm_head(hidden[packed.labels >= 0])
+    language = mlm.model.language_model
+    usual, language.config._attn_implementation = language.config._attn_implementation, "packed"
+    try:  # as `language.forward`, but for the last layer's MLP: only what is asked for
+        where, masks = language.rotary_emb(embedded, packed.positions), (packed.shared, packed.own)
+        for layer in language.layers[:-1]:
+            embedded = layer(embedded, attention_mask=masks, position_embeddings=where)
+        last = language.layers[-1]
+        embedded = embedded + last.self_attn(last.input_layernorm(embedded), where, masks)[0]
+    finally:
+        language.config._attn_implementation = usual
+    asked = embedded.flatten(0, 1)[packed.asked]
+    asked = asked + last.mlp(last.post_attention_layernorm(asked))
+    return mlm.lm_head(language.norm(asked))
 
 
 def answer_loss(mlm: LlavaOnevisionForConditionalGeneration, packed: Packed, images: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy over answer tokens."""
     logits = answer_logits(mlm, packed, images)
-    return nn.functional.cross_entropy(logits.float(), packed.labels[packed.labels >= 0])
+    return nn.functional.cross_entropy(logits.float(), packed.labels.flatten()[packed.asked])

@@ -1,8 +1,9 @@
-"""Muon in float32, matrices of one shape together."""
+"""Muon in float32, matrices of one shape together, shared out among the processes that train."""
 
 from collections import defaultdict
 
 import torch
+import torch.distributed as dist
 
 
 def orthogonalise(matrices: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> torch.Tensor:
@@ -21,11 +22,13 @@ class Muon(torch.optim.Muon):
     """`torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, orthogonalised in float32.
 
     torch's own iterates in bfloat16, one matrix after the other. A CPU that only emulates bfloat16 spends a third of a
-    training step of the pocket model in there. State and options are torch's."""
+    training step of the pocket model in there. State and options are torch's. Where several processes train, each
+    orthogonalises its share of the matrices and all get all of them: gradients are equal on all of them by then."""
 
     @torch.no_grad()
     def step(self, closure=None):
         loss = None if closure is None else closure()
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         for group in self.param_groups:
             alike: dict[tuple, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
             for parameter in group["params"]:
@@ -35,8 +38,11 @@ class Muon(torch.optim.Muon):
                     momentum.lerp_(parameter.grad, 1 - group["momentum"])
                     alike[parameter.shape].append((parameter, parameter.grad.lerp(momentum, group["momentum"])))
             for shape, found in alike.items():
-                updates = torch.stack([update for _, update in found])
-                updates = orthogonalise(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                wanted = torch.stack([update for _, update in found])
+                updates = torch.zeros_like(wanted)
+                updates[rank::ranks] = orthogonalise(wanted[rank::ranks], group["ns_coefficients"], group["ns_steps"], group["eps"])
+                if ranks > 1:
+                    dist.all_reduce(updates)  # the others' are zero here: bit for bit what one process computes
                 rate = 0.2 * max(shape) ** 0.5 * group["lr"]
                 for (parameter, _), update in zip(found, updates, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=rate)

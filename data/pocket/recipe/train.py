@@ -42,6 +42,7 @@ STEP_KINDS = {
     "all": {"single": 0.58, "marked": 0.14, "correspondence": 0.18, "style_match": 0.07, "class_match": 0.03},
 }
 MARK_WEIGHT, PLACE_WEIGHT = 0.3, 0.2  # of `mark_loss` and `place_loss`, in stages 3 and 4
+EVALUATE = 1000  # steps between held-out figures
 WARM_UP, LISTEN = 100, 1000  # steps over which a rate rises: of everything, and of the language model in stage 4
 
 
@@ -79,7 +80,7 @@ def train_encoder(pool: Pool, held_out: Pool, options: argparse.Namespace) -> No
             logits = siglip_logits(siglip, pixels, first, side, captions)
         loss = nn.functional.binary_cross_entropy_with_logits(logits, labels, weights, reduction="sum") / len(labels)
         trainer.update(loss)
-        if trainer.step % 250 == 0 or trainer.step == steps:
+        if trainer.due(EVALUATE):
             with torch.no_grad(), autocast(device):
                 logits = siglip_logits(siglip, fixed[0].to(device), fixed[1], fixed[2], captions).cpu()
             auc = {}
@@ -87,8 +88,7 @@ def train_encoder(pool: Pool, held_out: Pool, options: argparse.Namespace) -> No
                 keep = fixed[4][:, part] > 0
                 auc[kind] = roc_auc_score(fixed[3][:, part][keep], logits[:, part][keep])
             trainer.note(**{f"auc_{k}": v for k, v in auc.items()})
-            trainer.save()
-    trainer.save()
+        trainer.save_when_due()
 
 
 # --- stages 2 to 4 ---------------------------------------------------------------------------------------------------
@@ -120,13 +120,12 @@ def train_language(pool: Pool, held_out: Pool, options: argparse.Namespace) -> N
             images = symbolic(mlm.get_input_embeddings(), pool, packed.images, trainer.step)
             loss = answer_loss(mlm, packed, images)
         trainer.update(loss)
-        if trainer.step % 250 == 0 or trainer.step == steps:
+        if trainer.due(EVALUATE):
             def embed(images):
                 return symbolic(mlm.get_input_embeddings(), held_out, images, 0)
 
             trainer.note(**quick_accuracy(mlm, fixed, embed, COARSE**2 + 1))
-            trainer.save()
-    trainer.save()
+        trainer.save_when_due()
 
 
 def train_vision_language(name: str, pool: Pool, held_out: Pool, options: argparse.Namespace) -> None:
@@ -176,18 +175,16 @@ def train_vision_language(name: str, pool: Pool, held_out: Pool, options: argpar
         loss = loss + MARK_WEIGHT * mark_loss(mlm.get_input_embeddings(), images, packed.images)
         loss = loss + PLACE_WEIGHT * place_loss(columns, rows, images)
         trainer.update(loss)
-        if trainer.step % 250 == 0 or trainer.step == steps:
+        if trainer.due(EVALUATE):
             def embed(images):
                 return image_embeddings(mlm, pixel_batch(held_out, images).to(device))
 
-            if trainer.rank == 0 and (trainer.step % 500 == 0 or trainer.step == steps):
-                trainer.note(**quick_accuracy(mlm, fixed, embed, IMAGE_SLOTS))
-            trainer.save()
+            trainer.note(**quick_accuracy(mlm, fixed, embed, IMAGE_SLOTS))
+        trainer.save_when_due()
         if name == "all" and trainer.rank == 0 and trainer.step in (steps // 4, steps // 2):
             quarter = "quarter" if trainer.step == steps // 4 else "half"
             trainer.file.parent.mkdir(parents=True, exist_ok=True)
             torch.save(mlm.state_dict(), trainer.file.with_name(f"{quarter}.pt"))
-    trainer.save()
 
 
 def _pools(options: argparse.Namespace) -> tuple[Pool, Pool]:

@@ -81,8 +81,11 @@ class Trainer:
                 group.update(ours)  # the recipe's, not the checkpoint's
         self.step, self.curve = state["step"], state["curve"]
 
-    def save(self) -> None:
-        if self.rank:
+    def due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.steps
+
+    def save_when_due(self, every: int = 250) -> None:
+        if self.rank or not self.due(every):
             return
         self.file.parent.mkdir(parents=True, exist_ok=True)
         state = {"model": self.modules.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
@@ -159,6 +162,6 @@ def fast(model, device: str):
     if torch.device(device).type == "cpu":
         model.set_attn_implementation("eager" if computes_bfloat16(device) else "sdpa")
         for module in model.modules():
-            if type(module).__name__ in ("SiglipEncoderLayer", "Qwen2DecoderLayer"):
+            if type(module).__name__ in ("SiglipEncoderLayer", "Qwen2DecoderLayer", "Qwen2Attention"):
                 module.compile(dynamic=True)
     return model
