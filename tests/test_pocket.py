@@ -354,3 +354,26 @@ def test_muon_is_torchs_up_to_the_rounding_of_bfloat16():
             optimizer.step()
     for a, b, start in zip(ours, theirs, before, strict=True):
         assert (a - b).norm() < 0.02 * (b - start).norm()
+
+
+def test_processes_that_share_muons_work_compute_what_one_does(monkeypatch):
+    torch.manual_seed(0)
+    start, gradients = torch.randn(2, 3, 8, 16)
+
+    def step():
+        parameters = [torch.nn.Parameter(each.clone()) for each in start]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        Muon(parameters, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw").step()
+        return torch.stack(parameters)
+
+    alone, shares = step(), []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda share: shares.append(share.clone()))
+    for rank in (0, 1):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        step()
+    assert all((share == 0).all(dim=(1, 2)).tolist() == [i % 2 != rank for i in range(3)] for rank, share in enumerate(shares))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda share: share.copy_(shares[0] + shares[1]))
+    assert torch.equal(step(), alone)

@@ -77,9 +77,9 @@ def pack(samples: list[Sample], image_slots: int) -> Packed:
     pieces = longest // piece
     piece = -(-longest // pieces)
     tokens, positions, block, labels = np.empty((4, len(samples), places + pieces * piece), np.int64)
-    for column, values, fill in zip((tokens, positions, block, labels), range(4), (PAD, 0, -1, IGNORE)):
+    for column, values, fill in zip((tokens, positions, block, labels), range(4), (PAD, 0, -1, IGNORE), strict=True):
         column.fill(fill)
-        for line, head, tail in zip(column, heads, tails):
+        for line, head, tail in zip(column, heads, tails, strict=True):
             line[: len(head[0])] = head[values]
             line[places : places + len(tail[0])] = tail[values]
     block = torch.from_numpy(block)
