@@ -47,6 +47,7 @@ from kvutils.tasks.prefix import run_prefixes
 from kvutils.tasks.prefix_readouts import DomainPrefix, ReferringPrefix
 from kvutils.tasks.prefixes import CONDITIONS
 from kvutils.tasks.text_segmentation import ReferringSegmentation, SemanticSegmentation
+from kvutils.vision import VisionInputs
 
 COCO, IMAGENET, MSRC, DAVIS, BDD = (640, 480), (500, 375), (320, 213), (854, 480), (1280, 720)  # usual sizes of pictures
 SENTENCES = 7  # of one picture of RefCOCO: 10,834 of 1,500
@@ -182,7 +183,7 @@ class Workshop:
             return [Capture(layout, captured.layers, *(one if one is None else one.to(to or self.device) for one in kept)) for _ in images]
 
         forward = {"capture": capture,
-                   "prepare_images": lambda *_: SimpleNamespace(layouts=[layout]), "encode_images": lambda *_: ([], []),
+                   "prepare_images": lambda *_: VisionInputs(torch.empty(0), [layout]), "encode_images": lambda *_: ([towers[0]], [towers[1]]),
                    "capture_prepared": lambda *_, **__: [captured],
                    "encode_prepared": lambda *_, **__: [captured.encoder],
                    "capture_encoder": lambda _, mlm, images, to=None, **__: [towers[0].to(to or self.device) for _ in images]}  # fmt: skip
@@ -198,7 +199,8 @@ class Workshop:
         """A readout of notebook 04 over its only sample."""
         readout.prefixes = lambda sample: {condition: condition for condition in CONDITIONS}
         found = {condition: [self.features(readout.samples[0], self.of_prefixes)] for condition in CONDITIONS}
-        self.of_prefixes.images = lambda items, prefix=None, *_, **__: found[prefix]
+        self.of_prefixes.images = lambda items, prefix=None, *_, **__: found["none" if prefix is None else prefix]
+        self.of_prefixes.behind = lambda items, prefixes, *_: [found[prefix][0] for prefix in prefixes]
         return Item(f"{unit}, {len(readout.families)} scores", lambda: run_prefixes(readout, progress=False))
 
     def prefix_referring(self) -> Item:

@@ -118,15 +118,17 @@ def capture(mlm: MLM, images: Iterable[ImageLike], prefix: str | None = None, la
 
 
 @torch.no_grad()
-def capture_prepared(mlm: MLM, vision: VisionInputs, prefix: str | None, layers: tuple[int, ...], *, keys: bool = True,
+def capture_prepared(mlm: MLM, vision: VisionInputs, prefix: str | None | Sequence[str | None], layers: tuple[int, ...], *, keys: bool = True,
                      values: bool = True, features: bool = True, to: str | torch.device | None = None,
                      encoded: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None) -> list[Capture]:
-    """As `capture`, of one batch of pictures whose pixels are ready: two models of one kind read the same ones. encoded: what
-    `encode_images` gave for them, if the model's tower has looked at them before."""
+    """As `capture`, of one batch of pictures whose pixels are ready: two models of one kind read the same ones. prefix: of all, or of each.
+    encoded: what `encode_images` gave for them, if the model's tower has looked at them before."""
     layers = layers if keys or values else ()
     device = mlm.device if to is None else torch.device(to)
     wanted = ["keys"] * keys + ["values"] * values
-    text = prepare_text(mlm, [mlm.prompt(prefix=prefix)] * len(vision.layouts), vision)
+    prefixes = [prefix] * len(vision.layouts) if prefix is None or isinstance(prefix, str) else prefix
+    prompts = {each: mlm.prompt(prefix=each) for each in set(prefixes)}
+    text = prepare_text(mlm, [prompts[each] for each in prefixes], vision)
     encoder, projector = encoded or encode_images(mlm, vision)
     slots = [torch.from_numpy(layout.slots).to(mlm.device) for layout in vision.layouts]
     shapes = [(len(layers), mlm.num_kv_heads, len(slot), mlm.head_dim) for slot in slots]
@@ -143,4 +145,4 @@ def capture_prepared(mlm: MLM, vision: VisionInputs, prefix: str | None, layers:
     if features:
         for row, seen, entered in zip(rows, encoder, projector, strict=True):
             row |= {"encoder": compact(seen, device), "projector": compact(entered, device)}
-    return [Capture(layout, layers, prefix=prefix, **row) for layout, row in zip(vision.layouts, rows, strict=True)]
+    return [Capture(layout, layers, prefix=each, **row) for layout, each, row in zip(vision.layouts, prefixes, rows, strict=True)]

@@ -158,7 +158,7 @@ def _content(table, about: Mapping) -> tuple[dict[str, np.ndarray | list], str]:
                types.is_fixed_size_list(each.type) else compute.list_flatten(each).to_numpy().reshape(-1, each.type.list_size)
                for name, each in zip(table.column_names, table.columns, strict=True)}  # fmt: skip
     arrays = {name: torch.tensor(each) for name, each in columns.items() if isinstance(each, np.ndarray)}
-    return columns, _checksum(arrays, to_json([about, list(columns), [each for name, each in columns.items() if name not in arrays]]))
+    return columns, _checksum(arrays, [about, list(columns), [each for name, each in columns.items() if name not in arrays]])
 
 
 @cache
@@ -224,10 +224,9 @@ class Parts:
             # A copy of its own for each: safetensors refuses views that share memory.
             options = {"device": "cpu", "copy": True, "memory_format": torch.contiguous_format}
             tensors, value = {name: item.detach().to(**options) for name, item in value.items()}, None
-        value = plain(value)
-        about = {"value": value, "sha256": _checksum(tensors, _line(value)), "seconds": round(seconds, 3), "by": self.by}
+        about = to_json({"value": value, "sha256": _checksum(tensors, value), "seconds": round(seconds, 3), "by": self.by}, indent=None)
         with atomic(self.path(key)) as temporary:
-            save_file(tensors, temporary, {"kvutils": _line(about)})  # one entry: safetensors writes several in no fixed order
+            save_file(tensors, temporary, {"kvutils": about})  # one entry: safetensors writes several in no fixed order
 
     def load(self, key: str) -> object:
         """What was saved under `key`; `StoreError` if it is not finished."""
@@ -245,7 +244,7 @@ class Parts:
             content = path.read_bytes()  # once: another process may put a new file in its place meanwhile
             header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
             about, tensors = json.loads(header["__metadata__"]["kvutils"]), load(content)
-            if about["sha256"] != _checksum(tensors, _line(about["value"])):
+            if about["sha256"] != _checksum(tensors, about["value"]):
                 raise ValueError("its content does not match its checksum")
             return tensors or about["value"], about["seconds"], about["by"]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -292,14 +291,9 @@ class Parts:
             lock.release()
 
 
-def _line(value: object) -> str:
-    """JSON on one line of what `plain` gave: written in C, where an indented one takes as long as computing the scores in it."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False)
-
-
-def _checksum(tensors: Mapping[str, torch.Tensor], text: str) -> str:
-    """sha256 over names, types, shapes and bytes of all tensors and a text."""
-    found = hashlib.sha256(text.encode())
+def _checksum(tensors: Mapping[str, torch.Tensor], value: object) -> str:
+    """sha256 over names, types, shapes and bytes of all tensors and the value."""
+    found = hashlib.sha256(to_json(value).encode())
     for name, tensor in sorted(tensors.items()):
         found.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -212,9 +212,9 @@ def _weights(counts: np.ndarray, unit: np.ndarray) -> np.ndarray:
 @lru_cache(maxsize=4)
 def _numbered(groups: tuple[Hashable, ...]) -> tuple[np.ndarray, int]:
     """(n, 1 or 2) numbers of the items' units, by first appearance, so that names do not matter; -1: it is no pair. How many units."""
-    names, order = units_of(groups), {}
-    widest = max(map(len, names))
-    return np.array([[order.setdefault(name, len(order)) for name in each] + [-1] * (widest - len(each)) for each in names]), len(order)
+    order, widest = {}, max(map(len, names := units_of(groups)), default=1)
+    unit = [[order.setdefault(name, len(order)) for name in each] + [-1] * (widest - len(each)) for each in names]
+    return np.array(unit, dtype=int).reshape(len(names), widest), len(order)
 
 
 def units_of(groups: Sequence[Hashable]) -> list[tuple]:

@@ -9,9 +9,9 @@
     value.l, key.l     image values and keys of layer l, heads concatenated (keys after rotary embedding)
     untrained.value.l  the same of a model of the same architecture with random weights (control)
 
-A picture is read alone: its features depend on no other, on no batch and on no interruption, and each is made once while
-memory allows. They are rounded to float16 when they are made. A source of a picture that exceeds float16 (65,504, as the
-tower of Qwen2.5-VL does for some) is kept as the model wrote it, in bfloat16 or float32."""
+A picture is read alone: its features depend on no other and on no interruption, and each is made once while memory allows (small ones
+may share a pass: on a CPU no bit depends on it). They are rounded to float16 when they are made. A source of a picture that exceeds
+float16 (65,504, as the tower of Qwen2.5-VL does for some) is kept as the model wrote it, in bfloat16 or float32."""
 
 from __future__ import annotations
 
@@ -41,8 +41,10 @@ from kvutils.vision import VisionInputs, encode_images, in_halves, prepare_image
 
 HEADS = ("head.encoder_original", "head.encoder")
 STACK_BYTES = 2**31  # of features, in float32, that a task computes with at once
+TOGETHER = 2**13  # image tokens in one pass: more would only cost memory
 FULL = 2 / 3  # of a GPU's memory: the features of further pictures live in main memory
 Item = tuple[str, ImageLike]  # image id, for errors, and picture
+Row = tuple[str, str, Image.Image, str | None]  # of one pass: image id, `picture_key`, picture, text before it
 Opener = Callable[[], Image.Image]
 
 
@@ -133,7 +135,8 @@ class FeatureExtractor:
         self.alignment = TextAlignment(mlm, self.layers, untrained, encoder_original, encoder_text, vocabulary)
         self._memory: OrderedDict[str, ImageFeatures] = OrderedDict()
         self._held = 0
-        self._seen: tuple[str, VisionInputs | None, list] = "", None, []  # key of the last picture, its pixels, what the tower made of them
+        self._seen: tuple[list[str], VisionInputs | None, list] = [], None, []  # keys of the last pictures, pixels, what the tower made of them
+        self._longest = TOGETHER  # image tokens of a picture in the last pass
         self._saliency: dict[str, torch.Tensor] = {}
 
     def __repr__(self) -> str:
@@ -161,10 +164,8 @@ class FeatureExtractor:
         found = []
         for name, image in items:
             image = open_image(image, name)
-            found.append(self.image(name, picture_key(image), lambda image=image: image, prefix, sources))
-            if checked and (lacking := sorted(found[-1].not_finite)):
-                raise ModelError(f"image {name}: {', '.join(lacking[:3])} of {self.mlm.name} hold NaN or Inf in {self.mlm.dtype}; "
-                                 "load it in bfloat16 or float32")  # fmt: skip
+            one = self.image(name, picture_key(image), lambda image=image: image, prefix, sources)
+            found.append(self._checked(name, one) if checked else one)
         return found
 
     def image(self, name: str, key: str, opened: Opener, prefix: str | None = None, sources: Iterable[str] | None = None) -> ImageFeatures:
@@ -174,14 +175,37 @@ class FeatureExtractor:
         if (kept := self._memory.get(place)) and wanted <= kept.features.keys():
             self._memory.move_to_end(place)
             return kept
-        made = self._extract(name, key, opened(), prefix, wanted - kept.features.keys() if kept else wanted)
-        if kept:
+        (made,) = self._extract([(name, key, opened(), prefix)], wanted - kept.features.keys() if kept else wanted)
+        return self._keep(place, made)
+
+    def behind(self, items: Iterable[Item], prefixes: Sequence[str | None], sources: Iterable[str]) -> list[ImageFeatures]:
+        """As `images`, of pictures each behind its own prefix: several in one pass where their tokens are fewer than `TOGETHER`."""
+        rows = [(name, picture_key(image := open_image(each, name)), image, prefix) for (name, each), prefix in zip(items, prefixes, strict=True)]
+        places, wanted = [f"{key} {prefix!r}" for _, key, _, prefix in rows], set(sources)
+        found = {place: self._memory[place] for place in places if place in self._memory and wanted <= self._memory[place].features.keys()}
+        missing = {place: row for place, row in zip(places, rows, strict=True) if place not in found}
+        while missing:
+            some = list(missing)[: max(1, TOGETHER // self._longest)]
+            made = self._extract([missing.pop(place) for place in some], wanted)
+            found |= {place: self._keep(place, one) for place, one in zip(some, made, strict=True)}
+        return [self._checked(name, found[place]) for (name, *_), place in zip(rows, places, strict=True)]
+
+    def _keep(self, place: str, made: ImageFeatures) -> ImageFeatures:
+        """In memory, with what is known of it already; the oldest go."""
+        if kept := self._memory.pop(place, None):
+            self._held -= kept.nbytes
             made = replace(kept, features=kept.features | made.features, not_finite=kept.not_finite | made.not_finite)
-        self._held += made.nbytes - (self._memory.pop(place).nbytes if place in self._memory else 0)
+        self._held += made.nbytes
         self._memory[place] = made
         while self._held > self.memory_bytes and len(self._memory) > 1:
             self._held -= self._memory.popitem(last=False)[1].nbytes
         return made
+
+    def _checked(self, name: str, found: ImageFeatures) -> ImageFeatures:
+        if lacking := sorted(found.not_finite):
+            raise ModelError(f"image {name}: {', '.join(lacking[:3])} of {self.mlm.name} hold NaN or Inf in {self.mlm.dtype}; "
+                             "load it in bfloat16 or float32")  # fmt: skip
+        return found
 
     def saliency(self, item: Item, question: str = QUESTION) -> torch.Tensor:
         """(N,) float32 attention of the last prompt token, scaled to 0..1 over the image's tokens (0 if constant)."""
@@ -192,16 +216,21 @@ class FeatureExtractor:
             self._saliency[key] = (attention - low) / (high - low).clamp_min(torch.finfo(torch.float32).tiny)
         return self._saliency[key]
 
-    def _extract(self, name: str, key: str, image: Image.Image, prefix: str | None, wanted: Set[str]) -> ImageFeatures:
+    def _extract(self, rows: Sequence[Row], wanted: Set[str]) -> list[ImageFeatures]:
         """From the models, on their device; rounded and put in its place there."""
+        def read(some: Sequence[Row]) -> list[tuple[TokenLayout, dict[str, torch.Tensor]]]:
+            return self._read(some, wanted)
         try:
-            whole, found = in_halves(lambda _: [self._read(name, key, image, prefix, wanted)], [image])[0]
+            states = in_halves(read, rows)
         except MemoryLimitError:  # what is kept of other pictures may be what fills the memory
             if not self._memory:
                 raise
             self._memory.clear()
             self._held = 0
-            whole, found = self._read(name, key, image, prefix, wanted)
+            states = in_halves(read, rows)
+        return [self._rounded(image, *each, wanted) for (*_, image, _), each in zip(rows, states, strict=True)]
+
+    def _rounded(self, image: Image.Image, whole: TokenLayout, found: dict[str, torch.Tensor], wanted: Set[str]) -> ImageFeatures:
         place = device = self.mlm.device
         if device.type == "cuda" and torch.cuda.memory_allocated(device) >= FULL * torch.cuda.get_device_properties(device).total_memory:
             place = torch.device("cpu")
@@ -221,30 +250,38 @@ class FeatureExtractor:
         return ImageFeatures(layout, features, self.mlm.device, frozenset(not_finite))
 
     @torch.no_grad()
-    def _read(self, name: str, key: str, image: Image.Image, prefix: str | None,
-              wanted: Set[str]) -> tuple[TokenLayout, dict[str, torch.Tensor]]:  # fmt: skip
+    def _read(self, rows: Sequence[Row], wanted: Set[str]) -> list[tuple[TokenLayout, dict[str, torch.Tensor]]]:
         """Layout, and the wanted sources of the models as they write them: (tokens, C), or (G, tokens, D) of a layer's heads."""
+        names, keys, images, prefixes = map(list, zip(*rows, strict=True))
         families = {source.rpartition(".")[0] or source for source in wanted}
-        if self._seen[0] != key:  # behind another prefix, the tower sees the same
-            self._seen = key, prepare_images(self.mlm, [image], [name]), []
-        (_, vision, encoded), found = self._seen, {}
+        shown = dict(zip(keys, zip(images, names, strict=True), strict=True))  # behind another prefix, the tower sees the same
+        if self._seen[0] != list(shown):
+            self._seen = list(shown), prepare_images(self.mlm, *map(list, zip(*shown.values(), strict=True))), []
+        _, vision, encoded = self._seen
+        place = [list(shown).index(key) for key in keys]
+        every = replace(vision, layouts=[vision.layouts[i] for i in place], grids=None if vision.grids is None else vision.grids[place])
+        self._longest = max(map(len, every.layouts))
+        found: list[dict[str, torch.Tensor]] = [{} for _ in rows]
 
-        def by_layer(family: str, states: torch.Tensor | None) -> None:
-            found.update((f"{family}.{layer}", heads) for layer, heads in zip(self.layers, () if states is None else states, strict=False))
+        def capture(mlm: MLM, encoded: Sequence[list[torch.Tensor]], family: str, **what: bool) -> None:
+            some = capture_prepared(mlm, every, prefixes, self.layers, encoded=tuple([each[i] for i in place] for each in encoded), **what)
+            for one, into in zip(some, found, strict=True):
+                into |= {"encoder": one.encoder, "projector": one.projector} if what["features"] else {}
+                for kind, states in (("key", one.keys), ("value", one.values)):
+                    into |= {f"{family}{kind}.{layer}": heads for layer, heads in zip(self.layers, () if states is None else states, strict=False)}
 
         own = {"keys": "key" in families, "values": "value" in families, "features": bool(families & {"encoder", "projector"})}
         if any(own.values()):
             encoded += [] if encoded else encode_images(self.mlm, vision)
-            (one,) = capture_prepared(self.mlm, vision, prefix, self.layers, encoded=tuple(encoded), **own)
-            found |= {"encoder": one.encoder, "projector": one.projector}
-            by_layer("key", one.keys)
-            by_layer("value", one.values)
+            capture(self.mlm, encoded, "", **own)
         if "untrained.value" in families:
-            by_layer("untrained.value", capture_prepared(self.untrained, vision, prefix, self.layers, keys=False, features=False)[0].values)
+            capture(self.untrained, encode_images(self.untrained, vision), "untrained.", keys=False, values=True, features=False)
         for source in wanted & {"encoder_original", *HEADS}:
             about = {"head": source.startswith("head."), "own": source == "head.encoder"}
-            (found[source],) = encode_prepared(self.encoder_original, self.mlm, vision, [image], **about)
-        return vision.layouts[0], found
+            states = encode_prepared(self.encoder_original, self.mlm, vision, [image for image, _ in shown.values()], **about)
+            for into, i in zip(found, place, strict=True):
+                into[source] = states[i]
+        return [(layout, into) for layout, into in zip(every.layouts, found, strict=True)]
 
 
 def _rows(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

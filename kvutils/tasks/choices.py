@@ -20,7 +20,7 @@ from kvutils.readout.features import FeatureExtractor, image_tokens
 from kvutils.store import Frame, Parts, in_chunks
 from kvutils.tasks.base import by_layer
 from kvutils.tasks.value_readouts import POINTS, READOUTS, mean_similarity, point_similarity, style_similarity
-from kvutils.vision import in_halves
+from kvutils.vision import in_halves, prepare_images
 
 MAX_NEW_TOKENS = 128  # verbose models come to their letter late; an answer ends before, at its end token
 UNRESOLVED = -1
@@ -171,11 +171,12 @@ def _read_batch(models: Mapping[str, MLM], extractor: FeatureExtractor, batch: l
     images = [tuple(item.images) for item in batch]
     places = np.cumsum([0, *map(len, images)])
     named = [(f"{item.id}-{i}", image) for item, mine in zip(batch, images, strict=True) for i, image in enumerate(mine)]
-    alone = extractor.images(named)
+    alone = extractor.behind(named, [None] * len(named), extractor.sources)
+    vision = prepare_images(models["value"], [image for _, image in named], [name for name, _ in named])  # both models read the same
     features = [{f"alone.{name}" if name.startswith("value.") else name: tokens for name, tokens in each.features.items()} for each in alone]
     answers: list[list[Answer]] = []
     for family, mlm in models.items():
-        with SessionBatch(mlm, images) as session:
+        with SessionBatch(mlm, images, vision=vision) as session:
             for row, in_prompt in enumerate(session.image_values()):
                 for place, (values, layout) in enumerate(zip(in_prompt, session.layouts[row], strict=True), places[row]):
                     read = values[:, :, torch.from_numpy(image_tokens(layout)).to(values.device)]  # (L, G, N, D) of the tokens that tasks read

@@ -73,11 +73,10 @@ def run_prefixes(readout: PrefixReadout, parts: Parts | None = None, progress: b
 
 
 def _values(readout: PrefixReadout, sample: Any, prefixes: Prefixes) -> list:
-    """Per source the columns of a sample. All families in a row: the vision tower sees the image once."""
+    """Per source the columns of a sample; the vision tower sees the image once."""
     item, mask = (getattr(sample, "image_id", sample.id), sample.image), np.asarray(sample.mask)  # read once: both may be files
     found: list = []
-    for family in readout.families:
-        image, values = readout.read(item, prefixes, family)
+    for family, image, values in readout.read(item, prefixes, readout.families):
         if family == "none":
             plain, shares = values, token_means(image.layout, readout.objects(mask)[..., None])[:, 0]
         distances = moved(values, plain, shares) if family in CONDITIONS else [(NOWHERE, NOWHERE)] * len(values)
@@ -107,8 +106,7 @@ def prefix_picture(readout: ReferringPrefix, table: ScoreTable, layer: int) -> d
     prefixes = readout.prefixes(sample)
     place, item, mask = list(readout.extractor.layers).index(layer), (sample.image_id, sample.image), np.asarray(sample.mask)
     maps, ious = {}, {}
-    for condition in FEWER:
-        image, values = readout.read(item, prefixes, condition)
+    for condition, image, values in readout.read(item, prefixes, FEWER):
         scores = readout.scores(sample, values, condition)[place]
         maps[condition] = to_grid(image.layout, scores.cpu().numpy()).round(4).tolist()
         ious[condition] = readout.score(sample, mask, values, image, condition)[place][IOU]

@@ -7,7 +7,7 @@ of each layer into a few numbers (`columns`), for each of its families:
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -67,13 +67,17 @@ class PrefixReadout(ABC):
         """(H, W) bool: the pixels of objects in a mask, for how far values move there."""
         return (mask > 0) & (mask != VOID)
 
-    def read(self, item: Item, prefixes: Prefixes, family: str) -> tuple[ImageFeatures, torch.Tensor]:
-        """Features of an image behind the prefix of a family, and its values there, (L, N, C)."""
-        prefix = prefixes["none" if family == UNTRAINED else family.removeprefix(UNCENTRED)]
-        control = prefix is None and UNTRAINED in self.families  # the two models together: an image is prepared once
-        sources = {kind: [f"{kind}value.{layer}" for layer in self.extractor.layers] for kind in ("", *[f"{UNTRAINED}."] * control)}
-        image = self.extractor.images([item], prefix, sum(sources.values(), []))[0]
-        return image, image.stack(sources[f"{UNTRAINED}." if family == UNTRAINED else ""])
+    def read(self, item: Item, prefixes: Prefixes, families: Sequence[str]) -> Iterator[tuple[str, ImageFeatures, torch.Tensor]]:
+        """Of an image each family, the image's features behind its prefix, and its values there, (L, N, C)."""
+        texts = {each: prefixes["none" if each == UNTRAINED else each.removeprefix(UNCENTRED)] for each in families}
+        values, control = ([f"{kind}value.{layer}" for layer in self.extractor.layers] for kind in ("", f"{UNTRAINED}."))
+        found: dict[str | None, ImageFeatures] = {}
+        if None in texts.values():  # the two models together: an image is prepared once
+            found[None] = self.extractor.images([item], None, values + control * (UNTRAINED in self.families))[0]
+        behind = list(dict.fromkeys(filter(None, texts.values())))
+        found |= zip(behind, self.extractor.behind([item] * len(behind), behind, values), strict=True)
+        for family, text in texts.items():
+            yield family, found[text], found[text].stack(control if family == UNTRAINED else values)
 
     def texts(self, names: Sequence[str], family: str) -> torch.Tensor:
         """(L, K, C) vectors of K texts for the values of a family."""
@@ -150,9 +154,10 @@ class DomainPrefix(PrefixReadout):
     def fit(self) -> None:
         if self.readout != "probe":
             return
+        values = [f"value.{layer}" for layer in self.extractor.layers]
         chosen = [(image, prefixes) for image in self.train if (prefixes := self.prefixes(image)) is not None]
         for condition in self.families:
-            found = [self.read((image.id, image.image), prefixes, condition)[0] for image, prefixes in chosen]
+            found = self.extractor.behind([(image.id, image.image) for image, _ in chosen], [prefixes[condition] for _, prefixes in chosen], values)
             labels = np.concatenate([one.layout.token_labels(image.mask)[0] for one, (image, _) in zip(found, chosen, strict=True)])
             self._seen = np.unique(labels[labels >= 0])
             if len(self._seen) < 2:
@@ -161,7 +166,7 @@ class DomainPrefix(PrefixReadout):
             if condition == CONDITIONS[0] and absent:
                 log.warning("%s: no training token shows %s; the probe never says so", self.name, ", ".join(absent))
             y = torch.from_numpy(np.where(labels < 0, -1, np.searchsorted(self._seen, labels)))
-            probes, values = [], [f"value.{layer}" for layer in self.extractor.layers]
+            probes = []
             for names in found[0].by_width(values, rows=len(labels)):
                 features = torch.cat([one.stack(names) for one in found], dim=1)
                 weight = (y >= 0).to(features.device)
