@@ -25,11 +25,12 @@ from kvutils.errors import KVUtilsError, ParameterError, at_least, of_kind
 
 DIRECTIONS = 4  # preconditioned gradient and the last three steps; more gained nothing measurable
 REFRESH = 5  # iterations between preconditioners: separable data leave the curvature at zero far behind
-ROWS_PER_CHANNEL = 3  # rows that enter a preconditioner: it need not be exact, and it costs in proportion
+ROWS = 400  # that enter a preconditioner, and one per channel in the first, but at most three: it need not be exact and costs in proportion
 PRECONDITION_UP_TO = 1536  # channels; beyond, a C x C factorisation costs more than the iterations it saves
 # Bytes of features solved in one batch. On a CPU they should stay in the last-level cache between iterations; on a GPU the
 # limit only leaves memory to the model.
 CHUNK_BYTES = {"cpu": 6 * 2**20, "cuda": 4 * 2**30}
+CACHE_BYTES = 2**19  # of features standardised together: they stay in the second-level cache
 
 
 class ConvergenceError(KVUtilsError):
@@ -132,6 +133,7 @@ def fit_linear_probe(X: Tensor, y: Tensor, num_classes: int = 2, strength: float
             raise ParameterError("fit_linear_probe: expected finite sample weights >= 0; use 0 to exclude a row")
         keep = s > 0
         y = torch.where(keep, y, y.new_zeros(()))
+        keep = None if keep.all() else keep  # most often no row is void
     if y.min() < 0 or y.max() >= num_classes:
         raise ParameterError(f"fit_linear_probe: expected labels 0..{num_classes - 1}, found {int(y.min())}..{int(y.max())}; "
                              "give void rows sample weight 0")
@@ -157,25 +159,29 @@ def fit_linear_probe(X: Tensor, y: Tensor, num_classes: int = 2, strength: float
 
 
 def _standardise(X: Tensor, keep: Tensor | None, dtype: torch.dtype, first: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Standardised rows with a column of ones (S, N, C+1), mean and std (S, C); X (S, N, C), keep (S, N) bool or None. One source
-    at a time: passes over one source stay in the cache and need little scratch space, where passes over all sources would cost as
-    much as the optimisation."""
+    """Standardised rows with a column of ones (S, N, C+1), mean and std (S, C); X (S, N, C), keep (S, N) bool or None. Few sources
+    at a time: passes over them stay in the cache and need little scratch space, where passes over all sources would cost as much as
+    the optimisation."""
     S, N, C = X.shape
     A, mean, std = (X.new_empty(shape, dtype=dtype) for shape in ((S, N, C + 1), (S, C), (S, C)))
-    scratch, share, eps = A.new_empty(N, C), A.new_full((1, N), 1 / N), torch.finfo(dtype).eps
-    for i, (rows, out) in enumerate(zip(X, A, strict=True)):
-        rows, centred = rows.to(dtype), out[:, :C]
+    few, eps = max(1, CACHE_BYTES // (N * C * dtype.itemsize)), torch.finfo(dtype).eps
+    share, scratch = A.new_full((S, 1, N), 1 / N), A.new_empty(min(S, few), N, C)
+    if keep is not None:
+        share = (keep / keep.sum(1, keepdim=True)).to(dtype).unsqueeze(1)
+    for some in (slice(i, min(i + few, S)) for i in range(0, S, few)):
+        rows, out = X[some].to(dtype), A[some]
         if keep is not None:  # by filling: NaN in padding would survive a multiplication by zero
-            rows = rows.masked_fill(~keep[i].unsqueeze(-1), 0)
-            share = (keep[i] / keep[i].sum()).to(dtype).unsqueeze(0)
-        torch.sub(rows, torch.mm(share, rows, out=mean[i : i + 1]), out=centred)
-        deviation = (share @ torch.mul(centred, centred, out=scratch))[0].sqrt_()
+            rows = rows.masked_fill(~keep[some].unsqueeze(-1), 0)
+        centre, centred = share[some] @ rows, out[..., :C]
+        torch.sub(rows, centre, out=centred)
+        deviation = (share[some] @ torch.mul(centred, centred, out=scratch[: len(out)])).sqrt_()
         # The spread of a constant feature is rounding error, which must not be blown up to unit variance.
-        std[i] = deviation.masked_fill_(deviation <= 10 * eps * mean[i].abs(), 1)
-        centred.div_(std[i])
-        out[:, C] = 1
+        deviation.masked_fill_(deviation <= 10 * eps * centre.abs(), 1)
+        centred.div_(deviation)
+        out[..., C] = 1
         if keep is not None:
-            out.mul_(keep[i].unsqueeze(-1))
+            out.mul_(keep[some].unsqueeze(-1))
+        mean[some], std[some] = centre[:, 0], deviation[:, 0]
     bad = ~torch.isfinite(std).all(-1)  # a NaN or Inf in any row ends up here: this saves a pass over X
     if bad.any():
         raise ParameterError("fit_linear_probe: expected finite features, found NaN, Inf or an overflow in source "
@@ -203,11 +209,14 @@ def _fit_chunk(X: Tensor, onehot: Tensor, s: Tensor, keep: Tensor | None, streng
     for iteration in range(max_iter + 1):
         gradient = model.residual(state) @ A + ridge * point[..., :P]
         converged = gradient.square().sum((1, 2)) * (strength / 2) <= tol * loss
-        if iteration == max_iter or converged.all():
+        todo = (~converged).nonzero().flatten()
+        if iteration == max_iter or not len(todo):
             break
-        iterations += ~converged
+        iterations[todo] += 1
         if iteration % REFRESH == 0 and P <= PRECONDITION_UP_TO:
-            factor = _factorise(A, model.row_curvature(state), ridge, evenly=iteration == 0)
+            some = torch.arange(S, device=A.device) if factor is None else todo
+            renewed = _factorise(A, model.row_curvature(state)[some], ridge, some, evenly=iteration == 0)
+            factor = renewed if factor is None else factor.index_copy_(0, some, renewed)
         direction = gradient if factor is None else torch.cholesky_solve(gradient.mT, factor).mT
         plane[:, 0, :, :P] = direction
         plane[:, 0, :, P:] = direction @ A.mT
@@ -234,20 +243,20 @@ def _fit_chunk(X: Tensor, onehot: Tensor, s: Tensor, keep: Tensor | None, streng
     return weight, bias, mean, std, converged, iterations, loss
 
 
-def _factorise(A: Tensor, curvature: Tensor, ridge: Tensor, evenly: bool) -> Tensor:
-    """Cholesky factor (S, P, P) of about A' diag(curvature) A + diag(ridge); A (S, N, P), curvature (S, N). Only some rows enter:
-    every n-th while all have about the same curvature (evenly), else those with most of it, for late in the optimisation a few
-    rows near the boundary carry nearly all."""
+def _factorise(A: Tensor, curvature: Tensor, ridge: Tensor, some: Tensor, evenly: bool) -> Tensor:
+    """Cholesky factors (T, P, P) of about A' diag(curvature) A + diag(ridge) for the sources `some` (T,) of A (S, N, P); curvature (T, N).
+    Only some rows enter: every n-th while all have about the same curvature (evenly), else those with most of it, for late in the
+    optimisation a few rows near the boundary carry nearly all."""
     S, N, P = A.shape
-    count, index = min(N, ROWS_PER_CHANNEL * P), None
+    count = min(N, 3 * P, ROWS + evenly * P)
     if evenly:
-        A, curvature = A[:, :: N // count], curvature[:, :: N // count] * (N // count)
-    elif count < N:
+        index = torch.arange(0, N, N // count, device=A.device).expand(len(some), -1)
+        curvature = curvature[:, :: N // count] * (N // count)
+    else:
         curvature, index = curvature.topk(count, dim=1, sorted=False)
-    H = A.new_empty(S, P, P)
-    for i, rows in enumerate(A):
-        rows = rows if index is None else rows[index[i]]
-        torch.mm(rows.mT, rows * curvature[i].unsqueeze(-1), out=H[i])
+    rows = A.view(S * N, P).index_select(0, (index + N * some.unsqueeze(1)).flatten()).view(len(some), -1, P)
+    rows.mul_(curvature.clamp_min(0).sqrt_().unsqueeze(-1))  # rounding can leave a curvature of -0.0000001
+    H = rows.mT @ rows
     diagonal = H.diagonal(dim1=1, dim2=2)
     # The floor keeps the factorisation safe when features are collinear and hardly penalised. It changes the
     # path to the minimum, never the minimum.

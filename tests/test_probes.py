@@ -144,6 +144,14 @@ def test_constant_collinear_and_outlier_features():
     assert torch.isfinite(probe.logits(X)).all()
 
 
+def test_a_source_that_has_nothing_to_learn_harms_neither_itself_nor_its_neighbours():
+    X, y = make_episode(S=3, N=200, C=8)
+    labels = torch.arange(200) % 2
+    probe = fit_linear_probe(torch.cat([X, torch.ones(1, 200, 8)]), labels)  # its gradient is 0 from the start
+    assert int(probe.iterations[3]) == 0 and probe.converged.all() and (probe.weight[3] == 0).all()
+    torch.testing.assert_close(probe.weight[:3], fit_linear_probe(X, labels).weight, rtol=1e-3, atol=1e-3)
+
+
 def test_a_class_without_rows_is_never_predicted():
     X, y = make_episode(S=2, N=200, C=8, K=3)
     probe = fit_linear_probe(X, torch.where(y == 2, 3, y), 4).require_converged()
