@@ -46,6 +46,19 @@ def test_help_names_every_verb_and_is_light():
     assert not {"torch", "transformers", "numpy"} & {line.split("|")[-1].strip() for line in shown.stderr.splitlines()}
 
 
+@pytest.mark.parametrize("verb", ["probe", "check"])
+def test_a_folder_that_is_not_there_is_said_before_torch_is_loaded(verb):
+    shown = shell("-X", "importtime", "-m", "kvutils", verb, "nowhere")
+    assert shown.returncode == 2 and "error: nowhere: expected a folder, found nothing" in shown.stderr
+    assert not {"torch", "transformers", "numpy"} & {line.split("|")[-1].strip() for line in shown.stderr.splitlines()}
+
+
+def test_capture_loads_nothing_that_it_does_not_need():
+    loaded = shell("-X", "importtime", "-c", "import kvutils; kvutils.capture").stderr
+    names = {line.split("|")[-1].strip() for line in loaded.splitlines()}
+    assert "torch" in names and not {"datasets", "sklearn", "matplotlib", "pandas", "pyarrow", "IPython"} & names
+
+
 @pytest.mark.parametrize(("arguments", "said"), [
     (["replicat"], "unknown verb 'replicat' (did you mean 'replicate'?); expected one of capture, "),
     (["plan", "--notebooks", "07"], "unknown notebook '07'"),

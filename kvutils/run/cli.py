@@ -3,6 +3,7 @@ something failed, or is stale (`report --check`); 2 the command cannot be done a
 but something is left to do by hand (`data`); 130 stopped by Ctrl-C."""
 
 import argparse
+import gc
 import json
 import os
 import re
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     os.environ.update({name: str(folder) for name in FOLDERS if (folder := named_folder(name))})
+    gc.set_threshold(50_000, 20, 20)  # importing torch and transformers makes a million objects and no garbage
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?" for a dash
@@ -142,6 +144,9 @@ def parser() -> argparse.ArgumentParser:
 
 def run(chosen: argparse.Namespace) -> int:
     """What the command line chose; each verb imports only what it needs."""
+    for folder in map(Path, [chosen.folder] if chosen.verb == "probe" else chosen.folders if chosen.verb == "check" else []):
+        if not folder.is_dir():  # said before torch is loaded
+            raise errors.DataError(f"{folder}: expected a folder, found {'a file' if folder.exists() else 'nothing'}")
     if chosen.verb in ("capture", "probe", "replicate", "figures", "plan"):  # a misspelt name is said at once, and a hub that cannot be reached
         from kvutils.checkpoints import find_model, need_model
         spec = find_model(chosen.model)

@@ -1,7 +1,7 @@
 """What a run of the notebooks needs, and what of it is there: data, gigabytes, memory, hours.
 
 Nothing is downloaded and no checkpoint is loaded. Hours come from a rehearsal of the model alone (`make rehearse`, which measures whole
-items; that of llava-onevision-0.5b is shipped): the host's seconds as rehearsed, the models' passes as measured on this GPU or by
+items; those of two models are shipped): the host's seconds as rehearsed, the models' passes as measured on this GPU or by
 arithmetic on a stated one (data/sizes.yaml says how much each size reads, and how fast GPUs are)."""
 
 import os
