@@ -1,6 +1,7 @@
 """`import kvutils as kv`: light, complete, and what it shows of an object fits a cell's output."""
 
 import doctest
+import os
 import re
 import subprocess
 import sys
@@ -17,9 +18,12 @@ from kvutils.readout.features import FeatureExtractor
 HEAVY = ("torch", "transformers", "numpy", "PIL", "matplotlib")
 
 
-def test_the_import_is_light():
-    code = f"import kvutils, sys; print([name for name in {HEAVY} if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+@pytest.mark.parametrize(("given", "found"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_the_import_is_light_and_says_how_threads_wait(monkeypatch, given, found):
+    code = f"import kvutils, os, sys; print([name for name in {HEAVY} if name in sys.modules], os.environ['OMP_WAIT_POLICY'])"
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, **given}).stdout
+    assert told == f"[] {found}\n"
 
 
 def test_the_docstring_tells_every_name_and_each_is_there():

@@ -13,6 +13,7 @@ from unittest.mock import Mock
 import nbformat
 import psutil
 import pytest
+import torch
 
 from kvutils import plots
 from kvutils.errors import DataError, ParameterError
@@ -329,6 +330,20 @@ def test_places_do_not_depend_on_the_working_directory(tmp_path, monkeypatch):
     assert notebook.Run("01", "paper", "/a/b/mine").folder.name == "mine"
     monkeypatch.setenv("KVUTILS_OUT", str(tmp_path))
     assert run.figures == tmp_path / "figures"
+
+
+@pytest.mark.parametrize(("model", "given", "threads"), [("pocket", {}, 1), ("pocket", {"OMP_NUM_THREADS": "2"}, 2), ("llava-onevision-7b", {}, 2)])
+def test_a_notebook_takes_one_thread_for_the_pocket_model(monkeypatch, model, given, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        Run("01_value_flow", model=model)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_environment_is_said_without_what_differs_between_two_machines(capsys, monkeypatch):

@@ -295,3 +295,5 @@ def test_the_time_that_parts_took_is_kept_with_them(tmp_path):
     first, second = Parts(tmp_path), Parts(tmp_path)
     assert list(first.make_all([("a", slow), ("b", slow)])) == [1, 1] and list(second.make_all([("b", None), ("a", None), ("b", None)])) == [1, 1, 1]
     assert first.seconds == second.seconds and all(0.02 <= each < 5 for each in first.seconds.values()) and first.seconds.keys() == {"a", "b"}
+    (third := Parts(tmp_path, "another notebook")).load("a")
+    assert third.seconds == {}  # what several read is counted once
