@@ -78,6 +78,8 @@ def plain(value: object, digits: int | None = None, where: str = "the value") ->
             raise StoreError(f"{where} has keys other than strings and integers: {list(value)!r}")
         return {str(key): plain(item, digits, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
+        if not digits and {*map(type, value)} == {float} and all(map(math.isfinite, value)):
+            return list(value)  # long ones at once
         return [plain(item, digits, f"{where}[{i}]") for i, item in enumerate(value)]
     raise StoreError(f"{where} is a {type(value).__name__}, which JSON cannot hold: {value!r}")
 
@@ -224,7 +226,8 @@ class Parts:
             # A copy of its own for each: safetensors refuses views that share memory.
             options = {"device": "cpu", "copy": True, "memory_format": torch.contiguous_format}
             tensors, value = {name: item.detach().to(**options) for name, item in value.items()}, None
-        about = to_json({"value": value, "sha256": _checksum(tensors, value), "seconds": round(seconds, 3), "by": self.by}, indent=None)
+        text = to_json(value, indent=None)  # as a text, which is the same when it is read and checked
+        about = to_json({"value": text, "sha256": _checksum(tensors, text), "seconds": round(seconds, 3), "by": self.by}, indent=None)
         with atomic(self.path(key)) as temporary:
             save_file(tensors, temporary, {"kvutils": about})  # one entry: safetensors writes several in no fixed order
 
@@ -232,12 +235,9 @@ class Parts:
         """What was saved under `key`; `StoreError` if it is not finished."""
         if (found := self._read(key)) is None:
             raise StoreError(f"part {key!r} is not finished in {self.folder}: compute and save it first.")
-        value, seconds, by = found
-        if by == self.by:
-            self.seconds[key] = seconds
-        return value
+        return found[0]
 
-    def _read(self, key: str) -> tuple[object, float, str] | None:
+    def _read(self, key: str) -> tuple[object] | None:
         if not (path := self.path(key)).exists():
             return None
         try:
@@ -246,7 +246,9 @@ class Parts:
             about, tensors = json.loads(header["__metadata__"]["kvutils"]), load(content)
             if about["sha256"] != _checksum(tensors, about["value"]):
                 raise ValueError("its content does not match its checksum")
-            return tensors or about["value"], about["seconds"], about["by"]
+            if about["by"] == self.by:
+                self.seconds[key] = about["seconds"]
+            return (tensors or json.loads(about["value"]),)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             log.warning("%s is damaged (%s): treated as missing, made again", path, error)
             return None
@@ -259,12 +261,12 @@ class Parts:
         ahead = 0  # everything before it was finished or somebody's when it was last looked at
         for place, (key, compute) in enumerate(jobs):
             ahead = max(ahead, place + 1)
-            while not (self.finished(key) or self._claims(key, compute)):
+            while (found := self._read(key)) is None and not self._claims(key, compute):
                 while ahead < len(jobs) and not self._claims(*jobs[ahead]):
                     ahead += 1
                 if ahead == len(jobs):
                     time.sleep(WAIT)
-            yield self.load(key)
+            yield self.load(key) if found is None else found[0]
 
     def _claims(self, key: str, compute: Callable[[], object]) -> bool:
         """Compute and save a part that is neither finished nor another process's; whether that was done."""
