@@ -240,7 +240,7 @@ def elsewhere(root) -> tuple[str, dict]:
 
 
 @pytest.mark.slow
-def test_accelerate_launch_shares_the_parts_and_writes_once(root, processes=3):
+def test_accelerate_launch_shares_the_parts_and_writes_once(root, processes=2):
     """A real `accelerate launch` (its processes find no GPU, and do without): each runs the notebook, the first writes."""
     write_book(root / STUB, SHARED)
     script, environment = elsewhere(root)
