@@ -131,35 +131,33 @@ class SessionBatch(contextlib.AbstractContextManager):
         scores alone, with options. block: image keys hidden from queries="after" (what follows the last image; the cached image
         is used) or from "all" (image tokens too: the prompt is read anew under the block). Raises ParameterError, and what
         `block_keys` raises."""
-        prefix = self._open()
-        if block is not None and queries == "all":
-            # Later tokens never change earlier ones, so a full blocked prefill is this and what follows it.
-            with block_keys(self.mlm, block, self.slots, queries):
-                prefix = prefill(self.mlm, self._embeddings, self._text)
-        return self._under(prefix, {"": block}, questions, options, max_new_tokens, queries)[""]
+        return self.answer_under({"": block}, questions, options, max_new_tokens, queries)[""]
 
     @torch.no_grad()
     def answer_under(self, blocks: Mapping[str, KeySelection | None], questions: Sequence[Sequence[str]],
-                     options: Options | Sequence[Sequence[Options]] | None = None,
-                     max_new_tokens: int = MAX_NEW_TOKENS) -> dict[str, list[list[Answer]]]:  # fmt: skip
+                     options: Options | Sequence[Sequence[Options]] | None = None, max_new_tokens: int = MAX_NEW_TOKENS,
+                     queries: str = "after") -> dict[str, list[list[Answer]]]:  # fmt: skip
         """What `answer` gives under each of several blocks; the layers before the first in which one hides a key are run once for all."""
-        return self._under(self._open(), blocks, questions, options, max_new_tokens, "after")
-
-    def _under(self, prefix: Prefix, blocks: Mapping[str, KeySelection | None], questions, options, max_new_tokens: int,
-               queries: str) -> dict[str, list[list[Answer]]]:  # fmt: skip
+        prefix, ends = self._open(), end_tokens(self.mlm)
         at_least("max_new_tokens (or 0 with options)", max_new_tokens, 1 if options is None else 0)
-        asked, ends, shared = self._asked(questions, options), end_tokens(self.mlm), len(blocks) > 1
-        slots = self.slots if any(blocks.values()) else None
-        starts = {name: _first_layer(self.mlm, block) if block else 0 for name, block in blocks.items()} if shared else {}
+        groups = _portions(self._asked(questions, options))
+        shared, slots = len(blocks) > 1 and queries == "after", self.slots if any(blocks.values()) else None
+        starts = {name: min([layer for layer, mask in zip(block.layers, block.mask, strict=True) if mask.any()] + [self.mlm.num_layers - 1])
+                  for name, block in blocks.items() if block and shared}  # fmt: skip
+        plain = [Continuation(self.mlm, prefix, starts.values()) for _ in groups]
         found: dict[str, list[list[Answer]]] = {name: [[] for _ in self._layouts] for name in blocks}
         texts: dict[tuple[int, ...], str] = {}
-        for some in _portions(asked):
-            plain = Continuation(self.mlm, prefix, starts.values())
-            for name, block in blocks.items():
-                within = partial(block_keys, self.mlm, block, slots, queries)
-                state = plain if block is None else Continuation(self.mlm, prefix, (), plain if shared else None, starts.get(name, 0), within)
-                some = _answer_together(state, some, max_new_tokens, ends)
-                for one in some:
+        for name, block in blocks.items():
+            within = partial(block_keys, self.mlm, block, slots, queries)
+            if block and queries == "all":
+                # Later tokens never change earlier ones, so a full blocked prefill is this and what follows it.
+                with within():
+                    prefix = prefill(self.mlm, self._embeddings, self._text)
+            for number, some in enumerate(groups):
+                like = plain[number] if shared else None
+                state = Continuation(self.mlm, prefix, (), like, starts.get(name, 0), within) if block else plain[number]
+                groups[number] = _answer_together(state, some, max_new_tokens, ends)
+                for one in groups[number]:
                     if (tokens := tuple(one.tokens)) not in texts:
                         texts[tokens] = self.mlm.tokenizer.decode(tokens, skip_special_tokens=True).strip()
                     found[name][one.row].append(Answer(one.question, texts[tokens], tokens, one.complete, one.scores))
@@ -259,7 +257,7 @@ class _Asked:
     scores: dict[str, float] = field(default_factory=dict)
 
 
-def _portions(asked: Sequence[_Asked]) -> Iterator[list[_Asked]]:
+def _portions(asked: Sequence[_Asked]) -> list[list[_Asked]]:
     """The questions in groups that put at most about `_TOKENS_AT_ONCE` tokens behind a row's prefix at once."""
     used: dict[int, int] = {}
     groups: dict[int, list[_Asked]] = {}
@@ -267,17 +265,12 @@ def _portions(asked: Sequence[_Asked]) -> Iterator[list[_Asked]]:
         size = len(one.ids) + sum(len(ids) - 1 for spelled in one.options.values() for ids in spelled)
         used[one.row] = used.get(one.row, 0) + size
         groups.setdefault((used[one.row] - 1) // _TOKENS_AT_ONCE, []).append(one)
-    yield from groups.values()
-
-
-def _first_layer(mlm: MLM, block: KeySelection) -> int:
-    """The first layer in which a key is hidden; the last where none is."""
-    return min([layer for layer, mask in zip(block.layers, block.mask, strict=True) if mask.any()] + [mlm.num_layers - 1])
+    return list(groups.values())
 
 
 def _answer_together(state: Continuation, asked: Sequence[_Asked], max_new_tokens: int, ends: set[int]) -> list[_Asked]:
-    """The questions with their results: one pass for all of them and their longer options, then one per token. An answer that they have
-    from before, under another block, is read ahead: as far as it is given again, no further pass is needed."""
+    """The questions with their results: one pass for all of them and their longer options, then one per token. The answer they have from
+    before, under another block, is read ahead: as far as it is given again, that needs no further pass."""
     ahead = [(one.row, one.ids + ids[:-1]) for one in asked for texts in one.options.values() for ids in texts if len(ids) > 1]
     state.extend([*ahead, *((one.row, one.ids + one.tokens) for one in asked)])
     asked = [replace(one, tokens=[], scores={}) for one in asked]
@@ -290,25 +283,20 @@ def _answer_together(state: Continuation, asked: Sequence[_Asked], max_new_token
 
 
 def _score(state: Continuation, asked: Sequence[_Asked], logits: torch.Tensor) -> None:
-    """Sum the log-probabilities of each spelling's tokens; spellings of one label add their probabilities. First tokens are read
-    from `logits`."""
-    labels = [(one, label) for one in asked for label in one.options]
-    counts = [len(one.options[label]) for one, label in labels]
+    """Sum the log-probabilities of each spelling's tokens, the first by `logits`; spellings of one label add their probabilities."""
+    labels = [(one, label, len(texts)) for one in asked for label, texts in one.options.items()]
     spelled = [(owner, ids) for owner, one in enumerate(asked) for texts in one.options.values() for ids in texts]
-    owners, first = torch.tensor([(owner, ids[0]) for owner, ids in spelled], device=logits.device).T
-    scores = logits.log_softmax(-1)[owners, first].tolist()
-    longer = [(place, asked[owner], ids, end) for place, (owner, ids) in enumerate(spelled) for end in range(1, len(ids))]
-    if longer:
+    scores = logits.log_softmax(-1)[torch.tensor([(owner, ids[0]) for owner, ids in spelled], device=logits.device).unbind(1)].tolist()
+    if longer := [(place, asked[owner], ids, end) for place, (owner, ids) in enumerate(spelled) for end in range(1, len(ids))]:
         hidden = state.extend([(one.row, one.ids + ids[:end]) for _, one, ids, end in longer])
-        targets = torch.tensor([ids[end] for _, _, ids, end in longer])
-        rest: list[float] = []
-        for part, wanted in zip(hidden.split(_LOGITS_AT_ONCE), targets.split(_LOGITS_AT_ONCE), strict=True):
+        for first in range(0, len(longer), _LOGITS_AT_ONCE):
+            some, part = (each[first : first + _LOGITS_AT_ONCE] for each in (longer, hidden))
             found = state.logits(part).log_softmax(-1)
-            rest += found.gather(1, wanted.to(found.device)[:, None])[:, 0].tolist()
-        for (place, *_), score in zip(longer, rest, strict=True):
-            scores[place] += score
-    sums = np.logaddexp.reduceat(scores, np.cumsum([0, *counts[:-1]]))
-    for (one, label), score in zip(labels, sums.tolist(), strict=True):
+            wanted = torch.tensor([[ids[end]] for *_, ids, end in some], device=found.device)
+            for (place, *_), (score,) in zip(some, found.gather(1, wanted).tolist(), strict=True):
+                scores[place] += score
+    sums = np.logaddexp.reduceat(scores, np.cumsum([0, *(count for *_, count in labels[:-1])]))
+    for (one, label, _), score in zip(labels, sums.tolist(), strict=True):
         one.scores[label] = score
 
 

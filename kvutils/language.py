@@ -108,11 +108,9 @@ def prefill(mlm: MLM, embeddings: torch.Tensor, text: TextInputs) -> Prefix:
 
 
 class Continuation:
-    """Texts after a `Prefix`, in any number of forward passes. Texts of one row that begin alike share the tokens with which they begin: each
-    is computed once, and sees the prefix and the tokens that lead to it. The prefix is neither changed nor copied.
-
-    keep: layers whose inputs are kept for continuations that differ from this one only from such a layer on: like, start. within: a
-    context in which the passes run, such as `block_keys`."""
+    """Texts after a `Prefix`, in any number of forward passes. Where texts of one row begin alike, each token is computed once: it sees the
+    prefix and the tokens that lead to it. The prefix is neither changed nor copied. keep: layers whose inputs are kept for continuations
+    that are `like` this one before their layer `start`. within: a context of the passes, such as `block_keys`."""
 
     def __init__(self, mlm: MLM, prefix: Prefix, keep: Iterable[int] = (), like: Continuation | None = None, start: int = 0,
                  within: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext):  # fmt: skip
@@ -124,8 +122,7 @@ class Continuation:
         self.states: dict[int, torch.Tensor] = {}  # (B, T, C) of all columns: what enters the layers of `keep`, and what leaves the last
 
     def extend(self, texts: Sequence[tuple[int, Sequence[int]]]) -> torch.Tensor:
-        """(texts, C) the last hidden state of the last token of each text: (row, ids) with all ids behind the prefix, of which those that
-        have been read are not read again."""
+        """(texts, C) the last hidden state of the last token of each text (row, ids): all ids behind the prefix, also those read before."""
         if self.like:
             self.like.extend(texts)
         new: list[list[tuple[int, int, int]]] = [[] for _ in self.columns]  # id, column before, column in `like`
@@ -147,26 +144,25 @@ class Continuation:
     def _read(self, new: Sequence[Sequence[tuple[int, int, int]]]) -> None:
         """One pass over the new tokens of every row; shorter rows are padded on the right."""
         first, longest, device = self.paths.shape[1], max(map(len, new)), self.prefix.mask.device
-        table = np.zeros((len(new), longest, 3), dtype=np.int64)  # id, how far behind the prefix, column in `like`
+        table = np.zeros((len(new), longest, 2), dtype=np.int64)  # id, column in `like`
         self.paths = np.pad(self.paths, ((0, 0), (0, longest), (0, longest)))
         for row, tokens in enumerate(new):
             for column, (token, before, other) in enumerate(tokens, first):
                 if before >= 0:
                     self.paths[row, column] = self.paths[row, before]
-                table[row, column - first] = token, self.paths[row, column].sum(), other
+                table[row, column - first] = token, other
                 self.paths[row, column, column] = True
-        ids, offsets, others = torch.from_numpy(table).to(device).unbind(-1)
-        seen = torch.from_numpy(self.paths[:, first:]).to(device)
+        (ids, others), seen = torch.from_numpy(table).to(device).unbind(-1), torch.from_numpy(self.paths[:, first:]).to(device)
+        positions = self.prefix.next_position[:, None] + (seen.sum(-1) - 1).clamp(min=0)  # padding leads nowhere
         seen = torch.cat([self.prefix.mask[:, None].expand(-1, longest, -1), seen], dim=-1).unsqueeze(1)  # (B, 1, S, T)
         if self.like:
             inputs = self.like.states[self.start][torch.arange(len(new), device=device)[:, None], others]
         else:
             inputs = self.mlm.model.get_input_embeddings()(ids)
-        # Added to the scores, as eager attention does; of a bool mask sdpa makes this one in every layer anew.
+        # Of a bool mask sdpa would make this one in every layer anew.
         mask = torch.zeros_like(seen, dtype=inputs.dtype).masked_fill(~seen, torch.finfo(inputs.dtype).min)
-        positions = self.prefix.next_position[:, None] + offsets
         positions = positions.expand(3, -1, -1) if self.mlm.family == QWEN else positions
-        language_model, layers = self.mlm.model.model.language_model, self.mlm.model.model.language_model.layers
+        layers = (language_model := self.mlm.model.model.language_model).layers
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.within())
             for layer in self.keep:
@@ -199,14 +195,12 @@ class Continuation:
 
 
 class _Behind(DynamicLayer):
-    """A layer's keys and values (B, G, T, D) behind those of a prefix, which it shares with others: what attention sees is put together
-    anew in every pass."""
+    """A layer's keys and values (B, G, T, D) behind those of a prefix that others share, with which each pass puts them together."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor):
         super().__init__()
-        self.prefix = keys, values
         self.lazy_initialization(keys, values)
-        self.keys, self.values = keys[:, :, :0], values[:, :, :0]
+        self.prefix, self.keys, self.values = (keys, values), keys[:, :, :0], values[:, :, :0]
 
     def update(self, key_states, value_states, *args, **kwargs):
         return tuple(torch.cat(each, dim=-2) for each in zip(self.prefix, super().update(key_states, value_states), strict=True))

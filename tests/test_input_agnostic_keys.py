@@ -537,14 +537,20 @@ def test_the_sweep_reports_on_the_other_half(monkeypatch):
     def answer(half, mlm, blocks, parts, **options):
         seen.append((half.images, list(blocks)))
         right, wrong = noisy(half, 0.95, 9), noisy(half, 0.6, len(seen))
-        return Answers(half, {name: right if name == best else wrong for name in blocks}, {})
+        mass = np.array([float(sample.image_id.removeprefix("im")) for sample in half.samples])
+        return Answers(half, {name: right if name == best else wrong for name in blocks}, dict.fromkeys(blocks, mass))
 
     monkeypatch.setattr(key_blocking, "ask_under_blocks", answer)
-    found = key_blocking.sweep(*key_blocking.ask_sweep(task, None, table), 6, n_boot=100)
+    whole, *halves = key_blocking.ask_sweep(task, None, table, {NONE: None, BLOCK: None})
+    found = key_blocking.sweep(*halves, 6, n_boot=100)
+    assert list(whole.texts) == [NONE, BLOCK] and [f"im{int(place)}" for place in whole.mass[BLOCK]] == [s.image_id for s in task.samples]
+    for half in halves:
+        said = {s.id: text for s, text in zip(half.task.samples, half.texts[NONE], strict=True)}
+        assert said.items() <= {s.id: text for s, text in zip(task.samples, whole.texts[NONE], strict=True)}.items()
     assert found["best"] == {"share": 0.2, "depth": 3} and found["held_out"]["low"] > 0.1 and found["depths"] == [1, 2, 3, 4, 6]
     assert np.array([[cell["mean"] for cell in row] for row in found["grid"]]).shape == (5, 5)
     (first, every), (second, one) = seen
-    assert len(every) == 26 and one == [NONE, best]
+    assert len(every) == 27 and one == [NONE, BLOCK, best]
     assert not set(first) & set(second) and len(first) + len(second) == 60 == sum(found["images"])
 
 
@@ -562,10 +568,10 @@ def tables():
 
     pope, mme = Pope(yes_no(10)), Mme(yes_no(10, ("existence", "count")))
     found = {"keys": replace(table, turned=untrained.variance), "keys_untrained": replace(untrained, mass=None), "reading": curve}
-    found |= {"pope": answers(pope, blocks), "mme": answers(mme, blocks)}
+    found["mme"] = answers(mme, blocks)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(key_blocking, "ask_under_blocks", lambda half, mlm, blocks, parts, **options: answers(half, blocks))
-        return found | dict(zip(("sweep", "sweep_held_out"), key_blocking.ask_sweep(pope, None, table), strict=True))
+        return found | dict(zip(("pope", "sweep", "sweep_held_out"), key_blocking.ask_sweep(pope, None, table, blocks), strict=True))
 
 
 PARAMETERS = {"parameters": {"model": "made up", "layers": [], "draws": 2, "bootstrap": 20, "seed": 0}}

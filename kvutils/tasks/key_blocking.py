@@ -178,16 +178,22 @@ def sweep_cells(layers: int, shares: Sequence[float] = (0.05, 0.1, 0.2, 0.35, 0.
     return {f"lowest {share:g}, last {depth} layers": (share, depth) for share in shares for depth in depths}
 
 
-def ask_sweep(task: YesNoTask, mlm: MLM, table: KeyTable, parts: Parts | None = None, seed: int = 0, **options) -> tuple[Answers, Answers]:
-    """Answers under every cell of the sweep on one half of the images, and under the cell that is best there on the other: all cells on
-    both would double the notebook's longest measurement. options: those of `ask_under_blocks`."""
+def ask_sweep(task: YesNoTask, mlm: MLM, table: KeyTable, blocks: Mapping[str, KeySelection | None], parts: Parts | None = None, seed: int = 0,
+              **options) -> tuple[Answers, Answers, Answers]:  # fmt: skip
+    """Answers under `blocks`; under every cell of the sweep on one half of the images; and under the cell that is best there on the other:
+    all cells on both would double the notebook's longest measurement. Each image is read once. options: those of `ask_under_blocks`."""
     total, chosen = len(table.variance), choosing_half([s.image_id for s in task.samples], seed)
     halves = [type(task)([s for s, c in zip(task.samples, chosen, strict=True) if c == side]) for side in (True, False)]
     cells = {name: keys.select_lowest(table.variance, table.real, share, range(total - depth, total))
              for name, (share, depth) in sweep_cells(total).items()}  # fmt: skip
-    first = ask_under_blocks(halves[0], mlm, {NONE: None} | cells, parts, **options)
-    best = _best(Scored.of(first.task, first.texts, 1, seed), cells)
-    return first, ask_under_blocks(halves[1], mlm, {NONE: None, best: cells[best]}, parts, **options)
+    first = ask_under_blocks(halves[0], mlm, {**blocks, **cells}, parts, **options)
+    sweep = first.under([NONE, *cells])
+    best = _best(Scored.of(sweep.task, sweep.texts, 1, seed), cells)
+    second = ask_under_blocks(halves[1], mlm, {**blocks, best: cells[best]}, parts, **options)
+    order = np.argsort(~chosen, kind="stable").argsort()  # where each question is among those of both halves
+    texts = {name: np.array([*first.texts[name], *second.texts[name]], dtype=object)[order].tolist() for name in blocks}
+    mass = {name: np.concatenate([first.mass[name], second.mass[name]])[order] for name in blocks}
+    return Answers(task, texts, mass), sweep, second.under([NONE, best])
 
 
 def _best(scored: Scored, cells: Iterable[str]) -> str:

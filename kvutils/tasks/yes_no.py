@@ -175,6 +175,10 @@ class Answers:
     def option_mass(self) -> dict[str, float]:
         return {name: float(np.mean(each)) for name, each in self.mass.items()}
 
+    def under(self, names: Sequence[str]) -> Self:
+        """The answers under some of the conditions."""
+        return replace(self, texts={name: self.texts[name] for name in names}, mass={name: self.mass[name] for name in names})
+
     def frame(self) -> Frame:
         """A row per question, a column per condition."""
         columns = {name: [getattr(sample, name) for sample in self.task.samples] for name in _ASKED}
