@@ -27,8 +27,7 @@ DIRECTIONS = 4  # preconditioned gradient and the last three steps; more gained 
 REFRESH = 5  # iterations between preconditioners: separable data leave the curvature at zero far behind
 ROWS = 400  # that enter a preconditioner, and one per channel in the first, but at most three: it need not be exact and costs in proportion
 PRECONDITION_UP_TO = 1536  # channels; beyond, a C x C factorisation costs more than the iterations it saves
-# Bytes of features solved in one batch. On a CPU they should stay in the last-level cache between iterations; on a GPU the
-# limit only leaves memory to the model.
+# Bytes of features solved in one batch: on a CPU they stay in the last-level cache; on a GPU this leaves memory to the model.
 CHUNK_BYTES = {"cpu": 6 * 2**20, "cuda": 4 * 2**30}
 CACHE_BYTES = 2**19  # of features standardised together: they stay in the second-level cache
 
@@ -160,14 +159,12 @@ def fit_linear_probe(X: Tensor, y: Tensor, num_classes: int = 2, strength: float
 
 def _standardise(X: Tensor, keep: Tensor | None, dtype: torch.dtype, first: int) -> tuple[Tensor, Tensor, Tensor]:
     """Standardised rows with a column of ones (S, N, C+1), mean and std (S, C); X (S, N, C), keep (S, N) bool or None. Few sources
-    at a time: passes over them stay in the cache and need little scratch space, where passes over all sources would cost as much as
-    the optimisation."""
+    at a time, which stay in the cache: passes over all of them would cost as much as the optimisation."""
     S, N, C = X.shape
     A, mean, std = (X.new_empty(shape, dtype=dtype) for shape in ((S, N, C + 1), (S, C), (S, C)))
     few, eps = max(1, CACHE_BYTES // (N * C * dtype.itemsize)), torch.finfo(dtype).eps
-    share, scratch = A.new_full((S, 1, N), 1 / N), A.new_empty(min(S, few), N, C)
-    if keep is not None:
-        share = (keep / keep.sum(1, keepdim=True)).to(dtype).unsqueeze(1)
+    scratch = A.new_empty(min(S, few), N, C)
+    share = A.new_full((S, 1, N), 1 / N) if keep is None else (keep / keep.sum(1, keepdim=True)).to(dtype).unsqueeze(1)
     for some in (slice(i, min(i + few, S)) for i in range(0, S, few)):
         rows, out = X[some].to(dtype), A[some]
         if keep is not None:  # by filling: NaN in padding would survive a multiplication by zero
@@ -198,8 +195,7 @@ def _fit_chunk(X: Tensor, onehot: Tensor, s: Tensor, keep: Tensor | None, streng
     K, eps = model.outputs, torch.finfo(A.dtype).eps
     ridge = A.new_full((P,), 1 / strength)
     ridge[-1] = 0  # the intercept
-    # Parameters (first P columns) and their logits (last N) move together and are stored together, for the
-    # current point and for the directions of the plane.
+    # Parameters (first P columns) and their logits (last N) are stored together, of the point and of the directions of the plane.
     point, plane = A.new_zeros(S, K, P + N), A.new_zeros(S, DIRECTIONS, K, P + N)
     metric = torch.empty_like(point)  # weights under which a direction's squared length is F's curvature
     metric[..., :P] = ridge
@@ -258,8 +254,7 @@ def _factorise(A: Tensor, curvature: Tensor, ridge: Tensor, some: Tensor, evenly
     rows.mul_(curvature.clamp_min(0).sqrt_().unsqueeze(-1))  # rounding can leave a curvature of -0.0000001
     H = rows.mT @ rows
     diagonal = H.diagonal(dim1=1, dim2=2)
-    # The floor keeps the factorisation safe when features are collinear and hardly penalised. It changes the
-    # path to the minimum, never the minimum.
+    # The floor makes factorising safe where features are collinear and hardly penalised; it changes the path, never the minimum.
     floor = 20 * torch.finfo(H.dtype).eps * diagonal.sum(-1, keepdim=True)
     diagonal.add_(torch.maximum(ridge, floor.clamp_min(torch.finfo(H.dtype).tiny)))
     return torch.linalg.cholesky(H)
