@@ -169,6 +169,8 @@ def load_mlm(name: str, device: str | torch.device | None = None, dtype: str | t
             model.to(device)
         elif untrained:
             dispatch_model(model, device_map)
+    if getattr(tower := getattr(model.model, "vision_tower", None), "use_head", False):
+        tower.use_head = False  # SigLIP's pooled output, which no language model reads
     mlm = replace(wrap_mlm(model, processor, spec.name), prompts=prompts)
     mlm.max_pixels = (max_pixels or QWEN_MAX_PIXELS) if mlm.family == QWEN else None
     mlm.revision = f"untrained seed {seed}" if untrained else _revision(spec)

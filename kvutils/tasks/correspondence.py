@@ -125,8 +125,8 @@ class TemporalCorrespondence(Task):
         for names in frames[0].by_width(extractor.sources, rows=len(frames[0].layout) * len(frames)):
             stacked = stack_images(frames, names).unflatten(1, (len(frames), -1))  # (S, T, N, C)
             carried, copied = propagate_labels(first, stacked, grid, N_LAST, NEAR, TOPK)
-            both = [np.concatenate(davis_sequence(result, masks), axis=1) for result in (copied, carried)]
-            scores |= {name: pair for name, *pair in zip(names, *both, strict=True)}
+            both = np.concatenate(davis_sequence(torch.stack([copied, carried], dim=1), masks), axis=2)
+            scores |= dict(zip(names, both, strict=True))
         means = {source: np.stack([one.mean(axis=1) for one in both]) for source, both in scores.items()}
         objects = len(still) // 2
         return [Row(f"{sample.id}_{i + 1}", sample.id, {s: tuple(mean[:, [i, objects + i]].ravel().tolist()) for s, mean in means.items()})
