@@ -1,12 +1,13 @@
 """The blocking experiment of section 3.2 and its controls (C6, X2): which keys are hidden, and what that changes. Every condition is a
 `KeySelection`; "family/07" is one draw of a family of random controls. One prefill of an image serves all conditions."""
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
 
 import numpy as np
+import torch
 
 from kvutils.answer import YES_NO, answer_all
 from kvutils.errors import ParameterError, at_least
@@ -15,7 +16,7 @@ from kvutils.metrics.effects import lever, measured, no_ceiling, part, prerequis
 from kvutils.metrics.statistics import Effect, choosing_half
 from kvutils.models import MLM
 from kvutils.readout import selections as keys
-from kvutils.store import Parts, digest, in_chunks
+from kvutils.store import Parts, digest, in_chunks, to_json
 from kvutils.tasks.key_statistics import agnostic
 from kvutils.tasks.key_table import KeyTable
 from kvutils.tasks.yes_no import Answers, Scored, YesNoTask
@@ -95,22 +96,29 @@ def ask_under_blocks(task: YesNoTask, mlm: MLM, blocks: Mapping[str, KeySelectio
         asked.setdefault(sample.image_id, {})[sample.question] = None
     items = [(image, list(questions)) for image, questions in asked.items()]
 
-    def compute(some: list[tuple[str, list[str]]]) -> list[dict[str, list[tuple[str, float]]]]:
+    order = sorted(blocks)  # a part does not depend on the order of the blocks
+
+    def compute(some: list[tuple[str, list[str]]]) -> dict[str, torch.Tensor]:
+        """mass and text (blocks, questions) of these images, the latter as places in words; as JSON they would be slow to keep."""
         samples = [(image, first[image].image, questions) for image, questions in some]
-        found = answer_all(mlm, samples, blocks, options=YES_NO, batch_size=batch_size, progress=progress)
-        return [{name: [(answer.text, answer.mass) for answer in said] for name, said in answers.items()} for _, answers in found]
+        found = list(answer_all(mlm, samples, blocks, options=YES_NO, batch_size=batch_size, progress=progress))
+        said = [[each for _, answers in found for each in answers[name]] for name in order]
+        words = {text: place for place, text in enumerate(dict.fromkeys(each.text for row in said for each in row))}
+        return {"mass": torch.tensor([[each.mass for each in row] for row in said], dtype=torch.float64),
+                "text": torch.tensor([[words[each.text] for each in row] for row in said]),
+                "words": torch.tensor(list(to_json(list(words), indent=None).encode()), dtype=torch.uint8)}  # fmt: skip
 
     # Of what is blocked, not of its name.
     blocked = {name: "" if each is None else digest([each.layers, np.packbits(each.mask.cpu()).tobytes().hex()]) for name, each in blocks.items()}
     depends = [mlm.settings, blocked]
-    chunks = in_chunks(parts, f"blocked/{task.name}", items, compute, chunk, depends, of=list, unit="image", progress=progress)
-    replies: dict[tuple[str, str, str], tuple[str, float]] = {}
-    for (image, questions), answers in zip(items, chain.from_iterable(chunks), strict=True):
-        for name, said in answers.items():
-            replies |= {(name, image, question): each for question, each in zip(questions, said, strict=True)}
-    found = {name: [replies[name, s.image_id, s.question] for s in task.samples] for name in blocks}
-    texts, mass = ({name: [each[i] for each in said] for name, said in found.items()} for i in range(2))
-    return Answers(task, texts, {name: np.array(each) for name, each in mass.items()})
+    chunks = list(in_chunks(parts, f"blocked/{task.name}", items, compute, chunk, depends, of=list, unit="image", progress=progress))
+    pairs = {pair: place for place, pair in enumerate((image, question) for image, questions in items for question in questions)}
+    places = [pairs[sample.image_id, sample.question] for sample in task.samples]
+    words = [np.array(json.loads(bytes(each["words"].tolist())), dtype=object) for each in chunks]
+    texts = np.concatenate([own[each["text"].numpy()] for own, each in zip(words, chunks, strict=True)], axis=1)[:, places]
+    mass = np.concatenate([each["mass"].numpy() for each in chunks], axis=1)[:, places]
+    rows = {name: order.index(name) for name in blocks}
+    return Answers(task, {name: texts[row].tolist() for name, row in rows.items()}, {name: mass[row] for name, row in rows.items()})
 
 
 def effects(task: YesNoTask, answers: Mapping[str, Sequence[str]], n_boot: int = 2000, seed: int = 0) -> dict:

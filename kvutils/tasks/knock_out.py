@@ -16,6 +16,7 @@ from itertools import product
 from typing import Self
 
 import numpy as np
+import torch
 
 from kvutils.answer import SessionBatch, spellings
 from kvutils.datasets.samples import Question, YesNoSample
@@ -117,15 +118,15 @@ def knock_out(mlm: MLM, samples: Sequence[Question], parts: Parts | None = None,
                         row.append([float(answer.best == sample.answer), -answer.scores[sample.answer], answer.mass])
         return rows
 
-    def compute(some: list[list[Question]]) -> list:
-        return [row for rows in in_halves(run, some) for row in rows]
+    def compute(some: list[list[Question]]) -> dict[str, torch.Tensor]:  # as JSON they would be slow to keep
+        return {"values": torch.tensor([row for rows in in_halves(run, some) for row in rows], dtype=torch.float64)}
 
     chunks = in_chunks(parts, "knock_out", list(scenes.values()), compute, batch_size, [mlm.settings, options], unit="image",
                        progress=progress, of=lambda asked: [[s.group, s.id, s.text, s.answer] for s in asked])  # fmt: skip
-    rows = [row for chunk in chunks for row in chunk]
+    values = np.concatenate([chunk["values"].numpy() for chunk in chunks])
     ordered = [sample for asked in scenes.values() for sample in asked]
     return KnockOut(mlm.num_layers, list(blocked), [s.id for s in ordered], [s.kind for s in ordered], [s.group or s.id for s in ordered],
-                    np.array(rows, dtype=float))  # fmt: skip
+                    values)  # fmt: skip
 
 
 def summarise_knock_out(table: KnockOut, n_boot: int = 2000, seed: int = 0) -> dict:
