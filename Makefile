@@ -31,7 +31,7 @@ $(foreach name,KVUTILS_DATA KVUTILS_OUT KVUTILS_CACHE KVUTILS_SAMPLES HF_HOME,$(
   $(or $(shell $(PYTHON) -c '$(ABSOLUTE)' $(call quoted,$($(name)))),$($(name))))))
 
 .DEFAULT_GOAL := help
-.PHONY: help install replicate test test-code test-notebooks test-browser lab figures report check site bench data train clean distclean plan rehearse
+.PHONY: help install replicate test test-code test-notebooks test-browser lab figures report check site bench bench-peers data train clean distclean plan rehearse
 
 help:  ## list every target with a line each
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -111,6 +111,9 @@ site: $(STAMP)  ## build the static site into build/site: notebooks, verdicts, A
 bench: $(STAMP)  ## measure speed and memory, write benchmarks/results.json
 	@$(RUN) benchmarks bench $(ARGS)
 
+bench-peers: $(STAMP)  ## measure beside nnsight, nnterp and transformers alone (installed apart, into .venv-peers)
+	@$(RUN) benchmarks peers $(ARGS)
+
 # Below KVUTILS_DATA, taken from the environment or given to make.
 data: $(STAMP)  ## fetch real data sets: DATASETS="davis-2017 pope" (without: list them)
 	@$(RUN) -m kvutils data $(DATASETS) $(ARGS)
@@ -122,5 +125,5 @@ clean:  ## remove stored parts and bytecode (results and training checkpoints st
 	rm -rf data/cache .pytest_cache build
 	find kvutils tests benchmarks notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
 
-distclean: clean  ## clean, and remove .venv
-	rm -rf '$(VENV)'
+distclean: clean  ## clean, and remove .venv and .venv-peers
+	rm -rf '$(VENV)' .venv-peers

@@ -1,4 +1,4 @@
-"""What `make rehearse`, `make bench` and `make train` run: mistakes and Ctrl-C are answered in a sentence, also while torch is loaded.
+"""What `make rehearse`, `make bench`, `make bench-peers` and `make train` run: mistakes and Ctrl-C are answered in a sentence, also while torch is loaded.
 
     python benchmarks rehearse --model llava-onevision-7b
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 NAMES = {"rehearse": ("rehearse", "A rehearsal is short and keeps nothing: start it again."),
          "bench": ("run", "The figures of the benches that are finished are kept."),
+         "peers": ("peers", "Start it again."),
          "profile": ("profile_notebooks", "Start it again."),
          "train": ("recipe.train", "The same command goes on from the last checkpoint.")}  # fmt: skip
 
