@@ -102,6 +102,7 @@ def capture(mlm: MLM, images: Iterable[ImageLike], prefix: str | None = None, la
     ((3, 7), torch.Size([2, 2, 145, 32]))
     """
     layers, to = resolve_layers(mlm, layers), to if to is None else usable_device(to)
+    mlm.prompt(prefix=prefix)  # one for all: a list is said to be none
 
     def run(pictures: Sequence[Image.Image], names: Sequence[str]) -> list[Capture]:
         return capture_prepared(mlm, prepare_images(mlm, pictures, names), prefix, layers, keys=keys, values=values,

@@ -53,6 +53,7 @@ def test_a_folder_that_is_not_there_is_said_before_torch_is_loaded(verb):
     assert not {"torch", "transformers", "numpy"} & {line.split("|")[-1].strip() for line in shown.stderr.splitlines()}
 
 
+@pytest.mark.slow
 def test_capture_loads_nothing_that_it_does_not_need():
     loaded = shell("-X", "importtime", "-c", "import kvutils; kvutils.capture").stderr
     names = {line.split("|")[-1].strip() for line in loaded.splitlines()}

@@ -95,6 +95,7 @@ FEW = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_value_flow_and_its_baseline(data):
     extractor = open_extractor("pocket", layers=[0, 2, 4, 7])
     tasks = value_flow_tasks("paper", FEW)
@@ -206,7 +207,7 @@ def test_figures_take_any_interval_and_any_depth():
 def test_a_notebook_of_the_paper_profile(data, tmp_path):
     environment = os.environ | {"KVUTILS_CACHE": str(tmp_path / "cache"), "HF_DATASETS_CACHE": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "kvutils", "replicate", "--profile", "paper", "--notebooks", "05", "--out", str(tmp_path / "out"),
-               "-p", "bootstrap", "50", "-p", "progress", "false", "-p", "data_options", '{"blink": {"max_items": 4}}']  # fmt: skip
+               "-p", "bootstrap", "50", "-p", "max_new_tokens", "4", "-p", "progress", "false", "-p", "data_options", '{"blink": {"max_items": 4}}']  # fmt: skip
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     folder = tmp_path / "out" / "data" / "results" / "paper" / "pocket"

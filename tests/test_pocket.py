@@ -315,6 +315,7 @@ def _train(stage, steps, monkeypatch, folder):
     return torch.load(folder / stage / "checkpoint.pt", weights_only=True)
 
 
+@pytest.mark.slow
 def test_stages_say_what_they_need_follow_each_other_and_resume(tmp_path, monkeypatch):
     with pytest.raises(ParameterError, match="'language' must be trained first"):
         _train("projector", 1, monkeypatch, tmp_path)

@@ -270,6 +270,7 @@ def test_check_compares_with_the_committed_verdicts(root, capsys):
     assert (root / RESULTS).read_bytes() == committed
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_its_kernels_leaves_the_notebooks_and_runs_again(root):
     paths = [root / "notebooks" / f"0{i}_stub.ipynb" for i in (1, 2, 3)]
     marks = [path.with_suffix(".mark") for path in paths]

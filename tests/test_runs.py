@@ -176,7 +176,7 @@ def test_files_that_were_damaged_or_edited_are_found(folder, capsys):
     (folder / TABLE).unlink()
     check("has no tables: run the notebook again")
     assert main(["check", str(folder.parent)]) == 2 and "holds no run" in capsys.readouterr().err
-    assert main(["check", "a", "b", "--figures", "c"]) == 2 and "found 2 folders" in capsys.readouterr().err
+    assert main(["check", str(folder), str(folder), "--figures", "c"]) == 2 and "found 2 folders" in capsys.readouterr().err
 
 
 def test_a_run_on_real_data_is_counted_and_leaves_no_pictures(folder, capsys, monkeypatch):

@@ -185,6 +185,7 @@ def small_memory(mlm, most: int):
         hook.remove()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [1, 3])
 def test_batches_shrink_to_the_memory(mlm, most, caplog):
     pictures = [sample.image for sample in images(7)]

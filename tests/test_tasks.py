@@ -374,7 +374,8 @@ def test_a_picture_of_many_samples_is_opened_and_read_once_and_only_for_what_the
     extractor = FeatureExtractor(tiny_pocket())
     room = sum(one.nbytes for one in extractor.images([(one.id, one.image) for one in (made[0].query, *made[0].supports)]))
     extractor, opened = FeatureExtractor(tiny_pocket(), memory_bytes=room), []
-    monkeypatch.setattr(extractor, "_read", lambda name, *rest, plain=extractor._read: read.append((name, rest[-1])) or plain(name, *rest))
+    plain = extractor._read
+    monkeypatch.setattr(extractor, "_read", lambda rows, wanted: read.extend((row[0], wanted) for row in rows) or plain(rows, wanted))
     table = run_task(ForegroundSegmentation(made), extractor, progress=False, chunk=3)
     assert table.ids == [f"e{i}" for i in range(8)]
     assert table.splits == ["dog", "cat"] * 4 and table.groups == [each.query.id for each in made]
