@@ -1,6 +1,8 @@
 """What every notebook's first and last cells need: parameters, places, environment, verdicts, tables, results file.
 Nothing here depends on the working directory: papermill runs a notebook from one folder, nbval from another."""
 
+from __future__ import annotations
+
 import os
 import platform
 import re
@@ -12,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -21,12 +24,15 @@ from kvutils import named_folder
 from kvutils.checkpoints import MODELS, base_name
 from kvutils.datasets import USES, data_sources
 from kvutils.errors import ParameterError, one_of
-from kvutils.models import MLM
-from kvutils.run import DEFAULT, items, report
+from kvutils.run import DEFAULT, report
 from kvutils.run import PROFILES as PROFILES
 from kvutils.run.sizes import SIZES as SIZES
 from kvutils.run.verdicts import Verdict, judge
 from kvutils.store import Parts, write_json
+
+if TYPE_CHECKING:  # a run that only starts notebooks needs neither models nor tasks, which take seconds to import
+    from kvutils.models import MLM
+    from kvutils.run import items
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -113,6 +119,7 @@ class Run:
         function (`kvutils.run.items.RESULTS`) made `results`: its sections, "claims" and "finding". choices: texts; shown: illustrations,
         which figures read with the results. sources: what the run came from beside the model, such as `data_sources(...)`."""
         from kvutils import plots
+        from kvutils.run import items
         came = provenance(mlm, **sources or {})
         # Parts also of earlier starts, but each in one notebook only; the rest (imports, statistics, figures) as this process computed it.
         rest = time.process_time() - sum(parts.busy for parts in self.made)

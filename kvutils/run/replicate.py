@@ -19,7 +19,6 @@ import nbformat
 import torch
 from tqdm import tqdm
 
-from kvutils import plots
 from kvutils.checkpoints import MODELS, find_model
 from kvutils.errors import DataError, ParameterError
 from kvutils.run import compare, notebook, plan, report
@@ -150,6 +149,7 @@ def replicate(chosen: argparse.Namespace) -> int:
 
 def figures(chosen: argparse.Namespace) -> int:
     """Draw the stored results of a profile and model; nothing is run."""
+    from kvutils import plots
     run = Run("", chosen.profile, model_of(chosen), chosen.size)
     names = [path.stem for path in sorted(run.folder.glob("[0-9][0-9]_*.json"))]
     for name in tqdm(names or [""], "figures", disable=None):  # none: `draw_all` says so
