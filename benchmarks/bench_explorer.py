@@ -52,7 +52,7 @@ def _pocket(repeats: int) -> list[dict]:
     clicks, painted = ([_seconds(lambda each=each, op=op: explorer.answer(op, each)) for each in of] for op in ("similar", "colours"))
     region = {"kind": "region", "tokens": list(range(20, 40)), "layers": None, "heads": None}
     asked = {"question": QUESTION, "options": OPTIONS}
-    explorer.answer("ask", asked)
+    number = explorer.answer("ask", asked)[0]["asked"]
     selection = explorer.panels[0].selection(region)
 
     def anew() -> None:
@@ -62,7 +62,7 @@ def _pocket(repeats: int) -> list[dict]:
 
     both = lambda: explorer.answer("ask", asked | {"block": region}), anew
     blocked, plain = (statistics.median(_seconds(each) for _ in range(repeats)) for each in both)
-    looking = [_seconds(lambda word=word: explorer.answer("attention", {"word": word})) for word in range(3)]
+    looking = [_seconds(lambda word=word: explorer.answer("attention", {"word": word, "asked": number})) for word in range(3)]
     about = f"pocket model, {len(explorer.panels[0].layout)} image tokens of 12 megapixels"
     return [
         _figure("explorer_open_seconds", opening, 2.0, about), _figure("explorer_click_seconds", max(clicks), 0.15, about),
