@@ -219,4 +219,6 @@ def test_a_rehearsal_answers_misuse_and_ctrl_c_in_words(capsys):
     time.sleep(4)  # while it is, also on a busy machine
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)[1]  # a fast machine may have got as far as its progress
-    assert said.endswith("\nStopped. A rehearsal is short and keeps nothing: start it again.\n") and "Traceback" not in said and process.returncode == 130
+    assert said.endswith("\nStopped. A rehearsal is short and keeps nothing: start it again.\n") and "Traceback" not in said
+    # To a shell both are 130: Python ends by the signal where it came while an extension ran Python code.
+    assert process.returncode in (130, -signal.SIGINT)
