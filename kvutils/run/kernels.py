@@ -2,6 +2,7 @@
 
 Each runs in a kernel of its own, a process that is this interpreter; threads of this process wait for them."""
 
+import logging
 import os
 import re
 import shutil
@@ -113,6 +114,7 @@ def _stays(output: NotebookNode) -> bool:
 def kernels(environment: Mapping[str, str]) -> Iterator[Path]:
     """While it lasts a kernel named python3 is this interpreter, wherever Jupyter would have looked first; the folder for its files.
     environment: variables of the kernels, where this process has none of the name."""
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what stops a notebook is said by `explain`, and what stops all by `cli`
     with tempfile.TemporaryDirectory() as folder:
         own = {name: os.environ.get(name, value) for name, value in environment.items()} | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
         options = ["--log-level=CRITICAL", "--HistoryManager.enabled=False"]  # side by side they would wait for one another's history
