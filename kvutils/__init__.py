@@ -40,6 +40,8 @@ One vocabulary of shapes is used everywhere:
     K  classes or key points
 """
 
+import atexit
+import gc
 import os
 from importlib import import_module
 from pathlib import Path
@@ -47,6 +49,7 @@ from pathlib import Path
 # Read when torch is loaded, if that is later: threads that wait for one another leave the cores to other work. Where they spin, which is
 # torch's default, small models are ten times slower on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+atexit.register(gc.freeze)  # a second less: at the exit Python looks for garbage among the million objects of torch and transformers
 
 __version__ = "0.1.0"
 VOID = 255  # value of mask pixels without annotation: excluded from training and from every score
@@ -66,7 +69,7 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *(name for name in globals() if name not in ("Path", "import_module", "os"))])
+    return sorted([*__all__, *(name for name in globals() if name not in ("Path", "atexit", "gc", "import_module", "os"))])
 
 
 def data_folder() -> Path:

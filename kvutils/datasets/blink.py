@@ -7,9 +7,7 @@ the subtasks that compare whole images."""
 
 from collections.abc import Sequence
 from pathlib import Path
-
-import pyarrow.compute as pc
-from datasets import Dataset
+from typing import Any
 
 from kvutils.datasets.catalog import missing_data
 from kvutils.datasets.files import expect, limits, some_of
@@ -63,8 +61,9 @@ def _subtask_items(root: str | Path, subtask: str, split: str, max_items: int | 
     return items
 
 
-def _image_counts(rows: Dataset, columns: Sequence[str], subtask: str) -> list[int]:
+def _image_counts(rows: Any, columns: Sequence[str], subtask: str) -> list[int]:
     """How many images each row has, from what is known to be absent: no image is read."""
+    import pyarrow.compute as pc
     there = [pc.is_valid(pc.struct_field(rows.data[name], "bytes")).to_pylist() for name in columns]
     counts = []
     for index, row in enumerate(zip(*there, strict=True)):

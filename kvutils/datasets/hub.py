@@ -11,7 +11,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import datasets
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -30,11 +29,12 @@ def holds_parquet(root: str | Path) -> bool:
 
 
 def open_rows(name: str, root: str | Path, split: str, columns: Sequence[str], pictures: Sequence[str] = (), config: str | None = None,
-              repository: str = "") -> datasets.Dataset:  # fmt: skip
-    """The rows of one split of the data set `name`, with at least `columns` and the first of the image columns `pictures`.
+              repository: str = "") -> Any:  # fmt: skip
+    """The rows of one split of the data set `name`, a `datasets.Dataset`, with at least `columns` and the first of the image columns `pictures`.
 
     root: `HUB`, or the folder of a local copy. repository: another one than the catalog's. Raises DataError for a missing
     file, repository or column."""
+    import datasets  # half a second, and generated data need none
     repository = repository or CATALOG[name].hub
     datasets.disable_progress_bars()
     try:
@@ -74,7 +74,7 @@ def _parts(name: str, root: Path, split: str, config: str | None) -> list[str]:
     return [str(path) for path, _ in found]
 
 
-def picture_at(rows: Sequence[dict] | datasets.Dataset, index: int, column: str, name: str) -> Picture:
+def picture_at(rows: Sequence[dict], index: int, column: str, name: str) -> Picture:
     """An undecoded picture ({"bytes", "path"}) of a row, which stays on disk until then; `name` says in errors which it is."""
     return Picture(lambda: _encoded(rows[index][column]), name)
 

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet
 
 from kvutils import data_folder
 from kvutils.datasets.coco_masks import check_segmentation, segmentation_mask
@@ -158,6 +157,7 @@ def _hub_references(root: str | Path, splits: Sequence[str], split_by: str) -> l
     """The references of the splits from a hub copy; the images of `jxu124/refcoco` are left to the files on disk."""
     columns = {"ref_list"}
     if str(root) != HUB:
+        import pyarrow.parquet
         path = visible(Path(root).rglob("*.parquet"))[0]
         with reading(path, "a Parquet file"):  # ArrowInvalid is a ValueError
             columns = set(pyarrow.parquet.read_schema(path).names)

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     os.environ.update({name: str(folder) for name in FOLDERS if (folder := named_folder(name))})
-    gc.set_threshold(50_000, 20, 20)  # importing torch and transformers makes a million objects and no garbage
+    gc.set_threshold(50_000, 50, 20)  # importing torch and transformers makes a million objects and no garbage
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?" for a dash

@@ -113,11 +113,11 @@ def _stays(output: NotebookNode) -> bool:
 @contextmanager
 def kernels(environment: Mapping[str, str]) -> Iterator[Path]:
     """While it lasts a kernel named python3 is this interpreter, wherever Jupyter would have looked first; the folder for its files.
-    environment: variables of the kernels, where this process has none of the name."""
+    environment: variables of the kernels, where this process has none of the name. No history: they would wait; no gc until `notebook.Run`."""
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what stops a notebook is said by `explain`, and what stops all by `cli`
     with tempfile.TemporaryDirectory() as folder:
         own = {name: os.environ.get(name, value) for name, value in environment.items()} | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-        options = ["--log-level=CRITICAL", "--HistoryManager.enabled=False"]  # side by side they would wait for one another's history
+        options = ["--log-level=CRITICAL", "--HistoryManager.enabled=False", "--IPKernelApp.exec_lines=__import__('gc').disable()"]
         write_kernel_spec(os.path.join(folder, "share", "kernels", "python3"), extra_arguments=options, overrides={"env": own})
         # What Jupyter and IPython would write below the home folder, which may be read-only, goes there too.
         os.environ.update(JUPYTER_PATH=os.path.join(folder, "share"), JUPYTER_RUNTIME_DIR=os.path.join(folder, "runtime"),

@@ -3,6 +3,7 @@ Nothing here depends on the working directory: papermill runs a notebook from on
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import re
@@ -59,6 +60,9 @@ class Run:
 
     def __post_init__(self):
         """The pocket model runs on one thread, also in JupyterLab: a second one gains a fifth, and beside other work both collapse."""
+        if not gc.isenabled():  # by `kernels`, while a million objects are imported; frozen, no collection looks at them again
+            gc.freeze()
+            gc.enable()
         known = MODELS.get(base_name(self.model))
         if known and known.profile == "pocket" and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)

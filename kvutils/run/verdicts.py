@@ -17,7 +17,7 @@ ours: they hold (present) or do not hold (absent); the other words are the same.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy.stats import t as student
+from scipy.special import stdtr
 
 NOT_MEASURED, CANNOT_APPEAR, PRESENT, OPPOSITE, ABSENT, CANNOT_TELL = (
     "not measured", "cannot appear here", "present", "opposite", "absent", "cannot tell")
@@ -135,7 +135,7 @@ def _surely(tasks: Sequence[Mapping], sign: int, beyond: float = 0.0) -> list[Ma
         over = sign * one["value"] - beyond
         if not one["error"]:
             return 0.0 if over > 0 else 1.0
-        return float(student.sf(over / one["error"], one["units"] - 1))
+        return float(stdtr(one["units"] - 1, -over / one["error"]))
 
     sure = []
     for rank, one in enumerate(sorted(tasks, key=chance)):
