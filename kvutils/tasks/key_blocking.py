@@ -94,7 +94,8 @@ def ask_under_blocks(task: YesNoTask, mlm: MLM, blocks: Mapping[str, KeySelectio
     for sample in task.samples:
         first.setdefault(sample.image_id, sample)
         asked.setdefault(sample.image_id, {})[sample.question] = None
-    items = [(image, list(questions)) for image, questions in asked.items()]
+    # Images that are asked about as much stand side by side: little padding.
+    items = sorted(((image, list(questions)) for image, questions in asked.items()), key=lambda item: len(" ".join(item[1]).split()))
 
     order = sorted(blocks)  # a part does not depend on the order of the blocks
 

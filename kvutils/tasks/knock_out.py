@@ -121,12 +121,15 @@ def knock_out(mlm: MLM, samples: Sequence[Question], parts: Parts | None = None,
     def compute(some: list[list[Question]]) -> dict[str, torch.Tensor]:  # as JSON they would be slow to keep
         return {"values": torch.tensor([row for rows in in_halves(run, some) for row in rows], dtype=torch.float64)}
 
-    chunks = in_chunks(parts, "knock_out", list(scenes.values()), compute, batch_size, [mlm.settings, options], unit="image",
+    # Scenes that are asked about as much stand side by side: little padding.
+    batched = sorted(scenes.values(), key=lambda asked: len(" ".join(s.text for s in asked).split()))
+    chunks = in_chunks(parts, "knock_out", batched, compute, batch_size, [mlm.settings, options], unit="image",
                        progress=progress, of=lambda asked: [[s.group, s.id, s.text, s.answer] for s in asked])  # fmt: skip
     values = np.concatenate([chunk["values"].numpy() for chunk in chunks])
+    places = {id(sample): place for place, sample in enumerate(sample for asked in batched for sample in asked)}
     ordered = [sample for asked in scenes.values() for sample in asked]
     return KnockOut(mlm.num_layers, list(blocked), [s.id for s in ordered], [s.kind for s in ordered], [s.group or s.id for s in ordered],
-                    values)  # fmt: skip
+                    values[[places[id(sample)] for sample in ordered]])  # fmt: skip
 
 
 def summarise_knock_out(table: KnockOut, n_boot: int = 2000, seed: int = 0) -> dict:
