@@ -72,7 +72,7 @@ test: test-code test-notebooks  ## all tests: the code, then every notebook
 
 # A process of one thread for each core, at most four (2 GB of memory each); who is done takes over from the others.
 test-code: $(STAMP)  ## the tests of the code alone (ARGS="-k keys")
-	@$(RUN) -m pytest tests -n logical --maxprocesses 4 --dist worksteal $(ARGS)
+	@$(RUN) -m pytest tests -p no:nbval -n logical --maxprocesses 4 --dist worksteal $(ARGS)
 
 # papermill executes each notebook and compares its verdicts with the committed ones; nbval then compares the
 # marked outputs, reading the parts that the first execution has stored, a notebook per process. Both write results and

@@ -2,6 +2,7 @@
 
 What takes long to import is imported where it is used: a process that only deals the tests out to others needs none of it."""
 
+import gc
 import json
 import os
 import sys
@@ -14,12 +15,20 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only wait for each other
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).resolve().parents[1]
+sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]  # a second: the grammar of a check that nbformat has no use for
+gc.disable()  # until everything is imported
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "data" / "pocket")]
 
 
 def pytest_collection_modifyitems(items):
     """Long tests first: at the end of a run by several processes none waits for one of them."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish():
+    """What was imported stays: without this the collector walks over its million objects again and again."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -34,7 +34,7 @@ class Cells(dict):
         for name in ids:
             exec(compile(self.cells[name].source, name, "exec"), self)
             if "parameters" in self.cells[name].metadata.get("tags", ()):
-                self.update(progress=False, bootstrap=20, **parameters)
+                self.update({"progress": False, "bootstrap": 20} | parameters)
         return self
 
 

@@ -1,10 +1,7 @@
 """The paper profile from end to end on small self-written data in the official layouts (`mini_data`)."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 
 import datasets
@@ -19,6 +16,7 @@ from kvutils.models import load_encoder, load_mlm
 from kvutils.plots import DRAW
 from kvutils.plots.style import SOURCE_STYLE, along_the_flow, error_bar, flow_axis, layers_of, panels
 from kvutils.readout.features import FeatureExtractor
+from kvutils.run.cli import main
 from kvutils.run.notebook import ROOT
 from kvutils.run.plan import NOTEBOOKS, data_of, look_for_data
 from kvutils.run.report import load_claims
@@ -204,12 +202,15 @@ def test_figures_take_any_interval_and_any_depth():
 
 
 @pytest.mark.slow
-def test_a_notebook_of_the_paper_profile(data, tmp_path):
-    environment = os.environ | {"KVUTILS_CACHE": str(tmp_path / "cache"), "HF_DATASETS_CACHE": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "kvutils", "replicate", "--profile", "paper", "--notebooks", "05", "--out", str(tmp_path / "out"),
+def test_a_notebook_of_the_paper_profile(data, tmp_path, monkeypatch):
+    """In a kernel, from another folder."""
+    for name, place in {"KVUTILS_CACHE": "cache", "HF_DATASETS_CACHE": "hf", "KVUTILS_OUT": "out"}.items():
+        monkeypatch.setenv(name, str(tmp_path / place))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    command = ["replicate", "--profile", "paper", "--notebooks", "05", "--out", str(tmp_path / "out"),
                "-p", "bootstrap", "50", "-p", "max_new_tokens", "4", "-p", "progress", "false", "-p", "data_options", '{"blink": {"max_items": 4}}']  # fmt: skip
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert main(command) == 0
     folder = tmp_path / "out" / "data" / "results" / "paper" / "pocket"
     provenance = json.loads((folder / "provenance" / "05_blink_gap.json").read_text())
     assert provenance["data"] == {"blink": "copy of the hub's BLINK-Benchmark/BLINK"}

@@ -219,7 +219,8 @@ from pathlib import Path
 from kvutils.run import cli, notebook, report
 notebook.ROOT = Path({root!r})
 report.load_claims = lambda: []
-sys.exit(cli.main(['replicate', *sys.argv[1:]]))
+code = cli.main(['replicate', *sys.argv[1:]])
+sys.exit("a grammar was built that nothing needs" if "lark" in sys.modules else code)
 """
 SHARED = """
 import os, time
@@ -240,25 +241,23 @@ def elsewhere(root) -> tuple[str, dict]:
 
 
 @pytest.mark.slow
-def test_accelerate_launch_shares_the_parts_and_writes_once(root, processes=2):
+def test_accelerate_launch_shares_the_parts_and_writes_once(root, monkeypatch, processes=2):
     """A real `accelerate launch` (its processes find no GPU, and do without): each runs the notebook, the first writes."""
     write_book(root / STUB, SHARED)
     script, environment = elsewhere(root)
     options = {"num_processes": processes, "num_machines": 1, "main_process_port": 0, "mixed_precision": "no", "dynamo_backend": "no"}
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", *(f"--{name}={value}" for name, value in options.items())]
-
-    def run(*command: str, **more: str) -> tuple[bytes, str]:
-        done = subprocess.run([sys.executable, *command, script], cwd=root, env=environment | more, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return (root / RESULTS).read_bytes(), done.stdout
-
-    shared, said = run(*launch)
-    assert said.count("01_stub  done in") == 1  # one process speaks
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *(f"--{name}={value}" for name, value in options.items())]
+    done = subprocess.run([*launch, script], cwd=root, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("01_stub  done in") == 1  # one process speaks
+    shared = (root / RESULTS).read_bytes()
     parts = Parts(root / "elsewhere")
     (parts.folder,) = (root / "cache").glob("*/part/..")
     by_rank = [parts.load(f"part/{i}")[1] for i in range(12)]
     assert len(by_rank) == 12 and set(by_rank) == {str(i) for i in range(processes)}, by_rank
-    assert json.loads(shared)["parameters"]["seed"] == 66 and run(RANK="0")[0] == shared
+    for name in ("PYTHONPATH", "KVUTILS_CACHE"):
+        monkeypatch.setenv(name, environment[name])
+    assert main(["replicate"]) == 0 and (root / RESULTS).read_bytes() == shared and json.loads(shared)["parameters"]["seed"] == 66  # alone
 
 
 def test_check_compares_with_the_committed_verdicts(root, capsys):

@@ -2,16 +2,13 @@
 
 import inspect
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import httpx
 import nbformat
 import pytest
+from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
 from kvutils import datasets
@@ -19,7 +16,8 @@ from kvutils.datasets import USES, hub, open_uses
 from kvutils.datasets.catalog import CATALOG
 from kvutils.datasets.refcoco import CATEGORIES
 from kvutils.errors import DataError, ParameterError
-from kvutils.run import plan, report
+from kvutils.run import kernels, plan, report
+from kvutils.run.cli import main
 from kvutils.run.notebook import ROOT, Run
 from kvutils.run.plan import NOTEBOOKS, check_ready, data_of
 from kvutils.run.replicate import changed_parameters
@@ -28,6 +26,7 @@ from kvutils.store import write_json
 from kvutils.tasks.siglip_baseline import claim_c4
 from kvutils.tasks.value_flow import claim_c1, claim_c2a, claim_c2b, value_flow_tasks
 from tests import mini_data, mini_models, test_hub_data
+from tests.test_notebooks import Cells
 
 ON_HUB = {"refcoco", "pope", "mme", "coco", "blink"}
 
@@ -140,21 +139,29 @@ def hub_cache(tmp_path_factory, whole):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "numbers"), [("llava_next", "01 02"), ("qwen2_5_vl", "04"), ("llava_onevision", "05")])
-def test_one_command_reads_hub_copies_alone(family, numbers, hub_cache, tmp_path, monkeypatch):
+def test_one_command_reads_hub_copies_alone(family, numbers, hub_cache, rows_cache, tmp_path, monkeypatch, capsys):
+    """The notebooks are executed here: a kernel would first import what is there already. One of the paper profile is in test_paper_profile."""
     words = [word for name in CATEGORIES.values() for word in name.split()]
     known = mini_models.known_words()
     monkeypatch.setattr(mini_models, "known_words", lambda: list(dict.fromkeys([*known, *words])))
     model = mini_models.save_tiny(family, tmp_path / "tiny")
-    environment = os.environ | {"HF_HOME": str(hub_cache), "KVUTILS_DATA": str(tmp_path / "empty"), "KVUTILS_CACHE": str(tmp_path / "cache"),
-                                "HF_DATASETS_CACHE": str(tmp_path / "rows"), "PYTHONPATH": str(ROOT)}  # fmt: skip
-    Path(environment["KVUTILS_DATA"]).mkdir()
-    command = [sys.executable, "-m", "kvutils", "replicate", "--profile", "paper", "--model", str(model), "--data", "hub", "--size", "quick",
-               "--notebooks", *numbers.split(), "--out", str(tmp_path / "out"), "-p", "bootstrap", "50", "-p", "progress", "false",
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub_cache / "hub"))
+    for name in ("KVUTILS_DATA", "KVUTILS_CACHE", "KVUTILS_OUT"):  # the last is set by --out
+        monkeypatch.setenv(name, str(tmp_path / name))
+    (tmp_path / "KVUTILS_DATA").mkdir()
+
+    def execute(path, parameters, *_):
+        cells = Cells(path.stem[:2])
+        cells.run(*cells.cells, **parameters)
+        return nbformat.read(path, as_version=4)
+
+    monkeypatch.setattr(kernels, "execute", execute)
+    command = ["replicate", "--profile", "paper", "--model", str(model), "--data", "hub", "--size", "quick",
+               "--notebooks", *numbers.split(), "--out", str(tmp_path / "out"), "-p", "bootstrap", "50",
                "-p", "data_options", '{"refcoco": {"max_images": 8}, "pope": {"max_images": 2}}']  # fmt: skip
     command += ["-p", "max_new_tokens", "4"] if numbers == "05" else []
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert numbers == "05" or "no hub copy of" in done.stdout
+    assert main(command) == 0
+    assert numbers == "05" or "no hub copy of" in capsys.readouterr().out
     folder = tmp_path / "out" / "data" / "results" / "paper" / "tiny-quick"
     written = [json.loads(path.read_text())["data"] for path in (folder / "provenance").glob("*.json")]
     assert len(written) == len(numbers.split()) and all(written)

@@ -169,6 +169,7 @@ def run(chosen: argparse.Namespace) -> int:
     if chosen.verb == "check":
         from kvutils.run.check import check
         return check(chosen)
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]  # a second: the grammar of a check that nbformat has no use for
     from kvutils.run import replicate
     replicate.need_clone()
     return {"replicate": replicate.replicate, "report": replicate.make_report, "figures": replicate.figures}[chosen.verb](chosen)
