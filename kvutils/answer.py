@@ -67,12 +67,12 @@ class Answer:
 class SessionBatch(contextlib.AbstractContextManager):
     """B prompts, each of one image or a sequence of images, read up to their last image exactly once. prefix as in `capture`;
     `tokens` of an earlier session of the same model and prefix saves tokenising its questions again; vision: the images' pixels,
-    where `prepare_images` has made them before. Memory is held until `close()` or the end of `with`. Raises ImageError,
-    ModelError, ParameterError."""
+    where `prepare_images` has made them before, encoded: what `encode_images` gave for them. Memory is held until `close()` or the
+    end of `with`. Raises ImageError, ModelError, ParameterError."""
 
     @torch.no_grad()
     def __init__(self, mlm: MLM, images: Sequence[Pictures], prefix: str | None = None, tokens: PromptTokens | None = None,
-                 vision: VisionInputs | None = None):  # fmt: skip
+                 vision: VisionInputs | None = None, encoded: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None):  # fmt: skip
         need_mlm(mlm)
         check_masks(mlm, range(mlm.num_layers))
         rows = [_as_list(row) for row in _as_list(images)]
@@ -85,7 +85,7 @@ class SessionBatch(contextlib.AbstractContextManager):
         self._text = prepare_text(mlm, [self.tokens.up_to_images(len(row)) for row in rows], vision)
         placed = iter(vision.layouts)
         self._layouts = [list(itertools.islice(placed, len(row))) for row in rows]
-        self._embeddings = embed(mlm, self._text.input_ids, encode_images(mlm, vision)[1])
+        self._embeddings = embed(mlm, self._text.input_ids, (encoded or encode_images(mlm, vision))[1])
         self._prefix: Prefix | None = prefill(mlm, self._embeddings, self._text)
 
     def __exit__(self, *exception) -> None:

@@ -178,14 +178,18 @@ class FeatureExtractor:
         (made,) = self._extract([(name, key, opened(), prefix)], wanted - kept.features.keys() if kept else wanted)
         return self._keep(place, made)
 
-    def behind(self, items: Iterable[Item], prefixes: Sequence[str | None], sources: Iterable[str]) -> list[ImageFeatures]:
-        """As `images`, of pictures each behind its own prefix: several in one pass where their tokens are fewer than `TOGETHER`."""
+    def behind(self, items: Iterable[Item], prefixes: Sequence[str | None], sources: Iterable[str],
+               seen: tuple[VisionInputs, Sequence[list[torch.Tensor]]] | None = None) -> list[ImageFeatures]:  # fmt: skip
+        """As `images`, of pictures each behind its own prefix: several in one pass where their tokens are fewer than `TOGETHER`. seen: the
+        pixels of all and what the model's tower made of them, where that is known; then one pass reads them."""
         rows = [(name, picture_key(image := open_image(each, name)), image, prefix) for (name, each), prefix in zip(items, prefixes, strict=True)]
         places, wanted = [f"{key} {prefix!r}" for _, key, _, prefix in rows], set(sources)
         found = {place: self._memory[place] for place in places if place in self._memory and wanted <= self._memory[place].features.keys()}
         missing = {place: row for place, row in zip(places, rows, strict=True) if place not in found}
+        if seen:
+            self._seen = [key for _, key, *_ in rows], seen[0], [*seen[1]]
         while missing:
-            some = list(missing)[: max(1, TOGETHER // self._longest)]
+            some = list(missing)[: len(rows) if seen else max(1, TOGETHER // self._longest)]
             made = self._extract([missing.pop(place) for place in some], wanted)
             found |= {place: self._keep(place, one) for place, one in zip(some, made, strict=True)}
         return [self._checked(name, found[place]) for (name, *_), place in zip(rows, places, strict=True)]

@@ -20,7 +20,7 @@ from kvutils.readout.features import FeatureExtractor, image_tokens
 from kvutils.store import Frame, Parts, in_chunks
 from kvutils.tasks.base import by_layer
 from kvutils.tasks.value_readouts import POINTS, READOUTS, mean_similarity, point_similarity, style_similarity
-from kvutils.vision import in_halves, prepare_images
+from kvutils.vision import encode_images, in_halves, prepare_images
 
 MAX_NEW_TOKENS = 128  # verbose models come to their letter late; an answer ends before, at its end token
 UNRESOLVED = -1
@@ -166,17 +166,19 @@ def base_views(mlm: MLM) -> MLM:
     return mlm if mlm.family == QWEN else replace(mlm, base_view_only=True, pad_to_square=mlm.family == ONEVISION)
 
 
+@torch.no_grad()
 def _read_batch(models: Mapping[str, MLM], extractor: FeatureExtractor, batch: list[MultipleChoice], max_new_tokens: int) -> list[dict]:
     """Per item: answer text, the option said, option scores, and scores[readout][source] of every option."""
     images = [tuple(item.images) for item in batch]
     places = np.cumsum([0, *map(len, images)])
     named = [(f"{item.id}-{i}", image) for item, mine in zip(batch, images, strict=True) for i, image in enumerate(mine)]
-    alone = extractor.behind(named, [None] * len(named), extractor.sources)
     vision = prepare_images(models["value"], [image for _, image in named], [name for name, _ in named])  # both models read the same
+    encoded = encode_images(models["value"], vision)
+    alone = extractor.behind(named, [None] * len(named), extractor.sources, (vision, encoded))
     features = [{f"alone.{name}" if name.startswith("value.") else name: tokens for name, tokens in each.features.items()} for each in alone]
     answers: list[list[Answer]] = []
     for family, mlm in models.items():
-        with SessionBatch(mlm, images, vision=vision) as session:
+        with SessionBatch(mlm, images, vision=vision, encoded=encoded if family == "value" else None) as session:
             for row, in_prompt in enumerate(session.image_values()):
                 for place, (values, layout) in enumerate(zip(in_prompt, session.layouts[row], strict=True), places[row]):
                     read = values[:, :, torch.from_numpy(image_tokens(layout)).to(values.device)]  # (L, G, N, D) of the tokens that tasks read
@@ -201,7 +203,7 @@ def score_options(item: MultipleChoice, features: Sequence[Mapping[str, torch.Te
         widths.setdefault(tokens.shape[-1], []).append(source)
     found: dict[str, dict[str, list[float]]] = {name: {} for name in READOUTS[item.subtask]}
     for sources in widths.values():
-        stacks = [torch.stack([image[source].float() for source in sources]) for image in features]
+        stacks = [torch.stack([image[source].double() for source in sources]) for image in features]
         for name, by_source in found.items():
             if name in POINTS:
                 points = item.reference_point, item.candidate_points
