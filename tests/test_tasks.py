@@ -59,7 +59,7 @@ class Extractor:
         self.truth, self.words = truth, list(texts)
         self.alignment = SimpleNamespace(sources=["value.0", "value.1"], scores=self.text_scores, reads=str)
 
-    def image(self, name, key, opened, sources=None):
+    def image(self, name, key, opened, sources=None, ahead=()):
         return self.one(name, opened())
 
     def images(self, items, checked=True):

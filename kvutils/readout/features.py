@@ -3,15 +3,13 @@
     pixels             mean colour and position of a token's rectangle: the floor
     encoder_original   another vision tower, before it was finetuned in the MLM
     encoder            the MLM's vision tower
-    head.encoder...    the two after the last layer of encoder_original, which its pooling head was trained on: only for
-                       text scores, and only where the MLM's tower is cut before
+    head.encoder...    the two after the last layer of encoder_original, for its pooling head: only for text scores, where the MLM's is cut before
     projector          what enters the language model
     value.l, key.l     image values and keys of layer l, heads concatenated (keys after rotary embedding)
     untrained.value.l  the same of a model of the same architecture with random weights (control)
 
-A picture is read alone: its features depend on no other and on no interruption, and each is made once while memory allows (small ones
-may share a pass: on a CPU no bit depends on it). They are rounded to float16 when they are made. A source of a picture that exceeds
-float16 (65,504, as the tower of Qwen2.5-VL does for some) is kept as the model wrote it, in bfloat16 or float32."""
+A picture's features depend on no other and on no interruption, and are made once while memory allows (several may share a pass: on a CPU
+no bit depends on it). They are rounded to float16; what exceeds that (65,504, as the tower of Qwen2.5-VL does) is kept as the model wrote it."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ import psutil
 import torch
 from PIL import Image
 
-from kvutils.errors import MemoryLimitError, ModelError, one_of
+from kvutils.errors import ImageError, MemoryLimitError, ModelError, one_of
 from kvutils.images import ImageLike, open_image
 from kvutils.kvcache import capture_prepared
 from kvutils.language import resolve_layers
@@ -46,6 +44,7 @@ FULL = 2 / 3  # of a GPU's memory: the features of further pictures live in main
 Item = tuple[str, ImageLike]  # image id, for errors, and picture
 Row = tuple[str, str, Image.Image, str | None]  # of one pass: image id, `picture_key`, picture, text before it
 Opener = Callable[[], Image.Image]
+Picture = tuple[str, str, Opener]  # image id, `picture_key`, and what opens it
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -118,11 +117,10 @@ def pixel_features(layout: TokenLayout, image: Image.Image) -> torch.Tensor:
 
 
 class FeatureExtractor:
-    """Features of images and texts from one MLM and its baselines; see the module for the sources. layers: of values and keys
-    ("all" or numbers). encoder_text: the text tower of encoder_original, for text scores of the encoders. `alignment` scores
-    texts. Pictures are kept up to `memory_bytes`, the least recently used goes first (default: a third of what is free, shared by
-    the processes of this machine): on the model's device until that is `FULL`, then in main memory. vocabulary: as in
-    `TextAlignment`."""
+    """Features of images and texts from one MLM and its baselines; see the module for the sources. layers: of values and keys ("all" or numbers).
+    encoder_text: the text tower of encoder_original, for text scores of the encoders. `alignment` scores texts. Pictures are kept up to
+    `memory_bytes`, the least recently used goes first (default: a third of what is free, shared by the processes of this machine): on the
+    model's device until that is `FULL`, then in main memory. vocabulary: as in `TextAlignment`."""
 
     def __init__(self, mlm: MLM, untrained: MLM | None = None, encoder_original: Encoder | None = None, *,
                  encoder_text: SiglipText | None = None, layers: str | int | Iterable[int] = "all", keys: bool = True,
@@ -157,42 +155,44 @@ class FeatureExtractor:
         models = [m and m.settings for m in (self.mlm, self.untrained, self.encoder_original)]
         return digest([models, text and [text.name, text.template], self.layers, self.alignment.vocabulary])
 
-    def images(self, items: Iterable[Item], prefix: str | None = None, sources: Iterable[str] | None = None,
-               checked: bool = True) -> list[ImageFeatures]:  # fmt: skip
-        """Features of images. prefix: text before the image. sources: only these. checked: ModelError where the model gives NaN or
-        Inf, which else is said by `not_finite`."""
-        found = []
-        for name, image in items:
-            image = open_image(image, name)
-            one = self.image(name, picture_key(image), lambda image=image: image, prefix, sources)
-            found.append(self._checked(name, one) if checked else one)
-        return found
-
-    def image(self, name: str, key: str, opened: Opener, prefix: str | None = None, sources: Iterable[str] | None = None) -> ImageFeatures:
-        """Features of the image of this `picture_key` from memory, or from the models, for which it is opened."""
-        wanted = set(self.sources if sources is None else sources)
-        place = f"{key} {prefix!r}"
-        if (kept := self._memory.get(place)) and wanted <= kept.features.keys():
-            self._memory.move_to_end(place)
-            return kept
-        (made,) = self._extract([(name, key, opened(), prefix)], wanted - kept.features.keys() if kept else wanted)
-        return self._keep(place, made)
-
-    def behind(self, items: Iterable[Item], prefixes: Sequence[str | None], sources: Iterable[str],
-               seen: tuple[VisionInputs, Sequence[list[torch.Tensor]]] | None = None) -> list[ImageFeatures]:  # fmt: skip
-        """As `images`, of pictures each behind its own prefix: several in one pass where their tokens are fewer than `TOGETHER`. seen: the
-        pixels of all and what the model's tower made of them, where that is known; then one pass reads them."""
-        rows = [(name, picture_key(image := open_image(each, name)), image, prefix) for (name, each), prefix in zip(items, prefixes, strict=True)]
-        places, wanted = [f"{key} {prefix!r}" for _, key, _, prefix in rows], set(sources)
-        found = {place: self._memory[place] for place in places if place in self._memory and wanted <= self._memory[place].features.keys()}
-        missing = {place: row for place, row in zip(places, rows, strict=True) if place not in found}
+    def images(self, items: Sequence[Item], prefix: str | None | Sequence[str | None] = None, sources: Iterable[str] | None = None,
+               checked: bool = True, seen: tuple[VisionInputs, Sequence[list[torch.Tensor]]] | None = None) -> list[ImageFeatures]:  # fmt: skip
+        """Features of images, in passes of up to `TOGETHER` tokens. prefix: text before the image, of all or of each. sources: only these. checked:
+        ModelError where the model gives NaN or Inf, which else is said by `not_finite`. seen: the pixels of all and what the tower made of them."""
+        wanted, texts = set(self.sources if sources is None else sources), [prefix] * len(items) if isinstance(prefix, str | None) else prefix
+        rows = [(name, picture_key(image := open_image(each, name)), image, text) for (name, each), text in zip(items, texts, strict=True)]
+        places = [f"{key} {text!r}" for _, key, _, text in rows]
+        found = {place: self._memory[place] for place in places if place in self._memory}
+        missing = {place: row for place, row in zip(places, rows, strict=True) if place not in found or self._lacking(place, wanted)}
         if seen:
             self._seen = [key for _, key, *_ in rows], seen[0], [*seen[1]]
         while missing:
-            some = list(missing)[: len(rows) if seen else max(1, TOGETHER // self._longest)]
-            made = self._extract([missing.pop(place) for place in some], wanted)
+            lacking = self._lacking(next(iter(missing)), wanted)
+            some = [each for each in missing if self._lacking(each, wanted) == lacking][: len(rows) if seen else max(1, TOGETHER // self._longest)]
+            made = self._extract([missing.pop(place) for place in some], lacking)
             found |= {place: self._keep(place, one) for place, one in zip(some, made, strict=True)}
-        return [self._checked(name, found[place]) for (name, *_), place in zip(rows, places, strict=True)]
+        return [self._checked(name, found[place]) if checked else found[place] for (name, *_), place in zip(rows, places, strict=True)]
+
+    def image(self, name: str, key: str, opened: Opener, sources: Set[str], ahead: Iterable[Picture] = ()) -> ImageFeatures:
+        """Features of the image of this `picture_key` from memory, or from the models, for which it is opened. ahead: pictures that are wanted
+        next: on a CPU as many of them as `TOGETHER` allows share its pass."""
+        if not (lacking := self._lacking(f"{key} None", sources)):
+            self._memory.move_to_end(f"{key} None")
+            return self._memory[f"{key} None"]
+        rows, coming = {key: (name, key, opened(), None)}, iter(ahead)
+        alone = self.mlm.device.type != "cpu" or self._held > self.memory_bytes / 2  # a GPU's last bits would depend on what is in memory
+        while len(rows) < (1 if alone else TOGETHER // self._longest) and (picture := next(coming, None)):
+            if picture[1] not in rows and self._lacking(f"{picture[1]} None", sources) == lacking:
+                rows[picture[1]] = *picture[:2], picture[2](), None
+        try:
+            made = self._extract([*rows.values()], lacking)
+        except ImageError:  # perhaps of another picture: that is said when it is its turn
+            rows = {key: rows[key]}
+            made = self._extract([*rows.values()], lacking)
+        return [self._keep(f"{each} None", one) for each, one in zip(rows, made, strict=True)][0]
+
+    def _lacking(self, place: str, sources: Set[str]) -> Set[str]:
+        return sources - self._memory[place].features.keys() if place in self._memory else sources
 
     def _keep(self, place: str, made: ImageFeatures) -> ImageFeatures:
         """In memory, with what is known of it already; the oldest go."""
@@ -211,10 +211,14 @@ class FeatureExtractor:
                              "load it in bfloat16 or float32")  # fmt: skip
         return found
 
+    def shown(self, image: Image.Image) -> Image.Image:
+        """A picture as the models are shown it."""
+        return image
+
     def saliency(self, item: Item, question: str = QUESTION) -> torch.Tensor:
         """(N,) float32 attention of the last prompt token, scaled to 0..1 over the image's tokens (0 if constant)."""
         if (key := f"{picture_key(item[1])} {question!r}") not in self._saliency:
-            layout, attention = prompt_saliency(self.mlm, item[1], question)
+            layout, attention = prompt_saliency(self.mlm, self.shown(item[1]), question)
             attention = attention[torch.from_numpy(image_tokens(layout))]
             low, high = attention.min(), attention.max()
             self._saliency[key] = (attention - low) / (high - low).clamp_min(torch.finfo(torch.float32).tiny)
@@ -222,16 +226,14 @@ class FeatureExtractor:
 
     def _extract(self, rows: Sequence[Row], wanted: Set[str]) -> list[ImageFeatures]:
         """From the models, on their device; rounded and put in its place there."""
-        def read(some: Sequence[Row]) -> list[tuple[TokenLayout, dict[str, torch.Tensor]]]:
-            return self._read(some, wanted)
         try:
-            states = in_halves(read, rows)
+            states = in_halves(lambda some: self._read(some, wanted), rows)
         except MemoryLimitError:  # what is kept of other pictures may be what fills the memory
             if not self._memory:
                 raise
             self._memory.clear()
             self._held = 0
-            states = in_halves(read, rows)
+            states = in_halves(lambda some: self._read(some, wanted), rows)
         return [self._rounded(image, *each, wanted) for (*_, image, _), each in zip(rows, states, strict=True)]
 
     def _rounded(self, image: Image.Image, whole: TokenLayout, found: dict[str, torch.Tensor], wanted: Set[str]) -> ImageFeatures:
@@ -258,7 +260,7 @@ class FeatureExtractor:
         """Layout, and the wanted sources of the models as they write them: (tokens, C), or (G, tokens, D) of a layer's heads."""
         names, keys, images, prefixes = map(list, zip(*rows, strict=True))
         families = {source.rpartition(".")[0] or source for source in wanted}
-        shown = dict(zip(keys, zip(images, names, strict=True), strict=True))  # behind another prefix, the tower sees the same
+        shown = dict(zip(keys, zip(map(self.shown, images), names, strict=True), strict=True))  # behind another prefix, the tower sees the same
         if self._seen[0] != list(shown):
             self._seen = list(shown), prepare_images(self.mlm, *map(list, zip(*shown.values(), strict=True))), []
         _, vision, encoded = self._seen

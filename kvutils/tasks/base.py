@@ -6,7 +6,8 @@ Metrics such as mIoU are ratios of sums over items, hence a metric is a statisti
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, ClassVar
@@ -17,7 +18,7 @@ import torch
 from kvutils.errors import DataError, ImageError, ParameterError
 from kvutils.metrics.statistics import Statistic, bootstrap_ci, build_then_degrade, each_layer
 from kvutils.probes import ConvergenceError
-from kvutils.readout.features import HEADS, FeatureExtractor, ImageFeatures, Opener, picture_key
+from kvutils.readout.features import HEADS, FeatureExtractor, ImageFeatures, Opener, Picture, picture_key
 from kvutils.store import Parts, in_chunks
 from kvutils.tasks.tables import FIRST, SHUFFLED, UNTRAINED, BestValues, Group, ScoreTable, by_layer, differences
 
@@ -110,17 +111,22 @@ def run_task(task: Task, extractor: FeatureExtractor, parts: Parts | None = None
     read = {source: task.reads(source, extractor) for source in sources}
     wanted, keys = {*extractor.sources, *HEADS}.intersection(read.values()), {}
 
-    def features_of(name: str, opened: Opener) -> ImageFeatures:
-        """A picture whose features are in memory is not opened again."""
-        if name not in keys:
-            image = opened()
-            keys[name], opened = picture_key(image), image.copy  # it is open already
-        return extractor.image(name, keys[name], opened, sources=wanted)
+    def pictures(sample: Any) -> Iterator[Picture]:
+        """One whose key is known is not opened for it again."""
+        for name, opened in task.images(sample):
+            if name not in keys:
+                image = opened()
+                keys[name], opened = picture_key(image), image.copy  # it is open already
+            yield name, keys[name], opened
 
-    def score(sample: Any) -> dict:
+    def coming(samples: Sequence) -> Iterator[Picture]:
+        for sample in samples:
+            with suppress(DataError, ImageError):  # said when it is its turn
+                yield from pictures(sample)
+
+    def score(sample: Any, *more: Any) -> dict:
         try:
-            images = dict(task.images(sample))
-            features = {name: features_of(name, opened) for name, opened in images.items()}
+            features = {name: extractor.image(name, *rest, sources=wanted, ahead=coming([sample, *more])) for name, *rest in pictures(sample)}
             rows = task.score(sample, features, extractor)
         except (DataError, ImageError, ConvergenceError) as error:
             return {"id": sample.id, "rows": [], "why": str(error).removeprefix(f"{sample.id}: ")}
@@ -128,11 +134,11 @@ def run_task(task: Task, extractor: FeatureExtractor, parts: Parts | None = None
         none = [None] * len(task.columns)
         rows = [[row.id, row.group, [none if {s, read[s]} & lacking else row.values[s] for s in sources]] for row in rows]
         why = "" if rows else "nothing in it can be scored"
-        return {"id": sample.id, "rows": rows, "why": why, "split": task.split(sample), "pictures": list(images)}
+        return {"id": sample.id, "rows": rows, "why": why, "split": task.split(sample), "pictures": list(features)}
 
     def compute(some: list) -> list[dict]:
         prepare(extractor)
-        return [score(sample) for sample in some]
+        return [score(*some[place:]) for place in range(len(some))]
 
     size, found, skipped = task.chunk if chunk is None else chunk, [], {}
     for part in in_chunks(parts, task.name, [task.samples[i] for i in order], compute, size, depends, progress=progress):

@@ -174,7 +174,7 @@ def _read_batch(models: Mapping[str, MLM], extractor: FeatureExtractor, batch: l
     named = [(f"{item.id}-{i}", image) for item, mine in zip(batch, images, strict=True) for i, image in enumerate(mine)]
     vision = prepare_images(models["value"], [image for _, image in named], [name for name, _ in named])  # both models read the same
     encoded = encode_images(models["value"], vision)
-    alone = extractor.behind(named, [None] * len(named), extractor.sources, (vision, encoded))
+    alone = extractor.images(named, seen=(vision, encoded))
     features = [{f"alone.{name}" if name.startswith("value.") else name: tokens for name, tokens in each.features.items()} for each in alone]
     answers: list[list[Answer]] = []
     for family, mlm in models.items():

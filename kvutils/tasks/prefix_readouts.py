@@ -71,11 +71,10 @@ class PrefixReadout(ABC):
         """Of an image each family, the image's features behind its prefix, and its values there, (L, N, C)."""
         texts = {each: prefixes["none" if each == UNTRAINED else each.removeprefix(UNCENTRED)] for each in families}
         values, control = ([f"{kind}value.{layer}" for layer in self.extractor.layers] for kind in ("", f"{UNTRAINED}."))
-        found: dict[str | None, ImageFeatures] = {}
-        if None in texts.values():  # the two models together: an image is prepared once
-            found[None] = self.extractor.images([item], None, values + control * (UNTRAINED in self.families))[0]
+        both = values + control * (UNTRAINED in self.families)  # the two models together: an image is prepared once
+        found = {None: self.extractor.images([item], None, both)[0]} if None in texts.values() else {}
         behind = list(dict.fromkeys(filter(None, texts.values())))
-        found |= zip(behind, self.extractor.behind([item] * len(behind), behind, values), strict=True)
+        found |= zip(behind, self.extractor.images([item] * len(behind), behind, values), strict=True)
         for family, text in texts.items():
             yield family, found[text], found[text].stack(control if family == UNTRAINED else values)
 
@@ -157,7 +156,7 @@ class DomainPrefix(PrefixReadout):
         values = [f"value.{layer}" for layer in self.extractor.layers]
         chosen = [(image, prefixes) for image in self.train if (prefixes := self.prefixes(image)) is not None]
         for condition in self.families:
-            found = self.extractor.behind([(image.id, image.image) for image, _ in chosen], [prefixes[condition] for _, prefixes in chosen], values)
+            found = self.extractor.images([(image.id, image.image) for image, _ in chosen], [prefixes[condition] for _, prefixes in chosen], values)
             labels = np.concatenate([one.layout.token_labels(image.mask)[0] for one, (image, _) in zip(found, chosen, strict=True)])
             self._seen = np.unique(labels[labels >= 0])
             if len(self._seen) < 2:

@@ -7,10 +7,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -21,7 +20,7 @@ from kvutils.metrics.effects import measured, part
 from kvutils.metrics.statistics import UNDEFINED, paired_difference, resample
 from kvutils.models import MLM
 from kvutils.processors import other_backend
-from kvutils.readout.features import FeatureExtractor, ImageFeatures, Opener
+from kvutils.readout.features import FeatureExtractor
 from kvutils.store import Parts, digest, in_chunks
 from kvutils.tasks.base import ScoreTable, Task, run_task
 from kvutils.tasks.key_blocking import NONE, ask_under_blocks
@@ -65,11 +64,8 @@ class ValueReader(FeatureExtractor):
     def fingerprint(self) -> str:
         return digest([super().fingerprint, self.setting.scale])
 
-    def image(self, name: str, key: str, opened: Opener, *rest: Any, **more: Any) -> ImageFeatures:
-        return super().image(name, key, lambda: self.setting.shown(opened()), *rest, **more)
-
-    def saliency(self, item: tuple[str, Image.Image], *rest: Any) -> torch.Tensor:
-        return super().saliency((item[0], self.setting.shown(item[1])), *rest)
+    def shown(self, image: Image.Image) -> Image.Image:
+        return self.setting.shown(image)
 
 
 def settings_of(mlm: MLM, load: Load, pixels: int) -> dict[str, Callable[[], Setting]]:
