@@ -61,7 +61,7 @@ def redraw(tmp_path):
 
     def drawn(notebook, results):
         write_json(tmp_path / f"{notebook}.json", results)
-        with patch.object(plots, "save", wraps=plots.save) as saved:
+        with patch.object(plots, "save", wraps=plots.save) as saved, plots.plt.rc_context({"savefig.dpi": 50}):
             paths = plots.draw_all(tmp_path, tmp_path / "figures")
         assert all(np.asarray(Image.open(path).convert("L")).std() > 5 for path in paths)
         figures = saved.call_args[0][0]

@@ -58,11 +58,12 @@ OLD_NAMES = [(r"^model\.language_model\.", "language_model.model."), (r"^lm_head
 OLD_QWEN_NAMES = [(r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model.")]
 
 
-def write_checkpoint(family: str, place: Path, form: str) -> MLM:
+def write_checkpoint(family: str, place: Path, form: str, weights: Path) -> MLM:
     """A folder as on the hub, with narrow random weights under the hub's old names; returns the model they are of.
 
     form: "new"; "old", without processor_config.json and generation_config.json, with the template in the tokenizer and an
-    image processor called ...Fast; "jinja", with the template in chat_template.jinja alone."""
+    image processor called ...Fast; "jinja", with the template in chat_template.jinja alone. weights: the file of all forms, linked to; it is
+    written where it is not there."""
     mlm, source = published_model(family), folder(family)
     for file in source.iterdir():
         (place / file.name).symlink_to(file)
@@ -87,11 +88,11 @@ def write_checkpoint(family: str, place: Path, form: str) -> MLM:
         settings = read(place / "preprocessor_config.json")
         write(place / "preprocessor_config.json", settings | {"image_processor_type": settings["image_processor_type"] + "Fast"})
         write(place / "tokenizer_config.json", {"chat_template": template} | read(place / "tokenizer_config.json"))
-    weights = {}
-    for name, tensor in mlm.model.state_dict().items():
-        new = next((re.sub(old, hub, name) for old, hub in (OLD_QWEN_NAMES if family == QWEN else OLD_NAMES) if re.search(old, name)), name)
-        weights[new] = tensor
-    save_file(weights, place / "model.safetensors", {"format": "pt"})
+    if not weights.exists():
+        names = OLD_QWEN_NAMES if family == QWEN else OLD_NAMES
+        save_file({next((re.sub(old, hub, name) for old, hub in names if re.search(old, name)), name): tensor
+                   for name, tensor in mlm.model.state_dict().items()}, weights, {"format": "pt"})  # fmt: skip
+    (place / "model.safetensors").symlink_to(weights)
     return mlm
 
 

@@ -161,9 +161,10 @@ def test_what_does_not_fit_is_placed_by_accelerate(folder, monkeypatch):
 
 @pytest.mark.parametrize("form", ["new", "old", "jinja"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_folders_as_on_the_hub_load_with_every_weight(family, form, published, tmp_path):
+def test_folders_as_on_the_hub_load_with_every_weight(family, form, published, tmp_path, tmp_path_factory):
     """Weights under the names of older transformers; fields, template and generation settings where older folders have them."""
-    expected, mlm = write_checkpoint(family, tmp_path, form), load_mlm(str(tmp_path), device="cpu")
+    weights = tmp_path_factory.getbasetemp() / f"{family}.safetensors"
+    expected, mlm = write_checkpoint(family, tmp_path, form, weights), load_mlm(str(tmp_path), device="cpu")
     found = mlm.model.state_dict()
     assert found.keys() == expected.model.state_dict().keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.model.state_dict().items())

@@ -1,6 +1,7 @@
 """What a run leaves per item is enough to compute its results again, and whoever changes any of it is found out."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -74,11 +75,22 @@ def finish(profile: str, options: dict) -> notebook.Run:
     return run
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KVUTILS_OUT", str(tmp_path_factory.mktemp("finished")))
+        patch.setattr(notebook, "code_commit", lambda: "c0ffee1234")
+        finish("pocket", {"pocket-refcoco": {"scenes": 12}})
+        return notebook.output_root()
+
+
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(finished, tmp_path, monkeypatch):
+    """The run's folder, to be changed."""
     monkeypatch.setenv("KVUTILS_OUT", str(tmp_path))
     monkeypatch.setattr(notebook, "code_commit", lambda: "c0ffee1234")
-    return finish("pocket", {"pocket-refcoco": {"scenes": 12}}).folder
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    return notebook.Run(NAME).folder
 
 
 def test_results_and_figures_follow_from_the_items_without_a_model(folder, monkeypatch, capsys):

@@ -22,7 +22,7 @@ from kvutils.kvcache import capture
 from kvutils.readout.attention import attention_mass
 from kvutils.readout.features import FeatureExtractor
 from kvutils.readout.selections import select_all
-from kvutils.store import Parts, write_json
+from kvutils.store import Parts, code_version, write_json
 from kvutils.tasks.base import run_task
 from kvutils.tasks.foreground_segmentation import ForegroundSegmentation
 from kvutils.tasks.key_blocking import NONE, ask_under_blocks
@@ -38,6 +38,7 @@ FORK = multiprocessing.get_context("fork")  # the model and the imports are ther
 
 @pytest.fixture(scope="module")
 def mlm():
+    code_version()  # remembered by the processes that are started: half of their time
     return tiny_pocket()
 
 
@@ -112,7 +113,7 @@ def test_killed_at_random_points(mlm, undisturbed, tmp_path):
         folder, chance = tmp_path / str(number), random.Random(number)
         process, some = start(mlm, folder, folder / "results.json"), chance.randrange(len(keys))
         while process.is_alive() and len(stored(folder)) < some:  # not by the clock: another machine is slower, or busy
-            time.sleep(0.001)
+            time.sleep(0.01)
         process.join(chance.uniform(0, 0.05))
         process.kill()
         process.join()
