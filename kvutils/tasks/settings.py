@@ -53,7 +53,7 @@ class ValueReader(FeatureExtractor):
 
     def __init__(self, setting: Setting, layers: Sequence[int]):
         super().__init__(setting.mlm, layers=layers, keys=False)
-        self.setting = setting
+        self.setting, self.shown = setting, setting.shown
         self.alignment.sources = self.sources
 
     @property
@@ -63,9 +63,6 @@ class ValueReader(FeatureExtractor):
     @property
     def fingerprint(self) -> str:
         return digest([super().fingerprint, self.setting.scale])
-
-    def shown(self, image: Image.Image) -> Image.Image:
-        return self.setting.shown(image)
 
 
 def settings_of(mlm: MLM, load: Load, pixels: int) -> dict[str, Callable[[], Setting]]:

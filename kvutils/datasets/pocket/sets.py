@@ -149,8 +149,7 @@ def training_maps(scenes: int = 60, seed: int = SEED) -> list[LabelledImage]:
 
 
 def _labelled(stream: str, count: int, seed: int) -> list[LabelledImage]:
-    drawn = (pocket_scene(stream, i, seed) for i in range(count))
-    return [LabelledImage(s.id, s.image, s.class_map()) for s in drawn]
+    return [LabelledImage(s.id, s.image, s.class_map()) for s in (pocket_scene(stream, i, seed) for i in range(count))]
 
 
 def referring_masks(scenes: int = 60, seed: int = SEED) -> list[NamedMask]:
@@ -205,8 +204,7 @@ def clips(count: int = 24, frames: int = 12, seed: int = SEED) -> list[Clip]:
         if first.visible.min() < PRESENT:
             continue
         drawn = [first, *(render(scene) for scene in scenes[1:])]
-        images = tuple(Image.fromarray(d.image) for d in drawn)
-        samples.append(Clip(f"clips-{seed}-{index:05d}", images, np.stack([d.mask for d in drawn])))
+        samples.append(Clip(f"clips-{seed}-{index:05d}", tuple(Image.fromarray(d.image) for d in drawn), np.stack([d.mask for d in drawn])))
     return samples
 
 

@@ -5,6 +5,7 @@ Every class has the same five named key points, so that correspondence has a mea
 The front is always to the right, so a mirrored object is told from an unmirrored one by its shape."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -13,9 +14,9 @@ PLURALS = ("fishes", "birds", "cars", "boats", "trees", "houses", "cups", "flags
 PARTS = ("front", "back", "top", "base", "middle")
 
 
-def _ellipse(x: float, y: float, rx: float, ry: float, steps: int = 28) -> list[tuple[float, float]]:
+def _ellipse(x: float, y: float, rx: float, ry: float, steps: int = 28) -> np.ndarray:
     turn = [2 * math.pi * i / steps for i in range(steps)]
-    return [(x + rx * math.cos(t), y + ry * math.sin(t)) for t in turn]
+    return np.array([(x + rx * math.cos(t), y + ry * math.sin(t)) for t in turn])
 
 
 def _box(x0: float, y0: float, x1: float, y1: float) -> list[tuple[float, float]]:
@@ -62,7 +63,7 @@ KEYPOINTS = {  # rows follow PARTS: front, back, top, base, middle
 }
 
 
-def place(points: list[tuple[float, float]], x: float, y: float, radius: float, angle: float, flip: bool) -> np.ndarray:
+def place(points: Sequence | np.ndarray, x: float, y: float, radius: float, angle: float, flip: bool) -> np.ndarray:
     """Unit-frame points (K, 2) of an object at `(x, y)` px, `radius` px, rotated by `angle` radians: pixels (K, 2)."""
     unit = np.asarray(points, dtype=np.float64)
     if flip:

@@ -125,13 +125,12 @@ def _background(rng: np.random.Generator) -> np.ndarray:
     """Muted gradient with clutter: blobs, bars and lines of low saturation, none of them an object."""
     base, slope = rng.uniform(95, 180), rng.uniform(-45, 45)
     tint = rng.uniform(-14, 14, 3)
-    ramp = np.linspace(-0.5, 0.5, SIZE) * slope
-    ground = base + (ramp[:, None] if rng.random() < 0.5 else ramp[None, :]) + np.zeros((SIZE, SIZE))
-    picture = Image.fromarray(np.clip(ground[..., None] + tint, 0, 255).astype(np.uint8))
+    shades = np.clip((base + np.linspace(-0.5, 0.5, SIZE) * slope)[:, None] + tint, 0, 255).astype(np.uint8)
+    shades = shades[:, None] if rng.random() < 0.5 else shades[None]  # from top to bottom, or from left to right
+    picture = Image.fromarray(np.broadcast_to(shades, (SIZE, SIZE, 3)).copy())
     draw = ImageDraw.Draw(picture)
     for _ in range(int(rng.integers(4, 11))):
-        grey = rng.uniform(70, 205)
-        fill = tuple(int(v) for v in np.clip(grey + rng.uniform(-20, 20, 3), 0, 255))
+        fill = tuple((rng.uniform(70, 205) + rng.uniform(-20, 20, 3)).astype(int).tolist())
         x, y = rng.uniform(-8, SIZE + 8, 2)
         w, h = rng.uniform(3, 22, 2)
         shape = rng.integers(4)
@@ -144,7 +143,7 @@ def _background(rng: np.random.Generator) -> np.ndarray:
         else:
             corners = [(x + rng.uniform(-18, 18), y + rng.uniform(-18, 18)) for _ in range(int(rng.integers(3, 6)))]
             draw.polygon(corners, fill=fill)
-    return np.asarray(picture, dtype=np.float32).copy()
+    return np.asarray(picture).astype(np.float32)
 
 
 _SUPER = 2  # silhouettes are drawn at twice the size and averaged: soft edges, exact masks
@@ -156,7 +155,7 @@ def _coverage(polygons: list, thing: Thing, box: tuple[int, int, int, int]) -> n
     draw = ImageDraw.Draw(sheet)
     for polygon in polygons:
         corners = (place(polygon, thing.x, thing.y, thing.radius, thing.angle, thing.flip) - (x0, y0)) * _SUPER
-        draw.polygon([tuple(c) for c in corners], fill=255)
+        draw.polygon(corners.ravel().tolist(), fill=255)
     return np.asarray(sheet.reduce(_SUPER), dtype=np.float32) / 255
 
 
@@ -169,16 +168,15 @@ def _draw_thing(canvas: np.ndarray, mask: np.ndarray, index: int, thing: Thing, 
         body = body * (1 - _coverage(HOLES[name], thing, box))
     detail = _coverage(DETAILS[name], thing, box) * body
     colour = np.asarray(PALETTE[COLOURS[thing.colour]], np.float32) * rng.uniform(0.85, 1.1) + rng.uniform(-12, 12, 3)
-    height, width = body.shape
-    light = 1 + rng.uniform(-0.18, 0.18) * np.linspace(-1, 1, height, dtype=np.float32)[:, None]
-    inner = np.minimum.reduce([np.roll(body, s, a) for s, a in ((1, 0), (-1, 0), (1, 1), (-1, 1))])
-    shade = light * (1 - 0.45 * detail) * (0.62 + 0.38 * inner)  # darker rim and details
-    paint = colour * shade[..., None]
+    light = 1 + rng.uniform(-0.18, 0.18) * np.linspace(-1, 1, len(body), dtype=np.float32)[:, None]
+    inner = np.zeros_like(body)  # the box is wider than the thing
+    inner[1:-1, 1:-1] = np.minimum.reduce([body[:-2, 1:-1], body[2:, 1:-1], body[1:-1, :-2], body[1:-1, 2:]])
     x0, y0, x1, y1 = box
     cx0, cy0, cx1, cy1 = max(x0, 0), max(y0, 0), min(x1, SIZE), min(y1, SIZE)
     part = (slice(cy0 - y0, cy1 - y0), slice(cx0 - x0, cx1 - x0))
+    shade = light[part[0]] * (1 - 0.45 * detail[part]) * (0.62 + 0.38 * inner[part])  # darker rim and details
     alpha = body[part][..., None]
-    canvas[cy0:cy1, cx0:cx1] = canvas[cy0:cy1, cx0:cx1] * (1 - alpha) + paint[part] * alpha
+    canvas[cy0:cy1, cx0:cx1] = canvas[cy0:cy1, cx0:cx1] * (1 - alpha) + colour * shade[..., None] * alpha
     mask[cy0:cy1, cx0:cx1][body[part] > 0.5] = index
     return int((body > 0.5).sum())
 
