@@ -46,8 +46,7 @@ class CoSegmentation(Task):
         shares = [token_means(one.layout, np.stack([image.mask == 1, image.mask != VOID], axis=-1))
                   for one, image in zip(per_image, sample.images, strict=True)]  # fmt: skip
         inside, area = ([share[:, column] for share in shares] for column in (0, 1))
-        chosen: list[list[np.ndarray]] = []  # per source and rule the foreground tokens of all images
-        counts = []
+        counts, chosen = [], []  # clusters per source; per source and rule the foreground tokens of all images
 
         def clustered(source: str) -> tuple[list[np.ndarray], list[float]]:
             return cluster_tokens([one.features[source].float().cpu().numpy() for one in per_image], SEED)

@@ -188,8 +188,7 @@ def setting_changes(measured: Mapping[str, ScoreTable | Answers], tasks: Sequenc
 
 
 def _answers(pope: Pope, setting: Setting, parts: Parts | None) -> list[str]:
-    pictures = {sample.image_id: sample for sample in pope.samples}
-    opened = {name: partial(lambda sample: setting.shown(sample.image), sample) for name, sample in pictures.items()}
+    opened = {each.image_id: partial(lambda sample: setting.shown(sample.image), each) for each in pope.samples}
     asked = Pope([replace(sample, picture=opened[sample.image_id], size=None) for sample in pope.samples])
 
     def ask(some: list) -> list[str]:

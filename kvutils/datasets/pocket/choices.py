@@ -68,7 +68,8 @@ def _triples(subtask: str, shelf: _Shelf, kinds: int, question: str, items: int)
         same, other = (int(kind) for kind in random.choice(kinds, 2, replace=False))
         right = _balanced(shelf.seed, subtask, number, 2)
         scenes = [shelf.take(kind) for kind in (same, *((same, other) if right == 0 else (other, same)))]
-        found.append(_item(subtask, number, scenes, [scene.drawn.image for scene in scenes], question, ("the second image", "the third image"), right))
+        pictures = [scene.drawn.image for scene in scenes]
+        found.append(_item(subtask, number, scenes, pictures, question, ("the second image", "the third image"), right))
     return found
 
 
