@@ -209,6 +209,21 @@ def test_a_picture_is_read_once_whatever_its_name_and_prefixes_apart(pocket, mon
     assert calls.call_count == 2 and len(pocket.images([("a", fresh)])[0].features) == len(pocket.sources) and calls.call_count == 3
 
 
+def test_pictures_that_come_next_share_a_pass_and_a_bad_one_spoils_its_own_sample_alone(monkeypatch):
+    mlm, point, box = tiny("qwen2_5_vl"), np.array([[3.0, 3]]), np.array([0, 0, 32, 32.0])
+    shown = [*(picture(32 + 16 * (i % 2)) for i in range(4)), picture(804, 4)]
+    pairs = [KeypointPair(f"{i}", "cat", "s", shown[0], point, f"t{i}", each, point, box) for i, each in enumerate(shown)]
+    tables, passes = [], []
+    for memory in (None, 0):  # where nothing is kept, nothing is read ahead
+        extractor = FeatureExtractor(mlm, keys=False, memory_bytes=memory)
+        monkeypatch.setattr(extractor, "_read", calls := mock.Mock(wraps=extractor._read))
+        tables.append(run_task(SemanticCorrespondence(pairs), extractor, progress=False))
+        passes.append(max(len(call.args[0]) for call in calls.call_args_list))
+    assert passes[0] > 1 == passes[1] and tables[0].ids == tables[1].ids == ["0", "1", "2", "3"]
+    assert all("too thin" in table.skipped["4"] for table in tables)
+    np.testing.assert_array_equal(*(table.values for table in tables))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_exceeds_half_precision_is_kept_as_the_model_wrote_it(dtype):
     mlm = tiny("qwen2_5_vl")
