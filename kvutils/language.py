@@ -118,27 +118,30 @@ class Continuation:
         self.cache = DynamicCache()
         self.cache.layers = [_Behind(*each) for each in prefix.keys_values]
         self.columns: list[dict[tuple[int, int], int]] = [{} for _ in prefix.mask]  # of each row: column of the token before, id -> column
+        self.ends: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}  # text -> row and column of its last token
         self.paths = np.zeros((len(self.columns), 0, 0), dtype=bool)  # (B, T, T): the columns that lead to each column, and itself
         self.states: dict[int, torch.Tensor] = {}  # (B, T, C) of all columns: what enters the layers of `keep`, and what leaves the last
 
     def extend(self, texts: Sequence[tuple[int, Sequence[int]]]) -> torch.Tensor:
         """(texts, C) the last hidden state of the last token of each text (row, ids): all ids behind the prefix, also those read before."""
-        if self.like:
-            self.like.extend(texts)
-        new: list[list[tuple[int, int, int]]] = [[] for _ in self.columns]  # id, column before, column in `like`
-        first, places, like = self.paths.shape[1], [], self.like or self
-        for row, ids in texts:
-            known, alike, column, other = self.columns[row], like.columns[row], -1, -1
-            for token in ids:
-                key, before = (column, token), column
-                column = known.setdefault(key, first + len(new[row]))
-                other = alike[other, token]
-                if column == first + len(new[row]):
-                    new[row].append((token, before, other))
-            places.append((row, column))
-        if any(new):
-            self._read(new)
-        rows, columns = torch.tensor(places, device=self.prefix.mask.device).T
+        texts = [(row, tuple(ids)) for row, ids in texts]
+        if fresh := [text for text in texts if text not in self.ends]:
+            if self.like:
+                self.like.extend(fresh)
+            new: list[list[tuple[int, int, int]]] = [[] for _ in self.columns]  # id, column before, column in `like`
+            first, like = self.paths.shape[1], self.like or self
+            for row, ids in fresh:
+                known, alike, column, other = self.columns[row], like.columns[row], -1, -1
+                for token in ids:
+                    before, column = column, known.get((column, token))
+                    if column is None:
+                        column = known[before, token] = first + len(new[row])
+                        new[row].append((token, before, alike[other, token]))
+                    other = alike[other, token]
+                self.ends[row, ids] = row, column
+            if any(new):
+                self._read(new)
+        rows, columns = torch.tensor([self.ends[text] for text in texts], device=self.prefix.mask.device).T
         return self.states[self.mlm.num_layers][rows, columns]
 
     def _read(self, new: Sequence[Sequence[tuple[int, int, int]]]) -> None:
