@@ -1,5 +1,5 @@
 """One style for all figures, and the few things that they draw: pictures, curves with bands, points with intervals. Intervals are
-dictionaries {mean, low, high} of a results file; None is what is not defined, and is left out. Colours are the colour-blind palette of seaborn;
+dictionaries {mean, low, high} of a results file; None is what is not defined, and is left out. Colours are seaborn's colour-blind palette;
 every kind of source keeps its colour in every figure."""
 
 import base64
@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.colors import to_rgb
+import seaborn as sns
 from matplotlib.figure import Figure
 from PIL import Image
 
-COLOURS = [to_rgb(each) for each in "#0173b2 #de8f05 #029e73 #d55e00 #cc78bc #ca9161 #fbafe4 #949494 #ece133 #56b4e9".split()]
+COLOURS = sns.color_palette("colorblind")
 SOURCE_STYLE = {"value": (COLOURS[0], "-", "o", "image values"),  # family of sources -> colour, line, marker, label
                 "untrained.value": (COLOURS[7], ":", "^", "values, untrained model"),
                 "shuffled.value": (COLOURS[3], ":", "v", "control: shuffled labels or text")}
