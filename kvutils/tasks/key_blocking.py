@@ -96,7 +96,6 @@ def ask_under_blocks(task: YesNoTask, mlm: MLM, blocks: Mapping[str, KeySelectio
         asked.setdefault(sample.image_id, {})[sample.question] = None
     # Images that are asked about as much stand side by side: little padding.
     items = sorted(((image, list(questions)) for image, questions in asked.items()), key=lambda item: len(" ".join(item[1]).split()))
-
     order = sorted(blocks)  # a part does not depend on the order of the blocks
 
     def compute(some: list[tuple[str, list[str]]]) -> dict[str, torch.Tensor]:

@@ -121,8 +121,7 @@ def knock_out(mlm: MLM, samples: Sequence[Question], parts: Parts | None = None,
     def compute(some: list[list[Question]]) -> dict[str, torch.Tensor]:  # as JSON they would be slow to keep
         return {"values": torch.tensor([row for rows in in_halves(run, some) for row in rows], dtype=torch.float64)}
 
-    # Scenes that are asked about as much stand side by side: little padding.
-    batched = sorted(scenes.values(), key=lambda asked: len(" ".join(s.text for s in asked).split()))
+    batched = sorted(scenes.values(), key=lambda asked: len(" ".join(s.text for s in asked).split()))  # of like length: little padding
     chunks = in_chunks(parts, "knock_out", batched, compute, batch_size, [mlm.settings, options], unit="image",
                        progress=progress, of=lambda asked: [[s.group, s.id, s.text, s.answer] for s in asked])  # fmt: skip
     values = np.concatenate([chunk["values"].numpy() for chunk in chunks])
