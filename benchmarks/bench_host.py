@@ -183,9 +183,10 @@ class Workshop:
             return [Capture(layout, captured.layers, *(one if one is None else one.to(to or self.device) for one in kept)) for _ in images]
 
         forward = {"capture": capture,
-                   "prepare_images": lambda *_: VisionInputs(torch.empty(0), [layout]), "encode_images": lambda *_: ([towers[0]], [towers[1]]),
-                   "capture_prepared": lambda *_, **__: [captured],
-                   "encode_prepared": lambda *_, **__: [captured.encoder],
+                   "prepare_images": lambda _, images, *__: VisionInputs(torch.empty(0), [layout] * len(images)),
+                   "encode_images": lambda _, vision: tuple([tower] * len(vision.layouts) for tower in towers),
+                   "capture_prepared": lambda _, vision, *__, **___: [captured] * len(vision.layouts),
+                   "encode_prepared": lambda _, __, vision, *___, **____: [captured.encoder] * len(vision.layouts),
                    "capture_encoder": lambda _, mlm, images, to=None, **__: [towers[0].to(to or self.device) for _ in images]}  # fmt: skip
         there = {name: replaced for name, replaced in forward.items() if hasattr(features_module, name)}
 
@@ -199,8 +200,8 @@ class Workshop:
         """A readout of notebook 04 over its only sample."""
         readout.prefixes = lambda sample: {condition: condition for condition in CONDITIONS}
         found = {condition: [self.features(readout.samples[0], self.of_prefixes)] for condition in CONDITIONS}
-        self.of_prefixes.images = lambda items, prefix=None, *_, **__: found["none" if prefix is None else prefix]
-        self.of_prefixes.behind = lambda items, prefixes, *_: [found[prefix][0] for prefix in prefixes]
+        self.of_prefixes.images = lambda items, prefix=None, *_, **__: [found[each or "none"][0] for each in prefix or [None]]
+        self.of_prefixes.behind = self.of_prefixes.images  # of an older checkout
         return Item(f"{unit}, {len(readout.families)} scores", lambda: run_prefixes(readout, progress=False))
 
     def prefix_referring(self) -> Item:
