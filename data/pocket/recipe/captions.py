@@ -4,52 +4,66 @@ import numpy as np
 import torch
 
 from kvutils.datasets.pocket.shapes import CLASSES, PARTS
-from kvutils.datasets.pocket.world import COLOURS, DOMAINS, LETTERS, PRESENT, STYLES
-from recipe.packing import PAD, encode, pixel_batch
-from recipe.pool import GRID, Pool
+from kvutils.datasets.pocket.world import COLOURS, DOMAINS, LETTERS, PRESENT, STYLES, draw_mark
+from recipe.packing import PAD, encode, to_pixels
+from recipe.pool import GRID, PATCH, Pool
+from recipe.samples import place_words
 
+LONGEST = 16  # tokens of a caption
+PLACES = [f"{far}{side}" for side in ("left", "right", "top", "bottom") for far in ("", "far ")]
+_POINTS = ("reference", *(f"({letter})" for letter in LETTERS[:4]))
 CAPTIONS = (
     [f"a {c}" for c in CLASSES]
     + [f"a {k} {c}" for c in CLASSES for k in COLOURS]
     + [f"a {k} thing" for k in COLOURS]
     + [f"a {s} image" for s in STYLES]
     + [f"a {d} photo" for d in DOMAINS]
-    + [f"point {letter}" for letter in LETTERS]
+    + [f"a {c} {p}" for c in CLASSES for p in PLACES]
+    + [f"point {point}" for point in _POINTS]
+    + [f"point {point} at the {part}" for point in _POINTS for part in PARTS]
 )
+_NUMBER = {caption: number for number, caption in enumerate(CAPTIONS)}
+GROUPS = {  # of captions, by the prefix of their number, for the held-out figures
+    "class": slice(0, 8), "colour_class": slice(8, 72), "style": slice(80, 85), "light": slice(85, 88), "place": slice(88, 152),
+    "letter": slice(152, 157), "part": slice(157, 182),
+}  # fmt: skip
 
 
 def caption_tokens() -> torch.Tensor:
     rows = [list(encode(c)) for c in CAPTIONS]
-    return torch.tensor([row + [PAD] * (8 - len(row)) for row in rows])
+    return torch.tensor([row + [PAD] * (LONGEST - len(row)) for row in rows])
 
 
 def entailment(pool: Pool, rows: np.ndarray, first: np.ndarray, side: int, marks: list) -> tuple[np.ndarray, np.ndarray]:
     """Which captions hold in each window: labels and weights (B, captions). A thing of which only a small part is in
-    the window makes its captions neither true nor false (weight 0)."""
+    the window makes its captions neither true nor false (weight 0). marks: (point, part, x, y) of each window's scene."""
     labels, weights = np.zeros((2, len(rows), len(CAPTIONS)), np.float32)
     weights += 1
     for b, row in enumerate(rows):
         r, c = first[b]
         for i in range(pool.things.shape[1]):
-            cls, colour, _, _, visible, _ = pool.things[row, i]
+            cls, colour, x, y, visible, _ = pool.things[row, i]
             if cls < 0:
                 continue
             total = pool.coverage[row, i].sum(dtype=float)
             share = pool.coverage[row, i, r : r + side, c : c + side].sum(dtype=float) / max(total, 1) * visible
-            cls, colour = int(cls), int(colour)
-            captions = [cls, 8 + cls * 8 + colour, 72 + colour]
+            kind, colour_name = CLASSES[int(cls)], COLOURS[int(colour)]
+            captions = [f"a {kind}", f"a {colour_name} {kind}", f"a {colour_name} thing"]
+            captions += [f"a {kind} {p}" for word in place_words(x, y) for p in {word, word.removeprefix("far ")}]
+            captions = [_NUMBER[caption] for caption in captions]
             if share >= PRESENT:
                 labels[b, captions] = 1
                 weights[b, captions] = 1
             elif share > 0.03:
                 weights[b, [k for k in captions if not labels[b, k]]] = 0
-        labels[b, 80 + pool.style[row]] = 1
-        labels[b, 85 + pool.domain[row]] = 1
-        for letter, x, y in marks[b]:
-            if r * 8 + 4 <= y <= (r + side) * 8 - 4 and c * 8 + 4 <= x <= (c + side) * 8 - 4:
-                labels[b, 88 + LETTERS.index(letter)] = 1
+        labels[b, _NUMBER[f"a {STYLES[pool.style[row]]} image"]] = 1
+        labels[b, _NUMBER[f"a {DOMAINS[pool.domain[row]]} photo"]] = 1
+        for point, part, x, y in marks[b]:
+            found = [_NUMBER[f"point {point}"], _NUMBER[f"point {point} at the {PARTS[part]}"]]
+            if r * PATCH + 4 <= y <= (r + side) * PATCH - 4 and c * PATCH + 4 <= x <= (c + side) * PATCH - 4:
+                labels[b, found] = 1
             else:
-                weights[b, 88 + LETTERS.index(letter)] = 0
+                weights[b, found] = 0
     return labels, weights
 
 
@@ -58,18 +72,20 @@ def encoder_batch(pool: Pool, rows: np.ndarray, rng: np.random.Generator, whole:
     side, count = GRID if whole else 7, len(rows)
     first = np.zeros((count, 2), int)
     marks: list[list] = [[] for _ in rows]
+    pictures = np.stack([pool.images[row] for row in rows])
     for b, row in enumerate(rows):
         things = [i for i in range(4) if pool.things[row, i, 0] >= 0]
         thing = things[int(rng.integers(len(things)))]
         if not whole:
             x, y = pool.things[row, thing, 2:4]
-            corner = np.array([y, x]) / 8 - side / 2 + rng.uniform(-1.3, 1.3, 2)
+            corner = np.array([y, x]) / PATCH - side / 2 + rng.uniform(-1.3, 1.3, 2)
             first[b] = np.clip(np.round(corner), 0, GRID - side)
-        if rng.random() < 0.3:
-            letters = rng.permutation(list(LETTERS))[: int(rng.integers(1, 4))]
-            for letter, part in zip(letters, rng.permutation(len(PARTS))):
-                x, y = pool.keypoints[row, thing, part, :2]
-                marks[b].append((str(letter), float(np.clip(x, 4, 91)), float(np.clip(y, 4, 91))))
-    pixels = pixel_batch(pool, list(zip(rows, marks)))
+        seen = np.flatnonzero(pool.keypoints[row, thing, :, 2] > 0)
+        if rng.random() < (0.5 if pool.portrait[row] else 0.15):
+            points = rng.permutation(len(_POINTS))[: int(rng.integers(1, 5))]
+            for number, part in zip(points, rng.permutation(seen)):
+                x, y = map(float, pool.keypoints[row, thing, part, :2])
+                marks[b].append((_POINTS[number], int(part), x, y))
+                draw_mark(pictures[b], _POINTS[number].strip("()")[0], x, y)
     labels, weights = entailment(pool, rows, first, side, marks)
-    return pixels, torch.from_numpy(first), side, torch.from_numpy(labels), torch.from_numpy(weights)
+    return to_pixels(pictures), torch.from_numpy(first), side, torch.from_numpy(labels), torch.from_numpy(weights)

@@ -1,13 +1,14 @@
 """Which questions a training sequence asks: samples of scenes, with marks, prefixes and hints, drawn from a pool."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from kvutils.datasets.pocket import questions as q
 from kvutils.datasets.pocket.shapes import CLASSES, PARTS
-from kvutils.datasets.pocket.world import COLOURS, DOMAINS, STYLES
+from kvutils.datasets.pocket.world import COLOURS, DOMAINS, SIZE, STYLES
 from recipe.pool import Pool
+from recipe.tokenizer import NTH
 
 # How often each kind is drawn for a scene. A lookup kind then asks about every thing, so that "colour", which breaks
 # late, still gets the largest share of the blocks.
@@ -17,11 +18,11 @@ MIX = {
     "hop_same": 0.8, "hop_more": 0.6, "hop_match": 0.5, "caption": 0.2, "list_colours": 3.0, "list_sides": 0.3,
 }  # fmt: skip
 _SHARES = np.array(list(MIX.values())) / sum(MIX.values())
-NTH = ("first", "second", "third")  # several images are announced: "first <image> second <image>"
-PART_THEN_LETTER = q.CORRESPONDENCE.replace("which point", "which part")  # "front (b)": the two steps of the same question
+PLAIN, REFERENCE, LETTERED = range(3)  # versions of a picture: as it is, with one marked point, with four lettered ones
 LETTERS_QUESTION = "which part has which letter ?"  # "front (b) , top (a)": as the lists of things
 PARTS_QUESTION = "which letter has which part ?"  # "(b) front , (a) top": at the letter, its part
 PART_QUESTION = "which part is marked ?"  # about one portrait with one point, and about the first image of a pair
+LEVELS = ("far {0}", "{0}", "{1}", "far {1}")
 _NEUTRAL = (
     "please look at this picture",
     "good morning",
@@ -30,6 +31,19 @@ _NEUTRAL = (
     "look carefully",
     "a picture with some things",
 )
+
+
+def place_words(x: float, y: float) -> tuple[str, str]:
+    """In which quarter of the columns and of the rows a point lies: ("far left", "top")."""
+    level = [min(max(int(v / (SIZE / 4)), 0), 3) for v in (x, y)]
+    return LEVELS[level[0]].format("left", "right"), LEVELS[level[1]].format("top", "bottom")
+
+
+def describe(facts: q.Facts, rng: np.random.Generator) -> str:
+    """A scene in plain words, its things from left to right: what the text stage reads instead of a picture."""
+    things = [f"a {COLOURS[t[1]]} {CLASSES[t[0]]} {' '.join(place_words(t[2], t[3]))}" for t in sorted(facts.present, key=lambda t: t[2])]
+    about = [f"a {STYLES[facts.style]} image", f"a {DOMAINS[facts.domain]} photo"]
+    return " . ".join([" , ".join(things) or "nothing", *(about[i] for i in rng.permutation(2))]) + " ."
 
 
 def _caption(facts, rng):
@@ -61,13 +75,12 @@ KINDS = q.KINDS | {  # and descriptions, of several words: trained on, not score
 
 @dataclass
 class Sample:
-    """One sequence: pool rows of its images, marks to paint on each, words before, and (kind, question, answer) blocks.
+    """One sequence: its images as (pool row, version), words before, and (kind, question, answer) blocks.
 
     `question_first` puts the only block's question before the image."""
 
-    images: list[int]
+    images: list[tuple[int, int]]
     blocks: list[tuple[str, str, str]]
-    marks: list[list[tuple[str, float, float]]] = field(default_factory=list)
     prefix: str = ""
     question_first: bool = False
 
@@ -100,12 +113,26 @@ def prefix(facts: q.Facts, rng: np.random.Generator) -> str:
 
 def single_image_sample(pool: Pool, row: int, rng: np.random.Generator, blocks: int = 12) -> Sample:
     facts = pool.facts(row)
-    if rng.random() < 0.08:  # the question before the image, as many chats have it
-        kind = str(rng.choice(list(MIX), p=_SHARES))
-        found = q.ask(facts, kind, rng, KINDS)
-        if found:
-            return Sample([row], [(kind, *found)], [[]], question_first=True)
     words = prefix(facts, rng) if rng.random() < 0.25 else ""
+    return Sample([(row, PLAIN)], _questions(facts, rng, blocks), words)
+
+
+def question_first_sample(pool: Pool, row: int, rng: np.random.Generator) -> Sample | None:
+    """The question before the image, as many chats have it."""
+    kind = str(rng.choice(list(MIX), p=_SHARES))
+    found = q.ask(pool.facts(row), kind, rng, KINDS)
+    return Sample([(row, PLAIN)], [(kind, *found)], question_first=True) if found else None
+
+
+def text_sample(pool: Pool, row: int, rng: np.random.Generator, blocks: int = 12) -> Sample:
+    """A scene in words instead of a picture; nothing is asked that the words leave open."""
+    facts = pool.facts(row)
+    facts = q.Facts(tuple(facts.present), facts.style, facts.domain)
+    asked = [b for b in _questions(facts, rng, blocks) if not {"above", "below"} & set(b[1].split())]
+    return Sample([], asked, describe(facts, rng))
+
+
+def _questions(facts: q.Facts, rng: np.random.Generator, blocks: int) -> list[tuple[str, str, str]]:
     kinds = rng.choice(list(MIX), size=2 * blocks, p=_SHARES)
     asked: dict[str, tuple[str, str, str]] = {}
     for kind in map(str, kinds):
@@ -115,7 +142,7 @@ def single_image_sample(pool: Pool, row: int, rng: np.random.Generator, blocks: 
         for question, answer in found[:4]:
             if len(asked) < blocks:
                 asked[question] = (kind, question, answer)
-    return Sample([row], _even(list(asked.values()), rng), [[]], words)
+    return _even(list(asked.values()), rng)
 
 
 def _even(blocks: list[tuple[str, str, str]], rng: np.random.Generator) -> list[tuple[str, str, str]]:
@@ -129,96 +156,73 @@ def _even(blocks: list[tuple[str, str, str]], rng: np.random.Generator) -> list[
     return blocks
 
 
-def seen_points(pool: Pool, row: int) -> list[int]:
-    return [k for k in range(len(PARTS)) if pool.keypoints[row, 0, k, 2] > 0]
+def marks_of(pool: Pool, row: int, version: int) -> list[tuple[str, int]]:
+    """Letter and part of each mark on a version of a portrait; always the same, so that what is computed from it can be kept."""
+    parts = [int(p) for p in np.random.default_rng((row, version)).permutation(np.flatnonzero(pool.keypoints[row, 0, :, 2] > 0))]
+    return list(zip({PLAIN: "", REFERENCE: "r", LETTERED: "abcd"}[version], parts))
 
 
-def point(pool: Pool, row: int, part: int) -> tuple[float, float]:
-    return float(pool.keypoints[row, 0, part, 0]), float(pool.keypoints[row, 0, part, 1])
-
-
-def marked_sample(pool: Pool, row: int, rng: np.random.Generator) -> Sample:
+def marked_sample(pool: Pool, row: int, rng: np.random.Generator) -> Sample | None:
     """A portrait with lettered points: which letter is at a part; or with one point: which part it marks."""
-    parts = [int(p) for p in rng.permutation(seen_points(pool, row))]
     if rng.random() < 0.35:
-        letter = str(rng.choice(("r", "r", "r", "a", "b", "c", "d")))
-        return Sample([row], [("part", PART_QUESTION, PARTS[parts[0]])], [[(letter, *point(pool, row, parts[0]))]])
-    letters = [str(c) for c in rng.permutation(list("abcd"))]
-    marks = [(letter, *point(pool, row, part)) for letter, part in zip(letters, parts[:4])]
-    blocks = [("letter", f"which letter marks the {PARTS[part]} ?", f"({letter})") for (letter, _, _), part in zip(marks, parts)]
-    blocks += _lists([letter for letter, _, _ in marks], parts, rng)
-    return Sample([row], blocks, [marks])
+        marks = marks_of(pool, row, REFERENCE)
+        return Sample([(row, REFERENCE)], [("part", PART_QUESTION, PARTS[part]) for _, part in marks])
+    marks = marks_of(pool, row, LETTERED)
+    blocks = [("letter", f"which letter marks the {PARTS[part]} ?", f"({letter})") for letter, part in marks]
+    return Sample([(row, LETTERED)], blocks + _lists(marks, rng))
 
 
-def _lists(
-    letters: list[str], parts: list[int], rng: np.random.Generator, reference: int | None = None
-) -> list[tuple[str, str, str]]:
-    """Which letter each part has, and which part each letter (and the reference point) marks, in random order."""
-    to_letter = [(PARTS[part], f"({letter})") for letter, part in zip(letters, parts)]
+def _lists(marks: list[tuple[str, int]], rng: np.random.Generator) -> list[tuple[str, str, str]]:
+    """Which letter each part has, and which part each letter marks, in random order."""
+    to_letter = [(PARTS[part], f"({letter})") for letter, part in marks]
     to_part = [(letter, part) for part, letter in to_letter]
-    if reference is not None:
-        to_part.append(("reference", PARTS[reference]))
     return [
         (kind, question, " , ".join(" ".join(pairs[i]) for i in rng.permutation(len(pairs))))
         for kind, question, pairs in (("list_letters", LETTERS_QUESTION, to_letter), ("list_parts", PARTS_QUESTION, to_part))
+        if pairs
     ]
 
 
 def correspondence_sample(pool: Pool, rows: tuple[int, int], rng: np.random.Generator, hints: bool = True) -> Sample | None:
     """BLINK's form: a reference point on the first image, lettered points on the second."""
-    first, second = (seen_points(pool, row) for row in rows)
-    common = [p for p in first if p in second]
-    if not common or len(second) < 4:
+    reference, lettered = marks_of(pool, rows[0], REFERENCE), marks_of(pool, rows[1], LETTERED)
+    letters = {part: f"({letter})" for letter, part in lettered}
+    if len(letters) < 4 or not reference or reference[0][1] not in letters:
         return None
-    part = int(rng.choice(common))
-    shown = [part, *(int(p) for p in rng.permutation([p for p in second if p != part])[:3])]
-    letters = [str(c) for c in rng.permutation(list("abcd"))]
-    marks = [(letter, *point(pool, rows[1], p)) for letter, p in zip(letters, shown)]
-    blocks = [("correspondence", q.CORRESPONDENCE, f"({letters[0]})")]
+    part = reference[0][1]
+    blocks = [("correspondence", q.CORRESPONDENCE, letters[part])]
     if hints:
         blocks += [("part", PART_QUESTION, PARTS[part])]
-        blocks += [("part_then_letter", PART_THEN_LETTER, f"{PARTS[part]} ({letters[0]})")]
-        blocks += [("letter", f"which letter marks the {PARTS[p]} ?", f"({letter})") for letter, p in zip(letters, shown)]
-        blocks += _lists(letters, shown, rng, reference=part)
-        for letter, same in ((letters[0], "yes"), (letters[int(rng.integers(1, len(shown)))], "no")):
-            blocks.append(("same_point", f"is ({letter}) the reference point ?", same))
-    return Sample(list(rows), blocks, [[("r", *point(pool, rows[0], part))], marks])
-
-
-def lettered_pair_sample(pool: Pool, rows: tuple[int, int], rng: np.random.Generator) -> Sample | None:
-    """The same parts lettered on both images, in different orders, and asked for each: four answers behind one pair of
-    images, so that neither image alone nor the options give them. BLINK's form has one reference point per pair."""
-    first, second = (seen_points(pool, row) for row in rows)
-    parts = [int(p) for p in rng.permutation([p for p in first if p in second])[:4]]
-    if len(parts) < 3:
-        return None
-    letters = [[str(c) for c in rng.permutation(list("abcd"))[: len(parts)]] for _ in rows]
-    marks = [[(a, *point(pool, row, p)) for a, p in zip(names, parts)] for row, names in zip(rows, letters)]
-    blocks = [("counterpart", f"which point on the second image corresponds to ({a}) ?", f"({b})") for a, b in zip(*letters)]
-    return Sample(list(rows), blocks, marks)
+        blocks += [("letter", f"which letter marks the {PARTS[p]} ?", letter) for p, letter in letters.items()]
+        blocks += _lists(lettered, rng)
+    return Sample([(rows[0], REFERENCE), (rows[1], LETTERED)], blocks)
 
 
 def triple_sample(pool: Pool, rows: tuple[int, int, int], kind: str, hints: bool = True) -> Sample:
     """BLINK's form of style (or class) matching: the first image is the reference, one of the others shares it.
 
-    The caller draws `rows` so that exactly one candidate matches."""
+    The caller draws `rows` so that exactly one candidate matches. Styles are named, image by image, and never compared in training
+    (`style_match` is drawn with `hints` alone there, see `train.STEP_KINDS`)."""
     of = (lambda row: int(pool.style[row])) if kind == "style_match" else (lambda row: int(pool.things[row, 0, 0]))
     answer = "(a)" if of(rows[1]) == of(rows[0]) else "(b)"
-    blocks = [(kind, q.STYLE_MATCH if kind == "style_match" else q.CLASS_MATCH, answer)]
-    if hints:  # the two steps of the match: what a given image shows, and which image shows a given thing
-        seen = [of(row) for row in rows]
-        for place, found in zip(NTH, seen):
-            if kind == "style_match":
-                blocks.append(("nth_style", f"what style is the {place} image ?", STYLES[found]))
-                which = f"which image is {STYLES[found]} ?"
-            else:
-                blocks.append(("nth_class", f"what is the thing on the {place} image ?", CLASSES[found]))
-                which = f"which image shows the {CLASSES[found]} ?"
-            if seen.count(found) == 1:
-                blocks.append((kind.replace("match", "which"), which, place))
-            elif place != "first":
-                blocks.append((kind.replace("match", "also"), f"{which[:-2]} as the first ?", place))
-    return Sample(list(rows), blocks, [[], [], []])
+    images = [(row, PLAIN) for row in rows]
+    if not hints:
+        return Sample(images, [(kind, q.STYLE_MATCH if kind == "style_match" else q.CLASS_MATCH, answer)])
+    seen = [of(row) for row in rows]
+    if kind == "style_match":
+        return Sample(images, [("nth_style", f"what style is the {place} image ?", STYLES[found]) for place, found in zip(NTH, seen)])
+    blocks = [(kind, q.CLASS_MATCH, answer)]
+    for place, found in zip(NTH, seen):  # the two steps of the match: what a given image shows, and which image shows a given thing
+        blocks.append(("nth_class", f"what is the thing on the {place} image ?", CLASSES[found]))
+        which = f"which image shows the {CLASSES[found]} ?"
+        if seen.count(found) == 1:
+            blocks.append(("class_which", which, place))
+        elif place != "first":
+            blocks.append(("class_also", f"{which[:-2]} as the first ?", place))
+    return Sample(images, blocks)
+
+
+_OF_ONE_SCENE = {"single": single_image_sample, "first": question_first_sample, "text": text_sample}
 
 
 class Sampler:
@@ -240,16 +244,13 @@ class Sampler:
         return out
 
     def _one(self, kind: str, rng: np.random.Generator, hints: bool) -> Sample | None:
-        if kind == "single":
-            return single_image_sample(self.pool, int(rng.integers(len(self.pool))), rng)
+        if kind in _OF_ONE_SCENE:
+            return _OF_ONE_SCENE[kind](self.pool, int(rng.integers(len(self.pool))), rng)
         if kind == "marked":
             return marked_sample(self.pool, int(rng.choice(self.portraits)), rng)
         if kind == "correspondence":
             rows = rng.choice(self.by_class[int(rng.integers(len(CLASSES)))], 2, replace=False)
-            pair = int(rows[0]), int(rows[1])
-            if hints and rng.random() < 0.25:
-                return lettered_pair_sample(self.pool, pair, rng)
-            return correspondence_sample(self.pool, pair, rng, hints)
+            return correspondence_sample(self.pool, (int(rows[0]), int(rows[1])), rng, hints)
         groups = self.by_style if kind == "style_match" else self.by_class
         same, other = rng.choice(len(groups), 2, replace=False)
         reference, match = rng.choice(groups[same], 2, replace=False)

@@ -1,81 +1,73 @@
-"""The language of the pocket models: a word-level tokenizer, and the processor that joins it to pictures."""
+"""The language of the pocket models: word pieces, and a chat template with a system prompt and turns, as published models have them."""
 
-import re
-
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
-from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
-from kvutils.datasets.pocket import world
-from kvutils.datasets.pocket.questions import NUMBERS, OPTIONS
+from kvutils.datasets.pocket.questions import NUMBERS
 from kvutils.datasets.pocket.shapes import CLASSES, PARTS, PLURALS
-from kvutils.errors import ParameterError
-from kvutils.processors import ImageOnlyLlavaOnevisionProcessor
+from kvutils.datasets.pocket.world import COLOURS, DOMAINS, STYLES
 
-SPECIAL_TOKENS = ("<pad>", "<unk>", "<eos>", "<image>")  # ids 0, 1, 2, 3 of a word-level tokenizer
-PUNCTUATION = ("?", ",", ".")
-_TEMPLATE_WORDS = (
-    "is there a an the thing things what colour how many are style image on of or left right at top bottom above "
-    "below same as and more than has which letter marks part marked describe light first second third shows point "
-    "corresponds to reference yes no : ? . , it in this picture photo look for please find nothing else carefully "
-    "good morning here another scene with some weather was nice today small large near far every"
-)
-WORDS = tuple(dict.fromkeys(
-    [*_TEMPLATE_WORDS.split(), *CLASSES, *PLURALS, *world.COLOURS, *world.STYLES, *world.DOMAINS, *NUMBERS, *PARTS, *world.LETTERS, *OPTIONS]
-))  # fmt: skip
-# Content items in order, text as is and images as "<image>", joined by one space; the answer follows a colon.
-# Several images of a message are announced: "first <image> second <image>".
-POCKET_CHAT_TEMPLATE = (
-    "{%- set ns = namespace(parts=[], image=0) -%}"
+BEGIN, SYSTEM, USER, ASSISTANT, END = "<|begin|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
+SPECIAL_TOKENS = ("<pad>", "<unk>", "<image>", "<|vision_start|>", "<|vision_end|>", BEGIN, SYSTEM, USER, ASSISTANT, END)
+SYSTEM_PROMPT = "you are a helpful assistant ."
+PIECES = 310  # entries of the vocabulary: function words are whole, most names of things, colours, styles and parts are two or three pieces
+NTH = ("first", "second", "third")  # several images of a message are announced: "first <image> second <image>"
+# Content items in order, text as is and images as `IMAGE`, joined by one space.
+CHAT_TEMPLATE = (
+    "{{- 'BEGIN' -}}"
+    "{%- if messages[0]['role'] != 'system' -%}{{- '<|system|>" + SYSTEM_PROMPT + "<|end|>' -}}{%- endif -%}"
     "{%- set names = ['first', 'second', 'third'] -%}"
     "{%- for message in messages -%}"
-    "{%- if message['content'] is string -%}{%- set ns.parts = ns.parts + [message['content']] -%}"
+    "{{- '<|' + message['role'] + '|>' -}}"
+    "{%- if message['content'] is string -%}{{- message['content'] -}}"
     "{%- else -%}"
+    "{%- set ns = namespace(parts=[], image=0) -%}"
     "{%- set several = message['content'] | selectattr('type', 'equalto', 'image') | list | length > 1 -%}"
     "{%- for item in message['content'] -%}"
     "{%- if item['type'] == 'image' -%}"
     "{%- if several -%}{%- set ns.parts = ns.parts + [names[ns.image]] -%}{%- endif -%}"
-    "{%- set ns.image = ns.image + 1 -%}{%- set ns.parts = ns.parts + ['<image>'] -%}"
+    "{%- set ns.image = ns.image + 1 -%}{%- set ns.parts = ns.parts + ['IMAGE'] -%}"
     "{%- else -%}{%- set ns.parts = ns.parts + [item['text']] -%}{%- endif -%}"
-    "{%- endfor -%}{%- endif -%}"
     "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{%- set ns.parts = ns.parts + [':'] -%}{%- endif -%}"
     "{{- ns.parts | join(' ') -}}"
+    "{%- endif -%}"
+    "{{- '<|end|>' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )
 
 
-def build_word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
-    """Word-level tokenizer: lower-cased, split on white space, `? , .` as tokens of their own.
+def chat_template(image: str = "<image>", begin: str = "") -> str:
+    """image: what an image is written as; begin: the token in front of everything, for models that have one."""
+    return CHAT_TEMPLATE.replace("IMAGE", image).replace("BEGIN", begin)
 
-    Ids: <pad> 0, <unk> 1, <eos> 2, <image> 3, then the punctuation, then `words` in order without duplicates.
-    """
-    vocabulary = dict.fromkeys(SPECIAL_TOKENS + PUNCTUATION)
-    for word in words:
-        if word not in PUNCTUATION and (word != word.lower() or not re.fullmatch(r"[^\s?,.]+", word)):
-            raise ParameterError(f"a word is lower-case, without white space or any of '?,.'; found {word!r}")
-        vocabulary[word] = None
-    ids = {word: index for index, word in enumerate(vocabulary)}
-    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+
+FORMS = (
+    "is there a an the thing things what colour how many are style image on of or left right at top bottom above below same as and "
+    "more than has which letter marks part marked describe light first second third shows point corresponds to reference yes no far "
+    "it in this picture photo look for please find nothing else carefully good morning here another scene with some weather was nice "
+    "today small large near every you helpful assistant ( ) ? . , (a) (b) (c) (d)"
+)
+NAMES = (*CLASSES, *PLURALS, *COLOURS, *STYLES, *DOMAINS, *PARTS, *NUMBERS)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-pair pieces (`PIECES` entries), lower-cased; a word begins with "▁"; `? , .` are words of their own."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"[?,.]"), behavior="isolated")]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"[?,.]"), behavior="isolated"),
+        pre_tokenizers.Metaspace(prepend_scheme="always"),
+    ])  # fmt: skip
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    letters = [*"abcdefghijklmnopqrstuvwxyz()?,.:'-0123456789", "▁"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=PIECES, special_tokens=[AddedToken(t, normalized=False, special=True) for t in SPECIAL_TOKENS],
+        initial_alphabet=letters, show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator([FORMS] * 50 + [" ".join(NAMES)], trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>",
-        additional_special_tokens=["<image>"], padding_side="right", clean_up_tokenization_spaces=False,
-    )  # fmt: skip
-
-
-def build_pocket_processor(words: list[str], image_size: int = 96, patch: int = 8) -> ImageOnlyLlavaOnevisionProcessor:
-    """Processor of the pocket LLaVA-OneVision: word-level tokens; images squashed to `image_size` squares,
-    mean and standard deviation 0.5 as SigLIP; one token per patch."""
-    if image_size % patch:
-        raise ParameterError(f"image_size {image_size} must be a multiple of the patch size {patch}")
-    image_processor = LlavaOnevisionImageProcessorPil(
-        size={"height": image_size, "width": image_size}, image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5],
-        image_grid_pinpoints=[[image_size, image_size]],
-    )  # fmt: skip
-    return ImageOnlyLlavaOnevisionProcessor(
-        image_processor, build_word_tokenizer(words), num_image_tokens=(image_size // patch) ** 2,
-        vision_feature_select_strategy="full", chat_template=POCKET_CHAT_TEMPLATE,
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token=END,
+        additional_special_tokens=[t for t in SPECIAL_TOKENS[2:] if t != END], padding_side="right",
+        clean_up_tokenization_spaces=False,
     )  # fmt: skip

@@ -1,14 +1,14 @@
-"""Train the pocket models, built up as real ones are: `make train`, or `PYTHONPATH=data/pocket python -m recipe.train`.
+"""Train a pocket model, built up as real ones are: `make train MODEL=pocket`, or `PYTHONPATH=data/pocket python -m recipe.train`.
 
-Four stages, each with a gate and a checkpoint (the recipe and its reasons are in data/pocket/README.md):
+Four stages, each with a checkpoint (the recipe and its reasons are in data/pocket/README.md):
 
-1 encoder    a SigLIP pair, contrastively, labels by entailment; kept as `encoder_original`
-2 language   the language model on text alone, the image replaced by a grid of word embeddings
-3 projector  projector and newline, through the frozen language model, language-model loss only
-4 all        everything end to end, from a copy of the encoder
+1 encoder  vision and text tower, contrastively, on captions of class, colour, place, style, light, marks and parts
+2 text     the language model alone: scenes in plain words, and questions about them
+3 read     the tower frozen, its features at half resolution: projector and language model learn to read them
+4 all      everything at full resolution, the tower at a fifth of the rate, on a narrower mix of questions
 
-Stages 1 and 2 do not depend on each other and may run side by side (`--stage encoder`, `--stage language`). A run can
-be stopped at any time and goes on from its last checkpoint. Batches depend on (seed, stage, step, rank) alone.
+Stages 1 and 2 do not depend on each other. A run can be stopped at any time and goes on from its last checkpoint. Batches depend on
+(seed, stage, step, rank) alone.
 """
 
 import argparse
@@ -22,76 +22,100 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from kvutils.errors import ParameterError
-from recipe.captions import caption_tokens, encoder_batch
+from recipe.captions import GROUPS, caption_tokens, encoder_batch
 from recipe.evaluate import quick_accuracy
-from recipe.model import IMAGE_SLOTS, answer_loss, build_mlm, build_siglip, encode_windows, image_embeddings, patch_windows, with_newline
+from recipe.families import FAMILIES
+from recipe.model import answer_loss
 from recipe.packing import pack, pixel_batch
 from recipe.pool import Pool, load_or_make_pool
-from recipe.samples import Sampler
-from recipe.start import add_places, load_into, load_places, match_words, start_from
-from recipe.symbolic import COARSE, SymbolicImage, mark_loss, place_loss
-from recipe.trainer import SEED, STAGES, WORK, Trainer, autocast, fast
+from recipe.samples import LETTERED, PLAIN, REFERENCE, Sampler
+from recipe.trainer import STAGES, WORK, Trainer, autocast, fast, load_stage
 
 # Sequences in a step of this kind, relative to a step of single images.
-SEQUENCES = {"single": 1.0, "marked": 1.5, "correspondence": 0.75, "style_match": 0.5, "class_match": 0.5}
+SEQUENCES = {"single": 1.0, "first": 2.0, "marked": 1.5, "correspondence": 0.75, "style_match": 0.6, "class_match": 0.5, "text": 1.0}
 # Which kind of sample a step is made of. What needs two looks in turn is learned in the text stage or not at all.
 STEP_KINDS = {
-    "language": {"single": 0.38, "marked": 0.08, "correspondence": 0.48, "style_match": 0.03, "class_match": 0.03},
-    "projector": {"single": 0.90, "marked": 0.05, "style_match": 0.05},
-    "all": {"single": 0.58, "marked": 0.14, "correspondence": 0.18, "style_match": 0.07, "class_match": 0.03},
+    "text": {"text": 1.0},
+    "read": {"single": 0.46, "first": 0.22, "marked": 0.12, "correspondence": 0.08, "style_match": 0.04, "class_match": 0.08},
+    "all": {"single": 0.50, "first": 0.30, "marked": 0.06, "correspondence": 0.05, "style_match": 0.03, "class_match": 0.06},
 }
-MARK_WEIGHT, PLACE_WEIGHT = 0.3, 0.2  # of `mark_loss` and `place_loss`, in stages 3 and 4
+TOWER_RATE = 0.2  # of the tower in stage 4, relative to the language model's
 EVALUATE = 1000  # steps between held-out figures
-WARM_UP, LISTEN = 100, 1000  # steps over which a rate rises: of everything, and of the language model in stage 4
+WARM_UP = 100  # steps over which a rate rises
 
 
-# --- stage 1 ---------------------------------------------------------------------------------------------------------
-
-def siglip_logits(siglip, pixels, first, side, captions):
-    window, ids = patch_windows(pixels, first, side)
-    image = nn.functional.normalize(encode_windows(siglip, window, ids).float(), dim=-1)
-    text = nn.functional.normalize(siglip.text_model(input_ids=captions).pooler_output.float(), dim=-1)
-    return image @ text.T * siglip.logit_scale.exp() + siglip.logit_bias
-
-
-def train_encoder(pool: Pool, held_out: Pool, options: argparse.Namespace) -> None:
+def train_encoder(family, pool: Pool, held_out: Pool, options: argparse.Namespace) -> None:
     from sklearn.metrics import roc_auc_score
 
-    device, steps = options.device, options.steps
-    torch.manual_seed(SEED)
-    siglip = fast(build_siglip().to(device), device)
-    nn.init.constant_(siglip.logit_scale, math.log(10.0))
-    nn.init.constant_(siglip.logit_bias, -4.0)  # a caption holds for about 1 image in 12 here, not in 32,000
-    groups = [(list(siglip.named_parameters()), 1.0, WARM_UP)]
-    trainer = Trainer("encoder", nn.ModuleDict({"siglip": siglip}), groups, options)
+    device = options.device
+    pair = fast(family.build_pair().to(device), device, family.compiled)
+    nn.init.constant_(pair.logit_scale, math.log(10.0))
+    nn.init.constant_(pair.logit_bias, -4.0)  # a caption holds for about 1 image in 12 here, not in 32,000
+    trainer = Trainer("encoder", nn.ModuleDict({"pair": pair}), [(list(pair.named_parameters()), 1.0, WARM_UP)], options)
     captions = caption_tokens().to(device)
     fixed = encoder_batch(held_out, np.arange(min(400, len(held_out))), np.random.default_rng(7), whole=True)
     # Shapes first on clean daylight scenes: textures of the styles keep the classes from being learned at all early on.
     clean = np.flatnonzero((np.asarray(pool.style) == 0) & (np.asarray(pool.domain) == 0) & ~np.asarray(pool.portrait))
-    while trainer.step < steps:
+
+    def logits_of(pixels, first, side):
+        image = nn.functional.normalize(family.encode_windows(pair, pixels.to(device), first.to(device), side).float(), dim=-1)
+        text = nn.functional.normalize(pair.text_model(input_ids=captions).pooler_output.float(), dim=-1)
+        return image @ text.T * pair.logit_scale.exp() + pair.logit_bias
+
+    while trainer.step < options.steps:
         whole = trainer.step_rng().random() < 0.3
         count, rng = int(trainer.stage.scenes * (0.4 if whole else 1.0) / trainer.ranks), trainer.rng()
-        easy = rng.random(count) < np.clip(1.9 - 2 * trainer.step / steps, 0, 1)
+        easy = rng.random(count) < np.clip(1.9 - 2 * trainer.step / options.steps, 0, 1)
         rows = np.where(easy, rng.choice(clean, count), rng.integers(len(pool), size=count))
-        batch = encoder_batch(pool, rows, rng, whole)
-        pixels, first, side, labels, weights = (x.to(device) if torch.is_tensor(x) else x for x in batch)
+        *batch, labels, weights = encoder_batch(pool, rows, rng, whole)
         with autocast(device):
-            logits = siglip_logits(siglip, pixels, first, side, captions)
-        loss = nn.functional.binary_cross_entropy_with_logits(logits, labels, weights, reduction="sum") / len(labels)
-        trainer.update(loss)
+            logits = logits_of(*batch)
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, labels.to(device), weights.to(device), reduction="sum")
+        trainer.update(loss / len(labels))
         if trainer.due(EVALUATE):
             with torch.no_grad(), autocast(device):
-                logits = siglip_logits(siglip, fixed[0].to(device), fixed[1], fixed[2], captions).cpu()
+                logits = logits_of(*fixed[:3]).float().cpu()
             auc = {}
-            for kind, part in (("existence", slice(0, 8)), ("colour_class", slice(8, 72)), ("style", slice(80, 85)), ("letter", slice(88, 93))):
+            for kind, part in GROUPS.items():
                 keep = fixed[4][:, part] > 0
-                auc[kind] = roc_auc_score(fixed[3][:, part][keep], logits[:, part][keep])
-            trainer.note(**{f"auc_{k}": v for k, v in auc.items()})
+                auc[f"auc_{kind}"] = roc_auc_score(fixed[3][:, part][keep], logits[:, part][keep])
+            trainer.note(**auc)
         trainer.save_when_due()
 
 
-# --- stages 2 to 4 ---------------------------------------------------------------------------------------------------
+class KeptFeatures:
+    """Features of the frozen tower at half the resolution, of every version of every picture of a pool, computed once."""
+
+    def __init__(self, family, mlm: nn.Module, pool: Pool, file: Path, device: str):
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        portraits = np.flatnonzero(pool.portrait)
+        images = [(row, PLAIN) for row in range(len(pool))] + [(int(row), v) for v in (REFERENCE, LETTERED) for row in portraits]
+        self.number = {image: number for number, image in enumerate(images)}
+
+        def compute(some: list) -> torch.Tensor:
+            with torch.no_grad(), autocast(device):
+                return family.halve(family.features(mlm, pixel_batch(pool, some).to(device))).half().cpu()
+
+        if not rank and not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            np.lib.format.open_memmap(file.with_suffix(".tmp"), "w+", np.float16, (len(images), *compute(images[:1]).shape[1:])).flush()
+        if ranks > 1:
+            dist.barrier()
+        if not file.exists():
+            stored = np.load(file.with_suffix(".tmp"), mmap_mode="r+")
+            for first in range(rank * 64, len(images), ranks * 64):
+                stored[first : first + 64] = compute(images[first : first + 64]).numpy()
+            stored.flush()
+            if ranks > 1:
+                dist.barrier()
+            if not rank:
+                os.replace(file.with_suffix(".tmp"), file)
+        if ranks > 1:
+            dist.barrier()
+        self.stored = np.load(file, mmap_mode="r")
+
+    def __getitem__(self, images: list) -> torch.Tensor:
+        return torch.from_numpy(self.stored[[self.number[image] for image in images]]).float()
 
 
 def draw_step(trainer: Trainer, sampler: Sampler):
@@ -101,96 +125,52 @@ def draw_step(trainer: Trainer, sampler: Sampler):
     return sampler.draw(kind, max(2, int(trainer.stage.scenes * SEQUENCES[kind] / trainer.ranks)), trainer.rng())
 
 
-def train_language(pool: Pool, held_out: Pool, options: argparse.Namespace) -> None:
-    device, steps = options.device, options.steps
-    torch.manual_seed(SEED)
-    mlm, symbolic = fast(build_mlm().to(device), device), SymbolicImage().to(device)
-    nn.init.normal_(mlm.get_input_embeddings().weight, std=0.1)
-    start_from(mlm, options.start_from)
-    modules = nn.ModuleDict({"mlm": mlm, "symbolic": symbolic})
-    named = [
-        *((k, p) for k, p in mlm.named_parameters() if "vision" not in k and "projector" not in k and "newline" not in k),
-        *symbolic.named_parameters(),
-    ]
-    trainer = Trainer("language", modules, [(named, 1.0, WARM_UP)], options)
-    sampler, fixed = Sampler(pool), Sampler(held_out)
-    while trainer.step < steps:
-        packed = pack(draw_step(trainer, sampler), COARSE**2 + 1).to(device)
-        with autocast(device):
-            images = symbolic(mlm.get_input_embeddings(), pool, packed.images, trainer.step)
-            loss = answer_loss(mlm, packed, images)
-        trainer.update(loss)
-        if trainer.due(EVALUATE):
-            def embed(images):
-                return symbolic(mlm.get_input_embeddings(), held_out, images, 0)
-
-            trainer.note(**quick_accuracy(mlm, fixed, embed, COARSE**2 + 1))
-        trainer.save_when_due()
-
-
-def train_vision_language(name: str, pool: Pool, held_out: Pool, options: argparse.Namespace) -> None:
-    """Stage 3 (`projector`: everything else frozen) and stage 4 (`all`)."""
-    device, steps, start = options.device, options.steps, options.start_from
-    torch.manual_seed(SEED)
-    mlm = fast(build_mlm().to(device), device)
-    columns, rows = load_places(options.out)
-    if name == "projector":
-        some = pixel_batch(pool, [(row, []) for row in range(64)]).to(device)
-        load_into(mlm, "language", options.out)
-        siglip = build_siglip()
-        load_into(siglip, "encoder", options.out)
-        mlm.model.vision_tower.load_state_dict(siglip.vision_model.state_dict())
-        if start is None:
-            add_places(mlm, some)
-        start_from(mlm, start, ("vision_tower", "projector", "newline"))
-        match_words(mlm, some)
+def train_language(name: str, family, pool: Pool, held_out: Pool, options: argparse.Namespace) -> None:
+    """Stages 2 to 4: the answers to questions about texts, about kept features, about pictures."""
+    device = options.device
+    mlm = fast(family.build_mlm().to(device), device, family.compiled)
+    image = family.full if name == "all" else family.coarse
+    if name == "text":
+        nn.init.normal_(mlm.get_input_embeddings().weight, std=0.1)
     else:
-        load_into(mlm, "projector", options.out)
-        start_from(mlm, start)
-    for key, parameter in mlm.named_parameters():
-        parameter.requires_grad_(name == "all" or "projector" in key or "newline" in key)
-    vision = [(k, p) for k, p in mlm.named_parameters() if "vision_tower" in k and ".head." not in k and "post_layernorm" not in k]
-    last = [(k, p) for k, p in mlm.named_parameters() if "projector.linear_2" in k]
-    first = [(k, p) for k, p in mlm.named_parameters() if "projector.linear_1" in k or "newline" in k]
+        load_stage(mlm, {"read": "text", "all": "read"}[name], options)
+    if name == "read":
+        pair = family.build_pair()
+        load_stage(pair, "encoder", options)
+        family.take_tower(mlm, pair)
+        kept = {id(p): KeptFeatures(family, mlm, p, options.out / "read" / f"features_{len(p)}.npy", device) for p in (pool, held_out)}
+        family.match_words(mlm, kept[id(held_out)][[(row, PLAIN) for row in range(64)]].to(device))
+
+    def embed(images: list, pool: Pool = pool) -> torch.Tensor | None:
+        if name == "text":
+            return None
+        if name == "read":
+            return family.tokens(mlm, kept[id(pool)][images].to(device))
+        return family.tokens(mlm, family.features(mlm, pixel_batch(pool, images).to(device)))
+
+    vision = [(k, p) for k, p in mlm.named_parameters() if family.vision_parameters(k)]
+    projector = [(k, p) for k, p in mlm.named_parameters() if family.projector_parameters(k)]
     words = [(k, p) for k, p in mlm.named_parameters() if "language_model" in k or "lm_head" in k]
-    weight = mlm.model.multi_modal_projector.linear_2.weight
-    small = min(1.0, float(weight.detach().square().mean().sqrt()) * weight.shape[1] ** 0.5)  # against its usual size
-    groups = [(first, 1.0, WARM_UP), (last, small, WARM_UP)]
-    if name == "all":
-        groups += [(vision, 0.9, WARM_UP), (words, 1.0, LISTEN)]
+    groups = [(words, 1.0, WARM_UP)] + [(projector, 1.0, WARM_UP)] * (name != "text") + [(vision, TOWER_RATE, WARM_UP)] * (name == "all")
+    trained = {k for group, *_ in groups for k, _ in group}
+    for key, parameter in mlm.named_parameters():
+        parameter.requires_grad_(key in trained)
     trainer = Trainer(name, nn.ModuleDict({"mlm": mlm}), groups, options)
     sampler, fixed = Sampler(pool), Sampler(held_out)
-    while trainer.step < steps:
-        packed = pack(draw_step(trainer, sampler), IMAGE_SLOTS).to(device)
-        pixels = pixel_batch(pool, packed.images).to(device)
+    while trainer.step < options.steps:
+        packed = pack(draw_step(trainer, sampler), image).to(device)
         with autocast(device):
-            if name == "projector":
-                with torch.no_grad():
-                    tower = mlm.model.vision_tower(pixels, output_hidden_states=True)
-                features = tower.hidden_states[mlm.config.vision_feature_layer]
-                images = with_newline(mlm, mlm.model.multi_modal_projector(features))
-            else:
-                images = image_embeddings(mlm, pixels)
-            loss = answer_loss(mlm, packed, images)
-        loss = loss + MARK_WEIGHT * mark_loss(mlm.get_input_embeddings(), images, packed.images)
-        loss = loss + PLACE_WEIGHT * place_loss(columns, rows, images)
+            loss = answer_loss(mlm, packed, embed(packed.images))
         trainer.update(loss)
         if trainer.due(EVALUATE):
-            def embed(images):
-                return image_embeddings(mlm, pixel_batch(held_out, images).to(device))
-
-            trainer.note(**quick_accuracy(mlm, fixed, embed, IMAGE_SLOTS))
+            trainer.note(**quick_accuracy(mlm, fixed, lambda images: embed(images, held_out), image, STEP_KINDS[name]))
         trainer.save_when_due()
-        if name == "all" and trainer.rank == 0 and trainer.step in (steps // 4, steps // 2):
-            quarter = "quarter" if trainer.step == steps // 4 else "half"
-            trainer.file.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(mlm.state_dict(), trainer.file.with_name(f"{quarter}.pt"))
 
 
 def _pools(options: argparse.Namespace) -> tuple[Pool, Pool]:
-    """The scenes to train on and those held out, drawn where they are missing."""
+    """The scenes to train on (of every seed of training the same) and those held out, drawn where they are missing."""
     held_out = min(3000, options.scenes)
-    return load_or_make_pool(options.out, options.scenes, SEED), load_or_make_pool(options.out, held_out, SEED + 1)
+    return load_or_make_pool(options.out.parent, options.scenes, 1), load_or_make_pool(options.out.parent, held_out, 2)
 
 
 def _run(rank: int, ranks: int, port: int, name: str, options: argparse.Namespace) -> None:
@@ -200,36 +180,30 @@ def _run(rank: int, ranks: int, port: int, name: str, options: argparse.Namespac
         dist.init_process_group("gloo", rank=rank, world_size=ranks)
     pool, held_out = _pools(options)
     options = argparse.Namespace(**vars(options) | {"steps": options.steps or STAGES[name].steps})
+    torch.manual_seed(options.seed)
+    family = FAMILIES[options.model]
     if name == "encoder":
-        train_encoder(pool, held_out, options)
-    elif name == "language":
-        train_language(pool, held_out, options)
+        train_encoder(family, pool, held_out, options)
     else:
-        train_vision_language(name, pool, held_out, options)
+        train_language(name, family, pool, held_out, options)
     if ranks > 1:
         dist.destroy_process_group()
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="make train", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=[*FAMILIES], default="pocket", help="which family (default: pocket)")
+    parser.add_argument("--seed", type=int, default=1, help="of weights and batches (default 1)")
     parser.add_argument("--stage", choices=[*STAGES, "every"], default="every", help="one stage, or every one in turn")
     parser.add_argument("--steps", type=int, help="steps of the stage (default: the recipe's)")
     parser.add_argument("--scenes", type=int, default=60_000, help="training scenes to draw (default 60000)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--ranks", type=int, help="processes that share each step (default: 2 on a CPU, 1 on a GPU)")
     parser.add_argument("--threads", type=int, default=1, help="threads per process (default 1: with 2 ranks the fastest)")
-    parser.add_argument(
-        "--start-from", type=Path, metavar="FOLDER",
-        help="weights to begin stage 2 or 4 with, or the vision side of stage 3; a checkpoint of the stage goes first",
-    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=WORK, metavar="FOLDER", help="for scenes and checkpoints (default: data/training)")
     parser.add_argument("--quiet", action="store_true", help="print nothing")
     options = parser.parse_args(arguments)
-    if options.start_from is not None:
-        if options.stage not in ("language", "projector", "all"):
-            raise ParameterError("--start-from needs one stage: --stage language, projector or all")
-        if not (options.start_from / "config.json").is_file():
-            raise ParameterError(f"{options.start_from} holds no model (config.json is missing): give a folder of save_pretrained")
+    options.out = options.out / f"{options.model}-{options.seed}"
     ranks = options.ranks or (1 if options.device.startswith("cuda") else min(2, os.cpu_count() or 1))
     _pools(options)
     for name in STAGES if options.stage == "every" else [options.stage]:

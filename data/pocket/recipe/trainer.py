@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from kvutils.errors import ParameterError
 from recipe.muon import Muon
 
 WORK = Path(__file__).resolve().parents[2] / "training"
-SEED = 1
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,20 @@ class Stage:
 
 
 STAGES = {
-    "encoder": Stage(1, 4000, 1.5e-3, 64),
-    "language": Stage(2, 9500, 1.5e-3, 24, horizon=14_000),
-    "projector": Stage(3, 300, 2e-3, 24),
-    "all": Stage(4, 4500, 1e-3, 24),
+    "encoder": Stage(1, 3200, 1.5e-3, 64),
+    "text": Stage(2, 1500, 1.5e-3, 24),
+    "read": Stage(3, 5000, 1.5e-3, 24),
+    "all": Stage(4, 2000, 8e-4, 24),
 }
+
+
+def load_stage(module: nn.Module, stage: str, options: Namespace) -> None:
+    """The weights that a stage ended with."""
+    file = options.out / stage / "checkpoint.pt"
+    if not file.exists():
+        raise ParameterError(f"stage {stage!r} must be trained first: {file} is missing. Run --stage {stage}.")
+    state = torch.load(file, map_location="cpu", weights_only=True)["model"]
+    module.load_state_dict({k.partition(".")[2]: v for k, v in state.items()})
 
 
 class Trainer:
@@ -45,14 +54,14 @@ class Trainer:
     def __init__(self, name: str, modules: nn.ModuleDict, groups: list[tuple[list, float, int]], options: Namespace):
         """`groups`: (named parameters, their rate relative to the stage's, steps over which it rises). options: those of the
         command line, with the steps of this stage."""
-        self.name, self.modules, self.steps, self.quiet = name, modules, options.steps, options.quiet
+        self.name, self.modules, self.steps, self.quiet, self.seed = name, modules, options.steps, options.quiet, options.seed
         self.stage = STAGES[name]
         self.horizon = max(self.steps, self.stage.horizon)
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         matrices, rest = [], []
         for named, scale, warm in groups:
             for key, parameter in named:
-                hidden = parameter.ndim == 2 and not any(w in key for w in ("embed", "lm_head", "rows", "columns"))
+                hidden = parameter.ndim == 2 and not any(w in key for w in ("embed", "lm_head"))
                 (matrices if hidden else rest).append({"params": [parameter], "scale": scale, "warm": warm})
         lr = self.stage.lr
         self.optimizers = [
@@ -95,11 +104,11 @@ class Trainer:
         self.file.with_name("curve.json").write_text(json.dumps(self.curve))
 
     def rng(self) -> np.random.Generator:
-        return np.random.default_rng((SEED, self.stage.number, self.step, self.rank))
+        return np.random.default_rng((self.seed, self.stage.number, self.step, self.rank))
 
     def step_rng(self) -> np.random.Generator:
         """The same on every rank: for choices that all ranks share."""
-        return np.random.default_rng((SEED, self.stage.number, self.step, 10_000))
+        return np.random.default_rng((self.seed, self.stage.number, self.step, 10_000))
 
     def update(self, loss: torch.Tensor, every: int = 50) -> None:
         loss.backward()
@@ -156,12 +165,12 @@ def autocast(device: str):
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=computes_bfloat16(device))
 
 
-def fast(model, device: str):
+def fast(model, device: str, compiled: tuple[str, ...]):
     """On a CPU: compiled layers, which fuse the many small operations between the matrix products (after a minute of
     compiling), and in bfloat16 eager attention (0.4 of the time of sdpa's backward pass on one thread)."""
     if torch.device(device).type == "cpu":
         model.set_attn_implementation("eager" if computes_bfloat16(device) else "sdpa")
         for module in model.modules():
-            if type(module).__name__ in ("SiglipEncoderLayer", "Qwen2DecoderLayer", "Qwen2Attention"):
+            if type(module).__name__ in compiled:
                 module.compile(dynamic=True)
     return model
