@@ -100,8 +100,10 @@ def _head(sample: Sample, image: ImageTokens) -> tuple[list[int], np.ndarray]:
     return tokens, np.concatenate(where, axis=1)
 
 
-def pack(samples: list[Sample], image: ImageTokens) -> Packed:
-    """Sequences, both parts right-padded to one length. Labels stand on the token *before* each answer token (already shifted)."""
+def pack(samples: list[Sample], image: ImageTokens, limit: int | None = None) -> Packed:
+    """Sequences, both parts right-padded to one length. Labels stand on the token *before* each answer token (already shifted).
+
+    limit: tokens of the blocks of one sequence, at least one block; those that go beyond it are left out (a third would be padding)."""
     heads, tails, piece = [], [], 1
     for sample in samples:
         head, where = _head(sample, image)
@@ -111,6 +113,8 @@ def pack(samples: list[Sample], image: ImageTokens) -> Packed:
         for number, (_, question, answer) in enumerate(sample.blocks, start=1):
             asked = [*(() if sample.question_first else encode(question)), *TURN]
             answered = [*encode(answer), EOS]
+            if limit and tokens and len(tokens) + len(asked) + len(answered) > limit:
+                break
             tokens += asked + answered[:-1]
             labels += [IGNORE] * (len(asked) - 1) + answered
             length = len(asked) + len(answered) - 1

@@ -111,7 +111,7 @@ def prefix(facts: q.Facts, rng: np.random.Generator) -> str:
     return q.pick(rng, _NEUTRAL)
 
 
-def single_image_sample(pool: Pool, row: int, rng: np.random.Generator, blocks: int = 12) -> Sample:
+def single_image_sample(pool: Pool, row: int, rng: np.random.Generator, blocks: int = 16) -> Sample:
     facts = pool.facts(row)
     words = prefix(facts, rng) if rng.random() < 0.25 else ""
     return Sample([(row, PLAIN)], _questions(facts, rng, blocks), words)
@@ -124,7 +124,7 @@ def question_first_sample(pool: Pool, row: int, rng: np.random.Generator) -> Sam
     return Sample([(row, PLAIN)], [(kind, *found)], question_first=True) if found else None
 
 
-def text_sample(pool: Pool, row: int, rng: np.random.Generator, blocks: int = 12) -> Sample:
+def text_sample(pool: Pool, row: int, rng: np.random.Generator, blocks: int = 16) -> Sample:
     """A scene in words instead of a picture; nothing is asked that the words leave open."""
     facts = pool.facts(row)
     facts = q.Facts(tuple(facts.present), facts.style, facts.domain)

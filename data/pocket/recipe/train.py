@@ -40,6 +40,7 @@ STEP_KINDS = {
     "all": {"single": 0.50, "first": 0.30, "marked": 0.06, "correspondence": 0.05, "style_match": 0.03, "class_match": 0.06},
 }
 TOWER_RATE = 0.2  # of the tower in stage 4, relative to the language model's
+LIMIT = 144  # tokens of questions and answers behind an image
 EVALUATE = 1000  # steps between held-out figures
 WARM_UP = 100  # steps over which a rate rises
 
@@ -158,7 +159,7 @@ def train_language(name: str, family, pool: Pool, held_out: Pool, options: argpa
     trainer = Trainer(name, nn.ModuleDict({"mlm": mlm}), groups, options)
     sampler, fixed = Sampler(pool), Sampler(held_out)
     while trainer.step < options.steps:
-        packed = pack(draw_step(trainer, sampler), image).to(device)
+        packed = pack(draw_step(trainer, sampler), image, LIMIT).to(device)
         with autocast(device):
             loss = answer_loss(mlm, packed, embed(packed.images))
         trainer.update(loss)
