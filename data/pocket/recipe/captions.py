@@ -67,9 +67,10 @@ def entailment(pool: Pool, rows: np.ndarray, first: np.ndarray, side: int, marks
     return labels, weights
 
 
-def encoder_batch(pool: Pool, rows: np.ndarray, rng: np.random.Generator, whole: bool):
-    """Pixels (B, 3, 96, 96), first patch (B, 2) and side of each window, labels and weights (B, captions)."""
-    side, count = GRID if whole else 7, len(rows)
+def encoder_batch(pool: Pool, rows: np.ndarray, rng: np.random.Generator, side: int, places: bool):
+    """Pixels (B, 3, 96, 96), first patch (B, 2) and side of each window (`GRID`: the whole scene), labels and weights (B, captions).
+    places: whether the tower is told where a window was cut; captions of places are left out where it is not."""
+    whole, count = side == GRID, len(rows)
     first = np.zeros((count, 2), int)
     marks: list[list] = [[] for _ in rows]
     pictures = np.stack([pool.images[row] for row in rows])
@@ -88,4 +89,6 @@ def encoder_batch(pool: Pool, rows: np.ndarray, rng: np.random.Generator, whole:
                 marks[b].append((_POINTS[number], int(part), x, y))
                 draw_mark(pictures[b], _POINTS[number].strip("()")[0], x, y)
     labels, weights = entailment(pool, rows, first, side, marks)
+    if not (whole or places):
+        weights[:, GROUPS["place"]] = 0
     return to_pixels(pictures), torch.from_numpy(first), side, torch.from_numpy(labels), torch.from_numpy(weights)

@@ -1,8 +1,11 @@
 """How a training batch runs through a language model of any family: attention of packed sequences, logits and loss of the answers."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from recipe.packing import IMAGE, Packed
 
@@ -41,23 +44,30 @@ def packed_attention(module, query, key, value, attention_mask, scaling, **_):
 AttentionInterface.register("packed", packed_attention)
 
 
+@contextmanager
+def attention_by(config: PreTrainedConfig, name: str) -> Iterator[None]:
+    """The layers of this configuration compute their attention by a function of `AttentionInterface`."""
+    usual, config._attn_implementation = config._attn_implementation, name
+    try:
+        yield
+    finally:
+        config._attn_implementation = usual
+
+
 def answer_logits(mlm: PreTrainedModel, packed: Packed, images: torch.Tensor | None) -> torch.Tensor:
     """Logits (labelled positions, vocabulary) of a packed batch, `images` (n, slots, hidden) scattered into place."""
     embedded = mlm.get_input_embeddings()(packed.tokens)
     if images is not None:
         embedded = embedded.masked_scatter((packed.tokens == IMAGE)[..., None], images.to(embedded.dtype))
     language = mlm.model.language_model
-    usual, language.config._attn_implementation = language.config._attn_implementation, "packed"
-    try:  # as `language.forward`, but for the last layer's MLP: only what is asked for
+    with attention_by(language.config, "packed"):  # as `language.forward`, but for the last layer's MLP: only what is asked for
         three = language.config.model_type.startswith("qwen2_5_vl")
         where = language.rotary_emb(embedded, packed.positions if three else packed.positions[0])
         masks = packed.shared, packed.own
         for layer in language.layers[:-1]:
             embedded = layer(embedded, attention_mask=masks, position_embeddings=where)
         last = language.layers[-1]
-        embedded = embedded + last.self_attn(last.input_layernorm(embedded), where, masks)[0]
-    finally:
-        language.config._attn_implementation = usual
+        embedded = embedded + last.self_attn(last.input_layernorm(embedded), position_embeddings=where, attention_mask=masks)[0]
     asked = embedded.flatten(0, 1)[packed.asked]
     asked = asked + last.mlp(last.post_attention_layernorm(asked))
     return mlm.lm_head(language.norm(asked))

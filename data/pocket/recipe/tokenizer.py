@@ -1,6 +1,6 @@
 """The language of the pocket models: word pieces, and a chat template with a system prompt and turns, as published models have them."""
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from kvutils.datasets.pocket.questions import NUMBERS
@@ -51,8 +51,9 @@ FORMS = (
 NAMES = (*CLASSES, *PLURALS, *COLOURS, *STYLES, *DOMAINS, *PARTS, *NUMBERS)
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-pair pieces (`PIECES` entries), lower-cased; a word begins with "▁"; `? , .` are words of their own."""
+def build_tokenizer(begin: str | None = None) -> PreTrainedTokenizerFast:
+    """Byte-pair pieces (`PIECES` entries), lower-cased; a word begins with "▁"; `? , .` are words of their own.
+    begin: the token in front of every text, for models that have one."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -66,8 +67,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=letters, show_progress=False,
     )  # fmt: skip
     tokenizer.train_from_iterator([FORMS] * 50 + [" ".join(NAMES)], trainer)
+    if begin:
+        tokenizer.post_processor = processors.TemplateProcessing(f"{begin} $A", special_tokens=[(begin, SPECIAL_TOKENS.index(begin))])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token=END,
-        additional_special_tokens=[t for t in SPECIAL_TOKENS[2:] if t != END], padding_side="right",
-        clean_up_tokenization_spaces=False,
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token=END, bos_token=begin,
+        additional_special_tokens=[t for t in SPECIAL_TOKENS[2:] if t not in (END, begin)],
+        extra_special_tokens={"image_token": "<image>"},  # by which the published processors find it
+        padding_side="right", clean_up_tokenization_spaces=False,
     )  # fmt: skip

@@ -27,7 +27,7 @@ from recipe.evaluate import quick_accuracy
 from recipe.families import FAMILIES
 from recipe.model import answer_loss
 from recipe.packing import pack, pixel_batch
-from recipe.pool import Pool, load_or_make_pool
+from recipe.pool import GRID, Pool, load_or_make_pool
 from recipe.samples import LETTERED, PLAIN, REFERENCE, Sampler
 from recipe.trainer import STAGES, WORK, Trainer, autocast, fast, load_stage
 
@@ -54,13 +54,13 @@ def train_encoder(family, pool: Pool, held_out: Pool, options: argparse.Namespac
     nn.init.constant_(pair.logit_bias, -4.0)  # a caption holds for about 1 image in 12 here, not in 32,000
     trainer = Trainer("encoder", nn.ModuleDict({"pair": pair}), [(list(pair.named_parameters()), 1.0, WARM_UP)], options)
     captions = caption_tokens().to(device)
-    fixed = encoder_batch(held_out, np.arange(min(400, len(held_out))), np.random.default_rng(7), whole=True)
+    fixed = encoder_batch(held_out, np.arange(min(400, len(held_out))), np.random.default_rng(7), GRID, True)
     # Shapes first on clean daylight scenes: textures of the styles keep the classes from being learned at all early on.
     clean = np.flatnonzero((np.asarray(pool.style) == 0) & (np.asarray(pool.domain) == 0) & ~np.asarray(pool.portrait))
 
     def logits_of(pixels, first, side):
         image = nn.functional.normalize(family.encode_windows(pair, pixels.to(device), first.to(device), side).float(), dim=-1)
-        text = nn.functional.normalize(pair.text_model(input_ids=captions).pooler_output.float(), dim=-1)
+        text = nn.functional.normalize(pair.get_text_features(input_ids=captions).pooler_output.float(), dim=-1)
         return image @ text.T * pair.logit_scale.exp() + pair.logit_bias
 
     while trainer.step < options.steps:
@@ -68,7 +68,7 @@ def train_encoder(family, pool: Pool, held_out: Pool, options: argparse.Namespac
         count, rng = int(trainer.stage.scenes * (0.4 if whole else 1.0) / trainer.ranks), trainer.rng()
         easy = rng.random(count) < np.clip(1.9 - 2 * trainer.step / options.steps, 0, 1)
         rows = np.where(easy, rng.choice(clean, count), rng.integers(len(pool), size=count))
-        *batch, labels, weights = encoder_batch(pool, rows, rng, whole)
+        *batch, labels, weights = encoder_batch(pool, rows, rng, GRID if whole else family.window, family.knows_places)
         with autocast(device):
             logits = logits_of(*batch)
         loss = nn.functional.binary_cross_entropy_with_logits(logits, labels.to(device), weights.to(device), reduction="sum")
