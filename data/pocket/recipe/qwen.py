@@ -61,7 +61,7 @@ class Qwen:
     folder, encoder_folder = "qwen2.5-vl", None
     coarse = full = ImageTokens(CELLS**2, before=(TOKEN["<|vision_start|>"],), after=(TOKEN["<|vision_end|>"],), grid=(CELLS, CELLS))
     compiled = ("Qwen2_5_VLMLP", "SiglipEncoderLayer", "Qwen2_5_VLDecoderLayer", "Qwen2_5_VLAttention")
-    window, knows_places = 6, False  # 48 pixels: whole tokens and windows of attention; rotary positions know no place in a picture
+    window, knows_places = 9, False  # 72 pixels: whole windows of attention; rotary positions know no place in a picture
 
     def vision_config(self) -> Qwen2_5_VLVisionConfig:
         return Qwen2_5_VLVisionConfig(
