@@ -20,7 +20,6 @@ from transformers import (
     Qwen2Config,
     SiglipConfig,
     SiglipModel,
-    SiglipTextConfig,
     SiglipVisionConfig,
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil

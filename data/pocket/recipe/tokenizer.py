@@ -72,6 +72,6 @@ def build_tokenizer(begin: str | None = None) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token=END, bos_token=begin,
         additional_special_tokens=[t for t in SPECIAL_TOKENS[2:] if t not in (END, begin)],
-        extra_special_tokens={"image_token": "<image>"},  # by which the published processors find it
+        model_specific_special_tokens={"image_token": "<image>"},  # where Qwen2.5-VL's processor looks for it
         padding_side="right", clean_up_tokenization_spaces=False,
     )  # fmt: skip
