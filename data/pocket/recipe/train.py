@@ -15,6 +15,7 @@ import argparse
 import math
 import os
 import socket
+import time
 from pathlib import Path
 
 import numpy as np
@@ -175,12 +176,13 @@ def _pools(options: argparse.Namespace) -> tuple[Pool, Pool]:
 
 
 def _run(rank: int, ranks: int, port: int, name: str, options: argparse.Namespace) -> None:
+    started = time.time()
     torch.set_num_threads(max(1, options.threads))
     if ranks > 1:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         dist.init_process_group("gloo", rank=rank, world_size=ranks)
     pool, held_out = _pools(options)
-    options = argparse.Namespace(**vars(options) | {"steps": options.steps or STAGES[name].steps})
+    options = argparse.Namespace(**vars(options) | {"steps": options.steps or STAGES[name].steps, "started": started})
     torch.manual_seed(options.seed)
     family = FAMILIES[options.model]
     if name == "encoder":

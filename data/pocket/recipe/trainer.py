@@ -53,7 +53,7 @@ class Trainer:
 
     def __init__(self, name: str, modules: nn.ModuleDict, groups: list[tuple[list, float, int]], options: Namespace):
         """`groups`: (named parameters, their rate relative to the stage's, steps over which it rises). options: those of the
-        command line, with the steps of this stage."""
+        command line, with the steps of this stage and the time it was `started`."""
         self.name, self.modules, self.steps, self.quiet, self.seed = name, modules, options.steps, options.quiet, options.seed
         self.stage = STAGES[name]
         self.horizon = max(self.steps, self.stage.horizon)
@@ -71,13 +71,15 @@ class Trainer:
         self.parameters = [p for o in self.optimizers for g in o.param_groups for p in g["params"]]
         self.file = options.out / name / "checkpoint.pt"
         self.curve: list[dict] = []
-        self.step = 0
+        self.step, self.before = 0, 0.0
         if self.file.exists():
             self._resume()
         for optimizer, times in zip(self.optimizers, (3, 1), strict=True):
             for group in optimizer.param_groups:
                 group["initial"] = lr * times * group["scale"]
-        self.started, self.first = time.time(), self.step
+        self.begun, self.started, self.first = options.started, time.time(), self.step
+        self.machine = {"device": torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU", "cores": os.cpu_count(),
+                        "processes": self.ranks, "threads": torch.get_num_threads(), "bfloat16": computes_bfloat16(options.device)}
         self.recent: list[float] = []
 
     def _resume(self) -> None:
@@ -88,7 +90,7 @@ class Trainer:
             optimizer.load_state_dict(saved)
             for group, ours in zip(optimizer.param_groups, recipe, strict=True):
                 group.update(ours)  # the recipe's, not the checkpoint's
-        self.step, self.curve = state["step"], state["curve"]
+        self.step, self.curve, self.before = state["step"], state["curve"], state.get("seconds", math.nan)
 
     def due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.steps
@@ -97,11 +99,13 @@ class Trainer:
         if self.rank or not self.due(every):
             return
         self.file.parent.mkdir(parents=True, exist_ok=True)
+        seconds = round(self.before + time.time() - self.begun, 1)  # without what was done behind the checkpoint of a run that was stopped
         state = {"model": self.modules.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
-                 "step": self.step, "curve": self.curve}  # fmt: skip
+                 "step": self.step, "curve": self.curve, "seconds": seconds}  # fmt: skip
         torch.save(state, self.file.with_suffix(".tmp"))
         os.replace(self.file.with_suffix(".tmp"), self.file)
-        self.file.with_name("curve.json").write_text(json.dumps(self.curve))
+        told = {"step": self.step, "seconds": seconds, "machine": self.machine, "points": self.curve}
+        self.file.with_name("curve.json").write_text(json.dumps(told))
 
     def rng(self) -> np.random.Generator:
         return np.random.default_rng((self.seed, self.stage.number, self.step, self.rank))
