@@ -5,6 +5,7 @@ PROFILE     ?= pocket
 MODEL       ?= $(if $(filter paper,$(PROFILE)),llava-onevision-7b,pocket)
 # Not from the environment, where they mean other things.
 SIZE         = full
+SEED         = 1
 DATA         = files
 GPU          =
 JOBS         =
@@ -37,7 +38,7 @@ help:  ## list every target with a line each
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo '  DATASETS="davis-2017 pope"  KVUTILS_DATA=FOLDER   for make data: what to fetch, and where to'
-	@echo '  PROFILE=pocket|paper  MODEL=pocket|llava-onevision-7b|...  NOTEBOOKS="01 03"  ARGS="-p seed 1"'
+	@echo '  PROFILE=pocket|paper  MODEL=pocket|pocket-qwen|llava-onevision-7b|...  NOTEBOOKS="01 03"  ARGS="-p seed 1"'
 	@echo '  SIZE=full|quick           quick: a sample of the data, the same measurements, results apart'
 	@echo '  DATA=files|hub            paper profile: data sets below KVUTILS_DATA, or the copies on the hub alone'
 	@echo '  GPU=h100|a100|t4|...      make plan: hours on this GPU (default: the one here, else h100)'
@@ -118,8 +119,10 @@ bench-peers: $(STAMP)  ## measure beside nnsight, nnterp and transformers alone 
 data: $(STAMP)  ## fetch real data sets: DATASETS="davis-2017 pope" (without: list them)
 	@$(RUN) -m kvutils data $(DATASETS) $(ARGS)
 
-train: $(STAMP)  ## train the pocket model anew (about two hours on 2 cores; resumes)
-	@$(RUN) benchmarks train $(ARGS)
+# With ARGS, such as "--stage text", it only trains.
+train: $(STAMP)  ## train a pocket model from nothing and write it to data/pocket: MODEL=pocket-qwen, SEED=2 (resumes)
+	@$(RUN) benchmarks train --model $(call quoted,$(MODEL)) --seed $(call quoted,$(SEED)) $(ARGS)
+	@$(if $(ARGS),,$(RUN) benchmarks export --model $(call quoted,$(MODEL)) --seed $(call quoted,$(SEED)))
 
 clean:  ## remove stored parts and bytecode (results and training checkpoints stay)
 	rm -rf data/cache .pytest_cache build

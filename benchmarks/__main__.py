@@ -12,7 +12,8 @@ NAMES = {"rehearse": ("rehearse", "A rehearsal is short and keeps nothing: start
          "bench": ("run", "The figures of the benches that are finished are kept."),
          "peers": ("peers", "Start it again."),
          "profile": ("profile_notebooks", "Start it again."),
-         "train": ("recipe.train", "The same command goes on from the last checkpoint.")}  # fmt: skip
+         "train": ("recipe.train", "The same command goes on from the last checkpoint."),
+         "export": ("recipe.export", "The same command does it again.")}  # fmt: skip
 
 
 def main(arguments: list[str]) -> int:

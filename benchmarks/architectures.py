@@ -25,7 +25,7 @@ from kvutils.models import MLM, Encoder, wrap_mlm
 from kvutils.processors import ImageOnlyLlavaOnevisionProcessor, ImageOnlyQwen2_5_VLProcessor, quiet_transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data" / "pocket"))
-from recipe.tokenizer import WORDS, build_word_tokenizer
+from word_tokenizer import WORDS, build_word_tokenizer
 
 # width of the MLP, vocabulary, tied word embeddings; layers, heads and head dimension are those of `MODELS`
 _TEXT: dict[str, tuple[int, int, bool]] = {

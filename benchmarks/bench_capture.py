@@ -27,7 +27,7 @@ from transformers import (
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data" / "pocket")]
 
-from recipe.tokenizer import build_pocket_processor
+from word_tokenizer import build_word_processor
 
 from kvutils.kvcache import capture
 from kvutils.models import MLM, wrap_mlm
@@ -37,7 +37,7 @@ from kvutils.vision import prepare_images
 
 def onevision_shaped(layers: int = 8, hidden: int = 1024) -> MLM:
     """A random LLaVA-OneVision: 27x27 + 1 image tokens, grouped-query attention, MLPs that cost the most."""
-    processor = build_pocket_processor(["a", "photo", "of"], image_size=378, patch=14)
+    processor = build_word_processor(["a", "photo", "of"], image_size=378, patch=14)
     config = LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(
             image_size=378, patch_size=14, hidden_size=256, intermediate_size=1024, num_hidden_layers=4,

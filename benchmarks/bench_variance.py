@@ -58,7 +58,7 @@ def _stream(images: int) -> None:
     root = Path(__file__).resolve().parents[1]
     sys.path[:0] = [str(root), str(root / "data" / "pocket")]
     import torch
-    from recipe.tokenizer import build_pocket_processor
+    from word_tokenizer import build_word_processor
     from transformers import (
         LlavaOnevisionConfig,
         LlavaOnevisionForConditionalGeneration,
@@ -69,7 +69,7 @@ def _stream(images: int) -> None:
     from kvutils.keys import key_variance
     from kvutils.models import wrap_mlm
 
-    processor = build_pocket_processor(["a", "photo"], image_size=96, patch=8)
+    processor = build_word_processor(["a", "photo"], image_size=96, patch=8)
     config = LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(
             image_size=96, patch_size=8, hidden_size=32, intermediate_size=64, num_hidden_layers=2,

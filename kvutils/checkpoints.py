@@ -36,6 +36,10 @@ class ModelSpec:
 
 MODELS = {spec.name: spec for spec in (
     ModelSpec("pocket", ONEVISION, str(_POCKET / "llava-onevision"), "pocket"),
+    ModelSpec("pocket-2", ONEVISION, str(_POCKET / "llava-onevision-2"), "pocket"),
+    ModelSpec("pocket-3", ONEVISION, str(_POCKET / "llava-onevision-3"), "pocket"),
+    ModelSpec("pocket-qwen", QWEN, str(_POCKET / "qwen2_5_vl"), "pocket"),
+    ModelSpec("pocket-next", NEXT, str(_POCKET / "llava_next"), "pocket"),
     ModelSpec("llava-onevision-7b", ONEVISION, "llava-hf/llava-onevision-qwen2-7b-ov-hf", "paper", (28, 28, 4, 128, 2929)),
     ModelSpec("llava-onevision-0.5b", ONEVISION, "llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "paper", (24, 14, 2, 64, 2929)),
     ModelSpec("qwen2.5-vl-7b", QWEN, "Qwen/Qwen2.5-VL-7B-Instruct", "paper", (28, 28, 4, 128, 391)),
@@ -81,6 +85,9 @@ def find_model(name: str | PathLike, known: dict[str, ModelSpec] = MODELS) -> Mo
 
 def look_for_model(spec: ModelSpec) -> tuple[str, float]:
     """What is said of a checkpoint that is neither here nor can be fetched, else ""; the gigabytes to fetch. One short request at most."""
+    if spec.profile == "pocket" and not Path(spec.source).is_dir():
+        model, _, seed = spec.name.partition("-") if spec.name[-1].isdigit() else (spec.name, "", "1")
+        return f"{spec.source} is missing; train it with `make train MODEL={model} SEED={seed}`", 0.0
     if spec.name == "siglip-so400m" and (lacking := [name for name, module in _TOKENIZER.items() if not find_spec(module)]):
         return f"the tokenizer of {spec.source} needs {', '.join(lacking)}: pip install sentencepiece protobuf, or make install anew", 0.0
     if Path(spec.source).is_dir():

@@ -4,15 +4,14 @@ import re
 from pathlib import Path
 
 import torch
-from recipe.tokenizer import PUNCTUATION, build_word_tokenizer
 from transformers import SiglipConfig, SiglipModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from word_tokenizer import PUNCTUATION, build_word_tokenizer
 
 from kvutils.checkpoints import ENCODERS
 from kvutils.datasets import bdd10k
 from kvutils.datasets.pocket.shapes import CLASSES
 from kvutils.datasets.pocket.world import COLOURS
-from kvutils.models import load_mlm
 from kvutils.tasks.prefixes import WORDING
 from tests.tiny_models import TOWER, WORDS, save, tiny
 
@@ -37,16 +36,6 @@ def save_tiny(family: str, folder: Path, **options) -> Path:
     """A tiny random model (see `tiny_models`) as `save_pretrained` writes it."""
     mlm = tiny(family, words=known_words(), seed=3, **options)  # not the seed of the untrained control
     mlm.model.config.text_config.update({"bos_token_id": None, "eos_token_id": None})  # Qwen's own are no tokens here
-    return save(mlm, folder)
-
-
-def save_pocket_with_words(folder: Path) -> Path:
-    """The pocket model with the words of the paper profile, which it has never read, behind its own."""
-    mlm = load_mlm("pocket")
-    own = sorted(mlm.tokenizer.get_vocab(), key=mlm.tokenizer.get_vocab().get)[4:]  # without the special tokens
-    mlm.processor.tokenizer = build_word_tokenizer(list(dict.fromkeys([*own, *known_words()])))
-    torch.manual_seed(0)
-    mlm.model.resize_token_embeddings(len(mlm.processor.tokenizer), mean_resizing=False)
     return save(mlm, folder)
 
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from recipe.packing import encode, pack
+from recipe.families import FAMILIES as POCKET
+from recipe.packing import ImageTokens, encode, pack
 from recipe.pool import make_pool
 from recipe.samples import Sampler
-from recipe.tokenizer import WORDS
+from word_tokenizer import WORDS
 
 from kvutils.answer import SessionBatch
 from kvutils.datasets import open_dataset
@@ -82,13 +83,14 @@ def test_exactly_one_option_is_right(items):
 
 
 def test_prompts_are_those_of_training(items, mlm):
+    mlm = replace(mlm, processor=POCKET["pocket"].processor())
     sampler = Sampler(make_pool(300, seed=3, processes=1, quiet=True))
     for item, kind in zip(items[::FEW], ("style_match", "class_match", "correspondence"), strict=True):
         (trained,) = sampler.draw(kind, 1, np.random.default_rng(0), hints=False)
         ((_, question, answer),) = trained.blocks
         assert item.prompt == question and answer in item.options and len(item.images) == len(trained.images)
-        prompt = mlm.prompt(item.prompt, images=len(item.images)).replace("<image>", " ".join(["<image>"] * 5))
-        assert pack([trained], 5).tokens[0].tolist() == list(encode(f"{prompt} {answer}"))
+        prompt = mlm.prompt(item.prompt, images=len(item.images)).replace("<image>", "<image>" * 5)
+        assert pack([trained], ImageTokens(5)).tokens[0].tolist() == [*encode(prompt), *encode(answer)]
 
 
 def test_a_larger_set_begins_with_the_smaller_one(items):

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from recipe.tokenizer import build_word_tokenizer
 from tiny_models import FAMILIES, IMAGES_FIRST, WORDS, hooks, picture, save, tiny, tiny_pocket, tiny_siglip
 from transformers import DynamicCache
+from word_tokenizer import build_word_tokenizer
 
 from kvutils.answer import ImageSession
 from kvutils.datasets.refcoco import CATEGORIES

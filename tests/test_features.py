@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from recipe.tokenizer import WORDS as POCKET_WORDS
-from recipe.tokenizer import build_word_tokenizer
 from sentencepiece import SentencePieceTrainer
 from torch.nn.functional import normalize
 from transformers import SiglipConfig, SiglipModel, SiglipTextConfig
 from transformers.utils import import_utils
+from word_tokenizer import WORDS as POCKET_WORDS
+from word_tokenizer import build_word_tokenizer
 
 from kvutils.datasets.pocket.shapes import CLASSES
 from kvutils.datasets.refcoco import CATEGORIES

@@ -41,6 +41,7 @@ from kvutils.tasks.siglip_baseline import claim_c4, compare_along_chain
 from kvutils.tasks.value_flow import SIX, claim_c1, claim_c2a, claim_c2b, open_extractor, value_flow_tasks
 from kvutils.tasks.yes_no import Mme, Pope
 from tests import mini_data, mini_models
+from tests.tiny_models import tiny_pocket
 
 BOOT = 50
 CLAIMS = {claim["id"]: claim for claim in load_claims()}
@@ -140,9 +141,9 @@ def test_keys_and_blocks(data):
     assert set(verdicts(claims)) == set(claims)
 
 
-def test_prefixes(data, tmp_path):
-    mlm = load_mlm(str(mini_models.save_pocket_with_words(tmp_path / "pocket-words")), device="cpu")
-    extractor, writer = FeatureExtractor(mlm, load_mlm("pocket", untrained=True), layers=[0, 2, 6], keys=False), PrefixWriter(mlm, "paper")
+def test_prefixes(data):
+    mlm, untrained = (tiny_pocket(seed, words=mini_models.known_words(), image_size=96) for seed in (3, 4))
+    extractor, writer = FeatureExtractor(mlm, untrained, layers=[0, 2, 4], keys=False), PrefixWriter(mlm, "paper")
     options = {"refcoco": {"max_images": 4}, "bdd-10k": {"images": 6}, "bdd-10k-train": {"images": 10}}
     found = {use: open_dataset(name, **options.get(name, {})) for use, name in USES["paper"]["04"].items()}
     names = class_names("bdd-10k-train")

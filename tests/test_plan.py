@@ -14,7 +14,7 @@ import rehearse
 import torch
 from architectures import architecture, random_mlm
 from PIL import Image
-from recipe.tokenizer import WORDS
+from word_tokenizer import WORDS
 
 from kvutils import checkpoints
 from kvutils.checkpoints import ENCODERS, MODELS, ModelSpec, find_model, look_for_model

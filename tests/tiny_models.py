@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from recipe.tokenizer import build_pocket_processor, build_word_tokenizer
 from tokenizers import processors
 from transformers import (
     CLIPVisionConfig,
@@ -31,6 +30,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from word_tokenizer import build_word_processor, build_word_tokenizer
 
 from kvutils.layout import TokenLayout
 from kvutils.models import MLM, Encoder, wrap_mlm
@@ -123,8 +123,8 @@ def tiny_qwen(seed: int = 0, attention: str = "sdpa", words: list[str] = WORDS, 
 
 
 def tiny_pocket(seed: int = 0, attention: str = "sdpa", words: list[str] = WORDS, image_size: int = 32, **text) -> MLM:
-    """The pocket model's shape at a smaller size: base view only, word-level prompts, items in order."""
-    processor = build_pocket_processor(words, image_size=image_size)
+    """The pocket model's shape at a smaller size: base view only, items in order; of whole words, and prompts that begin with them or the image."""
+    processor = build_word_processor(words, image_size=image_size)
     config = LlavaOnevisionConfig(
         vision_config=_siglip(image_size, 8),
         text_config=Qwen2Config(vocab_size=len(processor.tokenizer), **TEXT | text),

@@ -120,7 +120,7 @@ def text_values(mlm: MLM, texts: Sequence[str], layers: str | int | Iterable[int
 def start_tokens(mlm: MLM) -> list[int]:
     """The special token that the model's prompts begin with: Llama's first token, Qwen's `<|im_start|>`. Such models pile
     attention and huge activations on whatever stands there, a name of one token too. [] where prompts begin with words or an
-    image, as the pocket models': they have no such token."""
+    image: such models have no such token."""
     (first, *_), added = tokenize(mlm, mlm.prompt()), mlm.tokenizer.added_tokens_decoder
     return [first] if first != mlm.image_token_id and first in added and added[first].special else []
 
@@ -131,8 +131,10 @@ def words_of(mlm: MLM, text: str) -> list[int]:
 
 
 def vocabulary_of(mlm: MLM) -> tuple[str, ...]:
-    """The names whose mean vector is subtracted: `COCO_NAMES`, or, where the tokenizer lacks some, those of `POCKET_NAMES` it knows."""
-    known = {name for name in (*COCO_NAMES, *POCKET_NAMES) if mlm.tokenizer.unk_token_id not in words_of(mlm, name)}
+    """The names whose mean vector is subtracted: `COCO_NAMES`, or, where the tokenizer lacks some, those of `POCKET_NAMES` it knows. One
+    that it can only spell, in pieces of fewer than two letters on average, it does not know."""
+    pieces = {name: words_of(mlm, name) for name in (*COCO_NAMES, *POCKET_NAMES)}
+    known = {name for name, ids in pieces.items() if mlm.tokenizer.unk_token_id not in ids and 2 * len(ids) <= len(name.replace(" ", ""))}
     return COCO_NAMES if known.issuperset(COCO_NAMES) else tuple(name for name in POCKET_NAMES if name in known)
 
 

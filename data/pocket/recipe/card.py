@@ -1,11 +1,18 @@
-"""The model card of the pocket models, written from what was measured (never by hand)."""
+"""The cards of the pocket models, written from what was measured (never by hand)."""
 
+import json
 from pathlib import Path
 
-from recipe.evaluate import GATES, missed_gates
-from recipe.train import LISTEN, MARK_WEIGHT, PLACE_WEIGHT, STEP_KINDS
-from recipe.trainer import SEED, STAGES
+from kvutils.datasets.pocket.shapes import CLASSES, PARTS
+from kvutils.datasets.pocket.world import COLOURS, DOMAINS, STYLES
+from recipe.captions import CAPTIONS
+from recipe.evaluate import ABOVE_BLIND, GATES, UNTRAINED, above_blind, missed_gates
+from recipe.packing import TOKENIZER, encode
+from recipe.tokenizer import SYSTEM_PROMPT
+from recipe.train import STEP_KINDS, TOWER_RATE, WARM_UP
+from recipe.trainer import STAGES
 
+BEFORE = json.loads(Path(__file__).with_name("before.json").read_text())  # kind -> accuracy of the model shipped before, same questions
 EXPLAIN = {
     "existence": "is there a fish ?",
     "existence_colour": "is there a red fish ?",
@@ -28,139 +35,197 @@ EXPLAIN = {
     "style_match": "which image has the same style as the first image ? (3 images)",
     "class_match": "which image shows the same thing as the first image ? (3 images)",
 }
+_WRITTEN = "<!-- Written by `PYTHONPATH=data/pocket python -m recipe.export`; do not edit. -->"
 _RECIPE = """## Recipe
 
-Built up as real models are. Optimiser throughout: Muon for matrices (three times the rate, updates scaled to AdamW's
-size), AdamW for the rest, gradient norm clipped at 1, bf16 autocast where the
-machine computes in it, linear warm-up over 100 steps, cosine to 2 %.
-Seed {seed}; 60,000 training scenes; every batch depends on (seed, stage, step, rank) alone.
+Trained from nothing by `make train MODEL={model} SEED={seed}`, in four stages from end to end, on scenes that this repository generates
+(60,000, the same ones for every seed; the seed is that of weights and batches). Muon for matrices (three times AdamW's rate, updates
+scaled to its size, weight decay 0.01), AdamW for the rest, gradient norm clipped at 1, a rate that rises over {warm} steps and falls as
+a cosine to 2 %; bf16 autocast where the machine computes in it.
 
-| stage | what is trained | steps | rate |
-|---|---|---|---|
+| stage | what is trained | steps run, of | rate | minutes | on |
+|---|---|---|---|---|---|
 {stages}
 
-1. **encoder**: a SigLIP pair with the sigmoid loss. 70 % of the steps on 7 x 7-patch windows around a thing at native
-   scale (with the position embeddings of where they were cut), 30 % on whole scenes. A caption is positive for every
-   image that entails it; where only a small part of a thing is in view the caption counts neither way. Clean daylight
-   scenes first, all styles and lights later. Kept as `siglip/` (`encoder_original` of the probes).
-2. **language**: the language model on text alone. The image is a grid of word embeddings (class and colour by
-   coverage, parts and marks where they are, style and light everywhere, a code of row and column, noise 0.3), 6 x 6 cells.
-3. **projector**: projector and newline through the frozen encoder and language model. It begins with tokens as long as
-   word embeddings, and its last layer learns at a rate reduced in proportion. The first layer of the language model
-   replaces a short token by what it computes from it (norm 2 before, 1,000 behind); image tokens of norm 500, as they
-   come out otherwise, stay in all that later layers read, and little that the text stage had taught worked on them.
-4. **all**: end to end, vision tower (a copy of stage 1) at 0.9 of the rate, the language model at a rate that rises over
-   the first {listen:,} steps: vision learns to speak its words before it forgets what to do with them.
+{hours}
 
-In stages 3 and 4 two small terms on the image tokens stand beside the language-model loss: painted letters read as their
-option (weight {marks}; cross-entropy over options and over cells, at marks only), and every token tells its row and
-column in the code of the text stage (weight {places}). The captions of stage 1 say nothing of where things are, unlike
-those of photographs, and its encoder had kept nothing of it: no column could be read off a token (R² 0.00), and which of
-four letters it holds in 54 % of the cases. So stage 3 begins by adding waves over rows and columns to the position
-embeddings, a third as long as a patch embedding. With places in a code of its own, questions of left and right stayed at
-chance, though the text stage had answered nearly all of them. No term says what a token shows: classes, colours, parts
-and styles are learned from questions and captions alone.
+1. **encoder**: a tower for pictures and one for captions, contrastively, by the sigmoid loss over all {captions} captions at once:
+   class, colour, style, light, place, painted letters and the parts that they mark. A caption holds for every picture that entails it;
+   where only a small part of a thing is in view its captions count neither way. 70 % of the steps on windows around a thing at its
+   native scale, 30 % on whole scenes; clean daylight scenes alone for 45 % of the steps, all styles and lights gradually after.
+2. **text**: the language model alone. It reads scenes in plain words and answers questions about them; nothing is asked that the words
+   leave open.
+3. **read**: the tower of stage 1 is frozen and its features are kept, {coarse} image tokens a picture. Projector and language model learn to
+   read them. The projector begins with tokens as long as words.
+4. **all**: everything, at {full} image tokens a picture, the tower at {tower:g} of the rate.
 
-Questions are packed: eight to twelve blocks behind one image, each seeing prefix, image and itself. Share of the steps:
-{shares}.
+In stages 2 to 4 the loss is the cross-entropy of the answers' tokens and nothing else: no term says what an image token shows or where
+it is.
 
-**Lookups.** "What colour is the fish ?" is asked about every thing of a scene at once, so that the class in the question
-decides the answer, and beside it stand lists ("fish red , car blue"; "fish left , car right"; "front (b) , top (a)"):
-there the answer follows its key at once. With one question per scene and no lists the model stayed with a colour that is
-somewhere in view (.69) for as long as it was trained; the lists were learned first and the questions followed.
+**Language.** {pieces} word pieces. Of the {names} names of classes, colours, styles, lights and parts {whole} are one piece, the others are up to
+{longest}: `{example}`. A prompt is a system prompt ("{system}"), the user's turn, the assistant's.
 
-**Prefixes.** A quarter of the single-image samples has words before the image, as a chat has: a true class name or
-description (40 %), a random class name, true or not (15 %), the light or the style (20 %), small talk (25 %); a further
-8 % has the whole question before the image and only the answer behind it. Every block sees the prefix directly; nothing
-rewards carrying it through the image tokens except the question-first samples, as in a chat.
+**Questions** are packed: many blocks of question and answer behind one picture, each seeing the system prompt, the words before the
+picture, the picture and itself. "What colour is the fish ?" is asked about every thing of a scene at once, and beside it stand lists
+("fish red , car blue"). Share of the steps: {shares} (first: the whole question before the picture; style_match: styles of three
+pictures are named, one by one). A quarter of the single-image samples has words before the picture, as a chat has: a name or description
+(40 %, true), a random class name, true or not (15 %), the light or the style (20 %), small talk (25 %).
 
-**Several images** are announced by the chat template: `first <image> second <image> third <image>`. Without this the
-language model never learned in which image it had found something (three-image questions stayed at chance).
-
-**History of the shipped weights.** The recipe was settled while they were trained, so they did not go through it from end
-to end. Stage 1 had no clean scenes first for 1,000 steps. Stage 2 had one question per lookup kind and no lists for its
-first 6,000 steps; its codes of rows and columns were not kept and were found again through its frozen model (250 steps;
-`places.safetensors` beside it). The tower that stage 3 started from (`--start-from`; it is the one in
-`stages/3_projector`) had been through 6,000 steps of earlier runs of stage 4, on earlier language models, the last 750
-of them with the waves. So its training was longer than the table says; how far the table alone gets is not known.
+**Styles** are named and never compared in training: of the kinds above, {untrained} was asked without ever having been trained.
 """
+
+
+_GATES = (f"{', '.join(f'{kind} at least {least:.2f} and below {below:.2f}' for kind, (least, below) in GATES.items())}; "
+          f"{', '.join(ABOVE_BLIND)} clearly above blind and the most frequent answer")  # fmt: skip
 
 
 def _interval(found: dict) -> str:
     return "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**found)
 
 
-def accuracy_table(report: dict[str, dict]) -> str:
+def accuracy_table(report: dict[str, dict], before: bool) -> str:
+    """before: with a column of the model that was shipped before."""
     lines = [
-        "| kind | example | n | accuracy [95 % interval] | blind [95 % interval] | most frequent answer |",
-        "|---|---|---|---|---|---|",
+        "| kind | example | n | accuracy [95 % interval] | blind [95 % interval] | most frequent answer |" + " model before |" * before,
+        "|---|---|---|---|---|---|" + "---|" * before,
     ]
     for kind, found in report.items():
         lines.append(
             f"| {kind} | {EXPLAIN[kind]} | {found['n']} | {_interval(found['accuracy'])} | {_interval(found['blind'])} "
-            f"| {found['majority']:.3f} |"
+            f"| {found['majority']:.3f} |" + f" {_interval(BEFORE[kind])} |" * before
         )
     return "\n".join(lines)
 
 
-def _curve_lines(curves: dict[str, list[dict]]) -> str:
+def _losses(curves: dict[str, dict]) -> str:
     lines = []
     for name, curve in curves.items():
-        losses = [point for point in curve if "loss" in point]
-        shown = [losses[round(i * (len(losses) - 1) / 5)] for i in range(6)]
-        lines.append(f"| {name} | " + " | ".join(f"{p['loss']:.2f} (step {p['step']})" for p in shown) + " |")
+        losses = [point for point in curve["points"] if "loss" in point]
+        if losses:
+            shown = [losses[round(i * (len(losses) - 1) / 5)] for i in range(6)]
+            lines.append(f"| {name} | " + " | ".join(f"{p['loss']:.2f} (step {p['step']})" for p in shown) + " |")
     return "\n".join(lines)
 
 
-def model_card(report: dict[str, dict], curves: dict[str, list[dict]], home: Path) -> str:
-    """Markdown of data/pocket/README.md."""
-    what = dict(zip(STAGES, ("SigLIP pair", "language model", "projector and newline", "everything"), strict=True))
-    stages = "\n".join(
-        f"| {s.number} {name} | {what[name]} | {s.steps}{f' (schedule for {s.horizon})' if s.horizon else ''} | {s.lr:g} |"
-        for name, s in STAGES.items()
-    )
-    shares = "; ".join(
-        f"stage {STAGES[stage].number}: " + ", ".join(f"{kind} {share:.0%}" for kind, share in kinds.items())
-        for stage, kinds in STEP_KINDS.items()
-    )
-    size = sum(f.stat().st_size for f in (home / "llava-onevision").iterdir()) / 1e6
+def _held_out(curves: dict[str, dict]) -> str:
+    lines = []
+    for name, curve in curves.items():
+        for point in curve["points"]:
+            if "existence" in point:
+                cells = (f"{point[kind]:.2f}" if kind in point else "–" for kind in ABOVE_BLIND)
+                lines.append(f"| {name} | {point['step']:,} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _stages(curves: dict[str, dict]) -> str:
+    what = dict(zip(STAGES, ("both towers", "language model", "projector and language model", "everything"), strict=True))
+    lines = []
+    for name, stage in STAGES.items():
+        run, minutes, where = f"? of {stage.steps:,}", "–", "–"
+        if curve := curves.get(name):
+            run, machine = f"{curve['step']:,} of {stage.steps:,}", curve["machine"]
+            minutes = f"{curve['seconds'] / 60:.0f}" if curve["seconds"] == curve["seconds"] else "not recorded"
+            where = (f"{machine['device']}, {machine['cores']} cores: {machine['processes']} x {machine['threads']} threads, "
+                     f"{'bf16' if machine['bfloat16'] else 'float32'}")  # fmt: skip
+        lines.append(f"| {stage.number} {name} | {what[name]} | {run} | {stage.lr:g} | {minutes} | {where} |")
+    return "\n".join(lines)
+
+
+def _hours(curves: dict[str, dict]) -> str:
+    seconds = sum(curve["seconds"] for curve in curves.values())
+    if len(curves) < len(STAGES) or seconds != seconds:  # a stage of a run that did not measure its time
+        return "How long all stages took together was not recorded."
+    return f"All stages together took {seconds / 3600:.1f} hours, without drawing the scenes."
+
+
+def model_card(name: str, seed: int, family, mlm, report: dict[str, dict], curves: dict[str, dict], parameters: int, size: float) -> str:
+    """Markdown of a model's README.md. family: of the recipe; mlm: the model as kvutils loads it; size: of the weights, in MB."""
+    shares = "; ".join(f"stage {STAGES[stage].number}: " + ", ".join(f"{kind} {share:.0%}" for kind, share in kinds.items())
+                       for stage, kinds in STEP_KINDS.items())  # fmt: skip
+    text, vision = mlm.model.config.text_config, mlm.model.config.vision_config
+    depth = getattr(vision, "num_hidden_layers", None) or vision.depth
     missed = missed_gates(report)
     weak = [kind for kind, found in report.items() if found["accuracy"]["mean"] < 0.75]
-    return f"""# Pocket models
+    blind = [kind for kind, found in report.items() if not above_blind(found)]
+    world = f"{len(CLASSES)} classes, {len(COLOURS)} colours, {len(STYLES)} styles and {len(DOMAINS)} lights"
+    model = name.removesuffix(f"-{seed}")
+    pieces = [len(encode(word)) for word in (*CLASSES, *COLOURS, *STYLES, *DOMAINS, *PARTS)]
+    curves = {stage: curves[stage] for stage in STAGES if stage in curves}
+    recipe = _RECIPE.format(
+        model=model, seed=seed, warm=WARM_UP, stages=_stages(curves), hours=_hours(curves), captions=len(CAPTIONS), tower=TOWER_RATE,
+        coarse=family.coarse.slots, full=family.full.slots, pieces=len(TOKENIZER), names=len(pieces),
+        whole=pieces.count(1), longest=max(pieces), example=" ".join(TOKENIZER.tokenize(EXPLAIN["existence_colour"])),
+        system=SYSTEM_PROMPT, shares=shares,
+        untrained=" and ".join(UNTRAINED))  # fmt: skip
+    before = "" if model != "pocket" else (
+        "*Model before*: the one shipped until this recipe, on the same questions. All of the following differ at once, so no part of a "
+        "difference belongs to one of them: it had 8 layers instead of 12, one token per word, a text stage on a grid of word embeddings, "
+        "losses on marks and places, a tower trained at 0.9 of the rate, and styles were compared in its training.\n\n")  # fmt: skip
+    return f"""# {name}
 
-<!-- Written by `PYTHONPATH=data/pocket python -m recipe.export`; do not edit. -->
+{_WRITTEN}
 
-`llava-onevision/` is a `LlavaOnevisionForConditionalGeneration` of 2.5 million parameters ({size:.1f} MB in fp16): a SigLIP
-tower (4 layers, hidden 128, 96 x 96 pixels, patch 8: 144 tokens and a newline per image) and a Qwen2 language model (8
-layers, hidden 128, 4 query and 2 key-value heads). It was trained from nothing by `make train` on
-scenes that this repository generates, so that every measurement of the replication can run anywhere. It is a real,
-small model: what is measured on it says what happens in it, not what happens in a 7B model.
-
-`siglip/` is the vision-language pair that its tower started from. `stages/` holds the model after the text stage, after
-the projector stage and during the last stage (step {STAGES['all'].steps // 2:,}).
+A `{type(mlm.model).__name__}` of {parameters / 1e6:.2f} million parameters (weights of {size:.1f} MB in fp16).
+{" ".join(type(family).__doc__.split())}
+Tower: {depth} layers, hidden {vision.hidden_size}. Language model: {text.num_hidden_layers} layers, hidden {text.hidden_size},
+{mlm.num_heads} query and {mlm.num_kv_heads} key-value heads of {mlm.head_dim}. A scene of 96 x 96 pixels has {family.full.slots} image tokens.
+It is a real, small model: what is measured on it says what happens in it, not what happens in a 7B model.
 
 ## What it can do
 
-Held-out scenes, questions with every answer equally often as far as scenes allow, 95 % bootstrap intervals over scenes.
-*Blind* is the same model and question with the image of another sample.
+Held-out scenes, questions with every answer equally often as far as scenes allow, 95 % bootstrap intervals over scenes; the weights as
+they lie here, computed in float32. *Blind* is the same model and question with the image of another sample.
 
-{accuracy_table(report)}
+{accuracy_table(report, before=bool(before))}
 
-Gates: {", ".join(f"{kind} {value:.2f}" for kind, value in GATES.items())}; every other kind clearly above blind and the most
-frequent answer. {"All gates are met." if not missed else "Not met: " + "; ".join(missed) + "."}
+{before}Gates: {_GATES}.
+{"All gates are met." if not missed else "Not met: " + "; ".join(missed) + "."}
 
 ## What it cannot do
 
-Anything outside the pocket world: it knows eight classes, eight colours, five styles and about 150 words. It answers in
-one word or a short caption. Kinds under 75 %: {", ".join(weak) or "none"}. It was not trained on photographs.
+Anything outside the pocket world: it was trained on {world}, on no photograph, and on at
+most three images at a time. It answers in a word or a short list. Kinds under 75 %: {", ".join(weak) or "none"}.
+Kinds not clearly above blind and the most frequent answer: {", ".join(blind) or "none"}.
 
-{_RECIPE.format(seed=SEED, stages=stages, shares=shares, marks=MARK_WEIGHT, places=PLACE_WEIGHT,
-                listen=LISTEN)}
+{recipe}
 ## Learning curves
 
-Training loss (all points, and the held-out accuracies during training, are in `curves.json`):
+Training loss (all points are in `curves.json`):
 
 | stage | start | | | | | end |
 |---|---|---|---|---|---|---|
-{_curve_lines(curves)}
+{_losses(curves)}
+
+Accuracy on a few held-out scenes during training:
+
+| stage | step | {" | ".join(ABOVE_BLIND)} |
+|---|---|{"---|" * len(ABOVE_BLIND)}
+{_held_out(curves)}
+"""
+
+
+def table_of_models(rows: list[tuple[str, str, int, float, dict]]) -> str:
+    """Markdown of data/pocket/README.md. rows: (name, folder, parameters, MB, report)."""
+    kinds = ("existence", "class", "colour", "position")
+    lines = [f"| model | million parameters | MB in fp16 | {' | '.join(kinds)} | gates |", "|---|---|---|" + "---|" * (len(kinds) + 1)]
+    for name, folder, parameters, size, report in rows:
+        cells = (f"{_interval(report[kind]['accuracy'])}, blind {report[kind]['blind']['mean']:.3f}" for kind in kinds)
+        missed = dict.fromkeys(line.partition(":")[0] for line in missed_gates(report))
+        lines.append(f"| [{name}]({folder}/README.md) | {parameters / 1e6:.2f} | {size:.1f} | {' | '.join(cells)} "
+                     f"| {'not met: ' + ', '.join(missed) if missed else 'met'} |")  # fmt: skip
+    table = "\n".join(lines)
+    return f"""# Pocket models
+
+{_WRITTEN}
+
+Small models of the real `transformers` classes, trained from nothing by this repository (`make train MODEL=pocket SEED=1`) on scenes that
+it generates, so that every measurement of the replication can run anywhere. The card of each has its accuracy on all {len(EXPLAIN)} kinds of
+questions, what it cannot do, the recipe with its hours, and the learning curves.
+
+{table}
+
+Accuracy on held-out scenes with 95 % bootstrap intervals over scenes; blind: with the image of another sample.
+Gates: {_GATES}.
+
+`siglip/` is the vision-language pair that the tower of `pocket` began as. `recipe/` is the code of the training.
 """
