@@ -7,7 +7,7 @@ COLM 2025; arXiv 2510.04819).
     >>> mlm = kv.load_mlm("pocket")
     >>> shot = kv.capture(mlm, ["photo.jpg"])[0]     # one vision pass
     >>> shot.value(3).shape                          # (N, G*D) image value tokens of layer 3
-    torch.Size([145, 64])
+    torch.Size([145, 32])
 
 `help(kv.capture)` tells shapes, units and errors of a name, with an example; in these `mlm` is kv.load_mlm("pocket"), and `scene` a picture,
 kv.open_dataset("pocket-coco", count=1)[0].image or one of your own.

@@ -31,7 +31,7 @@ class Capture:
 
     >>> shot = kv.capture(mlm, [scene])[0]
     >>> shot.value(3).shape, shot.value(3, head=1).shape, shot.encoder.shape     # (N, G*D), (N, D), (N, C_v)
-    (torch.Size([145, 64]), torch.Size([145, 32]), torch.Size([145, 128]))
+    (torch.Size([145, 32]), torch.Size([145, 16]), torch.Size([145, 128]))
     """
 
     layout: TokenLayout
@@ -99,7 +99,7 @@ def capture(mlm: MLM, images: Iterable[ImageLike], prefix: str | None = None, la
 
     >>> shot = kv.capture(mlm, [scene], layers=[3, 7])[0]
     >>> shot.layers, shot.values.shape     # (L, G, N, D)
-    ((3, 7), torch.Size([2, 2, 145, 32]))
+    ((3, 7), torch.Size([2, 2, 145, 16]))
     """
     layers, to = resolve_layers(mlm, layers), to if to is None else usable_device(to)
     mlm.prompt(prefix=prefix)  # one for all: a list is said to be none

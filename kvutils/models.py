@@ -139,7 +139,7 @@ def load_mlm(name: str, device: str | torch.device | None = None, dtype: str | t
     expects, MemoryLimitError.
 
     >>> kv.load_mlm("pocket", device="cpu").num_layers
-    8
+    12
     """
     spec = find_model(name)
     at_least("max_pixels (or 0)", max_pixels, 0)

@@ -101,7 +101,7 @@ def fit_linear_probe(X: Tensor, y: Tensor, num_classes: int = 2, strength: float
     >>> upper = torch.tensor(shot.layout.centers[:, 1] < 48).long()              # (N,): is a token in the upper half?
     >>> probe = kv.fit_linear_probe(features, upper).require_converged()
     >>> probe.predict(features).shape     # (S, N)
-    torch.Size([8, 145])
+    torch.Size([12, 145])
     """
     try:
         X, y = torch.as_tensor(X), torch.as_tensor(y)

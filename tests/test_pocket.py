@@ -11,12 +11,13 @@ import torch
 from recipe import export, train, trainer
 from recipe.captions import CAPTIONS, LONGEST, caption_tokens, encoder_batch
 from recipe.evaluate import UNTRAINED, answer_blocks, balanced_samples, missed_gates
-from recipe.families import FAMILIES, patch_windows
+from recipe.families import FAMILIES
 from recipe.model import answer_logits
 from recipe.muon import Muon
 from recipe.packing import EOS, IGNORE, IMAGE, TOKEN, TOKENIZER, encode, pack, paint, pixel_batch, to_pixels
-from recipe.pool import make_pool
+from recipe.pool import GRID, make_pool
 from recipe.samples import KINDS, LETTERED, PLAIN, REFERENCE, Sample, Sampler, ask_about_all, marks_of
+from recipe.shared import patch_windows
 from transformers import AutoTokenizer
 
 from kvutils.checkpoints import ENCODERS, MODELS
@@ -261,7 +262,7 @@ def test_full_windows_are_the_siglip_of_the_class(pool):
 
 def test_captions_hold_for_what_is_in_the_window(pool):
     rows, number = np.arange(60), {caption: i for i, caption in enumerate(CAPTIONS)}
-    _, _, _, labels, weights = encoder_batch(pool, rows, np.random.default_rng(0), whole=True)
+    _, _, _, labels, weights = encoder_batch(pool, rows, np.random.default_rng(0), GRID, True)
     for row in rows:
         facts = pool.facts(row)
         for cls, name in enumerate(CLASSES):

@@ -91,7 +91,7 @@ def text_values(mlm: MLM, texts: Sequence[str], layers: str | int | Iterable[int
     are not finite.
 
     >>> kv.text_values(mlm, ["the tree", "red car"]).shape     # (texts, L, G, D)
-    torch.Size([2, 8, 2, 32])
+    torch.Size([2, 12, 2, 16])
     """
     at_least("batch_size", batch_size)
     for text in texts or [""]:

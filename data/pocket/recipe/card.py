@@ -52,7 +52,7 @@ a cosine to 2 %; bf16 autocast where the machine computes in it.
 1. **encoder**: a tower for pictures and one for captions, contrastively, by the sigmoid loss over all {captions} captions at once:
    class, colour, style, light, place, painted letters and the parts that they mark. A caption holds for every picture that entails it;
    where only a small part of a thing is in view its captions count neither way. 70 % of the steps on windows around a thing at its
-   native scale, 30 % on whole scenes; clean daylight scenes alone for 45 % of the steps, all styles and lights gradually after.
+   native scale, 30 % on whole scenes{places}; clean daylight scenes alone for 45 % of the steps, all styles and lights gradually after.
 2. **text**: the language model alone. It reads scenes in plain words and answers questions about them; nothing is asked that the words
    leave open.
 3. **read**: the tower of stage 1 is frozen and its features are kept, {coarse} image tokens a picture. Projector and language model learn to
@@ -156,6 +156,7 @@ def model_card(name: str, seed: int, family, mlm, report: dict[str, dict], curve
         coarse=family.coarse.slots, full=family.full.slots, pieces=len(TOKENIZER), names=len(pieces),
         whole=pieces.count(1), longest=max(pieces), example=" ".join(TOKENIZER.tokenize(EXPLAIN["existence_colour"])),
         system=SYSTEM_PROMPT, shares=shares,
+        places="" if family.knows_places else " (captions of places on these alone: the tower is not told where a window was cut)",
         untrained=" and ".join(UNTRAINED))  # fmt: skip
     before = "" if model != "pocket" else (
         "*Model before*: the one shipped until this recipe, on the same questions. All of the following differ at once, so no part of a "
