@@ -37,7 +37,8 @@ from kvutils.run.report import repository
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "data/pocket/README.md", "benchmarks/README.md", "benchmarks/RESULTS.md",
-         "benchmarks/VERDICTS.md", "data/results/pocket/pocket/REPORT.md")  # fmt: skip
+         "benchmarks/VERDICTS.md", "data/results/pocket/pocket/REPORT.md",
+         *(path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("data/pocket/*/README.md"))))  # fmt: skip
 PAGES = {"index.html": "kvutils", "explorer.html": "Explorer", "notebooks.html": "Notebooks", "data/results/pocket/pocket/REPORT.html": "Every comparison",
          "api/kvutils.html": "API"}  # fmt: skip
 BAR = """<style>

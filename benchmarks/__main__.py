@@ -1,4 +1,5 @@
-"""What `make rehearse`, `make bench`, `make bench-peers` and `make train` run: mistakes and Ctrl-C are answered in a sentence, also while torch is loaded.
+"""What `make rehearse`, `make bench`, `make bench-peers` and `make train` run: mistakes and Ctrl-C are answered in a sentence, also while
+torch is loaded.
 
     python benchmarks rehearse --model llava-onevision-7b
 """

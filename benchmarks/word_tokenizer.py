@@ -1,4 +1,5 @@
-"""A tokenizer of whole words and prompts without special tokens, for random models of any architecture: in benchmarks, rehearsals and tests, where no piece of a word matters."""
+"""A tokenizer of whole words, and prompts without special tokens, for random models of any architecture: in benchmarks, rehearsals and
+tests, where pieces of words do not matter."""
 
 import re
 

@@ -115,6 +115,6 @@ def need_model(spec: ModelSpec, weights: bool = False) -> None:
     weights: they too, not the configuration alone."""
     if Path(spec.source).is_dir():
         return  # what it lacks is said when it is read
-    config = None if weights else try_to_load_from_cache(spec.source, "config.json", revision=spec.revision)
+    config = None if weights or spec.profile == "pocket" else try_to_load_from_cache(spec.source, "config.json", revision=spec.revision)
     if not isinstance(config, str) and (problem := look_for_model(spec)[0]):
         raise ModelError(f"{spec.name}: {problem}")

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import shutil
+from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
@@ -187,6 +188,14 @@ def test_a_commit_or_hub_id_of_a_model_keeps_what_is_known_of_the_model(name, ba
     assert base == "pocket" or (find_model(name).name, find_model(name).sizes) == (base, MODELS[base].sizes)
     assert original_encoder(name) == original_encoder(base) and Run("01", "paper", name).folder == Run("01", "paper", base).folder
     assert base == "pocket" or variance_threshold(torch.arange(1.0, 99), name)["value"] == 450.0
+
+
+@pytest.mark.parametrize("untrained", [False, True])
+@pytest.mark.parametrize(("name", "said"), [("pocket-2", "MODEL=pocket SEED=2"), ("pocket-qwen", "MODEL=pocket-qwen SEED=1")])
+def test_a_pocket_model_that_is_not_there_says_how_to_train_it(tmp_path, monkeypatch, name, said, untrained):
+    monkeypatch.setitem(MODELS, name, replace(MODELS[name], source=str(tmp_path / "nowhere")))
+    with pytest.raises(ModelError, match=f"^{name}: .*nowhere is missing; train it with `make train {said}`$"):
+        load_mlm(name, untrained=untrained)
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json", "processor_config.json"])
