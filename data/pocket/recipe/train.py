@@ -1,6 +1,6 @@
 """Train a pocket model, built up as real ones are: `make train MODEL=pocket`, or `PYTHONPATH=data/pocket python -m recipe.train`.
 
-Four stages, each with a checkpoint (the recipe and its reasons are in data/pocket/README.md):
+Four stages, each with a checkpoint (a model's card, in its folder in data/pocket, tells what was run):
 
 1 encoder  vision and text tower, contrastively, on captions of class, colour, place, style, light, marks and parts
 2 text     the language model alone: scenes in plain words, and questions about them
