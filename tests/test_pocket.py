@@ -28,6 +28,7 @@ from kvutils.errors import ParameterError
 from kvutils.models import load_mlm, wrap_mlm
 from kvutils.processors import render as write
 from kvutils.readout.words import load_siglip_text
+from kvutils.tasks.prefixes import PrefixWriter
 
 FAMILY = FAMILIES["pocket"]
 
@@ -168,6 +169,15 @@ def test_training_is_written_in_pieces_that_can_be_read_back(pool, tmp_path):
         assert loaded(text, add_special_tokens=False)["input_ids"] == list(ids) == list(encode(text.upper()))
     assert encode("fish,car?") == encode("fish , car ?") and TOKEN["<unk>"] in encode("señor")
     assert max(len(encode(caption)) for caption in CAPTIONS) <= LONGEST == caption_tokens().shape[1]
+
+
+def test_every_prefix_of_notebook_04_has_controls_of_its_length(mlm):
+    """Of the two lights that are scored each is the other's wrong prefix."""
+    writer = PrefixWriter(wrap_mlm(mlm, FAMILY.processor()), "pocket")
+    names = {"class_name": CLASSES, "domain": DOMAINS[1:], "expression": [f"the {colour} {cls}" for colour in COLOURS for cls in CLASSES]}
+    for kind, named in names.items():
+        correct = [writer.correct(kind, name) for name in named]
+        assert all(writer.write(each, correct, seed) for seed, each in enumerate(correct)), writer.unmatched
 
 
 SCENE = "a red fish far left top , a blue car right far bottom . a plain image . a day photo ."
