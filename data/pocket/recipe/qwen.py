@@ -60,7 +60,7 @@ class Qwen:
 
     folder, encoder_folder = "qwen2.5-vl", None
     coarse = full = ImageTokens(CELLS**2, before=(TOKEN["<|vision_start|>"],), after=(TOKEN["<|vision_end|>"],), grid=(CELLS, CELLS))
-    compiled = ("Qwen2_5_VLMLP", "SiglipEncoderLayer", "Qwen2_5_VLDecoderLayer", "Qwen2_5_VLAttention")
+    compiled = ("SiglipEncoderLayer", "Qwen2_5_VLDecoderLayer", "Qwen2_5_VLAttention")
     window, knows_places = 9, False  # 72 pixels: whole windows of attention; rotary positions know no place in a picture
 
     def vision_config(self) -> Qwen2_5_VLVisionConfig:
@@ -149,7 +149,7 @@ def run_tower(tower: Qwen2_5_VisionTransformerPretrainedModel, pixels: torch.Ten
 def attention_in_chunks(module, query, key, value, attention_mask, scaling, chunk: int, **_):
     """Full attention within every `chunk` patches. query, key, value (1, H, N, D): (1, N, H, D)."""
     query, key, value = (x[0].unflatten(1, (-1, chunk)).transpose(0, 1) for x in (query, key, value))
-    weights = ((query * scaling) @ key.mT).float().softmax(-1).to(value.dtype)
+    weights = ((query * scaling) @ key.mT).softmax(-1, dtype=torch.float32).to(value.dtype)
     return (weights @ value).transpose(1, 2).flatten(0, 1)[None], None
 
 
