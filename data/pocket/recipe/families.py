@@ -53,7 +53,6 @@ class Llava:
 class OneVision(Llava):
     """LLaVA-OneVision: a SigLIP tower, a two-layer projector, Qwen2; several images without tiles, a newline behind each."""
 
-    folder, encoder_folder = "llava-onevision", "siglip"
     coarse, full = ImageTokens((GRID // 2) ** 2 + 1), ImageTokens(GRID**2 + 1)
     compiled = ("SiglipEncoderLayer", "Qwen2DecoderLayer", "Qwen2Attention")
     window, knows_places = 7, True  # side of stage 1's windows; they keep the position embeddings of where they were cut
@@ -118,7 +117,6 @@ class Next(Llava):
     """LLaVA-NeXT: a CLIP tower for 48 x 48 pixels that reads the halved picture (base view) and its 2 x 2 tiles, a two-layer projector,
     Llama with a first token. The projector reads the last layer but one, without CLS: of five layers four, as of 24 published ones 23."""
 
-    folder, encoder_folder = "llava-next", None
     view, cells = SIZE // 2, GRID // 2
     coarse, full = (ImageTokens((GRID // 2) ** 2 + side * (side + 1), begin=(TOKEN[BEGIN],)) for side in (GRID // 2, GRID))
     compiled = ("CLIPEncoderLayer", "LlamaDecoderLayer", "LlamaAttention")

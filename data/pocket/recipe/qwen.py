@@ -58,7 +58,6 @@ class Qwen:
     """Qwen2.5-VL: 16 x 16 patches of 6 pixels, every second layer sees windows of 4 x 4 patches only; 2 x 2 patches are merged into a
     token by its projector. Pictures keep their own size and shape."""
 
-    folder, encoder_folder = "qwen2.5-vl", None
     coarse = full = ImageTokens(CELLS**2, before=(TOKEN["<|vision_start|>"],), after=(TOKEN["<|vision_end|>"],), grid=(CELLS, CELLS))
     compiled = ("SiglipEncoderLayer", "Qwen2_5_VLDecoderLayer", "Qwen2_5_VLAttention")
     window, knows_places = 9, False  # 72 pixels: whole windows of attention; rotary positions know no place in a picture
