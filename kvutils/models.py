@@ -133,7 +133,8 @@ def load_mlm(name: str, device: str | torch.device | None = None, dtype: str | t
     device: default CUDA if there is one, of several processes to each its own. dtype: default float32 on CPU and for pocket
     models, else bfloat16 (on GPUs that have none float16, Qwen2.5-VL float32). device_map: as in accelerate, not with `device`; default
     `placement`. untrained: the same configuration with the random initialisation of its class under `seed` (control).
-    max_pixels: of a picture, for Qwen2.5-VL alone (0: `QWEN_MAX_PIXELS`, 1280 tokens; the checkpoint's own bound is 16,384).
+    max_pixels: of a picture, for Qwen2.5-VL alone (0: `QWEN_MAX_PIXELS`, 1280 tokens, or fewer if the checkpoint's own
+    bound is lower; of the published one it is 16,384).
     prompts: the form in which it is asked (data/prompts.yaml).
     Only safetensors are read. Raises ParameterError, ModelError also where `check_mlm` finds the model to be another than the code
     expects, MemoryLimitError.
@@ -172,7 +173,8 @@ def load_mlm(name: str, device: str | torch.device | None = None, dtype: str | t
     if getattr(tower := getattr(model.model, "vision_tower", None), "use_head", False):
         tower.use_head = False  # SigLIP's pooled output, which no language model reads
     mlm = replace(wrap_mlm(model, processor, spec.name), prompts=prompts)
-    mlm.max_pixels = (max_pixels or QWEN_MAX_PIXELS) if mlm.family == QWEN else None
+    if mlm.family == QWEN:
+        mlm.max_pixels = max_pixels or min(QWEN_MAX_PIXELS, processor.image_processor.size["longest_edge"])
     mlm.revision = f"untrained seed {seed}" if untrained else _revision(spec)
     if spec.profile != "pocket":
         check_mlm(mlm, MODELS[mlm.name].sizes if mlm.name in MODELS else ())

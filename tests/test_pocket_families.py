@@ -114,6 +114,7 @@ def test_a_saved_model_is_loaded_captured_and_prompted(name, models, pool, tmp_p
     mlm.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     loaded = kv.load_mlm(str(tmp_path), device="cpu")
+    assert loaded.max_pixels == (192**2 if name == "pocket-qwen" else None)  # its own bound, lower than kvutils'
     captured = kv.capture(loaded, pictures_of(pool, [(0, PLAIN)]))[0]
     layout = captured.layout
     assert layout.grids == {"pocket": {"base": (12, 12)}, "pocket-qwen": {"base": (8, 8)}, "pocket-next": {"base": (6, 6), "tiles": (12, 12)}}[name]
