@@ -140,7 +140,8 @@ def train_language(name: str, family, pool: Pool, held_out: Pool, options: argpa
         pair = family.build_pair()
         load_stage(pair, "encoder", options)
         family.take_tower(mlm, pair)
-        kept = {id(p): KeptFeatures(family, mlm, p, options.out / "read" / f"features_{len(p)}.npy", device) for p in (pool, held_out)}
+        files = {"features.npy": pool, "held_out_features.npy": held_out}
+        kept = {id(p): KeptFeatures(family, mlm, p, options.out / "read" / name, device) for name, p in files.items()}
         family.match_words(mlm, kept[id(held_out)][[(row, PLAIN) for row in range(64)]].to(device))
 
     def embed(images: list, pool: Pool = pool) -> torch.Tensor | None:
