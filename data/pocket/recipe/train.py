@@ -42,7 +42,7 @@ STEP_KINDS = {
 }
 TOWER_RATE = 0.2  # of the tower in stage 4, relative to the language model's
 LIMIT = 144  # tokens of questions and answers behind an image
-EVALUATE = 1000  # steps between held-out figures
+EVALUATE = 500  # steps between held-out figures
 WARM_UP = 100  # steps over which a rate rises
 
 
