@@ -406,7 +406,7 @@ def test_stages_say_what_they_need_follow_each_other_and_resume(tmp_path, monkey
     with pytest.raises(ParameterError, match="'read' must be trained first: .*pocket-4.* Run --stage read"):
         _train("all", 1, monkeypatch, tmp_path)
     small = {name: replace(stage, scenes=4, horizon=20) for name, stage in trainer.STAGES.items()}
-    monkeypatch.setattr(trainer, "STAGES", small)
+    monkeypatch.setattr(train, "RECIPE", replace(train.RECIPE, stages=small))
     monkeypatch.setattr(train, "quick_accuracy", lambda *a, **k: {"existence": 0.5})
     for stage in trainer.STAGES:
         assert _train(stage, 2, monkeypatch, tmp_path)["step"] == 2

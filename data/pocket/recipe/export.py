@@ -51,12 +51,12 @@ def export_weights(model: str, seed: int, home: Path, options: argparse.Namespac
     megabytes than are meant."""
     family, name = FAMILIES[model], shipped_name(model, seed)
     mlm, processor, folders = family.build_mlm(), family.processor(), [folder_of(name, home)]
-    load_stage(mlm, list(STAGES)[-1], options)
+    load_stage(mlm, list(STAGES)[-1], options.out)
     mlm.half().save_pretrained(folders[0])
     processor.save_pretrained(folders[0])
     if name == "pocket":
         pair = family.build_pair()
-        load_stage(pair, "encoder", options)
+        load_stage(pair, "encoder", options.out)
         folders.append(home / Path(ENCODERS["pocket-siglip"].source).name)
         for part in (pair.half(), TOKENIZER, processor.image_processor):
             part.save_pretrained(folders[1])

@@ -77,8 +77,9 @@ class OneVision(Llava):
         hidden = vision.encoder(inputs_embeds=hidden).last_hidden_state
         return vision.head(vision.post_layernorm(hidden))
 
-    def build_mlm(self) -> LlavaOnevisionForConditionalGeneration:
-        text = Qwen2Config(**LANGUAGE, num_attention_heads=14, num_key_value_heads=2, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+    def build_mlm(self, **language) -> LlavaOnevisionForConditionalGeneration:
+        """language: other values of the language model's configuration."""
+        text = Qwen2Config(**LANGUAGE | language, num_attention_heads=14, num_key_value_heads=2, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
         config = LlavaOnevisionConfig(
             vision_config=self.vision_config(), text_config=text, image_token_index=IMAGE, video_token_index=len(TOKEN),
             image_grid_pinpoints=[[SIZE, SIZE]], vision_feature_layer=-1, vision_feature_select_strategy="full",

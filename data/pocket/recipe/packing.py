@@ -36,11 +36,12 @@ TURN = encode(END + ASSISTANT)  # between question and answer
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """How a model family writes an image: `begin` of every prompt, tokens `before` and `after` the `slots` image tokens; `grid`
-    (rows, columns) where their positions have rows and columns of their own (Qwen2.5-VL)."""
+    """How a model family writes an image: `begin` of every prompt and its `head`, up to what the user says; tokens `before` and `after`
+    the `slots` image tokens; `grid` (rows, columns) where their positions have rows and columns of their own (Qwen2.5-VL)."""
 
     slots: int
     begin: tuple[int, ...] = ()
+    head: tuple[int, ...] = HEAD
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
     grid: tuple[int, int] | None = None
@@ -84,7 +85,7 @@ class Packed:
 
 def _head(sample: Sample, image: ImageTokens) -> tuple[list[int], np.ndarray]:
     """Tokens before the blocks and their positions (3, tokens)."""
-    tokens = [*image.begin, *HEAD, *encode(sample.prefix)]
+    tokens = [*image.begin, *image.head, *encode(sample.prefix)]
     if sample.question_first:
         tokens += encode(sample.blocks[0][1])
     where = [np.tile(np.arange(len(tokens)), (3, 1))]

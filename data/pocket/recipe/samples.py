@@ -1,6 +1,8 @@
 """Which questions a training sequence asks: samples of scenes, with marks, prefixes and hints, drawn from a pool."""
 
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,7 +19,6 @@ MIX = {
     "style": 0.2, "domain": 0.1, "position": 0.8, "relation": 0.8, "hop_colour": 1.0, "hop_class": 1.0,
     "hop_same": 0.8, "hop_more": 0.6, "hop_match": 0.5, "caption": 0.2, "list_colours": 3.0, "list_sides": 0.3,
 }  # fmt: skip
-_SHARES = np.array(list(MIX.values())) / sum(MIX.values())
 PLAIN, REFERENCE, LETTERED = range(3)  # versions of a picture: as it is, with one marked point, with four lettered ones
 LETTERS_QUESTION = "which part has which letter ?"  # "front (b) , top (a)": as the lists of things
 PARTS_QUESTION = "which letter has which part ?"  # "(b) front , (a) top": at the letter, its part
@@ -111,29 +112,33 @@ def prefix(facts: q.Facts, rng: np.random.Generator) -> str:
     return q.pick(rng, _NEUTRAL)
 
 
-def single_image_sample(pool: Pool, row: int, rng: np.random.Generator, blocks: int = 16) -> Sample:
+def single_image_sample(pool: Pool, row: int, rng: np.random.Generator, mix: Mapping[str, float] = MIX, blocks: int = 16) -> Sample:
     facts = pool.facts(row)
     words = prefix(facts, rng) if rng.random() < 0.25 else ""
-    return Sample([(row, PLAIN)], _questions(facts, rng, blocks), words)
+    return Sample([(row, PLAIN)], _questions(facts, rng, mix, blocks), words)
 
 
-def question_first_sample(pool: Pool, row: int, rng: np.random.Generator) -> Sample | None:
+def question_first_sample(pool: Pool, row: int, rng: np.random.Generator, mix: Mapping[str, float] = MIX) -> Sample | None:
     """The question before the image, as many chats have it."""
-    kind = str(rng.choice(list(MIX), p=_SHARES))
+    kind = str(rng.choice(list(mix), p=_shares(mix)))
     found = q.ask(pool.facts(row), kind, rng, KINDS)
     return Sample([(row, PLAIN)], [(kind, *found)], question_first=True) if found else None
 
 
-def text_sample(pool: Pool, row: int, rng: np.random.Generator, blocks: int = 16) -> Sample:
+def text_sample(pool: Pool, row: int, rng: np.random.Generator, mix: Mapping[str, float] = MIX, blocks: int = 16) -> Sample:
     """A scene in words instead of a picture; nothing is asked that the words leave open."""
     facts = pool.facts(row)
     facts = q.Facts(tuple(facts.present), facts.style, facts.domain)
-    asked = [b for b in _questions(facts, rng, blocks) if not {"above", "below"} & set(b[1].split())]
+    asked = [b for b in _questions(facts, rng, mix, blocks) if not {"above", "below"} & set(b[1].split())]
     return Sample([], asked, describe(facts, rng))
 
 
-def _questions(facts: q.Facts, rng: np.random.Generator, blocks: int) -> list[tuple[str, str, str]]:
-    kinds = rng.choice(list(MIX), size=2 * blocks, p=_SHARES)
+def _shares(mix: Mapping[str, float]) -> np.ndarray:
+    return np.array(list(mix.values())) / sum(mix.values())
+
+
+def _questions(facts: q.Facts, rng: np.random.Generator, mix: Mapping[str, float], blocks: int) -> list[tuple[str, str, str]]:
+    kinds = rng.choice(list(mix), size=2 * blocks, p=_shares(mix))
     asked: dict[str, tuple[str, str, str]] = {}
     for kind in map(str, kinds):
         found = ask_about_all(facts, kind, rng)
@@ -198,11 +203,11 @@ def correspondence_sample(pool: Pool, rows: tuple[int, int], rng: np.random.Gene
     return Sample([(rows[0], REFERENCE), (rows[1], LETTERED)], blocks)
 
 
-def triple_sample(pool: Pool, rows: tuple[int, int, int], kind: str, hints: bool = True) -> Sample:
+def triple_sample(pool: Pool, rows: tuple[int, int, int], kind: str, hints: bool = True, compare_styles: bool = False) -> Sample:
     """BLINK's form of style (or class) matching: the first image is the reference, one of the others shares it.
 
-    The caller draws `rows` so that exactly one candidate matches. Styles are named, image by image, and never compared in training
-    (`style_match` is drawn with `hints` alone there, see `train.STEP_KINDS`)."""
+    The caller draws `rows` so that exactly one candidate matches. Styles are named, image by image, and not compared in training
+    (`style_match` is drawn with `hints` alone there, see `train.STEP_KINDS`), unless `compare_styles`."""
     of = (lambda row: int(pool.style[row])) if kind == "style_match" else (lambda row: int(pool.things[row, 0, 0]))
     answer = "(a)" if of(rows[1]) == of(rows[0]) else "(b)"
     images = [(row, PLAIN) for row in rows]
@@ -210,7 +215,8 @@ def triple_sample(pool: Pool, rows: tuple[int, int, int], kind: str, hints: bool
         return Sample(images, [(kind, q.STYLE_MATCH if kind == "style_match" else q.CLASS_MATCH, answer)])
     seen = [of(row) for row in rows]
     if kind == "style_match":
-        return Sample(images, [("nth_style", f"what style is the {place} image ?", STYLES[found]) for place, found in zip(NTH, seen)])
+        named = [("nth_style", f"what style is the {place} image ?", STYLES[found]) for place, found in zip(NTH, seen)]
+        return Sample(images, [(kind, q.STYLE_MATCH, answer)] * compare_styles + named)
     blocks = [(kind, q.CLASS_MATCH, answer)]
     for place, found in zip(NTH, seen):  # the two steps of the match: what a given image shows, and which image shows a given thing
         blocks.append(("nth_class", f"what is the thing on the {place} image ?", CLASSES[found]))
@@ -222,14 +228,33 @@ def triple_sample(pool: Pool, rows: tuple[int, int, int], kind: str, hints: bool
     return Sample(images, blocks)
 
 
+# What the answer in a sentence is made of: the question's form, and the sentence around its parts and the word ("{a}").
+_SENTENCES = (
+    (r"what (?:colour|style) is (.+) \?", "{0} is {a}"), (r"what is the light \?", "the light is {a}"), (r"what is (.+) \?", "{0} is a {a}"),
+    (r"how many (.+) are there \?", "there are {a} {0}"), (r"is (.+) (?:left or right|top or bottom) \?", "{0} is {a}"),
+    (r"is there a (.+) \?", "{a} , there is {no} {0}"), (r"what has (the same colour as .+) \?", "the {a} has {0}"),
+)  # fmt: skip
+
+
+def in_sentence(block: tuple[str, str, str]) -> tuple[str, str, str]:
+    """A block (kind, question, answer) that is answered in a sentence: "the fish is red" for "red". Lists, letters and what has no such
+    form stay as they are."""
+    kind, question, answer = block
+    for form, sentence in _SENTENCES:
+        if kind in q.KINDS | {"nth_style", "nth_class"} and (found := re.fullmatch(form, question)):
+            return kind, question, sentence.format(*found.groups(), a=answer, no="no" if answer == "no" else "a")
+    return block
+
+
 _OF_ONE_SCENE = {"single": single_image_sample, "first": question_first_sample, "text": text_sample}
 
 
 class Sampler:
-    """Draws samples of each step type from a pool; `draw(kind, n, rng)`."""
+    """Draws samples of each step type from a pool; `draw(kind, n, rng)`. mix: weights of the question kinds of one scene; compare_styles,
+    sentences: whether styles are compared across images, and answers given in a sentence."""
 
-    def __init__(self, pool: Pool):
-        self.pool = pool
+    def __init__(self, pool: Pool, mix: Mapping[str, float] = MIX, compare_styles: bool = False, sentences: bool = False):
+        self.pool, self.mix, self.compare_styles, self.sentences = pool, mix, compare_styles, sentences
         self.portraits = np.flatnonzero(pool.portrait)
         self.by_style = [np.flatnonzero(pool.style == s) for s in range(len(STYLES))]
         portrait_class = np.where(pool.portrait, pool.things[:, 0, 0], -1)
@@ -240,12 +265,12 @@ class Sampler:
         while len(out) < count:
             sample = self._one(kind, rng, hints)
             if sample is not None and sample.blocks:
-                out.append(sample)
+                out.append(replace(sample, blocks=[in_sentence(b) for b in sample.blocks]) if self.sentences else sample)
         return out
 
     def _one(self, kind: str, rng: np.random.Generator, hints: bool) -> Sample | None:
         if kind in _OF_ONE_SCENE:
-            return _OF_ONE_SCENE[kind](self.pool, int(rng.integers(len(self.pool))), rng)
+            return _OF_ONE_SCENE[kind](self.pool, int(rng.integers(len(self.pool))), rng, self.mix)
         if kind == "marked":
             return marked_sample(self.pool, int(rng.choice(self.portraits)), rng)
         if kind == "correspondence":
@@ -257,4 +282,4 @@ class Sampler:
         rest = [int(match), int(rng.choice(groups[other]))]
         if rng.random() < 0.5:
             rest.reverse()
-        return triple_sample(self.pool, (int(reference), *rest), kind, hints)
+        return triple_sample(self.pool, (int(reference), *rest), kind, hints, self.compare_styles)

@@ -15,7 +15,7 @@ NTH = ("first", "second", "third")  # several images of a message are announced:
 # Content items in order, text as is and images as `IMAGE`, joined by one space.
 CHAT_TEMPLATE = (
     "{{- 'BEGIN' -}}"
-    "{%- if messages[0]['role'] != 'system' -%}{{- '<|system|>" + SYSTEM_PROMPT + "<|end|>' -}}{%- endif -%}"
+    "{%- if messages[0]['role'] != 'system' -%}{{- 'SYSTEM' -}}{%- endif -%}"
     "{%- set names = ['first', 'second', 'third'] -%}"
     "{%- for message in messages -%}"
     "{{- '<|' + message['role'] + '|>' -}}"
@@ -37,9 +37,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def chat_template(image: str = "<image>", begin: str = "") -> str:
-    """image: what an image is written as; begin: the token in front of everything, for models that have one."""
-    return CHAT_TEMPLATE.replace("IMAGE", image).replace("BEGIN", begin)
+def chat_template(image: str = "<image>", begin: str = "", system: str = f"{SYSTEM}{SYSTEM_PROMPT}{END}") -> str:
+    """image: what an image is written as; begin: the token in front of everything, for models that have one; system: the turn before all."""
+    return CHAT_TEMPLATE.replace("IMAGE", image).replace("BEGIN", begin).replace("SYSTEM", system)
 
 
 FORMS = (

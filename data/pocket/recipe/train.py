@@ -12,10 +12,13 @@ Stages 1 and 2 do not depend on each other. A run can be stopped at any time and
 """
 
 import argparse
+import copy
 import math
 import os
 import socket
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +30,11 @@ from recipe.captions import GROUPS, caption_tokens, encoder_batch
 from recipe.evaluate import quick_accuracy
 from recipe.families import FAMILIES
 from recipe.model import answer_loss
-from recipe.packing import pack, pixel_batch
+from recipe.packing import TOKEN, ImageTokens, encode, pack, pixel_batch
 from recipe.pool import GRID, Pool, load_or_make_pool
-from recipe.samples import LETTERED, PLAIN, REFERENCE, Sampler
-from recipe.trainer import STAGES, WORK, Trainer, autocast, fast, load_stage
+from recipe.samples import LETTERED, MIX, PLAIN, REFERENCE, Sampler
+from recipe.tokenizer import BEGIN, END, SYSTEM, SYSTEM_PROMPT, USER, chat_template
+from recipe.trainer import STAGES, WORK, Stage, Trainer, autocast, fast, load_stage
 
 # Sequences in a step of this kind, relative to a step of single images.
 SEQUENCES = {"single": 1.0, "first": 2.0, "marked": 1.5, "correspondence": 0.75, "style_match": 0.6, "class_match": 0.5, "text": 1.0}
@@ -45,6 +49,53 @@ LIMIT = 144  # tokens of questions and answers behind an image
 EVALUATE = 500  # steps between held-out figures
 WARM_UP = 100  # steps over which a rate rises
 
+
+@dataclass(frozen=True)
+class Ingredients:
+    """What a training is made of; the defaults are the recipe's, `replace(RECIPE, ...)` is a training that differs in one of them.
+
+    before: the stage whose language model each stage begins with, None: with random weights (and the tower of stage 1 where it reads
+    images). shares: which kind of sample the steps of a stage are made of. mix: weights of the question kinds about one scene. tower_rate:
+    of the tower in stage 4, relative to the language model's; 0: frozen. distil: weight of the mean squared error of the tower's features
+    in stage 4 to those that the stage began with, in units of their variance. muon: the optimiser of matrices (else AdamW), matrix_rate
+    their rate relative to a stage's (Muon's updates are scaled to AdamW's size), decay theirs. language: of the language model's
+    configuration. system: a turn of the system before all; begin: a token before that. turned: patches are fed last to first.
+    compare_styles, sentences: see `Sampler`."""
+
+    stages: Mapping[str, Stage] = field(default_factory=lambda: STAGES)
+    before: Mapping[str, str | None] = field(default_factory=lambda: {"text": None, "read": "text", "all": "read"})
+    shares: Mapping[str, Mapping[str, float]] = field(default_factory=lambda: STEP_KINDS)
+    mix: Mapping[str, float] = field(default_factory=lambda: MIX)
+    tower_rate: float = TOWER_RATE
+    distil: float = 0.0
+    muon: bool = True
+    matrix_rate: float = 3.0
+    decay: float = 0.01
+    language: Mapping[str, int] = field(default_factory=dict)
+    system: bool = True
+    begin: bool = False
+    turned: bool = False
+    compare_styles: bool = False
+    sentences: bool = False
+
+    def sampler(self, pool: Pool) -> Sampler:
+        return Sampler(pool, self.mix, self.compare_styles, self.sentences)
+
+    def written(self, image: ImageTokens) -> ImageTokens:
+        """How the prompts of this training write a family's image."""
+        image = replace(image, begin=(TOKEN[BEGIN],)) if self.begin else image
+        return image if self.system else replace(image, head=encode(USER))
+
+    def template(self) -> str:
+        """The chat template of these prompts, for families that write an image as one word."""
+        return chat_template(begin=BEGIN if self.begin else "", system=f"{SYSTEM}{SYSTEM_PROMPT}{END}" if self.system else "")
+
+    def embed(self, family, mlm: nn.Module, features: torch.Tensor) -> torch.Tensor:
+        """Image tokens (n, slots, hidden) of features (n, patches, hidden) in the order in which they are fed."""
+        return family.tokens(mlm, features.flip(1) if self.turned else features)
+
+
+RECIPE = Ingredients()
 
 def train_encoder(family, pool: Pool, held_out: Pool, options: argparse.Namespace) -> None:
     from sklearn.metrics import roc_auc_score
@@ -120,60 +171,72 @@ class KeptFeatures:
         return torch.from_numpy(self.stored[[self.number[image] for image in images]]).float()
 
 
-def draw_step(trainer: Trainer, sampler: Sampler):
+def draw_step(trainer: Trainer, sampler: Sampler, shares: Mapping[str, float]):
     """The samples of one step: every rank draws the same kind, so that no rank waits for a longer batch."""
-    shares = STEP_KINDS[trainer.name]
     kind = str(trainer.step_rng().choice(list(shares), p=list(shares.values())))
     return sampler.draw(kind, max(2, int(trainer.stage.scenes * SEQUENCES[kind] / trainer.ranks)), trainer.rng())
 
 
 def train_language(name: str, family, pool: Pool, held_out: Pool, options: argparse.Namespace) -> None:
     """Stages 2 to 4: the answers to questions about texts, about kept features, about pictures."""
-    device = options.device
-    mlm = fast(family.build_mlm().to(device), device, family.compiled)
-    image = family.full if name == "all" else family.coarse
-    if name == "text":
-        nn.init.normal_(mlm.get_input_embeddings().weight, std=0.1)
+    device, made = options.device, options.ingredients
+    mlm = fast(family.build_mlm(**made.language).to(device), device, family.compiled)
+    image, before = made.written(family.full if name == "all" else family.coarse), made.before[name]
+    if before:
+        load_stage(mlm, before, options.start)
     else:
-        load_stage(mlm, {"read": "text", "all": "read"}[name], options)
-    if name == "read":
+        nn.init.normal_(mlm.get_input_embeddings().weight, std=0.1)
+    reads_first = name != "text" and before in (None, "text")
+    if reads_first:
         pair = family.build_pair()
-        load_stage(pair, "encoder", options)
+        load_stage(pair, "encoder", options.start)
         family.take_tower(mlm, pair)
+    if name == "read":
         files = {"features.npy": pool, "held_out_features.npy": held_out}
         kept = {id(p): KeptFeatures(family, mlm, p, options.out / "read" / name, device) for name, p in files.items()}
-        family.match_words(mlm, kept[id(held_out)][[(row, PLAIN) for row in range(64)]].to(device))
 
-    def embed(images: list, pool: Pool = pool) -> torch.Tensor | None:
-        if name == "text":
-            return None
+    def features(images: list, pool: Pool = pool, of: nn.Module = mlm) -> torch.Tensor:
         if name == "read":
-            return family.tokens(mlm, kept[id(pool)][images].to(device))
-        return family.tokens(mlm, family.features(mlm, pixel_batch(pool, images).to(device)))
+            return kept[id(pool)][images].to(device)
+        return family.features(of, pixel_batch(pool, images).to(device))
+
+    if reads_first:
+        with torch.no_grad():
+            family.match_words(mlm, features([(row, PLAIN) for row in range(min(64, len(held_out)))], held_out))
+
+    def held_out_tokens(images: list) -> torch.Tensor | None:
+        return made.embed(family, mlm, features(images, held_out)) if images else None
 
     vision = [(k, p) for k, p in mlm.named_parameters() if family.vision_parameters(k)]
     projector = [(k, p) for k, p in mlm.named_parameters() if family.projector_parameters(k)]
     words = [(k, p) for k, p in mlm.named_parameters() if "language_model" in k or "lm_head" in k]
-    groups = [(words, 1.0, WARM_UP)] + [(projector, 1.0, WARM_UP)] * (name != "text") + [(vision, TOWER_RATE, WARM_UP)] * (name == "all")
+    groups = [(words, 1.0, WARM_UP)] + [(projector, 1.0, WARM_UP)] * (name != "text")
+    groups += [(vision, made.tower_rate, WARM_UP)] * (name == "all" and made.tower_rate > 0)
     trained = {k for group, *_ in groups for k, _ in group}
     for key, parameter in mlm.named_parameters():
         parameter.requires_grad_(key in trained)
+    original = copy.deepcopy(mlm).requires_grad_(False) if made.distil else None  # before a checkpoint of this stage is taken up
     trainer = Trainer(name, nn.ModuleDict({"mlm": mlm}), groups, options)
-    sampler, fixed = Sampler(pool), Sampler(held_out)
+    sampler, fixed, shares = made.sampler(pool), made.sampler(held_out), made.shares[name]
     while trainer.step < options.steps:
-        packed = pack(draw_step(trainer, sampler), image, LIMIT).to(device)
+        packed = pack(draw_step(trainer, sampler, shares), image, LIMIT).to(device)
         with autocast(device):
-            loss = answer_loss(mlm, packed, embed(packed.images))
+            found = features(packed.images) if packed.images else None
+            loss = answer_loss(mlm, packed, None if found is None else made.embed(family, mlm, found))
+            if original and found is not None:
+                with torch.no_grad():
+                    wanted = features(packed.images, of=original).float()
+                loss = loss + made.distil * (found.float() - wanted).square().mean() / wanted.var()
         trainer.update(loss)
         if trainer.due(EVALUATE):
-            trainer.note(**quick_accuracy(mlm, fixed, lambda images: embed(images, held_out), image, STEP_KINDS[name]))
+            trainer.note(**quick_accuracy(mlm, fixed, held_out_tokens, image, shares))
         trainer.save_when_due()
 
 
 def _pools(options: argparse.Namespace) -> tuple[Pool, Pool]:
     """The scenes to train on (of every seed of training the same) and those held out, drawn where they are missing."""
     held_out = min(3000, options.scenes)
-    return load_or_make_pool(options.out.parent, options.scenes, 1), load_or_make_pool(options.out.parent, held_out, 2)
+    return load_or_make_pool(options.start.parent, options.scenes, 1), load_or_make_pool(options.start.parent, held_out, 2)
 
 
 def _run(rank: int, ranks: int, port: int, name: str, options: argparse.Namespace) -> None:
@@ -183,7 +246,7 @@ def _run(rank: int, ranks: int, port: int, name: str, options: argparse.Namespac
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         dist.init_process_group("gloo", rank=rank, world_size=ranks)
     pool, held_out = _pools(options)
-    options = argparse.Namespace(**vars(options) | {"steps": options.steps or STAGES[name].steps, "started": started})
+    options = argparse.Namespace(**vars(options) | {"steps": options.steps or options.ingredients.stages[name].steps, "started": started})
     torch.manual_seed(options.seed)
     family = FAMILIES[options.model]
     if name == "encoder":
@@ -192,6 +255,22 @@ def _run(rank: int, ranks: int, port: int, name: str, options: argparse.Namespac
         train_language(name, family, pool, held_out, options)
     if ranks > 1:
         dist.destroy_process_group()
+
+
+def train(stages: list[str], options: argparse.Namespace, ingredients: Ingredients) -> None:
+    """These stages in turn. options: of the command line; `out`: the folder of this training, `start`: of the one whose checkpoints it
+    begins with, beside which the scenes lie."""
+    options = argparse.Namespace(**vars(options) | {"ingredients": ingredients})
+    ranks = options.ranks or (1 if options.device.startswith("cuda") else min(2, os.cpu_count() or 1))
+    _pools(options)
+    for name in stages:
+        if ranks == 1:
+            _run(0, 1, 0, name, options)
+            continue
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        torch.multiprocessing.spawn(_run, args=(ranks, port, name, options), nprocs=ranks)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -207,17 +286,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=WORK, metavar="FOLDER", help="for scenes and checkpoints (default: data/training)")
     parser.add_argument("--quiet", action="store_true", help="print nothing")
     options = parser.parse_args(arguments)
-    options.out = options.out / f"{options.model}-{options.seed}"
-    ranks = options.ranks or (1 if options.device.startswith("cuda") else min(2, os.cpu_count() or 1))
-    _pools(options)
-    for name in STAGES if options.stage == "every" else [options.stage]:
-        if ranks == 1:
-            _run(0, 1, 0, name, options)
-            continue
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        torch.multiprocessing.spawn(_run, args=(ranks, port, name, options), nprocs=ranks)
+    options.out = options.start = options.out / f"{options.model}-{options.seed}"
+    train(list(STAGES) if options.stage == "every" else [options.stage], options, RECIPE)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ WORK = Path(__file__).resolve().parents[2] / "training"
 
 @dataclass(frozen=True)
 class Stage:
-    """`lr` of AdamW; Muon's is three times that (its updates are scaled to AdamW's size). `scenes` per step, over all ranks.
+    """`lr` of AdamW; that of matrices is `Ingredients.matrix_rate` times as high. `scenes` per step, over all ranks.
     `horizon`: the steps that the cosine schedule is laid out for, if more than are run."""
 
     number: int
@@ -39,9 +39,9 @@ STAGES = {
 }
 
 
-def load_stage(module: nn.Module, stage: str, options: Namespace) -> None:
-    """The weights that a stage ended with."""
-    file = options.out / stage / "checkpoint.pt"
+def load_stage(module: nn.Module, stage: str, folder: Path) -> None:
+    """The weights that a stage ended with; folder: of the training."""
+    file = folder / stage / "checkpoint.pt"
     if not file.exists():
         raise ParameterError(f"stage {stage!r} must be trained first: {file} is missing. Run --stage {stage}.")
     state = torch.load(file, map_location="cpu", weights_only=True)["model"]
@@ -53,9 +53,10 @@ class Trainer:
 
     def __init__(self, name: str, modules: nn.ModuleDict, groups: list[tuple[list, float, int]], options: Namespace):
         """`groups`: (named parameters, their rate relative to the stage's, steps over which it rises). options: those of the
-        command line, with the steps of this stage and the time it was `started`."""
+        command line, with the steps of this stage, the time it was `started` and the `ingredients` of the recipe."""
         self.name, self.modules, self.steps, self.quiet, self.seed = name, modules, options.steps, options.quiet, options.seed
-        self.stage = STAGES[name]
+        made = options.ingredients
+        self.stage = made.stages[name]
         self.horizon = max(self.steps, self.stage.horizon)
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         matrices, rest = [], []
@@ -63,10 +64,11 @@ class Trainer:
             for key, parameter in named:
                 hidden = parameter.ndim == 2 and not any(w in key for w in ("embed", "lm_head"))
                 (matrices if hidden else rest).append({"params": [parameter], "scale": scale, "warm": warm})
-        lr = self.stage.lr
+        lr, betas = self.stage.lr, (0.9, 0.98)
+        of_matrices = {"params": _merge(matrices), "lr": made.matrix_rate * lr, "weight_decay": made.decay}
         self.optimizers = [
-            Muon(_merge(matrices), lr=3 * lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(_merge(rest), lr=lr, weight_decay=0.0, betas=(0.9, 0.98)),
+            Muon(**of_matrices, adjust_lr_fn="match_rms_adamw") if made.muon else torch.optim.AdamW(**of_matrices, betas=betas),
+            torch.optim.AdamW(_merge(rest), lr=lr, weight_decay=0.0, betas=betas),
         ]
         self.parameters = [p for o in self.optimizers for g in o.param_groups for p in g["params"]]
         self.file = options.out / name / "checkpoint.pt"
@@ -74,7 +76,7 @@ class Trainer:
         self.step, self.before = 0, 0.0
         if self.file.exists():
             self._resume()
-        for optimizer, times in zip(self.optimizers, (3, 1), strict=True):
+        for optimizer, times in zip(self.optimizers, (made.matrix_rate, 1), strict=True):
             for group in optimizer.param_groups:
                 group["initial"] = lr * times * group["scale"]
         self.begun, self.started, self.first = options.started, time.time(), self.step
