@@ -101,7 +101,7 @@ def _packed_by_scene(samples: list[Sample]) -> tuple[list[Sample], list[tuple[in
     return list(merged.values()), where
 
 
-def _right(mlm, samples: list[Sample], embed: Callable, image: ImageTokens, progress: bool, name: str) -> np.ndarray:
+def answers_right(mlm, samples: list[Sample], embed: Callable, image: ImageTokens, progress: bool = False, name: str = "") -> np.ndarray:
     """(n,) right or wrong of samples with one question each, through one image pass per scene."""
     packed, where = _packed_by_scene(samples)
     found: list[list[bool]] = []
@@ -126,8 +126,8 @@ def evaluate(mlm, family, pool: Pool, count: int = 1000, seed: int = 11, progres
     report = {}
     for name, kinds in {"one image": tuple(q.KINDS), **{kind: (kind,) for kind in SEVERAL}}.items():
         asked = [sample for kind in kinds for sample in samples[kind]]
-        seen = _right(mlm, asked, embed, family.full, progress, name)
-        blind = _right(mlm, _other_images(asked, seed), embed, family.full, progress, f"{name}, blind")
+        seen = answers_right(mlm, asked, embed, family.full, progress, name)
+        blind = answers_right(mlm, _other_images(asked, seed), embed, family.full, progress, f"{name}, blind")
         first = 0
         for kind in kinds:
             here = slice(first, first + len(samples[kind]))

@@ -2,7 +2,7 @@
 
 Per item, so that intervals can go over seeds and items: right or wrong as a text of 0 and 1, scores as lists."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from kvutils.models import MLM, wrap_mlm
 from kvutils.probes import fit_linear_probe
 from kvutils.prompts import prepare_text
 from kvutils.readout.features import FeatureExtractor
-from kvutils.tasks.base import run_task, shuffled_labels
+from kvutils.tasks.base import SHUFFLED, run_task, shuffled_labels
 from kvutils.tasks.blink_interventions import ADDED, GATE, surface
 from kvutils.tasks.blink_tables import says_of, sources_of
 from kvutils.tasks.choices import read_items
@@ -31,10 +31,10 @@ from kvutils.tasks.prefix_readouts import ReferringPrefix
 from kvutils.tasks.prefixes import PrefixWriter
 from kvutils.tasks.text_segmentation import IOU
 from kvutils.vision import encode_images, prepare_images
-from recipe.evaluate import SEVERAL, answer_blocks, balanced_samples
+from recipe.evaluate import SEVERAL, answers_right, balanced_samples
 from recipe.packing import pixel_batch
 from recipe.pool import Pool
-from recipe.samples import PLAIN, in_sentence
+from recipe.samples import in_sentence
 from recipe.train import Ingredients
 
 SEED = 40_000  # of the development scenes: no training scene, none of notebooks 01-05
@@ -66,20 +66,21 @@ def bits(right: Sequence) -> str:
 
 
 def accuracies(model, family, made: Ingredients, pool: Pool, count: int) -> dict[str, dict]:
-    """kind -> {scenes, right, blind: the share of the most frequent answer}, asked and answered as the arm was trained to."""
+    """kind -> {scenes, right, most_frequent: the share of the most frequent answer}, asked and answered as the arm was trained to."""
     image, found = made.written(family.full), {}
 
     def embed(images: list) -> torch.Tensor:
         return made.embed(family, model, family.features(model, pixel_batch(pool, images)))
 
-    for kind in (*q.KINDS, *SEVERAL):
-        samples = balanced_samples(pool, kind, count, SEED)
+    for kinds in (tuple(q.KINDS), *((kind,) for kind in SEVERAL)):  # questions about one scene behind one image
+        samples = {kind: balanced_samples(pool, kind, count, SEED) for kind in kinds}
         if made.sentences:
-            samples = [replace(sample, blocks=[in_sentence(block) for block in sample.blocks]) for sample in samples]
-        answers = [sample.blocks[0][2] for sample in samples]
-        found[kind] = {"scenes": ["+".join(str(row) for row, _ in sample.images) for sample in samples],
-                       "right": bits(right[0] for right in answer_blocks(model, samples, embed, image)),
-                       "most_frequent": max(map(answers.count, answers)) / len(answers)}  # fmt: skip
+            samples = {kind: [replace(each, blocks=[in_sentence(block) for block in each.blocks]) for each in some] for kind, some in samples.items()}
+        right = iter(answers_right(model, [each for some in samples.values() for each in some], embed, image))
+        for kind, some in samples.items():
+            answers = [sample.blocks[0][2] for sample in some]
+            found[kind] = {"scenes": ["+".join(str(row) for row, _ in sample.images) for sample in some],
+                           "right": bits(next(right) for _ in some), "most_frequent": max(map(answers.count, answers)) / len(answers)}  # fmt: skip
     return found
 
 
@@ -126,14 +127,14 @@ def readouts(extractor: FeatureExtractor, pool: Pool, scenes: int) -> dict[str, 
 
 
 def foreground(extractor: FeatureExtractor, sizes: dict[str, int]) -> dict:
-    """Of each episode its scene, fold and class; of each source and episode the pixels of intersection and union of the object, as the
-    task's own columns."""
+    """Of each episode its scene, fold and class; of each source and episode the pixels of intersection and union of the object."""
     episodes = few_shot_episodes(sizes["per_fold"], sizes["episode_scenes"], seed=SEED)
     table = run_task(ForegroundSegmentation(episodes, strength=0.01), extractor, progress=False)
     about = table.of(table.sources[0])
-    return {"ids": table.ids, "groups": table.groups, "columns": table.columns, "fold": about[:, 0].astype(int).tolist(),
-            "class": about[:, 1].astype(int).tolist(),
-            "pixels": {source: table.of(source)[:, 2:].astype(int).tolist() for source in table.sources}}  # fmt: skip
+    sources = [source for source in table.sources if not source.startswith((SHUFFLED, "pixels"))]
+    columns = [table.columns.index(name) for name in ("i_fg", "u_fg")]
+    return {"groups": table.groups, "fold": about[:, 0].astype(int).tolist(), "class": about[:, 1].astype(int).tolist(),
+            "pixels": {source: table.of(source)[:, columns].astype(int).T.tolist() for source in sources}}  # fmt: skip
 
 
 def key_statistics(mlm: MLM, images: int, mass_images: int) -> dict:
@@ -147,7 +148,7 @@ def key_statistics(mlm: MLM, images: int, mass_images: int) -> dict:
     bias = [each.detach().unflatten(0, (mlm.num_kv_heads, -1)).norm(dim=-1).tolist() for each in attention]
 
     def rounded(values: torch.Tensor) -> list:
-        return np.round(values.double().numpy(), 5).tolist()
+        return np.round(values.double().numpy(), 4).tolist()
 
     return {"images": table.images, "mass_images": table.mass_images, "relative_variance": rounded(variance / norm.square().clamp(min=1e-30)),
             "norm": rounded(norm.mean(-1)), "bias": bias, "mass_first": rounded(mass[..., :FIRST].sum(-1)), "mass": rounded(mass.sum(-1)),
@@ -186,20 +187,15 @@ def blink(mlm: MLM, items: int) -> dict[str, dict]:
 
 
 def prefix(extractor: FeatureExtractor, scenes: int) -> dict:
-    """Referring segmentation by text behind class names (centred texts): of each condition of `PREFIXES` the IoU, and but for "none" how
-    far the values of objects move, each (items, layers)."""
+    """Referring segmentation by text behind class names (centred texts): of each condition of `PREFIXES` the IoU (items, layers), and
+    but for "none" how far the values of objects move (layers)."""
     readout = ReferringPrefix(referring_masks(scenes, seed=SEED), extractor, PrefixWriter(extractor.mlm, "pocket"), "class_name")
     readout.families = PREFIXES
     table = run_prefixes(readout, progress=False)
 
-    def of(condition: str, column: int) -> list:
-        layers = table.values[:, [table.sources.index(f"{condition}.{layer}") for layer in extractor.layers], column]
-        return layers.round(4).tolist()
+    def of(condition: str, column: int) -> np.ndarray:
+        return table.values[:, [table.sources.index(f"{condition}.{layer}") for layer in extractor.layers], column]
 
     moved = table.columns.index("moved_objects")
-    return {"ids": table.ids, "groups": table.groups, "skipped": len(table.skipped), "iou": {each: of(each, IOU) for each in PREFIXES},
-            "moved": {each: of(each, moved) for each in PREFIXES[1:]}}  # fmt: skip
-
-
-MEASURES: dict[str, Callable] = {"accuracy": accuracies, "keys": key_statistics, "blink": blink, "readouts": readouts, "foreground": foreground,
-                                 "prefix": prefix}  # fmt: skip
+    return {"groups": table.groups, "skipped": len(table.skipped), "iou": {each: of(each, IOU).round(3).tolist() for each in PREFIXES},
+            "moved": {each: of(each, moved).mean(0).round(4).tolist() for each in PREFIXES[1:]}}  # fmt: skip
