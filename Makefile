@@ -102,6 +102,7 @@ lab: $(STAMP)  ## open the notebooks in JupyterLab; on a remote machine ARGS="--
 
 figures: $(STAMP)  ## redraw every figure from the stored results (seconds, no model)
 	@$(RUN) -m kvutils figures --profile $(call quoted,$(PROFILE)) --model $(call quoted,$(MODEL)) --size $(call quoted,$(SIZE))
+	@$(if $(filter pocket,$(MODEL)),$(RUN) benchmarks organisms --figures '$(or $(KVUTILS_OUT),.)/figures')
 
 report: $(STAMP)  ## write the verdicts into data/results and README.md
 	@$(RUN) -m kvutils report

@@ -15,11 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvutils import plots
 from kvutils.errors import ParameterError, one_of
 from kvutils.store import read_json, to_json, write_text
 from recipe.arms import ARMS, RATES, Arm
+from recipe.effects import effects, load
 from recipe.families import FAMILIES
 from recipe.measure import SEED, SIZES, measure
+from recipe.organism_plots import draw
 from recipe.pool import load_or_make_pool
 from recipe.train import RECIPE, train
 from recipe.trainer import STAGES, WORK, load_stage
@@ -133,8 +136,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=WORK, metavar="FOLDER", help="with the trainings (default: data/training)")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="default: data/results/organisms")
     parser.add_argument("--status", action="store_true", help="only say how far it is")
+    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="only draw the figures of notebook 06 there")
     parser.add_argument("--quiet", action="store_true", help="print nothing while training")
     options = parser.parse_args(arguments)
+    if options.figures:
+        plots.save(draw(effects(load(options.results))), options.figures)
+        return
     names = options.arms or [*(RATES if options.rates else ARMS)]
     for name in names:
         one_of("arm", name, _EVERY)
