@@ -241,7 +241,7 @@ def in_sentence(block: tuple[str, str, str]) -> tuple[str, str, str]:
     form stay as they are."""
     kind, question, answer = block
     for form, sentence in _SENTENCES:
-        if kind in q.KINDS | {"nth_style", "nth_class"} and (found := re.fullmatch(form, question)):
+        if kind in (*q.KINDS, "nth_style", "nth_class") and (found := re.fullmatch(form, question)):
             return kind, question, sentence.format(*found.groups(), a=answer, no="no" if answer == "no" else "a")
     return block
 
