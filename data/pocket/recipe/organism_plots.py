@@ -7,8 +7,6 @@ from matplotlib.figure import Figure
 from kvutils.plots.style import COLOURS, forest, panels, styled
 from recipe.arms import QUESTIONS
 
-WORDS = {1: "more", -1: "less", 0: "open"}
-
 
 def sign(found: Mapping) -> int:
     """1 or -1 where the interval lies above or below 0, else 0."""
@@ -20,7 +18,8 @@ def differences(question: str, arms: Mapping[str, Mapping]) -> Figure:
     """A panel per reading, a row per arm: the arm minus the one it is compared with, with its 95 % interval, and the seeds as points."""
     names = list(dict.fromkeys(name for arm in arms.values() for name in arm["readings"]))
     rows = [f"{name}\nminus {arm['against']}" for name, arm in arms.items()]
-    figure, axes = panels(len(names), min(4, len(names)), 2.5, 0.9 + 0.42 * len(rows), sharey=True)
+    columns = min(4, len(names))
+    figure, axes = panels(len(names), columns, 10 / columns, 0.9 + 0.42 * len(rows), sharey=True)
     for axis, name in zip(axes, names, strict=True):
         points, unit = [], ""
         for row, arm in enumerate(arms.values()):
