@@ -299,34 +299,6 @@ def test_marks_are_always_the_same_and_painted_where_the_part_is(pool):
     assert len({marks_of(pool, row, REFERENCE)[0][1] for row in portraits if marks_of(pool, row, REFERENCE)}) == len(PARTS)
 
 
-def test_features_are_kept_as_the_tower_gives_them_and_computed_again_when_cut_off(pool, mlm, tmp_path, monkeypatch):
-    few = replace(pool, **{name: array[:100] for name, array in vars(pool).items()})
-    portraits = [int(row) for row in np.flatnonzero(few.portrait)]
-    images = [*((row, PLAIN) for row in range(100)), *((row, version) for version in (REFERENCE, LETTERED) for row in portraits)]
-    halve, calls = FAMILY.halve, []
-
-    def cut_off(features):
-        calls.append(len(features))
-        if len(calls) > 2:  # the first tells the shape
-            raise KeyboardInterrupt
-        return halve(features)
-
-    def kept():
-        return train.KeptFeatures(FAMILY, mlm, few, tmp_path / "read" / "features.npy", "cpu")
-
-    monkeypatch.setattr(FAMILY, "halve", cut_off, raising=False)
-    with pytest.raises(KeyboardInterrupt):
-        kept()
-    assert not (tmp_path / "read" / "features.npy").exists()
-    monkeypatch.setattr(FAMILY, "halve", halve, raising=False)
-    with torch.no_grad(), trainer.autocast("cpu"):
-        wanted = torch.cat([FAMILY.halve(FAMILY.features(mlm, pixel_batch(few, images[i : i + 64]))) for i in range(0, len(images), 64)]).float()
-    assert wanted.shape == (len(images), FAMILY.coarse.slots - 1, 128) and len(images) > 120
-    assert torch.allclose(kept()[images], wanted, atol=2e-3, rtol=2e-3)
-    monkeypatch.setattr(FAMILY, "halve", cut_off, raising=False)
-    assert torch.allclose(kept()[images[::-1]], wanted.flip(0), atol=2e-3, rtol=2e-3)  # read, not computed
-
-
 def test_the_reading_stage_begins_with_tokens_as_long_as_words(pool):
     torch.manual_seed(0)
     mlm = FAMILY.build_mlm().eval()

@@ -40,11 +40,12 @@ def place_words(x: float, y: float) -> tuple[str, str]:
     return LEVELS[level[0]].format("left", "right"), LEVELS[level[1]].format("top", "bottom")
 
 
-def describe(facts: q.Facts, rng: np.random.Generator) -> str:
-    """A scene in plain words, its things from left to right: what the text stage reads instead of a picture."""
+def describe(facts: q.Facts, marks: list[tuple[str, int]], rng: np.random.Generator) -> str:
+    """A picture in plain words, its things from left to right, its marks (letter, part) in any order: what the text stage reads."""
     things = [f"a {COLOURS[t[1]]} {CLASSES[t[0]]} {' '.join(place_words(t[2], t[3]))}" for t in sorted(facts.present, key=lambda t: t[2])]
-    about = [f"a {STYLES[facts.style]} image", f"a {DOMAINS[facts.domain]} photo"]
-    return " . ".join([" , ".join(things) or "nothing", *(about[i] for i in rng.permutation(2))]) + " ."
+    marked = [f"{PARTS[part]} {'marked' if letter == 'r' else f'({letter})'}" for letter, part in marks]
+    about = [f"a {STYLES[facts.style]} image", f"a {DOMAINS[facts.domain]} photo", *([" , ".join(marked[i] for i in rng.permutation(len(marked)))] * bool(marked))]
+    return " . ".join([" , ".join(things) or "nothing", *(about[i] for i in rng.permutation(len(about)))]) + " ."
 
 
 def _caption(facts, rng):
@@ -125,12 +126,13 @@ def question_first_sample(pool: Pool, row: int, rng: np.random.Generator, mix: M
     return Sample([(row, PLAIN)], [(kind, *found)], question_first=True) if found else None
 
 
-def text_sample(pool: Pool, row: int, rng: np.random.Generator, mix: Mapping[str, float] = MIX, blocks: int = 16) -> Sample:
-    """A scene in words instead of a picture; nothing is asked that the words leave open."""
-    facts = pool.facts(row)
-    facts = q.Facts(tuple(facts.present), facts.style, facts.domain)
-    asked = [b for b in _questions(facts, rng, mix, blocks) if not {"above", "below"} & set(b[1].split())]
-    return Sample([], asked, describe(facts, rng))
+def in_words(pool: Pool, sample: Sample, rng: np.random.Generator) -> Sample:
+    """A sample with its pictures told in words, before its questions; nothing is asked that the words leave open."""
+    told = [describe(pool.facts(row), marks_of(pool, row, version), rng) for row, version in sample.images]
+    if len(told) > 1:
+        told = [f"{place} {words}" for place, words in zip(NTH, told)]
+    asked = [block for block in sample.blocks if not {"above", "below"} & set(block[1].split())]
+    return replace(sample, images=[], blocks=asked, prefix=" ".join([sample.prefix, *told]).strip())
 
 
 def _shares(mix: Mapping[str, float]) -> np.ndarray:
@@ -246,15 +248,15 @@ def in_sentence(block: tuple[str, str, str]) -> tuple[str, str, str]:
     return block
 
 
-_OF_ONE_SCENE = {"single": single_image_sample, "first": question_first_sample, "text": text_sample}
+_OF_ONE_SCENE = {"single": single_image_sample, "first": question_first_sample}
 
 
 class Sampler:
     """Draws samples of each step type from a pool; `draw(kind, n, rng)`. mix: weights of the question kinds of one scene; compare_styles,
-    sentences: whether styles are compared across images, and answers given in a sentence."""
+    sentences: whether styles are compared across images, and answers given in a sentence; words: pictures told in words."""
 
-    def __init__(self, pool: Pool, mix: Mapping[str, float] = MIX, compare_styles: bool = False, sentences: bool = False):
-        self.pool, self.mix, self.compare_styles, self.sentences = pool, mix, compare_styles, sentences
+    def __init__(self, pool: Pool, mix: Mapping[str, float] = MIX, compare_styles: bool = False, sentences: bool = False, words: bool = False):
+        self.pool, self.mix, self.compare_styles, self.sentences, self.words = pool, mix, compare_styles, sentences, words
         self.portraits = np.flatnonzero(pool.portrait)
         self.by_style = [np.flatnonzero(pool.style == s) for s in range(len(STYLES))]
         portrait_class = np.where(pool.portrait, pool.things[:, 0, 0], -1)
@@ -264,6 +266,7 @@ class Sampler:
         out: list[Sample] = []
         while len(out) < count:
             sample = self._one(kind, rng, hints)
+            sample = in_words(self.pool, sample, rng) if sample and self.words else sample
             if sample is not None and sample.blocks:
                 out.append(replace(sample, blocks=[in_sentence(b) for b in sample.blocks]) if self.sentences else sample)
         return out

@@ -3,7 +3,7 @@
 Four stages, each with a checkpoint (a model's card, in its folder in data/pocket, tells what was run):
 
 1 encoder  vision and text tower, contrastively, on captions of class, colour, place, style, light, marks and parts
-2 text     the language model alone: scenes in plain words, and questions about them
+2 text     the language model alone: pictures told in plain words, and questions about them
 3 read     the tower frozen, its features at half resolution: projector and language model learn to read them
 4 all      everything at full resolution, the tower at a fifth of the rate, on a narrower mix of questions
 
@@ -32,15 +32,15 @@ from recipe.families import FAMILIES
 from recipe.model import answer_loss
 from recipe.packing import TOKEN, ImageTokens, encode, pack, pixel_batch
 from recipe.pool import GRID, Pool, load_or_make_pool
-from recipe.samples import LETTERED, MIX, PLAIN, REFERENCE, Sampler
+from recipe.samples import MIX, PLAIN, Sampler
 from recipe.tokenizer import BEGIN, END, SYSTEM, SYSTEM_PROMPT, USER, chat_template
 from recipe.trainer import STAGES, WORK, Stage, Trainer, autocast, fast, load_stage
 
 # Sequences in a step of this kind, relative to a step of single images.
-SEQUENCES = {"single": 1.0, "first": 2.0, "marked": 1.5, "correspondence": 0.75, "style_match": 0.6, "class_match": 0.5, "text": 1.0}
+SEQUENCES = {"single": 1.0, "first": 2.0, "marked": 1.5, "correspondence": 0.75, "style_match": 0.6, "class_match": 0.5}
 # Which kind of sample a step is made of. What needs two looks in turn is learned in the text stage or not at all.
 STEP_KINDS = {
-    "text": {"text": 1.0},
+    "text": {"single": 0.64, "marked": 0.14, "correspondence": 0.08, "style_match": 0.04, "class_match": 0.10},
     "read": {"single": 0.46, "first": 0.22, "marked": 0.12, "correspondence": 0.08, "style_match": 0.04, "class_match": 0.08},
     "all": {"single": 0.50, "first": 0.30, "marked": 0.06, "correspondence": 0.05, "style_match": 0.03, "class_match": 0.06},
 }
@@ -78,8 +78,8 @@ class Ingredients:
     compare_styles: bool = False
     sentences: bool = False
 
-    def sampler(self, pool: Pool) -> Sampler:
-        return Sampler(pool, self.mix, self.compare_styles, self.sentences)
+    def sampler(self, pool: Pool, words: bool) -> Sampler:
+        return Sampler(pool, self.mix, self.compare_styles, self.sentences, words)
 
     def written(self, image: ImageTokens) -> ImageTokens:
         """How the prompts of this training write a family's image."""
@@ -96,6 +96,7 @@ class Ingredients:
 
 
 RECIPE = Ingredients()
+
 
 def train_encoder(family, pool: Pool, held_out: Pool, options: argparse.Namespace) -> None:
     from sklearn.metrics import roc_auc_score
@@ -136,41 +137,6 @@ def train_encoder(family, pool: Pool, held_out: Pool, options: argparse.Namespac
         trainer.save_when_due()
 
 
-class KeptFeatures:
-    """Features of the frozen tower at half the resolution, of every version of every picture of a pool, computed once."""
-
-    def __init__(self, family, mlm: nn.Module, pool: Pool, file: Path, device: str):
-        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        portraits = np.flatnonzero(pool.portrait)
-        images = [(row, PLAIN) for row in range(len(pool))] + [(int(row), v) for v in (REFERENCE, LETTERED) for row in portraits]
-        self.number = {image: number for number, image in enumerate(images)}
-
-        def compute(some: list) -> torch.Tensor:
-            with torch.no_grad(), autocast(device):
-                return family.halve(family.features(mlm, pixel_batch(pool, some).to(device))).half().cpu()
-
-        if not rank and not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            np.lib.format.open_memmap(file.with_suffix(".tmp"), "w+", np.float16, (len(images), *compute(images[:1]).shape[1:])).flush()
-        if ranks > 1:
-            dist.barrier()
-        if not file.exists():
-            stored = np.load(file.with_suffix(".tmp"), mmap_mode="r+")
-            for first in range(rank * 64, len(images), ranks * 64):
-                stored[first : first + 64] = compute(images[first : first + 64]).numpy()
-            stored.flush()
-            if ranks > 1:
-                dist.barrier()
-            if not rank:
-                os.replace(file.with_suffix(".tmp"), file)
-        if ranks > 1:
-            dist.barrier()
-        self.stored = np.load(file, mmap_mode="r")
-
-    def __getitem__(self, images: list) -> torch.Tensor:
-        return torch.from_numpy(self.stored[[self.number[image] for image in images]]).float()
-
-
 def draw_step(trainer: Trainer, sampler: Sampler, shares: Mapping[str, float]):
     """The samples of one step: every rank draws the same kind, so that no rank waits for a longer batch."""
     kind = str(trainer.step_rng().choice(list(shares), p=list(shares.values())))
@@ -178,7 +144,7 @@ def draw_step(trainer: Trainer, sampler: Sampler, shares: Mapping[str, float]):
 
 
 def train_language(name: str, family, pool: Pool, held_out: Pool, options: argparse.Namespace) -> None:
-    """Stages 2 to 4: the answers to questions about texts, about kept features, about pictures."""
+    """Stages 2 to 4: the answers to questions about texts, about pictures at half resolution, about pictures."""
     device, made = options.device, options.ingredients
     mlm = fast(family.build_mlm(**made.language).to(device), device, family.compiled)
     image, before = made.written(family.full if name == "all" else family.coarse), made.before[name]
@@ -191,14 +157,10 @@ def train_language(name: str, family, pool: Pool, held_out: Pool, options: argpa
         pair = family.build_pair()
         load_stage(pair, "encoder", options.start)
         family.take_tower(mlm, pair)
-    if name == "read":
-        files = {"features.npy": pool, "held_out_features.npy": held_out}
-        kept = {id(p): KeptFeatures(family, mlm, p, options.out / "read" / name, device) for name, p in files.items()}
 
     def features(images: list, pool: Pool = pool, of: nn.Module = mlm) -> torch.Tensor:
-        if name == "read":
-            return kept[id(pool)][images].to(device)
-        return family.features(of, pixel_batch(pool, images).to(device))
+        found = family.features(of, pixel_batch(pool, images).to(device))
+        return family.halve(found) if name == "read" else found
 
     if reads_first:
         with torch.no_grad():
@@ -217,7 +179,7 @@ def train_language(name: str, family, pool: Pool, held_out: Pool, options: argpa
         parameter.requires_grad_(key in trained)
     original = copy.deepcopy(mlm).requires_grad_(False) if made.distil else None  # before a checkpoint of this stage is taken up
     trainer = Trainer(name, nn.ModuleDict({"mlm": mlm}), groups, options)
-    sampler, fixed, shares = made.sampler(pool), made.sampler(held_out), made.shares[name]
+    sampler, fixed, shares = made.sampler(pool, name == "text"), made.sampler(held_out, name == "text"), made.shares[name]
     while trainer.step < options.steps:
         packed = pack(draw_step(trainer, sampler, shares), image, LIMIT).to(device)
         with autocast(device):
