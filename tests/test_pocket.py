@@ -18,6 +18,7 @@ from recipe.packing import EOS, IGNORE, IMAGE, TOKEN, TOKENIZER, encode, pack, p
 from recipe.pool import GRID, make_pool
 from recipe.samples import KINDS, LETTERED, PLAIN, REFERENCE, Sample, Sampler, ask_about_all, marks_of
 from recipe.shared import patch_windows
+from recipe.tokenizer import NTH
 from transformers import AutoTokenizer
 
 from kvutils.checkpoints import ENCODERS, MODELS
@@ -159,8 +160,9 @@ def test_referring_expressions_name_one_thing():
 def test_training_is_written_in_pieces_that_can_be_read_back(pool, tmp_path):
     """Also by the tokenizer as it is loaded with a model."""
     FAMILY.processor().save_pretrained(tmp_path)
-    loaded, sampler, rng = AutoTokenizer.from_pretrained(tmp_path), Sampler(pool), np.random.default_rng(1)
-    texts = {text for kind in train.SEQUENCES for s in sampler.draw(kind, 30, rng) for text in (s.prefix, *(t for b in s.blocks for t in b[1:]))}
+    loaded, rng = AutoTokenizer.from_pretrained(tmp_path), np.random.default_rng(1)
+    samples = [s for words in (False, True) for kind in train.SEQUENCES for s in Sampler(pool, words=words).draw(kind, 30, rng)]
+    texts = {text for sample in samples for text in (sample.prefix, *(t for block in sample.blocks for t in block[1:]))}
     texts = {*texts, *CAPTIONS} - {""}
     assert len(texts) > 500 and loaded.get_vocab() == TOKEN
     for text in sorted(texts):
@@ -244,7 +246,7 @@ def words_read(text, rng):
 def test_texts_leave_nothing_open_that_is_asked(pool):
     """However the words are imagined, the answer is the same."""
     rng, seen = np.random.default_rng(0), []
-    for sample in Sampler(pool).draw("text", 40, rng):
+    for sample in Sampler(pool, words=True).draw("single", 40, rng):
         assert not sample.images
         read: dict[str, set] = {}
         for facts in (words_read(sample.prefix, rng) for _ in range(12)):
@@ -255,6 +257,23 @@ def test_texts_leave_nothing_open_that_is_asked(pool):
             assert read.get(question, {answer}) == {answer}, (sample.prefix, question)
             seen.append((kind, question in read))
     assert np.mean([found for _, found in seen]) > 0.8 and len({kind for kind, _ in seen}) > 12
+
+
+def test_marks_and_several_pictures_are_told_as_they_are_painted(pool):
+    """Read back from the words: which letter each part has, what each picture shows, and so what is asked."""
+    sampler, rng = Sampler(pool, words=True), np.random.default_rng(0)
+    for sample in (one for kind in ("marked", "correspondence", "class_match", "style_match") for one in sampler.draw(kind, 20, rng)):
+        pictures = re.split(r"(?:first|second|third) ", sample.prefix)[1:] or [sample.prefix]
+        things, styles = [re.findall(r"a \w+ (\w+) (?:far )?(?:left|right)", p) for p in pictures], [re.search(r"a (\w+) image", p)[1] for p in pictures]
+        marks = {part: letter for part, letter in re.findall(r"(\w+) (\([a-d]\))", pictures[-1])}
+        marked = re.findall(r"(\w+) marked", pictures[0])
+        for kind, question, answer in sample.blocks:
+            nth = next((i for i, place in enumerate(NTH) if f"the {place} image" in question), None)
+            wanted = {
+                "part": lambda: marked[0], "letter": lambda: marks[re.search(r"the (\w+) \?", question)[1]], "correspondence": lambda: marks[marked[0]],
+                "nth_class": lambda: things[nth][0], "nth_style": lambda: styles[nth], "class_match": lambda: "(a)" if things[1] == things[0] else "(b)",
+            }.get(kind)  # fmt: skip
+            assert wanted is None or wanted() == answer, (sample.prefix, question)
 
 
 def test_full_windows_are_the_siglip_of_the_class(pool):
@@ -342,8 +361,9 @@ def test_styles_are_named_in_training_and_never_compared(pool):
 
 
 def test_yes_and_no_are_as_frequent_in_what_training_asks(pool):
-    for kind in ("single", "text"):
-        blocks = [b for sample in Sampler(pool).draw(kind, 60, np.random.default_rng(0)) for b in sample.blocks if b[0].startswith("existence")]
+    for words in (False, True):
+        samples = Sampler(pool, words=words).draw("single", 60, np.random.default_rng(0))
+        blocks = [block for sample in samples for block in sample.blocks if block[0].startswith("existence")]
         assert len(blocks) > 50 and sum(answer == "yes" for *_, answer in blocks) * 2 == len(blocks)
 
 
