@@ -20,8 +20,8 @@ MIX = {
     "hop_same": 0.8, "hop_more": 0.6, "hop_match": 0.5, "caption": 0.2, "list_colours": 3.0, "list_sides": 0.3,
 }  # fmt: skip
 PLAIN, REFERENCE, LETTERED = range(3)  # versions of a picture: as it is, with one marked point, with four lettered ones
-LETTERS_QUESTION = "which part has which letter ?"  # "front (b) , top (a)": as the lists of things
-PARTS_QUESTION = "which letter has which part ?"  # "(b) front , (a) top": at the letter, its part
+LETTERS_QUESTION = "which part has which letter ?"  # "top (b) , front (a)": as the lists of things
+PARTS_QUESTION = "which letter has which part ?"  # "(a) front , (b) top": at the letter, its part
 PART_QUESTION = "which part is marked ?"  # about one portrait with one point, and about the first image of a pair
 LEVELS = ("far {0}", "{0}", "{1}", "far {1}")
 _NEUTRAL = (
@@ -43,8 +43,9 @@ def place_words(x: float, y: float) -> tuple[str, str]:
 def describe(facts: q.Facts, marks: list[tuple[str, int]], rng: np.random.Generator) -> str:
     """A picture in plain words, its things from left to right, its marks (letter, part) in any order: what the text stage reads."""
     things = [f"a {COLOURS[t[1]]} {CLASSES[t[0]]} {' '.join(place_words(t[2], t[3]))}" for t in sorted(facts.present, key=lambda t: t[2])]
-    marked = [f"{PARTS[part]} {'marked' if letter == 'r' else f'({letter})'}" for letter, part in marks]
-    about = [f"a {STYLES[facts.style]} image", f"a {DOMAINS[facts.domain]} photo", *([" , ".join(marked[i] for i in rng.permutation(len(marked)))] * bool(marked))]
+    told = [f"{'marked' if letter == 'r' else f'({letter})'} {PARTS[part]}" for letter, part in marks]
+    about = [f"a {STYLES[facts.style]} image", f"a {DOMAINS[facts.domain]} photo"]
+    about += [" , ".join(told[i] for i in rng.permutation(len(told)))] if told else []
     return " . ".join([" , ".join(things) or "nothing", *(about[i] for i in rng.permutation(len(about)))]) + " ."
 
 
@@ -164,7 +165,7 @@ def _even(blocks: list[tuple[str, str, str]], rng: np.random.Generator) -> list[
 
 
 def marks_of(pool: Pool, row: int, version: int) -> list[tuple[str, int]]:
-    """Letter and part of each mark on a version of a portrait; always the same, so that what is computed from it can be kept."""
+    """Letter and part of each mark on a version of a portrait; always the same."""
     parts = [int(p) for p in np.random.default_rng((row, version)).permutation(np.flatnonzero(pool.keypoints[row, 0, :, 2] > 0))]
     return list(zip({PLAIN: "", REFERENCE: "r", LETTERED: "abcd"}[version], parts))
 
@@ -176,18 +177,16 @@ def marked_sample(pool: Pool, row: int, rng: np.random.Generator) -> Sample | No
         return Sample([(row, REFERENCE)], [("part", PART_QUESTION, PARTS[part]) for _, part in marks])
     marks = marks_of(pool, row, LETTERED)
     blocks = [("letter", f"which letter marks the {PARTS[part]} ?", f"({letter})") for letter, part in marks]
-    return Sample([(row, LETTERED)], blocks + _lists(marks, rng))
+    return Sample([(row, LETTERED)], blocks + _lists(marks))
 
 
-def _lists(marks: list[tuple[str, int]], rng: np.random.Generator) -> list[tuple[str, str, str]]:
-    """Which letter each part has, and which part each letter marks, in random order."""
-    to_letter = [(PARTS[part], f"({letter})") for letter, part in marks]
-    to_part = [(letter, part) for part, letter in to_letter]
-    return [
-        (kind, question, " , ".join(" ".join(pairs[i]) for i in rng.permutation(len(pairs))))
-        for kind, question, pairs in (("list_letters", LETTERS_QUESTION, to_letter), ("list_parts", PARTS_QUESTION, to_part))
-        if pairs
-    ]
+def _lists(marks: list[tuple[str, int]]) -> list[tuple[str, str, str]]:
+    """Which letter each part has, part by part, and which part each letter marks, letter by letter."""
+    if not marks:
+        return []
+    to_letter = " , ".join(f"{PARTS[part]} ({letter})" for letter, part in sorted(marks, key=lambda mark: mark[1]))
+    to_part = " , ".join(f"({letter}) {PARTS[part]}" for letter, part in sorted(marks))
+    return [("list_letters", LETTERS_QUESTION, to_letter), ("list_parts", PARTS_QUESTION, to_part)]
 
 
 def correspondence_sample(pool: Pool, rows: tuple[int, int], rng: np.random.Generator, hints: bool = True) -> Sample | None:
@@ -201,7 +200,7 @@ def correspondence_sample(pool: Pool, rows: tuple[int, int], rng: np.random.Gene
     if hints:
         blocks += [("part", PART_QUESTION, PARTS[part])]
         blocks += [("letter", f"which letter marks the {PARTS[p]} ?", letter) for p, letter in letters.items()]
-        blocks += _lists(lettered, rng)
+        blocks += _lists(lettered)
     return Sample([(rows[0], REFERENCE), (rows[1], LETTERED)], blocks)
 
 

@@ -10,7 +10,7 @@ from kvutils.datasets.pocket.world import COLOURS, DOMAINS, STYLES
 BEGIN, SYSTEM, USER, ASSISTANT, END = "<|begin|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<image>", "<|vision_start|>", "<|vision_end|>", BEGIN, SYSTEM, USER, ASSISTANT, END)
 SYSTEM_PROMPT = "you are a helpful assistant ."
-PIECES = 311  # entries of the vocabulary: function words are whole, most names of colours, styles and parts are two or three pieces
+PIECES = 345  # entries of the vocabulary: function words are whole, three in five names of things, colours, styles and parts are two pieces
 NTH = ("first", "second", "third")  # several images of a message are announced: "first <image> second <image>"
 # Content items in order, text as is and images as `IMAGE`, joined by one space.
 CHAT_TEMPLATE = (
