@@ -234,7 +234,8 @@ def test_question_first_samples_answer_behind_the_image():
 
 def words_read(text, rng):
     """A scene as somebody imagines it who has read its description: places at random, where the words leave them open."""
-    found = re.findall(r"a (\w+) (\w+) ((?:far )?(?:left|right)) ((?:far )?(?:top|bottom))", text)
+    found = re.findall(r"(\w+) (\w+) ((?:far )?(?:left|right)) ((?:far )?(?:top|bottom))", text)
+    found = [thing if thing[1] in CLASSES else (thing[1], thing[0], *thing[2:]) for thing in found]  # as in prose, or as in a list
     low = {"far left": 0, "far top": 0, "left": 24, "top": 24, "right": 48, "bottom": 48, "far right": 72, "far bottom": 72}
     across, down = (np.array([low[thing[i]] for thing in found]) + rng.uniform(0, 24, len(found)) for i in (2, 3))
     things = [(CLASSES.index(cls), COLOURS.index(colour), x, y, 1.0)

@@ -41,9 +41,14 @@ def place_words(x: float, y: float) -> tuple[str, str]:
 
 
 def describe(facts: q.Facts, marks: list[tuple[str, int]], rng: np.random.Generator) -> str:
-    """A picture in plain words, its things from left to right, its marks (letter, part) in any order: what the text stage reads."""
-    things = [f"a {COLOURS[t[1]]} {CLASSES[t[0]]} {' '.join(place_words(t[2], t[3]))}" for t in sorted(facts.present, key=lambda t: t[2])]
-    told = [f"{'marked' if letter == 'r' else f'({letter})'} {PARTS[part]}" for letter, part in marks]
+    """A picture in plain words, its things from left to right, its marks (letter, part) in any order: what the text stage reads.
+
+    Half are told as in prose ("a red fish left top", "(b) front"), half as in a list ("fish red left top", "front (b)"): what stands before
+    a word in one stands behind it in the other, so that either can be learned where it is easier to find."""
+    listed = rng.random() < 0.5
+    thing, mark = ("{1} {0} {2} {3}", "{1} {0}") if listed else ("a {0} {1} {2} {3}", "{0} {1}")
+    things = [thing.format(COLOURS[t[1]], CLASSES[t[0]], *place_words(t[2], t[3])) for t in sorted(facts.present, key=lambda t: t[2])]
+    told = [mark.format("marked" if letter == "r" else f"({letter})", PARTS[part]) for letter, part in marks]
     about = [f"a {STYLES[facts.style]} image", f"a {DOMAINS[facts.domain]} photo"]
     about += [" , ".join(told[i] for i in rng.permutation(len(told)))] if told else []
     return " . ".join([" , ".join(things) or "nothing", *(about[i] for i in rng.permutation(len(about)))]) + " ."
