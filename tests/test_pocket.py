@@ -265,9 +265,12 @@ def test_marks_and_several_pictures_are_told_as_they_are_painted(pool):
     sampler, rng = Sampler(pool, words=True), np.random.default_rng(0)
     for sample in (one for kind in ("marked", "correspondence", "class_match", "style_match") for one in sampler.draw(kind, 20, rng)):
         pictures = re.split(r"(?:first|second|third) ", sample.prefix)[1:] or [sample.prefix]
-        things, styles = [re.findall(r"a \w+ (\w+) (?:far )?(?:left|right)", p) for p in pictures], [re.search(r"a (\w+) image", p)[1] for p in pictures]
-        marks = {part: letter for part, letter in re.findall(r"(\w+) (\([a-d]\))", pictures[-1])}
-        marked = re.findall(r"(\w+) marked", pictures[0])
+        things = [[cls for cls in re.findall(r"\w+", told.partition(" .")[0]) if cls in CLASSES] for told in pictures]
+        styles = [re.search(r"a (\w+) image", told)[1] for told in pictures]
+        last = re.findall(r"\w+|\([a-d]\)", pictures[-1])
+        behind = any(cls in CLASSES and colour in COLOURS for cls, colour in zip(last, last[1:], strict=False))  # as in a list: "fish red", "front (a)"
+        marks = {last[at - 1 if behind else at + 1]: word for at, word in enumerate(last) if word[0] == "("}
+        marked = [word for pair in re.findall(r"(\w+) marked|marked (\w+)", pictures[0]) for word in pair if word]
         for kind, question, answer in sample.blocks:
             nth = next((i for i, place in enumerate(NTH) if f"the {place} image" in question), None)
             wanted = {
