@@ -79,7 +79,7 @@ class OneVision(Llava):
 
     def build_mlm(self, **language) -> LlavaOnevisionForConditionalGeneration:
         """language: other values of the language model's configuration."""
-        text = Qwen2Config(**LANGUAGE | language, num_attention_heads=14, num_key_value_heads=2, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+        text = Qwen2Config(**LANGUAGE | language, num_attention_heads=14, num_key_value_heads=2, rope_parameters={"rope_type": "default", "rope_theta": 1e6})
         config = LlavaOnevisionConfig(
             vision_config=self.vision_config(), text_config=text, image_token_index=IMAGE, video_token_index=len(TOKEN),
             image_grid_pinpoints=[[SIZE, SIZE]], vision_feature_layer=-1, vision_feature_select_strategy="full",
@@ -144,7 +144,7 @@ class Next(Llava):
 
     def build_mlm(self) -> LlavaNextForConditionalGeneration:
         text = LlamaConfig(**LANGUAGE | {"bos_token_id": TOKEN[BEGIN]}, num_attention_heads=8, num_key_value_heads=2,
-                           rope_parameters={"rope_type": "default", "rope_theta": 1e4})  # fmt: skip
+                           rope_parameters={"rope_type": "default", "rope_theta": 5e5})  # fmt: skip
         config = LlavaNextConfig(
             vision_config=self.vision_config(), text_config=text, image_token_index=IMAGE, image_grid_pinpoints=[[SIZE, SIZE]],
             vision_feature_layer=-2, vision_feature_select_strategy="default", tie_word_embeddings=False,

@@ -74,8 +74,6 @@ def answer_logits(mlm: PreTrainedModel, packed: Packed, images: torch.Tensor | N
 
 
 def answer_loss(mlm: PreTrainedModel, packed: Packed, images: torch.Tensor | None) -> torch.Tensor:
-    """Mean over answers of the mean cross-entropy of an answer's tokens: else the lists, of many tokens, would be most of it."""
-    losses = nn.functional.cross_entropy(answer_logits(mlm, packed, images).float(), packed.labels.flatten()[packed.asked], reduction="none")
-    rows = packed.asked // packed.tokens.shape[1]
-    _, answer, length = torch.unique(rows * packed.tokens.shape[1] + packed.block.flatten()[packed.asked], return_inverse=True, return_counts=True)
-    return (losses / length[answer]).sum() / len(length)
+    """Mean cross-entropy over answer tokens."""
+    logits = answer_logits(mlm, packed, images)
+    return nn.functional.cross_entropy(logits.float(), packed.labels.flatten()[packed.asked])

@@ -41,14 +41,9 @@ def place_words(x: float, y: float) -> tuple[str, str]:
 
 
 def describe(facts: q.Facts, marks: list[tuple[str, int]], rng: np.random.Generator) -> str:
-    """A picture in plain words, its things from left to right, its marks (letter, part) in any order: what the text stage reads.
-
-    Half are told as in prose ("a red fish left top", "(b) front"), half as in a list ("fish red left top", "front (b)"): what stands before
-    a word in one stands behind it in the other, so that either can be learned where it is easier to find."""
-    listed = rng.random() < 0.5
-    thing, mark = ("{1} {0} {2} {3}", "{1} {0}") if listed else ("a {0} {1} {2} {3}", "{0} {1}")
-    things = [thing.format(COLOURS[t[1]], CLASSES[t[0]], *place_words(t[2], t[3])) for t in sorted(facts.present, key=lambda t: t[2])]
-    told = [mark.format("marked" if letter == "r" else f"({letter})", PARTS[part]) for letter, part in marks]
+    """A picture in plain words, its things from left to right, its marks (letter, part) in any order: what the text stage reads."""
+    things = [f"a {COLOURS[t[1]]} {CLASSES[t[0]]} {' '.join(place_words(t[2], t[3]))}" for t in sorted(facts.present, key=lambda t: t[2])]
+    told = [f"{'marked' if letter == 'r' else f'({letter})'} {PARTS[part]}" for letter, part in marks]
     about = [f"a {STYLES[facts.style]} image", f"a {DOMAINS[facts.domain]} photo"]
     about += [" , ".join(told[i] for i in rng.permutation(len(told)))] if told else []
     return " . ".join([" , ".join(things) or "nothing", *(about[i] for i in rng.permutation(len(about)))]) + " ."
@@ -61,23 +56,24 @@ def _caption(facts, rng):
     return None if facts.partial else ("describe the image .", named)
 
 
-def _list_things(facts, question, values):
-    """"fish red , car blue" from left to right. The word behind a class is its colour (or side): one look from the
-    class word, at the class word. A question has the look and the answer at different tokens; without these lists
-    neither step was ever learned, and the model was content with a colour that is somewhere in view."""
-    things = sorted(q.unique(facts, 0), key=lambda t: t[2])
-    return (question, " , ".join(f"{CLASSES[t[0]]} {values(t)}" for t in things)) if things else None
+def _list_things(facts, rng, question, values):
+    """"fish red , car blue", in any order. The word behind a class is its colour (or side): one look from the class word, at the class
+    word. A question has the look and the answer at different tokens; without these lists neither step was ever learned, and the model was
+    content with a colour that is somewhere in view. From left to right, a text's could be copied without looking at the class."""
+    things = q.unique(facts, 0)
+    told = [f"{CLASSES[things[i][0]]} {values(things[i])}" for i in rng.permutation(len(things))]
+    return (question, " , ".join(told)) if told else None
 
 
 def _list_sides(facts, rng):
     if rng.random() < 0.5:
-        return _list_things(facts, "are the things left or right ?", lambda t: "left" if t[2] < 48 else "right")
-    return _list_things(facts, "are the things top or bottom ?", lambda t: "top" if t[3] < 48 else "bottom")
+        return _list_things(facts, rng, "are the things left or right ?", lambda t: "left" if t[2] < 48 else "right")
+    return _list_things(facts, rng, "are the things top or bottom ?", lambda t: "top" if t[3] < 48 else "bottom")
 
 
 KINDS = q.KINDS | {  # and descriptions, of several words: trained on, not scored
     "caption": _caption, "list_sides": _list_sides,
-    "list_colours": lambda facts, rng: _list_things(facts, "what colour are the things ?", lambda t: COLOURS[t[1]]),
+    "list_colours": lambda facts, rng: _list_things(facts, rng, "what colour are the things ?", lambda t: COLOURS[t[1]]),
 }  # fmt: skip
 
 
