@@ -100,6 +100,11 @@ def _facts(*things, style=0, domain=0):
     return q.Facts(rows, style, domain)
 
 
+def in_order(answer):
+    """Lists are in any order."""
+    return tuple(sorted(answer.split(" , ")))
+
+
 PLACES = (("left of", "car", "fish", "red"), ("above", "car", "fish", "red"),
           ("right of", "fish", "car", "blue"), ("below", "fish", "car", "blue"))  # fmt: skip
 
@@ -120,8 +125,7 @@ PLACES = (("left of", "car", "fish", "red"), ("above", "car", "fish", "red"),
 def test_answers_follow_from_the_facts(kind, expected):
     facts, rng = _facts(("fish", "red", 20, 20), ("car", "blue", 70, 70)), np.random.default_rng(0)
     found = dict(found for _ in range(60) if (found := q.ask(facts, kind, rng, KINDS)))
-    assert {question: sorted(answer.split(" , ")) for question, answer in found.items()} == {
-        question: sorted(answer.split(" , ")) for question, answer in expected.items()}  # lists are in any order  # fmt: skip
+    assert {question: in_order(answer) for question, answer in found.items()} == {question: in_order(answer) for question, answer in expected.items()}
 
 
 def test_lookups_ask_about_every_thing():
@@ -172,7 +176,7 @@ def test_training_is_written_in_pieces_that_can_be_read_back(pool, tmp_path):
         assert TOKEN["<unk>"] not in ids and TOKENIZER.decode(ids) == text
         assert loaded(text, add_special_tokens=False)["input_ids"] == list(ids) == list(encode(text.upper()))
     assert encode("fish,car?") == encode("fish , car ?") and TOKEN["<unk>"] in encode("señor")
-    assert max(len(encode(caption)) for caption in CAPTIONS) <= LONGEST == caption_tokens().shape[1]
+    assert max(len(encode(caption)) for caption in CAPTIONS) + 1 == LONGEST == caption_tokens().shape[1]
 
 
 def test_every_prefix_of_notebook_04_has_controls_of_its_length(mlm):
@@ -254,9 +258,9 @@ def test_texts_leave_nothing_open_that_is_asked(pool):
         for facts in (words_read(sample.prefix, rng) for _ in range(12)):
             for kind in {block[0] for block in sample.blocks}:
                 for question, answer in [pair for _ in range(6) for pair in ask_about_all(facts, kind, rng)]:
-                    read.setdefault(question, set()).add(answer)
+                    read.setdefault(question, set()).add(in_order(answer))
         for kind, question, answer in sample.blocks:
-            assert read.get(question, {answer}) == {answer}, (sample.prefix, question)
+            assert read.get(question, {in_order(answer)}) == {in_order(answer)}, (sample.prefix, question)
             seen.append((kind, question in read))
     assert np.mean([found for _, found in seen]) > 0.8 and len({kind for kind, _ in seen}) > 12
 
@@ -451,7 +455,7 @@ def test_a_trained_model_is_written_where_kvutils_looks_for_it(tmp_path, monkeyp
     assert load_siglip_text(str(home / "siglip")).embed("the red car").shape == (128,)
     card, table = (home / "llava-onevision" / "README.md").read_text(), (home / "README.md").read_text()
     assert "All stages together took 0.1 hours" in card and "model before" in card
-    assert re.search(r"\[pocket\]\(llava-onevision/README.md\) \| 2.96 \| 5.9 \| 0.900 \[0.800, 0.950\], blind 0.400 .* met \|", table)
+    assert re.search(r"\[pocket\]\(llava-onevision/README.md\) \| 2.96 \| 6.0 \| 0.900 \[0.800, 0.950\], blind 0.400 .* met \|", table)
     shutil.rmtree(folder / "text")
     export.main([*command, "--card-only"])
     assert "not recorded" in (home / "llava-onevision" / "README.md").read_text()

@@ -9,7 +9,7 @@ from recipe.packing import PAD, encode, to_pixels
 from recipe.pool import GRID, PATCH, Pool
 from recipe.samples import place_words
 
-LONGEST = 6  # tokens of a caption
+LONGEST = 7  # tokens of a caption, and one padding behind it at least, where CLIP reads it
 PLACES = [f"{far}{side}" for side in ("left", "right", "top", "bottom") for far in ("", "far ")]
 _POINTS = ("reference", *(f"({letter})" for letter in LETTERS[:4]))
 CAPTIONS = (
