@@ -382,7 +382,7 @@ def test_evaluation_balances_the_answers_and_says_which_gates_are_missed(pool, m
     assert len(right) == len(samples) and not all(r[0] for r in right)
     assert missed_gates(REPORT) == []
     for kind, mean, low, said in (("existence", 0.7, 0.68, "existence: accuracy 0.700 is not within its gate, at least 0.80 and below 0.97"),
-                                  ("existence", 0.98, 0.97, "below 0.97"), ("relation", 0.5, 0.45, "relation: .* is not clearly above blind 0.40")):
+                                  ("existence", 0.98, 0.97, "below 0.97"), ("position", 0.5, 0.45, "position: .* is not clearly above blind 0.40")):
         (missed,) = missed_gates(REPORT | {kind: REPORT[kind] | {"accuracy": {"mean": mean, "low": low, "high": 0.99}}})
         assert re.search(said, missed)
     assert not missed_gates(REPORT | {"style_match": REPORT["style_match"] | {"accuracy": {"mean": 0.3, "low": 0.2, "high": 0.4}}})

@@ -67,7 +67,7 @@ def export_weights(model: str, seed: int, home: Path, options: argparse.Namespac
     return folders
 
 
-def export_card(model: str, seed: int, home: Path, options: argparse.Namespace, scenes: int = 6000, questions: int = 1000) -> None:
+def export_card(model: str, seed: int, home: Path, options: argparse.Namespace, scenes: int = 6000, questions: int = 500) -> None:
     """Measure the model as it lies in its folder, and write what came out beside it."""
     name = shipped_name(model, seed)
     folder = folder_of(name, home)
@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=WORK, metavar="FOLDER", help="where it was trained (default: data/training)")
     parser.add_argument("--home", type=Path, default=HOME, metavar="FOLDER", help="where to write it (default: data/pocket)")
     parser.add_argument("--scenes", type=int, default=6000, help="held-out scenes to draw (default 6000)")
-    parser.add_argument("--questions", type=int, default=1000, help="questions per kind (default 1000)")
+    parser.add_argument("--questions", type=int, default=500, help="questions per kind (default 500)")
     parser.add_argument("--card-only", action="store_true", help="measure again and rewrite the card, not the weights")
     options = parser.parse_args(arguments)
     options.out = options.out / f"{options.model}-{options.seed}"
