@@ -53,10 +53,10 @@ a cosine to 2 %; bf16 autocast where the machine computes in it.
    class, colour, style, light, place, painted letters and the parts that they mark. A caption holds for every picture that entails it;
    where only a small part of a thing is in view its captions count neither way. 70 % of the steps on windows around a thing at its
    native scale, 30 % on whole scenes{places}; clean daylight scenes alone for 45 % of the steps, all styles and lights gradually after.
-2. **text**: the language model alone. It reads scenes in plain words and answers questions about them; nothing is asked that the words
-   leave open.
-3. **read**: the tower of stage 1 is frozen and its features are kept, {coarse} image tokens a picture. Projector and language model learn to
-   read them. The projector begins with tokens as long as words.
+2. **text**: the language model alone. It reads pictures of every kind told in plain words, marks and several pictures too, and answers
+   questions about them; nothing is asked that the words leave open.
+3. **read**: the tower of stage 1 is frozen and its features are halved on both sides to {coarse} image tokens a picture. Projector and
+   language model learn to read them. The projector begins with tokens as long as words.
 4. **all**: everything, at {full} image tokens a picture, the tower at {tower:g} of the rate.
 
 In stages 2 to 4 the loss is the cross-entropy of the answers' tokens and nothing else: no term says what an image token shows or where
@@ -66,8 +66,8 @@ it is.
 {longest}: `{example}`. A prompt is a system prompt ("{system}"), the user's turn, the assistant's.
 
 **Questions** are packed: many blocks of question and answer behind one picture, each seeing the system prompt, the words before the
-picture, the picture and itself. "What colour is the fish ?" is asked about every thing of a scene at once, and beside it stand lists
-("fish red , car blue"). Share of the steps: {shares} (first: the whole question before the picture; style_match: styles of three
+picture, the picture and itself. "What colour is the fish ?" is asked about every thing of a scene at once, and beside it stand lists in
+random order ("fish red , car blue"). Share of the steps: {shares} (first: the whole question before the picture; style_match: styles of three
 pictures are named, one by one). A quarter of the single-image samples has words before the picture, as a chat has: a name or description
 (40 %, true), a random class name, true or not (15 %), the light or the style (20 %), small talk (25 %).
 
