@@ -169,6 +169,15 @@ def details(lines: list[dict], results: Mapping, provenance: Mapping[str, Mappin
     return "\n".join(out) + "\n"
 
 
+def side_by_side(folders: Sequence[Path]) -> str:
+    """Each model of a profile in a column, as Markdown: its word for every claim and the numbers behind it; the header links its report."""
+    columns = [rows(read_all(folder)) for folder in folders]
+    header = ("", "claim", *(f"[{folder.name}](data/results/{folder.parent.name}/{folder.name}/REPORT.md)" for folder in folders))
+    cells = [[claim["id"], claim["short"], *(f"**{line['verdict']}** {ours(line)}".removesuffix(" –") for line in lines)]
+             for claim, *lines in zip(load_claims(), *columns, strict=True)]  # fmt: skip
+    return f"Every model of profile `{folders[0].parent.name}`, with its report:\n\n{markdown_table(header, cells)}"
+
+
 def result_folders(root: Path) -> list[Path]:
     """data/results/<profile>/<model> folders that hold results, the committed run's first."""
     folders = {path.parent for path in (root / "data" / "results").glob("*/*/[0-9][0-9]_*.json")}
@@ -235,9 +244,11 @@ def readme(text: str, root: Path) -> str:
     for name in dict.fromkeys(line["notebook"] for line in lines if line["notebook"] and line["why"] != NOTHING):
         said = "; ".join(f"{line['id']}, {shorts[line['id']]}: **{line['verdict']}**" for line in lines if line["notebook"] == name)
         gallery.append(f"![{name}](figures/{PICTURES.get(name, name)}.png)\n\n[{name}](notebooks/{name}.ipynb). {said}.".replace("?:", "?"))
-    tables = [f"{title_of(folder)}:\n\n{table(rows(read_all(folder)), folder.parent.name)}"
-              for folder in result_folders(root)] or [table(rows({}), DEFAULT[0])]  # fmt: skip
-    blocks = {"badges": badges, "overview": overview, "gallery": gallery, "verdicts": tables, "runs": [runs(result_folders(root))]}
+    folders = result_folders(root)
+    tables = [f"Profile `{DEFAULT[0]}`, model `{DEFAULT[1]}`:\n\n{table(lines, DEFAULT[0])}"]
+    for profile in sorted({folder.parent.name for folder in folders if (folder.parent.name, folder.name) != DEFAULT}):
+        tables.append(side_by_side([folder for folder in folders if folder.parent.name == profile]))
+    blocks = {"badges": badges, "overview": overview, "gallery": gallery, "verdicts": tables, "runs": [runs(folders)]}
     for block, parts in blocks.items():
         text = fill(text, block, "\n\n".join(parts))
     return text
