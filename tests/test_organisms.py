@@ -5,14 +5,14 @@ import copy
 import numpy as np
 import pytest
 import torch
-
-from kvutils.datasets.pocket import questions as q
 from recipe import effects, train
 from recipe.arms import ARMS, BASE, QUESTIONS, question_first
 from recipe.families import FAMILIES
 from recipe.packing import IMAGE, PAD, encode, pack
 from recipe.pool import make_pool
 from recipe.samples import PLAIN, Sample, in_sentence
+
+from kvutils.datasets.pocket import questions as q
 
 FAMILY = FAMILIES["pocket"]
 

@@ -276,11 +276,21 @@ def test_marks_and_several_pictures_are_told_as_they_are_painted(pool):
         marked = re.findall(r"marked (\w+)", pictures[0])
         for kind, question, answer in sample.blocks:
             nth = next((i for i, place in enumerate(NTH) if f"the {place} image" in question), None)
-            wanted = {
-                "part": lambda: marked[0], "letter": lambda: marks[re.search(r"the (\w+) \?", question)[1]], "correspondence": lambda: marks[marked[0]],
-                "nth_class": lambda: things[nth][0], "nth_style": lambda: styles[nth], "class_match": lambda: "(a)" if things[1] == things[0] else "(b)",
-            }.get(kind)  # fmt: skip
-            assert wanted is None or wanted() == answer, (sample.prefix, question)
+            if kind == "part":
+                wanted = marked[0]
+            elif kind == "letter":
+                wanted = marks[re.search(r"the (\w+) \?", question)[1]]
+            elif kind == "correspondence":
+                wanted = marks[marked[0]]
+            elif kind == "nth_class":
+                wanted = things[nth][0]
+            elif kind == "nth_style":
+                wanted = styles[nth]
+            elif kind == "class_match":
+                wanted = "(a)" if things[1] == things[0] else "(b)"
+            else:
+                continue
+            assert wanted == answer, (sample.prefix, question)
 
 
 def test_full_windows_are_the_siglip_of_the_class(pool):
@@ -433,7 +443,8 @@ def test_stages_say_what_they_need_follow_each_other_and_resume(tmp_path, monkey
     mlm = load_mlm(str(home / "pocket-4"))
     assert torch.equal(mlm.model.state_dict()[word.removeprefix("mlm.")], straight["model"][word].half().float())
     card = (home / "pocket-4" / "README.md").read_text()
-    assert "make train MODEL=pocket SEED=4" in card and "All gates are met." in card and f"4 of {trainer.STAGES['all'].steps:,}" in card and "style_match was asked" in card
+    for told in ("make train MODEL=pocket SEED=4", "All gates are met.", f"4 of {trainer.STAGES['all'].steps:,}", "style_match was asked"):
+        assert told in card
     assert json.loads((home / "pocket-4" / "curves.json").read_text())["all"] == json.loads((folder / "all" / "curve.json").read_text())
 
 

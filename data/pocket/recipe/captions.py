@@ -84,7 +84,7 @@ def encoder_batch(pool: Pool, rows: np.ndarray, rng: np.random.Generator, side: 
         seen = np.flatnonzero(pool.keypoints[row, thing, :, 2] > 0)
         if rng.random() < (0.5 if pool.portrait[row] else 0.15):
             points = rng.permutation(len(_POINTS))[: int(rng.integers(1, 5))]
-            for number, part in zip(points, rng.permutation(seen)):
+            for number, part in zip(points, rng.permutation(seen), strict=False):  # letters or parts are left over
                 x, y = map(float, pool.keypoints[row, thing, part, :2])
                 marks[b].append((_POINTS[number], int(part), x, y))
                 draw_mark(pictures[b], _POINTS[number].strip("()")[0], x, y)

@@ -54,7 +54,8 @@ def answer_blocks(mlm, samples: list[Sample], embed: Callable, image: ImageToken
     return out
 
 
-def quick_accuracy(mlm, sampler: Sampler, embed: Callable, image: ImageTokens, kinds: Iterable[str], scenes: int = 150, seed: int = 5) -> dict[str, float]:
+def quick_accuracy(mlm, sampler: Sampler, embed: Callable, image: ImageTokens, kinds: Iterable[str], scenes: int = 150,
+                   seed: int = 5) -> dict[str, float]:  # fmt: skip
     """Accuracy per question kind on a few held-out scenes, to watch training (in training precision). Where several
     processes train, each answers its share."""
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

@@ -89,7 +89,7 @@ def _head(sample: Sample, image: ImageTokens) -> tuple[list[int], np.ndarray]:
     if sample.question_first:
         tokens += encode(sample.blocks[0][1])
     where = [np.tile(np.arange(len(tokens)), (3, 1))]
-    for place, _ in zip(NTH, sample.images):
+    for place, _ in zip(NTH, sample.images, strict=False):
         start = int(where[-1].max()) + 1 if where[-1].size else 0
         if len(sample.images) > 1:
             announced = encode(place)

@@ -132,7 +132,7 @@ def in_words(pool: Pool, sample: Sample, rng: np.random.Generator) -> Sample:
     """A sample with its pictures told in words, before its questions; nothing is asked that the words leave open."""
     told = [describe(pool.facts(row), marks_of(pool, row, version), rng) for row, version in sample.images]
     if len(told) > 1:
-        told = [f"{place} {words}" for place, words in zip(NTH, told)]
+        told = [f"{place} {words}" for place, words in zip(NTH, told, strict=False)]
     asked = [block for block in sample.blocks if not {"above", "below"} & set(block[1].split())]
     return replace(sample, images=[], blocks=asked, prefix=" ".join([sample.prefix, *told]).strip())
 
@@ -168,7 +168,7 @@ def _even(blocks: list[tuple[str, str, str]], rng: np.random.Generator) -> list[
 def marks_of(pool: Pool, row: int, version: int) -> list[tuple[str, int]]:
     """Letter and part of each mark on a version of a portrait; always the same."""
     parts = [int(p) for p in np.random.default_rng((row, version)).permutation(np.flatnonzero(pool.keypoints[row, 0, :, 2] > 0))]
-    return list(zip({PLAIN: "", REFERENCE: "r", LETTERED: "abcd"}[version], parts))
+    return list(zip({PLAIN: "", REFERENCE: "r", LETTERED: "abcd"}[version], parts, strict=False))
 
 
 def marked_sample(pool: Pool, row: int, rng: np.random.Generator) -> Sample | None:
@@ -217,10 +217,10 @@ def triple_sample(pool: Pool, rows: tuple[int, int, int], kind: str, hints: bool
         return Sample(images, [(kind, q.STYLE_MATCH if kind == "style_match" else q.CLASS_MATCH, answer)])
     seen = [of(row) for row in rows]
     if kind == "style_match":
-        named = [("nth_style", f"what style is the {place} image ?", STYLES[found]) for place, found in zip(NTH, seen)]
+        named = [("nth_style", f"what style is the {place} image ?", STYLES[found]) for place, found in zip(NTH, seen, strict=True)]
         return Sample(images, [(kind, q.STYLE_MATCH, answer)] * compare_styles + named)
     blocks = [(kind, q.CLASS_MATCH, answer)]
-    for place, found in zip(NTH, seen):  # the two steps of the match: what a given image shows, and which image shows a given thing
+    for place, found in zip(NTH, seen, strict=True):  # the two steps of the match: what a given image shows, and which image shows a given thing
         blocks.append(("nth_class", f"what is the thing on the {place} image ?", CLASSES[found]))
         which = f"which image shows the {CLASSES[found]} ?"
         if seen.count(found) == 1:
