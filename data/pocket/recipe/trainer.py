@@ -35,7 +35,7 @@ STAGES = {
     "encoder": Stage(1, 5000, 1.5e-3, 64),
     "text": Stage(2, 1000, 1.5e-3, 24),
     "read": Stage(3, 2500, 1.5e-3, 24),
-    "all": Stage(4, 700, 8e-4, 24),
+    "all": Stage(4, 600, 8e-4, 24),
 }
 
 
