@@ -98,7 +98,8 @@ def shares_by_source(subtasks: Mapping[str, Mapping]) -> Figure:
         names = [", ".join([SOURCES[source]] * (place == 0) + [style.layers_text(each["layers"])] * bool(each["layers"]))
                  for source, each in tables.items()]  # fmt: skip
         forest(axis, points, names, factor=100, zero=False)
-        axis.set(title=f"{found['title']}\n{found['table']['errors']} errors of the model", xlabel=f"% of {found['table']['n']} items")
+        axis.set_title(f"{found['title']}\n{found['table']['errors']} errors of the model", loc="right")  # wider than its axis: to the left
+        axis.set_xlabel(f"% of {found['table']['n']} items")
     legend_below(figure, axes[:1])
     figure.suptitle("Readout right, model wrong: right of the bar, more than by guessing", fontsize=10)
     return figure
@@ -126,6 +127,7 @@ def example_items(examples: Sequence[Mapping]) -> Figure:
             values.plot(range(1, len(scores)), line, "o-", ms=3.5, color=colour, lw=2 if option == gold else 1.2)
             values.annotate(letters[option], (len(scores) - 1, line[-1]), (6, 0), textcoords="offset points", va="center", color=colour)
         pictures[0].set_ylabel(example["title"])
+        values.locator_params(axis="x", integer=True)
         values.set(title=f"values: right in {right} of {len(scores) - 1} layers", xlabel="layer", ylabel="likeness to the reference")
         model.barh(letters, np.exp(example["model"]), color=colours)
         model.invert_yaxis()

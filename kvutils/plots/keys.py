@@ -167,6 +167,8 @@ def block_effects(blocking: Mapping) -> Figure:
         families, small = measured["families"], measured["smallest"] * factor
         ends = {name: factor * max(abs(families[name]["headline"][end]) for end in ("low", "high")) for name in groups[tuple(late)]}
         reach = 1.15 * max(small, min(ends.pop(EVERY), 3 * small), *ends.values())
+        inside = (each["headline"] for each in families.values() if abs(each["headline"]["mean"]) * factor < reach)
+        reach = max(reach, *(1.05 * factor * max(-each["low"], each["high"]) for each in inside))  # no interval is cut
         axis.axvspan(-small, small, color=COLOURS[7], alpha=0.18, lw=0, label="too small to matter")
         points = []
         for row, name in ((row, name) for row, (name, _) in enumerate(rows) if name):
