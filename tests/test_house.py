@@ -34,7 +34,7 @@ BUDGET = {
     "prompts": 150, "language": 220, "kvcache": 150, "keys": 240, "block": 130, "answer": 320,
     "metrics": 730, "datasets": 2360, "datasets/pocket": 1140, "readout": 1140, "tasks": 4140, "plots": 930, "explorer": 650, "run": 2465, "__main__": 10,
 }
-CORE_BUDGET, PACKAGE_BUDGET = 3_090, 16_630  # the flat files together, the whole package
+CORE_BUDGET, PACKAGE_BUDGET = 3_100, 16_630  # the flat files together, the whole package
 LARGEST = 320  # lines of a module: a longer one is two ideas
 
 

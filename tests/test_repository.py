@@ -149,7 +149,7 @@ def test_the_readmes_first_minute_runs(tmp_path, monkeypatch, capsys):
     (lines,) = [block for language, block in FENCE.findall(README) if language == "python"]
     assert len(lines.splitlines()) == 4 and "import kvutils as kv" in lines
     exec(lines, {})
-    assert "torch.Size([145, 64])" in capsys.readouterr().out
+    assert "torch.Size([145, 32])" in capsys.readouterr().out
     own = [line.split()[1:] for line in SHELL if line.startswith(".venv/bin/kvutils ") and "VERB" not in line]
     assert {"capture", "probe"} == {arguments[0] for arguments in own}
     for arguments in own:
