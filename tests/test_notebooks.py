@@ -72,7 +72,7 @@ def test_the_probe_of_notebook_01(value_flow):
     table = run_task(ForegroundSegmentation([value_flow["episode"]]), value_flow["extractor"], progress=False)
     for layer, iou in value_flow["ious"].items():
         intersection, union = table.of(f"value.{layer}")[0, [table.columns.index("i_fg"), table.columns.index("u_fg")]]
-        assert iou == pytest.approx(intersection / union, abs=0.01) and iou > 0.3
+        assert iou == pytest.approx(intersection / union, abs=0.01) and iou > 0.2
     assert len(value_flow["ious"]) == 3
 
 
@@ -94,7 +94,7 @@ def test_the_variance_of_notebook_03(keys):
     whole = key_variance(keys["mlm"], [sample.image for sample in keys["images"]])
     assert keys["variance"].count == whole.count == 20
     assert torch.allclose(keys["variance"].result, whole.result, rtol=1e-4)
-    assert keys["few"].shape == (8, 2, 144) and keys["few"].min() > 0
+    assert keys["few"].shape == (12, 2, 144) and keys["few"].min() > 0
 
 
 def test_the_block_of_notebook_03(keys):
@@ -110,7 +110,7 @@ def test_the_block_of_notebook_03(keys):
     with ImageSession(mlm, pope.samples[0].image) as session:
         for name, logits in {None: keys["before"], **keys["blocked"]}.items():
             (answer,) = session.yes_no([pope.samples[0].question], block=keys["blocks"].get(name))
-            tokens = mlm.processor.tokenizer.convert_tokens_to_ids(["yes", "no"])
+            tokens = [mlm.tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("yes", "no")]
             assert [answer.scores[word] for word in ("yes", "no")] == pytest.approx(logits.log_softmax(-1)[tokens].tolist(), abs=1e-4)
             if name is not None:
                 assert texts[name][0].split()[0] == mlm.processor.tokenizer.decode([int(logits.argmax())]).strip()

@@ -103,7 +103,7 @@ def test_value_flow_and_its_baseline(data):
         table = run_task(task, extractor, progress=False)
         assert not table.skipped and np.isfinite(table.values).all()
         if name == "semantic_segmentation_probe":
-            assert table.of("value.0")[:, 0].mean() > 0.8 > 0.5 > table.of("shuffled.value.0")[:, 0].mean()  # AP
+            assert table.of("value.0")[:, 0].mean() > 0.65 > 0.5 > table.of("shuffled.value.0")[:, 0].mean()  # AP
         summaries[name] = summarise(table, task, BOOT)
         if len(set(table.groups)) >= 4 and name in {each.name for each in SIX}:
             chains[name] = compare_along_chain(table, task, BOOT)
