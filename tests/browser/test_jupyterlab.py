@@ -158,7 +158,7 @@ def test_click_ask_block_upload(notebook, lab, shots, measured):
     quiet(page)
     page.keyboard.press("m")
     quiet(page)
-    assert page.locator(".kvx-layer").inner_text() == "5" and page.get_by_label("map", exact=True).input_value() == "colours"
+    assert page.locator(".kvx-layer").inner_text() == "7" and page.get_by_label("map", exact=True).input_value() == "colours"
     assert page.locator(".jp-MarkdownCell").count() == 0 and not np.array_equal(image(page), first)
     page.get_by_label("map", exact=True).select_option("words")
     page.get_by_label("words", exact=True).fill("bird")
