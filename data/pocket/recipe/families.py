@@ -144,7 +144,7 @@ class Next(Llava):
         return pair.get_image_features(views).pooler_output
 
     def build_mlm(self) -> LlavaNextForConditionalGeneration:
-        text = LlamaConfig(**LANGUAGE | {"bos_token_id": TOKEN[BEGIN]}, num_attention_heads=8, num_key_value_heads=2,
+        text = LlamaConfig(**LANGUAGE | {"bos_token_id": TOKEN[BEGIN], "num_hidden_layers": 8}, num_attention_heads=8, num_key_value_heads=2,
                            rope_parameters={"rope_type": "default", "rope_theta": 5e5})  # fmt: skip
         config = LlavaNextConfig(
             vision_config=self.vision_config(), text_config=text, image_token_index=IMAGE, image_grid_pinpoints=[[SIZE, SIZE]],

@@ -30,7 +30,7 @@ HEADS, WIDTH = 6, 96
 # Its class has as many channels as its query heads together: 14 of 12. The rotary frequencies of a head are dealt out to time, rows and
 # columns in turn, the slowest to the columns; with the usual base of 10,000 the 8 columns of a picture would be as good as one.
 TEXT = {k: v for k, v in LANGUAGE.items() if k != "head_dim"} | {
-    "hidden_size": 168, "intermediate_size": 224, "num_attention_heads": 14, "num_key_value_heads": 2,
+    "hidden_size": 168, "intermediate_size": 224, "num_hidden_layers": 8, "num_attention_heads": 14, "num_key_value_heads": 2,
     "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 2, 2]},
 }  # fmt: skip
 
@@ -60,7 +60,7 @@ class Qwen:
 
     coarse = full = ImageTokens(CELLS**2, before=(TOKEN["<|vision_start|>"],), after=(TOKEN["<|vision_end|>"],), grid=(CELLS, CELLS))
     compiled = ("SiglipEncoderLayer", "Qwen2_5_VLDecoderLayer", "Qwen2_5_VLAttention")
-    window, knows_places = 9, False  # 72 pixels: whole windows of attention; rotary positions know no place in a picture
+    window, knows_places = 6, False  # 48 pixels: whole windows of attention; rotary positions know no place in a picture
 
     def vision_config(self) -> Qwen2_5_VLVisionConfig:
         return Qwen2_5_VLVisionConfig(
