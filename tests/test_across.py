@@ -8,8 +8,9 @@ from scipy.stats import pearsonr
 
 from kvutils.metrics.effects import measured, no_floor, part
 from kvutils.metrics.statistics import Effect
+from kvutils.plots.models import beside_each_other
 from kvutils.run import report
-from kvutils.run.across import correlation
+from kvutils.run.across import correlation, shown
 from kvutils.store import write_json
 
 
@@ -100,3 +101,20 @@ def test_a_correlation_of_zero_is_absent_with_enough_models_alone():
     few = correlation("r", x[:6], y[:6])
     assert few["low90"] < -0.5 and few["detectable"] == pytest.approx(0.924, abs=0.002)
     assert correlation("r", x, x)["low"] > 0.99 and correlation("r", x, np.ones(200))["reason"] == "the models do not differ"
+
+
+def test_the_models_of_a_profile_stand_in_one_figure(tmp_path):
+    write_model(tmp_path, "alone", added=3.0)
+    report.draw_models(tmp_path)
+    assert not (tmp_path / "figures").exists(), "one model has nothing to stand beside"
+    write_model(tmp_path, "qwen", family="qwen2_5_vl", added=5.0)
+    write_model(tmp_path, "bare", family="qwen2_5_vl", values=(1.0, 2.0, 3.0))
+    write_json(tmp_path / "data/results/paper/old/01_value_flow.json", {"claims": {"C1": {"entries": []}}, "parameters": {"size": "full"}})
+    report.draw_models(tmp_path)
+    assert (tmp_path / "figures" / "models_paper.png").stat().st_size > 10_000
+    drawn = beside_each_other(shown(report.of_profile(tmp_path / "data/results/paper")))
+    c1, *_, scatter = drawn.axes
+    assert [label.get_text() for label in c1.get_yticklabels()] == ["alone", "bare", "old", "qwen"]
+    places = {bar.lines[0].get_xdata()[0] for bar in c1.containers}
+    assert places == {5.0, 1.0} and len(c1.containers) == 3, "each model's own value, none of what was not measured"
+    assert {(line.get_xdata()[0], line.get_ydata()[0]) for line in scatter.lines} == {(3.0, 75.0), (5.0, 75.0)}

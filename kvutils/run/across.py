@@ -18,8 +18,12 @@ Models = Mapping[str, tuple[Mapping, Mapping]]  # name -> ({notebook: results}, 
 def measure(models: Models, claims: Sequence[Mapping]) -> dict[str, dict]:
     """{"C3": ..., "X1": ...} as a notebook stores claims, of the models of one profile. Samples (`SIZE=quick`) count where there is
     nothing else."""
-    full = {name: each for name, each in models.items() if size_of(each[0]) == "full"} or models
+    full = fullest(models)
     return {"C3": ability(full), "X1": families(full, {claim["id"]: claim for claim in claims})}
+
+
+def fullest(models: Models) -> Models:
+    return {name: each for name, each in models.items() if size_of(each[0]) == "full"} or models
 
 
 def size_of(results: Mapping[str, Mapping]) -> str:
@@ -55,14 +59,7 @@ def families(models: Models, claims: Mapping[str, Mapping]) -> dict:
 def ability(models: Models) -> dict:
     """C3: correlation of what the language model adds, mean over the tasks of notebook 01, with accuracy, the mean of POPE's (notebook
     03) and BLINK's official total (05). Models that lack one of the three, or a task that others have, are left out."""
-    points = {}
-    for name, (results, _) in sorted(models.items()):
-        adds = results.get("01_value_flow", {}).get("language_model_adds", {"mean": {"value": None}, "tasks": []})
-        pope = results.get("03_input_agnostic_keys", {}).get("blocking", {}).get("pope", {}).get("plain", {})
-        pope = pope.get("scores", {}).get("mean", {}).get("accuracy", {}).get("mean")
-        blink = results.get("05_blink_gap", {}).get("official", {}).get("accuracy", {}).get("Total")
-        if None not in (adds["mean"]["value"], pope, blink):
-            points[name] = adds["mean"]["value"], 50 * (pope + blink), sum(each["value"] is not None for each in adds["tasks"])
+    points = adds_and_ability(models)
     most = max((tasks for *_, tasks in points.values()), default=0)
     points = {model: (x, y) for model, (x, y, tasks) in points.items() if tasks == most}
     name = "correlation of best value minus projector with accuracy (mean of POPE and BLINK)"
@@ -72,6 +69,31 @@ def ability(models: Models) -> dict:
     note = f"Mean over {most} tasks: " + "; ".join(f"{model} adds {x:+.1f} points, accuracy {y:.1f} %" for model, (x, y) in points.items())
     note += ". Stages and seeds count as models of their own here, which they are only in part."
     return measured(correlation(name, added, accuracy), note=note)
+
+
+def shown(models: Models) -> dict[str, dict]:
+    """What `plots.models` draws of the models of one profile."""
+    full = fullest(models)
+    points, found = adds_and_ability(full), {}
+    for name, (results, provenance) in full.items():
+        claims = results.get("01_value_flow", {}).get("claims", {})
+        parts = {key: claims[key]["primary"] for key in IN_EVERY_FAMILY if claims.get(key, {}).get("primary", {}).get("low") is not None}
+        found[name] = {"family": provenance.get("01_value_flow", {}).get("family", "?"), "adds": points[name][:2] if name in points else None,
+                       **{key: {"mean": one["value"], "low": one["low"], "high": one["high"]} for key, one in parts.items()}}  # fmt: skip
+    return found
+
+
+def adds_and_ability(models: Models) -> dict[str, tuple[float, float, int]]:
+    """model -> what its language model adds, in points, mean over so many tasks; its accuracy in %; the number of tasks."""
+    points = {}
+    for name, (results, _) in sorted(models.items()):
+        adds = results.get("01_value_flow", {}).get("language_model_adds", {"mean": {"value": None}, "tasks": []})
+        pope = results.get("03_input_agnostic_keys", {}).get("blocking", {}).get("pope", {}).get("plain", {})
+        pope = pope.get("scores", {}).get("mean", {}).get("accuracy", {}).get("mean")
+        blink = results.get("05_blink_gap", {}).get("official", {}).get("accuracy", {}).get("Total")
+        if None not in (adds["mean"]["value"], pope, blink):
+            points[name] = adds["mean"]["value"], 50 * (pope + blink), sum(each["value"] is not None for each in adds["tasks"])
+    return points
 
 
 def correlation(name: str, x: np.ndarray, y: np.ndarray) -> dict:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import yaml
 
-from kvutils import data_folder
+from kvutils import data_folder, plots
 from kvutils.errors import DataError
+from kvutils.plots import models
 from kvutils.run import DEFAULT, across
 from kvutils.run.verdicts import FEW_UNITS, HOLDS, NOT_MEASURED, NOTHING, PRESENT, amount, interval_of, judge, rough, smallest_of, word_of_part
 from kvutils.store import read_json, to_json, write_text
@@ -94,9 +95,13 @@ def read_results(folder: Path) -> dict[str, dict]:
 
 def read_all(folder: Path) -> dict:
     """The results in data/results/<profile>/<model>, and under None the claims that all models of the profile are read for."""
-    models = sorted({path.parent for path in folder.parent.glob("*/[0-9][0-9]_*.json")})
-    together = across.measure({each.name: (read_results(each), read_results(each / "provenance")) for each in models}, load_claims())
-    return {**read_results(folder), None: {"claims": together}}
+    return {**read_results(folder), None: {"claims": across.measure(of_profile(folder.parent), load_claims())}}
+
+
+def of_profile(home: Path) -> across.Models:
+    """Results and provenance of every model in data/results/<profile>."""
+    models = sorted({path.parent for path in home.glob("*/[0-9][0-9]_*.json")})
+    return {each.name: (read_results(each), read_results(each / "provenance")) for each in models}
 
 
 def number(value: object) -> str:
@@ -175,7 +180,16 @@ def side_by_side(folders: Sequence[Path]) -> str:
     header = ("", "claim", *(f"[{folder.name}](data/results/{folder.parent.name}/{folder.name}/REPORT.md)" for folder in folders))
     cells = [[claim["id"], claim["short"], *(f"**{line['verdict']}** {ours(line)}".removesuffix(" –") for line in lines)]
              for claim, *lines in zip(load_claims(), *columns, strict=True)]  # fmt: skip
-    return f"Every model of profile `{folders[0].parent.name}`, with its report:\n\n{markdown_table(header, cells)}"
+    profile = folders[0].parent.name
+    figure = f"![Claims C1 and C2 in every model, and C3](figures/models_{profile}.png)"
+    return f"Every model of profile `{profile}`, with its report:\n\n{markdown_table(header, cells)}\n\n{figure}"
+
+
+def draw_models(root: Path) -> None:
+    """The figure of a profile's models beside each other, of profiles that have several."""
+    for profile in {folder.parent for folder in result_folders(root)}:
+        if len(found := across.shown(of_profile(profile))) > 1:
+            plots.save({f"models_{profile.name}": models.beside_each_other(found)}, root / "figures")
 
 
 def result_folders(root: Path) -> list[Path]:
