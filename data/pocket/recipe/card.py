@@ -55,7 +55,7 @@ a cosine to 2 %; bf16 autocast where the machine computes in it.
    native scale, 30 % on whole scenes{places}; clean daylight scenes alone for 45 % of the steps, all styles and lights gradually after.
 2. **text**: the language model alone. It reads pictures of every kind told in plain words, marks and several pictures too, and answers
    questions about them; nothing is asked that the words leave open.
-3. **read**: the tower of stage 1 is frozen and its features are halved on both sides to {coarse} image tokens a picture. Projector and
+3. **read**: the tower of stage 1 is frozen{halved}. Projector and
    language model learn to read them. The projector begins with tokens as long as words.
 4. **all**: everything, at {full} image tokens a picture, the tower at {tower:g} of the rate.
 
@@ -153,7 +153,8 @@ def model_card(name: str, seed: int, family, mlm, report: dict[str, dict], curve
     curves = {stage: curves[stage] for stage in STAGES if stage in curves}
     recipe = _RECIPE.format(
         model=model, seed=seed, warm=WARM_UP, stages=_stages(curves), hours=_hours(curves), captions=len(CAPTIONS), tower=TOWER_RATE,
-        coarse=family.coarse.slots, full=family.full.slots, pieces=len(TOKENIZER), names=len(pieces),
+        halved=f" and its features are halved on both sides to {family.coarse.slots} image tokens a picture" if family.coarse != family.full
+        else "; a picture's image tokens, already few, are those of stage 4", full=family.full.slots, pieces=len(TOKENIZER), names=len(pieces),
         whole=pieces.count(1), longest=max(pieces), example=" ".join(TOKENIZER.tokenize(EXPLAIN["existence_colour"])),
         system=SYSTEM_PROMPT, shares=shares,
         places="" if family.knows_places else " (captions of places on these alone: the tower is not told where a window was cut)",
