@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_models import FAMILIES, score_table, tiny, tiny_pocket, tiny_siglip
 from tiny_models import picture as tiny_picture
@@ -13,7 +14,7 @@ from kvutils.errors import ParameterError
 from kvutils.images import encode_image
 from kvutils.metrics.statistics import choosing_half
 from kvutils.plots import baseline as plots_baseline
-from kvutils.readout.features import FeatureExtractor
+from kvutils.readout.features import FeatureExtractor, ImageFeatures
 from kvutils.store import to_json
 from kvutils.tasks import photographs, siglip_baseline, value_flow
 from kvutils.tasks.base import summarise
@@ -189,6 +190,11 @@ def test_photographs_are_measured_and_said(redraw):
     assert numbers["band"] and numbers["turns"] and "the order in which causal attention reads" in numbers["said"]
     table.values[2:, places] = 0.1
     assert not photographs.summary(table)["band"] and "has no horizontal band" in photographs.summary(table)["said"]
+    table.values[2:, places[:2]] = np.nan  # Qwen2.5-VL's tower makes equal tokens of a grey picture
+    assert "rows of the grid account for none (equal tokens), none (equal tokens), 10 % of how" in photographs.summary(table)["said"]
+    assert "equal tokens" in [a.get_xlabel() for a in plots.value_flow.photographs(maps, photographs.summary(table)).axes]
+    flat = ImageFeatures(extractor.images([("x", tiny_picture(64, 48, 1))])[0].layout, {"value.1": torch.ones(4, 8)}, torch.device("cpu"))
+    assert np.isnan(photographs._numbers(flat, "value.1", None)).all()
     summaries = claims_of(FLOW)["tasks"]
     figures = redraw("01_value_flow", {"tasks": summaries, "maps": maps, "photographs": numbers})
     assert "a grey picture has one, upright" in figures["01_photographs"].get_suptitle()

@@ -109,10 +109,10 @@ def photographs(maps: Mapping[str, Mapping], numbers: Mapping) -> Figure:
         for axis, source in zip(row[1:], names, strict=True):
             axis.set_axis_off()
             if source in maps[name]["similarity"]:
-                shares = (f"{100 * numbers['pictures'][name][source][kind]:.0f}" for kind in ("rows", "columns"))
+                shares = [numbers["pictures"][name][source][kind] for kind in ("rows", "columns")]
                 axis.set_axis_on()
                 shown = _similarity(axis, maps[name], source)
-                axis.set_xlabel(" | ".join(shares), fontsize=8, labelpad=2)
+                axis.set_xlabel("equal tokens" if None in shares else " | ".join(f"{100 * each:.0f}" for each in shares), fontsize=8, labelpad=2)
     for axis, name in zip(axes[0], ("picture and point", *map(_label, names)), strict=True):
         axis.set_title(name, fontsize=9)
     figure.colorbar(shown, ax=axes, shrink=0.6, label="cosine similarity to the point (centred)")

@@ -20,13 +20,15 @@ from kvutils.vision import encode_images, prepare_images
 GREY, COLUMNWISE = "grey", "grey, by columns"
 COLUMNS = ("rows", "columns", "like grey", "like SigLIP")
 BAND = 1.5  # times as much by rows as by columns
+ROUNDING = 1e-10  # of the tokens' mean square: what their variance is in float32 where they are equal
 
 
 def look_at(extractor: FeatureExtractor, photos: Mapping[str, tuple[Image.Image, tuple[float, float]]]) -> tuple[ScoreTable, dict[str, dict]]:
     """What tokens of photographs, name -> (picture, point), and of a grey picture differ in; and similarity to the point, for figures. A
     row per picture, by the sources from SigLIP to the last values: `rows`, `columns`: share of the tokens' variance that is between rows
     (columns) of the grid, 1/12 of 12 by chance; `like grey`, `like SigLIP`: correlation, over pairs of tokens, of their centred cosine
-    similarity with that in a grey picture of the same size, and with that in SigLIP. NaN where that is not defined."""
+    similarity with that in a grey picture of the same size, and with that in SigLIP. NaN where that is not defined: a tower without position
+    embeddings (Qwen2.5-VL) makes the same token of every patch of a grey picture."""
     sources = ["encoder_original", "projector", *(f"value.{layer}" for layer in extractor.layers)]
     layers = [layer for layer in extractor.layers if layer > 0]
     shown = [*sources[:2], *(f"value.{layer}" for layer in dict.fromkeys([*layers[:1], *layers[len(layers) // 2 :][:1], *layers[-1:]]))]
@@ -65,7 +67,9 @@ def columnwise(mlm: MLM, image: Image.Image) -> ImageFeatures:
 def _numbers(image: ImageFeatures, source: str, grey: ImageFeatures | None) -> list[float]:
     """`COLUMNS` of a source."""
     centred, between, alike = image.features[source].double().cpu().numpy(), [], _alike(image, source)
-    centred = centred - centred.mean(0)
+    size, centred = (centred**2).sum(), centred - centred.mean(0)
+    if (centred**2).sum() < ROUNDING * size:  # the tokens do not differ
+        return [np.nan] * len(COLUMNS)
     for lines in image.layout.cells.T:  # (N,) the row, then the column of each token
         each, line_of = np.unique(lines, return_inverse=True)
         means = np.stack([centred[lines == line].mean(0) for line in each])[line_of]  # of each token's line
@@ -89,14 +93,17 @@ def summary(table: ScoreTable) -> dict:
     if not layers or GREY not in found:
         return {"pictures": found, "band": False, "turns": False, "said": ""}
 
+    def told(value: float | None, form: str) -> str:
+        return "none (equal tokens)" if value is None else f"{value:{form}}"
+
     def shares(name: str, column: str, *sources: str) -> str:
-        return ", ".join(f"{100 * found[name][source][column]:.0f}" for source in sources) + " %"
+        return ", ".join(told(found[name][source][column], ".0%").removesuffix("%") for source in sources) + " %"
 
     def agreeing(column: str) -> str:
-        return " and ".join(f"{found[name][layers[0]][column]:.2f} and {found[name][layers[-1]][column]:.2f} ({name})"
+        return " and ".join(f"{told(found[name][layers[0]][column], '.2f')} and {told(found[name][layers[-1]][column], '.2f')} ({name})"
                             for name in table.ids if name not in (GREY, COLUMNWISE))  # fmt: skip
 
-    (rows, columns), (turned, upright) = ([found[name][layers[0]][each] for each in COLUMNS[:2]] for name in (GREY, COLUMNWISE))
+    (rows, columns), (turned, upright) = ([found[name][layers[0]][each] or 0.0 for each in COLUMNS[:2]] for name in (GREY, COLUMNWISE))
     band, places = rows > BAND * columns, (FIRST, layers[0], layers[-1])
     turns = band and upright > BAND * turned
     head = "The horizontal band needs no photograph, a plain grey picture has one as well" if band else "A plain grey picture has no horizontal band"

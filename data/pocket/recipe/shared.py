@@ -10,7 +10,7 @@ from recipe.pool import GRID, PATCH
 
 HIDDEN = 128
 # Of every family's language model; query and key-value heads are in the ratio of the published ones. Twelve layers are the main model's:
-# the others, with more to compute per token or more tokens a picture, have 8, so that each trains in 90 minutes.
+# the others, with more to compute per token or more tokens a picture, have 8, so that training takes about as long.
 LANGUAGE = {
     "vocab_size": len(TOKEN), "hidden_size": HIDDEN, "intermediate_size": 256, "num_hidden_layers": 12, "head_dim": 16,
     "max_position_embeddings": 1024, "pad_token_id": PAD, "bos_token_id": None, "eos_token_id": EOS, "tie_word_embeddings": False,
