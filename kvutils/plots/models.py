@@ -28,7 +28,7 @@ def beside_each_other(found: Mapping[str, Mapping]) -> Figure:
         if each["adds"]:
             axes[-1].plot(*each["adds"], marker, color=colour, ms=5)
             axes[-1].annotate(name, each["adds"], xytext=(4, 4), textcoords="offset points", fontsize=7)
-    axes[-1].set(title=ABILITY, xlabel="best value layer minus\nprojector, points", ylabel="accuracy (POPE, BLINK), %")
+    axes[-1].set(title=ABILITY, xlabel="best value layer minus\nprojector, points", ylabel="accuracy of POPE\nand BLINK, %")
     axes[-1].margins(x=0.35, y=0.25)
     for family, (colour, marker) in families.items():
         axes[0].plot([], [], marker, color=colour, label=family)
