@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from recipe import effects, train
-from recipe.arms import ARMS, BASE, QUESTIONS, question_first
+from recipe.arms import ARMS, BASE, QUESTIONS, USUAL, question_first
 from recipe.families import FAMILIES
 from recipe.packing import IMAGE, PAD, encode, pack
 from recipe.pool import make_pool
@@ -34,7 +34,7 @@ def test_an_arm_is_asked_as_it_was_trained(name, pool):
     packed = pack([sample], made.written(FAMILY.full))
     found = [token for token in packed.tokens[0].tolist() if token != PAD]
     assert found == [*wanted, *encode("red")] and found.count(IMAGE) == FAMILY.full.slots
-    changed = {key for key, value in vars(made).items() if value != getattr(train.RECIPE, key)}
+    changed = {key for key, value in vars(made).items() if value != getattr(USUAL, key)}
     assert (not changed) == (name in ("start", BASE)) and ARMS[name].against in ARMS
 
 

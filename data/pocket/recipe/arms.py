@@ -1,6 +1,7 @@
 """The arms of notebook 06: trainings that differ from the recipe in one ingredient. Fixed before any of them was trained.
 
-Every arm runs stage 4 at full resolution and on the same scenes; those of one seed begin with the same checkpoint of stage 3. What the
+Every arm goes on with stage 4, at full resolution and on the same scenes, and begins with the shipped model (three begin with its tower
+and a language model that has never read an image): nobody needs a checkpoint that is not in the repository. Seeds are of batches. What the
 paper says or asks is in `QUESTIONS`, with the direction that it leads one to expect; what came is in notebook 06."""
 
 from collections.abc import Mapping
@@ -8,11 +9,12 @@ from dataclasses import dataclass, replace
 
 from recipe.samples import MIX
 from recipe.train import RECIPE, SEQUENCES, STEP_KINDS, Ingredients
-from recipe.trainer import STAGES
+from recipe.trainer import STAGES, Stage
 
-STEPS = 400  # of an arm that begins with the checkpoint of stage 3
-FROM_NOTHING = 1000  # of one whose language model has never read an image
-BASE, START = "base", "start"  # the recipe's own stage 4; the checkpoint of stage 3 as it is, with the tower of stage 1
+STEPS = 200  # of an arm that begins with the shipped model
+FROM_NOTHING = 400  # of one whose language model has never read an image; of plain text before it, where it reads some
+SCENES = 16  # of a step
+BASE, START = "base", "start"  # stage 4 of the recipe once more; the shipped model as it is
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,12 @@ QUESTIONS = {
 
 @dataclass(frozen=True)
 class Arm:
-    """against: the arm that has the usual amount of the ingredient. steps: 0 for a checkpoint as it is."""
+    """against: the arm that has the usual amount of the ingredient. steps: of stage 4, and of the text stage where that comes before;
+    0 for the shipped model as it is."""
 
     questions: tuple[str, ...]
     varies: str
-    ingredients: Ingredients = RECIPE
+    ingredients: Ingredients
     against: str = BASE
     steps: int = STEPS
 
@@ -76,11 +79,18 @@ def question_first(share: float) -> dict[str, float]:
     return {kind: each * (1 - first) / sum(others.values()) for kind, each in others.items()} | {"first": first}
 
 
+def _stage_4(lr: float) -> dict[str, Stage]:
+    return {**STAGES, "all": replace(STAGES["all"], lr=lr, scenes=SCENES)}
+
+
+USUAL = replace(RECIPE, before={**RECIPE.before, "all": "all"}, stages=_stage_4(STAGES["all"].lr))  # what arms differ from in one ingredient
+
+
 def _all(**changes) -> Ingredients:
-    """The recipe with changes; `shares` are those of stage 4."""
+    """The usual with changes; `shares` are those of stage 4."""
     if "shares" in changes:
         changes["shares"] = {**RECIPE.shares, "all": changes["shares"]}
-    return replace(RECIPE, **changes)
+    return replace(USUAL, **changes)
 
 
 _NARROW = {"mix": {"existence": 1.0}, "shares": {"single": 0.6, "first": 0.4}}
@@ -89,8 +99,7 @@ _BROAD = {
     "shares": {"single": 0.40, "first": 0.20, "marked": 0.20, "correspondence": 0.06, "style_match": 0.08, "class_match": 0.06},
 }
 # The questions of stage 3 at full resolution, with its rate and a frozen tower: what reads images for the first time learns to read them.
-_READ = {"shares": STEP_KINDS["read"], "tower_rate": 0.0,
-         "stages": {**STAGES, "all": replace(STAGES["all"], lr=STAGES["read"].lr, steps=FROM_NOTHING)}}  # fmt: skip
+_READ = {"shares": STEP_KINDS["read"], "tower_rate": 0.0, "stages": _stage_4(STAGES["read"].lr)}
 
 
 def _reading(before: str | None, **changes) -> Ingredients:
@@ -98,8 +107,8 @@ def _reading(before: str | None, **changes) -> Ingredients:
 
 
 ARMS: Mapping[str, Arm] = {
-    START: Arm((), "the checkpoint that the arms begin with", steps=0),
-    BASE: Arm((*QUESTIONS,), "nothing: stage 4 of the recipe (tower at 0.2, medium mix, Muon)"),
+    START: Arm((), "the shipped model, with which arms begin", USUAL, steps=0),
+    BASE: Arm((*QUESTIONS,), "nothing: stage 4 of the recipe (tower at 0.2, medium mix, Muon)", USUAL),
     "narrow-0": Arm(("OQ1",), "existence questions alone, tower frozen", _all(**_NARROW, tower_rate=0.0), "narrow-0.2"),
     "narrow-0.2": Arm(("OQ1", "OQ2"), "existence questions alone", _all(**_NARROW)),
     "narrow-0.9": Arm(("OQ1",), "existence questions alone, tower at 0.9", _all(**_NARROW, tower_rate=0.9), "narrow-0.2"),
@@ -114,10 +123,10 @@ ARMS: Mapping[str, Arm] = {
     "no-system": Arm(("OQ2",), "no system prompt", _all(system=False)),
     "begin": Arm(("OQ2",), "a token <|begin|> before all", _all(begin=True)),
     "reversed": Arm(("OQ2",), "patches fed last to first", _all(turned=True)),
-    "text-first": Arm(("OQ2",), "1,000 steps of reading, from the text checkpoint", _reading("text"), "text-first", FROM_NOTHING),
-    "nothing-12": Arm(("OQ2", "OQ5"), "1,000 steps of reading, language model of 12 layers from nothing", _reading(None), "text-first",
+    "text-first": Arm(("OQ2",), f"{FROM_NOTHING} steps of text, then {FROM_NOTHING} of reading", _reading("text"), "text-first", FROM_NOTHING),
+    "nothing-12": Arm(("OQ2", "OQ5"), f"{FROM_NOTHING} steps of reading, language model of 12 layers from nothing", _reading(None), "text-first",
                       FROM_NOTHING),
-    "nothing-6": Arm(("OQ5",), "1,000 steps of reading, language model of 6 layers from nothing",
+    "nothing-6": Arm(("OQ5",), f"{FROM_NOTHING} steps of reading, language model of 6 layers from nothing",
                      _reading(None, language={"num_hidden_layers": 6}), "nothing-12", FROM_NOTHING),
     "styles-compared": Arm(("OQ3",), "styles compared across images, in 3 % of the steps", _all(compare_styles=True)),
     "sentences": Arm(("OQ3",), "answers in a sentence", _all(sentences=True)),

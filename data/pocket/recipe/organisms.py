@@ -1,8 +1,8 @@
 """Train and measure the arms of notebook 06: `make organisms`, or `PYTHONPATH=data/pocket python -m recipe.organisms`.
 
-Each arm (see `recipe.arms`) is a training of the main model that differs from the recipe in one ingredient and begins with checkpoints of
-`make train SEED=...`. What is measured goes to data/results/organisms/<arm>-<seed>.json; weights stay in data/training/organisms. A run can
-be stopped at any time and goes on from its last checkpoint; what is stored is not made again.
+Each arm (see `recipe.arms`) is a training of the main model that differs from the recipe in one ingredient and begins with the weights that
+are shipped. What is measured goes to data/results/organisms/<arm>-<seed>.json; weights stay in data/training/organisms. A run can be stopped
+at any time and goes on from its last checkpoint; what is stored is not made again.
 """
 
 import argparse
@@ -16,16 +16,17 @@ import numpy as np
 import torch
 
 from kvutils import plots
+from kvutils.checkpoints import ENCODERS, MODELS
 from kvutils.errors import ParameterError, one_of
 from kvutils.store import read_json, to_json, write_text
-from recipe.arms import ARMS, RATES, Arm
+from recipe.arms import ARMS, RATES, USUAL, Arm
 from recipe.effects import effects, load
 from recipe.families import FAMILIES
 from recipe.measure import SEED, SIZES, measure
 from recipe.organism_plots import draw
 from recipe.pool import load_or_make_pool
-from recipe.train import RECIPE, train
-from recipe.trainer import STAGES, WORK, load_stage
+from recipe.train import train
+from recipe.trainer import WORK, load_stage
 
 RESULTS = Path(__file__).resolve().parents[2] / "results" / "organisms"
 MODEL = "pocket"
@@ -34,14 +35,30 @@ _EVERY = ARMS | RATES
 
 
 def changed(arm: Arm) -> dict[str, Any]:
-    """The ingredients that differ from the recipe's, JSON-able."""
+    """The ingredients that differ from the usual, JSON-able."""
     return {name: value if not isinstance(value, Mapping) else {key: repr(each) if name == "stages" else each for key, each in value.items()}
-            for name, value in vars(arm.ingredients).items() if value != getattr(RECIPE, name)}  # fmt: skip
+            for name, value in vars(arm.ingredients).items() if value != getattr(USUAL, name)}  # fmt: skip
 
 
-def folders(name: str, seed: int, work: Path) -> tuple[Path, Path]:
-    """Of an arm's training, and of the one that it begins with."""
-    return work / "organisms" / f"{name}-{seed}", work / f"{MODEL}-{seed}"
+def folder_of(name: str, seed: int, work: Path) -> Path:
+    """Of an arm's training."""
+    return work / f"arm-{name}-{seed}"
+
+
+def begin_in(out: Path, arm: Arm) -> Path:
+    """The folder of the checkpoints that an arm begins with: the shipped weights, laid there as the stages they ended. An arm that reads
+    plain text first begins in its own folder, where that stage's checkpoint will lie."""
+    own, family = arm.ingredients.before["all"] == "text", FAMILIES[MODEL]
+    folder = out if own else out.with_name("arm-shipped")
+    parts = {"encoder": ("pair", family.build_pair, ENCODERS["pocket-siglip"]), "all": ("mlm", family.build_mlm, MODELS[MODEL])}
+    for stage in ("encoder",) if own else parts:
+        module, build, spec = parts[stage]
+        file = folder / stage / "checkpoint.pt"
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            weights = type(build()).from_pretrained(spec.source, dtype=torch.float32).state_dict()
+            torch.save({"model": {f"{module}.{name}": each for name, each in weights.items()}}, file)
+    return folder
 
 
 def result_file(name: str, seed: int, results: Path = RESULTS) -> Path:
@@ -54,8 +71,7 @@ def steps_of(arm: Arm, options: argparse.Namespace) -> int:
 
 def describe(name: str, seed: int, options: argparse.Namespace) -> str:
     """How far an arm is: "measured", "trained", "250 of 400 steps", "-"."""
-    folder, _ = folders(name, seed, options.out)
-    curve = folder / "all" / "curve.json"
+    curve = folder_of(name, seed, options.out) / "all" / "curve.json"
     steps = steps_of(_EVERY[name], options)
     done = json.loads(curve.read_text())["step"] if curve.exists() else 0
     if is_measured(name, seed, options):
@@ -79,17 +95,18 @@ def is_measured(name: str, seed: int, options: argparse.Namespace) -> bool:
 def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
     """Train and measure an arm; seconds that each took."""
     arm = _EVERY[name]
-    out, start = folders(name, seed, options.out)
-    steps, began = steps_of(arm, options), time.time()
+    out, steps, began = folder_of(name, seed, options.out), steps_of(_EVERY[name], options), time.time()
+    start = begin_in(out, arm)
     if steps:
         how = {"model": MODEL, "seed": seed, "steps": steps, "out": out, "start": start}
-        train(["all"], argparse.Namespace(**vars(options) | how), arm.ingredients)
+        stages = ["text", "all"] if start == out else ["all"]
+        train(stages, argparse.Namespace(**vars(options) | how), arm.ingredients)
     trained = time.time()
     torch.manual_seed(seed)
     torch.set_num_threads(options.threads)
     family = FAMILIES[MODEL]
     model = family.build_mlm(**arm.ingredients.language)
-    load_stage(model, "all" if steps else "read", out if steps else start)
+    load_stage(model, "all", out if steps else start)
     pool = load_or_make_pool(options.out, options.development, SEED)
     found = measure(model.eval(), family, arm.ingredients, pool, options.sizes)
     seconds = {"train": round(trained - began, 1), "measure": round(time.time() - trained, 1)}
@@ -98,14 +115,6 @@ def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
     about = {"arm": name, "seed": seed, "steps": steps, "changed": changed(arm), "seconds": seconds, "loss": losses, "sizes": options.sizes}
     write_text(result_file(name, seed, options.results), to_json({"about": about, **found}, indent=None, digits=5))
     return seconds
-
-
-def needed(names: list[str], seeds: list[int], options: argparse.Namespace) -> list[str]:
-    """Sentences about checkpoints that are missing."""
-    begins = {_EVERY[name].ingredients.before["all"] for name in names}
-    wanted = begins - {None} | ({"encoder"} if begins != {"read"} else set())  # its tower, where the language model has read no image
-    return [f"seed {seed}: stage {stage}; make train MODEL={MODEL} SEED={seed} ARGS=\"--stage {stage}\"" for seed in seeds for stage in STAGES
-            if stage in wanted and not (folders("", seed, options.out)[1] / stage / "checkpoint.pt").exists()]  # fmt: skip
 
 
 def table(names: list[str], seeds: list[int], options: argparse.Namespace, pace: Mapping[str, float]) -> str:
@@ -158,12 +167,8 @@ def main(arguments: list[str] | None = None) -> None:
         return {key: float(np.mean(found)) if (found := took[key]) else GUESS[key] for key in took}
 
     print(table(names, seeds, options, pace()))
-    missing = needed(names, seeds, options)
-    if options.status or missing:
-        print(*(f"needed first: {each}" for each in missing), sep="\n")
-        if options.status:
-            return
-        raise ParameterError(f"{len(missing)} checkpoints that the arms begin with are missing, see above")
+    if options.status:
+        return
     for seed in seeds:  # all arms of one seed first: a seed is a whole comparison
         for name in names:
             if is_measured(name, seed, options):
