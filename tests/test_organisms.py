@@ -42,7 +42,7 @@ def test_an_arm_is_asked_as_it_was_trained(name, pool):
 def test_the_shares_of_an_arm_can_be_drawn(name, pool):
     made, rng = ARMS[name].ingredients, np.random.default_rng(0)
     assert sum(made.shares["all"].values()) == pytest.approx(1)
-    kinds = {b[0] for kind in made.shares["all"] for sample in made.sampler(pool).draw(kind, 20, rng) for b in sample.blocks}
+    kinds = {b[0] for kind in made.shares["all"] for sample in made.sampler(pool, False).draw(kind, 20, rng) for b in sample.blocks}
     assert (kinds == {"existence"}) == name.startswith("narrow")
 
 
@@ -56,7 +56,7 @@ def test_answers_in_a_sentence_say_the_word(pool):
     wanted = {"what colour is the fish ?": ("red", "the fish is red"), "is there a car ?": ("no", "no , there is no car"),
               "what is the red thing ?": ("fish", "the red thing is a fish"), "are there more fishes than cars ?": ("yes", "yes")}
     assert all(in_sentence(("colour", question, word))[2] == answer for question, (word, answer) in wanted.items())
-    plain, spoken = ([b for s in train.Ingredients(sentences=say).sampler(pool).draw("single", 40, np.random.default_rng(0)) for b in s.blocks]
+    plain, spoken = ([b for s in train.Ingredients(sentences=say).sampler(pool, False).draw("single", 40, np.random.default_rng(0)) for b in s.blocks]
                      for say in (False, True))  # fmt: skip
     assert all(word in answer.split() and (kind in q.KINDS or word == answer)
                for (kind, _, word), (*_, answer) in zip(plain, spoken, strict=True) if " " not in word)
