@@ -33,7 +33,7 @@ QUESTIONS = {
         "The finetuned encoder retains less of what it is not asked for than the original one: style, light, colour and place are read less "
         "well from the tower and from the values the faster the tower learns and the narrower the questions are; what is asked for stays. "
         "Distilling the original features keeps it.",
-        "linear readouts of style, light, class, colour and place from the tower; accuracy by kind of question"),
+        "linear readouts of style, light, class, colour, place and part from the tower and from values; accuracy by kind of question"),
     "OQ2": Question(
         ("C5", "X4"), "Where do input-agnostic keys come from?",
         "They are made by training and stand where the model needs no information: more of them with weight decay and AdamW than with Muon, "

@@ -117,7 +117,7 @@ def _difference(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
     return foreground_miou(weights, values[:, 0]) - foreground_miou(weights, values[:, 1])
 
 
-_ATTRIBUTES = ("style", "light", "class", "colour", "side")
+_ATTRIBUTES = ("style", "light", "class", "colour", "side", "part")
 _GAP = "values right, model wrong"
 READINGS: Mapping[str, tuple[Reading, ...]] = {  # of each question; the first is its headline
     "OQ1": (*(Reading(f"{name} read from the tower", _probe(name, "encoder")) for name in _ATTRIBUTES),

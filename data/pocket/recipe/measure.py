@@ -33,7 +33,7 @@ from kvutils.tasks.text_segmentation import IOU
 from kvutils.vision import encode_images, prepare_images
 from recipe.evaluate import SEVERAL, answers_right, balanced_samples
 from recipe.packing import pixel_batch
-from recipe.pool import Pool
+from recipe.pool import GRID, PATCH, Pool
 from recipe.samples import in_sentence
 from recipe.train import Ingredients
 
@@ -88,31 +88,38 @@ def readouts(extractor: FeatureExtractor, pool: Pool, scenes: int) -> dict[str, 
     """attribute -> {scenes, classes, right: source -> per item, shuffled: the same with a probe on permuted labels}.
 
     A linear probe on the first two thirds of the scenes, read on the rest. style, light: of the mean image token; class, colour, side
-    (left or right) and height: of a thing's mean token, weighted by the pixels of it that the tokens show."""
+    (left or right) and height: of a thing's mean token, weighted by the pixels of it that the tokens show; part: of the token at a key point."""
     sources = [source for source in extractor.sources if source != "pixels"]
-    whole: dict[str, list] = {source: [] for source in sources}
-    parts: dict[str, list] = {source: [] for source in sources}
-    labels: dict[str, list] = {name: [] for name in ("style", "light", "class", "colour", "side", "height")}
+    whole, things_of, points_of = ({source: [] for source in sources} for _ in range(3))
+    labels: dict[str, list] = {name: [] for name in ("style", "light", "class", "colour", "side", "height", "part")}
     of_thing: list[int] = []
+    of_point: list[int] = []
     for row in range(scenes):
         image = extractor.images([(str(row), Image.fromarray(np.asarray(pool.images[row])))], sources=sources)[0]
         things = [i for i, thing in enumerate(pool.things[row]) if thing[0] >= 0 and thing[4] >= 0.4]
         weights = torch.from_numpy(pool.coverage[row, things].reshape(len(things), -1).astype(np.float32))
+        at, part = np.nonzero(pool.keypoints[row, things, :, 2] > 0)
+        x, y = (pool.keypoints[row, things, :, :2][at, part] // PATCH).astype(int).clip(0, GRID - 1).T
         for source in sources:
             tokens = image.features[source].float()
             whole[source].append(tokens.mean(0))
-            parts[source].append(weights @ tokens / weights.sum(1, keepdim=True))
+            things_of[source].append(weights @ tokens / weights.sum(1, keepdim=True))
+            points_of[source].append(tokens[y * GRID + x])
+        labels["part"] += part.tolist()
+        of_point += [row] * len(part)
         labels["style"].append(int(pool.style[row]))
         labels["light"].append(int(pool.domain[row]))
-        for cls, colour, x, y, *_ in pool.things[row, things]:
-            for name, label in zip(("class", "colour", "side", "height"), (cls, colour, x >= 48, y >= 48), strict=True):
+        for cls, colour, left, top, *_ in pool.things[row, things]:
+            for name, label in zip(("class", "colour", "side", "height"), (cls, colour, left >= 48, top >= 48), strict=True):
                 labels[name].append(int(label))
         of_thing += [row] * len(things)
     found = {}
     for name, each in labels.items():
-        alone = name in ("style", "light")
-        features = {source: torch.stack(whole[source]) if alone else torch.cat(parts[source]) for source in sources}
-        places = np.arange(scenes) if alone else np.array(of_thing)
+        if name in ("style", "light"):
+            features, places = {source: torch.stack(whole[source]) for source in sources}, np.arange(scenes)
+        else:
+            rows, places = (points_of, np.array(of_point)) if name == "part" else (things_of, np.array(of_thing))
+            features = {source: torch.cat(rows[source]) for source in sources}
         y, fit = torch.tensor(each), torch.from_numpy(places < scenes * 2 // 3)
         shuffled, classes = shuffled_labels(y, SEED, fit), int(y.max()) + 1
         right: dict[str, dict[str, str]] = {"right": {}, "shuffled": {}}
