@@ -17,7 +17,8 @@ def beside_each_other(found: Mapping[str, Mapping]) -> Figure:
     """A row per model, the seeds of a family one below the other; its points and those of its family have one colour and marker.
 
     found: model -> {"family", of `TITLES` {mean, low, high} in points where it was measured, "adds": (points, accuracy in %) or None}."""
-    families = {family: (COLOURS[place], MARKERS[place % len(MARKERS)]) for place, family in enumerate(dict.fromkeys(each["family"] for each in found.values()))}
+    names = dict.fromkeys(each["family"] for each in found.values())
+    families = dict(zip(names, zip(COLOURS, MARKERS, strict=False), strict=False))
     figure, axes = panels(len(TITLES) + 1, len(TITLES) + 1, 2.6, 2.1 + 0.3 * len(found))
     for axis, (claim, title) in zip(axes, TITLES.items(), strict=False):
         points = [(row, each[claim], *families[each["family"]], None) for row, each in enumerate(found.values()) if claim in each]

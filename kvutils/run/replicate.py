@@ -132,7 +132,6 @@ def replicate(chosen: argparse.Namespace) -> int:
     if rank() or not run.folder.exists():
         return int(bool(failures))
     written = report.write(out)
-    report.draw_models(out)
     said = "In this small model:\n" if run.profile == "pocket" else ""
     print(f"\n{said}{verdict_lines(report.rows(report.read_all(run.folder)))}\n")
     print(f"results: {show(run.folder)}\nfigures: {show(run.figures)}")
@@ -164,8 +163,6 @@ def make_report(chosen: argparse.Namespace) -> int:
     """Write the generated files that are stale, or with --check only name them; 1 if there are some then."""
     root = notebook.output_root()
     paths = list(report.stale(root)) if chosen.check else report.write(root)
-    if not chosen.check:
-        report.draw_models(root)
     for path in paths:
         print(f"{'stale, `make report` writes it anew' if chosen.check else 'written'}: {path.relative_to(root)}")
     if not paths:

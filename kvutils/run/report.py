@@ -290,7 +290,8 @@ def stale(root: Path) -> dict[Path, str]:
 
 
 def write(root: Path) -> list[Path]:
-    """Write the generated files that are stale; returns their paths."""
+    """Write the generated files that are stale, and draw the models' figure anew; returns the files' paths."""
     for path, text in (old := stale(root)).items():
         write_text(path, text)
+    draw_models(root)
     return list(old)

@@ -96,21 +96,26 @@ def summary(table: ScoreTable) -> dict:
     def told(value: float | None, form: str) -> str:
         return "none (equal tokens)" if value is None else f"{value:{form}}"
 
-    def shares(name: str, column: str, *sources: str) -> str:
-        return ", ".join(told(found[name][source][column], ".0%").removesuffix("%") for source in sources) + " %"
+    def on_average(name: str, column: str) -> float | None:
+        values = [found[name][source][column] for source in layers if found[name][source][column] is not None]
+        return float(np.mean(values)) if values else None
+
+    def shares(name: str, column: str) -> str:
+        *some, last = (told(each, ".0%").removesuffix("%") for each in (*(found[name][source][column] for source in places), on_average(name, column)))
+        return f"{', '.join(some)} and {last} %"
 
     def agreeing(column: str) -> str:
         return " and ".join(f"{told(found[name][layers[0]][column], '.2f')} and {told(found[name][layers[-1]][column], '.2f')} ({name})"
                             for name in table.ids if name not in (GREY, COLUMNWISE))  # fmt: skip
 
-    (rows, columns), (turned, upright) = ([found[name][layers[0]][each] or 0.0 for each in COLUMNS[:2]] for name in (GREY, COLUMNWISE))
-    band, places = rows > BAND * columns, (FIRST, layers[0], layers[-1])
+    (rows, columns), (turned, upright) = ([on_average(name, each) or 0.0 for each in COLUMNS[:2]] for name in (GREY, COLUMNWISE))
+    places, band = (FIRST, layers[0], layers[-1]), rows > BAND * columns  # over all layers: a single one may differ
     turns = band and upright > BAND * turned
     head = "The horizontal band needs no photograph, a plain grey picture has one as well" if band else "A plain grey picture has no horizontal band"
     because = "" if not band else ": so it comes from the order in which causal attention reads" if turns else ": so it is not the order of reading"
     return {"pictures": found, "band": band, "turns": turns, "said": (
-        f"{head}: in the first value projection, layer 1 and the last layer, rows of the grid account for {shares(GREY, 'rows', *places)} of how its "
-        f"tokens' values differ and columns for {shares(GREY, 'columns', *places)}; where the same tokens are read column by column, rows for "
-        f"{shares(COLUMNWISE, 'rows', *places)} and columns for {shares(COLUMNWISE, 'columns', *places)}{because}. Which tokens of a photograph are "
+        f"{head}: in the first value projection, layer 1, the last layer and on average of all from layer 1 on, rows of the grid account for "
+        f"{shares(GREY, 'rows')} of how its tokens' values differ and columns for {shares(GREY, 'columns')}; where the same tokens are read column "
+        f"by column, rows for {shares(COLUMNWISE, 'rows')} and columns for {shares(COLUMNWISE, 'columns')}{because}. Which tokens of a photograph are "
         f"alike agrees with SigLIP at a correlation of {agreeing('like SigLIP')}, and with the grey picture at {agreeing('like grey')}, in layer 1 "
         "and in the last layer.")}  # fmt: skip
