@@ -194,7 +194,7 @@ def test_photographs_are_measured_and_said(redraw):
     assert not photographs.summary(table)["band"] and "has no horizontal band" in photographs.summary(table)["said"]
     table.values[2:, places[:2]] = np.nan  # Qwen2.5-VL's tower makes equal tokens of a grey picture
     assert "rows of the grid account for none (equal tokens), none (equal tokens), 10 and 10 % of how" in photographs.summary(table)["said"]
-    assert "equal tokens" in [a.get_xlabel() for a in plots.value_flow.photographs(maps, photographs.summary(table)).axes]
+    assert "equal tokens" in [text.get_text() for a in plots.value_flow.photographs(maps, photographs.summary(table)).axes for text in a.texts]
     flat = ImageFeatures(extractor.images([("x", tiny_picture(64, 48, 1))])[0].layout, {"value.1": torch.ones(4, 8)}, torch.device("cpu"))
     assert np.isnan(photographs._numbers(flat, "value.1", None)).all()
     summaries = claims_of(FLOW)["tasks"]

@@ -110,9 +110,12 @@ def photographs(maps: Mapping[str, Mapping], numbers: Mapping) -> Figure:
             axis.set_axis_off()
             if source in maps[name]["similarity"]:
                 shares = [numbers["pictures"][name][source][kind] for kind in ("rows", "columns")]
+                if None in shares:  # a map would show rounding
+                    axis.text(0.5, 0.5, "equal tokens", ha="center", fontsize=8, transform=axis.transAxes)
+                    continue
                 axis.set_axis_on()
                 shown = _similarity(axis, maps[name], source)
-                axis.set_xlabel("equal tokens" if None in shares else " | ".join(f"{100 * each:.0f}" for each in shares), fontsize=8, labelpad=2)
+                axis.set_xlabel(" | ".join(f"{100 * each:.0f}" for each in shares), fontsize=8, labelpad=2)
     for axis, name in zip(axes[0], ("picture and point", *map(_label, names)), strict=True):
         axis.set_title(name, fontsize=9)
     figure.colorbar(shown, ax=axes, shrink=0.6, label="cosine similarity to the point (centred)")
