@@ -64,8 +64,8 @@ def _draw_chunk(task: tuple[int, int, int]) -> dict[str, np.ndarray]:
     return out
 
 
-def make_pool(count: int, seed: int, processes: int = 2, chunk: int = 500, quiet: bool = False) -> Pool:
-    """Draw `count` scenes; scene i depends on (seed, i) alone, however the work is split."""
+def make_pool(count: int, seed: int, processes: int | None = None, chunk: int = 500, quiet: bool = False) -> Pool:
+    """Draw `count` scenes; scene i depends on (seed, i) alone, however the work is split. processes: default one per core."""
     tasks = [(seed, first, min(chunk, count - first)) for first in range(0, count, chunk)]
     bar = tqdm(total=count, desc="scenes", disable=quiet)
     parts = []
@@ -77,7 +77,7 @@ def make_pool(count: int, seed: int, processes: int = 2, chunk: int = 500, quiet
     return Pool(**{name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
 
 
-def load_or_make_pool(folder: Path, count: int, seed: int, processes: int = 2) -> Pool:
+def load_or_make_pool(folder: Path, count: int, seed: int, processes: int | None = None) -> Pool:
     """The pool of that size and seed, memory-mapped from `folder`, drawn first if it is not there."""
     home = folder / f"pool_{count}_{seed}"
     if not (home / "done").exists():

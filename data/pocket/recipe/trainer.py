@@ -82,7 +82,7 @@ class Trainer:
         self.begun, self.started, self.first = options.started, time.time(), self.step
         self.machine = {"device": torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU", "cores": os.cpu_count(),
                         "processes": self.ranks, "threads": torch.get_num_threads(), "bfloat16": computes_bfloat16(options.device)}
-        self.recent: list[float] = []
+        self.recent: list[torch.Tensor] = []  # losses not yet in the curve, read at once: each reading makes the host wait for a GPU
 
     def _resume(self) -> None:
         state = torch.load(self.file, map_location="cpu", weights_only=True)
@@ -131,10 +131,11 @@ class Trainer:
                 group["lr"] = group["initial"] * factor * min(1.0, (self.step + 1) / group["warm"])
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self.recent.append(float(loss.detach()))
+        self.recent.append(loss.detach())
         self.step += 1
         if self.step % every == 0:
-            self.curve.append({"step": self.step, "loss": round(float(np.mean(self.recent[-every:])), 4)})
+            self.curve.append({"step": self.step, "loss": round(float(torch.stack(self.recent).mean()), 4)})
+            self.recent.clear()
             if not self.rank and not self.quiet:
                 rate = (time.time() - self.started) / (self.step - self.first)
                 left = rate * (self.steps - self.step) / 60
