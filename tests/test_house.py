@@ -30,7 +30,7 @@ ALLOWED = {
 # Lines per room, blank ones and comments counted, rounded up to tens. A budget goes down as its room shrinks. It is raised
 # only by a commit that says what the new lines are for and what they made superfluous.
 BUDGET = {
-    "__init__": 90, "errors": 100, "checkpoints": 120, "images": 90, "processors": 150, "layout": 280, "probes": 310, "store": 320, "models": 290, "vision": 200,
+    "__init__": 90, "errors": 100, "checkpoints": 130, "images": 90, "processors": 150, "layout": 280, "probes": 310, "store": 320, "models": 290, "vision": 200,
     "prompts": 150, "language": 220, "kvcache": 150, "keys": 240, "block": 130, "answer": 320,
     "metrics": 730, "datasets": 2360, "datasets/pocket": 1140, "readout": 1140, "tasks": 4150, "plots": 980, "explorer": 650, "run": 2500, "__main__": 10,
 }

@@ -12,7 +12,7 @@ import torch
 from accelerate import dispatch_model
 
 from kvutils import models
-from kvutils.checkpoints import FAMILIES, MODELS, NEXT, QWEN, base_name, find_model, original_encoder
+from kvutils.checkpoints import ENCODERS, FAMILIES, MODELS, NEXT, QWEN, base_name, find_model, look_for_model, original_encoder
 from kvutils.errors import MemoryLimitError, ModelError, ParameterError, StoreError
 from kvutils.kvcache import capture
 from kvutils.layout import check_mlm
@@ -196,6 +196,12 @@ def test_a_pocket_model_that_is_not_there_says_how_to_train_it(tmp_path, monkeyp
     monkeypatch.setitem(MODELS, name, replace(MODELS[name], source=str(tmp_path / "nowhere")))
     with pytest.raises(ModelError, match=f"^{name}: .*nowhere is missing; train it with `make train {said}`$"):
         load_mlm(name, untrained=untrained)
+
+
+@pytest.mark.parametrize(("name", "seed"), [("pocket-siglip", 1), ("pocket-siglip-2", 2)])
+def test_an_encoder_of_a_pocket_model_is_trained_with_it(tmp_path, name, seed):
+    problem, _ = look_for_model(replace(ENCODERS[name], source=str(tmp_path / "nowhere")))
+    assert problem.endswith(f"nowhere is missing; train it with `make train MODEL=pocket SEED={seed}`")
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json", "processor_config.json"])

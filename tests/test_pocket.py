@@ -21,7 +21,7 @@ from recipe.shared import patch_windows
 from recipe.tokenizer import NTH
 from transformers import AutoTokenizer
 
-from kvutils.checkpoints import ENCODERS, MODELS
+from kvutils.checkpoints import ENCODERS, MODELS, original_encoder
 from kvutils.datasets.pocket import questions as q
 from kvutils.datasets.pocket.shapes import CLASSES, KEYPOINTS, PARTS, SILHOUETTES
 from kvutils.datasets.pocket.world import COLOURS, DOMAINS, STYLES, Scene, Thing, render, sample_kind, sample_scene
@@ -475,7 +475,8 @@ def test_a_trained_model_is_written_where_kvutils_looks_for_it(tmp_path, monkeyp
         export.main(command)
     for name in FAMILIES:
         assert export.folder_of(export.shipped_name(name, 1)).as_posix() == MODELS[name].source
-    assert export.folder_of(export.shipped_name("pocket", 3)).as_posix() == MODELS["pocket-3"].source and ENCODERS["pocket-siglip"]
+    assert export.folder_of(export.shipped_name("pocket", 3)).as_posix() == MODELS["pocket-3"].source
+    assert [ENCODERS[original_encoder(name)].source.rpartition("/")[2] for name in ("pocket", "pocket-3", "pocket-qwen")] == ["siglip", "siglip-3", "siglip"]
 
 
 def test_muon_is_torchs_up_to_the_rounding_of_bfloat16():

@@ -1,8 +1,8 @@
 """Write a trained pocket model to data/pocket: `PYTHONPATH=data/pocket python -m recipe.export --model pocket --seed 1`.
 
 A `save_pretrained` folder in fp16 with tokenizer and processor, where `kvutils.checkpoints` looks for the model; in it its held-out
-accuracies (`accuracy.json`), learning curves (`curves.json`) and card (`README.md`). Beside the first seed of the main model the SigLIP
-pair of its stage 1. Then the table over all models that lie there, data/pocket/README.md.
+accuracies (`accuracy.json`), learning curves (`curves.json`) and card (`README.md`). Beside a seed of the main model the SigLIP pair of
+its stage 1. Then the table over all models that lie there, data/pocket/README.md.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from kvutils.checkpoints import ENCODERS, MODELS
+from kvutils.checkpoints import MODELS
 from kvutils.errors import ParameterError
 from kvutils.models import load_mlm
 from kvutils.store import write_json, write_text
@@ -54,10 +54,10 @@ def export_weights(model: str, seed: int, home: Path, options: argparse.Namespac
     load_stage(mlm, list(STAGES)[-1], options.out)
     mlm.half().save_pretrained(folders[0])
     processor.save_pretrained(folders[0])
-    if name == "pocket":
+    if model == "pocket":
         pair = family.build_pair()
         load_stage(pair, "encoder", options.out)
-        folders.append(home / Path(ENCODERS["pocket-siglip"].source).name)
+        folders.append(home / name.replace("pocket", "siglip"))
         for part in (pair.half(), TOKENIZER, processor.image_processor):
             part.save_pretrained(folders[1])
     every = sum(megabytes(config.parent, "*") for config in home.glob("*/config.json"))
