@@ -45,6 +45,8 @@ MODELS = {spec.name: spec for spec in (
     ModelSpec("qwen2.5-vl-7b", QWEN, "Qwen/Qwen2.5-VL-7B-Instruct", "paper", (28, 28, 4, 128, 391)),
     ModelSpec("qwen2.5-vl-3b", QWEN, "Qwen/Qwen2.5-VL-3B-Instruct", "paper", (36, 16, 2, 128, 391)),
     ModelSpec("llava-next-llama3-8b", NEXT, "llava-hf/llama3-llava-next-8b-hf", "paper", (32, 32, 8, 128, 2340)))}  # fmt: skip
+# The pocket models before the last stage of their training, as points of C3: trained with them, not shipped.
+MODELS |= {f"{name}-read": replace(each, name=f"{name}-read", source=f"{each.source}-read") for name, each in MODELS.items() if each.profile == "pocket"}
 ENCODERS = {spec.name: spec for spec in (
     *(ModelSpec(f"pocket-siglip{seed}", "siglip", str(_POCKET / f"siglip{seed}"), "pocket") for seed in ("", "-2", "-3")),
     ModelSpec("siglip-so400m", "siglip", "google/siglip-so400m-patch14-384", "paper"))}  # fmt: skip
@@ -59,7 +61,7 @@ def base_name(model: str) -> str:
 def original_encoder(model: str) -> str:
     """Name in `ENCODERS` of the SigLIP that an MLM is compared with: its own origin if it has one."""
     known = MODELS.get(base_name(model))
-    own = known.name.replace("pocket", "pocket-siglip") if known and known.profile == "pocket" else "siglip-so400m"
+    own = known.name.removesuffix("-read").replace("pocket", "pocket-siglip") if known and known.profile == "pocket" else "siglip-so400m"
     return own if own in ENCODERS else "pocket-siglip"  # pocket-qwen's and pocket-next's towers are no SigLIP
 
 
@@ -88,7 +90,7 @@ def find_model(name: str | PathLike, known: dict[str, ModelSpec] = MODELS) -> Mo
 def look_for_model(spec: ModelSpec) -> tuple[str, float]:
     """What is said of a checkpoint that is neither here nor can be fetched, else ""; the gigabytes to fetch. One short request at most."""
     if spec.profile == "pocket" and not Path(spec.source).is_dir():
-        name = spec.name.replace("-siglip", "")  # made with the model whose stage 1 it is
+        name = spec.name.replace("-siglip", "").removesuffix("-read")  # made with the model of whose training it is a stage
         model, _, seed = name.partition("-") if name[-1].isdigit() else (name, "", "1")
         return f"{spec.source} is missing; train it with `make train MODEL={model} SEED={seed}`", 0.0
     if spec.name == "siglip-so400m" and (lacking := [name for name, module in _TOKENIZER.items() if not find_spec(module)]):

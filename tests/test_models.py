@@ -191,7 +191,7 @@ def test_a_commit_or_hub_id_of_a_model_keeps_what_is_known_of_the_model(name, ba
 
 
 @pytest.mark.parametrize("untrained", [False, True])
-@pytest.mark.parametrize(("name", "said"), [("pocket-2", "MODEL=pocket SEED=2"), ("pocket-qwen", "MODEL=pocket-qwen SEED=1")])
+@pytest.mark.parametrize(("name", "said"), [("pocket-2", "MODEL=pocket SEED=2"), ("pocket-qwen-read", "MODEL=pocket-qwen SEED=1")])
 def test_a_pocket_model_that_is_not_there_says_how_to_train_it(tmp_path, monkeypatch, name, said, untrained):
     monkeypatch.setitem(MODELS, name, replace(MODELS[name], source=str(tmp_path / "nowhere")))
     with pytest.raises(ModelError, match=f"^{name}: .*nowhere is missing; train it with `make train {said}`$"):

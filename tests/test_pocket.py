@@ -462,7 +462,7 @@ def test_a_trained_model_is_written_where_kvutils_looks_for_it(tmp_path, monkeyp
     home = tmp_path / "home"
     command = ["--out", str(tmp_path / "training"), "--home", str(home), "--scenes", "2"]
     export.main(command)
-    assert sorted(path.name for path in home.iterdir()) == ["README.md", "llava-onevision", "siglip"]
+    assert sorted(path.name for path in home.iterdir()) == ["README.md", "llava-onevision", "llava-onevision-read", "siglip"]
     assert load_siglip_text(str(home / "siglip")).embed("the red car").shape == (128,)
     card, table = (home / "llava-onevision" / "README.md").read_text(), (home / "README.md").read_text()
     assert "All stages together took 0.1 hours" in card and "model before" in card
@@ -476,7 +476,8 @@ def test_a_trained_model_is_written_where_kvutils_looks_for_it(tmp_path, monkeyp
     for name in FAMILIES:
         assert export.folder_of(export.shipped_name(name, 1)).as_posix() == MODELS[name].source
     assert export.folder_of(export.shipped_name("pocket", 3)).as_posix() == MODELS["pocket-3"].source
-    assert [ENCODERS[original_encoder(name)].source.rpartition("/")[2] for name in ("pocket", "pocket-3", "pocket-qwen")] == ["siglip", "siglip-3", "siglip"]
+    assert [ENCODERS[original_encoder(name)].source.rpartition("/")[2] for name in ("pocket-read", "pocket-3", "pocket-qwen")
+            ] == ["siglip", "siglip-3", "siglip"]
 
 
 def test_muon_is_torchs_up_to_the_rounding_of_bfloat16():

@@ -2,7 +2,8 @@
 
 A `save_pretrained` folder in fp16 with tokenizer and processor, where `kvutils.checkpoints` looks for the model; in it its held-out
 accuracies (`accuracy.json`), learning curves (`curves.json`) and card (`README.md`). Beside a seed of the main model the SigLIP pair of
-its stage 1. Then the table over all models that lie there, data/pocket/README.md.
+its stage 1; of every model what it was before the last stage, in a folder that ends in -read and is not shipped. Then the table over all
+models that lie there, data/pocket/README.md.
 """
 
 import argparse
@@ -51,16 +52,17 @@ def export_weights(model: str, seed: int, home: Path, options: argparse.Namespac
     megabytes than are meant."""
     family, name = FAMILIES[model], shipped_name(model, seed)
     mlm, processor, folders = family.build_mlm(), family.processor(), [folder_of(name, home)]
-    load_stage(mlm, list(STAGES)[-1], options.out)
-    mlm.half().save_pretrained(folders[0])
-    processor.save_pretrained(folders[0])
+    for stage, folder in (("read", folder_of(f"{name}-read", home)), ("all", folders[0])):
+        load_stage(mlm.float(), stage, options.out)
+        mlm.half().save_pretrained(folder)
+        processor.save_pretrained(folder)
     if model == "pocket":
         pair = family.build_pair()
         load_stage(pair, "encoder", options.out)
         folders.append(home / name.replace("pocket", "siglip"))
         for part in (pair.half(), TOKENIZER, processor.image_processor):
             part.save_pretrained(folders[1])
-    every = sum(megabytes(config.parent, "*") for config in home.glob("*/config.json"))
+    every = sum(megabytes(config.parent, "*") for config in home.glob("*/config.json") if not config.parent.name.endswith("-read"))
     for what, size in (*(("weights", megabytes(folder)) for folder in folders), ("all", every)):
         if size > LIMITS_MB[what]:
             raise ParameterError(f"{name} makes {size:.2f} MB ({what}), more than the {LIMITS_MB[what]} MB meant for it")
