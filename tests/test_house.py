@@ -34,7 +34,7 @@ BUDGET = {
     "prompts": 150, "language": 220, "kvcache": 150, "keys": 240, "block": 130, "answer": 320,
     "metrics": 730, "datasets": 2360, "datasets/pocket": 1140, "readout": 1140, "tasks": 4150, "plots": 980, "explorer": 650, "run": 2500, "__main__": 10,
 }
-CORE_BUDGET, PACKAGE_BUDGET = 3_100, 16_720  # the flat files together, the whole package
+CORE_BUDGET, PACKAGE_BUDGET = 3_100, 16_730  # the flat files together, the whole package
 LARGEST = 320  # lines of a module: a longer one is two ideas
 
 
