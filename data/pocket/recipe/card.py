@@ -229,5 +229,5 @@ questions, what it cannot do, the recipe with its hours, and the learning curves
 Accuracy on held-out scenes with 95 % bootstrap intervals over scenes; blind: with the image of another sample.
 Gates: {_GATES}.
 
-`siglip/` is the vision-language pair that the tower of `pocket` began as. `recipe/` is the code of the training.
+`siglip/` is the vision-language pair that the tower of `pocket` began as (`siglip-2/`, `siglip-3/`: of other seeds). `recipe/` is the code of the training.
 """
