@@ -9,12 +9,13 @@ from kvutils.plots.style import COLOURS, forest, legend_below, panels, styled
 TITLES = {"C1": "C1: best value layer\nminus its control", "C2a": "C2a: best layer between\nminus layer 1",
           "C2b": "C2b: best layer between\nminus the last"}  # fmt: skip
 ABILITY = "C3: what the language model\nadds, and ability"
-MARKERS = "osD^v"
+MARKERS, BEFORE = "osD^v", "-read"  # behind the name of a model: as it was before the last stage of its training
 
 
 @styled
 def beside_each_other(found: Mapping[str, Mapping]) -> Figure:
-    """A row per model, the seeds of a family one below the other; its points and those of its family have one colour and marker.
+    """A row per model, the seeds of a family one below the other; its points and those of its family have one colour and marker. In the
+    last panel a line leads from what a model was before its last stage, a hollow marker, to what it is.
 
     found: model -> {"family", of `TITLES` {mean, low, high} in points where it was measured, "adds": (points, accuracy in %) or None}."""
     names = dict.fromkeys(each["family"] for each in found.values())
@@ -27,9 +28,11 @@ def beside_each_other(found: Mapping[str, Mapping]) -> Figure:
     for name, each in found.items():
         colour, marker = families[each["family"]]
         if each["adds"]:
-            axes[-1].plot(*each["adds"], marker, color=colour, ms=5)
-            axes[-1].annotate(name, each["adds"], xytext=(4, 4), textcoords="offset points", fontsize=7)
-    axes[-1].set(title=ABILITY, xlabel="best value layer minus\nprojector, points", ylabel="accuracy of POPE\nand BLINK, %")
+            before = found.get(f"{name}{BEFORE}", {}).get("adds") or each["adds"]
+            axes[-1].plot(*zip(before, each["adds"], strict=True), color=colour, lw=0.8)
+            axes[-1].plot(*each["adds"], marker, color=colour, ms=5, mfc="white" if name.endswith(BEFORE) else None)
+            axes[-1].annotate("" if name.endswith(BEFORE) else name, each["adds"], xytext=(4, 4), textcoords="offset points", fontsize=7)
+    axes[-1].set(title=ABILITY, xlabel="best value layer minus\nprojector, points (hollow:\nbefore the last stage)", ylabel="accuracy of POPE\nand BLINK, %")
     axes[-1].margins(x=0.35, y=0.25)
     for family, (colour, marker) in families.items():
         axes[0].plot([], [], marker, color=colour, label=family)
