@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from scipy.stats import pearsonr
 
+from kvutils.checkpoints import MODELS
 from kvutils.metrics.effects import measured, no_floor, part
 from kvutils.metrics.statistics import Effect
-from kvutils.plots.models import beside_each_other
+from kvutils.plots.models import BEFORE, beside_each_other
 from kvutils.run import report
 from kvutils.run.across import correlation, shown
 from kvutils.store import write_json
@@ -118,3 +119,14 @@ def test_the_models_of_a_profile_stand_in_one_figure(tmp_path):
     places = {bar.lines[0].get_xdata()[0] for bar in c1.containers}
     assert places == {5.0, 1.0} and len(c1.containers) == 3, "each model's own value, none of what was not measured"
     assert {(line.get_xdata()[0], line.get_ydata()[0]) for line in scatter.lines} == {(3.0, 75.0), (5.0, 75.0)}
+
+
+def test_a_line_leads_from_a_model_before_its_last_stage_to_the_model(tmp_path):
+    for name, added in (("alone", 3.0), (f"alone{BEFORE}", 1.0), ("other", 5.0)):
+        write_model(tmp_path, name, added=added)
+    scatter = beside_each_other(shown(report.of_profile(tmp_path / "data/results/paper"))).axes[-1]
+    assert [1.0, 3.0] in [list(line.get_xdata()) for line in scatter.lines if line.get_linestyle() == "-"]
+    hollow = {line.get_xdata()[0]: line.get_markerfacecolor() == "white" for line in scatter.lines if line.get_marker() != "None"}
+    assert hollow == {3.0: False, 1.0: True, 5.0: False}
+    assert {text.get_text() for text in scatter.texts} - {""} == {"alone", "other"}
+    assert f"pocket{BEFORE}" in MODELS, "kvutils.checkpoints names these models by the same ending"

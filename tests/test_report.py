@@ -167,12 +167,14 @@ def test_other_models_stand_in_columns_beside_the_first(root):
     results = root / "data" / "results" / "pocket"
     other = json.loads((results / "pocket" / "01_value_flow.json").read_text())
     other["claims"]["C1"]["tasks"][1] = one(-9, 2, name="other")
-    write_json(results / "pocket-qwen" / "01_value_flow.json", other)
+    for model in ("pocket-qwen", "pocket-qwen-read"):  # a stage of training is listed among the runs, but has no column
+        write_json(results / model / "01_value_flow.json", other)
     text = report.readme((root / "README.md").read_text(), root)
     header, _, c1, c2a = text.split("Every model of profile `pocket`, with its report:\n\n")[1].splitlines()[:4]
     assert header == "|  | claim | [pocket](data/results/pocket/pocket/REPORT.md) | [pocket-qwen](data/results/pocket/pocket-qwen/REPORT.md) |"
     assert c1.startswith("| C1 | image values suffice") and "| **present** 2 of 2 tasks | **" in c1 and c1.endswith("** 1 of 2 tasks |")
     assert c2a.endswith("| **not measured** | **not measured** |")
+    assert "| [pocket-qwen-read](data/results/pocket/pocket-qwen-read/REPORT.md) | pocket, full |" in text
     assert text.count("Profile `pocket`, model") == 1, "one table alone says why"
 
 

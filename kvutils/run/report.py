@@ -261,7 +261,7 @@ def readme(text: str, root: Path) -> str:
     folders = result_folders(root)
     tables = [f"Profile `{DEFAULT[0]}`, model `{DEFAULT[1]}`:\n\n{table(lines, DEFAULT[0])}"]
     for profile in sorted({folder.parent.name for folder in folders if (folder.parent.name, folder.name) != DEFAULT}):
-        tables.append(side_by_side([folder for folder in folders if folder.parent.name == profile and not folder.name.endswith("-read")]))
+        tables.append(side_by_side([folder for folder in folders if folder.parent.name == profile and not folder.name.endswith(models.BEFORE)]))
     blocks = {"badges": badges, "overview": overview, "gallery": gallery, "verdicts": tables, "runs": [runs(folders)]}
     for block, parts in blocks.items():
         text = fill(text, block, "\n\n".join(parts))
