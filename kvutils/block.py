@@ -14,7 +14,7 @@ import torch
 
 from kvutils.errors import DataError, ParameterError, of_kind, one_of
 from kvutils.keys import KeySelection
-from kvutils.language import check_masks
+from kvutils.language import GROUPED, check_masks
 from kvutils.layout import TokenLayout
 from kvutils.models import MLM, need_mlm
 
@@ -91,7 +91,7 @@ def _blocking_hook(mlm: MLM, mask: torch.Tensor, rows: np.ndarray, queries: str)
     last = rows.max(axis=1)  # the slot of each row's last image token
     by_slot = torch.zeros(len(rows), len(mask), last.max() + 1, dtype=torch.bool)
     by_slot.scatter_(2, torch.from_numpy(rows)[:, None].expand(-1, len(mask), -1), mask.cpu().expand(len(rows), -1, -1))
-    by_slot = by_slot.repeat_interleave(mlm.num_heads // mlm.num_kv_heads, dim=1).to(mlm.device)  # (rows, H, S): is its key blocked?
+    by_slot = by_slot.to(mlm.device)  # (rows, G, S): is its key blocked?
 
     def hook(module, args, kwargs):
         check_masks(mlm, ())
@@ -109,7 +109,9 @@ def _blocking_hook(mlm: MLM, mask: torch.Tensor, rows: np.ndarray, queries: str)
             return None  # the model's own fast path for the image itself
         repeats, device = batch // len(by_slot), hidden.device
         query = torch.arange(seen, seen + length, device=device)
-        keys = by_slot.to(device).repeat_interleave(repeats, dim=0)[:, :, None]  # (B, H, 1, S)
+        keys = by_slot.to(device).repeat_interleave(repeats, dim=0)[:, :, None]  # (B, G, 1, S)
+        if mlm.attention != GROUPED:
+            keys = keys.repeat_interleave(mlm.num_heads // mlm.num_kv_heads, dim=1)  # (B, H, 1, S)
         if queries == "after" and seen > last.max():
             blocked = keys
         elif queries == "after":

@@ -8,12 +8,12 @@ after the prefix for each question anew: each is computed as if it were alone.""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import DynamicCache
+from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kvutils.checkpoints import QWEN
@@ -22,6 +22,7 @@ from kvutils.models import MLM, need_mlm
 from kvutils.prompts import TextInputs
 
 Store = Callable[[int, torch.Tensor, torch.Tensor], None]
+GROUPED = "kvutils_grouped_sdpa"  # the attention of continuations of a model with "sdpa": takes a mask for all heads or one per KV head
 
 
 def resolve_layers(mlm: MLM, layers: str | int | Iterable[int]) -> tuple[int, ...]:
@@ -40,7 +41,7 @@ def resolve_layers(mlm: MLM, layers: str | int | Iterable[int]) -> tuple[int, ..
 
 def check_masks(mlm: MLM, layers: Iterable[int]) -> None:
     """ModelError unless the attention of these layers takes a mask of our own, another one for every head."""
-    if mlm.attention not in ("sdpa", "eager"):
+    if mlm.attention not in ("sdpa", "eager", GROUPED):
         raise ModelError(f"{mlm.attention} attention takes no mask per head, so keys cannot be blocked and questions not be kept "
                          'apart; load the model with attention="sdpa" or "eager"')  # fmt: skip
     for layer in layers:
@@ -86,6 +87,31 @@ def read_layers(mlm: MLM, embeddings: torch.Tensor, text: TextInputs, layers: Se
     for module in (layer.self_attn, layer, language_model):
         if hook := getattr(module, "_hf_hook", None):
             hook.post_forward(module, None)
+
+
+def _grouped_sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **_) -> tuple[torch.Tensor, None]:
+    """The numbers of transformers' sdpa, which repeats keys, values and mask for every query head where there is a mask. Here they stand
+    once for the query heads (B, H, S, D) of a KV head (B, G, T, D): the mask is (B, 1 or G, S, T)."""
+    heads, each = key.shape[1], query.shape[1] // key.shape[1]
+    key, value = (one.flatten(0, 1)[:, None].expand(-1, each, -1, -1) for one in (key, value))
+    mask = attention_mask.expand(-1, heads, -1, -1).flatten(0, 1)[:, None]
+    query = query.unflatten(1, (heads, each)).flatten(0, 1)
+    found = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
+    return found.unflatten(0, (-1, heads)).flatten(1, 2).transpose(1, 2), None
+
+
+AttentionInterface.register(GROUPED, _grouped_sdpa)
+
+
+@contextlib.contextmanager
+def _grouped(mlm: MLM) -> Iterator[None]:
+    """The language model's "sdpa" is `GROUPED` inside, for passes that are given a mask (B, 1, S, T); another attention stays."""
+    usual = mlm.attention
+    mlm.text_config._attn_implementation = GROUPED if usual == "sdpa" else usual
+    try:
+        yield
+    finally:
+        mlm.text_config._attn_implementation = usual
 
 
 @dataclass(eq=False)
@@ -167,6 +193,7 @@ class Continuation:
         positions = positions.expand(3, -1, -1) if self.mlm.family == QWEN else positions
         layers = (language_model := self.mlm.model.model.language_model).layers
         with contextlib.ExitStack() as stack:
+            stack.enter_context(_grouped(self.mlm))
             stack.enter_context(self.within())
             for layer in self.keep:
                 stack.callback(layers[layer].register_forward_pre_hook(lambda _, args, layer=layer: self._keep(layer, args[0])).remove)

@@ -8,11 +8,13 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvutils.answer import YES_NO, ImageSession, SessionBatch, answer_all
 from kvutils.block import block_keys
 from kvutils.errors import DataError, ImageError, KVUtilsError, ModelError, ParameterError
 from kvutils.keys import KeySelection
+from kvutils.language import GROUPED
 from kvutils.models import wrap_mlm
 from kvutils.prompts import PromptTokens, end_tokens
 from tests.tiny_models import FAMILIES, WORDS, embedded, hooks, picture, tiny, tiny_pocket
@@ -307,6 +309,26 @@ def test_the_model_is_as_it_was(family):
         assert inner.rope_deltas is marker
     assert hooks(mlm) == hooked and mlm.attention == "sdpa" and not mlm.model.training
     assert torch.equal(full_logits(mlm, [IMAGES[0]], QUESTIONS[0]), before)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_attention_is_given_keys_and_masks_once_per_kv_head(family, monkeypatch):
+    mlm = tiny(family)
+    heads, each, seen = mlm.num_kv_heads, mlm.num_heads // mlm.num_kv_heads, []
+
+    def compared(module, query, key, value, attention_mask, **options):
+        found = grouped(module, query, key, value, attention_mask, **options)
+        mask = attention_mask if attention_mask.shape[1] == 1 else attention_mask.repeat_interleave(each, dim=1)
+        repeated = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **options)
+        seen.append((module.layer_idx, key.shape[1], attention_mask.shape[1]))
+        torch.testing.assert_close(found[0], repeated[0], rtol=0, atol=1e-6)
+        return found
+
+    grouped = ALL_ATTENTION_FUNCTIONS[GROUPED]
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, GROUPED, compared)
+    with ImageSession(mlm, IMAGES[0]) as session:
+        session.yes_no(QUESTIONS, block=selection(mlm, len(session.layouts[0])))
+    assert set(seen) == {(layer, heads, heads if layer in (1, 3) else 1) for layer in range(mlm.num_layers)}
 
 
 def test_closing_frees_the_memory():
