@@ -104,6 +104,18 @@ def test_a_correlation_of_zero_is_absent_with_enough_models_alone():
     assert correlation("r", x, x)["low"] > 0.99 and correlation("r", x, np.ones(200))["reason"] == "the models do not differ"
 
 
+def test_c3_within_families_is_a_partial_correlation():
+    """Two families that differ the other way than their members do."""
+    x, y, families = np.array([0, 1, 2, 10, 11, 12.0]), np.array([5, 6, 7.5, 0, 1, 2.0]), ["a"] * 3 + ["b"] * 3
+    found = correlation("r", x, y, families)
+    is_a = np.array(families) == "a"
+    rest_x, rest_y = (each - np.polyval(np.polyfit(is_a, each, 1), is_a) for each in (x, y))
+    assert found["value"] == pytest.approx(pearsonr(rest_x, rest_y).statistic) and correlation("r", x, y)["value"] < 0 < found["value"]
+    assert found["n"] == 6 and found["detectable"] == correlation("r", x[:5], y[:5])["detectable"]
+    assert correlation("r", x[:4], y[:4], families[:4])["reason"] == "4 models are too few for their families"
+    assert correlation("r", x, y, range(6))["reason"] == "the models do not differ"
+
+
 def test_the_models_of_a_profile_stand_in_one_figure(tmp_path):
     write_model(tmp_path, "alone", added=3.0)
     report.draw_models(tmp_path)

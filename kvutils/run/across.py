@@ -66,9 +66,11 @@ def ability(models: Models) -> dict:
     if len(points) < FEWEST_MODELS:
         return measured(part(name, reason=f"{len(points)} of {FEWEST_MODELS} models or stages measured"))
     added, accuracy = np.array(list(points.values())).T
+    of_family = [models[model][1].get("01_value_flow", {}).get("family", "?") for model in points]
     note = f"Mean over {most} tasks: " + "; ".join(f"{model} adds {x:+.1f} points, accuracy {y:.1f} %" for model, (x, y) in points.items())
     note += ". Stages and seeds count as models of their own here, which they are only in part."
-    return measured(correlation(name, added, accuracy), note=note)
+    within = [correlation("the same within families: each family's mean taken off", added, accuracy, of_family)] if 1 < len({*of_family}) else []
+    return measured(correlation(name, added, accuracy), within, note=note)
 
 
 def shown(models: Models) -> dict[str, dict]:
@@ -96,11 +98,20 @@ def adds_and_ability(models: Models) -> dict[str, tuple[float, float, int]]:
     return points
 
 
-def correlation(name: str, x: np.ndarray, y: np.ndarray) -> dict:
-    """Part of Pearson's r of n >= 4 pairs, its intervals by Fisher's transformation; undefined where one of them never differs."""
-    if min(np.ptp(x), np.ptp(y)) == 0:
+def correlation(name: str, x: np.ndarray, y: np.ndarray, groups: Sequence | None = None) -> dict:
+    """Part of Pearson's r of n >= 4 pairs, its intervals by Fisher's transformation; undefined where one of them never differs. With
+    groups, of what is left when each group's mean is taken off: a partial correlation, with as many fewer pairs as there are groups
+    beyond the first; undefined below 4."""
+    left = len(x)
+    if groups is not None:
+        member = np.equal.outer(np.unique(groups), groups).astype(float)  # (groups, n)
+        x, y = (each - (member @ each / member.sum(axis=1)) @ member for each in (x, y))
+        left -= len(member) - 1
+    if min(np.ptp(x), np.ptp(y)) < 1e-12:
         return part(name, reason="the models do not differ")
-    r, error, normal = float(np.corrcoef(x, y)[0, 1]), 1 / math.sqrt(len(x) - 3), NormalDist()
+    if left < 4:
+        return part(name, reason=f"{len(x)} models are too few for their families")
+    r, error, normal = float(np.corrcoef(x, y)[0, 1]), 1 / math.sqrt(left - 3), NormalDist()
     z = math.atanh(min(max(r, -1 + 1e-12), 1 - 1e-12))
     (low90, high90), (low, high) = ((math.tanh(z - reach), math.tanh(z + reach)) for reach in (error * normal.inv_cdf(p) for p in (0.95, 0.975)))
     detectable = math.tanh(error * (normal.inv_cdf(0.975) + normal.inv_cdf(POWER)))
