@@ -6,6 +6,9 @@ MODEL       ?= $(if $(filter paper,$(PROFILE)),llava-onevision-7b,pocket)
 # Not from the environment, where they mean other things.
 SIZE         = full
 SEED         = 1
+SEEDS        = 1,2,3
+ARMS         =
+STEPS        =
 DATA         = files
 GPU          =
 JOBS         =
@@ -32,7 +35,7 @@ $(foreach name,KVUTILS_DATA KVUTILS_OUT KVUTILS_CACHE KVUTILS_SAMPLES HF_HOME,$(
   $(or $(shell $(PYTHON) -c '$(ABSOLUTE)' $(call quoted,$($(name)))),$($(name))))))
 
 .DEFAULT_GOAL := help
-.PHONY: help install replicate test test-code test-notebooks test-browser lab figures report check site bench bench-peers data train clean distclean plan rehearse
+.PHONY: help install replicate test test-code test-notebooks test-browser lab figures report check site bench bench-peers data train organisms clean distclean plan rehearse
 
 help:  ## list every target with a line each
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -123,6 +126,11 @@ data: $(STAMP)  ## fetch real data sets: DATASETS="davis-2017 pope" (without: li
 train: $(STAMP)  ## train a pocket model from nothing and write it to data/pocket: MODEL=pocket-qwen, SEED=2 (90 minutes on 2 cores; resumes)
 	@$(RUN) benchmarks train --model $(call quoted,$(MODEL)) --seed $(call quoted,$(SEED)) $(ARGS)
 	@$(if $(ARGS),,$(RUN) benchmarks export --model $(call quoted,$(MODEL)) --seed $(call quoted,$(SEED)))
+
+# Arms begin with the shipped weights of pocket. STEPS=40 tries it; ARGS="--status" says how far it is, "--rates" compares candidates for
+# the rate of AdamW.
+organisms: $(STAMP)  ## train and measure models that differ in one ingredient of the recipe: ARMS="base narrow-0.9", SEEDS=1,2,3 (resumes)
+	@$(RUN) benchmarks organisms --seeds $(call quoted,$(SEEDS)) $(if $(ARMS),--arms $(ARMS)) $(if $(STEPS),--steps $(call quoted,$(STEPS))) $(ARGS)
 
 clean:  ## remove stored parts and bytecode (results and training checkpoints stay)
 	rm -rf data/cache .pytest_cache build

@@ -1,5 +1,5 @@
-"""What `make rehearse`, `make bench`, `make bench-peers` and `make train` run: mistakes and Ctrl-C are answered in a sentence, also
-while torch is loaded.
+"""What `make rehearse`, `make bench`, `make bench-peers`, `make train` and `make organisms` run: mistakes and Ctrl-C are answered in a
+sentence, also while torch is loaded.
 
     python benchmarks rehearse --model llava-onevision-7b
 """
@@ -14,6 +14,7 @@ NAMES = {"rehearse": ("rehearse", "A rehearsal is short and keeps nothing: start
          "peers": ("peers", "Start it again."),
          "profile": ("profile_notebooks", "Start it again."),
          "train": ("recipe.train", "The same command goes on from the last checkpoint."),
+         "organisms": ("recipe.organisms", "The same command goes on from the last checkpoint."),
          "export": ("recipe.export", "The same command does it again.")}  # fmt: skip
 
 

@@ -1,0 +1,201 @@
+"""What the ingredients of the arms change: each arm minus the one it is compared with, with intervals over seeds and items.
+
+Items are the same development scenes in every arm and seed, so that a difference is paired and both are resampled: an item is drawn as
+often as its seed and its scene (the pigeonhole bootstrap of `kvutils.metrics.statistics`). What is one number per training has an interval
+over seeds alone (Student's t), and none with fewer than two."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kvutils.metrics.statistics import UNDEFINED, Effect, Halves, Statistic, mean_statistic, paired_difference
+from kvutils.store import read_json
+from kvutils.tasks.foreground_segmentation import foreground_miou
+from kvutils.tasks.key_statistics import NEAR_CONSTANT
+from recipe.arms import ARMS, QUESTIONS
+from recipe.measure import FIRST
+
+Results = Mapping[str, Mapping[int, Mapping]]  # arm -> seed -> what `make organisms` stored
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One number of a training. of: result -> scores (items, ...) and the scenes of the items, None: it is one number. unit: of 100 times
+    the statistic where `factor` is 100."""
+
+    name: str
+    of: Callable[[Mapping], tuple[np.ndarray, Sequence]]
+    statistic: Statistic = mean_statistic
+    factor: float = 100
+    unit: str = "points"
+
+    def each(self, result: Mapping) -> float:
+        scores, _ = self.of(result)
+        return self.factor * float(self.statistic(np.ones((1, len(scores))), scores)[0])
+
+
+def load(folder: Path) -> dict[str, dict[int, dict]]:
+    """The stored results of the arms, in their order."""
+    found: dict[str, dict[int, dict]] = {name: {} for name in ARMS}
+    for file in sorted(folder.glob("*.json")):
+        result = read_json(file)
+        if (about := result["about"])["arm"] in found:
+            found[about["arm"]][about["seed"]] = result
+    return {name: seeds for name, seeds in found.items() if seeds}
+
+
+def _bits(text: str) -> np.ndarray:
+    return np.array([each == "1" for each in text], dtype=float)
+
+
+def _accuracy(*kinds: str) -> Callable:
+    def of(result: Mapping) -> tuple[np.ndarray, list]:
+        found = [result["accuracy"][kind] for kind in kinds or result["accuracy"]]
+        return np.concatenate([_bits(each["right"]) for each in found]), sum((each["scenes"] for each in found), [])
+
+    return of
+
+
+def _probe(attribute: str, family: str) -> Callable:
+    def of(result: Mapping) -> tuple[np.ndarray, list]:
+        found = result["readouts"][attribute]
+        right = [_bits(bits) for source, bits in found["right"].items() if source.partition(".")[0] == family and source != "value.0"]
+        return np.mean(right, axis=0), found["scenes"]
+
+    return of
+
+
+def _near(places: slice) -> Callable:
+    def of(result: Mapping) -> tuple[np.ndarray, list]:
+        near = (np.array(result["keys"]["relative_variance"])[1:] < NEAR_CONSTANT).mean(axis=(0, 1))  # behind layer 0
+        return near[places], [*range(len(near))][places]
+
+    return of
+
+
+def _of_keys(name: str, first: int = 1) -> Callable:
+    return lambda result: (np.array([np.mean(result["keys"][name][first:])]), None)
+
+
+def _blink(subtask: str, score: Callable) -> Callable:
+    def of(result: Mapping) -> tuple[np.ndarray, list]:
+        found = result["blink"][subtask]
+        answers = {key: np.array(found[key]) for key in ("gold", "said", "value", "added", "gate")}
+        right = {key: (each == answers["gold"]).astype(float) for key, each in answers.items()}
+        return score(right, answers["said"] >= 0), found["ids"]
+
+    return of
+
+
+def _prefix(other: str) -> Callable:
+    def of(result: Mapping) -> tuple[np.ndarray, list]:
+        iou = {name: np.array(each)[:, 1:].mean(axis=1) for name, each in result["prefix"]["iou"].items()}
+        return iou["correct"] - iou[other], result["prefix"]["groups"]
+
+    return of
+
+
+def _built(minus: int) -> Callable:
+    """Foreground pixels (items, 2, 6) in the best layer between, chosen on the other half of the episodes, and in layer 1 or the last."""
+
+    def of(result: Mapping) -> tuple[np.ndarray, list]:
+        found = result["foreground"]
+        layers = len(found["pixels"]) - sum("." not in source for source in found["pixels"])
+        about, nothing = (np.array(found["fold"]), np.array(found["class"])), np.zeros(len(found["fold"]))
+        curve = np.stack([np.column_stack([*about, nothing, inside, nothing, union]) for layer in range(1, layers)
+                          for inside, union in [found["pixels"][f"value.{layer}"]]], axis=1)  # fmt: skip
+        halves = Halves.of(found["groups"], 0)
+        best = [1 + index for index in halves.best(curve[:, 1:-1], foreground_miou)]
+        return np.stack([halves.read(curve, best), curve[:, minus]], axis=1), found["groups"]
+
+    return of
+
+
+def _difference(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
+    return foreground_miou(weights, values[:, 0]) - foreground_miou(weights, values[:, 1])
+
+
+_ATTRIBUTES = ("style", "light", "class", "colour", "side", "part")
+_GAP = "values right, model wrong"
+READINGS: Mapping[str, tuple[Reading, ...]] = {  # of each question; the first is its headline
+    "OQ1": (*(Reading(f"{name} read from the tower", _probe(name, "encoder")) for name in _ATTRIBUTES),
+            *(Reading(f"{name} read from values", _probe(name, "value")) for name in _ATTRIBUTES),
+            Reading("accuracy, existence", _accuracy("existence")), Reading("accuracy, style", _accuracy("style"))),
+    "OQ2": (Reading("near-constant keys", _near(slice(None)), unit="% of keys"),
+            Reading(f"near-constant among the first {FIRST}", _near(slice(FIRST)), unit="% of keys"),
+            Reading("near-constant among the others", _near(slice(FIRST, None)), unit="% of keys"),
+            Reading("attention to the first token", _of_keys("mass_of_first_token"), unit="% of attention"),
+            Reading(f"attention to the first {FIRST} image tokens", _of_keys("mass_first"), unit="% of attention"),
+            Reading("norm of keys", _of_keys("norm"), factor=1, unit=""), Reading("norm of key biases", _of_keys("bias"), factor=1, unit=""),
+            Reading("accuracy, all kinds", _accuracy())),
+    "OQ3": tuple(Reading(f"{title}: {name}", _blink(subtask, score))
+                 for subtask, title in (("Art_Style", "art style"), ("Visual_Similarity", "visual similarity")) for name, score in (
+                     (_GAP, lambda right, named: right["value"] * (1 - right["said"]) * named), ("accuracy", lambda right, named: right["said"]),
+                     ("gain by the readout added", lambda right, named: right["added"] - right["said"]),
+                     ("gain by the gate", lambda right, named: right["gate"] - right["said"]))),
+    "OQ4": (Reading("correct minus wrong prefix", _prefix("wrong")), Reading("correct minus filler", _prefix("filler")),
+            Reading("how far values of objects move", lambda result: (np.array([np.mean(result["prefix"]["moved"]["correct"][1:])]), None),
+                    unit="% of their norm")),
+    "OQ5": (Reading("best layer between minus layer 1", _built(0), _difference),
+            Reading("best layer between minus the last", _built(-1), _difference)),
+}  # fmt: skip
+
+
+def effect_of(reading: Reading, results: Results, arm: str, against: str) -> Effect:
+    """The arm minus the other in what is read, over the seeds that both have; `UNDEFINED` where there are none, or it was not measured."""
+    rows = []
+    for seed in sorted(results.get(arm, {}).keys() & results.get(against, {}).keys()):
+        try:
+            (one, scenes), (other, _) = (reading.of(results[name][seed]) for name in (arm, against))
+        except KeyError:  # patches in reverse have no readouts
+            return UNDEFINED
+        rows.append((one, other, [(f"seed {seed}", str(scene)) for scene in scenes] if scenes is not None else [f"seed {seed}"]))
+    if not rows:
+        return UNDEFINED
+    ones, others, groups = (list(each) for each in zip(*rows, strict=True))
+    with np.errstate(invalid="ignore"):  # one number of one seed: nothing is left without it
+        found = paired_difference(np.concatenate(ones), np.concatenate(others), reading.statistic, groups=sum(groups, []))
+    return found.scaled(reading.factor)
+
+
+def effects(results: Results) -> dict[str, dict[str, dict]]:
+    """question -> arm -> {against, varies, seeds, readings: name -> effect as a mapping, with `seeds`: the difference of each; unit}; only
+    arms that exist, JSON-able."""
+    found: dict[str, dict[str, dict]] = {}
+    for question, readings in READINGS.items():
+        found[question] = {}
+        for name, arm in ARMS.items():
+            seeds = results.get(name, {}).keys() & results.get(arm.against, {}).keys()
+            if question not in arm.questions or arm.against == name or not seeds:
+                continue
+            read = {}
+            for reading in readings:
+                each = effect_of(reading, results, name, arm.against)
+                if each.n:
+                    by_seed = [reading.each(results[name][seed]) - reading.each(results[arm.against][seed]) for seed in sorted(seeds)]
+                    read[reading.name] = each.as_dict() | {"seeds": by_seed, "unit": reading.unit}
+            found[question][name] = {"against": arm.against, "varies": arm.varies, "seeds": sorted(seeds), "readings": read}
+    return found
+
+
+def levels(results: Results) -> dict[str, dict[str, dict]]:
+    """question -> reading -> arm -> its value in each seed: what the differences are differences of."""
+    return {question: {reading.name: {name: [reading.each(result) for result in seeds.values()] for name, seeds in results.items()
+                                      if question in ARMS[name].questions and _has(reading, seeds)} for reading in readings}
+            for question, readings in READINGS.items()}  # fmt: skip
+
+
+def _has(reading: Reading, seeds: Mapping[int, Mapping]) -> bool:
+    try:
+        return all(np.isfinite(reading.each(result)) for result in seeds.values())
+    except KeyError:
+        return False
+
+
+def missing(results: Results, seeds: Sequence[int] = (1, 2, 3)) -> dict[str, list[str]]:
+    """question -> the arms that lack a seed, with these seeds."""
+    lacking = {name: ",".join(str(seed) for seed in seeds if seed not in results.get(name, {})) for name in ARMS}
+    return {question: [f"{name} (seed {lacking[name]})" for name, arm in ARMS.items() if question in arm.questions and lacking[name]]
+            for question in QUESTIONS}  # fmt: skip

@@ -1,0 +1,92 @@
+"""The arms of the open questions: one ingredient each, written as the model is asked, and effects over seeds and items."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from recipe import effects, train
+from recipe.arms import ARMS, BASE, QUESTIONS, USUAL, question_first
+from recipe.families import FAMILIES
+from recipe.packing import IMAGE, PAD, encode, pack
+from recipe.pool import make_pool
+from recipe.samples import PLAIN, Sample, in_sentence
+
+from kvutils.datasets.pocket import questions as q
+
+FAMILY = FAMILIES["pocket"]
+
+
+@pytest.fixture(scope="module")
+def pool():
+    return make_pool(300, seed=3, processes=1, quiet=True)
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_an_arm_is_asked_as_it_was_trained(name, pool):
+    """The packed prompt is that of the processor with the arm's chat template."""
+    made, processor = ARMS[name].ingredients, FAMILY.processor()
+    processor.chat_template = made.template()
+    sample = Sample([(0, PLAIN)], [("colour", "what colour is the fish ?", "red")], "look carefully")
+    content = [{"type": "text", "text": sample.prefix}, {"type": "image"}, {"type": "text", "text": sample.blocks[0][1]}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
+    wanted = processor.tokenizer(text.replace("<image>", "<image>" * FAMILY.full.slots), add_special_tokens=False)["input_ids"]
+    packed = pack([sample], made.written(FAMILY.full))
+    found = [token for token in packed.tokens[0].tolist() if token != PAD]
+    assert found == [*wanted, *encode("red")] and found.count(IMAGE) == FAMILY.full.slots
+    changed = {key for key, value in vars(made).items() if value != getattr(USUAL, key)}
+    assert (not changed) == (name in ("start", BASE)) and ARMS[name].against in ARMS
+
+
+@pytest.mark.parametrize("name", [name for name, arm in ARMS.items() if arm.ingredients.shares != train.RECIPE.shares])
+def test_the_shares_of_an_arm_can_be_drawn(name, pool):
+    made, rng = ARMS[name].ingredients, np.random.default_rng(0)
+    assert sum(made.shares["all"].values()) == pytest.approx(1)
+    kinds = {b[0] for kind in made.shares["all"] for sample in made.sampler(pool, False).draw(kind, 20, rng) for b in sample.blocks}
+    assert (kinds == {"existence"}) == name.startswith("narrow")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.08, 0.45])
+def test_questions_before_the_image_are_a_share_of_the_samples(share):
+    sequences = {kind: each * train.SEQUENCES[kind] for kind, each in question_first(share).items()}
+    assert sequences["first"] / sum(sequences.values()) == pytest.approx(share)
+
+
+def test_answers_in_a_sentence_say_the_word(pool):
+    wanted = {"what colour is the fish ?": ("red", "the fish is red"), "is there a car ?": ("no", "no , there is no car"),
+              "what is the red thing ?": ("fish", "the red thing is a fish"), "are there more fishes than cars ?": ("yes", "yes")}
+    assert all(in_sentence(("colour", question, word))[2] == answer for question, (word, answer) in wanted.items())
+    plain, spoken = ([b for s in train.Ingredients(sentences=say).sampler(pool, False).draw("single", 40, np.random.default_rng(0)) for b in s.blocks]
+                     for say in (False, True))  # fmt: skip
+    assert all(word in answer.split() and (kind in q.KINDS or word == answer)
+               for (kind, _, word), (*_, answer) in zip(plain, spoken, strict=True) if " " not in word)
+    assert sum(a != b for a, b in zip(plain, spoken, strict=True)) > len(plain) / 3
+
+
+def test_patches_are_fed_in_reverse_and_the_newline_stays(pool):
+    mlm, features = FAMILY.build_mlm(), torch.randn(1, 144, 128)
+    with torch.no_grad():
+        usual, turned = (train.Ingredients(turned=each).embed(FAMILY, mlm, features) for each in (False, True))
+    assert torch.allclose(turned[:, :-1].flip(1), usual[:, :-1], atol=1e-6) and torch.equal(turned[:, -1], usual[:, -1])
+
+
+def test_effects_are_differences_over_seeds_and_items():
+    rng = np.random.default_rng(0)
+
+    def result(seed: int, share: float) -> dict:
+        right = "".join("01"[int(each < share)] for each in rng.random(200))
+        return {"accuracy": {"existence": {"scenes": [str(i // 2) for i in range(200)], "right": right}},
+                "keys": {"norm": [[1.0], [2.0 + seed / 10]]}}  # fmt: skip
+
+    results = {"base": {seed: result(seed, 0.5) for seed in (1, 2, 3)}, "narrow-0.2": {seed: result(seed, 0.9) for seed in (1, 2)}}
+    accuracy = next(each for each in effects.READINGS["OQ1"] if each.name == "accuracy, existence")
+    found = effects.effect_of(accuracy, results, "narrow-0.2", "base")
+    each = [accuracy.each(results["narrow-0.2"][seed]) - accuracy.each(results["base"][seed]) for seed in (1, 2)]
+    assert found.mean == pytest.approx(np.mean(each)) and 20 < found.low < found.mean < found.high and found.n == 400
+    norm = next(each for each in effects.READINGS["OQ2"] if each.name == "norm of keys")
+    higher = copy.deepcopy(results)
+    for seed in (1, 2):
+        higher["narrow-0.2"][seed]["keys"]["norm"][1] = [3.0 + seed / 10]
+    assert effects.effect_of(norm, higher, "narrow-0.2", "base").mean == pytest.approx(1.0)
+    assert effects.effect_of(accuracy, results, "medium-0", "base").n == 0
+    assert {*effects.READINGS} == {*QUESTIONS} and "base (seed" not in " ".join(effects.missing(results)["OQ1"])
