@@ -102,6 +102,7 @@ lab: $(STAMP)  ## open the notebooks in JupyterLab; on a remote machine ARGS="--
 
 figures: $(STAMP)  ## redraw every figure from the stored results (seconds, no model)
 	@$(RUN) -m kvutils figures --profile $(call quoted,$(PROFILE)) --model $(call quoted,$(MODEL)) --size $(call quoted,$(SIZE))
+	@$(if $(filter pocket,$(MODEL)),$(RUN) benchmarks organisms --figures '$(or $(KVUTILS_OUT),.)/figures')
 
 report: $(STAMP)  ## write the verdicts into data/results and README.md
 	@$(RUN) -m kvutils report
@@ -129,7 +130,7 @@ train: $(STAMP)  ## train a pocket model from nothing and write it to data/pocke
 
 # Arms begin with the shipped weights of pocket. STEPS=40 tries it; ARGS="--status" says how far it is, "--rates" compares candidates for
 # the rate of AdamW.
-organisms: $(STAMP)  ## train and measure models that differ in one ingredient of the recipe: ARMS="base narrow-0.9", SEEDS=1,2,3 (resumes)
+organisms: $(STAMP)  ## train and measure the arms of notebook 06: ARMS="base narrow-0.9", SEEDS=1,2,3 (resumes)
 	@$(RUN) benchmarks organisms --seeds $(call quoted,$(SEEDS)) $(if $(ARMS),--arms $(ARMS)) $(if $(STEPS),--steps $(call quoted,$(STEPS))) $(ARGS)
 
 clean:  ## remove stored parts and bytecode (results and training checkpoints stay)

@@ -1,11 +1,12 @@
 """The arms of the open questions: one ingredient each, written as the model is asked, and effects over seeds and items."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
 import torch
-from recipe import effects, train
+from recipe import effects, organisms, train
 from recipe.arms import ARMS, BASE, QUESTIONS, USUAL, question_first
 from recipe.families import FAMILIES
 from recipe.packing import IMAGE, PAD, encode, pack
@@ -90,3 +91,10 @@ def test_effects_are_differences_over_seeds_and_items():
     assert effects.effect_of(norm, higher, "narrow-0.2", "base").mean == pytest.approx(1.0)
     assert effects.effect_of(accuracy, results, "medium-0", "base").n == 0
     assert {*effects.READINGS} == {*QUESTIONS} and "base (seed" not in " ".join(effects.missing(results)["OQ1"])
+
+
+def test_what_is_not_trained_counts_with_every_seed(tmp_path):
+    for name, seed, steps in (("start", 1, 0), ("base", 2, 200)):
+        (tmp_path / f"{name}-{seed}.json").write_text(json.dumps({"about": {"arm": name, "seed": seed, "steps": steps}}))
+    assert {name: [*seeds] for name, seeds in effects.load(tmp_path).items()} == {"start": [1, 2, 3], "base": [2]}
+    assert organisms.result_file("start", 3, tmp_path).name == "start-1.json"

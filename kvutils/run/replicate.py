@@ -110,7 +110,7 @@ def replicate(chosen: argparse.Namespace) -> int:
     out, run = notebook.output_root(), Run("", **parameters, size=chosen.size)
     paths = {path: parameters | parameters_of(path.stem[:2], chosen.profile, chosen.size, chosen.data, more)
              for path in find_notebooks(chosen.notebooks, notebook.ROOT / "notebooks")
-             if chosen.notebooks or run.is_default and not more or not path.stem.startswith("00")}  # which measures nothing  # fmt: skip
+             if chosen.notebooks or run.is_default and not more or not path.stem.startswith(("00", "06"))}  # which measure nothing of a model
     small = find_model(model).profile == "pocket" and not torch.cuda.is_available()
     jobs = side_by_side(chosen.jobs, len(paths) if small else 1)
     check_given(paths)

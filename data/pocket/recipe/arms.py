@@ -107,7 +107,7 @@ def _reading(before: str | None, **changes) -> Ingredients:
 
 
 ARMS: Mapping[str, Arm] = {
-    START: Arm((), "the shipped model, with which arms begin", USUAL, steps=0),
+    START: Arm((*QUESTIONS,), "the shipped model, with which arms begin", USUAL, steps=0),
     BASE: Arm((*QUESTIONS,), "nothing: stage 4 of the recipe (tower at 0.2, medium mix, Muon)", USUAL),
     "narrow-0": Arm(("OQ1",), "existence questions alone, tower frozen", _all(**_NARROW, tower_rate=0.0), "narrow-0.2"),
     "narrow-0.2": Arm(("OQ1", "OQ2"), "existence questions alone", _all(**_NARROW)),

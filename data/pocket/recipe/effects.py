@@ -17,6 +17,7 @@ from kvutils.tasks.key_statistics import NEAR_CONSTANT
 from recipe.arms import ARMS, QUESTIONS
 from recipe.measure import FIRST
 
+SEEDS = (1, 2, 3)
 Results = Mapping[str, Mapping[int, Mapping]]  # arm -> seed -> what `make organisms` stored
 
 
@@ -37,12 +38,12 @@ class Reading:
 
 
 def load(folder: Path) -> dict[str, dict[int, dict]]:
-    """The stored results of the arms, in their order."""
+    """The stored results of the arms, in their order; what is not trained counts with every seed."""
     found: dict[str, dict[int, dict]] = {name: {} for name in ARMS}
     for file in sorted(folder.glob("*.json")):
         result = read_json(file)
         if (about := result["about"])["arm"] in found:
-            found[about["arm"]][about["seed"]] = result
+            found[about["arm"]] |= {seed: result for seed in ((about["seed"],) if about["steps"] else SEEDS)}
     return {name: seeds for name, seeds in found.items() if seeds}
 
 
@@ -194,7 +195,7 @@ def _has(reading: Reading, seeds: Mapping[int, Mapping]) -> bool:
         return False
 
 
-def missing(results: Results, seeds: Sequence[int] = (1, 2, 3)) -> dict[str, list[str]]:
+def missing(results: Results, seeds: Sequence[int] = SEEDS) -> dict[str, list[str]]:
     """question -> the arms that lack a seed, with these seeds."""
     lacking = {name: ",".join(str(seed) for seed in seeds if seed not in results.get(name, {})) for name in ARMS}
     return {question: [f"{name} (seed {lacking[name]})" for name, arm in ARMS.items() if question in arm.questions and lacking[name]]

@@ -62,7 +62,8 @@ def begin_in(out: Path, arm: Arm) -> Path:
 
 
 def result_file(name: str, seed: int, results: Path = RESULTS) -> Path:
-    return results / f"{name}-{seed}.json"
+    """What is not trained is the same with every seed."""
+    return results / f"{name}-{seed if _EVERY[name].steps else 1}.json"
 
 
 def steps_of(arm: Arm, options: argparse.Namespace) -> int:
