@@ -76,6 +76,10 @@ def _near(places: slice) -> Callable:
     return of
 
 
+def _most_constant(result: Mapping) -> tuple[np.ndarray, None]:
+    return np.array([np.quantile(result["keys"]["relative_variance"][1:], 0.01)]), None
+
+
 def _of_keys(name: str, first: int = 1) -> Callable:
     return lambda result: (np.array([np.mean(result["keys"][name][first:])]), None)
 
@@ -127,6 +131,8 @@ READINGS: Mapping[str, tuple[Reading, ...]] = {  # of each question; the first i
     "OQ2": (Reading("near-constant keys", _near(slice(None)), unit="% of keys"),
             Reading(f"near-constant among the first {FIRST}", _near(slice(FIRST)), unit="% of keys"),
             Reading("near-constant among the others", _near(slice(FIRST, None)), unit="% of keys"),
+            # Added when `start` and `base` had been measured and no key of theirs was near-constant: how near the nearest hundredth comes.
+            Reading("variance of the most constant 1 % of keys", _most_constant, unit="% of their squared norm"),
             Reading("attention to the first token", _of_keys("mass_of_first_token"), unit="% of attention"),
             Reading(f"attention to the first {FIRST} image tokens", _of_keys("mass_first"), unit="% of attention"),
             Reading("norm of keys", _of_keys("norm"), factor=1, unit=""), Reading("norm of key biases", _of_keys("bias"), factor=1, unit=""),
