@@ -1,8 +1,9 @@
-"""The arms of the open questions: trainings that differ from the recipe in one ingredient. Fixed before any of them was trained.
+"""The arms of the open questions: trainings that differ from the recipe in one ingredient.
 
-Every arm goes on with stage 4, at full resolution and on the same scenes, and begins with the shipped model (three begin with its tower
-and a language model that has never read an image): nobody needs a checkpoint that is not in the repository. Seeds are of batches. What the
-paper says or asks is in `QUESTIONS`, with the direction that it leads one to expect; what came lies in data/results/organisms."""
+Every arm goes on with stage 4, at full resolution and on the same scenes, and begins with the shipped model (three begin with the tower of
+stage 1 and a language model that has never read an image): nobody needs a checkpoint that is not in the repository. Seeds are of batches,
+from 2 on: the shipped model was trained with seed 1, whose batches it has seen. What the paper says or asks is in `QUESTIONS`, with the
+direction that it leads one to expect, written before any arm was trained; what came lies in data/results/organisms."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from recipe.trainer import STAGES, Stage
 STEPS = 200  # of an arm that begins with the shipped model
 FROM_NOTHING = 400  # of one whose language model has never read an image; of plain text before it, where it reads some
 SCENES = 16  # of a step
+SEEDS = (2, 3, 4)
 BASE, START = "base", "start"  # stage 4 of the recipe once more; the shipped model as it is
 
 
@@ -44,7 +46,8 @@ QUESTIONS = {
     "OQ3": Question(
         ("C8", "X5"), "Can information that the values hold and the model does not say be surfaced?",
         "Training on the comparison closes the gap (values right, model wrong) on art style; answers in a sentence, which give the model more "
-        "tokens to read with, narrow it; a readout or a gate that is fitted on half of the items surfaces part of it without training.",
+        "tokens to read with, make it better at questions in two steps; a readout or a gate that is fitted on half of the items surfaces part "
+        "of the gap without training.",
         "2 x 2 tables of BLINK's twin: values right and model wrong; accuracy with the readout added, and by a gate"),
     "OQ4": Question(
         ("C7",), "When does a prefix reach the values of the image?",
@@ -93,11 +96,12 @@ def _all(**changes) -> Ingredients:
     return replace(USUAL, **changes)
 
 
-_NARROW = {"mix": {"existence": 1.0}, "shares": {"single": 0.6, "first": 0.4}}
+_NARROW = {"mix": {"existence": 1.0}, "shares": {"single": 0.7, "first": 0.3}}  # 46 % of the samples with the question first, as usual
 _BROAD = {
     "mix": MIX | {"style": 2.0, "domain": 2.0, "caption": 3.0, "position": 2.0, "list_sides": 3.0},
     "shares": {"single": 0.40, "first": 0.20, "marked": 0.20, "correspondence": 0.06, "style_match": 0.08, "class_match": 0.06},
 }
+_STYLES = {kind: 0.4 if kind == "style_match" else each * 0.6 / (1 - STEP_KINDS["all"]["style_match"]) for kind, each in STEP_KINDS["all"].items()}
 # The questions of stage 3 at full resolution, with its rate and a frozen tower: what reads images for the first time learns to read them.
 _READ = {"shares": STEP_KINDS["read"], "tower_rate": 0.0, "stages": _stage_4(STAGES["read"].lr)}
 
@@ -109,17 +113,19 @@ def _reading(before: str | None, **changes) -> Ingredients:
 ARMS: Mapping[str, Arm] = {
     START: Arm((*QUESTIONS,), "the shipped model, with which arms begin", USUAL, steps=0),
     BASE: Arm((*QUESTIONS,), "nothing: stage 4 of the recipe (tower at 0.2, medium mix, Muon)", USUAL),
-    "narrow-0": Arm(("OQ1",), "existence questions alone, tower frozen", _all(**_NARROW, tower_rate=0.0), "narrow-0.2"),
-    "narrow-0.2": Arm(("OQ1", "OQ2"), "existence questions alone", _all(**_NARROW)),
+    "narrow-0": Arm(("OQ1",), "existence questions alone, tower frozen, as shipped", _all(**_NARROW, tower_rate=0.0), "narrow-0.2"),
+    "narrow-0.2": Arm(("OQ1", "OQ2"), "existence questions alone: of one image, fewer to an image", _all(**_NARROW)),
     "narrow-0.9": Arm(("OQ1",), "existence questions alone, tower at 0.9", _all(**_NARROW, tower_rate=0.9), "narrow-0.2"),
-    "medium-0": Arm(("OQ1", "OQ5"), "tower frozen", _all(tower_rate=0.0)),
+    "medium-0": Arm(("OQ1", "OQ5"), "tower frozen, as shipped", _all(tower_rate=0.0)),
     "medium-0.9": Arm(("OQ1",), "tower at 0.9", _all(tower_rate=0.9)),
     "broad-0.9": Arm(("OQ1", "OQ2"), "captions, style, light, parts and places in large shares, tower at 0.9", _all(**_BROAD, tower_rate=0.9),
                      "medium-0.9"),
-    "narrow-0.9-distil": Arm(("OQ1",), "existence questions alone, tower at 0.9, the original tower's features distilled (weight 1)",
+    "narrow-0.9-distil": Arm(("OQ1",), "existence questions alone, tower at 0.9, the shipped tower's features distilled (weight 1)",
                              _all(**_NARROW, tower_rate=0.9, distil=1.0), "narrow-0.9"),
-    "adamw-0": Arm(("OQ2", "OQ5"), "AdamW without weight decay (Muon: 0.01)", _all(muon=False, matrix_rate=1.0, decay=0.0)),
-    "adamw-0.1": Arm(("OQ2", "OQ5"), "AdamW with weight decay 0.1 on matrices", _all(muon=False, matrix_rate=1.0, decay=0.1), "adamw-0"),
+    "adamw-0": Arm(("OQ2", "OQ5"), "AdamW at its own rate, without weight decay (usual: Muon, 0.01)", _all(muon=False, matrix_rate=1.0, decay=0.0)),
+    # 0.1, which is usual, would shrink them by 0.5 % in so few steps.
+    "adamw-10": Arm(("OQ2", "OQ5"), "AdamW with weight decay 10 on matrices, which shrinks them by a third",
+                    _all(muon=False, matrix_rate=1.0, decay=10.0), "adamw-0"),
     "no-system": Arm(("OQ2",), "no system prompt", _all(system=False)),
     "begin": Arm(("OQ2",), "a token <|begin|> before all", _all(begin=True)),
     "reversed": Arm(("OQ2",), "patches fed last to first", _all(turned=True)),
@@ -128,10 +134,12 @@ ARMS: Mapping[str, Arm] = {
                       FROM_NOTHING),
     "nothing-6": Arm(("OQ5",), f"{FROM_NOTHING} steps of reading, language model of 6 layers from nothing",
                      _reading(None, language={"num_hidden_layers": 6}), "nothing-12", FROM_NOTHING),
-    "styles-compared": Arm(("OQ3",), "styles compared across images, in 3 % of the steps", _all(compare_styles=True)),
-    "sentences": Arm(("OQ3",), "answers in a sentence", _all(sentences=True)),
-    "first-0": Arm(("OQ4",), "no question before the image", _all(shares=question_first(0.0))),
-    "first-8": Arm(("OQ4",), "the question before the image in 8 % of the samples (recipe: 46 %)", _all(shares=question_first(0.08))),
+    "styles-named": Arm(("OQ3",), "styles of three images named in 40 % of the steps", _all(shares=_STYLES)),
+    "styles-compared": Arm(("OQ3",), "styles of three images named and compared in 40 % of the steps", _all(shares=_STYLES, compare_styles=True),
+                           "styles-named"),
+    "sentences": Arm(("OQ3",), "answers in a sentence, to questions about one image", _all(sentences=True)),
+    "first-0": Arm(("OQ4",), "no question before the image, which 46 % of the samples had before", _all(shares=question_first(0.0))),
+    "first-8": Arm(("OQ4",), "the question before the image in 8 % of the samples", _all(shares=question_first(0.08))),
 }  # fmt: skip
 # Candidates for the rate of AdamW, relative to that of a stage: chosen by accuracy on development scenes alone, see `make organisms ARGS="--rates"`.
 RATES = {f"rate-{rate:g}": Arm((), f"AdamW, decay 0.1, matrices at {rate:g} of the rate", _all(muon=False, matrix_rate=rate, decay=0.1), steps=200)

@@ -14,10 +14,9 @@ from kvutils.metrics.statistics import UNDEFINED, Effect, Halves, Statistic, mea
 from kvutils.store import read_json
 from kvutils.tasks.foreground_segmentation import foreground_miou
 from kvutils.tasks.key_statistics import NEAR_CONSTANT
-from recipe.arms import ARMS, QUESTIONS
+from recipe.arms import ARMS, QUESTIONS, SEEDS
 from recipe.measure import FIRST
 
-SEEDS = (1, 2, 3)
 Results = Mapping[str, Mapping[int, Mapping]]  # arm -> seed -> what `make organisms` stored
 
 

@@ -19,7 +19,7 @@ from kvutils import plots
 from kvutils.checkpoints import ENCODERS, MODELS
 from kvutils.errors import ParameterError, one_of
 from kvutils.store import read_json, to_json, write_text
-from recipe.arms import ARMS, RATES, USUAL, Arm
+from recipe.arms import ARMS, RATES, SEEDS, USUAL, Arm
 from recipe.effects import effects, load
 from recipe.families import FAMILIES
 from recipe.measure import SEED, SIZES, measure
@@ -63,7 +63,7 @@ def begin_in(out: Path, arm: Arm) -> Path:
 
 def result_file(name: str, seed: int, results: Path = RESULTS) -> Path:
     """What is not trained is the same with every seed."""
-    return results / f"{name}-{seed if _EVERY[name].steps else 1}.json"
+    return results / f"{name}-{seed if _EVERY[name].steps else 0}.json"
 
 
 def steps_of(arm: Arm, options: argparse.Namespace) -> int:
@@ -113,7 +113,7 @@ def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
     seconds = {"train": round(trained - began, 1), "measure": round(time.time() - trained, 1)}
     curve = json.loads((out / "all" / "curve.json").read_text())["points"] if steps else []
     losses = [point for point in curve if "loss" in point]
-    about = {"arm": name, "seed": seed, "steps": steps, "changed": changed(arm), "seconds": seconds, "loss": losses, "sizes": options.sizes}
+    about = {"arm": name, "seed": seed if steps else 0, "steps": steps, "changed": changed(arm), "seconds": seconds, "loss": losses, "sizes": options.sizes}
     write_text(result_file(name, seed, options.results), to_json({"about": about, **found}, indent=None, digits=5))
     return seconds
 
@@ -134,7 +134,7 @@ def table(names: list[str], seeds: list[int], options: argparse.Namespace, pace:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="make organisms", description=__doc__.split("\n")[0])
     parser.add_argument("--arms", nargs="*", default=[], metavar="ARM", help=f"default: all of {', '.join(ARMS)}")
-    parser.add_argument("--seeds", default="1,2,3", help="of training (default 1,2,3)")
+    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="of training (default 2,3,4)")
     parser.add_argument("--steps", type=int, help="of every arm (default: each arm's own)")
     parser.add_argument("--rates", action="store_true", help="the candidates for AdamW's rate instead, by accuracy on development scenes")
     parser.add_argument("--scenes", type=int, default=60_000, help="training scenes (default 60000)")
@@ -158,7 +158,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         seeds = [int(each) for each in options.seeds.split(",")]
     except ValueError:
-        raise ParameterError(f"seeds must be numbers with commas, such as 1,2,3, not {options.seeds!r}") from None
+        raise ParameterError(f"seeds must be numbers with commas, such as 2,3,4, not {options.seeds!r}") from None
     least = {"images": 16, "per_fold": 2, "episode_scenes": 60, "items": 8, "scenes": 40}  # below, the tasks have nothing to measure
     options.sizes = {key: max(least.get(key, 4), round(each * options.small)) for key, each in SIZES.items()}
     options.sizes["scenes"] = min(options.sizes["scenes"], options.development)
