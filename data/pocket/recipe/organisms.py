@@ -66,6 +66,10 @@ def result_file(name: str, seed: int, results: Path = RESULTS) -> Path:
     return results / f"{name}-{seed if _EVERY[name].steps else 0}.json"
 
 
+def _text(result: Mapping) -> str:
+    return to_json(result, indent=None, digits=5)
+
+
 def steps_of(arm: Arm, options: argparse.Namespace) -> int:
     return arm.steps and (options.steps or arm.steps)
 
@@ -86,7 +90,7 @@ def is_measured(name: str, seed: int, options: argparse.Namespace) -> bool:
     if not file.exists():
         return False
     about = read_json(file)["about"]
-    wanted = {"steps": steps_of(arm, options), "changed": json.loads(json.dumps(changed(arm))), "sizes": options.sizes}
+    wanted = json.loads(_text({"steps": steps_of(arm, options), "changed": changed(arm), "sizes": options.sizes}))  # rounded as they are stored
     if {key: about[key] for key in wanted} != wanted:
         raise ParameterError(f"{file} was measured after {about['steps']} steps; its steps, ingredients or sizes are not those that are asked "
                              "for: remove it, or give another --results")  # fmt: skip
@@ -114,7 +118,7 @@ def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
     curve = json.loads((out / "all" / "curve.json").read_text())["points"] if steps else []
     losses = [point for point in curve if "loss" in point]
     about = {"arm": name, "seed": seed if steps else 0, "steps": steps, "changed": changed(arm), "seconds": seconds, "loss": losses, "sizes": options.sizes}
-    write_text(result_file(name, seed, options.results), to_json({"about": about, **found}, indent=None, digits=5))
+    write_text(result_file(name, seed, options.results), _text({"about": about, **found}))
     return seconds
 
 
