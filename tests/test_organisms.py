@@ -12,6 +12,7 @@ from recipe.families import FAMILIES
 from recipe.packing import IMAGE, PAD, encode, pack
 from recipe.pool import make_pool
 from recipe.samples import PLAIN, Sample, in_sentence
+from scipy.stats import t as scipy_t
 
 from kvutils.datasets.pocket import questions as q
 
@@ -71,6 +72,12 @@ def test_patches_are_fed_in_reverse_and_the_newline_stays(pool):
     assert torch.allclose(turned[:, :-1].flip(1), usual[:, :-1], atol=1e-6) and torch.equal(turned[:, -1], usual[:, -1])
 
 
+def _of_seeds(reading: effects.Reading, results: dict) -> tuple[float, float]:
+    """Mean and standard error of the differences of the seeds."""
+    each = [reading.each(results["narrow-0.2"][seed]) - reading.each(results["base"][seed]) for seed in results["narrow-0.2"]]
+    return float(np.mean(each)), float(np.std(each, ddof=1) / np.sqrt(len(each)))
+
+
 def test_effects_are_differences_over_seeds_and_items():
     rng = np.random.default_rng(0)
 
@@ -79,22 +86,34 @@ def test_effects_are_differences_over_seeds_and_items():
         return {"accuracy": {"existence": {"scenes": [str(i // 2) for i in range(200)], "right": right}},
                 "keys": {"norm": [[1.0], [2.0 + seed / 10]]}}  # fmt: skip
 
-    results = {"base": {seed: result(seed, 0.5) for seed in (1, 2, 3)}, "narrow-0.2": {seed: result(seed, 0.9) for seed in (1, 2)}}
+    results = {"base": {seed: result(seed, 0.5) for seed in (2, 3, 4)}, "narrow-0.2": {seed: result(seed, 0.9) for seed in (2, 3)}}
     accuracy = next(each for each in effects.READINGS["OQ1"] if each.name == "accuracy, existence")
     found = effects.effect_of(accuracy, results, "narrow-0.2", "base")
-    each = [accuracy.each(results["narrow-0.2"][seed]) - accuracy.each(results["base"][seed]) for seed in (1, 2)]
+    each = [accuracy.each(results["narrow-0.2"][seed]) - accuracy.each(results["base"][seed]) for seed in (2, 3)]
     assert found.mean == pytest.approx(np.mean(each)) and 20 < found.low < found.mean < found.high and found.n == 400
+    one = {name: {2: seeds[2]} for name, seeds in results.items()}
+    assert np.isnan(effects.effect_of(accuracy, one, "narrow-0.2", "base").low)  # one seed says nothing about others
+    for seed, shift in ((2, 0.3), (3, -0.3)):  # seeds that differ by more than their items let expect
+        results["narrow-0.2"][seed] = result(seed, 0.6 + shift)
+    wide, (low, high) = effects.effect_of(accuracy, results, "narrow-0.2", "base"), scipy_t.interval(0.95, 1, *_of_seeds(accuracy, results))
+    assert wide.low == pytest.approx(low) and wide.high == pytest.approx(high)
     norm = next(each for each in effects.READINGS["OQ2"] if each.name == "norm of keys")
     higher = copy.deepcopy(results)
-    for seed in (1, 2):
+    for seed in (2, 3):
         higher["narrow-0.2"][seed]["keys"]["norm"][1] = [3.0 + seed / 10]
     assert effects.effect_of(norm, higher, "narrow-0.2", "base").mean == pytest.approx(1.0)
     assert effects.effect_of(accuracy, results, "medium-0", "base").n == 0
     assert {*effects.READINGS} == {*QUESTIONS} and "base (seed" not in " ".join(effects.missing(results)["OQ1"])
+    assert "medium-0.9 (seed 2,3,4)" in effects.missing(results)["OQ2"]  # with which broad-0.9 is compared
+
+
+def test_levels_hold_what_arms_are_compared_with():
+    keys = {"keys": {"norm": [[1.0], [2.0]]}}
+    assert {*effects.levels({"broad-0.9": {2: keys}, "medium-0.9": {2: keys}})["OQ2"]["norm of keys"]} == {"broad-0.9", "medium-0.9"}
 
 
 def test_what_is_not_trained_counts_with_every_seed(tmp_path):
     for name, seed, steps in (("start", 1, 0), ("base", 2, 200)):
         (tmp_path / f"{name}-{seed}.json").write_text(json.dumps({"about": {"arm": name, "seed": seed, "steps": steps}}))
-    assert {name: [*seeds] for name, seeds in effects.load(tmp_path).items()} == {"start": [1, 2, 3], "base": [2]}
-    assert organisms.result_file("start", 3, tmp_path).name == "start-1.json"
+    assert {name: [*seeds] for name, seeds in effects.load(tmp_path).items()} == {"start": [2, 3, 4], "base": [2]}
+    assert organisms.result_file("start", 3, tmp_path).name == "start-0.json"

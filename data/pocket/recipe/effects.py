@@ -1,11 +1,11 @@
 """What the ingredients of the arms change: each arm minus the one it is compared with, with intervals over seeds and items.
 
 Items are the same development scenes in every arm and seed, so that a difference is paired and both are resampled: an item is drawn as
-often as its seed and its scene (the pigeonhole bootstrap of `kvutils.metrics.statistics`). What is one number per training has an interval
-over seeds alone (Student's t), and none with fewer than two."""
+often as its seed and its scene (the pigeonhole bootstrap of `kvutils.metrics.statistics`). Few seeds vary more than it can see, so that the
+interval is never narrower than that over the differences of the seeds alone (Student's t), and there is none with fewer than two."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -110,7 +110,7 @@ def _built(minus: int) -> Callable:
         about, nothing = (np.array(found["fold"]), np.array(found["class"])), np.zeros(len(found["fold"]))
         curve = np.stack([np.column_stack([*about, nothing, inside, nothing, union]) for layer in range(1, layers)
                           for inside, union in [found["pixels"][f"value.{layer}"]]], axis=1)  # fmt: skip
-        halves = Halves.of(found["groups"], 0)
+        halves = Halves.of([*zip(*about, strict=True)], 0)  # by class: supports are shared within one
         best = [1 + index for index in halves.best(curve[:, 1:-1], foreground_miou)]
         return np.stack([halves.read(curve, best), curve[:, minus]], axis=1), found["groups"]
 
@@ -140,7 +140,8 @@ READINGS: Mapping[str, tuple[Reading, ...]] = {  # of each question; the first i
                  for subtask, title in (("Art_Style", "art style"), ("Visual_Similarity", "visual similarity")) for name, score in (
                      (_GAP, lambda right, named: right["value"] * (1 - right["said"]) * named), ("accuracy", lambda right, named: right["said"]),
                      ("gain by the readout added", lambda right, named: right["added"] - right["said"]),
-                     ("gain by the gate", lambda right, named: right["gate"] - right["said"]))),
+                     ("gain by the gate", lambda right, named: right["gate"] - right["said"]))) + (
+                         Reading("accuracy, questions in two steps", _accuracy("hop_class", "hop_colour", "hop_match", "hop_more", "hop_same")),),
     "OQ4": (Reading("correct minus wrong prefix", _prefix("wrong")), Reading("correct minus filler", _prefix("filler")),
             Reading("how far values of objects move", lambda result: (np.array([np.mean(result["prefix"]["moved"]["correct"][1:])]), None),
                     unit="% of their norm")),
@@ -151,19 +152,25 @@ READINGS: Mapping[str, tuple[Reading, ...]] = {  # of each question; the first i
 
 def effect_of(reading: Reading, results: Results, arm: str, against: str) -> Effect:
     """The arm minus the other in what is read, over the seeds that both have; `UNDEFINED` where there are none, or it was not measured."""
-    rows = []
-    for seed in sorted(results.get(arm, {}).keys() & results.get(against, {}).keys()):
-        try:
-            (one, scenes), (other, _) = (reading.of(results[name][seed]) for name in (arm, against))
-        except KeyError:  # patches in reverse have no readouts
-            return UNDEFINED
-        rows.append((one, other, [(f"seed {seed}", str(scene)) for scene in scenes] if scenes is not None else [f"seed {seed}"]))
-    if not rows:
+    seeds = seeds_of(results, arm, against)
+    try:
+        read = [[(reading.of(results[name][seed]), reading.each(results[name][seed])) for seed in seeds] for name in (arm, against)]
+    except KeyError:  # patches in reverse have no readouts
         return UNDEFINED
-    ones, others, groups = (list(each) for each in zip(*rows, strict=True))
-    with np.errstate(invalid="ignore"):  # one number of one seed: nothing is left without it
-        found = paired_difference(np.concatenate(ones), np.concatenate(others), reading.statistic, groups=sum(groups, []))
-    return found.scaled(reading.factor)
+    if not seeds:
+        return UNDEFINED
+    over_seeds = paired_difference(*([each for _, each in one] for one in read))
+    if read[0][0][0][1] is None:
+        return over_seeds
+    ones, others = (np.concatenate([scores for (scores, _), _ in one]) for one in read)
+    groups = [(f"seed {seed}", str(scene)) for seed, ((_, scenes), _) in zip(seeds, read[0], strict=True) for scene in scenes]
+    over_items = paired_difference(ones, others, reading.statistic, groups=groups).scaled(reading.factor)
+    return replace(over_items, low=float(np.minimum(over_items.low, over_seeds.low)), high=float(np.maximum(over_items.high, over_seeds.high)))
+
+
+def seeds_of(results: Results, arm: str, against: str) -> list[int]:
+    """Those that both have."""
+    return sorted(results.get(arm, {}).keys() & results.get(against, {}).keys())
 
 
 def effects(results: Results) -> dict[str, dict[str, dict]]:
@@ -173,24 +180,30 @@ def effects(results: Results) -> dict[str, dict[str, dict]]:
     for question, readings in READINGS.items():
         found[question] = {}
         for name, arm in ARMS.items():
-            seeds = results.get(name, {}).keys() & results.get(arm.against, {}).keys()
+            seeds = seeds_of(results, name, arm.against)
             if question not in arm.questions or arm.against == name or not seeds:
                 continue
             read = {}
             for reading in readings:
                 each = effect_of(reading, results, name, arm.against)
                 if each.n:
-                    by_seed = [reading.each(results[name][seed]) - reading.each(results[arm.against][seed]) for seed in sorted(seeds)]
+                    by_seed = [reading.each(results[name][seed]) - reading.each(results[arm.against][seed]) for seed in seeds]
                     read[reading.name] = each.as_dict() | {"seeds": by_seed, "unit": reading.unit}
-            found[question][name] = {"against": arm.against, "varies": arm.varies, "seeds": sorted(seeds), "readings": read}
+            found[question][name] = {"against": arm.against, "varies": arm.varies, "seeds": seeds, "readings": read}
     return found
 
 
 def levels(results: Results) -> dict[str, dict[str, dict]]:
     """question -> reading -> arm -> its value in each seed: what the differences are differences of."""
-    return {question: {reading.name: {name: [reading.each(result) for result in seeds.values()] for name, seeds in results.items()
-                                      if question in ARMS[name].questions and _has(reading, seeds)} for reading in readings}
+    return {question: {reading.name: {name: [reading.each(result) for result in results[name].values()] for name in _arms(question)
+                                      if name in results and _has(reading, results[name])} for reading in readings}
             for question, readings in READINGS.items()}  # fmt: skip
+
+
+def _arms(question: str) -> list[str]:
+    """Those of the question and those that they are compared with, in their order."""
+    asked = {each for name, arm in ARMS.items() if question in arm.questions for each in (name, arm.against)}
+    return [name for name in ARMS if name in asked]
 
 
 def _has(reading: Reading, seeds: Mapping[int, Mapping]) -> bool:
@@ -203,5 +216,4 @@ def _has(reading: Reading, seeds: Mapping[int, Mapping]) -> bool:
 def missing(results: Results, seeds: Sequence[int] = SEEDS) -> dict[str, list[str]]:
     """question -> the arms that lack a seed, with these seeds."""
     lacking = {name: ",".join(str(seed) for seed in seeds if seed not in results.get(name, {})) for name in ARMS}
-    return {question: [f"{name} (seed {lacking[name]})" for name, arm in ARMS.items() if question in arm.questions and lacking[name]]
-            for question in QUESTIONS}  # fmt: skip
+    return {question: [f"{name} (seed {lacking[name]})" for name in _arms(question) if lacking[name]] for question in QUESTIONS}
