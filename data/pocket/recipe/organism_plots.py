@@ -1,8 +1,10 @@
 """Figures of the arms: what each ingredient changes, seeds as points."""
 
 from collections.abc import Mapping
+from textwrap import fill
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from kvutils.plots.style import COLOURS, forest, panels, styled
 from recipe.arms import QUESTIONS
@@ -28,9 +30,11 @@ def differences(question: str, arms: Mapping[str, Mapping]) -> Figure:
                 points.append((row, found, COLOURS[0] if sign(found) else "grey", "o", None))
                 axis.plot(found["seeds"], [row + 0.25] * len(found["seeds"]), ".", color="black", ms=3.5, alpha=0.6)
         forest(axis, points, rows)
-        axis.set_title(name.replace(": ", ":\n"), fontsize=8.5)
+        axis.set_title(name.replace(": ", ":\n") if ": " in name else fill(name, 32), fontsize=8.5)
         axis.set_xlabel(unit, fontsize=8)
         axis.tick_params(labelsize=7.5)
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.set_ylim(len(rows) - 0.4, -0.5)
     sure = sum(sign(found) != 0 for arm in arms.values() for found in arm["readings"].values())
     total = sum(len(arm["readings"]) for arm in arms.values())
     seeds = sorted({seed for arm in arms.values() for seed in arm["seeds"]})
