@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from recipe.samples import PLAIN, Sample, in_sentence
 from scipy.stats import t as scipy_t
 
 from kvutils.datasets.pocket import questions as q
+from kvutils.run import notebook
 
 FAMILY = FAMILIES["pocket"]
 
@@ -117,3 +119,13 @@ def test_what_is_not_trained_counts_with_every_seed(tmp_path):
         (tmp_path / f"{name}-{seed}.json").write_text(json.dumps({"about": {"arm": name, "seed": seed, "steps": steps}}))
     assert {name: [*seeds] for name, seeds in effects.load(tmp_path).items()} == {"start": [2, 3, 4], "base": [2]}
     assert organisms.result_file("start", 3, tmp_path).name == "start-0.json"
+
+
+def test_readme_tells_the_effects_that_are_stored():
+    results = effects.load(organisms.RESULTS)
+    wanted = {("colour read from values", "narrow-0.9", "narrow-0.2"), ("style read from values", "narrow-0.9", "narrow-0.2"),
+              ("style read from values", "narrow-0.9-distil", "narrow-0.9"), ("light read from values", "narrow-0.9", "narrow-0.2")}  # fmt: skip
+    by_name, told = {each.name: each for each in effects.READINGS["OQ1"]}, " ".join((notebook.ROOT / "README.md").read_text().split())
+    for name, *arms in wanted:
+        found = effects.effect_of(by_name[name], results, *arms)
+        assert re.search(rf"{found.mean:+.1f} (points )?\[{found.low:+.1f}, {found.high:+.1f}\]".replace("+", r"\+"), told), (name, found)
