@@ -316,7 +316,7 @@ def draw_x5(size: str, points: float, random: Random, model: float = 0.7) -> dic
 # Several models, and settings.
 def draw_c3(size: str, r: float, random: Random, models: int = 12) -> dict:
     x = random.normal(size=models)
-    return measured(across.correlation("r", x, r * x + (1 - r * r) ** 0.5 * random.normal(size=models)))
+    return measured(across.correlation("r", x, r * x + (1 - r * r) ** 0.5 * random.normal(size=models), models))
 
 
 def draw_x1(size: str, points: float, random: Random) -> dict:

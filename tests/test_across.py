@@ -92,28 +92,33 @@ def test_c3_is_a_correlation_over_models(tmp_path, noise, count, verdict):
     found = pearsonr(added, ability)
     assert line["value"] == pytest.approx(found.statistic, abs=1e-5)
     assert (line["low"], line["high"]) == pytest.approx(tuple(found.confidence_interval()), abs=1e-5)
+    write_model(tmp_path, "stage-0-read", added=added[0], accuracy=ability[0])  # the same training once more: a point, no unit
+    line = lines_of(tmp_path)["stage-0"]["C3"]
+    assert (line["n"], line["units"]) == (count + 1, count) and f"counts {count} trainings" in line["note"]
 
 
 def test_a_correlation_of_zero_is_absent_with_enough_models_alone():
     x = np.arange(200.0)
     y = np.where(np.arange(200) % 2, 1.0, -1.0)
-    many = correlation("r", x, y)
+    many = correlation("r", x, y, 200)
     assert -0.5 < many["low90"] < many["high90"] < 0.5 and many["detectable"] == pytest.approx(0.197, abs=0.002)
-    few = correlation("r", x[:6], y[:6])
+    few = correlation("r", x[:6], y[:6], 6)
+    assert few == correlation("r", x[:6], y[:6], 5) | {key: few[key] for key in ("units", "error", "low", "high", "low90", "high90", "detectable")}
+    assert correlation("r", x[:6], y[:6], 5)["low"] < few["low"] and correlation("r", x[:6], y[:6], 3)["reason"] == "3 trainings are too few"
     assert few["low90"] < -0.5 and few["detectable"] == pytest.approx(0.924, abs=0.002)
-    assert correlation("r", x, x)["low"] > 0.99 and correlation("r", x, np.ones(200))["reason"] == "the models do not differ"
+    assert correlation("r", x, x, 200)["low"] > 0.99 and correlation("r", x, np.ones(200), 200)["reason"] == "the models do not differ"
 
 
 def test_c3_within_families_is_a_partial_correlation():
     """Two families that differ the other way than their members do."""
     x, y, families = np.array([0, 1, 2, 10, 11, 12.0]), np.array([5, 6, 7.5, 0, 1, 2.0]), ["a"] * 3 + ["b"] * 3
-    found = correlation("r", x, y, families)
+    found = correlation("r", x, y, 6, families)
     is_a = np.array(families) == "a"
     rest_x, rest_y = (each - np.polyval(np.polyfit(is_a, each, 1), is_a) for each in (x, y))
-    assert found["value"] == pytest.approx(pearsonr(rest_x, rest_y).statistic) and correlation("r", x, y)["value"] < 0 < found["value"]
-    assert found["n"] == 6 and found["detectable"] == correlation("r", x[:5], y[:5])["detectable"]
-    assert correlation("r", x[:4], y[:4], families[:4])["reason"] == "4 models are too few for their families"
-    assert correlation("r", x, y, range(6))["reason"] == "the models do not differ"
+    assert found["value"] == pytest.approx(pearsonr(rest_x, rest_y).statistic) and correlation("r", x, y, 6)["value"] < 0 < found["value"]
+    assert found["n"] == 6 and found["detectable"] == correlation("r", x[:5], y[:5], 5)["detectable"]
+    assert correlation("r", x[:4], y[:4], 4, families[:4])["reason"] == "4 trainings are too few for their families"
+    assert correlation("r", x, y, 6, range(6))["reason"] == "the models do not differ"
 
 
 def test_the_models_of_a_profile_stand_in_one_figure(tmp_path):

@@ -81,6 +81,8 @@ def test_each_comparison_has_its_own_word():
         ["C6", "MME", "+0.00 [-0.60, +0.60] points", "9", "0.87", 400, "100", "absent"],
         ["C6", "depth", "+0.30 [+0.20, +0.40] share", None, "0.19", 400, "5, few units", None],
         ["C6", "other", "+1.00, interval not defined: too few independent units to resample", "1.5", None, 1, "1", "not measured"]]
+    changed = report.comparisons(claim("X6", "equal"), measured(one(0, 5, name="may be largest"), [one(4, 0.1, name="batch size")]))
+    assert [cells[1:3] for cells in changed] == [["**batch size**", "+4.00 [+3.90, +4.10] F1 points"], ["may be largest", "+0.00 [-5.00, +5.00] F1 points"]]
     assert [word_of_part(claim("X6", "equal"), one(value, 0.1)) for value in (0, 3)] == [HOLDS, FAILS]
     assert word_of_part(claim("X2"), part("a", UNDEFINED)) == NOT_MEASURED
     assert report.comparisons(claim(), {"entries": []})[0][1].endswith("run notebook 01 again.")
@@ -94,7 +96,7 @@ def test_a_line_of_the_tables():
     assert report.ours(report.row(claim(), None)) == "–" == report.ours(report.row(claim(), {"entries": []}))
     many = report.row(claim(kind="tasks", effect=3), measured(part("ahead"), tasks=[one(5, 1, name="a"), one(-5, 1, name="b")]))
     none = report.row(claim(kind="tasks"), measured(part("ahead", Effect(0, *[float("nan")] * 2, 0, float("nan"), 0))))
-    assert report.ours(many) == "1 of 2 tasks" and report.ours(none) == "–" and many["tasks"] == {"a": "present", "b": "opposite"}
+    assert report.ours(many) == "1 of 2 tasks (1 behind)" and report.ours(none) == "–" and many["tasks"] == {"a": "present", "b": "opposite"}
 
 
 def test_one_sentence_beside_the_numbers():
@@ -150,7 +152,7 @@ def test_everything_is_made_from_the_results(root, capsys):
     assert "TYPED" not in readme and "| 2 of 2 tasks | **present** | 2 of 2 tasks ahead, 0 behind, 0 equal, 0 open; fewer ahead than the 6 of the paper. |" in readme and "in this small model" in readme
     assert max(line.count("|") for line in readme.splitlines()) == 6 + 1
     assert ("| [pocket](data/results/pocket/pocket/REPORT.md) | pocket, full | cpu (mine) | torch 2.1, transformers – | 0.25 | present: C1; "
-            "not measured: C2a C2b C3 C4 C5 C6 C7a C7b C8 |") in readme  # fmt: skip
+            "not measured: C2a C2b C4 C5 C6 C7a C7b C8 |") in readme  # fmt: skip
     assert "figures/01_overview.png" in readme and "give on **2 of 2 tasks**." in readme
     assert "01_value_flow.png)\n\n[01_value_flow](notebooks/01_value_flow.ipynb). C1, image values suffice for six tasks: **present**;" in readme
     (root / "pyproject.toml").write_text("[tool.kvutils]\nrepository = 'https://host/me/it'\n")
@@ -172,8 +174,9 @@ def test_other_models_stand_in_columns_beside_the_first(root):
     text = report.readme((root / "README.md").read_text(), root)
     header, _, c1, c2a = text.split("Every model of profile `pocket`, with its report:\n\n")[1].splitlines()[:4]
     assert header == "|  | claim | [pocket](data/results/pocket/pocket/REPORT.md) | [pocket-qwen](data/results/pocket/pocket-qwen/REPORT.md) |"
-    assert c1.startswith("| C1 | image values suffice") and "| **present** 2 of 2 tasks | **" in c1 and c1.endswith("** 1 of 2 tasks |")
+    assert c1.startswith("| C1 | image values suffice") and "| **present** 2 of 2 tasks | **" in c1 and c1.endswith("** 1 of 2 tasks (1 behind) |")
     assert c2a.endswith("| **not measured** | **not measured** |")
+    assert "| do C1 and C2 hold in every family? | **not measured**, all models together | ″ |" in text
     assert "| [pocket-qwen-read](data/results/pocket/pocket-qwen-read/REPORT.md) | pocket, full |" in text
     assert text.count("Profile `pocket`, model") == 1, "one table alone says why"
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from kvutils.metrics.effects import measured, part
 from kvutils.metrics.statistics import POWER, Effect
+from kvutils.plots.models import BEFORE
 from kvutils.run.verdicts import ABSENT, CANNOT_TELL, OPPOSITE, PRESENT, judge, word_of
 
 FEWEST_MODELS, FEWEST_FAMILIES = 6, 2
@@ -58,7 +59,8 @@ def families(models: Models, claims: Mapping[str, Mapping]) -> dict:
 
 def ability(models: Models) -> dict:
     """C3: correlation of what the language model adds, mean over the tasks of notebook 01, with accuracy, the mean of POPE's (notebook
-    03) and BLINK's official total (05). Models that lack one of the three, or a task that others have, are left out."""
+    03) and BLINK's official total (05). Models that lack one of the three, or a task that others have, are left out. A model and what it
+    was before its last stage are one training: both are in the correlation, its interval counts them once."""
     points = adds_and_ability(models)
     most = max((tasks for *_, tasks in points.values()), default=0)
     points = {model: (x, y) for model, (x, y, tasks) in points.items() if tasks == most}
@@ -68,9 +70,10 @@ def ability(models: Models) -> dict:
     added, accuracy = np.array(list(points.values())).T
     of_family = [models[model][1].get("01_value_flow", {}).get("family", "?") for model in points]
     note = f"Mean over {most} tasks: " + "; ".join(f"{model} adds {x:+.1f} points, accuracy {y:.1f} %" for model, (x, y) in points.items())
-    note += ". Stages and seeds count as models of their own here, which they are only in part."
-    within = [correlation("the same within families: each family's mean taken off", added, accuracy, of_family)] if 1 < len({*of_family}) else []
-    return measured(correlation(name, added, accuracy), within, note=note)
+    trainings = len({model.removesuffix(BEFORE) for model in points})
+    note += f". The interval counts {trainings} trainings: a model and its own earlier stage are not two; seeds of a family count as two."
+    within = [correlation("the same within families: each family's mean taken off", added, accuracy, trainings, of_family)] if 1 < len({*of_family}) else []
+    return measured(correlation(name, added, accuracy, trainings), within, note=note)
 
 
 def shown(models: Models) -> dict[str, dict]:
@@ -98,11 +101,11 @@ def adds_and_ability(models: Models) -> dict[str, tuple[float, float, int]]:
     return points
 
 
-def correlation(name: str, x: np.ndarray, y: np.ndarray, groups: Sequence | None = None) -> dict:
-    """Part of Pearson's r of n >= 4 pairs, its intervals by Fisher's transformation; undefined where one of them never differs. With
-    groups, of what is left when each group's mean is taken off: a partial correlation, with as many fewer pairs as there are groups
-    beyond the first; undefined below 4."""
-    left = len(x)
+def correlation(name: str, x: np.ndarray, y: np.ndarray, units: int, groups: Sequence | None = None) -> dict:
+    """Part of Pearson's r of n pairs, its intervals by Fisher's transformation for so many independent units; undefined below 4 of them
+    and where one of the two never differs. With groups, of what is left when each group's mean is taken off: a partial correlation, with
+    as many fewer units as there are groups beyond the first."""
+    left = units
     if groups is not None:
         member = np.equal.outer(np.unique(groups), groups).astype(float)  # (groups, n)
         x, y = (each - (member @ each / member.sum(axis=1)) @ member for each in (x, y))
@@ -110,9 +113,9 @@ def correlation(name: str, x: np.ndarray, y: np.ndarray, groups: Sequence | None
     if min(np.ptp(x), np.ptp(y)) < 1e-12:
         return part(name, reason="the models do not differ")
     if left < 4:
-        return part(name, reason=f"{len(x)} models are too few for their families")
+        return part(name, reason=f"{units} trainings are too few{'' if groups is None else ' for their families'}")
     r, error, normal = float(np.corrcoef(x, y)[0, 1]), 1 / math.sqrt(left - 3), NormalDist()
     z = math.atanh(min(max(r, -1 + 1e-12), 1 - 1e-12))
     (low90, high90), (low, high) = ((math.tanh(z - reach), math.tanh(z + reach)) for reach in (error * normal.inv_cdf(p) for p in (0.95, 0.975)))
     detectable = math.tanh(error * (normal.inv_cdf(0.975) + normal.inv_cdf(POWER)))
-    return part(name, Effect(r, low, high, len(x), error, len(x)), low90=low90, high90=high90, detectable=detectable)
+    return part(name, Effect(r, low, high, len(x), error, units), low90=low90, high90=high90, detectable=detectable)

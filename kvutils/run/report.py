@@ -15,7 +15,7 @@ from kvutils import data_folder, plots
 from kvutils.errors import DataError
 from kvutils.plots import models
 from kvutils.run import DEFAULT, across
-from kvutils.run.verdicts import FEW_UNITS, HOLDS, NOT_MEASURED, NOTHING, PRESENT, amount, interval_of, judge, rough, smallest_of, word_of_part
+from kvutils.run.verdicts import FEW_UNITS, HOLDS, NOT_MEASURED, NOTHING, OPPOSITE, PRESENT, amount, decided_by, interval_of, judge, rough, smallest_of, word_of_part
 from kvutils.store import read_json, to_json, write_text
 
 PICTURES = {"02_siglip_baseline": "02_steps", "03_input_agnostic_keys": "03_block_effects", "04_prefix": "04_prefix_effects",
@@ -34,7 +34,7 @@ def row(claim: Mapping, found: Mapping | None) -> dict:
     """One line of claims.json: the verdict, why, and the numbers that it rests on, in the claim's unit."""
     verdict = judge(claim, found)
     found = found if found and "primary" in found else {}
-    one, tasks = found.get("primary", {}), found.get("tasks", []) if claim["kind"] == "tasks" else []
+    one, tasks = decided_by(claim, found) if found else {}, found.get("tasks", []) if claim["kind"] == "tasks" else []
     return {"id": claim["id"], "verdict": verdict.word, "why": verdict.why, "note": found.get("note", ""),
             **{key: claim[key] for key in ("kind", "paper", "effect", "unit", "smallest", "notebook")}, "comparison": one.get("name"),
             **{key: one.get(key) for key in ("value", "low", "high", "detectable", "n", "units", "reason")},
@@ -42,24 +42,26 @@ def row(claim: Mapping, found: Mapping | None) -> dict:
 
 
 def ours(line: Mapping) -> str:
-    """What was measured of a line of claims.json: `+0.04 [+0.00, +0.10] F1 points`, or the number of tasks that are ahead."""
+    """What was measured of a line of claims.json: `+0.04 [+0.00, +0.10] F1 points`, or on how many tasks it is ahead, and behind on any."""
     if line["kind"] == "tasks":
-        return f"{list(line['tasks'].values()).count(PRESENT)} of {len(line['tasks'])} tasks" if line["tasks"] else "–"
+        ahead, behind = (list(line["tasks"].values()).count(word) for word in (PRESENT, OPPOSITE))
+        return f"{ahead} of {len(line['tasks'])} tasks{f' ({behind} behind)' if behind else ''}" if line["tasks"] else "–"
     if line["value"] is None:
         return "–"
     return interval_of(line) if line["low"] is None else f"{interval_of(line)} {line['unit']}"
 
 
 def comparisons(claim: Mapping, found: Mapping) -> list[list]:
-    """What stands behind a verdict: rows under `COMPARISONS`, the primary one in bold, each with its own word."""
+    """What stands behind a verdict: rows under `COMPARISONS`, the one that decides in bold, each with its own word."""
     if "primary" not in found:
         return [[claim["id"], judge(claim, found).why, *[""] * (len(COMPARISONS) - 3), NOT_MEASURED]]
     parts = {each["name"]: each for each in (*found.get("tasks", ()), *found["others"])}
-    parts.pop(found["primary"]["name"], None)
-    line = row(claim, found)
-    counted = claim["kind"] == "tasks" and found["primary"]["low"] is not None  # what is judged is the number; its mean is one of the others
-    lines = [(claim["id"], found["primary"], *((f"{interval_of(found['primary'])} {claim['unit']}", word_of_part(claim, found["primary"]))
-                                               if counted else (ours(line), line["verdict"])))]
+    first, line = decided_by(claim, found), row(claim, found)
+    parts = {found["primary"]["name"]: found["primary"], **parts}
+    del parts[first["name"]]
+    counted = claim["kind"] == "tasks" and first["low"] is not None  # what is judged is the number; its mean is one of the others
+    lines = [(claim["id"], first, *((f"{interval_of(first)} {claim['unit']}", word_of_part(claim, first)) if counted
+                                    else (ours(line), line["verdict"])))]
     for one in parts.values():
         value = interval_of(one) if one["low"] is None else f"{interval_of(one)} {one.get('unit', claim['unit'])}"
         lines.append((claim["id"], one, value, word_of_part(claim, one)))
@@ -175,11 +177,14 @@ def details(lines: list[dict], results: Mapping, provenance: Mapping[str, Mappin
 
 
 def side_by_side(folders: Sequence[Path]) -> str:
-    """Each model of a profile in a column, as Markdown: its word for every claim and the numbers behind it; the header links its report."""
+    """Each model of a profile in a column, as Markdown: its word for every claim and the numbers behind it; the header links its report.
+    What is said of all models together is said once."""
     columns = [rows(read_all(folder)) for folder in folders]
     header = ("", "claim", *(f"[{folder.name}](data/results/{folder.parent.name}/{folder.name}/REPORT.md)" for folder in folders))
-    cells = [[claim["id"], claim["short"], *(f"**{line['verdict']}** {ours(line)}".removesuffix(" –") for line in lines)]
-             for claim, *lines in zip(load_claims(), *columns, strict=True)]  # fmt: skip
+    cells = []
+    for claim, *lines in zip(load_claims(), *columns, strict=True):
+        words = [f"**{line['verdict']}** {ours(line)}".removesuffix(" –") for line in lines]
+        cells.append([claim["id"], claim["short"], *(words if claim["notebook"] else (f"{words[0]}, all models together", *["″"] * len(words[1:])))])
     profile = folders[0].parent.name
     figure = f"![Claims C1 and C2 in every model, and C3](figures/models_{profile}.png)"
     return f"Every model of profile `{profile}`, with its report:\n\n{markdown_table(header, cells)}\n\n{figure}"
@@ -206,12 +211,12 @@ def title_of(folder: Path) -> str:
 
 
 def runs(folders: Iterable[Path]) -> str:
-    """Every run in a line, as Markdown: on what it ran, for how long, and its words for the paper's claims."""
+    """Every run in a line, as Markdown: on what it ran, for how long, and its words for the paper's claims about one model."""
     lines = []
     for folder in folders:
         words: dict[str, list[str]] = {}
         for line in rows(read_all(folder)):
-            if line["id"].startswith("C"):
+            if line["id"].startswith("C") and line["notebook"]:
                 words.setdefault(line["verdict"], []).append(line["id"])
         machines = [about.get("machine", {}) for about in read_results(folder / "provenance").values()]
         named = ({each[key] for each in machines if key in each} for key in ("device", "torch", "transformers"))

@@ -84,16 +84,25 @@ def word_of(one: Mapping, smallest: float, equal: bool = False) -> str:
     return ABSENT if excluded else CANNOT_TELL
 
 
+def decided_by(claim: Mapping, found: Mapping) -> Mapping:
+    """The comparison that a verdict rests on: the primary one. Of a question whether nothing changes that is the change that may be
+    largest; that something changes is shown by any of the comparisons, by Holm's procedure over all, and decided by the largest of these."""
+    return max(_changed(claim, found), key=lambda each: abs(each["value"]), default=found["primary"])
+
+
+def _changed(claim: Mapping, found: Mapping) -> list[Mapping]:
+    if claim["kind"] != "equal" or found["primary"]["low"] is None:
+        return []
+    listed = [each for each in (found["primary"], *found["others"]) if each["low"] is not None]
+    return [each for sign in (1, -1) for each in _surely(listed, sign, claim["smallest"])]
+
+
 def of_effect(claim: Mapping, found: Mapping) -> Verdict:
-    """By the primary comparison. Of a question whether nothing changes it is the change that may be largest; that something changes
-    is shown by any of the comparisons, by Holm's procedure over all."""
-    one, smallest, unit, equal = found["primary"], claim["smallest"], claim["unit"], claim["kind"] == "equal"
+    """By the comparison of `decided_by`."""
+    one, smallest, unit, equal = decided_by(claim, found), claim["smallest"], claim["unit"], claim["kind"] == "equal"
     word = word_of(one, smallest, equal)
     if equal and word != NOT_MEASURED:
-        listed = [each for each in (one, *found["others"]) if each["low"] is not None]
-        sure = [each for sign in (1, -1) for each in _surely(listed, sign, smallest)]
-        word = ABSENT if sure else PRESENT if word == PRESENT else CANNOT_TELL
-        one = max(sure, key=lambda each: abs(each["value"]), default=one)
+        word = ABSENT if _changed(claim, found) else PRESENT if word == PRESENT else CANNOT_TELL
     if word == NOT_MEASURED:
         return Verdict(word, _sentence(one.get("reason") or "too few resamples"))
     what, about = "change that may be largest" if equal else "effect", f"{interval_of(one)} {unit}{_few(one)}"
