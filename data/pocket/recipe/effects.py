@@ -6,6 +6,7 @@ interval is never narrower than that over the differences of the seeds alone (St
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from kvutils.metrics.statistics import UNDEFINED, Effect, Halves, Statistic, mea
 from kvutils.store import read_json
 from kvutils.tasks.foreground_segmentation import foreground_miou
 from kvutils.tasks.key_statistics import NEAR_CONSTANT
-from recipe.arms import ARMS, QUESTIONS, SEEDS
+from recipe.arms import ARMS, QUESTIONS, SEEDS, START
 from recipe.measure import FIRST
 
 Results = Mapping[str, Mapping[int, Mapping]]  # arm -> seed -> what `make organisms` stored
@@ -23,17 +24,23 @@ Results = Mapping[str, Mapping[int, Mapping]]  # arm -> seed -> what `make organ
 @dataclass(frozen=True)
 class Reading:
     """One number of a training. of: result -> scores (items, ...) and the scenes of the items, None: it is one number. unit: of 100 times
-    the statistic where `factor` is 100."""
+    the statistic where `factor` is 100. control: as `of`, where what is read comes from nothing."""
 
     name: str
     of: Callable[[Mapping], tuple[np.ndarray, Sequence]]
     statistic: Statistic = mean_statistic
     factor: float = 100
     unit: str = "points"
+    control: Callable[[Mapping], tuple[np.ndarray, Sequence]] | None = None
 
     def each(self, result: Mapping) -> float:
         scores, _ = self.of(result)
         return self.factor * float(self.statistic(np.ones((1, len(scores))), scores)[0])
+
+
+def _read_from(attribute: str, name: str, family: str) -> Reading:
+    of, control = (partial(_probe, attribute=attribute, family=family, labels=labels) for labels in ("right", "shuffled"))
+    return Reading(f"{attribute} read from {name}", of, control=control)
 
 
 def load(folder: Path) -> dict[str, dict[int, dict]]:
@@ -58,13 +65,11 @@ def _accuracy(*kinds: str) -> Callable:
     return of
 
 
-def _probe(attribute: str, family: str) -> Callable:
-    def of(result: Mapping) -> tuple[np.ndarray, list]:
-        found = result["readouts"][attribute]
-        right = [_bits(bits) for source, bits in found["right"].items() if source.partition(".")[0] == family and source != "value.0"]
-        return np.mean(right, axis=0), found["scenes"]
-
-    return of
+def _probe(result: Mapping, attribute: str, family: str, labels: str) -> tuple[np.ndarray, list]:
+    """Mean over the layers but that of the first value projection."""
+    found = result["readouts"][attribute]
+    right = [_bits(bits) for source, bits in found[labels].items() if source.partition(".")[0] == family and source != "value.0"]
+    return np.mean(right, axis=0), found["scenes"]
 
 
 def _near(places: slice) -> Callable:
@@ -124,8 +129,7 @@ def _difference(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
 _ATTRIBUTES = ("style", "light", "class", "colour", "side", "part")
 _GAP = "values right, model wrong"
 READINGS: Mapping[str, tuple[Reading, ...]] = {  # of each question; the first is its headline
-    "OQ1": (*(Reading(f"{name} read from the tower", _probe(name, "encoder")) for name in _ATTRIBUTES),
-            *(Reading(f"{name} read from values", _probe(name, "value")) for name in _ATTRIBUTES),
+    "OQ1": (*(_read_from(name, "the tower", "encoder") for name in _ATTRIBUTES), *(_read_from(name, "values", "value") for name in _ATTRIBUTES),
             Reading("accuracy, existence", _accuracy("existence")), Reading("accuracy, style", _accuracy("style"))),
     "OQ2": (Reading("near-constant keys", _near(slice(None)), unit="% of keys"),
             Reading(f"near-constant among the first {FIRST}", _near(slice(FIRST)), unit="% of keys"),
@@ -174,8 +178,8 @@ def seeds_of(results: Results, arm: str, against: str) -> list[int]:
 
 
 def effects(results: Results) -> dict[str, dict[str, dict]]:
-    """question -> arm -> {against, varies, seeds, readings: name -> effect as a mapping, with `seeds`: the difference of each; unit}; only
-    arms that exist, JSON-able."""
+    """question -> arm -> {against, varies, seeds, readings: name -> effect as a mapping, with `seeds`: the difference of each; unit; control:
+    of what it is compared with, or None}; only arms that exist, JSON-able."""
     found: dict[str, dict[str, dict]] = {}
     for question, readings in READINGS.items():
         found[question] = {}
@@ -188,9 +192,15 @@ def effects(results: Results) -> dict[str, dict[str, dict]]:
                 each = effect_of(reading, results, name, arm.against)
                 if each.n:
                     by_seed = [reading.each(results[name][seed]) - reading.each(results[arm.against][seed]) for seed in seeds]
-                    read[reading.name] = each.as_dict() | {"seeds": by_seed, "unit": reading.unit}
+                    control = reading.control and float(np.mean([replace(reading, of=reading.control).each(results[arm.against][seed]) for seed in seeds]))
+                    read[reading.name] = each.as_dict() | {"seeds": by_seed, "unit": reading.unit, "control": control}
             found[question][name] = {"against": arm.against, "varies": arm.varies, "seeds": seeds, "readings": read}
     return found
+
+
+def trained(arms: Mapping[str, Mapping]) -> bool:
+    """Whether a question of `effects` has any arm beside the shipped model, which counts for all."""
+    return bool(arms.keys() - {START})
 
 
 def levels(results: Results) -> dict[str, dict[str, dict]]:

@@ -8,6 +8,7 @@ from matplotlib.ticker import MaxNLocator
 
 from kvutils.plots.style import COLOURS, forest, panels, styled
 from recipe.arms import QUESTIONS
+from recipe.effects import trained
 
 
 def sign(found: Mapping) -> int:
@@ -45,4 +46,4 @@ def differences(question: str, arms: Mapping[str, Mapping]) -> Figure:
 
 def draw(found: Mapping[str, Mapping]) -> dict[str, Figure]:
     """found: of `recipe.effects.effects`."""
-    return {f"06_{question.lower()}": differences(question, arms) for question, arms in found.items() if arms}
+    return {f"06_{question.lower()}": differences(question, arms) for question, arms in found.items() if trained(arms)}
