@@ -163,7 +163,7 @@ def test_figures_need_only_the_results_file(redraw):
     said = {tuple(text.get_position()): text.get_text() for text in axis.texts}
     assert len(said) == 30 and said[0, 5].startswith(f"{100 * chain['steps']['finetuning']['mean']:+.1f}\n[")
     assert "SigLIP ahead of the best values on 6 of 6 tasks, behind on 0" in figures["02_steps"].get_suptitle()
-    assert "losing most often: projection and language model; adding most often: finetuning and" in figures["02_steps"].get_suptitle()
+    assert "losing most often: projection and language model (6 of 6); adding most often: finetuning and" in figures["02_steps"].get_suptitle()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -39,7 +39,8 @@ def steps_along_chain(chains: Mapping[str, Mapping]) -> Figure:
     axis.spines[:].set_visible(False)
     ahead, behind = (int((sure[fair, -1] == sign).sum()) for sign in (-1, 1))
     counts = [(sure[:, :-1] == sign).sum(0) for sign in (-1, 1)]
-    lost, gained = (" and ".join(step for step, each in zip(STEPS, count, strict=False) if 0 < each == count.max()) or "nothing" for count in counts)
+    lost, gained = (" and ".join(step for step, each in zip(STEPS, count, strict=False) if 0 < each == count.max()) + f" ({count.max()} of {len(sure)})"
+                    if count.any() else "nothing" for count in counts)
     figure.suptitle(f"SigLIP ahead of the best values on {ahead} of {sum(fair)} tasks, behind on {behind};\n"
                     f"losing most often: {lost}; adding most often: {gained}", fontsize=11)  # fmt: skip
     figure.supxlabel("change of the score in points (100 times the metric), with 95 % interval; colourless where that includes 0", fontsize=8.5)

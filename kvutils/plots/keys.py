@@ -16,12 +16,12 @@ MODES = {"yes": "two modes", "open": "open", "no": "one mode"}
 _NUMBERS = ("mean", "low", "high")
 BLOCK, EVERY, BELOW = "input-agnostic", "all keys", "reading layers, input-agnostic"
 ROWS = {EVERY: ("every image key", COLOURS[3], "v"),  # condition -> its label, colour and marker
-        BLOCK: ("the block: keys below the threshold", COLOURS[0], "o"),
+        BLOCK: ("the block: keys that vary least", COLOURS[0], "o"),
         "random": ("random keys", COLOURS[7], "s"),
         "random, same attention": ("random keys, same attention", COLOURS[7], "s"),
         "highest variance": ("keys that vary most", COLOURS[7], "s"),
         "same positions, early layers": ("same positions as the block", COLOURS[7], "s"),
-        BELOW: ("keys below the threshold", COLOURS[2], "D"),
+        BELOW: ("keys that vary as little", COLOURS[2], "D"),
         "reading layers, lowest variance": ("as many as the block, lowest", COLOURS[2], "D"),
         "reading layers, random": ("as many as the block, random", COLOURS[2], "D")}
 
@@ -93,7 +93,7 @@ def places(trained: Mapping) -> Figure:
 
 @styled
 def shares_by_layer(keys: Mapping) -> Figure:
-    """Share of keys that vary little, trained and untrained, by layer; attention to the keys below the threshold against others."""
+    """Share of keys that vary little, trained and untrained, by layer; attention to the keys that vary least against others."""
     trained, compared = keys["trained"], keys["compared"]["within_heads"]
     layers, limits = trained["layers"], trained["thresholds"]["within_heads"]
     figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.9))
@@ -106,7 +106,7 @@ def shares_by_layer(keys: Mapping) -> Figure:
     axes[1].axhline(0, color="black", lw=0.8)
     sink = trained["sinks"]["raw"]["mass"]["all"]["mean"]
     gap = "none to compare" if sink is None else f"{sink:+.2f} (above 0: sinks)"
-    axes[1].set(title=f"attention to keys below the threshold minus that\nto others of their head: {gap}", ylabel="multiples of the average key's")
+    axes[1].set(title=f"attention to keys that vary least minus that\nto others of their head: {gap}", ylabel="multiples of the average key's")
     for axis in axes:
         _tick_layers(axis, layers)
     first, (mean, low, high) = trained["shares"]["within_heads"]["layers"][0]["mean"], (100 * compared["behind_layer_0"][key] for key in _NUMBERS)
@@ -193,8 +193,8 @@ def block_effects(blocking: Mapping) -> Figure:
     change = {name: 100 * pope[name]["mean"] for name in (EVERY, BLOCK, BELOW)}
     idle = max(abs(pope[EVERY]["low"]), abs(pope[EVERY]["high"])) < blocking["pope"]["smallest"]
     figure.suptitle(f"{_span(late).capitalize()} {'are no lever for' if idle else 'and'} POPE: hiding every image key changes it by "
-                    f"{change[EVERY]:+.1f} points, the block by {change[BLOCK]:+.1f};\nin {_span(about[BELOW]['layers'])}, hiding the keys below "
-                    f"the threshold changes it by {change[BELOW]:+.1f}")  # fmt: skip
+                    f"{change[EVERY]:+.1f} points, the block by {change[BLOCK]:+.1f};\nin {_span(about[BELOW]['layers'])}, hiding the keys that "
+                    f"vary as little changes it by {change[BELOW]:+.1f}")  # fmt: skip
     return figure
 
 
