@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import AttentionInterface, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import eager_mask
+from transformers.models.qwen2.modeling_qwen2 import eager_attention_forward
 
 from kvutils.checkpoints import QWEN
 from kvutils.errors import ModelError, ParameterError
@@ -22,7 +24,7 @@ from kvutils.models import MLM, need_mlm
 from kvutils.prompts import TextInputs
 
 Store = Callable[[int, torch.Tensor, torch.Tensor], None]
-GROUPED = "kvutils_grouped_sdpa"  # the attention of continuations of a model with "sdpa": takes a mask for all heads or one per KV head
+GROUPED, EXACT = "kvutils_grouped_sdpa", "kvutils_float32_eager"  # of continuations of a model with "sdpa", and where weights are shown
 
 
 def resolve_layers(mlm: MLM, layers: str | int | Iterable[int]) -> tuple[int, ...]:
@@ -41,7 +43,7 @@ def resolve_layers(mlm: MLM, layers: str | int | Iterable[int]) -> tuple[int, ..
 
 def check_masks(mlm: MLM, layers: Iterable[int]) -> None:
     """ModelError unless the attention of these layers takes a mask of our own, another one for every head."""
-    if mlm.attention not in ("sdpa", "eager", GROUPED):
+    if mlm.attention not in ("sdpa", "eager", GROUPED, EXACT):
         raise ModelError(f"{mlm.attention} attention takes no mask per head, so keys cannot be blocked and questions not be kept "
                          'apart; load the model with attention="sdpa" or "eager"')  # fmt: skip
     for layer in layers:
@@ -91,7 +93,7 @@ def read_layers(mlm: MLM, embeddings: torch.Tensor, text: TextInputs, layers: Se
 
 def _grouped_sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **_) -> tuple[torch.Tensor, None]:
     """The numbers of transformers' sdpa, which repeats keys, values and mask for every query head where there is a mask. Here they stand
-    once for the query heads (B, H, S, D) of a KV head (B, G, T, D): the mask is (B, 1 or G, S, T)."""
+    once for the query heads (B, H, S, D) of a KV head (B, G, T, D): the mask is (B, 1 or G, S, T), for all heads or one per KV head."""
     heads, each = key.shape[1], query.shape[1] // key.shape[1]
     key, value = (one.flatten(0, 1)[:, None].expand(-1, each, -1, -1) for one in (key, value))
     mask = attention_mask.expand(-1, heads, -1, -1).flatten(0, 1)[:, None]
@@ -100,7 +102,16 @@ def _grouped_sdpa(module, query, key, value, attention_mask, dropout=0.0, scalin
     return found.unflatten(0, (-1, heads)).flatten(1, 2).transpose(1, 2), None
 
 
+def _float32_eager(module, query, key, value, attention_mask, scaling, **_) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention with its weights (B, H, S, T) in float32. transformers' eager rounds products of queries and keys to the model's dtype
+    before the softmax: Qwen2's key biases make them so large that in bfloat16 hardly a weight is right (transformers PR 33317)."""
+    found, weights = eager_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, scaling)
+    return found.to(value.dtype), weights
+
+
 AttentionInterface.register(GROUPED, _grouped_sdpa)
+AttentionInterface.register(EXACT, _float32_eager)
+AttentionMaskInterface.register(EXACT, eager_mask)
 
 
 @contextlib.contextmanager
@@ -167,8 +178,9 @@ class Continuation:
                 self.ends[row, ids] = row, column
             if any(new):
                 self._read(new)
-        rows, columns = torch.tensor([self.ends[text] for text in texts], device=self.prefix.mask.device).T
-        return self.states[self.mlm.num_layers][rows, columns]
+        states = self.states[self.mlm.num_layers]  # on the last of several GPUs, ids and masks on the first
+        rows, columns = torch.tensor([self.ends[text] for text in texts], device=states.device).T
+        return states[rows, columns]
 
     def _read(self, new: Sequence[Sequence[tuple[int, int, int]]]) -> None:
         """One pass over the new tokens of every row; shorter rows are padded on the right."""
@@ -185,7 +197,8 @@ class Continuation:
         positions = self.prefix.next_position[:, None] + (seen.sum(-1) - 1).clamp(min=0)  # padding leads nowhere
         seen = torch.cat([self.prefix.mask[:, None].expand(-1, longest, -1), seen], dim=-1).unsqueeze(1)  # (B, 1, S, T)
         if self.like:
-            inputs = self.like.states[self.start][torch.arange(len(new), device=device)[:, None], others]
+            states = self.like.states[self.start]
+            inputs = states[torch.arange(len(new), device=states.device)[:, None], others.to(states.device)]
         else:
             inputs = self.mlm.model.get_input_embeddings()(ids)
         # Of a bool mask sdpa would make this one in every layer anew.

@@ -1,5 +1,6 @@
 """Names to loaded models: three families of multimodal language models (MLMs) behind one small interface, and SigLIP."""
 
+import gc
 import hashlib
 import os
 from collections.abc import Iterator
@@ -242,6 +243,8 @@ def placement(config, dtype: torch.dtype, device: torch.device) -> dict[str, int
         return None
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    gc.collect()
+    torch.cuda.empty_cache()  # of a model that was put away
     memory = {place: int(0.8 * free) for place, free in get_max_memory().items()}  # the rest is for activations and features
     return infer_auto_device_map(model, memory, model._no_split_modules)
 

@@ -23,6 +23,7 @@ from kvutils.models import load_encoder, load_mlm, wrap_mlm
 from kvutils.prompts import prepare_text
 from kvutils.readout.attention import prompt_saliency
 from kvutils.readout.encoders import capture_encoder
+from kvutils.readout.features import FeatureExtractor
 from kvutils.readout.words import text_values, words_of
 from kvutils.vision import encode_images, prepare_images
 
@@ -235,6 +236,12 @@ def test_model_is_left_unmodified_also_after_an_exception(family, monkeypatch):
     assert torch.equal(question_logits(mlm), before)
 
 
+def text_scores(mlm):
+    """Of every source, by a new extractor."""
+    extractor = FeatureExtractor(mlm, layers=[1, 3], keys=False, vocabulary=("fish", "cat"))
+    return extractor.alignment.scores(extractor.images([("a", IMAGES[0])])[0].features, ["fish"])
+
+
 @pytest.mark.parametrize("offload", [
     lambda model: accelerate.cpu_offload(model, execution_device="cpu"),
     lambda model: accelerate.dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True),  # only aligns devices
@@ -245,6 +252,7 @@ def test_offloaded_models(family, offload):
     """Weights that accelerate keeps elsewhere are fetched by hooks, also around the early stop."""
     mlm = tiny(family)
     expected, texts = capture(mlm, IMAGES, layers=[1, 3]), text_values(mlm, ["red fish"])
+    scored = text_scores(mlm)
     offload(mlm.model)
     devices = {name: p.device.type for name, p in mlm.model.named_parameters()}
     for _ in range(2):
@@ -252,6 +260,8 @@ def test_offloaded_models(family, offload):
             for name in ("keys", "values", "encoder", "projector"):
                 assert torch.equal(getattr(one, name), getattr(plain, name)), name
         assert torch.equal(text_values(mlm, ["red fish"]), texts)
+        for source, found in text_scores(mlm).items():
+            assert torch.equal(found, scored[source]), source
         assert {name: p.device.type for name, p in mlm.model.named_parameters()} == devices
 
 

@@ -10,6 +10,8 @@ from PIL import Image
 from sentencepiece import SentencePieceTrainer
 from torch.nn.functional import normalize
 from transformers import SiglipConfig, SiglipModel, SiglipTextConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen2.modeling_qwen2 import eager_attention_forward
 from transformers.utils import import_utils
 from word_tokenizer import WORDS as POCKET_WORDS
 from word_tokenizer import build_word_tokenizer
@@ -19,6 +21,7 @@ from kvutils.datasets.refcoco import CATEGORIES
 from kvutils.datasets.samples import KeypointPair
 from kvutils.errors import ModelError, ParameterError
 from kvutils.kvcache import capture
+from kvutils.language import EXACT
 from kvutils.models import Encoder
 from kvutils.readout import words
 from kvutils.readout.attention import prompt_saliency
@@ -190,6 +193,17 @@ def test_parts_depend_on_the_data_and_where_they_are_read_from(whole, tmp_path, 
     monkeypatch.setattr("kvutils.run.notebook.data_sources", lambda *_: {"data": {"blink": "hub: BLINK at abc"}})
     assert len({each.folder for each in (*others, run.parts(mlm, {}))}) == 4
     assert Run("01_value_flow").parts(mlm, {}).folder == Run("02_siglip_baseline").parts(mlm, {}).folder  # 02 reads what 01 stored
+
+
+def test_results_of_other_weights_are_not_written_over(tmp_path, monkeypatch):
+    """Folders of checkpoints are often called alike."""
+    monkeypatch.setenv("KVUTILS_CACHE", str(tmp_path))
+    monkeypatch.setenv("KVUTILS_OUT", str(tmp_path))
+    mlm, run = tiny_pocket(), Run("05_blink_gap", model="/a/checkpoint-1000")
+    write_json(tmp_path / "data/results/pocket/checkpoint-1000/provenance/05_blink_gap.json", {"revision": mlm.revision})
+    assert run.parts(mlm, {}).folder.parts[-3:-1] == ("checkpoint-1000", "parts")
+    with pytest.raises(ParameterError, match=f"holds results of other weights .{mlm.revision}; /a/checkpoint-1000 has 9."):
+        run.parts(replace(mlm, revision="9"), {})
 
 
 def test_the_fingerprint_names_what_features_depend_on(pocket):
@@ -449,6 +463,19 @@ def test_saliency_is_the_attention_of_the_last_token(family):
     full = torch.stack(output.attentions).mean((0, 1, 2))[-1]  # over layers, batch, heads; the last query
     torch.testing.assert_close(saliency, full[torch.from_numpy(layout.slots)], rtol=1e-4, atol=1e-6)
     assert mlm.attention == "sdpa"
+
+
+def test_weights_shown_are_right_in_half_precision():
+    """What all keys have in common, such as Qwen2's biases, leaves the softmax as it is; transformers' eager rounds it into the differences."""
+    layer = tiny_onevision().model.model.language_model.layers[0].self_attn
+    query, key = torch.randn(2, 1, 4, 50, 128, generator=torch.Generator().manual_seed(0)).bfloat16() + torch.tensor([4.0, 4.0]).bfloat16().view(2, 1, 1, 1, 1)
+    key, value = key[:, :2], torch.randn(1, 2, 50, 128).bfloat16()
+    true = (query.double() @ key.double().repeat_interleave(2, 1).transpose(2, 3) * 128**-0.5).softmax(-1)
+    assert layer.num_key_value_groups == 2
+    found, weights = ALL_ATTENTION_FUNCTIONS[EXACT](layer, query, key, value, None, scaling=128**-0.5)
+    assert found.dtype == torch.bfloat16 and weights.dtype == torch.float32
+    rounded = eager_attention_forward(layer, query, key, value, None, scaling=128**-0.5)[1]
+    assert (weights - true).abs().sum(-1).max() < 1e-4 and (rounded - true).abs().sum(-1).mean() > 0.05
 
 
 def test_saliency_leaves_the_model_as_it_was_after_an_error(monkeypatch):

@@ -125,7 +125,7 @@ def test_what_a_folder_lacks_is_said(folder):
 
 @pytest.mark.parametrize("family", ["pocket", "llava_onevision", "llava_next", "qwen2_5_vl"])
 def test_probe_measures_what_the_folder_allows(family, folder, tmp_path, capsys, monkeypatch):
-    model, out = "pocket" if family == "pocket" else str(save_tiny(family, tmp_path / "tiny")), tmp_path / "out"
+    model, out = "pocket" if family == "pocket" else str(save_tiny(family, tmp_path / "tiny")), folder / "out"  # within what is read
     monkeypatch.setattr("kvutils.run.probe.SHOWN", 1)
     few = 11 if family in ("pocket", "llava_next") else 2
     monkeypatch.setattr("kvutils.run.probe.FEW_UNITS", few)

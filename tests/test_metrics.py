@@ -32,7 +32,10 @@ def test_void_pixels_count_nowhere():
 def test_few_shot_scores_are_summed_within_classes_and_folds():
     rows = np.array([[0, 0, 5, 3, 6, 4, 1], [0, 0, 5, 1, 9, 4, 1], [0, 1, 0, 9, 9, 9, 1], [1, 7, 9, 0, 9, 0, 1]], dtype=float)
     weights = np.array([[1, 1, 1, 1], [2, 0, 1, 0]])
-    assert foreground_miou(weights, rows).tolist() == pytest.approx([((4 / 8 + 1) / 2 + 0) / 2, ((6 / 8 + 1) / 2 + 0) / 2])
+    assert foreground_miou(weights, rows).tolist() == pytest.approx([((4 / 8 + 1) / 2 + 0) / 2, (6 / 8 + 1) / 2])
+    few = np.array([[0, 0, 3, 0], [3, 0, 0, 0], [0, 0, 0, 0]])  # a class or a fold that a resample does not draw is left out, not 0
+    assert foreground_miou(few, rows).tolist() == pytest.approx([1, 3 / 4, np.nan], nan_ok=True)
+    assert foreground_background_iou(few[1:], rows).tolist() == pytest.approx([(5 / 6 + 3 / 4) / 2, np.nan], nan_ok=True)
     found = foreground_background_iou(weights[:1], rows)
     assert found.tolist() == pytest.approx([((10 / 24 + 13 / 17) / 2 + (1 + 0) / 2) / 2])
 

@@ -116,9 +116,9 @@ def test_parts_of_one_setting_are_not_those_of_another(tmp_path):
 
 
 def test_pope_is_read_where_it_is(monkeypatch):
-    assert len(open_pope("pocket").images) > 100
+    assert len(open_pope("pocket", {"pocket-davis-2017": None}).images) > 100
     monkeypatch.delenv("KVUTILS_DATA", raising=False)
-    assert open_pope("paper") is None
+    assert open_pope("paper", {}) is None
 
 
 def test_items_are_spread_and_pictures_counted():

@@ -19,7 +19,7 @@ from kvutils.block import block_keys
 from kvutils.errors import DataError, ParameterError
 from kvutils.images import ImageLike, open_image
 from kvutils.keys import KeySelection, SameGrid
-from kvutils.language import embed, not_finite
+from kvutils.language import EXACT, embed, not_finite
 from kvutils.layout import TokenLayout
 from kvutils.models import MLM
 from kvutils.prompts import TextInputs, prepare_text
@@ -87,12 +87,12 @@ def token_attention(session: SessionBatch, ids: Sequence[int], block: KeySelecti
 
 @contextlib.contextmanager
 def _weights_shown(mlm: MLM, rows: Iterable[torch.Tensor], record: Callable) -> Iterator[None]:
-    """Inside, attention is eager, the only backend that returns its weights: record(the layer's row, module, args, output) sees
-    them as output[1] (B, H, queries, keys)."""
+    """Inside, attention returns its weights: record(the layer's row, module, args, output) sees them as output[1] (B, H, queries, keys),
+    float32."""
     language_model = mlm.model.model.language_model
     with contextlib.ExitStack() as stack:
         stack.callback(language_model.set_attn_implementation, language_model.config._attn_implementation)
-        language_model.set_attn_implementation("eager")
+        language_model.set_attn_implementation(EXACT)
         for layer, row in zip(language_model.layers, rows, strict=True):
             stack.callback(layer.self_attn.register_forward_hook(partial(record, row)).remove)
         yield
@@ -107,8 +107,8 @@ def _finite(mlm: MLM, weights: torch.Tensor) -> torch.Tensor:
 
 def _received(mlm: MLM, vision: VisionInputs, texts: Sequence[TextInputs], end: int) -> torch.Tensor:
     """(L, G, N) the mean weight of the queries from `end` on, on the image tokens, summed over all sequences of the texts. What
-    lies before `end`, alike in all texts, is read once with the model's own attention; only the rest runs with eager attention,
-    the only backend that returns its weights, so no T x T map is ever held."""
+    lies before `end`, alike in all texts, is read once with the model's own attention; only the rest runs with attention
+    that returns its weights, so no T x T map is ever held."""
     language_model, cache, first = mlm.model.model.language_model, DynamicCache(), texts[0]
     columns = torch.from_numpy(vision.layouts[0].slots)
     mass = torch.zeros(mlm.num_layers, mlm.num_kv_heads, len(columns), dtype=torch.float64)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoTokenizer, SiglipModel, SiglipTextModel
 
@@ -199,12 +200,12 @@ class TextAlignment:
             values = text_values(mlm, texts, layers=self.layers).mean(0).flatten(1)
             vectors |= {f"{family}.{layer}": value for layer, value in zip(self.layers, values, strict=True)}
         ids = [torch.tensor(words_of(self.mlm, text)) for text in texts]
-        tables = self.mlm.model.get_input_embeddings().weight, self.mlm.model.lm_head.weight
-        vectors["projector"], lens = (torch.stack([rows[each.to(rows.device)].float().mean(0) for each in ids]).mean(0).cpu()
-                                      for rows in tables)  # fmt: skip
-        gain = self.mlm.model.model.language_model.norm.weight.float()
-        seen = gain * lens.to(gain.device)  # g * t, see `_lens_scale`
-        vectors |= {f"lens.value.{layer}": (self._summed_output(layer).T @ seen).cpu() for layer in self.layers}
+        vectors["projector"], lens = (_mean_row(table, ids) for table in (self.mlm.model.get_input_embeddings(), self.mlm.model.lm_head))
+        with align_module_device(norm := self.mlm.model.model.language_model.norm):
+            seen = norm.weight.float().cpu() * lens  # g * t, see `_lens_scale`
+        for layer in self.layers:
+            output = self._summed_output(layer)
+            vectors[f"lens.value.{layer}"] = (output.T @ seen.to(output.device)).cpu()
         if self.encoder_text is not None:
             vectors["encoder_original"] = vectors["encoder"] = torch.stack([self.encoder_text.embed(text) for text in texts]).mean(0)
         return vectors
@@ -251,5 +252,11 @@ class TextAlignment:
     def _summed_output(self, layer: int) -> torch.Tensor:
         """W (C_h, G*D) float32; the output projections of the three families have no bias."""
         mlm = self.mlm
-        weight = mlm.model.model.language_model.layers[layer].self_attn.o_proj.weight.float()
-        return weight.unflatten(1, (mlm.num_kv_heads, -1, mlm.head_dim)).sum(2).flatten(1)
+        with align_module_device(module := mlm.model.model.language_model.layers[layer].self_attn.o_proj):  # offloaded weights are nowhere
+            return module.weight.float().unflatten(1, (mlm.num_kv_heads, -1, mlm.head_dim)).sum(2).flatten(1)
+
+
+def _mean_row(table: torch.nn.Module, ids: Sequence[torch.Tensor]) -> torch.Tensor:
+    """(C_h,) float32 on the CPU: of the rows of a module's weights the mean of each text, and of all texts."""
+    with align_module_device(table):
+        return torch.stack([table.weight[each.to(table.weight.device)].float().mean(0) for each in ids]).mean(0).cpu()

@@ -29,7 +29,7 @@ from kvutils.run import DEFAULT, report
 from kvutils.run import PROFILES as PROFILES
 from kvutils.run.sizes import SIZES as SIZES
 from kvutils.run.verdicts import Verdict, judge
-from kvutils.store import Parts, write_json
+from kvutils.store import Parts, read_json, write_json
 
 if TYPE_CHECKING:  # a run that only starts notebooks needs neither models nor tasks, which take seconds to import
     from kvutils.models import MLM
@@ -90,7 +90,12 @@ class Run:
 
     def parts(self, mlm: MLM, data_options: Mapping, **depends: object) -> Parts:
         """The finished parts of this profile and model: they depend on the model's settings, on which data are read how and from
-        where (samples of another source or size have the same ids), and on whatever else is given (JSON-able)."""
+        where (samples of another source or size have the same ids), and on whatever else is given (JSON-able). ParameterError where
+        the results of a folder's other weights would be lost."""
+        came = self.folder / "provenance" / self.results.name
+        if os.path.isabs(self.model) and came.is_file() and (other := read_json(came)["revision"]) != mlm.revision:
+            raise ParameterError(f"{self.folder} holds results of other weights ({other}; {self.model} has {mlm.revision}). Move it away, or "
+                                 "write elsewhere: KVUTILS_OUT=/a/folder")  # fmt: skip
         sources = data_sources(USES[self.profile].get(self.notebook[:2], {}).values(), data_options)
         self.made.append(Parts(cache_root() / self.profile / self.folder.name / "parts", self.notebook, mlm=mlm.settings,
                                profile=self.profile, options=data_options, sources=sources, **depends))  # fmt: skip

@@ -59,7 +59,8 @@ def probe(chosen: argparse.Namespace) -> int:
         names = [name_of(number) for number in range(1, classes[-1] + 1)]
         tasks.append(SemanticSegmentationProbe(samples["named"], samples_of(pictures, "training"), names))
     tasks += [SemanticCorrespondence(samples["pairs"])] if "pairs" in samples else []
-    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted([*folder.iterdir(), *folder.glob("masks/*")])]
+    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted([*folder.iterdir(), *folder.glob("masks/*")])
+             if path.is_file()]  # not the results, which may lie here as well
     parts, found, failed = Parts(out / "parts", mlm=extractor.mlm.settings, files=files), {}, {}
     for task in tasks:
         try:

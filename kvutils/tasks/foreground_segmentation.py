@@ -16,25 +16,33 @@ _FOLD, _CLASS, _I_BG, _I_FG, _U_BG, _U_FG, _CONVERGED = range(7)
 
 
 def foreground_miou(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """HSNet's foreground mIoU: IoU of summed I and U per class, mean within folds (over classes with episodes; HSNet counts
-    the others as 0), then over folds."""
+    """HSNet's foreground mIoU: IoU of summed I and U per class, mean within folds (over classes that a resample has drawn; HSNet
+    counts the others as 0), then over folds."""
     folds = []
     for fold in np.unique(values[:, _FOLD]):
         in_fold = values[:, _FOLD] == fold
         classes = [in_fold & (values[:, _CLASS] == c) for c in np.unique(values[in_fold, _CLASS])]
-        folds.append(np.mean([_iou(weights, values, mine, _I_FG, _U_FG) for mine in classes], axis=0))
-    return np.mean(folds, axis=0)
+        folds.append(_mean([_iou(weights, values, mine, _I_FG, _U_FG) for mine in classes]))
+    return _mean(folds)
 
 
 def foreground_background_iou(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
     """FB-IoU: mean of foreground and background IoU, I and U summed over a fold's episodes; mean over folds."""
     folds = [values[:, _FOLD] == fold for fold in np.unique(values[:, _FOLD])]
     pairs = ((_I_BG, _U_BG), (_I_FG, _U_FG))
-    return np.mean([np.mean([_iou(weights, values, mine, *pair) for pair in pairs], axis=0) for mine in folds], axis=0)
+    return _mean([_mean([_iou(weights, values, mine, *pair) for pair in pairs]) for mine in folds])
 
 
 def _iou(weights: np.ndarray, values: np.ndarray, mine: np.ndarray, intersection: int, union: int) -> np.ndarray:
-    return weights[:, mine] @ values[mine, intersection] / np.maximum(weights[:, mine] @ values[mine, union], 1)
+    """(n_boot,), NaN where none of `mine` is drawn."""
+    drawn = weights[:, mine]
+    return np.where(drawn.any(axis=1), drawn @ values[mine, intersection] / np.maximum(drawn @ values[mine, union], 1), np.nan)
+
+
+def _mean(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """(n_boot,) mean of the parts (n_boot,) that are defined; NaN where none is."""
+    known = np.isfinite(parts)
+    return np.divide(np.where(known, parts, 0).sum(0), known.sum(0), out=np.full(known.shape[1], np.nan), where=known.any(0))
 
 
 class ForegroundSegmentation(Task):

@@ -99,10 +99,11 @@ def _spread(items: Sequence[T], count: int) -> list[T]:
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def open_pope(profile: str) -> Pope | None:
-    """POPE as notebook 03 reads it; None where it is not on this machine."""
+def open_pope(profile: str, data_options: Mapping[str, Mapping | None]) -> Pope | None:
+    """POPE as notebook 03 reads it, from the hub where others are read from there; None where it is not to be had."""
+    hub = any((options or {}).get("root") == "hub" for options in data_options.values())
     try:
-        return Pope(open_dataset(USES[profile]["03"]["pope"]))
+        return Pope(open_dataset(USES[profile]["03"]["pope"], "hub" if hub else None))
     except DataError:
         return None
 
@@ -124,6 +125,7 @@ def measure_settings(tasks: Mapping[str, Task], tables: Mapping[str, ScoreTable]
     scored: dict[str, dict[str, ScoreTable]] = {}
     said = {} if pope is None else {NONE: _answers(pope, plain, parts)}
     for name, make in tqdm(settings_of(mlm, load, int(np.median(sizes or [1]))).items(), "settings", disable=not progress):
+        setting = reader = None  # the model before is put away first: two hardly fit
         try:
             setting, now = make(), {}
             if setting.batch_size == plain.batch_size:
