@@ -63,7 +63,7 @@ def _interval(found: Mapping) -> str:
 def readout_curves(subtasks: Mapping[str, Mapping]) -> Figure:
     """Accuracy of the readout along the data flow beside the model's, with 95 % bands, and the layers that were chosen, each on one half."""
     subtasks = style.in_order(subtasks, ORDER)
-    figure, axes = panels(len(subtasks), min(3, len(subtasks)), 9.2 / min(3, len(subtasks)), 3.5, sharey=True)
+    figure, axes = panels(len(subtasks), min(3, len(subtasks)), 9.2 / min(3, len(subtasks)), 4.0, sharey=True)
     for axis, found in zip(axes, subtasks.values(), strict=True):
         name, accuracy = found["readout"], found["model"]["accuracy"]
         offset = along_the_flow(axis, found["readouts"][name], READING_STYLE)

@@ -137,7 +137,7 @@ def along_the_flow(axis, sources: Mapping[str, Mapping], families: Mapping[str, 
     ticks = [layer for layer in layers if layer > 0][:: max(1, -(-len(layers) // 8))]  # every layer of a small model, some of a large one
     axis.set_xticks([*before, *(layer + offset for layer in ticks)], [*BEFORE.values(), FIRST, *map(str, ticks)])
     for tick in axis.get_xticklabels()[: len(before)]:
-        tick.set(rotation=40, ha="right")
+        tick.set(rotation=90)
     axis.axvline(line, color="grey", lw=0.5)
     return offset
 
