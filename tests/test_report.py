@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 
+import numpy as np
 import pytest
 
 from kvutils.metrics.effects import enough, measured, no_ceiling, no_floor, part
@@ -11,7 +12,7 @@ from kvutils.metrics.statistics import UNDEFINED, Effect
 from kvutils.run import notebook, report
 from kvutils.run.cli import main
 from kvutils.run.verdicts import FAILS, HOLDS, NOT_MEASURED, judge, word_of_part
-from kvutils.store import write_json
+from kvutils.store import read_json, write_json
 
 
 def claim(name="C6", kind="effect", effect=3.1, smallest=1.5, unit="F1 points") -> dict:
@@ -207,6 +208,19 @@ def test_numbers(value, shown):
 def test_a_prompt_stays_in_its_cell_of_a_table():
     table = report.markdown_table(("what", "found"), [("prompt", "<|im_start|>user <image>\nIs it?")])
     assert table.splitlines()[2] == r"| prompt | &lt;\|im_start\|>user &lt;image><br>Is it? |"
+
+
+def test_what_the_readme_adds_to_the_verdicts_is_stored():
+    told, folder = " ".join((notebook.ROOT / "README.md").read_text().split()), notebook.ROOT / "data/results/pocket/pocket"
+    flow, chains = read_json(folder / "01_value_flow.json"), read_json(folder / "02_siglip_baseline.json")["chains"]
+    narrow = np.mean([100 * chain["steps"]["first value projection"]["mean"] for chain in chains.values()])
+    assert f"(`pocket`: {flow['language_model_adds']['mean']['value']:.1f} points)" in told and f"accounts for {narrow:.1f} of these points" in told
+    parts = {each["name"]: each for name, notebook_of in (("C2a", flow), ("C8", read_json(folder / "05_blink_gap.json")))
+             for each in notebook_of["claims"][name]["others"]}
+    builds, falls = (parts[f"{task}: best layer between minus layer 1"]["value"] for task in ("Co-segmentation", "Referring-expression segmentation"))
+    beyond = parts["art style: value right, model wrong, minus independence"]
+    assert f"co-segmentation builds up ({builds:+.1f} points) and referring falls ({falls:.1f})" in told
+    assert f"+{beyond['value']:.1f} % of items [{beyond['low']:.1f}, {beyond['high']:+.1f}] in `pocket`" in told
 
 
 def test_the_committed_tables_are_those_of_the_committed_results():
