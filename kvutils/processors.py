@@ -45,10 +45,14 @@ class ImageOnlyQwen2_5_VLProcessor(Qwen2_5_VLProcessor):
         self.video_token = self.video_token_id = None
 
 
+class ImageOnlyLlavaNextProcessor(LlavaNextProcessor):
+    """`LlavaNextProcessor`, which has no video; saved by this name it is read with PIL everywhere."""
+
+
 # family -> (published processor, processor without video, PIL image processor)
 _CLASSES = {"llava_onevision": (LlavaOnevisionProcessor, ImageOnlyLlavaOnevisionProcessor, LlavaOnevisionImageProcessorPil),
             "qwen2_5_vl": (Qwen2_5_VLProcessor, ImageOnlyQwen2_5_VLProcessor, Qwen2VLImageProcessorPil),
-            "llava_next": (LlavaNextProcessor, LlavaNextProcessor, LlavaNextImageProcessorPil)}  # fmt: skip
+            "llava_next": (LlavaNextProcessor, ImageOnlyLlavaNextProcessor, LlavaNextImageProcessorPil)}  # fmt: skip
 
 # Before a template that takes texts only: images first, then a line for each text, as the LLaVA templates write a message.
 _AS_TEXT = """\

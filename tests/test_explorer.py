@@ -5,6 +5,7 @@ import contextlib
 import gc
 import io
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +182,22 @@ def test_code_gives_the_same_numbers(explored, state, tmp_path, monkeypatch):
         np.testing.assert_array_equal(names["colours"], np.frombuffer(shown, np.uint8).reshape(-1, 3)[real])
     else:
         np.testing.assert_allclose(np.asarray(names[state["mode"]])[real], np.frombuffer(shown, "<f4")[real], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "options", "view", "said"), [
+    ("pocket-qwen", {"max_pixels": 4000}, {}, "kv.load_mlm('pocket-qwen', max_pixels=4000)"),
+    ("pocket-qwen", {"dtype": "bfloat16", "attention": "eager"}, {}, "kv.load_mlm('pocket-qwen', dtype='bfloat16', attention='eager')"),
+    ("pocket-next", {}, {"base_view_only": True}, "kv.load_mlm('pocket-next')\nmlm = replace(mlm, base_view_only=True)")])
+def test_code_loads_the_model_as_it_was_explored(name, options, view, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("matplotlib.pyplot.show", lambda: None)
+    IMAGE.save("picture", "PNG")
+    explored, state = kv.explore(replace(kv.load_mlm(name, device="cpu", **options), **view), IMAGE), {"source": "value", "layer": 3, "token": 5}
+    text = explored.answer("code", {"state": state | {"mode": "similarity"}})[0]["text"]
+    assert f"mlm = {said}\n" in text
+    exec(text, names := {})
+    real = explored.panels[0].real
+    np.testing.assert_allclose(np.asarray(names["similarity"])[real], floats(explored.answer("similar", state))[real], rtol=1e-4, atol=1e-6)
 
 
 def test_two_models_or_two_pictures_side_by_side(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -10,12 +11,14 @@ import torch
 from recipe import effects, organisms, train
 from recipe.arms import ARMS, BASE, QUESTIONS, USUAL, question_first
 from recipe.families import FAMILIES
+from recipe.measure import SIZES
 from recipe.packing import IMAGE, PAD, encode, pack
 from recipe.pool import make_pool
 from recipe.samples import PLAIN, Sample, in_sentence
 from scipy.stats import t as scipy_t
 
 from kvutils.datasets.pocket import questions as q
+from kvutils.errors import ParameterError
 from kvutils.run import notebook
 
 FAMILY = FAMILIES["pocket"]
@@ -115,10 +118,22 @@ def test_levels_hold_what_arms_are_compared_with():
 
 
 def test_what_is_not_trained_counts_with_every_seed(tmp_path):
-    for name, seed, steps in (("start", 1, 0), ("base", 2, 200)):
-        (tmp_path / f"{name}-{seed}.json").write_text(json.dumps({"about": {"arm": name, "seed": seed, "steps": steps}}))
+    for name, seed, steps, share in (("start", 1, 0, 1), ("base", 2, 200, 1), ("base", 3, 40, 1), ("base", 4, 200, 2)):  # the last two: trials
+        about = {"arm": name, "seed": seed, "steps": steps, "sizes": {key: each // share for key, each in SIZES.items()}}
+        (tmp_path / f"{name}-{seed}.json").write_text(json.dumps({"about": about}))
     assert {name: [*seeds] for name, seeds in effects.load(tmp_path).items()} == {"start": [2, 3, 4], "base": [2]}
     assert organisms.result_file("start", 3, tmp_path).name == "start-0.json"
+
+
+def test_results_count_for_the_weights_that_are_shipped(monkeypatch):
+    options = Namespace(results=organisms.RESULTS, steps=None, sizes=SIZES)
+    assert organisms.is_measured("start", 2, options) and organisms.is_measured("base", 2, options)
+    assert not organisms.is_measured("base", 99, options)
+    with pytest.raises(ParameterError, match="after 200 steps; .* or the weights that it began with"):
+        organisms.is_measured("base", 2, Namespace(**vars(options) | {"steps": 40}))
+    monkeypatch.setattr(organisms, "shipped", lambda: "others")
+    with pytest.raises(ParameterError, match="start-0.json was measured after 0 steps"):
+        organisms.is_measured("start", 2, options)
 
 
 def test_readme_tells_the_effects_that_are_stored():

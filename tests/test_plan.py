@@ -116,7 +116,7 @@ def test_hours_are_host_seconds_and_passes_on_the_stated_gpu(monkeypatch):
 
 def test_a_rehearsal_here_goes_before_the_one_that_is_shipped(monkeypatch):
     write_json(rehearsal_file("qwen2.5-vl-3b"), {"device": "a GPU", "full_size": True, "steps": [STEP | {"notebook": "05", "step": "choices"}]})
-    (row,) = [line for line in table("paper", "qwen2.5-vl-3b@abc", ["05"], gpu="t4").splitlines() if line.startswith("05")]
+    (row,) = [line for line in table("paper", "qwen2.5-vl-3b@abc", ["05"], gpu="l4").splitlines() if line.startswith("05")]
     assert row.split()[2:4] == ["57", "0.1"]
     assert find_rehearsal("qwen2.5-vl-3b")["device"] == "a GPU" and find_rehearsal("owner/name") == {}
 
@@ -187,6 +187,13 @@ def test_the_readme_has_the_computed_numbers():
         assert [cell.strip() for cell in row.split("|")[2:-1]] == expected
     total = sum(about.to_get for about in CATALOG.values())
     assert f"about {5 * round(total / 5):.0f} GB of" in " ".join(lines)
+
+
+def test_where_there_is_no_bfloat16_qwen_is_twice_as_large():
+    on = {gpu: table("paper", "qwen2.5-vl-3b", ["01"], gpu=gpu) for gpu in ("t4", "l4")}
+    (small,), (large,) = ([line.split()[2:4] for line in text.splitlines() if line.startswith("01 ")] for text in on.values())
+    assert (small, large[0]) == ([">", "30"], ">") and "model, data, memory" in on["t4"] and "not known: Qwen2.5-VL" in on["t4"]
+    assert "memory" not in table("paper", "llava-onevision-0.5b", ["01"], gpu="t4").partition("data sets")[2]
 
 
 def test_a_rehearsal_measures_whole_items_of_every_notebook(monkeypatch, capsys):

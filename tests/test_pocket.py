@@ -429,6 +429,11 @@ def test_stages_say_what_they_need_follow_each_other_and_resume(tmp_path, monkey
     straight = _train("all", 4, monkeypatch, tmp_path)
     assert resumed["step"] == straight["step"] == 4
     assert all(torch.allclose(resumed["model"][k], v, atol=1e-6) for k, v in straight["model"].items())
+    with pytest.raises(ParameterError, match="rates over 20 steps instead of 30: remove .*all, or train elsewhere"):
+        _train("all", 30, monkeypatch, tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(ParameterError, match="with other ingredients"):
+        patch.setattr(train, "RECIPE", replace(train.RECIPE, tower_rate=0.9))
+        _train("all", 4, monkeypatch, tmp_path)
     encoder, text, read = (torch.load(folder / name / "checkpoint.pt", weights_only=True)["model"] for name in ("encoder", "text", "read"))
     tower, word = "vision_model.encoder.layers.0.self_attn.q_proj.weight", "mlm.model.language_model.layers.0.self_attn.q_proj.weight"
     seen = [model["mlm.model.vision_tower." + tower.removeprefix("vision_model.")] for model in (read, straight["model"])]

@@ -163,6 +163,7 @@ def test_files_that_were_damaged_or_edited_are_found(folder, capsys):
     replaced("claims.json", '"verdict": "', '"verdict": "surely ', "C1.verdict is 'surely not measured', 'not measured' follows: `make report`")
     replaced(f"provenance/{JSON}", '"hours"', '"days"', f"provenance/{JSON} does not say: hours")
     replaced(f"provenance/{JSON}", '"hours": ', '"hours": -', "hours; expected what the run took")
+    replaced(f"provenance/{JSON}", '"hours": ', '"hours": null, "took": ', "None hours; expected what the run took")
     replaced(f"provenance/{JSON}", '"model": "pocket"', '"model": "other"', "of the model 'other', its items of 'pocket'")
     replaced(f"provenance/{JSON}", "{", "", f"provenance/{JSON} cannot be read as JSON")
     replaced(JSON, "{", "", f"{JSON} cannot be read as JSON")

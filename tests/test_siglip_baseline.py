@@ -201,6 +201,12 @@ def test_photographs_are_measured_and_said(redraw):
     figures = redraw("01_value_flow", {"tasks": summaries, "maps": maps, "photographs": numbers})
     assert "a grey picture has one, upright" in figures["01_photographs"].get_suptitle()
     assert "on 6 of 6 tasks;" in figures["01_value_flow"].get_suptitle() and "build up on 0" in figures["01_value_flow"].get_suptitle()
+    for count in (1, 5):  # with data sets left out each column has its sources and layers below it
+        figure = plots.value_flow.layer_curves(dict([*summaries.items()][:count]))
+        figure.canvas.draw()
+        drawn = [axis for axis in figure.axes if axis.axison]
+        assert len(drawn) == count and all(any(label.get_text() for label in axis.get_xticklabels()) for axis in drawn[-3:])
+        assert min(axis.get_window_extent().height for axis in drawn) > 90 and figure.get_figwidth() > 8
 
 
 def test_results_follow_from_tables_that_went_through_files(verdict):

@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from os import PathLike, fspath
 
 from kvutils.answer import spellings
-from kvutils.checkpoints import ENCODERS, MODELS, base_name
+from kvutils.checkpoints import ENCODERS, MODELS, QWEN, base_name
 from kvutils.errors import one_of
 from kvutils.explorer.panel import LAYERED, Panel
+from kvutils.models import MLM, QWEN_MAX_PIXELS, wrap_mlm
 
-IMPORTS = {"plt": "", "torch": "", "kv": "", "Panel": "explorer.panel", "open_image": "images", "token_attention": "readout.attention",
+IMPORTS = {"replace": "", "plt": "", "torch": "", "kv": "", "Panel": "explorer.panel", "open_image": "images", "token_attention": "readout.attention",
            "FeatureExtractor": "readout.features", "image_tokens": "readout.features", "directions": "readout.maps",
            "load_siglip_text": "readout.words", "pca_colours": "readout.maps", "to_grid": "readout.maps", "select_lowest": "readout.selections", "select_random": "readout.selections",
            "variance_threshold": "readout.selections"}  # fmt: skip
@@ -22,7 +23,7 @@ def reproduce(panel: Panel, origin: Panel, state: Mapping) -> str:
     layer, head = (state.get("layer"), state.get("head")) if source in LAYERED or mode == "attention" else (None, None)
     mlm, lines = panel.mlm, [_given("picture", panel)]
     known = base_name(mlm.name) in MODELS and mlm.revision != "in memory" and not mlm.revision.startswith("untrained")
-    lines.insert(0, f"mlm = kv.load_mlm({mlm.name!r})" if known else f"# mlm: the model that was explored ({mlm.name}, {mlm.revision})")
+    lines[:0] = _loaded(mlm) if known else [f"# mlm: the model that was explored ({mlm.name}, {mlm.revision})"]
     lines += ["shot = kv.capture(mlm, [picture])[0]", "layout = shot.layout  # slots, rectangles and views of the N image tokens"]
     if mode in ("similarity", "colours"):
         lines += _tokens("tokens", panel, source, layer, head)
@@ -68,8 +69,21 @@ def reproduce(panel: Panel, origin: Panel, state: Mapping) -> str:
                   f"plt.imshow(to_grid(real.select(finest), {'colours' if mode == 'colours' else _plain(mode)}[finest]))", "plt.show()"]  # fmt: skip
     code = "\n".join(lines)
     used = {name: room for name, room in IMPORTS.items() if f"{name}(" in code or f"{name}." in code}
-    plain = {"kv": "import kvutils as kv", "torch": "import torch", "plt": "import matplotlib.pyplot as plt"}
+    plain = {"kv": "import kvutils as kv", "torch": "import torch", "plt": "import matplotlib.pyplot as plt", "replace": "from dataclasses import replace"}
     return "\n".join([*(plain.get(name, f"from kvutils.{room} import {name}") for name, room in used.items()), "", code, ""])
+
+
+def _loaded(mlm: MLM) -> list[str]:
+    """Lines that load a published or pocket model as it was explored: what differs from how it is loaded by its name alone."""
+    pocket, pixels = MODELS[base_name(mlm.name)].profile == "pocket", None
+    if mlm.family == QWEN:
+        pixels = min(QWEN_MAX_PIXELS, mlm.processor.image_processor.size["longest_edge"])
+    usual = {"dtype": "float32" if pocket else None, "attention": "sdpa", "max_pixels": pixels, "prompts": "paper"}  # of others it is the GPU's
+    options = [f", {key}={mlm.settings[key]!r}" for key, value in usual.items() if mlm.settings[key] != value]
+    name = mlm.name if pocket or "@" in mlm.name or mlm.revision == "unknown" else f"{mlm.name}@{mlm.revision}"
+    seen = wrap_mlm(mlm.model, mlm.processor)
+    views = [f"{key}={getattr(mlm, key)}" for key in ("base_view_only", "pad_to_square") if getattr(mlm, key) != getattr(seen, key)]
+    return [f"mlm = kv.load_mlm({name!r}{''.join(options)})", *([f"mlm = replace(mlm, {', '.join(views)})"] if views else [])]
 
 
 def _given(variable: str, panel: Panel) -> str:

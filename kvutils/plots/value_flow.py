@@ -129,7 +129,8 @@ def photographs(maps: Mapping[str, Mapping], numbers: Mapping) -> Figure:
 def layer_curves(tasks: Mapping[str, Mapping]) -> Figure:
     """Score of each of the six tasks along the data flow, with 95 % bands, and how far the best value layer is above its control."""
     tasks = in_order(tasks, SIX)
-    figure, axes = panels(len(tasks), 3, 2.8, 2.5, sharex=True)
+    columns = min(3, len(tasks))
+    figure, axes = panels(len(tasks), columns, 8.4 / columns, 2.5 if len(tasks) > columns else 3.6, sharex=True)
     for axis, summary in zip(axes, tasks.values(), strict=True):
         sources, control = summary["sources"], summary.get("value_best", {}).get("minus", {}).get("control")
         along_the_flow(axis, sources, style.SOURCE_STYLE)
@@ -148,8 +149,9 @@ def layer_curves(tasks: Mapping[str, Mapping]) -> Figure:
     (up, _), (down, _) = (_counts(tasks, "build_then_degrade", "value", end) for end in ("minus_first", "minus_last"))
     figure.suptitle(f"Image values hold more than pixels and random weights on {above} of {known} tasks;\nfrom layer 1 on they build up on {up} and "
                     f"fall towards the last layer on {down}", fontsize=11)  # fmt: skip
-    for axis in axes[-3:]:
+    for axis in axes[-columns:]:  # the lowest of each column
         axis.set_xlabel("before the language model | layer", fontsize=8.5)
+        axis.tick_params(axis="x", labelbottom=True)
     legend_below(figure, axes, {"before the language model": style.BEFORE_HANDLE}, ncols=5, fontsize=8, columnspacing=1, handlelength=1.6)
     return figure
 

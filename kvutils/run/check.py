@@ -190,9 +190,9 @@ def _check_origin(folder: Path, names: list[str], derived: Mapping) -> list[str]
         lacking = [key for key in SETTINGS if key not in about] + [key for key in MACHINE if key not in machine]
         if lacking:
             wrong.append(f"provenance/{name}.json does not say: {', '.join(lacking)}")
-        elif not re.fullmatch(r"[0-9a-f]{7,40}", machine["commit"]):
+        elif not re.fullmatch(r"[0-9a-f]{7,40}", str(machine["commit"])):
             wrong.append(f"provenance/{name}.json: commit {machine['commit']!r} is none that others can fetch; run from a clean clone")
-        elif not machine["hours"] >= 0:
+        elif not isinstance(machine["hours"], int | float) or not machine["hours"] >= 0:
             wrong.append(f"provenance/{name}.json: {machine['hours']} hours; expected what the run took")
         if "model" in about and name in derived and len({Path(base_name(each["model"])).name for each in (about, derived[name])}) > 1:
             wrong.append(f"provenance/{name}.json: of the model {about['model']!r}, its items of {derived[name]['model']!r}")

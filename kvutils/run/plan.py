@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from kvutils import data_folder
-from kvutils.checkpoints import ENCODERS, GET, MODELS, ModelSpec, base_name, find_model, look_for_model, original_encoder
+from kvutils.checkpoints import ENCODERS, GET, MODELS, QWEN, ModelSpec, base_name, find_model, look_for_model, original_encoder
 from kvutils.datasets import FOLDERS, USES, open_dataset
 from kvutils.datasets.catalog import CATALOG, data_root
 from kvutils.datasets.hub import HUB, hub_download
@@ -112,11 +112,11 @@ def _next(missing: Mapping[str, object]) -> list[str]:
     return [*known, get, "    fetches what is free and says what to do for the rest"] if missing else []
 
 
-def weights_on_gpu(spec: ModelSpec, notebook: str) -> float | None:
-    """GiB of the weights that a notebook loads, in bfloat16: a model, another with random weights as its control, SigLIP (0.8); None for
-    a model that is not a published one."""
+def weights_on_gpu(spec: ModelSpec, notebook: str, each: int = 2) -> float | None:
+    """GiB of the weights that a notebook loads, of so many bytes each: a model, another with random weights as its control, SigLIP (0.8);
+    None for a model that is not a published one."""
     size = {known.source: SIZES.get(name) for name, known in MODELS.items()}.get(spec.source)
-    return size and (2 * 2e9 * size + (0 if notebook in _NO_ENCODER else 0.86e9)) / GIB
+    return size and (2 * each * 1e9 * size + (0 if notebook in _NO_ENCODER else each / 2 * 0.86e9)) / GIB
 
 
 def device_name() -> str:
@@ -179,6 +179,9 @@ def table(profile: str, model: str, notebooks: Sequence[str] = NOTEBOOKS, size: 
     models = {each.name: look_for_model(each) for each in (spec, ENCODERS[original_encoder(model)])}
     stated = gpu.lower() if gpu is not None else "" if torch.cuda.is_available() else "h100"
     room = declared()["gpus"][stated]["gib"] if stated else torch.cuda.get_device_properties(0).total_memory / GIB
+    whole = spec.family == QWEN and not (declared()["gpus"][stated].get("bf16", True) if stated else torch.cuda.is_bf16_supported(False))
+    if whole:  # see `load_mlm`
+        hours, said = {}, "not known: Qwen2.5-VL is loaded in float32 where there is no bfloat16"
     assumed = f"one {stated.upper()} of {room} GiB: assumed{', as GPU= says' if gpu else '; GPU=NAME names another'}. Here: " if stated else ""
     gpus = f"{torch.cuda.device_count()} x {torch.cuda.get_device_properties(0).total_memory / GIB:.0f} GiB, " if torch.cuda.is_available() else ""
     how = f"{' DATA=' + source if source != 'files' else ''}{' SIZE=' + size if size != 'full' else ''}"
@@ -191,8 +194,8 @@ def table(profile: str, model: str, notebooks: Sequence[str] = NOTEBOOKS, size: 
     for number in notebooks:
         absent = [name for name in wanted[number] if data[name][0]]
         gigabytes = sum({FOLDERS.get(name, name): data[name][1] for name in wanted[number]}.values())
-        weights, peaks = weights_on_gpu(spec, number), [step["peak"] for step in report.get("steps", ()) if step["notebook"] == number]
-        memory = f"{max(peaks):.0f}" if peaks and report["full_size"] else f"> {weights:.0f}" if weights else "?"
+        weights, peaks = weights_on_gpu(spec, number, 4 if whole else 2), [step["peak"] for step in report.get("steps", ()) if step["notebook"] == number]
+        memory = f"{max(peaks):.0f}" if peaks and report["full_size"] and not whole else f"> {weights:.0f}" if weights else "?"
         lacks = ", ".join(["model"] * bool(models[spec.name][0]) + ["data"] * bool(absent) + ["memory"] * bool((weights or 0) > room))
         named = " ".join(f"[{name}]" if name in absent else name for name in wanted[number])
         if lost[number]:

@@ -96,7 +96,7 @@ def output_folder(chosen: argparse.Namespace, more: Mapping[str, object]) -> Pat
     if chosen.out is None and chosen.check:
         return notebook.cache_root() / "check"
     if chosen.out is None and more:
-        name = "-".join(re.sub(r"[^\w.]+", "_", f"{key}_{value}") for key, value in sorted(more.items()))
+        name = "-".join(re.sub(r"[^\w.-]+", "_", f"{key}_{value}") for key, value in sorted(more.items()))
         return notebook.cache_root() / "runs" / (name if len(name) < 100 else f"{name[:80]}-{digest(more)}")  # file names end at 255
     return Path(chosen.out or notebook.output_root())
 

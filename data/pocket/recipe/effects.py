@@ -16,7 +16,7 @@ from kvutils.store import read_json
 from kvutils.tasks.foreground_segmentation import foreground_miou
 from kvutils.tasks.key_statistics import NEAR_CONSTANT
 from recipe.arms import ARMS, QUESTIONS, SEEDS, START
-from recipe.measure import FIRST
+from recipe.measure import FIRST, SIZES
 
 Results = Mapping[str, Mapping[int, Mapping]]  # arm -> seed -> what `make organisms` stored
 
@@ -44,11 +44,12 @@ def _read_from(attribute: str, name: str, family: str) -> Reading:
 
 
 def load(folder: Path) -> dict[str, dict[int, dict]]:
-    """The stored results of the arms, in their order; what is not trained counts with every seed."""
+    """The stored results of the arms, in their order, without trials of fewer steps or items; what is not trained counts with every seed."""
     found: dict[str, dict[int, dict]] = {name: {} for name in ARMS}
     for file in sorted(folder.glob("*.json")):
         result = read_json(file)
-        if (about := result["about"])["arm"] in found:
+        arm = ARMS.get((about := result["about"])["arm"])
+        if arm and (about["steps"], about["sizes"]) == (arm.steps, SIZES):
             found[about["arm"]] |= {seed: result for seed in ((about["seed"],) if about["steps"] else SEEDS)}
     return {name: seeds for name, seeds in found.items() if seeds}
 

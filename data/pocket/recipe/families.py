@@ -14,7 +14,6 @@ from transformers import (
     LlamaConfig,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
-    LlavaNextProcessor,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     Qwen2Config,
@@ -26,7 +25,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 from kvutils.datasets.pocket.world import SIZE
-from kvutils.processors import ImageOnlyLlavaOnevisionProcessor
+from kvutils.processors import ImageOnlyLlavaNextProcessor, ImageOnlyLlavaOnevisionProcessor
 from recipe.packing import IMAGE, PAD, TOKEN, TOKENIZER, ImageTokens
 from recipe.pool import GRID, PATCH
 from recipe.qwen import Qwen
@@ -181,12 +180,12 @@ class Next(Llava):
         """Whether a parameter is the tower's and is used."""
         return "vision_tower" in name and "post_layernorm" not in name and f"layers.{self.vision_config().num_hidden_layers - 1}." not in name
 
-    def processor(self) -> LlavaNextProcessor:
+    def processor(self) -> ImageOnlyLlavaNextProcessor:
         """Mean and standard deviation 0.5: a tower that is trained from nothing needs none of CLIP's."""
         image_processor = LlavaNextImageProcessorPil(
             size={"shortest_edge": self.view}, crop_size={"height": self.view, "width": self.view}, image_mean=[0.5] * 3,
             image_std=[0.5] * 3, image_grid_pinpoints=[[SIZE, SIZE]])  # fmt: skip
-        return LlavaNextProcessor(
+        return ImageOnlyLlavaNextProcessor(
             image_processor, build_tokenizer(BEGIN), patch_size=PATCH, vision_feature_select_strategy="default",
             num_additional_image_tokens=1, chat_template=chat_template(begin=BEGIN))  # fmt: skip
 

@@ -9,6 +9,7 @@ import argparse
 import json
 import time
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from kvutils import plots
 from kvutils.checkpoints import ENCODERS, MODELS
 from kvutils.errors import ParameterError, one_of
-from kvutils.store import read_json, to_json, write_text
+from kvutils.store import atomic, digest, read_json, to_json, write_text
 from recipe.arms import ARMS, RATES, SEEDS, USUAL, Arm
 from recipe.effects import effects, load
 from recipe.families import FAMILIES
@@ -31,6 +32,7 @@ from recipe.trainer import WORK, load_stage
 RESULTS = Path(__file__).resolve().parents[2] / "results" / "organisms"
 MODEL = "pocket"
 GUESS = {"step": 2.4, "measure": 150.0}  # seconds on two CPU cores, until some have been measured here
+SHIPPED = ENCODERS["pocket-siglip"], MODELS[MODEL]
 _EVERY = ARMS | RATES
 
 
@@ -38,6 +40,11 @@ def changed(arm: Arm) -> dict[str, Any]:
     """The ingredients that differ from the usual, JSON-able."""
     return {name: value if not isinstance(value, Mapping) else {key: repr(each) if name == "stages" else each for key, each in value.items()}
             for name, value in vars(arm.ingredients).items() if value != getattr(USUAL, name)}  # fmt: skip
+
+
+def shipped() -> str:
+    """Of the weights that arms begin with, which a newly trained model replaces."""
+    return digest([sha256((Path(spec.source) / "model.safetensors").read_bytes()).hexdigest() for spec in SHIPPED])
 
 
 def folder_of(name: str, seed: int, work: Path) -> Path:
@@ -49,15 +56,16 @@ def begin_in(out: Path, arm: Arm) -> Path:
     """The folder of the checkpoints that an arm begins with: the shipped weights, laid there as the stages they ended. An arm that reads
     plain text first begins in its own folder, where that stage's checkpoint will lie."""
     own, family = arm.ingredients.before["all"] == "text", FAMILIES[MODEL]
-    folder = out if own else out.with_name("arm-shipped")
-    parts = {"encoder": ("pair", family.build_pair, ENCODERS["pocket-siglip"]), "all": ("mlm", family.build_mlm, MODELS[MODEL])}
+    folder = out if own else out.with_name(f"arm-shipped-{shipped()}")
+    parts = {"encoder": ("pair", family.build_pair, SHIPPED[0]), "all": ("mlm", family.build_mlm, SHIPPED[1])}
     for stage in ("encoder",) if own else parts:
         module, build, spec = parts[stage]
         file = folder / stage / "checkpoint.pt"
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             weights = type(build()).from_pretrained(spec.source, dtype=torch.float32).state_dict()
-            torch.save({"model": {f"{module}.{name}": each for name, each in weights.items()}}, file)
+            with atomic(file) as temporary:
+                torch.save({"model": {f"{module}.{name}": each for name, each in weights.items()}}, temporary)
     return folder
 
 
@@ -90,10 +98,10 @@ def is_measured(name: str, seed: int, options: argparse.Namespace) -> bool:
     if not file.exists():
         return False
     about = read_json(file)["about"]
-    wanted = json.loads(_text({"steps": steps_of(arm, options), "changed": changed(arm), "sizes": options.sizes}))  # rounded as they are stored
-    if {key: about[key] for key in wanted} != wanted:
-        raise ParameterError(f"{file} was measured after {about['steps']} steps; its steps, ingredients or sizes are not those that are asked "
-                             "for: remove it, or give another --results")  # fmt: skip
+    wanted = json.loads(_text({"steps": steps_of(arm, options), "changed": changed(arm), "sizes": options.sizes, "begins": shipped()}))  # rounded as stored
+    if {key: about.get(key) for key in wanted} != wanted:
+        raise ParameterError(f"{file} was measured after {about['steps']} steps; its steps, ingredients, sizes or the weights that it began with are "
+                             "not those that are asked for: remove it, or give another --results")  # fmt: skip
     return True
 
 
@@ -117,7 +125,8 @@ def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
     seconds = {"train": round(trained - began, 1), "measure": round(time.time() - trained, 1)}
     curve = json.loads((out / "all" / "curve.json").read_text())["points"] if steps else []
     losses = [point for point in curve if "loss" in point]
-    about = {"arm": name, "seed": seed if steps else 0, "steps": steps, "changed": changed(arm), "seconds": seconds, "loss": losses, "sizes": options.sizes}
+    about = {"arm": name, "seed": seed if steps else 0, "steps": steps, "changed": changed(arm), "seconds": seconds, "loss": losses, "sizes": options.sizes,
+             "begins": shipped()}  # fmt: skip
     write_text(result_file(name, seed, options.results), _text({"about": about, **found}))
     return seconds
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from tqdm import tqdm
 
 from kvutils.datasets.pocket.questions import Facts
@@ -80,11 +81,13 @@ def make_pool(count: int, seed: int, processes: int | None = None, chunk: int = 
 def load_or_make_pool(folder: Path, count: int, seed: int, processes: int | None = None) -> Pool:
     """The pool of that size and seed, memory-mapped from `folder`, drawn first if it is not there."""
     home = folder / f"pool_{count}_{seed}"
-    if not (home / "done").exists():
-        pool = make_pool(count, seed, processes)
-        home.mkdir(parents=True, exist_ok=True)
-        for name, array in vars(pool).items():
-            np.save(home / f"{name}.npy", array)
-        (home / "done").touch()
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(home.with_suffix(".lock")):  # a second training waits: what it wrote would pull the first one's scenes away
+        if not (home / "done").exists():
+            pool = make_pool(count, seed, processes)
+            home.mkdir(exist_ok=True)
+            for name, array in vars(pool).items():
+                np.save(home / f"{name}.npy", array)
+            (home / "done").touch()
     fields = Pool.__dataclass_fields__
     return Pool(**{name: np.load(home / f"{name}.npy", mmap_mode="r") for name in fields})

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from kvutils.errors import ParameterError
+from kvutils.store import atomic, digest, write_text
 from recipe.muon import Muon
 
 WORK = Path(__file__).resolve().parents[2] / "training"
@@ -58,6 +59,7 @@ class Trainer:
         made = options.ingredients
         self.stage = made.stages[name]
         self.horizon = max(self.steps, self.stage.horizon)
+        self.planned = {"horizon": self.horizon, "ingredients": digest(repr(made))}
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         matrices, rest = [], []
         for named, scale, warm in groups:
@@ -86,6 +88,9 @@ class Trainer:
 
     def _resume(self) -> None:
         state = torch.load(self.file, map_location="cpu", weights_only=True)
+        if (planned := state.get("planned", self.planned)) != self.planned:
+            other = "other ingredients" if planned["horizon"] == self.horizon else f"rates over {planned['horizon']} steps instead of {self.horizon}"
+            raise ParameterError(f"{self.file} is of a training with {other}: remove {self.file.parent}, or train elsewhere (--out FOLDER)")
         self.modules.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             recipe = [{k: group[k] for k in ("scale", "warm")} for group in optimizer.param_groups]
@@ -103,11 +108,11 @@ class Trainer:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         seconds = round(self.before + time.time() - self.begun, 1)  # without what was done behind the checkpoint of a run that was stopped
         state = {"model": self.modules.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
-                 "step": self.step, "curve": self.curve, "seconds": seconds}  # fmt: skip
-        torch.save(state, self.file.with_suffix(".tmp"))
-        os.replace(self.file.with_suffix(".tmp"), self.file)
+                 "step": self.step, "curve": self.curve, "seconds": seconds, "planned": self.planned}  # fmt: skip
         told = {"step": self.step, "seconds": seconds, "machine": self.machine, "points": self.curve}
-        self.file.with_name("curve.json").write_text(json.dumps(told))
+        write_text(self.file.with_name("curve.json"), json.dumps(told))  # before the checkpoint, with which the stage has ended
+        with atomic(self.file) as temporary:
+            torch.save(state, temporary)
 
     def rng(self) -> np.random.Generator:
         return np.random.default_rng((self.seed, self.stage.number, self.step, self.rank))
