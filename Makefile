@@ -128,7 +128,7 @@ train: $(STAMP)  ## train a pocket model from nothing and write it to data/pocke
 	@$(RUN) benchmarks train --model $(call quoted,$(MODEL)) --seed $(call quoted,$(SEED)) $(ARGS)
 	@$(if $(ARGS),,$(RUN) benchmarks export --model $(call quoted,$(MODEL)) --seed $(call quoted,$(SEED)))
 
-# Arms begin with the shipped weights of pocket. STEPS=40 tries it; ARGS="--status" says how far it is, "--rates" compares candidates for
+# Arms begin with the shipped weights of pocket. STEPS=40 tries it (in data/training/trials); ARGS="--status" says how far it is, "--rates" compares candidates for
 # the rate of AdamW.
 organisms: $(STAMP)  ## train and measure the arms of notebook 06: ARMS="base narrow-0.9", SEEDS=2,3,4 (resumes)
 	@$(RUN) benchmarks organisms --seeds $(call quoted,$(SEEDS)) $(if $(ARMS),--arms $(ARMS)) $(if $(STEPS),--steps $(call quoted,$(STEPS))) $(ARGS)

@@ -47,9 +47,9 @@ def shipped() -> str:
     return digest([sha256((Path(spec.source) / "model.safetensors").read_bytes()).hexdigest() for spec in SHIPPED])
 
 
-def folder_of(name: str, seed: int, work: Path) -> Path:
-    """Of an arm's training."""
-    return work / f"arm-{name}-{seed}"
+def folder_of(name: str, seed: int, options: argparse.Namespace) -> Path:
+    """Of an arm's training; a trial of fewer steps has its own."""
+    return options.out / f"arm-{name}-{seed}{f'-of-{options.steps}' if options.steps else ''}"
 
 
 def begin_in(out: Path, arm: Arm) -> Path:
@@ -84,7 +84,7 @@ def steps_of(arm: Arm, options: argparse.Namespace) -> int:
 
 def describe(name: str, seed: int, options: argparse.Namespace) -> str:
     """How far an arm is: "measured", "trained", "250 of 400 steps", "-"."""
-    curve = folder_of(name, seed, options.out) / "all" / "curve.json"
+    curve = folder_of(name, seed, options) / "all" / "curve.json"
     steps = steps_of(_EVERY[name], options)
     done = json.loads(curve.read_text())["step"] if curve.exists() else 0
     if is_measured(name, seed, options):
@@ -108,7 +108,7 @@ def is_measured(name: str, seed: int, options: argparse.Namespace) -> bool:
 def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
     """Train and measure an arm; seconds that each took."""
     arm = _EVERY[name]
-    out, steps, began = folder_of(name, seed, options.out), steps_of(_EVERY[name], options), time.time()
+    out, steps, began = folder_of(name, seed, options), steps_of(_EVERY[name], options), time.time()
     start = begin_in(out, arm)
     if steps:
         how = {"model": MODEL, "seed": seed, "steps": steps, "out": out, "start": start}
@@ -157,11 +157,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--ranks", type=int, help="processes that share each step (default: 2 on a CPU, 1 on a GPU)")
     parser.add_argument("--threads", type=int, default=1, help="threads per process (default 1)")
     parser.add_argument("--out", type=Path, default=WORK, metavar="FOLDER", help="with the trainings (default: data/training)")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="default: data/results/organisms")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="default: data/results/organisms, of --steps and --small trials in --out")
     parser.add_argument("--status", action="store_true", help="only say how far it is")
     parser.add_argument("--figures", type=Path, metavar="FOLDER", help="only draw the figures there")
     parser.add_argument("--quiet", action="store_true", help="print nothing while training")
     options = parser.parse_args(arguments)
+    options.results = options.results or (options.out / "trials" if options.steps or options.small != 1 else RESULTS)
     if options.figures:
         plots.save(draw(effects(load(options.results))), options.figures)
         return
