@@ -25,13 +25,13 @@ def beside_each_other(found: Mapping[str, Mapping]) -> Figure:
         points = [(row, each[claim], *families[each["family"]], None) for row, each in enumerate(found.values()) if claim in each]
         forest(axis, points, list(found) if axis is axes[0] else [""] * len(found))
         axis.set(title=title, xlabel="points, mean over tasks", ylim=(len(found) - 0.5, -0.5))
-    for row, (name, each) in enumerate(found.items()):
+    for name, each in found.items():
         colour, marker = families[each["family"]]
         if each["adds"]:
             before = found.get(f"{name}{BEFORE}", {}).get("adds") or each["adds"]
             axes[-1].plot(*zip(before, each["adds"], strict=True), color=colour, lw=0.8)
             axes[-1].plot(*each["adds"], marker, color=colour, ms=5, alpha=0.75, mfc="white" if name.endswith(BEFORE) else None)
-            axes[-1].annotate("" if name.endswith(BEFORE) else name, each["adds"], xytext=(4, -9 if row % 2 else 4),
+            axes[-1].annotate("" if name.endswith(BEFORE) else name, each["adds"], xytext=(4, -9 if MARKERS.index(marker) % 2 else 4),
                               textcoords="offset points", fontsize=7, color=colour)  # fmt: skip
     axes[-1].set(title=ABILITY, xlabel="best value layer minus\nprojector, points (hollow:\nbefore the last stage)", ylabel="accuracy of POPE\nand BLINK, %")
     axes[-1].margins(x=0.35, y=0.25)
