@@ -218,6 +218,9 @@ def test_what_the_readme_adds_to_the_verdicts_is_stored():
     parts = {each["name"]: each for name, notebook_of in (("C2a", flow), ("C8", read_json(folder / "05_blink_gap.json")))
              for each in notebook_of["claims"][name]["others"]}
     builds, falls = (parts[f"{task}: best layer between minus layer 1"]["value"] for task in ("Co-segmentation", "Referring-expression segmentation"))
+    seeds = [{each["id"]: each["verdict"] for each in read_json(folder.with_name(name) / "claims.json")} for name in ("pocket", "pocket-2", "pocket-3")]
+    differ = [claim for claim in seeds[0] if len({words[claim] for words in seeds}) > 1]
+    assert f"between the three {', '.join(differ[:-1])} and {differ[-1]} differ" in told
     beyond = parts["art style: value right, model wrong, minus independence"]
     assert f"co-segmentation builds up ({builds:+.1f} points) and referring falls ({falls:.1f})" in told
     assert f"+{beyond['value']:.1f} % of items [{beyond['low']:.1f}, {beyond['high']:+.1f}] in `pocket`" in told
