@@ -12,6 +12,7 @@ from recipe import effects, organisms, train
 from recipe.arms import ARMS, BASE, QUESTIONS, USUAL, question_first
 from recipe.families import FAMILIES
 from recipe.measure import SIZES
+from recipe.organism_plots import sign
 from recipe.packing import IMAGE, PAD, encode, pack
 from recipe.pool import make_pool
 from recipe.samples import PLAIN, Sample, in_sentence
@@ -139,8 +140,11 @@ def test_results_count_for_the_weights_that_are_shipped(monkeypatch):
 def test_readme_tells_the_effects_that_are_stored():
     results = effects.load(organisms.RESULTS)
     wanted = {("colour read from values", "narrow-0.9", "narrow-0.2"), ("style read from values", "narrow-0.9", "narrow-0.2"),
+              ("colour read from the tower", "narrow-0", "narrow-0.2"), ("style read from values", "medium-0.9", "base"),
               ("style read from values", "narrow-0.9-distil", "narrow-0.9"), ("light read from values", "narrow-0.9", "narrow-0.2")}  # fmt: skip
     by_name, told = {each.name: each for each in effects.READINGS["OQ1"]}, " ".join((notebook.ROOT / "README.md").read_text().split())
+    every = [each for arms in effects.effects(results).values() for arm in arms.values() for each in arm["readings"].values()]
+    assert f"{sum(sign(each) != 0 for each in every)} of {len(every)} differences have an interval without 0, where {len(every) / 20:.0f} would" in told
     for name, *arms in wanted:
         found = effects.effect_of(by_name[name], results, *arms)
         assert re.search(rf"{found.mean:+.1f} (points )?\[{found.low:+.1f}, {found.high:+.1f}\]".replace("+", r"\+"), told), (name, found)
