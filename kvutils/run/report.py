@@ -55,9 +55,8 @@ def comparisons(claim: Mapping, found: Mapping) -> list[list]:
     """What stands behind a verdict: rows under `COMPARISONS`, the one that decides in bold, each with its own word."""
     if "primary" not in found:
         return [[claim["id"], judge(claim, found).why, *[""] * (len(COMPARISONS) - 3), NOT_MEASURED]]
-    parts = {each["name"]: each for each in (*found.get("tasks", ()), *found["others"])}
+    parts = {each["name"]: each for each in (found["primary"], *found.get("tasks", ()), *found["others"])}
     first, line = decided_by(claim, found), row(claim, found)
-    parts = {found["primary"]["name"]: found["primary"], **parts}
     del parts[first["name"]]
     counted = claim["kind"] == "tasks" and first["low"] is not None  # what is judged is the number; its mean is one of the others
     lines = [(claim["id"], first, *((f"{interval_of(first)} {claim['unit']}", word_of_part(claim, first)) if counted
