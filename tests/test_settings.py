@@ -1,5 +1,7 @@
 """X6: settings are changed for real, what they change is found, and nothing is found where nothing changes."""
 
+import gc
+import weakref
 from dataclasses import replace
 from functools import partial
 
@@ -91,6 +93,22 @@ def test_a_change_is_found_where_one_is_planted_and_none_where_nothing_changes(f
     assert without["left_out"]["attention eager"] == "half of the weights are missing" and "finite" in without["left_out"]["precision bfloat16"]
     assert len(claim["others"]) == 15 and claim["primary"] in found["changes"][claim["primary"]["name"].split(":")[0]].values()
     assert all(f"{name}: " in claim["note"] for name in (*found["changes"], *found["left_out"]))
+
+
+def test_the_model_of_one_setting_is_gone_before_the_next_is_loaded():
+    """Of 7B, two beside the first do not fit."""
+    loaded, make, mlm = [], loader("llava_onevision", {}), tiny("llava_onevision")
+
+    def load(**how):
+        gc.collect()
+        assert [each for each in loaded if each()] == []
+        loaded.append(weakref.ref((one := make(**how)).model))
+        return one
+
+    task = {"referring_segmentation": made()["referring_segmentation"]}
+    tables = {name: run_task(each, FeatureExtractor(mlm, keys=False), progress=False) for name, each in task.items()}
+    measure_settings(task, tables, pope(), mlm, load, progress=False)
+    assert len(loaded) == 2
 
 
 def test_parts_of_one_setting_are_not_those_of_another(tmp_path):
