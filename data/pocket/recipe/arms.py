@@ -141,6 +141,7 @@ ARMS: Mapping[str, Arm] = {
     "first-0": Arm(("OQ4",), "no question before the image, which 46 % of the samples had before", _all(shares=question_first(0.0))),
     "first-8": Arm(("OQ4",), "the question before the image in 8 % of the samples", _all(shares=question_first(0.08))),
 }  # fmt: skip
-# Candidates for the rate of AdamW, relative to that of a stage: chosen by accuracy on development scenes alone, see `make organisms ARGS="--rates"`.
+# Candidates for the rate of AdamW, relative to that of a stage: chosen by accuracy alone, on scenes and with a seed that nothing is reported
+# of, by `make organisms SEEDS=5 ARGS="--rates"`.
 RATES = {f"rate-{rate:g}": Arm((), f"AdamW, decay 0.1, matrices at {rate:g} of the rate", _all(muon=False, matrix_rate=rate, decay=0.1), steps=200)
          for rate in (0.5, 1.0, 2.0)}  # fmt: skip

@@ -38,6 +38,7 @@ from recipe.samples import in_sentence
 from recipe.train import Ingredients
 
 SEED = 40_000  # of the development scenes: no training scene, none of notebooks 01-05
+CHOICE = 41_000  # of other scenes and questions, on which choices are made: nothing is reported of them
 FIRST = 15  # image tokens that are read first
 SIZES = {"questions": 60, "scenes": 400, "per_fold": 8, "episode_scenes": 100, "images": 200, "mass_images": 40, "items": 64, "referring": 24}
 PREFIXES = ("none", "correct", "wrong", "filler")
@@ -65,15 +66,16 @@ def bits(right: Sequence) -> str:
     return "".join("01"[bool(each)] for each in right)
 
 
-def accuracies(model, family, made: Ingredients, pool: Pool, count: int) -> dict[str, dict]:
-    """kind -> {scenes, right, most_frequent: the share of the most frequent answer}, asked and answered as the arm was trained to."""
+def accuracies(model, family, made: Ingredients, pool: Pool, count: int, seed: int = SEED) -> dict[str, dict]:
+    """kind -> {scenes, right, most_frequent: the share of the most frequent answer}, asked and answered as the arm was trained to.
+    seed: of the questions."""
     image, found = made.written(family.full), {}
 
     def embed(images: list) -> torch.Tensor:
         return made.embed(family, model, family.features(model, pixel_batch(pool, images)))
 
     for kinds in (tuple(q.KINDS), *((kind,) for kind in SEVERAL)):  # questions about one scene behind one image
-        samples = {kind: balanced_samples(pool, kind, count, SEED) for kind in kinds}
+        samples = {kind: balanced_samples(pool, kind, count, seed) for kind in kinds}
         if made.sentences:
             samples = {kind: [replace(each, blocks=[in_sentence(block) for block in each.blocks]) for each in some] for kind, some in samples.items()}
         right = iter(answers_right(model, [each for some in samples.values() for each in some], embed, image))

@@ -23,7 +23,7 @@ from kvutils.store import atomic, digest, read_json, to_json, write_text
 from recipe.arms import ARMS, RATES, SEEDS, USUAL, Arm
 from recipe.effects import effects, load
 from recipe.families import FAMILIES
-from recipe.measure import SEED, SIZES, measure
+from recipe.measure import CHOICE, SEED, SIZES, accuracies, measure
 from recipe.organism_plots import draw
 from recipe.pool import load_or_make_pool
 from recipe.train import train
@@ -120,8 +120,11 @@ def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
     family = FAMILIES[MODEL]
     model = family.build_mlm(**arm.ingredients.language)
     load_stage(model, "all", out if steps else start)
-    pool = load_or_make_pool(options.out, options.development, SEED)
-    found = measure(model.eval(), family, arm.ingredients, pool, options.sizes)
+    pool = load_or_make_pool(options.out, options.development, CHOICE if name in RATES else SEED)
+    if name in RATES:
+        found = {"accuracy": accuracies(model.eval(), family, arm.ingredients, pool, options.sizes["questions"], CHOICE)}
+    else:
+        found = measure(model.eval(), family, arm.ingredients, pool, options.sizes)
     seconds = {"train": round(trained - began, 1), "measure": round(time.time() - trained, 1)}
     curve = json.loads((out / "all" / "curve.json").read_text())["points"] if steps else []
     losses = [point for point in curve if "loss" in point]
@@ -149,7 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--arms", nargs="*", default=[], metavar="ARM", help=f"default: all of {', '.join(ARMS)}")
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="of training (default 2,3,4)")
     parser.add_argument("--steps", type=int, help="of every arm (default: each arm's own)")
-    parser.add_argument("--rates", action="store_true", help="the candidates for AdamW's rate instead, by accuracy on development scenes")
+    parser.add_argument("--rates", action="store_true", help="the candidates for AdamW's rate instead, by accuracy on scenes that nothing is reported of")
     parser.add_argument("--scenes", type=int, default=60_000, help="training scenes (default 60000)")
     parser.add_argument("--development", type=int, default=600, help="development scenes (default 600)")
     parser.add_argument("--small", type=float, default=1.0, metavar="SHARE", help="of what is measured (default 1)")
@@ -157,12 +160,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--ranks", type=int, help="processes that share each step (default: 2 on a CPU, 1 on a GPU)")
     parser.add_argument("--threads", type=int, default=1, help="threads per process (default 1)")
     parser.add_argument("--out", type=Path, default=WORK, metavar="FOLDER", help="with the trainings (default: data/training)")
-    parser.add_argument("--results", type=Path, metavar="FOLDER", help="default: data/results/organisms, of --steps and --small trials in --out")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="default: data/results/organisms, of --steps, --small and --rates trials in --out")
     parser.add_argument("--status", action="store_true", help="only say how far it is")
     parser.add_argument("--figures", type=Path, metavar="FOLDER", help="only draw the figures there")
     parser.add_argument("--quiet", action="store_true", help="print nothing while training")
     options = parser.parse_args(arguments)
-    options.results = options.results or (options.out / "trials" if options.steps or options.small != 1 else RESULTS)
+    options.results = options.results or (options.out / "trials" if options.steps or options.small != 1 or options.rates else RESULTS)
     if options.figures:
         plots.save(draw(effects(load(options.results))), options.figures)
         return
