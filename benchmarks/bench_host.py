@@ -177,21 +177,13 @@ class Workshop:
         states = torch.randn(len(self.chosen), self.mlm.num_kv_heads, len(layout), self.mlm.head_dim, device=self.device)
         towers = [torch.randn(len(layout), width, device=self.device) for width in (1152, 3584)]
         captured = Capture(layout, tuple(self.chosen), states, states, *towers)
-
-        def capture(mlm, images, *_, keys: bool = True, features: bool = True, to=None, **__) -> list[Capture]:
-            kept = (states if keys else None, states, *(towers if features else (None, None)))
-            return [Capture(layout, captured.layers, *(one if one is None else one.to(to or self.device) for one in kept)) for _ in images]
-
-        forward = {"capture": capture,
-                   "prepare_images": lambda _, images, *__: VisionInputs(torch.empty(0), [layout] * len(images)),
+        forward = {"prepare_images": lambda _, images, *__: VisionInputs(torch.empty(0), [layout] * len(images)),
                    "encode_images": lambda _, vision: tuple([tower] * len(vision.layouts) for tower in towers),
                    "capture_prepared": lambda _, vision, *__, **___: [captured] * len(vision.layouts),
-                   "encode_prepared": lambda _, __, vision, *___, **____: [captured.encoder] * len(vision.layouts),
-                   "capture_encoder": lambda _, mlm, images, to=None, **__: [towers[0].to(to or self.device) for _ in images]}  # fmt: skip
-        there = {name: replaced for name, replaced in forward.items() if hasattr(features_module, name)}
+                   "encode_prepared": lambda _, __, vision, *___, **____: [captured.encoder] * len(vision.layouts)}  # fmt: skip
 
         def run() -> None:
-            with mock.patch.multiple(features_module, **there):
+            with mock.patch.multiple(features_module, **forward):
                 self.extractor.images(images)
 
         return Item(f"picture, {BATCH} in a batch", run, BATCH)
@@ -201,7 +193,6 @@ class Workshop:
         readout.prefixes = lambda sample: {condition: condition for condition in CONDITIONS}
         found = {condition: [self.features(readout.samples[0], self.of_prefixes)] for condition in CONDITIONS}
         self.of_prefixes.images = lambda items, prefix=None, *_, **__: [found[each or "none"][0] for each in prefix or [None]]
-        self.of_prefixes.behind = self.of_prefixes.images  # of an older checkout
         return Item(f"{unit}, {len(readout.families)} scores", lambda: run_prefixes(readout, progress=False))
 
     def prefix_referring(self) -> Item:

@@ -9,9 +9,11 @@ impossible to judge: a ceiling, a floor, no lever. "Said so" is how often the ve
 with probability .8, and the smallest that matters: an effect or its absence can be expected only where the data can tell.
 Estimates of the two halves that choose layers for each other go together, so that intervals are somewhat narrow: of 500 to 1,250 further runs without an
 effect at the pocket's n, 2 to 4 % were present and 3 to 6 % opposite (C2b, C4), where 2.5 % of each would be exact.
+A fault of C2's rule that is known: the best of several layers is ahead of the ends as well where the layers' levels only scatter, without a
+trend; so the mean of the layers between, which nothing has chosen, stands beside it in every report.
 --write puts the table into benchmarks/VERDICTS.md.
 
-Noise: per unit (image, group, clip, pair) as large as in the pocket results, see `NOISE`; how large it is in the paper's is unknown.
+Noise: per unit (image, group, clip, pair) as large as in the first pocket results, see `NOISE`; how large it is in the paper's is unknown.
 """
 
 from __future__ import annotations
@@ -70,9 +72,9 @@ class Truth:
 
 
 # The six tasks: units of the paper's data sets and of the pocket's, and noise of one unit's score at one layer.
-UNITS = {PAPER: (1000, 7, 12419, 1500, 540, 30), POCKET: (100, 8, 91, 59, 80, 12)}
+UNITS = {PAPER: (1000, 7, 12419, 1500, 540, 30), POCKET: (112, 16, 100, 59, 160, 24)}
 NOISE = (0.12, 0.06, 0.15, 0.15, 0.20, 0.10)
-LAYERS = {PAPER: 28, POCKET: 8}
+LAYERS = {PAPER: 28, POCKET: 12}
 MOST = 200  # units that are drawn; of more, the noise is made smaller by as much
 
 
@@ -107,10 +109,11 @@ def curve_of(size: str, builds: float, falls: float, gradual: bool = True) -> np
     return 0.6 - np.concatenate([builds * np.linspace(1, 0, middle, endpoint=False), falls * np.linspace(0, 1, layers - middle)])
 
 
-def of_six(claim: Callable, size: str, curve: np.ndarray, control: float, random: Random) -> dict:
+def of_six(claim: Callable, size: str, curve: np.ndarray | Callable, control: float, random: Random) -> dict:
     found = {}
     for task, units, noise in zip(SIX, UNITS[size], NOISE, strict=True):
-        table = score_table(task, levels_of(task, size, curve, control), units, noise, random)
+        levels = curve() if callable(curve) else curve
+        table = score_table(task, levels_of(task, size, levels, control), units, noise, random)
         found[task.name] = summarise(table, as_task(task), BOOT, int(random.integers(2**31)))
     return claim(found)
 
@@ -121,6 +124,11 @@ def draw_c1(size: str, points: float, random: Random) -> dict:
 
 def draw_c2(claim: Callable, size: str, points: float, random: Random) -> dict:
     return of_six(claim, size, curve_of(size, points / 100, points / 100, gradual=points > 0), 0.3, random)
+
+
+def draw_jagged(claim: Callable, size: str, points: float, random: Random) -> dict:
+    """Levels of layers that scatter by so many points, another way in every task, without any trend."""
+    return of_six(claim, size, lambda: 0.6 + points / 100 * random.normal(size=LAYERS[size] - 1), 0.3, random)
 
 
 def draw_only_falls(claim: Callable, size: str, points: float, random: Random) -> dict:
@@ -142,8 +150,8 @@ def draw_c4(size: str, points: float, random: Random) -> dict:
     return claim_c4(chains)
 
 
-# Keys: tables of variances. 28 layers of 4 heads and 729 positions, as LLaVA-OneVision; 8 of 2 and 144.
-GRIDS = {PAPER: (28, 4, 27), POCKET: (8, 2, 12)}
+# Keys: tables of variances. 28 layers of 4 heads and 729 positions, as LLaVA-OneVision; 12 of 2 and 144.
+GRIDS = {PAPER: (28, 4, 27), POCKET: (12, 2, 12)}
 LOW = 0.15  # share of the keys that vary little, where there are any
 
 
@@ -203,9 +211,9 @@ def draw_x4(size: str, percent: float, random: Random) -> dict:
     return claim_x4(found, compare_trained(trained, untrained, found["thresholds"], BOOT, seed))
 
 
-# POPE: 3 x 3,000 questions about 500 images; 2,424 about 600 in the pocket profile. 10 draws of random keys in both.
+# POPE: 3 x 3,000 questions about 500 images; 2,424 about 600 in the pocket profile. Draws of random keys as in notebook 03.
 QUESTIONS = {PAPER: (500, 6), POCKET: (600, 4)}
-DRAWS, CHURN = 10, 0.02  # share of the answers that a block changes to either side without any effect
+DRAWS, CHURN = 20, 0.02  # share of the answers that a block changes to either side without any effect
 LEVEL = {PAPER: 0.78, POCKET: 0.91}
 
 
@@ -281,8 +289,8 @@ def draw_c7(name: str, claim: Callable, size: str, points: float, random: Random
     return claim({readout: prefixes(name, size, points, random, above)})
 
 
-# Choices: the paper's Art Style has 117 items, the pocket profile 200 a subtask.
-ITEMS = {PAPER: {"Art_Style": 117}, POCKET: {"Art_Style": 200, "Visual_Similarity": 200, "Semantic_Correspondence": 200}}
+# Choices: the paper's Art Style has 117 items, the pocket profile 400 a subtask.
+ITEMS = {PAPER: {"Art_Style": 117}, POCKET: dict.fromkeys(("Art_Style", "Visual_Similarity", "Semantic_Correspondence"), 400)}
 
 
 def choice_table(subtask: str, n: int, layers: int, model: float, on_errors: float, elsewhere: float, random: Random) -> ChoiceTable:
@@ -313,9 +321,13 @@ def draw_x5(size: str, points: float, random: Random, model: float = 0.7) -> dic
                      for name, n in ITEMS[size].items()})  # fmt: skip
 
 
-# Several models, and settings.
-def draw_c3(size: str, r: float, random: Random, models: int = 12) -> dict:
-    x = random.normal(size=models)
+# Several models, as many as are shipped or a dozen; and settings, with the errors of a setting's 13 scores: none of ours, and those of bfloat16.
+TRAININGS = {PAPER: 12, POCKET: 5}
+ERRORS = {PAPER: (0.08,) * 13, POCKET: (3.91, 1.63, 0.09, 0.40, 0.83, 0.05, 0.03, 0.0, 1.0, 0.23, 0.07, 0.13, 0.33)}
+
+
+def draw_c3(size: str, r: float, random: Random) -> dict:
+    x = random.normal(size=(models := TRAININGS[size]))
     return measured(across.correlation("r", x, r * x + (1 - r * r) ** 0.5 * random.normal(size=models), models))
 
 
@@ -331,9 +343,8 @@ def draw_x1(size: str, points: float, random: Random) -> dict:
 
 def draw_x6(size: str, points: float, random: Random) -> dict:
     """Thirteen scores under five settings; one of them changes by so many points."""
-    error = 0.08
-    changes = {f"setting {i}": {f"score {j}": part(f"{i}/{j}", _noisy(points if i == j == 0 else 0.0, error, random)) for j in range(13)}
-               for i in range(5)}  # fmt: skip
+    changes = {f"setting {i}": {f"score {j}": part(f"{i}/{j}", _noisy(points if i == j == 0 else 0.0, error, random))
+                                for j, error in enumerate(ERRORS[size])} for i in range(5)}  # fmt: skip
     return claim_x6({"layers": [4, 7], "changes": changes, "left_out": {}})
 
 
@@ -358,18 +369,21 @@ def truths(name: str, draw: Draw, opposite: bool = True, **cannot: Draw) -> list
     return found + [Truth(why.replace("_", " "), size, ("cannot appear here",), each) for why, each in cannot.items()]
 
 
+JAGGED = "levels scatter by 2 points"  # a fault of the rule that is known, see above
 SIMULATIONS: dict[str, Callable[[], list[Truth]]] = {
     "C1": lambda: truths("C1", draw_c1),
     "C2a": lambda: [*truths("C2a", partial(draw_c2, claim_c2a), floor=partial(draw_floor, claim_c2a)),
-                    Truth("a curve that only falls", 4.0, ("absent", "opposite"), partial(draw_only_falls, claim_c2a))],
+                    Truth("a curve that only falls", 4.0, ("absent", "opposite"), partial(draw_only_falls, claim_c2a)),
+                    Truth(JAGGED, 2.0, ("absent",), partial(draw_jagged, claim_c2a))],
     "C2b": lambda: [*truths("C2b", partial(draw_c2, claim_c2b), floor=partial(draw_floor, claim_c2b)),
-                    Truth("a curve that only falls", 4.0, ("present",), partial(draw_only_falls, claim_c2b))],
+                    Truth("a curve that only falls", 4.0, ("present",), partial(draw_only_falls, claim_c2b)),
+                    Truth(JAGGED, 2.0, ("absent",), partial(draw_jagged, claim_c2b))],
     "C3": lambda: [Truth(f"r = {r:g}", r, words, draw_c3) for r, words in ((0.8, ("present",)), (0.0, ("absent",)), (-0.8, ("opposite",)))],
     "C4": lambda: [Truth("ahead on 3 of 6 by 4 points", 4.0, ("present",), draw_c4), Truth("none", 0.0, ("absent",), draw_c4),
                    Truth("behind on 3 of 6", -4.0, ("opposite",), draw_c4)],
     "C5": lambda: [Truth("two modes in the last third", 0, ("present",), lambda size, _, random: draw_c5(size, GRIDS[size][0] // 3, random)),
                    Truth("none", 0, ("absent",), draw_c5), Truth("60 images", 3, ("cannot appear here",), draw_few_images)],
-    "C6": lambda: truths("C6", draw_c6, ceiling=partial(draw_c6, level=0.999), no_lever=partial(draw_c6, every=0.2)),
+    "C6": lambda: truths("C6", draw_c6, ceiling=partial(draw_c6, level=0.999), no_lever=lambda size, _, random: draw_c6(size, 0.0, random, 0.2)),
     "C7a": lambda: truths("C7a", partial(draw_c7, "C7a", claim_c7a), floor=partial(draw_c7, "C7a", claim_c7a, above=0.0)),
     "C7b": lambda: truths("C7b", partial(draw_c7, "C7b", claim_c7b), floor=partial(draw_c7, "C7b", claim_c7b, above=0.0)),
     "C8": lambda: [Truth("33 % value right, model wrong", 10.8, ("present",), draw_c8), Truth("none", 0.0, ("absent",), draw_c8),
@@ -409,6 +423,8 @@ def misses(name: str, truth: Truth, shares: dict[str, float], seen: float, runs:
     tell: where four fifths of an effect of that size would have been found (choosing a layer on half of the items costs some of it), or
     the smallest of interest. Without one at most 5 % say that there is. Both with two standard errors of so many runs."""
     slack = lambda share: 2 * (share * (1 - share) / runs) ** 0.5  # noqa: E731
+    if truth.name == JAGGED:
+        return ""
     false = max(shares.get(word, 0) for word in ("present", "holds")) if "present" not in truth.right and "holds" not in truth.right else 0
     if false > 0.05 + slack(0.05):
         return f"an effect that is not there in {false:.0%}"

@@ -14,6 +14,7 @@ from kvutils.errors import ImageError
 
 ImageLike = Image.Image | str | PathLike
 MAX_PIXELS = 100_000_000  # larger files are refused before they are decoded (decompression bombs)
+SMALL = 320  # pixels of a side, of pictures in results files
 # What Pillow's decoders raise on bad data, and Python on a value of another kind than expected.
 MALFORMED = (OSError, SyntaxError, EOFError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError,
              struct.error, zlib.error, Image.DecompressionBombError)  # fmt: skip
@@ -75,10 +76,10 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     return image
 
 
-def encode_image(image: Image.Image, largest: int = 320) -> str:
-    """A small picture as base64 text, for a results file: PNG up to `largest` pixels as it is, larger ones shrunk."""
+def encode_image(image: Image.Image) -> str:
+    """A small picture as base64 text, for a results file: PNG up to `SMALL` pixels wide and high as it is, larger ones shrunk."""
     small = image.copy()
-    small.thumbnail((largest, largest))
+    small.thumbnail((SMALL, SMALL))
     data = io.BytesIO()
     small.save(data, "PNG", optimize=True)
     return base64.b64encode(data.getvalue()).decode()

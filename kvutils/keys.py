@@ -122,7 +122,7 @@ class SameGrid:
         if layout.grids != self.layout.grids or len(layout) != len(self.layout):
             width, height = layout.image_size
             raise DataError(f"{name} ({width}x{height}) has the token grids {layout.grids}, the images before it {self.layout.grids}: "
-                            "resize all images to one size, or use dataclasses.replace(mlm, base_view_only=True)")
+                            "resize all images to one size, or, with a LLaVA model, use dataclasses.replace(mlm, base_view_only=True)")
 
 
 def key_variance(mlm: MLM, images: Iterable[ImageLike], layers: str | int | Iterable[int] = "all", *, prefix: str | None = None,
@@ -203,7 +203,7 @@ def select_region(mlm: MLM, layout: TokenLayout, region: Sequence[float] | np.nd
     """
     need_mlm(mlm)
     of_kind("layout", layout, TokenLayout, "a TokenLayout, such as capture.layout")
-    tokens, size = np.flatnonzero((layout.rects[:, 2:] > layout.rects[:, :2]).all(axis=1)), np.array(layout.image_size)
+    tokens, size = np.flatnonzero(layout.seeing), np.array(layout.image_size)
     try:
         found = region.numpy(force=True) if isinstance(region, torch.Tensor) else np.array(region)
     except ValueError:  # a ragged list: no box

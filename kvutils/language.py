@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import eager_mask
 from transformers.models.qwen2.modeling_qwen2 import eager_attention_forward
@@ -115,14 +115,13 @@ AttentionMaskInterface.register(EXACT, eager_mask)
 
 
 @contextlib.contextmanager
-def _grouped(mlm: MLM) -> Iterator[None]:
-    """The language model's "sdpa" is `GROUPED` inside, for passes that are given a mask (B, 1, S, T); another attention stays."""
-    usual = mlm.attention
-    mlm.text_config._attn_implementation = GROUPED if usual == "sdpa" else usual
+def attention_by(config: PreTrainedConfig, name: str) -> Iterator[None]:
+    """Inside, the layers of this configuration compute their attention by a function of `AttentionInterface`."""
+    usual, config._attn_implementation = config._attn_implementation, name
     try:
         yield
     finally:
-        mlm.text_config._attn_implementation = usual
+        config._attn_implementation = usual
 
 
 @dataclass(eq=False)
@@ -206,7 +205,8 @@ class Continuation:
         positions = positions.expand(3, -1, -1) if self.mlm.family == QWEN else positions
         layers = (language_model := self.mlm.model.model.language_model).layers
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_grouped(self.mlm))
+            if self.mlm.attention == "sdpa":  # another attention stays
+                stack.enter_context(attention_by(self.mlm.text_config, GROUPED))
             stack.enter_context(self.within())
             for layer in self.keep:
                 stack.callback(layers[layer].register_forward_pre_hook(lambda _, args, layer=layer: self._keep(layer, args[0])).remove)

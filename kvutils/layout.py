@@ -75,7 +75,7 @@ class TokenLayout:
         if (mask := np.asarray(mask)).shape != self.image_size[::-1]:
             raise DataError(f"the mask must be (H, W) = {self.image_size[::-1]} like its image, not {mask.shape}")
         labels, coverage = np.full(len(self), -1), np.zeros(len(self))
-        seen = np.flatnonzero(self._areas() > 0)
+        seen = np.flatnonzero(self.seeing)
         for value in np.unique(mask[mask != VOID]):
             pixels, all_pixels = self.pixel_sums(mask == value, seen)
             share = pixels / all_pixels
@@ -113,13 +113,15 @@ class TokenLayout:
         grid = scores[..., torch.from_numpy(index).to(scores.device)].to(dtype)
         return down @ (grid @ across.T) if len(ys) < len(xs) else down @ grid @ across.T  # the shorter side last: its sum is per pixel
 
-    def _areas(self) -> np.ndarray:
-        return np.prod(np.nan_to_num(self.rects[:, 2:] - self.rects[:, :2]), axis=1)
+    @property
+    def seeing(self) -> np.ndarray:
+        """(N,) bool: tokens that see pixels of the image, no newline and no padding."""
+        return (self.rects[:, 2:] > self.rects[:, :2]).all(axis=1)
 
     def _grid(self, view: str | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Token index (rows, columns), y intervals (rows, 2), x intervals (columns, 2); no padding lines."""
         tokens = self.spatial(view)
-        tokens = tokens[self._areas()[tokens] > 0]
+        tokens = tokens[self.seeing[tokens]]
         rows, row = np.unique(self.cells[tokens, 0], return_inverse=True)
         columns, column = np.unique(self.cells[tokens, 1], return_inverse=True)
         if not len(tokens) or len(tokens) != len(rows) * len(columns):

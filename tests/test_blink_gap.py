@@ -21,7 +21,7 @@ from kvutils.datasets.pocket.choices import SUBTASKS
 from kvutils.datasets.pocket.world import draw_mark
 from kvutils.datasets.samples import MultipleChoice
 from kvutils.errors import DataError, ParameterError
-from kvutils.metrics.statistics import Halves
+from kvutils.metrics.layers import Halves
 from kvutils.run import items as run_items
 from kvutils.store import Parts, to_json
 from kvutils.tasks import blink_interventions, blink_tables, choices

@@ -128,7 +128,7 @@ def test_probe_measures_what_the_folder_allows(family, folder, tmp_path, capsys,
     model, out = "pocket" if family == "pocket" else str(save_tiny(family, tmp_path / "tiny")), folder / "out"  # within what is read
     monkeypatch.setattr("kvutils.run.probe.SHOWN", 1)
     few = 11 if family in ("pocket", "llava_next") else 2
-    monkeypatch.setattr("kvutils.run.probe.FEW_UNITS", few)
+    monkeypatch.setattr("kvutils.run.probe.SAY_FEW", few)
     arguments = ["probe", str(folder), "--model", model, "--out", str(out), "--device", "cpu"]
     assert main(arguments) == 0
     shown, found = capsys.readouterr().out, json.loads((out / "probe.json").read_text())

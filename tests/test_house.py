@@ -32,9 +32,9 @@ ALLOWED = {
 BUDGET = {
     "__init__": 90, "errors": 100, "checkpoints": 130, "images": 90, "processors": 150, "layout": 280, "probes": 310, "store": 320, "models": 290, "vision": 200,
     "prompts": 150, "language": 260, "kvcache": 150, "keys": 240, "block": 130, "answer": 320,
-    "metrics": 730, "datasets": 2360, "datasets/pocket": 1140, "readout": 1140, "tasks": 4160, "plots": 980, "explorer": 670, "run": 2540, "__main__": 10,
+    "metrics": 750, "datasets": 2360, "datasets/pocket": 1140, "readout": 1140, "tasks": 4200, "plots": 980, "explorer": 670, "run": 2560, "__main__": 10,
 }
-CORE_BUDGET, PACKAGE_BUDGET = 3_160, 16_860  # the flat files together, the whole package
+CORE_BUDGET, PACKAGE_BUDGET = 3_160, 16_930  # the flat files together, the whole package
 LARGEST = 320  # lines of a module: a longer one is two ideas
 
 

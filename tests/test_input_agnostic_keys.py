@@ -16,7 +16,8 @@ from kvutils.datasets.samples import LabelledImage, Question, YesNoSample
 from kvutils.errors import DataError, ParameterError
 from kvutils.keys import key_variance
 from kvutils.layout import build_layout
-from kvutils.metrics.statistics import Effect, Halves
+from kvutils.metrics.layers import Halves
+from kvutils.metrics.statistics import Effect
 from kvutils.prompts import PromptTokens
 from kvutils.readout.attention import attention_mass
 from kvutils.readout.selections import select_all, select_lowest, selected_mass, variance_threshold

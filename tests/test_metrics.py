@@ -12,7 +12,7 @@ from kvutils import VOID
 from kvutils.datasets import coco_masks
 from kvutils.datasets import pascal5i as pascal5i_episodes
 from kvutils.errors import DataError, ParameterError
-from kvutils.metrics import effects, masks, statistics, video
+from kvutils.metrics import effects, layers, masks, statistics, video
 from kvutils.tasks.correspondence import point_hits
 from kvutils.tasks.foreground_segmentation import foreground_background_iou, foreground_miou
 from tests.mini_data import rle_encode
@@ -142,12 +142,14 @@ def test_an_effect_as_result_part_and_text():
 
 def test_what_has_to_hold():
     above, cost = statistics.Effect(1.0, 0.2, 1.8, 9, 0.4, 30), statistics.Effect(0.25, -0.4, 0.9, 9, 0.3, 30)
+    flat, moved = statistics.Effect(0.0, 0.0, 0.0, 9, 0.0, 30), statistics.Effect(3.0, 2.0, 4.0, 9, 0.5, 30)
     for found, holds, said in (
         (effects.enough("images", 99, 100), False, "99 images, 100 are needed"), (effects.enough("images", 100, 100), True, "images"),
         (effects.no_ceiling("POPE", 19), False, "ceiling: 19 errors on POPE, fewer than 20"), (effects.no_ceiling("POPE", 20), True, "20"),
         (effects.no_floor("layer 3", above, "points"), True, "+1.0"), (effects.no_floor("layer 3", cost, "points"), False, "floor: layer 3"),
-        (effects.lever("hiding all", cost, 1.5, "F1 points"), False, "difference of +0.25 [-0.40, +0.90] F1 points; 1.5 or more is excluded"),
-        (effects.lever("hiding all", above, 0.9, "F1 points"), True, "hiding all")):  # fmt: skip
+        (effects.lever("hiding all", cost, flat, 1.5, "F1 points"), False, "difference of +0.25 [-0.40, +0.90] F1 points; 1.5 or more, by that or by the block, is excluded"),
+        (effects.lever("hiding all", above, flat, 0.9, "F1 points"), True, "hiding all"),
+        (effects.lever("hiding all", cost, moved, 1.5, "F1 points"), True, "1.5 or more, by that or by the block, is not excluded")):  # fmt: skip
         assert found["holds"] is holds and said in found["reason"]
 
 
@@ -236,7 +238,7 @@ def test_mean_over_tasks():
 def test_no_item_chooses_its_own_layer():
     """Each item is best at a layer of its own group; whoever chooses for himself would see 1."""
     groups = [f"g{i // 3}" for i in range(60)]
-    halves = statistics.Halves.of(groups)
+    halves = layers.Halves.of(groups)
     scores = np.where(halves.second[:, None], [0.0, 1.0], [1.0, 0.0])
     best = halves.best(scores)
     assert best == [1, 0] and halves.read(scores, best).tolist() == [0.0] * 60
@@ -246,7 +248,7 @@ def test_no_item_chooses_its_own_layer():
 def test_what_shares_a_picture_does_not_choose():
     groups = [f"class{i % 8}" for i in range(80)]
     pictures = [(f"q{i}", "everywhere" if i in (0, 1) else f"s{i}") for i in range(80)]
-    halves, free = (statistics.Halves.of(groups, pictures=each) for each in (pictures, None))
+    halves, free = (layers.Halves.of(groups, pictures=each) for each in (pictures, None))
     assert (halves.second == free.second).all()
     for half, chooses in zip((~halves.second, halves.second), halves.choosing, strict=True):
         assert not half[chooses].any()
@@ -254,9 +256,9 @@ def test_what_shares_a_picture_does_not_choose():
         assert shown.isdisjoint(name for i in np.flatnonzero(chooses) for name in pictures[i])
     assert halves.choosing.sum() == free.choosing.sum() - (2 if free.second[0] != free.second[1] else 0)
     with pytest.raises(ParameterError, match="at least 4 independent units"):
-        statistics.Halves.of(groups, pictures=[("one",)] * 80)
+        layers.Halves.of(groups, pictures=[("one",)] * 80)
     with pytest.raises(ParameterError, match="found 3"):
-        statistics.Halves.of([0, 1, 2] * 3)
+        layers.Halves.of([0, 1, 2] * 3)
 
 
 @pytest.mark.parametrize("curve, first, last", [
@@ -265,11 +267,13 @@ def test_build_then_degrade(curve, first, last):
     random = np.random.default_rng(7)
     scores = np.array(curve) + 0.3 * random.normal(size=(120, 1)) + 0.1 * random.normal(size=(120, 5))
     groups = [f"image{i // 2}" for i in range(120)]
-    result = statistics.build_then_degrade(scores, statistics.Halves.of(groups), groups, n_boot=500)
+    result = layers.build_then_degrade(scores, layers.Halves.of(groups), groups, n_boot=500)
     for name, sign in (("minus_first", first), ("minus_last", last)):
         found = result[name]
         assert ((found["low"] > 0) - (found["high"] < 0)) == sign and (found["n"], found["units"]) == (120, 60)
     assert sum(result["peak_shares"]) == pytest.approx(1)
+    for name, end in (("between_first", 0), ("between_last", -1)):
+        assert result[name]["mean"] == pytest.approx((scores[:, 1:-1].mean(axis=1) - scores[:, end]).mean()) and result[name]["units"] == 60
     if first == last == 1:
         assert result["best"] == [2, 2] and result["peak"] == {"mean": 2, "low": 2, "high": 2, "n": 120}
 
@@ -277,9 +281,21 @@ def test_build_then_degrade(curve, first, last):
 def test_noise_neither_builds_nor_degrades():
     """Testing on the items that a layer was chosen on would find a peak in noise."""
     noise = [np.random.default_rng(seed).normal(size=(40, 12)) for seed in range(60)]
-    found = [statistics.build_then_degrade(scores, statistics.Halves.of(range(40), seed), seed=seed, n_boot=200)
+    found = [layers.build_then_degrade(scores, layers.Halves.of(range(40), seed), seed=seed, n_boot=200)
              for seed, scores in enumerate(noise)]  # fmt: skip
     assert sum(each["minus_first"]["low"] > 0 for each in found) <= 4 >= sum(each["minus_last"]["low"] > 0 for each in found)
+
+
+def test_the_best_of_jagged_levels_is_ahead_of_the_ends_but_their_mean_is_not():
+    """Levels of layers that differ without any trend, the same in every item: a best layer is above the first, the mean of all above 0 in
+    as many draws as below."""
+    found = []
+    for seed in range(60):
+        random = np.random.default_rng(seed)
+        scores = random.normal(size=12) + 0.3 * random.normal(size=(40, 12))
+        found.append(layers.build_then_degrade(scores, layers.Halves.of(range(40), seed), seed=seed, n_boot=200))
+    best, mean = (np.array([each[name]["mean"] for each in found]) for name in ("minus_first", "between_first"))
+    assert (best > 0).mean() > 0.8 and abs((mean > 0).mean() - 0.5) < 0.2
 
 
 @pytest.mark.parametrize("scores, options, error, message", [
@@ -289,7 +305,7 @@ def test_scores_that_have_no_interval(scores, options, error, message):
     with pytest.raises(error, match=message):
         statistics.bootstrap_ci(scores, **options)
     with pytest.raises(ParameterError, match="at least 3 layers"):
-        statistics.build_then_degrade(np.zeros((9, 2)), statistics.Halves.of(range(9)))
+        layers.build_then_degrade(np.zeros((9, 2)), layers.Halves.of(range(9)))
 
 
 def test_run_lengths_round_trip_any_mask():

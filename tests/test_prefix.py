@@ -15,7 +15,8 @@ from kvutils.datasets.refcoco import CATEGORIES
 from kvutils.datasets.samples import DomainImage, YesNoSample
 from kvutils.errors import DataError, ParameterError
 from kvutils.images import encode_image
-from kvutils.metrics.statistics import Halves, paired_difference
+from kvutils.metrics.layers import Halves
+from kvutils.metrics.statistics import paired_difference
 from kvutils.models import load_mlm
 from kvutils.probes import fit_linear_probe
 from kvutils.prompts import tokenize
@@ -194,6 +195,8 @@ def test_referring_readout_scores_the_planted_thing(mlm, control, writer, monkey
     planted = torch.stack([labels[:, None] * vector, torch.zeros(len(labels), len(vector))])
     right, empty = readout.score(sample, sample.mask, planted, image, "none")
     assert right[3] > 0.6 and right[0] > 0.9 > empty[0]
+    with pytest.raises(DataError, match="mask is empty"):  # of one sample, which is left out; NaN would leave out every layer
+        readout.score(sample, np.zeros_like(sample.mask), planted, image, "none")
     for family, source in (("uncentred.random", "uncentred.value.4"), ("untrained", "untrained.value.4")):  # by texts of their own
         assert torch.equal(readout.texts([sample.text], family)[1, 0], extractor.alignment.text(sample.text)[source])
     prefixes = readout.prefixes(sample)

@@ -13,6 +13,9 @@ from kvutils.run import notebook, report
 from kvutils.run.cli import main
 from kvutils.run.verdicts import FAILS, HOLDS, NOT_MEASURED, judge, word_of_part
 from kvutils.store import read_json, write_json
+from kvutils.tasks.value_flow import BY_BEST
+
+OTHERS = ("pocket-2", "pocket-3", "pocket-next", "pocket-qwen")  # trained models, beside the main one
 
 
 def claim(name="C6", kind="effect", effect=3.1, smallest=1.5, unit="F1 points") -> dict:
@@ -218,6 +221,15 @@ def test_what_the_readme_adds_to_the_verdicts_is_stored():
     parts = {each["name"]: each for name, notebook_of in (("C2a", flow), ("C8", read_json(folder / "05_blink_gap.json")))
              for each in notebook_of["claims"][name]["others"]}
     builds, falls = (parts[f"{task}: best layer between minus layer 1"]["value"] for task in ("Co-segmentation", "Referring-expression segmentation"))
+
+    def beside(claim: str, name: str) -> list[float]:
+        models = [read_json(folder.with_name(model) / "01_value_flow.json")["claims"][claim] for model in ("pocket", *OTHERS)]
+        return [each["value"] for model in models for each in model["others"] if each["name"] == f"{name}, mean over 6 tasks"]
+
+    by_best = beside("C2a", f"best layer between minus layer 1, {BY_BEST}")
+    assert "C2a is {:.1f} points in `pocket`, {:.1f} in `pocket-2` and {:.1f} in `pocket-3`".format(*by_best[:3]) in told
+    first, last = (beside(claim, f"mean of the layers between minus {end}") for claim, end in (("C2a", "layer 1"), ("C2b", "last layer")))
+    assert max(first) < 0 and f"above the last layer by {min(last):.1f} to {max(last):.1f} points" in told
     seeds = [{each["id"]: each["verdict"] for each in read_json(folder.with_name(name) / "claims.json")} for name in ("pocket", "pocket-2", "pocket-3")]
     differ = [claim for claim in seeds[0] if len({words[claim] for words in seeds}) > 1]
     assert f"between the three {', '.join(differ[:-1])} and {differ[-1]} differ" in told

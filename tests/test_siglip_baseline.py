@@ -12,17 +12,17 @@ from tiny_models import picture as tiny_picture
 from kvutils import plots
 from kvutils.errors import ParameterError
 from kvutils.images import encode_image
-from kvutils.metrics.statistics import choosing_half
+from kvutils.metrics.layers import choosing_half
 from kvutils.plots import baseline as plots_baseline
 from kvutils.readout.features import FeatureExtractor, ImageFeatures
 from kvutils.store import to_json
 from kvutils.tasks import photographs, siglip_baseline, value_flow
 from kvutils.tasks.base import summarise
-from kvutils.tasks.co_segmentation import CoSegmentation
+from kvutils.tasks.co_segmentation import BestUnion, CoSegmentation
 from kvutils.tasks.siglip_baseline import CHAIN, STEPS, claim_c4, compare_along_chain
 from kvutils.tasks.tables import ScoreTable
 from kvutils.tasks.text_segmentation import SemanticSegmentation
-from kvutils.tasks.value_flow import SIX, claim_c1, claim_c2a, claim_c2b, language_model_adds
+from kvutils.tasks.value_flow import BY_BEST, SIX, claim_c1, claim_c2a, claim_c2b, language_model_adds
 
 LEVELS = {"pixels": 0.1, "encoder_original": 0.5, "encoder": 0.7, "projector": 0.6, "value.0": 0.65, "value.1": 0.3, "value.2": 0.45}
 
@@ -127,12 +127,28 @@ def claims_of(levels: dict[str, float], **others: float) -> dict:
 def test_rise_and_fall_are_two_claims_and_layer_0_is_none(verdict, curve, c2a, c2b):
     found = claims_of(FLOW | {f"value.{layer}": level for layer, level in curve.items()})
     assert (verdict("C1", found["C1"]), verdict("C2a", found["C2a"]), verdict("C2b", found["C2b"])) == ("present", c2a, c2b)
-    assert found["C2a"]["primary"]["name"].endswith("mean over 6 tasks") and len(found["C2b"]["others"]) == 6
+    assert found["C2a"]["primary"]["name"].endswith("mean over 6 tasks") and len(found["C2b"]["others"]) == 7
+    assert found["C2b"]["others"][-1]["name"] == "mean of the layers between minus last layer, mean over 6 tasks"
     last = {f"{task.title}: best value layer minus first value projection": -1 for task in SIX}
-    assert {each["name"]: np.sign(each["high"]) for each in found["C2a"]["others"][6:]} == last
+    assert {each["name"]: np.sign(each["high"]) for each in found["C2a"]["others"][7:]} == last
     adds = language_model_adds(found["tasks"])
     assert adds["mean"]["value"] == pytest.approx(100 * (max([0.3, *curve.values()]) - 0.3), abs=1.5) and len(adds["tasks"]) == 6
     to_json([found, adds])
+
+
+def test_co_segmentation_by_its_best_clusters_stands_beside():
+    """The task's rows by another column: that is what the claims list, with the other tasks as they are."""
+    table, best = score_table("co_segmentation", FLOW | LEVELS | {"value.3": 0.65}, CoSegmentation.columns, own=0.05), "value.3"
+    table.values[..., 1] = table.values[..., 0]  # `J, oracle` like J, but in the best layer
+    table.values[:, table.sources.index(best), 1] += 0.3
+    best_union, usual = (summarise(table, task([]), 200) for task in (BestUnion, CoSegmentation))
+    summaries = {task.name: usual | {"title": task.title} for task in SIX}
+    for claim in (claim_c2a, claim_c2b):
+        beside = next(each for each in claim(summaries, best_union)["others"] if BY_BEST in each["name"])
+        assert beside["value"] == pytest.approx(claim(summaries)["primary"]["value"] + 30 / 6)
+    chain = compare_along_chain(table, CoSegmentation([]), 200)
+    (beside,) = claim_c4({task.name: chain for task in SIX}, compare_along_chain(table, BestUnion([]), 200))["others"]
+    assert beside["value"] == pytest.approx(-100 * chain["steps"]["all steps"]["mean"] - 30)
 
 
 def test_what_predicts_nothing_is_no_control_and_a_floor_has_no_shape(verdict):

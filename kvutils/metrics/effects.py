@@ -2,10 +2,10 @@
 
 `kvutils.run.verdicts` judges it by the claim's entry in data/claims.yaml; nothing here knows a threshold or a verdict. A claim is
 
-    {primary: part, others: [part, ...], prerequisites: [{name, holds, reason}, ...], note: text, tasks: [part, ...], size: part}
+    {primary: part, others: [part, ...], prerequisites: [{name, holds, reason}, ...], note: text, tasks: [part, ...], size: part, beyond: part}
 
-with `note` a sentence of plain words with numbers, `tasks` the parts that a claim about a number of tasks is judged by, and `size` the
-measurement in the paper's own terms, where the primary comparison is in others."""
+with `note` a sentence of plain words with numbers, `tasks` the parts that a claim about a number of tasks is judged by, `size` the
+measurement in the paper's own terms, where the primary comparison is in others, and `beyond` what is more of it than chance agreement gives."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ def effect_of(found: Mapping) -> Effect:
 
 
 def measured(primary: dict, others: Sequence[dict] = (), prerequisites: Sequence[dict] = (), note: str = "", **more: object) -> dict:
-    """A claim as it is stored; see above. more: `tasks`, `size`."""
+    """A claim as it is stored; see above. more: `tasks`, `size`, `beyond`."""
     return {"primary": primary, "others": list(others), "prerequisites": list(prerequisites), "note": note, **more}
 
 
@@ -59,10 +59,10 @@ def no_floor(name: str, above_control: Effect, unit: str) -> dict:
     return prerequisite(f"{name}: above the floor", holds, f"{'' if holds else 'floor: '}{name} is {found} from its control")
 
 
-def lever(name: str, change: Effect, smallest: float, unit: str) -> dict:
-    """Removing all that an intervention could touch changes something: it fails where the 90 % interval of the change lies within +- the
-    smallest effect of interest."""
+def lever(name: str, change: Effect, own: Effect, smallest: float, unit: str) -> dict:
+    """Removing all that an intervention could touch changes something, or the intervention does (of which that is no bound): it fails where
+    the 90 % intervals of both lie within +- the smallest effect of interest."""
     mean, low, high = (round(each, 2) + 0.0 for each in (change.mean, change.low, change.high))  # + 0.0: no "-0.00"
-    holds = not (-smallest < change.narrow[0] and change.narrow[1] < smallest)
-    known = f"{name} makes a difference of {mean:+.2f} [{low:+.2f}, {high:+.2f}] {unit}; {smallest:g} or more is"
+    holds = not all(-smallest < each.narrow[0] and each.narrow[1] < smallest for each in (change, own))
+    known = f"{name} makes a difference of {mean:+.2f} [{low:+.2f}, {high:+.2f}] {unit}; {smallest:g} or more, by that or by the block, is"
     return prerequisite(f"{name}: a lever", holds, f"{known} not excluded" if holds else f"no lever: {known} excluded")

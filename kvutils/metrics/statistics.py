@@ -1,4 +1,4 @@
-"""Intervals over items or groups, paired differences, and layers chosen on one half of the items and read on the other.
+"""Intervals over items or groups, and paired differences.
 
 Resampling is a matrix of weights (n_boot, n): how often each item was drawn. A statistic is a function of the weights and the scores, so
 that ratios of sums (overall IoU, class-wise mIoU, F1) are resampled by a few matrix products. Questions about one scene, or sentences
@@ -10,7 +10,6 @@ there the interval is Student's t around the value, with the jackknife's standar
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 from collections import Counter
@@ -22,11 +21,11 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
-from kvutils.errors import DataError, ParameterError, at_least
+from kvutils.errors import DataError, at_least
 
 Statistic = Callable[[np.ndarray, np.ndarray], np.ndarray]
 Units = Sequence[Hashable] | None  # of the items; None: each its own
-_TAILS = (1 - 0.95) / 2, (1 + 0.95) / 2  # of a 95 % interval
+TAILS = (1 - 0.95) / 2, (1 + 0.95) / 2  # of a 95 % interval
 _CHUNK, _KEPT = 2**25, 2**23  # weights held at once (256 MiB), and kept for the next statistic of the same items
 FEW_UNITS = 30  # below: Student's t instead of percentiles
 POWER = 0.8  # probability with which a detectable difference would show
@@ -79,7 +78,7 @@ class Effect(Interval):
         >>> round(Effect(1.0, 0.8, 1.2, 10_000, 0.1, 10_000).detectable, 2)
         0.28
         """
-        factor = _quantile(_TAILS[1], self.units) + _quantile(POWER, self.units)
+        factor = _quantile(TAILS[1], self.units) + _quantile(POWER, self.units)
         return float(factor * self.error) if self.error > 0 else math.nan
 
 
@@ -130,19 +129,19 @@ def bootstrap_ci(scores, statistic: Statistic = mean_statistic, n_boot: int = 20
     >>> bootstrap_ci([0.0, 1.0, 1.0, 1.0]).mean
     0.75
     """
-    scores = _scores(scores)
+    scores = finite_scores(scores)
     return resample(lambda w: statistic(w, scores), len(scores), n_boot, seed, groups).intervals()
 
 
 def effect(scores, statistic: Statistic = mean_statistic, n_boot: int = 2000, seed: int = 0, groups: Units = None) -> Effect | list[Effect]:
     """As `bootstrap_ci`, of a statistic that is a difference already."""
-    scores = _scores(scores)
+    scores = finite_scores(scores)
     return resample(lambda w: statistic(w, scores), len(scores), n_boot, seed, groups).effects()
 
 
 def paired_difference(a, b, statistic: Statistic = mean_statistic, n_boot: int = 2000, seed: int = 0, groups: Units = None) -> Effect | list[Effect]:
     """Statistic(a) - statistic(b), two measurements of the same n items, resampled together."""
-    a, b = _scores(a), _scores(b)
+    a, b = finite_scores(a), finite_scores(b)
     return resample(lambda w: statistic(w, a) - statistic(w, b), len(a), n_boot, seed, groups).effects()
 
 
@@ -172,12 +171,12 @@ class Resampled:
     def _each(self, make: Callable) -> Any:
         error = self.error
         if self.jackknife:
-            reach = _quantile(_TAILS[1], self.units) * error
+            reach = _quantile(TAILS[1], self.units) * error
             low, high = self.value - reach, self.value + reach
         else:
             drawn = ~np.isnan(self.draws)
             quantile = np.quantile if drawn.all() else np.nanquantile  # which goes column by column
-            low, high = np.where(drawn.any(0), quantile(np.where(drawn.any(0), self.draws, 0.0), _TAILS, axis=0), np.nan)
+            low, high = np.where(drawn.any(0), quantile(np.where(drawn.any(0), self.draws, 0.0), TAILS, axis=0), np.nan)
         found = [make(*map(float, each)) for each in zip(*map(np.ravel, (self.value, low, high, error)), strict=True)]
         return found if np.ndim(self.value) else found[0]
 
@@ -238,80 +237,11 @@ def mean_effect(effects: Sequence[Effect]) -> Effect:
     freedom = (errors**2).sum() ** 2 / (errors**4 / [max(each.units - 1, 1) for each in effects]).sum() if errors.any() else math.nan
     units = max(2, round(freedom) + 1) if math.isfinite(freedom) else sum(each.units for each in effects)
     mean, error = float(np.mean([each.mean for each in effects])), float(np.sqrt((errors**2).sum()))
-    reach = float(_quantile(_TAILS[1], units)) * error
+    reach = float(_quantile(TAILS[1], units)) * error
     return Effect(mean, mean - reach, mean + reach, sum(each.n for each in effects), error, units)
 
 
-@dataclass(frozen=True, eq=False)
-class Halves:
-    """Which items report together, and which choose for them: `second` (n,) bool, the half of each item; `choosing` (2, n) bool, the
-    items that choose for the first, and for the second half: those of the other, without what shares a picture with them."""
-
-    second: np.ndarray
-    choosing: np.ndarray
-
-    @classmethod
-    def of(cls, groups: Sequence[Hashable], seed: int = 0, pictures: Sequence[Sequence[str]] | None = None) -> Halves:
-        """groups (n,): what stays together; pictures (n,): names of each item's pictures. ParameterError unless each half has two to choose on."""
-        names = [str(group) for group in groups]
-        second = ~choosing_half(names, seed)
-        choosing = np.stack([second, ~second])
-        if pictures is not None:
-            for half, chooses in zip((~second, second), choosing, strict=True):
-                shown = {name for each, reported in zip(pictures, half, strict=True) if reported for name in each}
-                chooses &= [shown.isdisjoint(each) for each in pictures]
-        least = min(len({name for name, c in zip(names, chooses, strict=True) if c}) for chooses in choosing)
-        if least < 2:
-            raise ParameterError("choosing a layer on one half and reading it on the other needs at least 4 independent units, two in each "
-                                 f"half, found {len(set(names))}, {least} of them free to choose")  # fmt: skip
-        return cls(second, choosing)
-
-    def best(self, scores: np.ndarray, statistic: Statistic = mean_statistic) -> list[int]:
-        """[2] index of the best of the L layers of scores (n, L, ...) for the first, and for the second half; the earliest on a tie."""
-        return [int(np.nanargmax(each_layer(statistic)(np.ones((1, chooses.sum())), scores[chooses])[0])) for chooses in self.choosing]
-
-    def read(self, scores: np.ndarray, best: Sequence[int]) -> np.ndarray:
-        """(n, ...) scores of every item at the layer that was chosen for its half: no item has chosen its own layer."""
-        return scores[np.arange(len(scores)), np.where(self.second, best[1], best[0])]
-
-
-def each_layer(statistic: Statistic) -> Statistic:
-    """That statistic of every layer (or source) of scores (n, L, ...): (n_boot, L)."""
-    return lambda weights, items: np.stack([statistic(weights, items[:, layer]) for layer in range(items.shape[1])], axis=1)
-
-
-def build_then_degrade(scores, halves: Halves, groups: Units = None, statistic: Statistic = mean_statistic, n_boot: int = 2000,
-                       seed: int = 0) -> dict:  # fmt: skip
-    """Does quality build up to some layer, and degrade after it? (paper, section 3.1, Figure 2); JSON-able.
-
-    scores (n, L >= 3, ...), higher is better. The best layer between the first and the last is chosen on each half and read on the
-    other (`best`, two indices), so that every item is used; `minus_first` and `minus_last` are its paired differences. On a curve that
-    only falls the one is below 0 and the other above. `peak`: the best layer of all, over all items, with its interval (indices), and
-    `peak_shares`, how often each layer is best among the resamples. ParameterError for fewer than three layers."""
-    scores = _scores(scores)
-    if scores.shape[1] < 3:
-        raise ParameterError(f"a layer between the first and the last needs at least 3 layers, found {scores.shape[1]}")
-    best = [1 + index for index in halves.best(scores[:, 1:-1], statistic)]
-    inside, options = halves.read(scores, best), (statistic, n_boot, seed, groups)
-    first, last = (paired_difference(inside, scores[:, other], *options) for other in (0, -1))
-    found = resample(lambda w: each_layer(statistic)(w, scores), len(scores), n_boot, seed, groups, few=0)
-    peaks = np.nanargmax(found.draws, axis=1)
-    low, high = np.quantile(peaks, _TAILS, method="inverted_cdf")
-    return {
-        "best": best, "minus_first": first.as_dict(), "minus_last": last.as_dict(),
-        "peak": Interval(float(np.nanargmax(found.value)), float(low), float(high), len(scores)).as_dict(),
-        "peak_shares": (np.bincount(peaks, minlength=scores.shape[1]) / len(peaks)).tolist(),
-    }  # fmt: skip
-
-
-def choosing_half(groups: Sequence[Hashable], seed: int = 0) -> np.ndarray:
-    """(n,) bool: the half of the groups on which a layer is chosen, by a seeded hash of their names: more data keep the order of the rest."""
-    names = [str(group) for group in groups]
-    units = sorted(set(names), key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).hexdigest())
-    return np.isin(names, units[: len(units) // 2])
-
-
-def _scores(scores) -> np.ndarray:
+def finite_scores(scores) -> np.ndarray:
     scores = np.asarray(scores, dtype=float)
     bad = int((~np.isfinite(scores).all(axis=tuple(range(1, scores.ndim)))).sum())
     if not len(scores) or bad:

@@ -1,4 +1,4 @@
-"""All figures, drawn from stored results alone: `draw_all(results folder, figures folder)`; one file per notebook."""
+"""All figures, drawn from stored results alone: `draw_all(results folder, figures folder)`; one module per notebook, and what they share."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

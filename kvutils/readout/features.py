@@ -31,7 +31,7 @@ from kvutils.kvcache import capture_prepared
 from kvutils.language import resolve_layers
 from kvutils.layout import TokenLayout
 from kvutils.models import MLM, Encoder
-from kvutils.readout.attention import QUESTION, prompt_saliency
+from kvutils.readout.attention import prompt_saliency
 from kvutils.readout.encoders import encode_prepared
 from kvutils.readout.words import SiglipText, TextAlignment
 from kvutils.store import digest
@@ -101,7 +101,7 @@ def stack_images(images: Sequence[ImageFeatures], sources: Sequence[str]) -> tor
 def image_tokens(layout: TokenLayout) -> np.ndarray:
     """Indices of the tokens that tasks read: the finest view's grid without newlines and padding."""
     tokens = layout.spatial()
-    return tokens[(layout.rects[tokens, 2:] > layout.rects[tokens, :2]).all(axis=1)]
+    return tokens[layout.seeing[tokens]]
 
 
 def token_means(layout: TokenLayout, planes: np.ndarray) -> np.ndarray:
@@ -215,10 +215,10 @@ class FeatureExtractor:
         """A picture as the models are shown it."""
         return image
 
-    def saliency(self, item: Item, question: str = QUESTION) -> torch.Tensor:
-        """(N,) float32 attention of the last prompt token, scaled to 0..1 over the image's tokens (0 if constant)."""
-        if (key := f"{picture_key(item[1])} {question!r}") not in self._saliency:
-            layout, attention = prompt_saliency(self.mlm, self.shown(item[1]), question)
+    def saliency(self, item: Item) -> torch.Tensor:
+        """(N,) float32 attention of the last prompt token of "Describe the image.", scaled to 0..1 over the image's tokens (0 if constant)."""
+        if (key := picture_key(item[1])) not in self._saliency:
+            layout, attention = prompt_saliency(self.mlm, self.shown(item[1]))
             attention = attention[torch.from_numpy(image_tokens(layout))]
             low, high = attention.min(), attention.max()
             self._saliency[key] = (attention - low) / (high - low).clamp_min(torch.finfo(torch.float32).tiny)

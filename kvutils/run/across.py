@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from statistics import NormalDist
 
 import numpy as np
+from scipy.special import stdtrit
 
 from kvutils.metrics.effects import measured, part
 from kvutils.metrics.statistics import POWER, Effect
@@ -12,6 +13,7 @@ from kvutils.plots.models import BEFORE
 from kvutils.run.verdicts import ABSENT, CANNOT_TELL, OPPOSITE, PRESENT, judge, word_of
 
 FEWEST_MODELS, FEWEST_FAMILIES = 6, 2
+FEWEST_TO_EXCLUDE = 12  # trainings: of fewer the 90 % interval of r = 0 reaches beyond the 0.5 that would matter
 IN_EVERY_FAMILY = ("C1", "C2a", "C2b")
 Models = Mapping[str, tuple[Mapping, Mapping]]  # name -> ({notebook: results}, {notebook: provenance})
 
@@ -34,7 +36,8 @@ def size_of(results: Mapping[str, Mapping]) -> str:
 
 def families(models: Models, claims: Mapping[str, Mapping]) -> dict:
     """X1: the weakest of the effects of C1, C2a and C2b over the families, by verdict, then by value. Each family speaks by the model
-    of which most claims are measured. What cannot appear in one of them cannot be said of all."""
+    of which most claims are measured. What cannot appear in one of them cannot be said of all. That one effect is there is said by its own
+    interval, that one of several is not by an interval that holds for all of them at once."""
     chosen: dict[str, tuple[str, dict]] = {}
     for name, (results, provenance) in sorted(models.items(), key=lambda each: -sum(len(found.get("claims", ())) for found in each[1][0].values())):
         found = {key: each for key, each in results.get("01_value_flow", {}).get("claims", {}).items() if "primary" in each}
@@ -52,9 +55,20 @@ def families(models: Models, claims: Mapping[str, Mapping]) -> dict:
             needs |= {reason: {**each, "reason": reason} for reason, each in said.items()}
             words.append(judge(claims[key], found[key]).word)
     order = [OPPOSITE, ABSENT, CANNOT_TELL, PRESENT]  # of an undefined one the reason comes first
-    weakest = min(parts, key=lambda one: (-1, 0) if one["low"] is None else (order.index(word_of(one, claims["X1"]["smallest"])), one["value"]))
+    smallest, listed = claims["X1"]["smallest"], parts
+    parts = [one if one["low"] is None or word_of(one, smallest) == PRESENT else at_once(one, len(listed)) for one in listed]
+    weakest = min(parts, key=lambda one: (-1, 0) if one["low"] is None else (order.index(word_of(one, smallest)), one["value"]))
     note = f"The weakest is {weakest['name']}; {words.count(PRESENT)} of {len(words)} effects are present, over {len(chosen)} families."
-    return measured(weakest, [each for each in parts if each is not weakest], list(needs.values()), note)
+    others = [each for each, other in zip(listed, parts, strict=True) if other is not weakest]
+    return measured(weakest, others, list(needs.values()), note)
+
+
+def at_once(one: Mapping, count: int) -> dict:
+    """A part with intervals that hold for so many parts at once (Bonferroni)."""
+    reach, narrow = (float(stdtrit(max(one["units"], 2) - 1, 1 - level / count)) * one["error"] for level in (0.025, 0.05))
+    value = one["value"]
+    return {**one, "name": f"{one['name']}, its interval for {count} effects at once", "low": value - reach, "high": value + reach,
+            "low90": value - narrow, "high90": value + narrow}  # fmt: skip
 
 
 def ability(models: Models) -> dict:
@@ -72,6 +86,7 @@ def ability(models: Models) -> dict:
     note = f"Mean over {most} tasks: " + "; ".join(f"{model} adds {x:+.1f} points, accuracy {y:.1f} %" for model, (x, y) in points.items())
     trainings = len({model.removesuffix(BEFORE) for model in points})
     note += f". The interval counts {trainings} trainings: a model and its own earlier stage are not two; seeds of a family count as two."
+    note += f" Fewer than {FEWEST_TO_EXCLUDE} cannot show that there is no correlation."
     within = [correlation("the same within families: each family's mean taken off", added, accuracy, trainings, of_family)] if 1 < len({*of_family}) else []
     return measured(correlation(name, added, accuracy, trainings), within, note=note)
 

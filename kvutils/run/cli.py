@@ -90,16 +90,16 @@ def parser() -> argparse.ArgumentParser:
                        help="LLaVA models: base view and tiles (default: the model's own setting)")
     add("--max-pixels", type=int, help="Qwen2.5-VL: scale photos down to this many pixels")
     add("--batch-size", type=int, default=4, help="photos per forward pass (default: 4)")
-    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    add("--dtype", help="float32, bfloat16 or float16 (default: float32 on CPU, else the model's)")
 
     add = verb("probe", "what a model's features show of your own pictures: a table, curves over the layers, colours",
                "FOLDER holds pictures; masks/NAME.png with class numbers for segmentation, points.csv with image,name,x,y for matching").add_argument
     add("folder", type=os.path.expanduser, metavar="FOLDER", help="folder of pictures, with masks and points where there are any")
     add("--model", default="pocket", type=os.path.expanduser, help=f"{MODEL} (default: pocket)")
     add("--out", type=os.path.expanduser, metavar="FOLDER", help="where results go (default: FOLDER's name and -probe, here); run again, it goes on")
-    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    add("--dtype", help="float32, bfloat16 or float16 (default: float32 on CPU, else the model's)")
+    for name in ("capture", "probe"):
+        add = verbs.choices[name].add_argument
+        add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+        add("--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU and for pocket models, else bfloat16 where the GPU has it)")
 
     for name, about in {"replicate": "run the notebooks; write results, figures and verdicts (interrupted, the same command goes on)",
                         "figures": "redraw every figure from the stored results"}.items():

@@ -19,7 +19,7 @@ from kvutils.readout.features import FeatureExtractor
 from kvutils.readout.maps import picture
 from kvutils.run import DONE, FAILED
 from kvutils.run.notebook import provenance
-from kvutils.run.verdicts import FEW_UNITS
+from kvutils.run.verdicts import SAY_FEW
 from kvutils.store import Parts, need_writable, write_json
 from kvutils.tasks.base import run_task, summarise
 from kvutils.tasks.correspondence import SemanticCorrespondence
@@ -88,7 +88,7 @@ def _within(summary: dict) -> dict:
     """`summary` without the intervals of few units, of which Student's t reaches beyond any score; others end at 0 and at 1, as scores do."""
     best = [summary["value_best"]["score"]] if summary.get("value_best") else []
     for each in [*best, *summary["sources"].values(), *(one for metric in summary["secondary"].values() for one in metric.values())]:
-        few = summary["groups"] < FEW_UNITS or each["low"] is None
+        few = summary["groups"] < SAY_FEW or each["low"] is None
         each |= {key: None if few else min(max(each[key], 0.0), 1.0) for key in ("low", "high")}
     return summary
 

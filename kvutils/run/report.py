@@ -15,7 +15,7 @@ from kvutils import data_folder, plots
 from kvutils.errors import DataError
 from kvutils.plots import models
 from kvutils.run import DEFAULT, across
-from kvutils.run.verdicts import FEW_UNITS, HOLDS, NOT_MEASURED, NOTHING, OPPOSITE, PRESENT, amount, decided_by, interval_of, judge, rough, smallest_of, word_of_part
+from kvutils.run.verdicts import SAY_FEW, HOLDS, NOT_MEASURED, NOTHING, OPPOSITE, PRESENT, amount, decided_by, interval_of, judge, rough, smallest_of, word_of_part
 from kvutils.store import read_json, to_json, write_text
 
 PICTURES = {"02_siglip_baseline": "02_steps", "03_input_agnostic_keys": "03_block_effects", "04_prefix": "04_prefix_effects",
@@ -72,7 +72,7 @@ def comparisons(claim: Mapping, found: Mapping) -> list[list]:
 
 def units(one: Mapping) -> str:
     """The number of independent units, and whether an interval rests on few."""
-    few = one["low"] is not None and one["units"] < FEW_UNITS
+    few = one["low"] is not None and one["units"] < SAY_FEW
     return f"{one['units']:,}{', few units' if few else ''}" if one["units"] else "–"
 
 

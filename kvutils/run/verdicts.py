@@ -24,7 +24,7 @@ NOT_MEASURED, CANNOT_APPEAR, PRESENT, OPPOSITE, ABSENT, CANNOT_TELL = (
 HOLDS, FAILS = "holds", "does not hold"
 VERDICTS = (NOT_MEASURED, CANNOT_APPEAR, PRESENT, OPPOSITE, ABSENT, CANNOT_TELL, HOLDS, FAILS)
 NOTHING = "Nothing has measured it yet."
-FEW_UNITS = 10  # below: "few units" is said
+SAY_FEW = 10  # below: "few units" is said
 FEW_TO_EXCLUDE = 30  # units: where nothing differs in fewer, nothing is excluded either
 LEVEL = 0.025  # one-sided, of a 95 % interval
 
@@ -115,7 +115,7 @@ def of_effect(claim: Mapping, found: Mapping) -> Verdict:
         return Verdict(word, f"Open: the {what} is {about}; {least}.")
     if word == OPPOSITE:
         return Verdict(word, f"The effect points the other way: {about}.")
-    return Verdict(word, f"It changes by more than {smallest:g}: {about} ({one['name']})." if equal else f"The effect is {about}{_size(claim, found)}.")
+    return Verdict(word, f"It changes by more than {smallest:g}: {about} ({one['name']})." if equal else f"The effect is {about}{_size(claim, found)}.{_beyond(found, unit)}")
 
 
 def of_tasks(claim: Mapping, found: Mapping) -> Verdict:
@@ -191,7 +191,12 @@ def _sentence(text: str) -> str:
 
 
 def _few(one: Mapping) -> str:
-    return f" (few units: {one['units']})" if one["units"] < FEW_UNITS else ""
+    return f" (few units: {one['units']})" if one["units"] < SAY_FEW else ""
+
+
+def _beyond(found: Mapping, unit: str) -> str:
+    """What is left of an effect that two things which have nothing to do with each other would show as well (C8)."""
+    return f" Beyond independence of the two it is {interval_of(found['beyond'])} {unit}." if "beyond" in found else ""
 
 
 def _size(claim: Mapping, found: Mapping) -> str:

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from kvutils.errors import DataError, ImageError, ParameterError
-from kvutils.metrics.statistics import Statistic, bootstrap_ci, build_then_degrade, each_layer
+from kvutils.metrics.layers import build_then_degrade, each_layer
+from kvutils.metrics.statistics import Statistic, bootstrap_ci
 from kvutils.probes import ConvergenceError
 from kvutils.readout.features import HEADS, FeatureExtractor, ImageFeatures, Opener, Picture, picture_key
 from kvutils.store import Parts, in_chunks
@@ -178,7 +179,7 @@ def summarise(table: ScoreTable, task: Task, n_boot: int = 2000, seed: int = 0) 
 
     skipped, why_skipped, left_out: what has no score, see `ScoreTable`. sources: headline metric per source. secondary: the other metrics.
     Layers are chosen on one half of the rows and read on the other, both ways, from 1 on: values of layer 0 are a linear map of the
-    projector's output. build_then_degrade: per family of at least three such layers, but of controls, what `statistics.build_then_degrade`
+    projector's output. build_then_degrade: per family of at least three such layers, but of controls, what `layers.build_then_degrade`
     finds; its peak in layers, and as a share of the depth. value_best: see `BestValues`; its score, and its paired differences to every
     source without layers, to the first value projection, and to the "control". no_layer: why no layer was chosen."""
     summary: dict = {"task": table.task, "title": task.title, "metric": task.metric, "n": len(table), "groups": table.units,

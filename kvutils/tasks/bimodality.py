@@ -11,7 +11,8 @@ import numpy as np
 from scipy.stats import t as student
 from sklearn.mixture import GaussianMixture
 
-from kvutils.metrics.statistics import UNDEFINED, Effect, Halves, Resampled, resample
+from kvutils.metrics.layers import Halves
+from kvutils.metrics.statistics import UNDEFINED, Effect, Resampled, resample
 
 VALLEY = 0.8  # of the lower mode's density: a layer whose valley is above has one mode
 SIDE = 0.05  # share of the keys on each side of a valley, at least; the tails of fewer are noise (ours)

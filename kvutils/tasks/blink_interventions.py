@@ -16,9 +16,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from kvutils.metrics.effects import measured
-from kvutils.metrics.statistics import Halves, interval_text, ratio, resample
-from kvutils.tasks.blink_tables import FIRST, Subtasks, claim_c8, describe_table, layers_of, official_scores, other_sources, sources_of
+from kvutils.metrics.layers import Halves
+from kvutils.metrics.statistics import interval_text, ratio, resample
+from kvutils.tasks.blink_tables import Subtasks, claim_c8, describe_table, layers_of, official_scores, other_sources, sources_of
 from kvutils.tasks.choices import UNRESOLVED, ChoiceTable, some_items
+from kvutils.tasks.tables import FIRST
 from kvutils.tasks.value_readouts import READOUTS
 
 WEIGHTS = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # nats per standard deviation of the readout

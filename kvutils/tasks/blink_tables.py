@@ -13,14 +13,15 @@ from operator import getitem
 import numpy as np
 
 from kvutils.datasets.samples import MultipleChoice
-from kvutils.images import encode_image
+from kvutils.images import SMALL, encode_image
 from kvutils.metrics.answers import LETTERS, NEEDS_JUDGE, blink_scores, low_mass
 from kvutils.metrics.effects import FEWEST_ERRORS, measured, part, prerequisite
-from kvutils.metrics.statistics import Effect, Halves, bootstrap_ci, mean_effect, mean_statistic, ratio, resample
+from kvutils.metrics.layers import Halves
+from kvutils.metrics.statistics import Effect, bootstrap_ci, effect, mean_effect, mean_statistic, ratio, resample
 from kvutils.tasks.choices import UNRESOLVED, ChoiceTable, some_items
+from kvutils.tasks.tables import FIRST
 
 CELLS = ("both", "value_only", "model_only", "neither")  # who is right
-FIRST = "value.0"  # the first value projection
 OTHERS = ("pixels", "encoder_original", "encoder", "projector", FIRST, "alone.value", "untrained.value")  # beside the values
 HEADLINE = "art style"  # the paper's subtask
 
@@ -57,7 +58,7 @@ def describe_table(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dic
     accuracy. said: how often the values say each option. telling: id and source of the first item with value right and model wrong, of the
     first one if there is none. Cross-fitted, each a `table_of_two` with its layers: table, of the values; others, of every other source;
     by_option_scores, with the model's most probable option as its answer; by_readouts, by the subtask's other readouts. ParameterError for
-    fewer than four independent items."""
+    fewer than four independent items. table has `of_all_items` too: the value_only share of all items, the unresolved among them."""
     halves = Halves.of(table.groups, seed)
     sources = sources_of(table, halves)
     says = says_of(table, halves, sources)
@@ -79,7 +80,7 @@ def describe_table(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dic
             "readouts": {name: accuracies({source: table.right(source, name) for source in table.sources}) for name in table.readouts},
             "readout": table.readouts[0], "said": np.bincount(says, minlength=table.options).tolist(),
             "telling": {"id": table.ids[telling], "source": sources[int(halves.second[telling])]},
-            "table": two(sources),
+            "table": two(sources) | {"of_all_items": effect((says == table.gold) & table.model_wrong, mean_statistic, n_boot, seed, table.groups).as_dict()},
             "others": {name: two(each) | _minus(table, says, says_of(table, halves, each), n_boot, seed)
                        for name, each in other_sources(table, halves).items()},
             "by_option_scores": two(sources, against=replace(table, said=table.option_scores.argmax(axis=1))),
@@ -179,7 +180,8 @@ class Subtasks:
 def claim_c8(described: Mapping[str, Mapping]) -> dict:
     """C8 from `describe_table` of each subtask: "value right, model wrong" minus what guessing gives (`at_guess`), in % of the items whose
     answer names an option. Primary: art style, the paper's subtask; where the model makes too few errors on it, the mean over the subtasks
-    where it makes enough. size: the share itself, as the paper states it."""
+    where it makes enough. size: the share itself of all items, as the paper states it. beyond: what is more than if the two were
+    right independently of each other."""
     subtasks = Subtasks({each["title"]: each | {key: each["table"][key] for key in ("n", "unresolved", "errors")}
                          for each in described.values()})  # fmt: skip
     speaking = [HEADLINE] if HEADLINE in subtasks.able else subtasks.able
@@ -192,7 +194,8 @@ def claim_c8(described: Mapping[str, Mapping]) -> dict:
                    for name, each in subtasks.found[title]["by_readouts"].items()]  # fmt: skip
         others.append(part(f"{title}: of the model's errors", subtasks.effect(title, "table", "of_errors"), unit="% of errors"))
     return measured(subtasks.mean(f"{share}, minus guessing", speaking, *key), others, subtasks.needs, subtasks.note("Above guessing", *key),
-                    size=subtasks.mean(share, speaking, "table", "shares", "value_only"))  # fmt: skip
+                    size=subtasks.mean(share, speaking, "table", "of_all_items"),
+                    beyond=subtasks.mean(f"{share}, minus independence", speaking, "table", "above_independence"))  # fmt: skip
 
 
 def describe_example(item: MultipleChoice, table: ChoiceTable) -> dict:
@@ -201,7 +204,7 @@ def describe_example(item: MultipleChoice, table: ChoiceTable) -> dict:
     points = [[] for _ in item.images]
     if item.reference_point is not None:
         points[0], points[1] = [list(map(float, item.reference_point))], np.asarray(item.candidate_points, dtype=float).tolist()
-    scale = [min(1.0, 320 / max(image.size)) for image in item.images]  # as `encode_image` shrinks them
+    scale = [min(1.0, SMALL / max(image.size)) for image in item.images]
     prompt = item.prompt[max(item.prompt.find(item.question), 0) :]  # without what stands before
     return {"id": item.id, "title": table.title, "prompt": prompt, "images": [encode_image(image) for image in item.images],
             "points": [(np.array(each) * factor).tolist() if each else [] for each, factor in zip(points, scale, strict=True)],

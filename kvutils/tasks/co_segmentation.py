@@ -68,3 +68,10 @@ class CoSegmentation(Task):
             named = {source: tuple(row.tolist()) for source, row in zip(order, values, strict=True)}
             rows.append(Row(f"{sample.id}/{image.id}", sample.id, named))
         return rows
+
+
+class BestUnion(CoSegmentation):
+    """The same rows by `J, oracle`, which no threshold on the saliency decides."""
+
+    metric = "Jaccard, oracle"
+    statistic = staticmethod(column_mean(_J_ORACLE))

@@ -7,7 +7,7 @@ import torch
 
 from kvutils.datasets.samples import Episode
 from kvutils.metrics.masks import binary_counts
-from kvutils.metrics.statistics import column_mean
+from kvutils.metrics.statistics import column_mean, ratio
 from kvutils.probes import fit_linear_probe
 from kvutils.readout.features import FeatureExtractor, ImageFeatures, Opener, stack_images, token_means
 from kvutils.tasks.base import SHUFFLED, Row, Task, opener, sample_seed, shuffled_labels
@@ -42,7 +42,7 @@ def _iou(weights: np.ndarray, values: np.ndarray, mine: np.ndarray, intersection
 def _mean(parts: Sequence[np.ndarray]) -> np.ndarray:
     """(n_boot,) mean of the parts (n_boot,) that are defined; NaN where none is."""
     known = np.isfinite(parts)
-    return np.divide(np.where(known, parts, 0).sum(0), known.sum(0), out=np.full(known.shape[1], np.nan), where=known.any(0))
+    return ratio(np.where(known, parts, 0).sum(0), known.sum(0))
 
 
 class ForegroundSegmentation(Task):

@@ -119,7 +119,7 @@ def claim_x4(described: Mapping, compared: Mapping) -> dict:
     valleys = sum(each["method"] == "valley" for each in described["thresholds"]["within_heads"])
     untrained = 100 * found["untrained"]["all"]["mean"]
     note = f"With layer 0, whose keys no attention has reached, {untrained + every.mean:.1f} % of the trained model's keys vary little and " \
-           f"{untrained:.1f} % of the untrained one's (by the valley of the log-variance in {valleys} layers, by a fixed limit in the " \
+           f"{untrained:.1f} % of the untrained one's, one draw of random weights (by the valley of the log-variance in {valleys} layers, by a fixed limit in the " \
            f"others).{_order_note(described)}"
     need = enough("images on one grid", described["images"], FEWEST_IMAGES)
     return measured(part("share within heads behind layer 0, trained minus untrained", difference), others, [need], note)

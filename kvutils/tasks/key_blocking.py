@@ -13,7 +13,8 @@ from kvutils.answer import YES_NO, answer_all
 from kvutils.errors import ParameterError, at_least
 from kvutils.keys import KeySelection
 from kvutils.metrics.effects import lever, measured, no_ceiling, part, prerequisite
-from kvutils.metrics.statistics import Effect, choosing_half
+from kvutils.metrics.layers import choosing_half
+from kvutils.metrics.statistics import Effect
 from kvutils.models import MLM
 from kvutils.readout import selections as keys
 from kvutils.store import Parts, digest, in_chunks, to_json
@@ -42,7 +43,7 @@ def conditions(table: KeyTable, threshold: Mapping, reading: Sequence[int], laye
     the `FALLBACK` share of each layer that varies least is blocked instead, and `method` says so. reading: as many layers where the image
     is read. Controls: random keys, as many in each layer and head; those that receive as much attention; the keys that vary most; the same
     positions in the first layers; in the reading layers the keys below the threshold, and as many lowest and random ones as the block has;
-    "all keys" of the layers, which bounds what any block of them can do. about: JSON-able; `below`: how many keys of these layers are below
+    "all keys" of the layers. about: JSON-able; `below`: how many keys of these layers are below
     the paper's threshold or one between two modes, 0 where there is neither."""
     at_least("draws", draws)
     total, heads, tokens = table.variance.shape
@@ -174,9 +175,10 @@ def _needs(about: Mapping, pope: Mapping) -> list[dict]:
     smallest, room = 100 * pope["smallest"], 100 * (1 - pope["plain"]["headline"]["mean"])
     limit = f"{'' if room >= smallest else 'ceiling: '}F1 could rise by {room:.1f} points, {smallest:g} would matter"
     layers = f"layers {min(about['layers'])}-{max(about['layers'])}"
+    every, own = (_points(pope["families"][name]["headline"]) for name in (EVERY, BLOCK))
     below = f"{about['below']} image keys of {layers} are below the paper's threshold, or one between the two modes of all layers together"
     return [prerequisite("keys below the threshold", about["below"] > 0, below),
-            lever(f"hiding every image key of {layers}", _points(pope["families"][EVERY]["headline"]), smallest, "F1 points"),
+            lever(f"hiding every image key of {layers}", every, own, smallest, "F1 points"),
             no_ceiling("POPE", pope["plain"]["errors"]), prerequisite("POPE: room for the effect", room >= smallest, limit)]
 
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from kvutils.metrics.statistics import Statistic, effect, mean_statistic, resample
+from kvutils.metrics.statistics import Statistic, effect, mean_statistic, ratio, resample
 from kvutils.readout.selections import variance_threshold
 from kvutils.tasks.bimodality import bimodal_layers, head_modes
 from kvutils.tasks.key_table import KeyTable
@@ -168,8 +168,7 @@ def _over_heads(values: np.ndarray) -> np.ndarray:
     columns = []
     for each in (values.reshape(len(values), 1, -1), values):
         there = np.isfinite(each)
-        total = np.where(there, each, 0).sum(-1)
-        columns.append(np.divide(total, there.sum(-1), out=np.full(total.shape, np.nan), where=there.any(-1)))
+        columns.append(ratio(np.where(there, each, 0).sum(-1), there.sum(-1)))
     return np.concatenate(columns, axis=1)
 
 

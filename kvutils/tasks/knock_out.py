@@ -22,7 +22,8 @@ from kvutils.answer import SessionBatch, spellings
 from kvutils.datasets.samples import Question, YesNoSample
 from kvutils.errors import DataError
 from kvutils.metrics.answers import low_mass
-from kvutils.metrics.statistics import Halves, bootstrap_ci, column_ratio, mean_statistic
+from kvutils.metrics.layers import Halves
+from kvutils.metrics.statistics import bootstrap_ci, column_ratio, mean_statistic
 from kvutils.models import MLM
 from kvutils.prompts import PromptTokens
 from kvutils.readout.selections import select_all

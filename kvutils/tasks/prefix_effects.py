@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 
 from kvutils.metrics.effects import measured, no_floor, part
-from kvutils.metrics.statistics import UNDEFINED, Effect, Halves, Resampled, Statistic, bootstrap_ci, column_mean, interval_text, resample
+from kvutils.metrics.layers import Halves
+from kvutils.metrics.statistics import UNDEFINED, Effect, Resampled, Statistic, bootstrap_ci, column_mean, interval_text, resample
 from kvutils.readout.words import UNCENTRED
 from kvutils.store import Frame
 from kvutils.tasks.base import ScoreTable, by_layer

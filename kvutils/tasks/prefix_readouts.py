@@ -115,6 +115,8 @@ class ReferringPrefix(PrefixReadout):
         return torch.einsum("lnc,lc->ln", values, self.texts([sample.text], family)[:, 0].to(values.device))
 
     def score(self, sample: NamedMask, mask: np.ndarray, values: torch.Tensor, image: ImageFeatures, family: str) -> list[tuple]:
+        if not (mask == 1).any():
+            raise DataError("its mask is empty: nothing can be scored")
         return [tuple(row) for row in map_scores(self.scores(sample, values, family), mask, layout=image.layout).tolist()]
 
 

@@ -7,9 +7,10 @@ from kvutils.errors import ParameterError
 from kvutils.metrics.effects import measured, part, prerequisite
 from kvutils.metrics.statistics import UNDEFINED, Effect, bootstrap_ci
 from kvutils.tasks.base import Task
+from kvutils.tasks.co_segmentation import BestUnion
 from kvutils.tasks.tables import FIRST, BestValues, ScoreTable, differences
 from kvutils.tasks.text_segmentation import ReferringSegmentation, SemanticSegmentation, uncentred
-from kvutils.tasks.value_flow import SIX, named_tasks, says, task_parts
+from kvutils.tasks.value_flow import BY_BEST, SIX, named_tasks, says, task_parts
 
 CHAIN = ("encoder_original", "encoder", "projector", FIRST, "value")  # along the data flow; value: of the best layer from 1 on
 STEPS = {"finetuning": ("encoder_original", "encoder"), "projection": ("encoder", "projector"),  # step -> (before, after)
@@ -36,10 +37,12 @@ def compare_along_chain(table: ScoreTable, task: Task, n_boot: int = 2000, seed:
             "scores": scores, "steps": steps | {name: found[name] for name in pairs}, "above_control": {name: found[name] for name in above}}
 
 
-def claim_c4(chains: Mapping[str, Mapping]) -> dict:
+def claim_c4(chains: Mapping[str, Mapping], best_union: Mapping | None = None) -> dict:
     """C4: SigLIP before any finetuning minus the best value layer, in points, on the tasks where both are above their control
-    (`tasks`); the others are named. A task that `chains` lacks has no data, or too few units."""
-    lost = task_parts(chains, "SigLIP minus best value layer", "steps", "all steps", factor=-100)
+    (`tasks`); the others are named. A task that `chains` lacks has no data, or too few units. Beside it co-segmentation by its best
+    clusters (`best_union`, its chain)."""
+    name = "SigLIP minus best value layer"
+    lost = task_parts(chains, name, "steps", "all steps", factor=-100)
     control = {label: task_parts(chains, "", "above_control", name) for label, name in {"SigLIP": CHAIN[0], "the best layer": CHAIN[-1]}.items()}
     silent = [title for title, each in lost.items() if each["low"] is not None and any(c[title]["low"] is None for c in control.values())]
     floor = {title: [label for label, parts in control.items() if title not in named_tasks(parts, 1)]
@@ -52,7 +55,8 @@ def claim_c4(chains: Mapping[str, Mapping]) -> dict:
     need = prerequisite("both above their control", bool(tasks or not left), said if tasks else f"floor: {said}")
     ahead = len(named_tasks(parts, 1))
     number = part("tasks on which SigLIP is ahead", Effect(ahead, math.nan, math.nan, len(tasks), math.nan, len(tasks)), "a count", unit="tasks")
-    return measured(number, [], [need], f"SigLIP is {says(parts, 'ahead', 'behind')}.", tasks=tasks)
+    beside = [part(f"{name}, {BY_BEST}", Effect.of(best_union["steps"]["all steps"]).scaled(-100))] if best_union else []
+    return measured(number, beside, [need], f"SigLIP is {says(parts, 'ahead', 'behind')}.", tasks=tasks)
 
 
 def results(measured: Mapping[str, ScoreTable], about: Mapping) -> dict:
@@ -68,7 +72,8 @@ def results(measured: Mapping[str, ScoreTable], about: Mapping) -> dict:
             left_out[task.name] = str(error)
     for task in (each for each in (SemanticSegmentation, ReferringSegmentation) if each.name in chains):
         plain[task.name] = compare_along_chain(uncentred(measured[task.name]), task, *options)
-    claim = claim_c4(chains)
+    name = BestUnion.name
+    claim = claim_c4(chains, compare_along_chain(measured[name], BestUnion, *options) if name in chains else None)
     steps = {step: [chain["steps"][step] for chain in chains.values() if chain["steps"][step]["mean"] is not None] for step in STEPS}
     adds, loses = ({step: sum(test(each) for each in found) for step, found in steps.items()}
                    for test in (lambda each: each["low"] > 0, lambda each: each["high"] < 0))  # fmt: skip

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvutils.errors import ParameterError, one_of
-from kvutils.metrics.statistics import Halves, Statistic, bootstrap_ci, each_layer, effect, paired_difference, units_of
+from kvutils.metrics.layers import Halves, each_layer
+from kvutils.metrics.statistics import Statistic, bootstrap_ci, effect, paired_difference, units_of
 from kvutils.store import Frame
 
 SHUFFLED, UNTRAINED = "shuffled.", "untrained."  # prefixes of control sources

@@ -11,7 +11,7 @@ from kvutils.readout.features import FeatureExtractor
 from kvutils.readout.words import load_siglip_text
 from kvutils.tasks import photographs
 from kvutils.tasks.base import Task, summarise
-from kvutils.tasks.co_segmentation import CoSegmentation
+from kvutils.tasks.co_segmentation import BestUnion, CoSegmentation
 from kvutils.tasks.correspondence import SemanticCorrespondence, TemporalCorrespondence
 from kvutils.tasks.foreground_segmentation import ForegroundSegmentation
 from kvutils.tasks.settings import claim_x6, setting_changes
@@ -20,6 +20,7 @@ from kvutils.tasks.text_segmentation import ReferringSegmentation, SemanticSegme
 
 SIX = (ForegroundSegmentation, CoSegmentation, SemanticSegmentation, ReferringSegmentation, SemanticCorrespondence, TemporalCorrespondence)
 DEPTHS = {"segmentation": (0.52, 0.56), "correspondence": (0.26, 0.37)}  # the paper's peaks: layers 14-15 and 7-10 of 0..27
+BY_BEST = "co-segmentation by the best union of clusters"
 BEYOND_FIRST = "best value layer minus first value projection"
 _LEFT_OUT = "its data set was left out, or it has too few units to choose a layer"
 
@@ -94,30 +95,35 @@ def claim_c1(summaries: Mapping[str, Mapping]) -> dict:
     return measured(_mean(name, parts), [*parts.values(), _mean(BEYOND_FIRST, first)], [need], note, tasks=tasks)
 
 
-def claim_c2a(summaries: Mapping[str, Mapping]) -> dict:
+def claim_c2a(summaries: Mapping[str, Mapping], best_union: Mapping | None = None) -> dict:
     """C2, first half: the best layer between the first and the last minus layer 1, in points, mean over the tasks, which are together
-    above their controls. Beside it every task, and the difference to the first value projection."""
+    above their controls. Beside it every task, the mean of all layers between, the mean with co-segmentation by its best clusters
+    (`best_union`, its summary), and the difference to the first value projection."""
     first = task_parts(summaries, BEYOND_FIRST, "value_best", "minus", FIRST)
     said = []
     for kind, (low, high) in DEPTHS.items():
         shapes = [summaries[t.name]["build_then_degrade"].get("value") for t in SIX if kind in t.name and t.name in summaries]
         depths = [shape["peak_depth"]["mean"] for shape in shapes if shape]
         said += [f"{kind} peaks at {min(depths):.2f} to {max(depths):.2f} of the depth (paper: {low} to {high})"] if depths else []
-    found = _shape(summaries, "minus_first", "layer 1", "The values build up to a layer between", "fall from layer 1")
+    found = _shape(summaries, best_union, "first", "layer 1", "The values build up to a layer between", "fall from layer 1")
     return found | {"others": [*found["others"], *first.values()], "note": " ".join([found["note"], *(f"{each.capitalize()}." for each in said)])}
 
 
-def claim_c2b(summaries: Mapping[str, Mapping]) -> dict:
+def claim_c2b(summaries: Mapping[str, Mapping], best_union: Mapping | None = None) -> dict:
     """C2, second half: the best layer between the first and the last minus the last, as `claim_c2a`."""
-    return _shape(summaries, "minus_last", "last layer", "The values fall towards the last layer", "rise")
+    return _shape(summaries, best_union, "last", "last layer", "The values fall towards the last layer", "rise")
 
 
-def _shape(summaries: Mapping[str, Mapping], against: str, end: str, above: str, below: str) -> dict:
-    name = f"best layer between minus {end}"
-    parts = task_parts(summaries, name, "build_then_degrade", "value", against)
+def _shape(summaries: Mapping[str, Mapping], best_union: Mapping | None, against: str, end: str, above: str, below: str) -> dict:
+    name, between = f"best layer between minus {end}", f"mean of the layers between minus {end}"
+    parts, unchosen = (task_parts(summaries, name, "build_then_degrade", "value", f"{kind}_{against}") for kind in ("minus", "between"))
+    beside = [_mean(between, unchosen)]
+    if best_union:
+        parts_of = task_parts({**summaries, CoSegmentation.name: best_union}, name, "build_then_degrade", "value", f"minus_{against}")
+        beside.append(_mean(f"{name}, {BY_BEST}", parts_of))
     control = _mean("", task_parts(summaries, "", "value_best", "minus", "control"))  # of all: tasks that chance lifts would show a shape as well
     needs = [] if control["low"] is None else [no_floor("the best value layer", effect_of(control), "points, mean over the tasks,")]
-    return measured(_mean(name, parts), parts.values(), needs, f"{says(parts, above, below)}.")
+    return measured(_mean(name, parts), [*parts.values(), *beside], needs, f"{says(parts, above, below)}.")
 
 
 def language_model_adds(summaries: Mapping[str, Mapping]) -> dict:
@@ -152,7 +158,9 @@ def results(measured: Mapping, about: Mapping) -> dict:
     reading = {task.name: other_reading(measured[f"text_{task.name}"], task, about["behind"], *options)
                for task in there if f"text_{task.name}" in measured}  # fmt: skip
     settings = setting_changes(measured, SIX, about["left_out"], *options)
-    claims = {"C1": claim_c1(tasks), "C2a": claim_c2a(tasks), "C2b": claim_c2b(tasks), "X6": claim_x6(settings)}
+    name = CoSegmentation.name
+    best_union = summarise(measured[name], BestUnion, *options) if name in measured else None
+    claims = {"C1": claim_c1(tasks), "C2a": claim_c2a(tasks, best_union), "C2b": claim_c2b(tasks, best_union), "X6": claim_x6(settings)}
     says = [f"{claims[name]['note']} On average that is {interval_text(claims[name]['primary'], 1, True)} points." for name in ("C1", "C2a", "C2b")]
     return {"tasks": tasks, "language_model_adds": language_model_adds(tasks), "centring": centring(tasks), "text_reading": reading,
             "settings": settings, "photographs": photographs.summary(measured["photographs"]), "claims": claims, "finding": " ".join(says)}

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kvutils.metrics.statistics import UNDEFINED, Effect, Halves, Statistic, mean_statistic, paired_difference
+from kvutils.metrics.layers import Halves
+from kvutils.metrics.statistics import UNDEFINED, Effect, Statistic, mean_statistic, paired_difference
 from kvutils.store import read_json
 from kvutils.tasks.foreground_segmentation import foreground_miou
 from kvutils.tasks.key_statistics import NEAR_CONSTANT

@@ -13,8 +13,9 @@ from PIL import Image
 from kvutils.datasets.pocket import questions as q
 from kvutils.datasets.pocket.choices import pocket_blink
 from kvutils.datasets.pocket.sets import few_shot_episodes, key_images, referring_masks
+from kvutils.language import attention_by
 from kvutils.language import embed as embed_prompt
-from kvutils.metrics.statistics import Halves
+from kvutils.metrics.layers import Halves
 from kvutils.models import MLM, wrap_mlm
 from kvutils.probes import fit_linear_probe
 from kvutils.prompts import prepare_text
@@ -168,17 +169,13 @@ def key_statistics(mlm: MLM, images: int, mass_images: int) -> dict:
 def first_token_mass(mlm: MLM, images: Sequence[Image.Image], questions: Sequence[str]) -> torch.Tensor:
     """(L,) the attention weight (0..1) of the text behind the image on the first token of the prompt, mean over heads, tokens, images."""
     language, vision = mlm.model.model.language_model, prepare_images(mlm, images)
-    usual, total = language.config._attn_implementation, torch.zeros(mlm.num_layers)
-    projected = encode_images(mlm, vision)[1]
-    language.set_attn_implementation("eager")
-    try:
+    total, projected = torch.zeros(mlm.num_layers), encode_images(mlm, vision)[1]
+    with attention_by(language.config, "eager"):
         for question in questions:
             text = prepare_text(mlm, [mlm.prompt(question)] * len(images), vision, images_only=False)
             end = int(vision.layouts[0].slots[-1]) + 1
             seen = language(inputs_embeds=embed_prompt(mlm, text.input_ids, projected), position_ids=text.position_ids, output_attentions=True)
             total += torch.stack([weights[:, :, end:, 0].mean() for weights in seen.attentions])
-    finally:
-        language.set_attn_implementation(usual)
     return total / len(questions)
 
 

@@ -1,12 +1,10 @@
 """How a training batch runs through a language model of any family: attention of packed sequences, logits and loss of the answers."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import nn
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
+from kvutils.language import attention_by
 from recipe.packing import IMAGE, Packed
 
 
@@ -42,16 +40,6 @@ def packed_attention(module, query, key, value, attention_mask, scaling, **_):
 
 
 AttentionInterface.register("packed", packed_attention)
-
-
-@contextmanager
-def attention_by(config: PreTrainedConfig, name: str) -> Iterator[None]:
-    """The layers of this configuration compute their attention by a function of `AttentionInterface`."""
-    usual, config._attn_implementation = config._attn_implementation, name
-    try:
-        yield
-    finally:
-        config._attn_implementation = usual
 
 
 def answer_logits(mlm: PreTrainedModel, packed: Packed, images: torch.Tensor | None) -> torch.Tensor:

@@ -67,7 +67,7 @@ class Packed:
     `shared` (B, 1, 1, S) and `own` (B, 1, n, C, 2 C) float32, 0 where a piece may attend to shared places, and to the piece
     before it and itself, else -10,000;
     `block` (B, T) number of the block from 1, 0 shared, -1 padding; `asked` places in (B T) that have a label; `images` list
-    of (pool row, version), in the order of the image slots; `kinds` the question kinds of each sequence's blocks."""
+    of (pool row, version), in the order of the image slots."""
 
     tokens: torch.Tensor
     positions: torch.Tensor
@@ -77,7 +77,6 @@ class Packed:
     block: torch.Tensor
     asked: torch.Tensor
     images: list[tuple[int, int]]
-    kinds: list[list[str]]
 
     def to(self, device) -> "Packed":
         return replace(self, **{name: value.to(device) for name, value in vars(self).items() if torch.is_tensor(value)})
@@ -141,7 +140,7 @@ def pack(samples: list[Sample], image: ImageTokens, limit: int | None = None) ->
     masks = [torch.where(allowed, 0.0, -1e4)[:, None] for allowed in ((block[:, :places] == 0)[:, None], own)]
     tokens, positions, labels = map(torch.from_numpy, (tokens, positions, labels))
     return Packed(tokens, positions, labels, *masks, block, (labels.flatten() >= 0).nonzero()[:, 0],
-                  [image for s in samples for image in s.images], [[b[0] for b in s.blocks] for s in samples])  # fmt: skip
+                  [image for s in samples for image in s.images])  # fmt: skip
 
 
 def paint(pool: Pool, images: list[tuple[int, int]]) -> np.ndarray:

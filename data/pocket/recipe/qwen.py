@@ -18,8 +18,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.siglip.modeling_siglip import SiglipMultiheadAttentionPoolingHead
 
 from kvutils.datasets.pocket.world import SIZE
+from kvutils.language import attention_by
 from kvutils.processors import ImageOnlyQwen2_5_VLProcessor
-from recipe.model import attention_by
 from recipe.packing import IMAGE, TOKEN, TOKENIZER, ImageTokens
 from recipe.shared import LANGUAGE, finished, match_length, patch_windows, text_tower
 from recipe.tokenizer import chat_template
