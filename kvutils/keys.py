@@ -226,6 +226,7 @@ def select_region(mlm: MLM, layout: TokenLayout, region: Sequence[float] | np.nd
         raise ParameterError(f"the region holds half of no image token, which cover up to {wide:.0f}x{tall:.0f} pixels of this picture; choose a "
                              "larger one")  # fmt: skip
     heads = range(mlm.num_kv_heads) if heads is None else np.atleast_1d(np.array(heads)).tolist()
+    at_least("the number of key-value heads", len(heads), 1)
     for head in heads:
         at_least("a key-value head", head, 0)
         one_of(f"key-value head of {mlm.name}", head, range(mlm.num_kv_heads))

@@ -21,7 +21,7 @@ from transformers.models.qwen2.modeling_qwen2 import eager_attention_forward
 from kvutils.checkpoints import QWEN
 from kvutils.errors import ModelError, ParameterError
 from kvutils.models import MLM, need_mlm
-from kvutils.prompts import TextInputs
+from kvutils.prompts import TextInputs, need_room
 
 Store = Callable[[int, torch.Tensor, torch.Tensor], None]
 GROUPED, EXACT = "kvutils_grouped_sdpa", "kvutils_float32_eager"  # of continuations of a model with "sdpa", and where weights are shown
@@ -47,7 +47,9 @@ def check_masks(mlm: MLM, layers: Iterable[int]) -> None:
         raise ModelError(f"{mlm.attention} attention takes no mask per head, so keys cannot be blocked and questions not be kept "
                          'apart; load the model with attention="sdpa" or "eager"')  # fmt: skip
     for layer in layers:
-        if getattr(mlm.model.model.language_model.layers[layer].self_attn, "sliding_window", None) is not None:
+        attention, text = mlm.model.model.language_model.layers[layer].self_attn, mlm.text_config
+        every = None if getattr(text, "layer_types", None) else getattr(text, "sliding_window", None)  # Mistral's attention reads it there
+        if getattr(attention, "sliding_window", every) is not None:
             raise ModelError(f"layer {layer} of {mlm.name} has sliding-window attention; only full attention is supported here")
 
 
@@ -193,11 +195,13 @@ class Continuation:
                 table[row, column - first] = token, other
                 self.paths[row, column, column] = True
         (ids, others), seen = torch.from_numpy(table).to(device).unbind(-1), torch.from_numpy(self.paths[:, first:]).to(device)
+        need_room(self.mlm, self.prefix.mask.shape[1] + int(self.paths[:, first:].sum(axis=-1).max()))
         positions = self.prefix.next_position[:, None] + (seen.sum(-1) - 1).clamp(min=0)  # padding leads nowhere
         seen = torch.cat([self.prefix.mask[:, None].expand(-1, longest, -1), seen], dim=-1).unsqueeze(1)  # (B, 1, S, T)
         if self.like:
             states = self.like.states[self.start]
             inputs = states[torch.arange(len(new), device=states.device)[:, None], others.to(states.device)]
+            inputs = inputs / getattr(self.mlm.text_config, "embedding_multiplier", 1)  # by which Granite multiplies what it is given
         else:
             inputs = self.mlm.model.get_input_embeddings()(ids)
         # Of a bool mask sdpa would make this one in every layer anew.

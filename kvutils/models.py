@@ -3,7 +3,7 @@
 import gc
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +22,8 @@ from kvutils.layout import check_mlm
 from kvutils.processors import PROMPTS, load_processor, quiet_transformers, render, turn_of
 
 QWEN_MAX_PIXELS = 1280 * 28 * 28  # of a picture for Qwen2.5-VL: 1280 tokens, the upper end that its model card recommends
+IN_MEMORY = "in memory"  # the revision of a model that was wrapped
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")  # of a checkpoint's folder, beside its weights: configuration, tokenizer, template
 _PROBE = "kvutils-prefix"  # stands for a prefix, to see where a chat template puts it
 
 
@@ -39,6 +41,7 @@ class MLM:
     name: str
     family: str
     revision: str
+    configuration: str = ""
     base_view_only: bool = False
     max_pixels: int | None = None
     pad_to_square: bool = False
@@ -63,6 +66,7 @@ class MLM:
     def settings(self) -> dict:
         """All that results depend on, JSON-able: stored parts are reused only where it is the same, and the provenance shows it."""
         return {"model": self.name, "family": self.family, "revision": self.revision, "dtype": str(self.dtype).removeprefix("torch."),
+                "configuration": weights_sample(self.model) if self.revision == IN_MEMORY else self.configuration,
                 "attention": self.attention, "image_backend": self.image_backend, "base_view_only": self.base_view_only,
                 "max_pixels": self.max_pixels, "pad_to_square": self.pad_to_square, "prompts": self.prompts}  # fmt: skip
 
@@ -115,11 +119,12 @@ class Encoder:
     processor: Any
     name: str
     revision: str
+    configuration: str = ""
 
     @property
     def settings(self) -> dict:
         """All that its features depend on, as of an `MLM`."""
-        return {"encoder": self.name, "revision": self.revision, "dtype": str(self.model.dtype).removeprefix("torch.")}
+        return {"encoder": self.name, "revision": self.revision, "configuration": self.configuration, "dtype": str(self.model.dtype).removeprefix("torch.")}
 
     def __repr__(self) -> str:
         size = f"{self.model.config.num_hidden_layers} layers of {self.model.config.hidden_size} channels"
@@ -176,7 +181,7 @@ def load_mlm(name: str, device: str | torch.device | None = None, dtype: str | t
     mlm = replace(wrap_mlm(model, processor, spec.name), prompts=prompts)
     if mlm.family == QWEN:
         mlm.max_pixels = max_pixels or min(QWEN_MAX_PIXELS, processor.image_processor.size["longest_edge"])
-    mlm.revision = f"untrained seed {seed}" if untrained else _revision(spec)
+    mlm.revision, mlm.configuration = f"untrained seed {seed}" if untrained else _revision(spec), _checksum(spec.source, SMALL_FILES)
     if spec.profile != "pocket":
         check_mlm(mlm, MODELS[mlm.name].sizes if mlm.name in MODELS else ())
     return mlm
@@ -185,10 +190,14 @@ def load_mlm(name: str, device: str | torch.device | None = None, dtype: str | t
 def wrap_mlm(model: PreTrainedModel, processor, name: str = "custom", base_view_only: bool = False) -> MLM:
     """Use a model that is already in memory; it is put into evaluation mode."""
     one_of("model family", model.config.model_type, FAMILIES, ModelError)
+    for needed, there in (("a model with lm_head, as AutoModelForImageTextToText makes it", hasattr(model, "lm_head")),
+                          ("its processor, with a tokenizer and an image processor", {"tokenizer", "image_processor"} <= {*dir(processor)})):
+        if not there:
+            raise ModelError(f"expected {needed}, found {type(model).__name__} and {type(processor).__name__}")
     side = getattr(model.config.vision_config, "image_size", None)
     sizes = [list(size) for size in getattr(model.config, "image_grid_pinpoints", None) or []]
     base_view_only = base_view_only or sizes == [[side, side]]  # the only tile of the pocket model would repeat the base view
-    return MLM(model.eval(), processor, name, model.config.model_type, "in memory", base_view_only)
+    return MLM(model.eval(), processor, name, model.config.model_type, IN_MEMORY, base_view_only=base_view_only)
 
 
 def need_mlm(mlm: object) -> None:
@@ -207,7 +216,7 @@ def load_encoder(name: str, device: str | torch.device | None = None, dtype: str
     with _reading(spec, device), quiet_transformers():
         model = _pretrained(SiglipVisionModel, spec, dtype=_dtype(dtype, spec, device)).to(device)
         processor = SiglipImageProcessorPil.from_pretrained(spec.source, revision=spec.revision)
-    return Encoder(model.eval(), processor, spec.name, _revision(spec))
+    return Encoder(model.eval(), processor, spec.name, _revision(spec), _checksum(spec.source, SMALL_FILES))
 
 
 @contextmanager
@@ -281,8 +290,23 @@ def _revision(spec: ModelSpec) -> str:
     if not Path(spec.source).is_dir():  # just loaded, so it is in the cache; transformers 5 does not keep the commit
         config = try_to_load_from_cache(spec.source, "config.json", revision=spec.revision)
         return Path(config).parent.name if isinstance(config, str) else "unknown"
+    return _checksum(spec.source, ("*.safetensors",))
+
+
+def _checksum(folder: str, patterns: Sequence[str]) -> str:
+    """Of the files of a folder that match; "" of what is none, such as a hub id, where the commit tells all."""
     digest = hashlib.sha256()
-    for path in sorted(Path(spec.source).glob("*.safetensors")):
+    for path in sorted(path for pattern in patterns for path in Path(folder).glob(pattern)):
         with path.open("rb") as file:
             hashlib.file_digest(file, lambda: digest)
+    return f"sha256:{digest.hexdigest()[:16]}" if Path(folder).is_dir() else ""
+
+
+def weights_sample(model: PreTrainedModel) -> str:
+    """Checksum of the configuration and of some values of every weight: another training of a model in memory is another model."""
+    digest = hashlib.sha256(model.config.to_json_string().encode())
+    for name, each in model.state_dict().items():
+        digest.update(f"{name} {tuple(each.shape)}".encode())
+        if not each.is_meta:  # offloaded by accelerate
+            digest.update(each.detach().flatten()[:: max(1, each.numel() // 64)].cpu().double().numpy().tobytes())
     return f"sha256:{digest.hexdigest()[:16]}"

@@ -44,12 +44,19 @@ def prepare_text(mlm: MLM, prompts: Sequence[str], vision: VisionInputs, images_
             vision.layouts[first] = replace(vision.layouts[first], slots=part.numpy())
             first += 1
         rows.append(ids[: slots[-1] + 1] if images_only else ids)
+    need_room(mlm, max(map(len, rows)))
     text = pad(mlm, rows)
     if mlm.family == QWEN:
         kinds = (text.input_ids == mlm.image_token_id).int()
         text.position_ids, _ = mlm.model.model.get_rope_index(text.input_ids, mm_token_type_ids=kinds, image_grid_thw=vision.grids,
                                                               attention_mask=text.attention_mask)
     return text
+
+
+def need_room(mlm: MLM, tokens: int) -> None:
+    """ParameterError for a sequence that is longer than any that the model was made for: it would answer, and mean nothing."""
+    if tokens > (limit := mlm.text_config.max_position_embeddings):
+        raise ParameterError(f"{tokens:,} tokens are more than the {limit:,} that {mlm.name} was made for: take fewer or smaller pictures, or less text")
 
 
 def tokenize(mlm: MLM, text: str) -> list[int]:

@@ -105,12 +105,13 @@ def write_json(path: str | Path, value: object, digits: int | None = None) -> No
     write_text(path, to_json(value, digits=digits))
 
 
-def read_json(path: str | Path) -> dict:
-    """Read a JSON file; a missing or unreadable one is a `StoreError`."""
+def read_json(path: str | Path, kind: type = dict) -> dict | list:
+    """Read a JSON file of a `dict` or `list`; a missing or unreadable one is a `StoreError`."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        one_of("content", type(found := json.loads(Path(path).read_text(encoding="utf-8"))).__name__, (kind.__name__,), ValueError)
     except (OSError, ValueError) as error:
         raise StoreError(f"{path} cannot be read as JSON ({error}). Remove it and make it again.") from error
+    return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,7 @@
 """X1 and C3 are read from the results of several models together."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -64,6 +65,15 @@ def test_x1_is_as_strong_as_its_weakest_effect(tmp_path, second, verdict, weakes
         assert found["a"]["X1"]["comparison"] == weakest + beyond
     assert verdict != "not measured" or said == "1 of 2 families measured."
     assert verdict != "cannot appear here" or said.endswith("points from its control (qwen2_5_vl).") and said.count("Floor") == 1
+
+
+def test_a_copy_of_a_folder_is_no_further_training(tmp_path):
+    for number in range(6):
+        write_model(tmp_path, f"m{number}", added=number + 0.1 * number**2, accuracy=0.5 + 0.04 * number)
+        write_json(tmp_path / f"data/results/paper/m{number}/provenance/01_value_flow.json", {"family": "one", "revision": f"sha256:{number}"})
+    found = lines_of(tmp_path)["m0"]["C3"]
+    shutil.copytree(tmp_path / "data/results/paper/m3", tmp_path / "data/results/paper/m3-backup")
+    assert lines_of(tmp_path)["m0"]["C3"] == found and found["units"] == 6
 
 
 def test_a_family_speaks_by_its_fullest_model_and_samples_where_there_is_nothing_else(tmp_path):

@@ -8,6 +8,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from transformers import GraniteConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvutils.answer import YES_NO, ImageSession, SessionBatch, answer_all
@@ -17,7 +18,7 @@ from kvutils.keys import KeySelection
 from kvutils.language import GROUPED
 from kvutils.models import wrap_mlm
 from kvutils.prompts import PromptTokens, end_tokens
-from tests.tiny_models import FAMILIES, WORDS, embedded, hooks, picture, tiny, tiny_pocket
+from tests.tiny_models import FAMILIES, WORDS, embedded, hooks, picture, tiny, tiny_next, tiny_pocket
 
 ALL = [*FAMILIES, "pocket"]
 QUESTIONS = ["is a red fish on the left ?", "yes", "what colour is the car on the right of this picture ?"]
@@ -379,6 +380,24 @@ def test_answer_all_is_a_session_per_image_and_block(batch_size):
         rows = [answers[name] for _, answers in found]
         assert [[answer.question for answer in row] for row in rows] == [questions for _, _, questions in samples]
         assert_alone(mlm, IMAGES, rows, YES_NO, 2, block=block)
+
+
+def test_the_states_that_several_blocks_share_are_given_to_granite_as_it_scales_them():
+    """Its forward multiplies the embeddings that it is given; the blocks' common states have been multiplied before."""
+    mlm = scrambled(tiny_next(language=GraniteConfig, embedding_multiplier=12.0))
+    with ImageSession(mlm, IMAGES[0]) as session:
+        block = selection(mlm, len(session.layouts[0]), (2, 3))
+    ((_, answers),) = answer_all(mlm, [("0", IMAGES[0], QUESTIONS)], {"none": None, "some": block}, options=YES_NO, max_new_tokens=2)
+    for name, each in (("none", None), ("some", block)):
+        assert_alone(mlm, IMAGES[:1], [answers[name]], YES_NO, 2, block=each)
+
+
+def test_what_is_longer_than_the_model_was_made_for_is_refused():
+    mlm = tiny_pocket(max_position_embeddings=40)
+    with ImageSession(mlm, IMAGES[0]) as session, pytest.raises(ParameterError, match="tokens are more than the 40 that .* made for"):
+        session.ask(["red " * 40])
+    with pytest.raises(ParameterError, match="fewer or smaller pictures, or less text"):
+        ImageSession(mlm, IMAGES[0], prefix="red " * 40)
 
 
 def test_answer_all_reads_every_image_once_and_no_more_than_asked(capsys):

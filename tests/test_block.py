@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from tiny_models import FAMILIES, hooks, picture, tiny
-from transformers import DynamicCache, StaticCache
+from tiny_models import FAMILIES, hooks, picture, tiny, tiny_next
+from transformers import DynamicCache, MistralConfig, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvutils.block import block_keys
@@ -389,6 +389,15 @@ def test_attention_that_takes_no_mask_is_an_error(attention):
         with block_keys(mlm, choose(mlm, slots), slots):
             pytest.fail("the block was entered")
     assert hooks(mlm) == state
+
+
+def test_sliding_window_of_a_whole_model_is_an_error():
+    """Mistral's attention reads it from the configuration, not from the layer."""
+    mlm = tiny_next(language=MistralConfig, sliding_window=8)
+    _, slots = batch(mlm)
+    with pytest.raises(ModelError, match="layer 0 .* sliding-window"):
+        with block_keys(mlm, choose(mlm, slots, (0, 1)), slots):
+            pytest.fail("the block was entered")
 
 
 def test_sliding_window_attention_is_an_error():

@@ -486,6 +486,8 @@ def test_ways_to_load_a_folder(tmp_path):
     (lambda folder: load_mlm(str(folder / "bert")), ModelError, "bert"),
     (lambda folder: load_encoder("siglip"), ModelError, "siglip-so400m"),
     (lambda folder: wrap_mlm(tiny_siglip().model, None), ModelError, "model family"),
+    (lambda folder: wrap_mlm(tiny("llava_next").model, None), ModelError, "expected its processor, .* and NoneType"),
+    (lambda folder: wrap_mlm((one := tiny("llava_next")).model.model, one.processor), ModelError, "expected a model with lm_head"),
     (lambda folder: load_mlm("pocket", dtype="float3"), ParameterError, "dtype"),
     (lambda folder: load_mlm("pocket", dtype="int8"), ParameterError, "dtype"),
     (lambda folder: load_mlm("pocket", device="abacus"), ParameterError, "abacus"),

@@ -147,9 +147,9 @@ def test_capture_never_loses_an_existing_file(folder, photos, tmp_path, capsys):
     (["PHOTOS/letter.jpg", "PHOTOS/gone.png"], ["letter.jpg", "gone.png"]),
     (["--layers", "0,99"], ["99"]), (["--layers", "3-1"], ["3-1"]), (["--layers", "two"], ["two"]), (["--layers", "0-999999999999"], ["below 10000"]),
     (["--max-pixels", "5000"], ["max_pixels"]), (["--model", "pokcet"], ["pokcet", "pocket"]),
-    (["--out", "x" * 300], ["xxx: File name too long"]), (["--device", "meta"], ["'meta' is not usable"]), (["--batch-size", "0"], ["batch_size"]),
+    (["--out", f"{'x' * 300}.safetensors"], ["safetensors: File name too long"]), (["--device", "meta"], ["'meta' is not usable"]), (["--batch-size", "0"], ["batch_size"]),
     (["PHOTOS"], ["is a folder, and a picture is meant"]),
-    (["--out", "no/x.safetensors"], ["no"]), (["--out", "/dev", "--overwrite"], ["/dev", "expected a file"]),
+    (["--out", "no/x.safetensors"], ["no"]), (["--out", "x.png"], ["ends in .safetensors"]), (["--out", "/dev", "--overwrite"], ["/dev", "expected a file"]),
 ])
 def test_capture_reports_errors(folder, photos, tmp_path, capsys, change, words):
     (tmp_path / "letter.jpg").write_bytes(b"Dear reader")

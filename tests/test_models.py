@@ -79,6 +79,18 @@ def test_without_network_the_error_says_how_to_get_the_checkpoint(monkeypatch, t
             load_mlm(name)
 
 
+def test_stored_parts_belong_to_the_weights_and_to_how_the_model_is_set(folder, tmp_path):
+    """Another processor, template or tokenizer gives other numbers from the same weights; another model in memory has no folder."""
+    copy = shutil.copytree(folder, tmp_path / folder.name)
+    usual, again = (load_mlm(str(each), device="cpu").settings for each in (folder, copy))
+    file = copy / "processor_config.json"
+    file.write_text(file.read_text().replace("0.5", "0.4"))
+    other = load_mlm(str(copy), device="cpu").settings
+    assert usual == again and other["revision"] == usual["revision"] and other["configuration"] != usual["configuration"] != ""
+    settings = [tiny("llava_next", seed=seed).settings for seed in (0, 0, 1)]
+    assert settings[0] == settings[1] != settings[2]
+
+
 def test_a_revision_is_passed_on(monkeypatch):
     asked = []
 

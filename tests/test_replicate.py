@@ -138,6 +138,14 @@ def test_how_long_a_notebook_takes_is_said_before_it_runs(root, monkeypatch, cap
         assert said.startswith(f"2 notebooks, {jobs} at a time: about {whole} min if none is finished yet\n0{jobs}_stub  running")
 
 
+def test_a_rank_that_is_no_number_is_said(monkeypatch):
+    monkeypatch.setenv("RANK", "")
+    assert kernels.rank() == 0
+    monkeypatch.setenv("RANK", "abc")
+    with pytest.raises(ParameterError, match="RANK is 'abc'"):
+        kernels.rank()
+
+
 @pytest.mark.parametrize(("jobs", "most", "free", "process", "found"), [
     (None, 6, 24, {}, 3), (None, 2, 24, {}, 2), (None, 6, 3.5, {}, 2), (None, 6, 0.5, {}, 1), (5, 1, 1, {}, 5),
     (None, 6, 24, {"RANK": "1"}, 1), (None, 6, 24, {"RANK": "0", "WORLD_SIZE": "2"}, 1),

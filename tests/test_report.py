@@ -169,6 +169,11 @@ def test_everything_is_made_from_the_results(root, capsys):
     assert "written: README.md" in capsys.readouterr().out
 
 
+def test_a_folder_without_results_is_not_up_to_date(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("KVUTILS_OUT", str(tmp_path / "typo"))
+    assert main(["report", "--check"]) == 2 and "is KVUTILS_OUT right?" in capsys.readouterr().err
+
+
 def test_other_models_stand_in_columns_beside_the_first(root):
     results = root / "data" / "results" / "pocket"
     other = json.loads((results / "pocket" / "01_value_flow.json").read_text())
@@ -230,7 +235,7 @@ def test_what_the_readme_adds_to_the_verdicts_is_stored():
     assert "C2a is {:.1f} points in `pocket`, {:.1f} in `pocket-2` and {:.1f} in `pocket-3`".format(*by_best[:3]) in told
     first, last = (beside(claim, f"mean of the layers between minus {end}") for claim, end in (("C2a", "layer 1"), ("C2b", "last layer")))
     assert max(first) < 0 and f"above the last layer by {min(last):.1f} to {max(last):.1f} points" in told
-    seeds = [{each["id"]: each["verdict"] for each in read_json(folder.with_name(name) / "claims.json")} for name in ("pocket", "pocket-2", "pocket-3")]
+    seeds = [{each["id"]: each["verdict"] for each in read_json(folder.with_name(name) / "claims.json", list)} for name in ("pocket", "pocket-2", "pocket-3")]
     differ = [claim for claim in seeds[0] if len({words[claim] for words in seeds}) > 1]
     assert f"between the three {', '.join(differ[:-1])} and {differ[-1]} differ" in told
     beyond = parts["art style: value right, model wrong, minus independence"]

@@ -78,8 +78,8 @@ def tiny_onevision(seed: int = 0, attention: str = "sdpa", words: list[str] = WO
     return _wrap(LlavaOnevisionForConditionalGeneration, config, processor, seed, attention)
 
 
-def tiny_next(seed: int = 0, attention: str = "sdpa", words: list[str] = WORDS, **text) -> MLM:
-    """CLIP tower, 32-pixel tiles of 4x4 patches, feature layer -2 without CLS; texts get a first token."""
+def tiny_next(seed: int = 0, attention: str = "sdpa", words: list[str] = WORDS, language: type = LlamaConfig, **text) -> MLM:
+    """CLIP tower, 32-pixel tiles of 4x4 patches, feature layer -2 without CLS; texts get a first token. language: its configuration."""
     side, patch = 32, 8
     pinpoints = [[side * rows, side * columns] for rows, columns in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
     tokenizer = build_word_tokenizer([*words, "<bos>"])
@@ -94,7 +94,7 @@ def tiny_next(seed: int = 0, attention: str = "sdpa", words: list[str] = WORDS, 
     )  # fmt: skip
     config = LlavaNextConfig(
         vision_config=CLIPVisionConfig(image_size=side, patch_size=patch, initializer_range=0.2, **TOWER),
-        text_config=LlamaConfig(vocab_size=len(tokenizer), **TEXT | text),
+        text_config=language(vocab_size=len(tokenizer), **TEXT | text),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_grid_pinpoints=pinpoints,
     )

@@ -26,6 +26,7 @@ from kvutils.errors import one_of
 
 FORMATS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SAMPLES = ("episodes", "training", "named", "pairs")
+MOST_CLASSES = 40  # in one mask, and background; of more it is no drawing of classes
 PARTNERS, PARTS = 5, 8  # of a picture, with which it is paired; groups of pictures that are paired among themselves
 
 
@@ -65,8 +66,9 @@ def samples_of(pictures: Sequence[FolderPicture], samples: str, shot: int = 5, s
 
     Raises DataError where there is none."""
     masked = [one for one in pictures if one.classes]
+    by_class = sorted(masked, key=lambda one: (one.classes, one.id))
     if samples == "training":
-        return [one.labelled() for one in masked[::2]]
+        return [one.labelled() for one in by_class[::2]]
     if samples == "pairs":
         pointed = sorted((one for one in pictures if one.points), key=lambda one: (sorted(one.points), one.id))
         found, lacking = _pairs(pointed), f"points of one name, found {len(pointed)} with points; add lines to points.csv"
@@ -75,8 +77,8 @@ def samples_of(pictures: Sequence[FolderPicture], samples: str, shot: int = 5, s
                  for one in masked for number in one.classes]  # fmt: skip
         found = [one for one in found if one.supports]
     else:
-        known = {number for one in masked[::2] for number in one.classes}
-        scored = [(name_of(number), one.labelled(number)) for one in masked[1::2] for number in one.classes if number in known]
+        known = {number for one in by_class[::2] for number in one.classes}
+        scored = [(name_of(number), one.labelled(number)) for one in by_class[1::2] for number in one.classes if number in known]
         found = [NamedMask(f"{one.id}, {name}", one.id, partial(getattr, one, "image"), name, partial(getattr, one, "mask"), one.id, name)
                  for name, one in scored]  # fmt: skip
     if samples != "pairs":
@@ -141,7 +143,11 @@ def _read(root: Path, progress: bool = False) -> list[FolderPicture]:
 
 
 def _labels(path: Path, picture: Picture) -> np.ndarray:
-    return read_labels(path, picture, ("1", "L", "P"), "class numbers in one channel (a grey or palette image)").astype(np.uint8)
+    labels = read_labels(path, picture, ("1", "L", "P"), "class numbers in one channel (a grey or palette image)").astype(np.uint8)
+    shown = len(np.unique(labels))
+    expect(shown <= MOST_CLASSES, f"{path}: expected class numbers, found {shown} values, as the soft edges of a drawing or JPEG make; save it "
+                                  "as PNG without smoothing, 0 and the number of a class alone (or 255)")  # fmt: skip
+    return labels
 
 
 def _points(path: Path, files: Mapping[str, Path], sizes: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, tuple[float, float]]]:

@@ -7,7 +7,7 @@ from kvutils.answer import spellings
 from kvutils.checkpoints import ENCODERS, MODELS, QWEN, base_name
 from kvutils.errors import one_of
 from kvutils.explorer.panel import LAYERED, Panel
-from kvutils.models import MLM, QWEN_MAX_PIXELS, wrap_mlm
+from kvutils.models import IN_MEMORY, MLM, QWEN_MAX_PIXELS, wrap_mlm
 
 IMPORTS = {"replace": "", "plt": "", "torch": "", "kv": "", "Panel": "explorer.panel", "open_image": "images", "token_attention": "readout.attention",
            "FeatureExtractor": "readout.features", "image_tokens": "readout.features", "directions": "readout.maps",
@@ -22,7 +22,7 @@ def reproduce(panel: Panel, origin: Panel, state: Mapping) -> str:
     one_of("mode", mode, ("similarity", "colours", "words", "attention", "selection"))
     layer, head = (state.get("layer"), state.get("head")) if source in LAYERED or mode == "attention" else (None, None)
     mlm, lines = panel.mlm, [_given("picture", panel)]
-    known = base_name(mlm.name) in MODELS and mlm.revision != "in memory" and not mlm.revision.startswith("untrained")
+    known = base_name(mlm.name) in MODELS and mlm.revision != IN_MEMORY and not mlm.revision.startswith("untrained")
     lines[:0] = _loaded(mlm) if known else [f"# mlm: the model that was explored ({mlm.name}, {mlm.revision})"]
     lines += ["shot = kv.capture(mlm, [picture])[0]", "layout = shot.layout  # slots, rectangles and views of the N image tokens"]
     if mode in ("similarity", "colours"):
@@ -101,7 +101,7 @@ def _extractor(panel: Panel, source: str, text: bool = False) -> list[str]:
     tower = panel.extractor.encoder_original
     if source == "pixels" or tower is None:
         return ["extractor = FeatureExtractor(mlm)"]
-    known = tower.name in ENCODERS and tower.revision != "in memory"
+    known = tower.name in ENCODERS and tower.revision != IN_MEMORY
     first = f"encoder = kv.load_encoder({tower.name!r})" if known else f"# encoder: the tower that was explored beside the model ({tower.name})"
     side = f", encoder_text=load_siglip_text({tower.name!r})" if text else ""
     return [first, f"extractor = FeatureExtractor(mlm, encoder_original=encoder{side})"]

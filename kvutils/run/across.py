@@ -26,7 +26,11 @@ def measure(models: Models, claims: Sequence[Mapping]) -> dict[str, dict]:
 
 
 def fullest(models: Models) -> Models:
-    return {name: each for name, each in models.items() if size_of(each[0]) == "full"} or models
+    full = {name: each for name, each in models.items() if size_of(each[0]) == "full"} or models
+    weights: dict[str, str] = {}  # of the same ones, such as a copy of a folder, the first by name counts
+    for name in sorted(full):
+        weights.setdefault(full[name][1].get("01_value_flow", {}).get("revision") or name, name)
+    return {name: each for name, each in full.items() if name in weights.values()}
 
 
 def size_of(results: Mapping[str, Mapping]) -> str:

@@ -24,7 +24,7 @@ from kvutils.errors import DataError, KVUtilsError, ParameterError
 from kvutils.images import encode_image
 from kvutils.run import DONE, FAILED, items, notebook, report
 from kvutils.run.compare import differences, leaves
-from kvutils.store import Frame, read_frame, read_json, to_json, write_json, write_text
+from kvutils.store import Frame, need_writable, read_frame, read_json, to_json, write_json, write_text
 from kvutils.tasks.base import FEW, SKIPPED
 
 # Tables and what they are read from, where it is not named after it; `PART`: a share of its samples.
@@ -45,6 +45,8 @@ def check(chosen: argparse.Namespace) -> int:
         raise DataError(f"{root} holds no results: name the folder of a run, such as data/results/<profile>/<model>")
     if chosen.figures and len(folders) != 1:
         raise ParameterError(f"--figures takes the figures of one run, found {len(folders)} folders")
+    if chosen.figures:
+        need_writable(Path(chosen.figures), "--figures")
     for folder in folders:
         with tempfile.TemporaryDirectory() as drawn:
             fits, wrong = check_folder(folder, Path(chosen.figures or drawn), chosen.without_pictures)
@@ -80,7 +82,7 @@ def check_folder(folder: Path, figures: Path, without_pictures: bool = False) ->
         lines = report.rows(report.read_all(folder) | derived)
         fits.append("verdicts: " + ", ".join(f"{line['id']} {line['verdict']}" for line in lines))
         if (file := folder / "claims.json").exists():
-            stored, now = ({line["id"]: line for line in each} for each in (read_json(file), lines))
+            stored, now = ({line["id"]: line for line in each} for each in (read_json(file, list), lines))
             wrong += [f"claims.json: {each}" for each in differences(stored, now, "follows: `make report` writes it anew")]
         else:  # of a run in parts it comes last
             (fits if absent else wrong).append("claims.json is missing: `make report` writes it")

@@ -182,6 +182,8 @@ def capture(chosen: argparse.Namespace) -> int:
         raise errors.ParameterError(f"{out} exists; choose another --out or pass --overwrite")
     if out.is_dir() or not out.parent.is_dir():
         raise errors.ParameterError(f"--out {out}: expected a file in a folder that exists")
+    if out.suffix != ".safetensors":  # --overwrite would take a photo that is named by mistake
+        raise errors.ParameterError(f"--out {out}: expected a name that ends in .safetensors")
     layers = _layers(chosen.layers)
 
     import numpy as np

@@ -24,7 +24,7 @@ from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
 from kvutils import errors
-from kvutils.errors import KVUtilsError, StoreError, at_least, not_written, one_of
+from kvutils.errors import KVUtilsError, ParameterError, StoreError, at_least, not_written, one_of
 from kvutils.run import notebook, report
 from kvutils.store import atomic, write_text
 
@@ -52,7 +52,10 @@ if importlib.util.find_spec("kvutils") is None:
 
 def rank() -> int:
     """Number of this process among those that `accelerate launch` or torchrun started for one run; 0 alone."""
-    return int(os.environ.get("RANK", 0))
+    told = os.environ.get("RANK") or "0"
+    if not told.isdecimal():
+        raise ParameterError(f"the environment variable RANK is {told!r}: expected the number of a process, or nothing")
+    return int(told)
 
 
 def changed_parameters(book: NotebookNode, given: dict) -> dict:

@@ -20,7 +20,7 @@ from kvutils.readout.maps import picture
 from kvutils.run import DONE, FAILED
 from kvutils.run.notebook import provenance
 from kvutils.run.verdicts import SAY_FEW
-from kvutils.store import Parts, need_writable, write_json
+from kvutils.store import Parts, need_writable, read_json, write_json
 from kvutils.tasks.base import run_task, summarise
 from kvutils.tasks.correspondence import SemanticCorrespondence
 from kvutils.tasks.foreground_segmentation import ForegroundSegmentation
@@ -39,7 +39,7 @@ def probe(chosen: argparse.Namespace) -> int:
     """Run what the folder allows. Everything that can be wrong with it is looked at before the model is loaded."""
     folder = Path(chosen.folder)
     out = Path(chosen.out or f"{folder.resolve().name}-probe")
-    if out.resolve() == folder.resolve():
+    if out.resolve() in (folder.resolve(), (folder / "masks").resolve()):
         raise ParameterError(f"--out {out}: its figures would be pictures of the folder; name another one")
     _need_header(folder / "points.csv")
     pictures = open_dataset("folder", folder, progress=True)
@@ -55,10 +55,16 @@ def probe(chosen: argparse.Namespace) -> int:
           f"{sum(bool(one.points) for one in pictures)} with points", flush=True)  # fmt: skip
     extractor = FeatureExtractor(load_mlm(chosen.model, device=chosen.device, dtype=chosen.dtype), keys=False)
     tasks = [ForegroundSegmentation(samples["episodes"])] if "episodes" in samples else []
-    if "named" in samples and len(classes) > 1:
+    if "named" in samples and len(classes) < 2:
+        why["named"] = f"{SemanticSegmentationProbe.title} needs masks of two classes, found one"
+    elif "named" in samples:
         names = [name_of(number) for number in range(1, classes[-1] + 1)]
         tasks.append(SemanticSegmentationProbe(samples["named"], samples_of(pictures, "training"), names))
     tasks += [SemanticCorrespondence(samples["pairs"])] if "pairs" in samples else []
+    if (stored := out / "probe.json").is_file():
+        told = {"folder": str(folder.resolve()), "model": extractor.mlm.name}
+        if (before := {key: read_json(stored).get(key) for key in told}) != told:
+            raise ParameterError(f"{out} holds the results of {before['folder']} with {before['model']}: name another --out, or remove it")
     files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted([*folder.iterdir(), *folder.glob("masks/*")])
              if path.is_file()]  # not the results, which may lie here as well
     parts, found, failed = Parts(out / "parts", mlm=extractor.mlm.settings, files=files), {}, {}
@@ -68,9 +74,9 @@ def probe(chosen: argparse.Namespace) -> int:
         except KVUtilsError as error:
             failed[task.title] = str(error)
     plots.save(_pictures(pictures, extractor) | ({"scores": own_curves(found)} if found else {}), out)
-    write_json(out / "probe.json", {"folder": str(folder), "pictures": len(pictures), "tasks": found, "failed": failed, "not_asked": why,
+    write_json(out / "probe.json", {"folder": str(folder.resolve()), "pictures": len(pictures), "tasks": found, "failed": failed, "not_asked": why,
                                     **provenance(extractor.mlm)}, digits=9)  # fmt: skip
-    print("\n".join(table(found)) if found else "\n".join(["No scores:", *why.values()]))
+    print("\n".join([*(table(found) if found else ["No scores:"]), *why.values()]))
     for title, reason in failed.items():
         print(f"{title}: {reason}")
     print(f"Table, curves and pictures: {out}")

@@ -162,6 +162,8 @@ def figures(chosen: argparse.Namespace) -> int:
 def make_report(chosen: argparse.Namespace) -> int:
     """Write the generated files that are stale, or with --check only name them; 1 if there are some then."""
     root = notebook.output_root()
+    if not report.result_folders(root):
+        raise DataError(f"{root} holds no results to report: expected data/results/<profile>/<model> (is KVUTILS_OUT right?)")
     paths = list(report.stale(root)) if chosen.check else report.write(root)
     for path in paths:
         print(f"{'stale, `make report` writes it anew' if chosen.check else 'written'}: {path.relative_to(root)}")

@@ -27,7 +27,11 @@ COMPARISONS = ("claim", "comparison", "value [95 % interval]", "smallest effect 
 @cache
 def load_claims() -> list[dict]:
     """The claims of data/claims.yaml, in their order."""
-    return yaml.safe_load((data_folder() / "claims.yaml").read_text(encoding="utf-8"))["claims"]
+    file = data_folder() / "claims.yaml"
+    try:
+        return [{**each, "id": each["id"]} for each in yaml.safe_load(file.read_text(encoding="utf-8"))["claims"]]
+    except (yaml.YAMLError, TypeError, KeyError) as error:
+        raise DataError(f"{file}: expected a list `claims` of entries with an `id`, found {error}") from error
 
 
 def row(claim: Mapping, found: Mapping | None) -> dict:
