@@ -141,7 +141,8 @@ def test_readme_tells_the_effects_that_are_stored():
     results = effects.load(organisms.RESULTS)
     wanted = {("colour read from values", "narrow-0.9", "narrow-0.2"), ("style read from values", "narrow-0.9", "narrow-0.2"),
               ("colour read from the tower", "narrow-0", "narrow-0.2"), ("style read from values", "medium-0.9", "base"),
-              ("style read from values", "narrow-0.9-distil", "narrow-0.9"), ("light read from values", "narrow-0.9", "narrow-0.2")}  # fmt: skip
+              ("style read from values", "narrow-0.9-distil", "narrow-0.9"), ("light read from values", "narrow-0.9", "narrow-0.2"),
+              ("style read from values", "broad-0.9", "medium-0.9")}  # fmt: skip
     by_name, told = {each.name: each for each in effects.READINGS["OQ1"]}, " ".join((notebook.ROOT / "README.md").read_text().split())
     every = [each for arms in effects.effects(results).values() for arm in arms.values() for each in arm["readings"].values()]
     assert f"{sum(sign(each) != 0 for each in every)} of {len(every)} differences have an interval without 0, where {len(every) / 20:.0f} would" in told
