@@ -265,7 +265,7 @@ def _portions(asked: Sequence[_Asked]) -> list[list[_Asked]]:
         size = len(one.ids) + sum(len(ids) - 1 for spelled in one.options.values() for ids in spelled)
         used[one.row] = used.get(one.row, 0) + size
         groups.setdefault((used[one.row] - 1) // _TOKENS_AT_ONCE, []).append(one)
-    return list(groups.values())
+    return [groups[number] for number in sorted(groups)]  # a row with a long question opens a later group first
 
 
 def _answer_together(state: Continuation, asked: Sequence[_Asked], max_new_tokens: int, ends: set[int]) -> list[_Asked]:

@@ -95,7 +95,7 @@ def _blocking_hook(mlm: MLM, mask: torch.Tensor, rows: np.ndarray, queries: str)
 
     def hook(module, args, kwargs):
         check_masks(mlm, ())
-        hidden, cache = args[0] if args else kwargs["hidden_states"], kwargs.get("past_key_values")
+        hidden, cache = args[0] if args else kwargs["hidden_states"], kwargs.get("cache", kwargs.get("past_key_values"))
         batch, length = hidden.shape[:2]
         seen, total = 0, length  # tokens that the cache holds before this pass; keys that attention will be given
         if cache is not None:  # a static cache has as many keys as it can hold

@@ -8,6 +8,7 @@ after the prefix for each question anew: each is computed as if it were alone.""
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import eager_mask
-from transformers.models.qwen2.modeling_qwen2 import eager_attention_forward
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Model, eager_attention_forward
 
 from kvutils.checkpoints import QWEN
 from kvutils.errors import ModelError, ParameterError
@@ -25,6 +26,8 @@ from kvutils.prompts import TextInputs, need_room
 
 Store = Callable[[int, torch.Tensor, torch.Tensor], None]
 GROUPED, EXACT = "kvutils_grouped_sdpa", "kvutils_float32_eager"  # of continuations of a model with "sdpa", and where weights are shown
+# What the past is called in a forward: "cache" from transformers 5.24 on.
+CACHE = "cache" if "cache" in inspect.signature(Qwen2Model.forward).parameters else "past_key_values"
 
 
 def resolve_layers(mlm: MLM, layers: str | int | Iterable[int]) -> tuple[int, ...]:
@@ -85,7 +88,7 @@ def read_layers(mlm: MLM, embeddings: torch.Tensor, text: TextInputs, layers: Se
     language_model = mlm.model.model.language_model
     with contextlib.suppress(_LastLayerReached):
         language_model(inputs_embeds=embeddings, attention_mask=text.attention_mask, position_ids=text.position_ids,
-                       past_key_values=_ReadingCache(layers, store), use_cache=True)  # fmt: skip
+                       use_cache=True, **{CACHE: _ReadingCache(layers, store)})  # fmt: skip
     # accelerate's hooks put offloaded weights away after a forward, which the modules left early missed.
     layer = language_model.layers[max(layers)]
     for module in (layer.self_attn, layer, language_model):
@@ -217,7 +220,7 @@ class Continuation:
             if self.start:  # the layers before it have nothing to add
                 stack.callback(setattr, language_model, "layers", layers)
                 language_model.layers = layers[self.start :]
-            output = language_model(inputs_embeds=inputs, position_ids=positions, attention_mask=mask, past_key_values=self.cache, use_cache=True)
+            output = language_model(inputs_embeds=inputs, position_ids=positions, attention_mask=mask, use_cache=True, **{CACHE: self.cache})
         self._keep(self.mlm.num_layers, output.last_hidden_state)
 
     def _keep(self, layer: int, states: torch.Tensor) -> None:

@@ -255,7 +255,7 @@ def placement(config, dtype: torch.dtype, device: torch.device) -> dict[str, int
     gc.collect()
     torch.cuda.empty_cache()  # of a model that was put away
     memory = {place: int(0.8 * free) for place, free in get_max_memory().items()}  # the rest is for activations and features
-    return infer_auto_device_map(model, memory, model._no_split_modules)
+    return infer_auto_device_map(model, memory, list(model._no_split_modules))  # accelerate before 1.15 takes a set for one name
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:

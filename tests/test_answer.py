@@ -392,6 +392,14 @@ def test_the_states_that_several_blocks_share_are_given_to_granite_as_it_scales_
         assert_alone(mlm, IMAGES[:1], [answers[name]], YES_NO, 2, block=each)
 
 
+def test_answers_stay_behind_their_questions_where_one_row_begins_with_a_long_one():
+    """Groups of so many tokens are opened by rows in turn: the long question of the first row opens the second group first."""
+    mlm = tiny_pocket(max_position_embeddings=4096)
+    rows = [["red " * 300], [f"{word} car ?" for word in ("red", "blue") * 40]]
+    with SessionBatch(mlm, IMAGES[:2]) as batch:
+        assert [[each.question for each in row] for row in batch.answer(rows, max_new_tokens=1)] == rows
+
+
 def test_what_is_longer_than_the_model_was_made_for_is_refused():
     mlm = tiny_pocket(max_position_embeddings=40)
     with ImageSession(mlm, IMAGES[0]) as session, pytest.raises(ParameterError, match="tokens are more than the 40 that .* made for"):

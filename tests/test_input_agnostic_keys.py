@@ -18,6 +18,7 @@ from kvutils.keys import key_variance
 from kvutils.layout import build_layout
 from kvutils.metrics.layers import Halves
 from kvutils.metrics.statistics import Effect
+from kvutils.plots.keys import sweep_map
 from kvutils.prompts import PromptTokens
 from kvutils.readout.attention import attention_mass
 from kvutils.readout.selections import select_all, select_lowest, selected_mass, variance_threshold
@@ -514,7 +515,8 @@ def test_effects_of_a_block_and_of_its_controls(asked):
     ({"block": 0.1}, {}, ("present", "holds"), "paper's size"),
     ({"block": -0.1}, {}, ("opposite", "opposite"), ""),
     ({"block": 0}, {}, ("absent", "does not hold"), "1.5 F1 points"),
-    ({"block": 0.1, "every": 0}, {}, ("cannot appear here",) * 2, "hiding every image key of layers 4-5 makes a difference of +0.00"),
+    ({"block": 0, "every": 0}, {}, ("cannot appear here",) * 2, "hiding every image key of layers 4-5 makes a difference of +0.00"),
+    ({"block": 0.1, "every": 0}, {}, ("present", "holds"), "paper's size"),  # hiding all of them is no bound of what hiding some does
     ({"block": 0, "every": 0.1}, {}, ("absent", "does not hold"), ""),  # better without any of them: something can change
     ({"block": 0.1}, {"below": 0}, ("cannot appear here",) * 2, "0 image keys of layers 4-5 are below"),
     ({"block": 0.005, "accuracy": 0.993}, {}, ("cannot appear here",) * 2, "eiling: 19 errors on POPE"),
@@ -529,6 +531,12 @@ def test_verdicts_on_a_block(asked, verdict, changes, about, words, why):
 
 def test_what_matters_is_what_the_claims_say(asked):
     assert {100 * asked[0].smallest} == {CLAIMS[name]["smallest"] for name in ("C6", "X2")}
+
+
+def test_the_sweep_of_too_few_images_is_drawn():
+    one = {"mean": 0.02, "low": None, "high": None}
+    figure = sweep_map({"grid": [[one, one]], "depths": [1, 2], "shares": [0.1], "best": {"depth": 1, "share": 0.1}, "held_out": one})
+    assert "(too few images for an interval)" in figure.get_suptitle()
 
 
 def test_the_sweep_reports_on_the_other_half(monkeypatch):

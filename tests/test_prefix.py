@@ -342,6 +342,9 @@ def test_answers_that_follow_the_prefix_are_counted(writer, mlm, monkeypatch, tm
     table = prefix_answers.ask_behind_prefixes(questions(), mlm, writer, parts, progress=False)
     assert table["truth"] == ["yes", "no"] * 6 and table["answer: wrong"] == ["yes", "yes"] * 6  # each wording once per image
     assert prefix_answers.counts(table).of("wrong").tolist() == [[1, 2, 1, 1, 0, 2, 1, 1, 1.5]] * 6
+    # "teddy bear" names no bear: what is asked of a bear behind it is about neither prefix.
+    words = {"question": ["is there a bear ?", "is there a teddy bear ?"] * 6, "prefix: wrong": ["look for the teddy bear"] * 12}
+    assert prefix_answers.counts(replace(table, columns={**table.columns, **words})).values[:, 0, 7].tolist() == [1] * 6
     found = prefix_answers.summarise_prefix_answers(table, 50)
     assert found["images"] == 6 and found["questions"] == 12
     assert found["rates"]["accuracy"]["none"]["mean"] == 1 and found["rates"]["changed answers"]["correct"]["mean"] == 0

@@ -201,7 +201,8 @@ def block_effects(blocking: Mapping) -> Figure:
 @styled
 def sweep_map(sweep: Mapping) -> Figure:
     """Effect on POPE by share of keys and number of last layers, on the half of the images that chooses the best."""
-    values, low, high = 100 * np.array([[[cell[key] for cell in row] for row in sweep["grid"]] for key in _NUMBERS])
+    # None, of too few images, becomes NaN.
+    values, low, high = 100 * np.array([[[cell[key] for cell in row] for row in sweep["grid"]] for key in _NUMBERS], dtype=float)
     size = max(np.abs(values).max(), 0.1)
     figure, axis = plt.subplots(figsize=(8.5, 4.0))
     drawn = axis.imshow(values, cmap="PuOr_r", vmin=-size, vmax=size, aspect="auto", origin="lower")
@@ -214,10 +215,11 @@ def sweep_map(sweep: Mapping) -> Figure:
     axis.add_patch(plt.Rectangle((place[0] - 0.48, place[1] - 0.48), 0.96, 0.96, fill=False, lw=2, ec="black"))
     axis.set_xticks(range(len(sweep["depths"])), sweep["depths"])
     axis.set_yticks(range(len(sweep["shares"])), [f"{share:.0%}" for share in sweep["shares"]])
-    mean, low, high = (100 * sweep["held_out"][key] for key in _NUMBERS)
+    mean, low, high = 100 * np.array([sweep["held_out"][key] for key in _NUMBERS], dtype=float)
+    interval = f"[{low:+.1f}, {high:+.1f}]" if np.isfinite(low) else "(too few images for an interval)"
     axis.set(xlabel="in how many last layers (*: 95 % interval without 0)", ylabel="keys blocked in each layer\n(those that vary least)")
     figure.colorbar(drawn, ax=axis, label="change of POPE F1 (points),\non the half that chooses")
-    figure.suptitle(f"The best cell (framed) changes POPE by {mean:+.1f} F1 points [{low:+.1f}, {high:+.1f}]\n"
+    figure.suptitle(f"The best cell (framed) changes POPE by {mean:+.1f} F1 points {interval}\n"
                     "on the half of the images that did not choose it")  # fmt: skip
     return figure
 

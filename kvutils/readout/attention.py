@@ -19,7 +19,7 @@ from kvutils.block import block_keys
 from kvutils.errors import DataError, ParameterError
 from kvutils.images import ImageLike, open_image
 from kvutils.keys import KeySelection, SameGrid
-from kvutils.language import EXACT, embed, not_finite
+from kvutils.language import CACHE, EXACT, embed, not_finite
 from kvutils.layout import TokenLayout
 from kvutils.models import MLM
 from kvutils.prompts import TextInputs, prepare_text
@@ -114,7 +114,7 @@ def _received(mlm: MLM, vision: VisionInputs, texts: Sequence[TextInputs], end: 
     mass = torch.zeros(mlm.num_layers, mlm.num_kv_heads, len(columns), dtype=torch.float64)
 
     def run(embeddings: torch.Tensor, positions: torch.Tensor, past: DynamicCache) -> None:
-        language_model(inputs_embeds=embeddings, position_ids=positions, past_key_values=past, use_cache=True)
+        language_model(inputs_embeds=embeddings, position_ids=positions, use_cache=True, **{CACHE: past})
 
     def record(row: torch.Tensor, module, args, output) -> None:
         weights = output[1]  # (B, H, queries, keys)

@@ -83,8 +83,13 @@ def counts(frame: Frame) -> ScoreTable:
     images = list(dict.fromkeys(frame["image_id"]))
     member = np.array([[image == name for image in frame["image_id"]] for name in images], dtype=float)
     said = {condition: np.array([pope_parse(text) for text in frame[f"answer: {condition}"]]) for condition in CONDITIONS}
-    named = [np.array([re.search(rf"\b{re.escape(object_of(question))}\b", prefix) is not None
-                       for question, prefix in zip(frame["question"], frame[f"prefix: {kind}"], strict=True)]) for kind in ("correct", "wrong")]
+    objects = [object_of(question) for question in frame["question"]]
+    longest = sorted({*objects}, key=len, reverse=True)  # "teddy bear" names no bear
+
+    def named_by(prefix: str) -> str:
+        return next((name for name in longest if re.search(rf"\b{re.escape(name)}\b", prefix)), "")
+
+    named = [np.array([one == named_by(prefix) for one, prefix in zip(objects, frame[f"prefix: {kind}"], strict=True)]) for kind in ("correct", "wrong")]
     values = []
     for condition, words in said.items():
         right = words == np.array(frame["truth"])
