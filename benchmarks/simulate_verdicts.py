@@ -37,8 +37,9 @@ from kvutils.datasets.samples import YesNoSample
 from kvutils.layout import TokenLayout
 from kvutils.metrics.effects import measured, part
 from kvutils.metrics.statistics import Effect, column_mean
-from kvutils.run import across, report
+from kvutils.run import across, notebook, report
 from kvutils.run.verdicts import VERDICTS, judge
+from kvutils.store import read_json
 from kvutils.tasks.base import SHUFFLED, UNTRAINED, ScoreTable, summarise
 from kvutils.tasks.bimodality import bimodal_layers
 from kvutils.tasks.blink_interventions import claim_x5, interventions
@@ -72,10 +73,11 @@ class Truth:
     draw: Draw
 
 
+FOUND = read_json(notebook.ROOT / "data" / "results" / "pocket" / "pocket" / "01_value_flow.json")  # the sizes of the pocket profile
 # The six tasks: units of the paper's data sets and of the pocket's, and noise of one unit's score at one layer.
-UNITS = {PAPER: (1000, 7, 12419, 1500, 540, 30), POCKET: (112, 16, 100, 59, 160, 24)}
+UNITS = {PAPER: (1000, 7, 12419, 1500, 540, 30), POCKET: tuple(FOUND["tasks"][task.name]["groups"] for task in SIX)}
 NOISE = (0.12, 0.06, 0.15, 0.15, 0.20, 0.10)
-LAYERS = {PAPER: 28, POCKET: 12}
+LAYERS = {PAPER: 28, POCKET: 1 + FOUND["tasks"][SIX[0].name]["build_then_degrade"]["value"]["layers"][-1]}
 MOST = 200  # units that are drawn; of more, the noise is made smaller by as much
 
 
@@ -152,7 +154,7 @@ def draw_c4(size: str, points: float, random: Random) -> dict:
 
 
 # Keys: tables of variances. 28 layers of 4 heads and 729 positions, as LLaVA-OneVision; 12 of 2 and 144.
-GRIDS = {PAPER: (28, 4, 27), POCKET: (12, 2, 12)}
+GRIDS = {PAPER: (28, 4, 27), POCKET: (LAYERS[POCKET], 2, 12)}
 LOW = 0.15  # share of the keys that vary little, where there are any
 
 
@@ -324,7 +326,7 @@ def draw_x5(size: str, points: float, random: Random, model: float = 0.7) -> dic
 
 # Several models, as many as are shipped or a dozen; and settings, with the errors of a setting's 13 scores: none of ours, and those of bfloat16.
 TRAININGS = {PAPER: 12, POCKET: 5}
-ERRORS = {PAPER: (0.08,) * 13, POCKET: (3.91, 1.63, 0.09, 0.40, 0.83, 0.05, 0.03, 0.0, 1.0, 0.23, 0.07, 0.13, 0.33)}
+ERRORS = {PAPER: (0.08,) * 13, POCKET: tuple(each["error"] for each in FOUND["settings"]["changes"]["precision bfloat16"].values())}
 
 
 def draw_c3(size: str, r: float, random: Random) -> dict:

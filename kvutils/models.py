@@ -191,7 +191,7 @@ def wrap_mlm(model: PreTrainedModel, processor, name: str = "custom", base_view_
     """Use a model that is already in memory; it is put into evaluation mode."""
     one_of("model family", model.config.model_type, FAMILIES, ModelError)
     for needed, there in (("a model with lm_head, as AutoModelForImageTextToText makes it", hasattr(model, "lm_head")),
-                          ("its processor, with a tokenizer and an image processor", {"tokenizer", "image_processor"} <= {*dir(processor)})):
+                          ("its processor, with a tokenizer and an image processor", hasattr(processor, "tokenizer") and hasattr(processor, "image_processor"))):
         if not there:
             raise ModelError(f"expected {needed}, found {type(model).__name__} and {type(processor).__name__}")
     side = getattr(model.config.vision_config, "image_size", None)

@@ -238,6 +238,9 @@ def test_what_the_readme_adds_to_the_verdicts_is_stored():
     seeds = [{each["id"]: each["verdict"] for each in read_json(folder.with_name(name) / "claims.json", list)} for name in ("pocket", "pocket-2", "pocket-3")]
     differ = [claim for claim in seeds[0] if len({words[claim] for words in seeds}) > 1]
     assert f"between the three {', '.join(differ[:-1])} and {differ[-1]} differ" in told
+    helped = read_json(folder / "04_prefix.json")["readouts"]["referring_by_class_name"]
+    gains = [layer for layer, each in zip(helped["layers"], helped["added"]["correct"], strict=True) if each["low"] > 0]
+    assert f"layers {', '.join(map(str, gains[:-1]))} and {gains[-1]} gain" in told
     beyond = parts["art style: value right, model wrong, minus independence"]
     assert f"co-segmentation builds up ({builds:+.1f} points) and referring falls ({falls:.1f})" in told
     assert f"+{beyond['value']:.1f} % of items [{beyond['low']:.1f}, {beyond['high']:+.1f}] in `pocket`" in told

@@ -13,7 +13,6 @@ from kvutils.plots.models import BEFORE
 from kvutils.run.verdicts import ABSENT, CANNOT_TELL, OPPOSITE, PRESENT, judge, word_of
 
 FEWEST_MODELS, FEWEST_FAMILIES = 6, 2
-FEWEST_TO_EXCLUDE = 12  # trainings: of fewer the 90 % interval of r = 0 reaches beyond the 0.5 that would matter
 IN_EVERY_FAMILY = ("C1", "C2a", "C2b")
 Models = Mapping[str, tuple[Mapping, Mapping]]  # name -> ({notebook: results}, {notebook: provenance})
 
@@ -22,7 +21,8 @@ def measure(models: Models, claims: Sequence[Mapping]) -> dict[str, dict]:
     """{"C3": ..., "X1": ...} as a notebook stores claims, of the models of one profile. Samples (`SIZE=quick`) count where there is
     nothing else."""
     full = fullest(models)
-    return {"C3": ability(full), "X1": families(full, {claim["id"]: claim for claim in claims})}
+    by_id = {claim["id"]: claim for claim in claims}
+    return {"C3": ability(full, by_id["C3"]["smallest"]), "X1": families(full, by_id)}
 
 
 def fullest(models: Models) -> Models:
@@ -72,10 +72,11 @@ def at_once(one: Mapping, count: int) -> dict:
     reach, narrow = (float(stdtrit(max(one["units"], 2) - 1, 1 - level / count)) * one["error"] for level in (0.025, 0.05))
     value = one["value"]
     return {**one, "name": f"{one['name']}, its interval for {count} effects at once", "low": value - reach, "high": value + reach,
-            "low90": value - narrow, "high90": value + narrow}  # fmt: skip
+            "low90": value - narrow, "high90": value + narrow,
+            "detectable": reach + float(stdtrit(max(one["units"], 2) - 1, POWER)) * one["error"]}  # fmt: skip
 
 
-def ability(models: Models) -> dict:
+def ability(models: Models, smallest: float) -> dict:
     """C3: correlation of what the language model adds, mean over the tasks of notebook 01, with accuracy, the mean of POPE's (notebook
     03) and BLINK's official total (05). Models that lack one of the three, or a task that others have, are left out. A model and what it
     was before its last stage are one training: both are in the correlation, its interval counts them once."""
@@ -90,7 +91,8 @@ def ability(models: Models) -> dict:
     note = f"Mean over {most} tasks: " + "; ".join(f"{model} adds {x:+.1f} points, accuracy {y:.1f} %" for model, (x, y) in points.items())
     trainings = len({model.removesuffix(BEFORE) for model in points})
     note += f". The interval counts {trainings} trainings: a model and its own earlier stage are not two; seeds of a family count as two."
-    note += f" Fewer than {FEWEST_TO_EXCLUDE} cannot show that there is no correlation."
+    least = math.ceil(3 + (NormalDist().inv_cdf(0.95) / math.atanh(smallest)) ** 2)  # then the 90 % interval of r = 0 lies within +- smallest
+    note += f" Fewer than {least} cannot show that there is no correlation."
     within = [correlation("the same within families: each family's mean taken off", added, accuracy, trainings, of_family)] if 1 < len({*of_family}) else []
     return measured(correlation(name, added, accuracy, trainings), within, note=note)
 

@@ -15,7 +15,7 @@ from kvutils import data_folder, plots
 from kvutils.errors import DataError
 from kvutils.plots import models
 from kvutils.run import DEFAULT, across
-from kvutils.run.verdicts import SAY_FEW, HOLDS, NOT_MEASURED, NOTHING, OPPOSITE, PRESENT, amount, decided_by, interval_of, judge, rough, smallest_of, word_of_part
+from kvutils.run.verdicts import HOLDS, NOT_MEASURED, NOTHING, OPPOSITE, PRESENT, SAY_FEW, amount, decided_by, interval_of, judge, rough, smallest_of, word_of_part
 from kvutils.store import read_json, to_json, write_text
 
 PICTURES = {"02_siglip_baseline": "02_steps", "03_input_agnostic_keys": "03_block_effects", "04_prefix": "04_prefix_effects",
@@ -29,9 +29,9 @@ def load_claims() -> list[dict]:
     """The claims of data/claims.yaml, in their order."""
     file = data_folder() / "claims.yaml"
     try:
-        return [{**each, "id": each["id"]} for each in yaml.safe_load(file.read_text(encoding="utf-8"))["claims"]]
+        return yaml.safe_load(file.read_text(encoding="utf-8"))["claims"]
     except (yaml.YAMLError, TypeError, KeyError) as error:
-        raise DataError(f"{file}: expected a list `claims` of entries with an `id`, found {error}") from error
+        raise DataError(f"{file}: expected YAML with a list `claims`, found {error}") from error
 
 
 def row(claim: Mapping, found: Mapping | None) -> dict:
