@@ -18,11 +18,11 @@ Models = Mapping[str, tuple[Mapping, Mapping]]  # name -> ({notebook: results}, 
 
 
 def measure(models: Models, claims: Sequence[Mapping]) -> dict[str, dict]:
-    """{"C3": ..., "X1": ...} as a notebook stores claims, of the models of one profile. Samples (`SIZE=quick`) count where there is
-    nothing else."""
+    """{"C3": ..., "X1": ...}, those of them that `claims` has, as a notebook stores them, of the models of one profile. Samples
+    (`SIZE=quick`) count where there is nothing else."""
     full = fullest(models)
     by_id = {claim["id"]: claim for claim in claims}
-    return {"C3": ability(full, by_id["C3"]["smallest"]), "X1": families(full, by_id)}
+    return {name: read(full, by_id) for name, read in {"C3": ability, "X1": families}.items() if name in by_id}
 
 
 def fullest(models: Models) -> Models:
@@ -76,7 +76,7 @@ def at_once(one: Mapping, count: int) -> dict:
             "detectable": reach + float(stdtrit(max(one["units"], 2) - 1, POWER)) * one["error"]}  # fmt: skip
 
 
-def ability(models: Models, smallest: float) -> dict:
+def ability(models: Models, claims: Mapping[str, Mapping]) -> dict:
     """C3: correlation of what the language model adds, mean over the tasks of notebook 01, with accuracy, the mean of POPE's (notebook
     03) and BLINK's official total (05). Models that lack one of the three, or a task that others have, are left out. A model and what it
     was before its last stage are one training: both are in the correlation, its interval counts them once."""
@@ -91,7 +91,7 @@ def ability(models: Models, smallest: float) -> dict:
     note = f"Mean over {most} tasks: " + "; ".join(f"{model} adds {x:+.1f} points, accuracy {y:.1f} %" for model, (x, y) in points.items())
     trainings = len({model.removesuffix(BEFORE) for model in points})
     note += f". The interval counts {trainings} trainings: a model and its own earlier stage are not two; seeds of a family count as two."
-    least = math.ceil(3 + (NormalDist().inv_cdf(0.95) / math.atanh(smallest)) ** 2)  # then the 90 % interval of r = 0 lies within +- smallest
+    least = math.ceil(3 + (NormalDist().inv_cdf(0.95) / math.atanh(claims["C3"]["smallest"])) ** 2)  # then the 90 % interval of r = 0 lies within +- smallest
     note += f" Fewer than {least} cannot show that there is no correlation."
     within = [correlation("the same within families: each family's mean taken off", added, accuracy, trainings, of_family)] if 1 < len({*of_family}) else []
     return measured(correlation(name, added, accuracy, trainings), within, note=note)
