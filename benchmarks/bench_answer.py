@@ -40,12 +40,7 @@ def run(repeats: int = 5) -> list[dict]:
     mlm = onevision_shaped(layers=6)
     rng = np.random.default_rng(0)
     photo = Image.fromarray(rng.integers(0, 256, (480, 640, 3), dtype=np.uint8))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return [*_against_full_prefills(mlm, photo), *_against_no_block(mlm, photo, repeats)]
-    finally:
-        torch.set_num_threads(threads)
+    return [*_against_full_prefills(mlm, photo), *_against_no_block(mlm, photo, repeats)]
 
 
 def _against_full_prefills(mlm: MLM, photo: Image.Image) -> list[dict]:
@@ -131,8 +126,3 @@ def _timed(function):
     start = time.process_time()
     result = function()
     return time.process_time() - start, result
-
-
-if __name__ == "__main__":
-    for record in run():
-        print(f"{record['name']}: {record['value']:.3g} (goal <= {record['goal']}) {record['detail']}")

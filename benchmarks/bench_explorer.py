@@ -33,12 +33,7 @@ LAYERS, TOKENS, HEADS, DIM, HIDDEN = 28, 2929, 4, 128, 3584
 
 def run(repeats: int = 5) -> list[dict]:
     """Figures {name, value, goal, detail}; lower is better. Half a minute on one core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return [*_pocket(repeats), *_large(repeats)]
-    finally:
-        torch.set_num_threads(threads)
+    return [*_pocket(repeats), *_large(repeats)]
 
 
 def _pocket(repeats: int) -> list[dict]:
@@ -124,8 +119,3 @@ def _seconds(function) -> float:
     start = time.process_time()
     function()
     return time.process_time() - start
-
-
-if __name__ == "__main__":
-    for record in run():
-        print(f"{record['name']}: {record['value']:.3g} (goal <= {record['goal']}) {record['detail']}")

@@ -252,11 +252,7 @@ def elsewhere(checkout: Path, names: list[str], layers: int, gpu: bool) -> dict[
 
 def run() -> list[dict]:
     """Figures {name, value, goal, detail} of what takes seconds on a CPU; the whole table is `main`'s."""
-    threads = torch.get_num_threads()
-    try:
-        found = measure(["semantic_segmentation", "referring_segmentation", "feature_extraction", "prefix_referring"], 4)
-    finally:
-        torch.set_num_threads(threads)
+    found = measure(["semantic_segmentation", "referring_segmentation", "feature_extraction", "prefix_referring"], 4)
     return [{"name": f"host_seconds_per_item_{name}", "value": round(one["seconds"], 4), "goal": None,
              "detail": f"{one['unit']}; 4 of {LAYERS} layers"} for name, one in found.items()]  # fmt: skip
 

@@ -19,7 +19,6 @@ from sklearn.datasets import load_sample_image
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_limits
 from transformers import Qwen2Config, Qwen2Model
 
 from kvutils.probes import LinearProbe, fit_linear_probe
@@ -94,33 +93,28 @@ def compare(probe: LinearProbe, X: torch.Tensor, y: torch.Tensor, models: list[P
 
 def run() -> list[dict]:
     """Figures {name, value, goal, detail}; lower is better. About a minute on one core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     figures, checks = [], []
-    try:
-        with threadpool_limits(1):
-            for name, (sources, heads, head_dim, side, episodes, tol, goal) in SIZES.items():
-                ours, theirs = [], []
-                for seed in range(episodes):
-                    X, y = make_episode(sources, heads, head_dim, side, seed)
-                    for _ in range(3):
-                        start = time.process_time()
-                        probe = fit_linear_probe(X, y)
-                        middle = time.process_time()
-                        models = fit_scikit_learn(X.numpy(), y.numpy(), tol)
-                        ours.append(middle - start)
-                        theirs.append(time.process_time() - middle)
-                    probe.require_converged()
-                    if seed == 0:
-                        checks.append((f"C={X.shape[2]}", compare(probe, X, y, models)))
-                S, N, C = X.shape
-                figures.append({
-                    "name": name, "value": round(float(np.median(ours) / np.median(theirs)), 4), "goal": goal,
-                    "detail": f"S={S} sources, N={N} tokens, C={C} channels, {episodes} episodes, 1 thread: "
-                              f"{np.median(ours) * 1e3:.1f} ms, scikit-learn (tol {tol:g}) "
-                              f"{np.median(theirs) * 1e3:.1f} ms"})
-    finally:
-        torch.set_num_threads(threads)
+    for name, (sources, heads, head_dim, side, episodes, tol, goal) in SIZES.items():
+        ours, theirs = [], []
+        for seed in range(episodes):
+            X, y = make_episode(sources, heads, head_dim, side, seed)
+            for _ in range(3):
+                start = time.process_time()
+                probe = fit_linear_probe(X, y)
+                middle = time.process_time()
+                models = fit_scikit_learn(X.numpy(), y.numpy(), tol)
+                ours.append(middle - start)
+                theirs.append(time.process_time() - middle)
+            probe.require_converged()
+            if seed == 0:
+                checks.append((f"C={X.shape[2]}", compare(probe, X, y, models)))
+        S, N, C = X.shape
+        figures.append({
+            "name": name, "value": round(float(np.median(ours) / np.median(theirs)), 4), "goal": goal,
+            "detail": f"S={S} sources, N={N} tokens, C={C} channels, {episodes} episodes, 1 thread: "
+                      f"{np.median(ours) * 1e3:.1f} ms, scikit-learn (tol {tol:g}) "
+                      f"{np.median(theirs) * 1e3:.1f} ms"})
+
     def per_size(key: str) -> str:
         return ", ".join(f"{size} {check[key]:.1e}" for size, check in checks)
 

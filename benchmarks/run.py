@@ -2,7 +2,7 @@
 
     python benchmarks/run.py [--only NAME ...]      (or python -m benchmarks.run; any working directory)
 
-A bench is a module with `run() -> list of {name, value, goal, detail}`; lower is better, goal may be None. A
+A bench is a module with `run() -> list of {name, value, goal, detail}`, on one thread; lower is better, goal may be None. A
 missed goal is marked MISSED and is no failure; a bench that raises is recorded under "errors", and then the
 exit status is 1.
 """
@@ -21,6 +21,9 @@ import time
 import traceback
 from pathlib import Path
 
+import torch
+from threadpoolctl import threadpool_limits
+
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results.json"
 PACKAGES = ("torch", "transformers", "numpy", "scikit-learn")
@@ -28,8 +31,6 @@ PACKAGES = ("torch", "transformers", "numpy", "scikit-learn")
 
 def describe_machine() -> dict:
     """CPU model, cores this process may use, memory in GiB, and the GPU's name or None."""
-    import torch
-
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -80,6 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
                         help=f"some of: {', '.join(benches)}")
     chosen = parser.parse_args(arguments).only or list(benches)
     sys.path[:0] = [str(FOLDER.parent), str(FOLDER)]  # kvutils need not be installed; benches share modules
+    torch.set_num_threads(1)
 
     results = {"machine": describe_machine(), "versions": describe_versions(), "figures": [], "errors": {}}
     if RESULTS.exists() and len(chosen) < len(benches):  # keep the others' figures if comparable
@@ -96,7 +98,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{name} ({number} of {len(chosen)}{about}) ...", file=sys.stderr, flush=True)
         start = time.perf_counter()
         try:
-            figures = load_bench(benches[name]).run()
+            bench = load_bench(benches[name])
+            with threadpool_limits(1):  # of the libraries that are loaded by now
+                figures = bench.run()
             for figure in figures:
                 met = figure["goal"] is None or figure["value"] <= figure["goal"]
                 figure.update(bench=name, met=bool(met))
