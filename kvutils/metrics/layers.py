@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvutils.errors import ParameterError
-from kvutils.metrics.statistics import TAILS, Interval, Statistic, Units, effect, finite_scores, mean_statistic, paired_difference, resample
+from kvutils.metrics.statistics import TAILS, Interval, Level, Statistic, Units, effect, finite_scores, mean_statistic, resample
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +44,23 @@ class Halves:
         """(n, ...) scores of every item at the layer that was chosen for its half: no item has chosen its own layer."""
         return scores[np.arange(len(scores)), np.where(self.second, best[1], best[0])]
 
+    def chosen(self, scores: np.ndarray, statistic: Statistic = mean_statistic) -> Level:
+        """That statistic of scores (n, L, ...) in the layers that the halves choose for each other *by the same weights*, so that every
+        resample chooses anew: halves that choose alike where layers hardly differ have estimates that go together, and with layers that
+        stay an interval is too narrow by up to a sixth (simulated, benchmarks/VERDICTS.md)."""
+
+        def level(weights: np.ndarray) -> np.ndarray:
+            with np.errstate(invalid="ignore"):  # a resample may leave a half without any item to choose on: it takes the first
+                by_half = [each_layer(statistic)(weights[:, chooses], scores[chooses]) for chooses in self.choosing]
+            best = np.stack([np.where(np.isnan(each), -np.inf, each).argmax(axis=1) for each in by_half], axis=1)
+            found = np.empty(len(weights))
+            for pair in np.unique(best, axis=0):
+                drawn = (best == pair).all(axis=1)
+                found[drawn] = statistic(weights[drawn], self.read(scores, pair))
+            return found
+
+        return level
+
 
 def each_layer(statistic: Statistic) -> Statistic:
     """That statistic of every layer (or source) of scores (n, L, ...): (n_boot, L)."""
@@ -55,23 +72,24 @@ def build_then_degrade(scores, halves: Halves, groups: Units = None, statistic: 
     """Does quality build up to some layer, and degrade after it? (paper, section 3.1, Figure 2); JSON-able.
 
     scores (n, L >= 3, ...), higher is better. The best layer between the first and the last is chosen on each half and read on the
-    other (`best`, two indices), so that every item is used; `minus_first` and `minus_last` are its paired differences. On a curve that
-    only falls the one is below 0 and the other above. The best of several is ahead of a layer by its noise between layers as well:
-    `between_first` and `between_last` are the differences of the mean over all layers between, which chose nothing. `peak`: the best layer of all, over all items, with its interval (indices), and
-    `peak_shares`, how often each layer is best among the resamples. ParameterError for fewer than three layers."""
+    other (`best`, two indices), so that every item is used; `minus_first` and `minus_last` are its paired differences, the choice made
+    anew in every resample. On a curve that only falls the one is below 0 and the other above. The best of several is ahead of a layer by
+    its noise between layers as well: `between_first` and `between_last` are the differences of the mean over all layers between, which chose
+    nothing. `peak`: the best layer of all, over all items, with its interval (indices), and `peak_shares`, how often each layer is best
+    among the resamples. ParameterError for fewer than three layers."""
     scores = finite_scores(scores)
     if scores.shape[1] < 3:
         raise ParameterError(f"a layer between the first and the last needs at least 3 layers, found {scores.shape[1]}")
     best = [1 + index for index in halves.best(scores[:, 1:-1], statistic)]
-    inside, options = halves.read(scores, best), (statistic, n_boot, seed, groups)
-    first, last = (paired_difference(inside, scores[:, other], *options) for other in (0, -1))
+    inside, ends, options = halves.chosen(scores[:, 1:-1], statistic), each_layer(statistic), (n_boot, seed, groups)
+    first, last = resample(lambda w: inside(w)[:, None] - ends(w, scores[:, [0, -1]]), len(scores), *options, around=True).effects()
 
     def between(weights: np.ndarray, scores: np.ndarray) -> np.ndarray:
         levels = each_layer(statistic)(weights, scores)
         return levels[:, 1:-1].mean(axis=1, keepdims=True) - levels[:, [0, -1]]
 
-    between_first, between_last = effect(scores, between, *options[1:])
-    found = resample(lambda w: each_layer(statistic)(w, scores), len(scores), n_boot, seed, groups, few=0)
+    between_first, between_last = effect(scores, between, *options)
+    found = resample(lambda w: each_layer(statistic)(w, scores), len(scores), *options, few=0)
     peaks = np.nanargmax(found.draws, axis=1)
     low, high = np.quantile(peaks, TAILS, method="inverted_cdf")
     return {

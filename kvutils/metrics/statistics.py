@@ -24,6 +24,7 @@ from scipy.special import stdtrit
 from kvutils.errors import DataError, at_least
 
 Statistic = Callable[[np.ndarray, np.ndarray], np.ndarray]
+Level = Callable[[np.ndarray], np.ndarray]  # weights (R, n) -> (R, ...): a statistic of scores that it knows
 Units = Sequence[Hashable] | None  # of the items; None: each its own
 TAILS = (1 - 0.95) / 2, (1 + 0.95) / 2  # of a 95 % interval
 _CHUNK, _KEPT = 2**25, 2**23  # weights held at once (256 MiB), and kept for the next statistic of the same items
@@ -147,13 +148,15 @@ def paired_difference(a, b, statistic: Statistic = mean_statistic, n_boot: int =
 
 @dataclass(frozen=True, eq=False)
 class Resampled:
-    """A value () or (L,) of n items in `units`, and its resamples (R, ...); jackknife: those without one unit each, not bootstrap."""
+    """A value () or (L,) of n items in `units`, and its resamples (R, ...); jackknife: those without one unit each, not bootstrap.
+    around: intervals are Student's t around the value, with the standard error of the resamples."""
 
     value: np.ndarray
     draws: np.ndarray
     n: int
     units: int
     jackknife: bool = False
+    around: bool = False
 
     @property
     def error(self) -> np.ndarray:
@@ -170,7 +173,7 @@ class Resampled:
 
     def _each(self, make: Callable) -> Any:
         error = self.error
-        if self.jackknife:
+        if self.jackknife or self.around:
             reach = _quantile(TAILS[1], self.units) * error
             low, high = self.value - reach, self.value + reach
         else:
@@ -181,15 +184,18 @@ class Resampled:
         return found if np.ndim(self.value) else found[0]
 
 
-def resample(compute: Callable[[np.ndarray], np.ndarray], n: int, n_boot: int, seed: int, groups: Units = None, few: int = FEW_UNITS) -> Resampled:
+def resample(compute: Level, n: int, n_boot: int, seed: int, groups: Units = None, few: int = FEW_UNITS,
+             around: bool = False) -> Resampled:  # fmt: skip
     """compute (weights (R, n)) -> (R, ...) of all n items, and of n_boot resamples of their groups or, where these are fewer than
-    `few`, without each group in turn. few: 0 for what hardly moves without one group, such as the place of a maximum."""
+    `few`, without each group in turn. few: 0 for what hardly moves without one group, such as the place of a maximum. around: for what
+    chooses by the weights, whose resamples lie to one side of the value, and which hardly moves without one group either."""
+    few = 0 if around else few
     at_least("n_boot", n_boot)
     groups = tuple(range(n) if groups is None else groups)
     (unit, units), value = _numbered(groups), np.asarray(compute(np.ones((1, n))))[0]
     drawn = [_weights(1 - np.eye(units), unit)] if units < few else (_kept if n_boot * unit.size <= _KEPT else _drawn)(groups, n_boot, seed)
     draws = [np.asarray(compute(weights)) for weights in drawn if len(weights)] or [np.full((1, *value.shape), np.nan)]
-    return Resampled(value, np.concatenate(draws), n, units, jackknife=units < few)
+    return Resampled(value, np.concatenate(draws), n, units, units < few, around)
 
 
 def _drawn(groups: tuple[Hashable, ...], n_boot: int, seed: int) -> Iterator[np.ndarray]:

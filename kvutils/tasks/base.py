@@ -17,7 +17,7 @@ import torch
 
 from kvutils.errors import DataError, ImageError, ParameterError
 from kvutils.metrics.layers import build_then_degrade, each_layer
-from kvutils.metrics.statistics import Statistic, bootstrap_ci
+from kvutils.metrics.statistics import Statistic, bootstrap_ci, resample
 from kvutils.probes import ConvergenceError
 from kvutils.readout.features import HEADS, FeatureExtractor, ImageFeatures, Opener, Picture, picture_key
 from kvutils.store import Parts, in_chunks
@@ -178,8 +178,8 @@ def summarise(table: ScoreTable, task: Task, n_boot: int = 2000, seed: int = 0) 
     """Every metric of every source with its interval, and the tests on layers; JSON-able.
 
     skipped, why_skipped, left_out: what has no score, see `ScoreTable`. sources: headline metric per source. secondary: the other metrics.
-    Layers are chosen on one half of the rows and read on the other, both ways, from 1 on: values of layer 0 are a linear map of the
-    projector's output. build_then_degrade: per family of at least three such layers, but of controls, what `layers.build_then_degrade`
+    Layers are chosen on one half of the rows and read on the other, both ways, anew in every resample, from 1 on: values of layer 0 are a
+    linear map of the projector's output. build_then_degrade: per family of at least three such layers, but of controls, what `layers.build_then_degrade`
     finds; its peak in layers, and as a share of the depth. value_best: see `BestValues`; its score, and its paired differences to every
     source without layers, to the first value projection, and to the "control". no_layer: why no layer was chosen."""
     summary: dict = {"task": table.task, "title": task.title, "metric": task.metric, "n": len(table), "groups": table.units,
@@ -203,11 +203,11 @@ def summarise(table: ScoreTable, task: Task, n_boot: int = 2000, seed: int = 0) 
                                                              "peak_depth": {key: layer / numbers[-1] for key, layer in peak.items()}}  # fmt: skip
     if any(layer for layer, _ in by_layer(table.sources, "value")):
         best = BestValues.of(table, task.statistic, halves)
-        others = {source: table.of(source) for source in table.sources if "." not in source or source == FIRST}
-        if best.control:
-            others["control"] = best.control_values
-        minus = differences({name: (best.values, other) for name, other in others.items()}, table, task.statistic, n_boot, seed)
-        score = bootstrap_ci(best.values, task.statistic, n_boot, seed, table.groups).as_dict()
+        others = {source: table.level(source, task.statistic) for source in table.sources if "." not in source or source == FIRST}
+        if best.control_level:
+            others["control"] = best.control_level
+        minus = differences({name: (best.level, other) for name, other in others.items()}, table, n_boot, seed, around=True)
+        score = resample(best.level, len(table), n_boot, seed, table.groups, around=True).intervals().as_dict()
         summary["value_best"] = {"layers": best.layers, "score": score, "minus": minus, "control": best.control, "nothing": best.nothing}
     return summary
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from kvutils.errors import ParameterError
 from kvutils.metrics.effects import measured, part, prerequisite
-from kvutils.metrics.statistics import UNDEFINED, Effect, bootstrap_ci
+from kvutils.metrics.statistics import UNDEFINED, Effect, resample
 from kvutils.tasks.base import Task
 from kvutils.tasks.co_segmentation import BestUnion
 from kvutils.tasks.tables import FIRST, BestValues, ScoreTable, differences
@@ -24,15 +24,16 @@ def compare_along_chain(table: ScoreTable, task: Task, n_boot: int = 2000, seed:
     `Effect`}, of None for a source that the table has left out, and where the task has no score of the model's own encoder: the tower of
     Qwen2.5-VL and LLaVA-NeXT has no text to compare its patches with. above_control: SigLIP, and the best values, minus the control of
     `BestValues`. Raises ParameterError where another source is missing, and where there are too few units to choose a layer."""
-    options = (task.statistic, n_boot, seed)
-    best = BestValues.of(table, task.statistic, table.halves(seed))
+    best, statistic, options = BestValues.of(table, task.statistic, table.halves(seed)), task.statistic, (len(table), n_boot, seed, table.groups)
     gone = {"encoder", FIRST, *table.left_out}.difference(table.sources)
-    there = {name: best.values if name == "value" else table.of(name) for name in CHAIN if name not in gone}
+    there = {name: best.level if name == "value" else table.level(name, statistic) for name in CHAIN if name not in gone}
     scores, steps = (dict.fromkeys(names, UNDEFINED.as_dict()) for names in (CHAIN, STEPS))
-    scores |= {name: bootstrap_ci(values, *options, table.groups).as_dict() for name, values in there.items()}
+    scores |= {name: resample(level, *options, around=name == "value").intervals().as_dict() for name, level in there.items()}
     pairs = {name: (there[after], there[before]) for name, (before, after) in STEPS.items() if {before, after} <= there.keys()}
-    above = {name: (there[name], best.control_values) for name in ("encoder_original", "value") if best.control and name in there}
-    found = differences(pairs | above, table, *options)
+    above = {name: (there[name], best.control_level) for name in ("encoder_original", "value") if best.control and name in there}
+    chosen = {name: pair for name, pair in (pairs | above).items() if {best.level, best.control_level} & {*pair}}
+    found = differences({name: pair for name, pair in pairs.items() if name not in chosen}, table, n_boot, seed)
+    found |= differences(chosen, table, n_boot, seed, around=True)
     return {"title": task.title, "metric": task.metric, "n": len(table), "groups": table.units, "layers": best.layers, "control": best.control,
             "scores": scores, "steps": steps | {name: found[name] for name in pairs}, "above_control": {name: found[name] for name in above}}
 

@@ -6,12 +6,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from kvutils.errors import ParameterError, one_of
-from kvutils.metrics.layers import Halves, each_layer
-from kvutils.metrics.statistics import Statistic, bootstrap_ci, effect, paired_difference, units_of
+from kvutils.metrics.layers import Halves
+from kvutils.metrics.statistics import Level, Statistic, bootstrap_ci, paired_difference, resample, units_of
 from kvutils.store import Frame
 
 SHUFFLED, UNTRAINED = "shuffled.", "untrained."  # prefixes of control sources
@@ -90,11 +91,14 @@ class ScoreTable:
                     return halves
         return Halves.of(self.groups, seed, units)
 
-    def best_of(self, sources: Sequence[str], statistic: Statistic, halves: Halves) -> tuple[list[str], np.ndarray]:
-        """The best of some sources for each half, chosen by the other [2], and (n, k) values of every row in that of its half."""
+    def best_of(self, sources: Sequence[str], statistic: Statistic, halves: Halves) -> tuple[list[str], Level]:
+        """The best of some sources for each half, chosen by the other [2], and their statistic, for which they are chosen anew by every weights."""
         values = self.values[:, [self.sources.index(source) for source in sources]]
-        best = halves.best(values, statistic)
-        return [sources[index] for index in best], halves.read(values, best)
+        return [sources[index] for index in halves.best(values, statistic)], halves.chosen(values, statistic)
+
+    def level(self, source: str, statistic: Statistic) -> Level:
+        values = self.of(source)
+        return lambda weights: statistic(weights, values)
 
     def interval(self, source: str, statistic: Statistic, n_boot: int, seed: int) -> dict:
         """A statistic of a source, with its interval; JSON-able."""
@@ -119,39 +123,39 @@ def _read(frame: Frame, name: str) -> Sequence[Group]:
 
 @dataclass(frozen=True, eq=False)
 class BestValues:
-    """The best value layer from 1 on, chosen for each half of a table on the other: two `layers`, and the (n, k) values of every row.
+    """The best value layer from 1 on, chosen for each half of a table on the other: two `layers`, and their `level`.
 
     control: the better of pixels and the untrained model's best layer, or where a task has no pixels of this and the wrong text's: two
-    sources, and their values; none where no control predicts anything. Layers are chosen across halves, the better of the two over all
+    sources, and `control_level`; none where no control predicts anything. Layers are chosen across halves, the better of the two over all
     rows: a half that errs would take the weaker control, and every claim would gain by it (simulated: 40 % false ones). nothing: the
     controls whose score is below `NOTHING`, such as clusters of which none is salient, with it: to be better than these means little."""
 
     layers: list[int]
-    values: np.ndarray
+    level: Level
     control: list[str]
-    control_values: np.ndarray | None
+    control_level: Level | None
     nothing: dict[str, float]
 
     @classmethod
     def of(cls, table: ScoreTable, statistic: Statistic, halves: Halves) -> BestValues:
         plain, untrained, wrong = (by_layer(table.sources, f"{prefix}value") for prefix in ("", UNTRAINED, SHUFFLED))
-        best, values = table.best_of([source for layer, source in plain if layer > 0], statistic, halves)
+        best, level = table.best_of([source for layer, source in plain if layer > 0], statistic, halves)
         pixels = [source for source in table.sources if source == "pixels"]
         kinds = {"pixels": pixels, "untrained values": [s for _, s in untrained], "wrong text": [] if pixels else [s for _, s in wrong]}
         read = {kind: table.best_of(names, statistic, halves) for kind, names in kinds.items() if names}
-        scores = {kind: float(statistic(np.ones((1, len(table))), found)[0]) for kind, (_, found) in read.items()}
+        scores = {kind: float(found(np.ones((1, len(table))))[0]) for kind, (_, found) in read.items()}
         nothing = {kind: score for kind, score in scores.items() if score < NOTHING}
         control = read[max(scores, key=scores.__getitem__)] if len(nothing) < len(scores) else ([], None)
-        return cls([int(name.rpartition(".")[2]) for name in best], values, *control, nothing)
+        return cls([int(name.rpartition(".")[2]) for name in best], level, *control, nothing)
 
 
-def differences(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], table: ScoreTable, statistic: Statistic, n_boot: int, seed: int) -> dict:
-    """A statistic of the first minus that of the second of each pair of values (n, k) of a table's rows, all from the same
-    resamples: name -> `Effect`, JSON-able."""
-    both = np.stack([np.stack(pair, axis=1) for pair in pairs.values()], axis=1)  # (n, pairs, 2, k)
+def differences(pairs: Mapping[str, tuple[Level, Level]], table: ScoreTable, n_boot: int, seed: int, **about: Any) -> dict:
+    """The first minus the second of each pair of levels of a table's rows, all from the same resamples: name -> `Effect`, JSON-able.
+    about: of `resample`."""
 
-    def minus(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-        first, second = (each_layer(statistic)(weights, values[:, :, i]) for i in range(2))
-        return first - second
+    def minus(weights: np.ndarray) -> np.ndarray:
+        found = {level: level(weights) for level in {each for pair in pairs.values() for each in pair}}
+        return np.stack([found[first] - found[second] for first, second in pairs.values()], axis=1)
 
-    return {name: found.as_dict() for name, found in zip(pairs, effect(both, minus, n_boot, seed, table.groups), strict=True)}
+    found = resample(minus, len(table), n_boot, seed, table.groups, **about).effects() if pairs else []
+    return {name: each.as_dict() for name, each in zip(pairs, found, strict=True)}
