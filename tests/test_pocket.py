@@ -16,7 +16,7 @@ from recipe.model import answer_logits
 from recipe.muon import Muon
 from recipe.packing import EOS, IGNORE, IMAGE, TOKEN, TOKENIZER, encode, pack, paint, pixel_batch, to_pixels
 from recipe.pool import GRID, make_pool
-from recipe.samples import KINDS, LETTERED, PLAIN, REFERENCE, Sample, Sampler, ask_about_all, marks_of
+from recipe.samples import KINDS, LETTERED, MIX, OWN_MIX, PLAIN, REFERENCE, Sample, Sampler, ask_about_all, marks_of
 from recipe.shared import patch_windows
 from recipe.tokenizer import NTH
 from transformers import AutoTokenizer
@@ -408,6 +408,17 @@ def _train(stage, steps, monkeypatch, folder):
     train.main(["--stage", stage, "--steps", str(steps), "--scenes", "300", "--device", "cpu", "--ranks", "1", "--quiet",
                 "--seed", "4", "--out", str(folder)])  # fmt: skip
     return torch.load(folder / "pocket-4" / stage / "checkpoint.pt", weights_only=True)
+
+
+def test_a_family_with_its_own_weights_of_questions_is_trained_with_them_and_its_card_names_them(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(train, "train", lambda stages, options, made: asked.update({options.model: made.mix}))
+    for model in ("pocket", "pocket-next", "pocket-qwen"):
+        train.main(["--model", model])
+    assert asked["pocket"] == asked["pocket-next"] == MIX and MIX["existence"] == 2.0
+    assert {kind: weight for kind, weight in asked["pocket-qwen"].items() if weight != MIX[kind]} == OWN_MIX["pocket-qwen"]
+    cards = {name: (export.HOME / name / "README.md").read_text() for name in ("llava-onevision", "qwen2_5_vl")}
+    assert "existence 0.3 instead of 2" in cards["qwen2_5_vl"] and "instead of" not in cards["llava-onevision"].split("**Questions**")[1]
 
 
 @pytest.mark.slow

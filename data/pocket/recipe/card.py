@@ -8,6 +8,7 @@ from kvutils.datasets.pocket.world import COLOURS, DOMAINS, STYLES
 from recipe.captions import CAPTIONS
 from recipe.evaluate import ABOVE_BLIND, GATES, UNTRAINED, above_blind, missed_gates
 from recipe.packing import TOKENIZER, encode
+from recipe.samples import MIX, OWN_MIX
 from recipe.tokenizer import SYSTEM_PROMPT
 from recipe.train import STEP_KINDS, TOWER_RATE, WARM_UP
 from recipe.trainer import STAGES
@@ -69,7 +70,7 @@ it is.
 picture, the picture and itself. "What colour is the fish ?" is asked about every thing of a scene at once, and beside it stand lists in
 random order ("fish red , car blue"). Share of the steps: {shares} (first: the whole question before the picture; style_match: styles of three
 pictures are named, one by one). A quarter of the single-image samples has words before the picture, as a chat has: a name or description
-(40 %, true), a random class name, true or not (15 %), the light or the style (20 %), small talk (25 %).
+(40 %, true), a random class name, true or not (15 %), the light or the style (20 %), small talk (25 %).{own}
 
 **Styles** are named and never compared in training: of the kinds above, {untrained} was asked without ever having been trained.
 """
@@ -151,6 +152,7 @@ def model_card(name: str, seed: int, family, mlm, report: dict[str, dict], curve
     model = name.removesuffix(f"-{seed}")
     pieces = [len(encode(word)) for word in (*CLASSES, *COLOURS, *STYLES, *DOMAINS, *PARTS)]
     curves = {stage: curves[stage] for stage in STAGES if stage in curves}
+    own = ", ".join(f"{kind} {weight:g} instead of {MIX[kind]:g}" for kind, weight in OWN_MIX.get(model, {}).items())
     recipe = _RECIPE.format(
         model=model, seed=seed, warm=WARM_UP, stages=_stages(curves), hours=_hours(curves), captions=len(CAPTIONS), tower=TOWER_RATE,
         halved=f" and its features are halved on both sides to {family.coarse.slots} image tokens a picture" if family.coarse != family.full
@@ -158,6 +160,7 @@ def model_card(name: str, seed: int, family, mlm, report: dict[str, dict], curve
         whole=pieces.count(1), longest=max(pieces), example=" ".join(TOKENIZER.tokenize(EXPLAIN["existence_colour"])),
         system=SYSTEM_PROMPT, shares=shares,
         places="" if family.knows_places else " (captions of places on these alone: the tower is not told where a window was cut)",
+        own=f" The weights of the kinds of question are those of the other families, but for {own}." if own else "",
         untrained=" and ".join(UNTRAINED))  # fmt: skip
     before = "" if model != "pocket" else (
         "*Model before*: the one shipped until this recipe, on the same questions. All of the following differ at once, so no part of a "

@@ -32,7 +32,7 @@ from recipe.families import FAMILIES
 from recipe.model import answer_loss
 from recipe.packing import TOKEN, ImageTokens, encode, pack, pixel_batch
 from recipe.pool import GRID, Pool, load_or_make_pool
-from recipe.samples import MIX, PLAIN, Sampler
+from recipe.samples import MIX, OWN_MIX, PLAIN, Sampler
 from recipe.tokenizer import BEGIN, END, SYSTEM, SYSTEM_PROMPT, USER, chat_template
 from recipe.trainer import STAGES, WORK, Stage, Trainer, autocast, fast, load_stage
 
@@ -252,7 +252,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quiet", action="store_true", help="print nothing")
     options = parser.parse_args(arguments)
     options.out = options.start = options.out / f"{options.model}-{options.seed}"
-    train(list(STAGES) if options.stage == "every" else [options.stage], options, RECIPE)
+    own = replace(RECIPE, mix={**RECIPE.mix, **OWN_MIX.get(options.model, {})})
+    train(list(STAGES) if options.stage == "every" else [options.stage], options, own)
 
 
 if __name__ == "__main__":
