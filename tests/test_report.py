@@ -232,7 +232,7 @@ def test_what_the_readme_adds_to_the_verdicts_is_stored():
         return [each["value"] for model in models for each in model["others"] if each["name"] == f"{name}, mean over 6 tasks"]
 
     by_best = beside("C2a", f"best layer between minus layer 1, {BY_BEST}")
-    assert "C2a is {:.1f} points in `pocket`, {:.1f} in `pocket-2` and {:.1f} in `pocket-3`".format(*by_best[:3]) in told
+    assert "C2a is {:.1f} points in `pocket`, {:.1f} in `pocket-2` and {:.1f} in `pocket-3`, and {:+.1f} [".format(*by_best[:3], by_best[4]) in told
     first, last = (beside(claim, f"mean of the layers between minus {end}") for claim, end in (("C2a", "layer 1"), ("C2b", "last layer")))
     assert max(first) < 0 and f"above the last layer by {min(last):.1f} to {max(last):.1f} points" in told
     seeds = [{each["id"]: each["verdict"] for each in read_json(folder.with_name(name) / "claims.json", list)} for name in ("pocket", "pocket-2", "pocket-3")]
