@@ -32,7 +32,7 @@ ALLOWED = {
 BUDGET = {
     "__init__": 90, "errors": 100, "checkpoints": 130, "images": 90, "processors": 150, "layout": 280, "probes": 310, "store": 320, "models": 315, "vision": 200,
     "prompts": 150, "language": 270, "kvcache": 150, "keys": 240, "block": 130, "answer": 320,
-    "metrics": 750, "datasets": 2370, "datasets/pocket": 1140, "readout": 1140, "tasks": 4200, "plots": 980, "explorer": 670, "run": 2590, "__main__": 10,
+    "metrics": 780, "datasets": 2370, "datasets/pocket": 1140, "readout": 1140, "tasks": 4200, "plots": 980, "explorer": 670, "run": 2590, "__main__": 10,
 }
 CORE_BUDGET, PACKAGE_BUDGET = 3_200, 17_020  # the flat files together, the whole package
 LARGEST = 320  # lines of a module: a longer one is two ideas

@@ -68,10 +68,10 @@ def numbers_apart(before: Mapping[str, Mapping], after: Mapping[str, Mapping]) -
 
 
 def differences(stored: Mapping, derived: Mapping, follows: str) -> list[str]:
-    """Where the leaves of two JSON values differ, claims first; numbers by more than another machine's last bits."""
+    """Where the leaves of two JSON values differ, parameters and claims first; numbers by more than another machine's last bits."""
     old, new = dict(leaves(stored)), dict(leaves(derived))
     places = [place for place in old | new if place not in old or place not in new or _apart(old[place], new[place]) > TOLERANCE]
-    places.sort(key=lambda place: (not place.startswith("claims."), place != "finding"))
+    places.sort(key=lambda place: (not place.startswith("parameters."), not place.startswith("claims."), place != "finding"))
     pairs = [(place, *_around(old.get(place, "missing"), new.get(place, "nothing"))) for place in places[:SHOWN]]
     told = [f"{place} is {one!r}, {other!r} {follows}" for place, one, other in pairs]
     return told + ([f"and {len(places) - SHOWN:,} more"] if len(places) > SHOWN else [])

@@ -203,9 +203,8 @@ def summarise(table: ScoreTable, task: Task, n_boot: int = 2000, seed: int = 0) 
                                                              "peak_depth": {key: layer / numbers[-1] for key, layer in peak.items()}}  # fmt: skip
     if any(layer for layer, _ in by_layer(table.sources, "value")):
         best = BestValues.of(table, task.statistic, halves)
-        others = {source: table.level(source, task.statistic) for source in table.sources if "." not in source or source == FIRST}
-        if best.control_level:
-            others["control"] = best.control_level
+        others = {name: table.level(name, task.statistic) for name in table.sources if "." not in name or name == FIRST}
+        others |= {"control": best.control_level} if best.control_level else {}
         minus = differences({name: (best.level, other) for name, other in others.items()}, table, n_boot, seed, around=True)
         score = resample(best.level, len(table), n_boot, seed, table.groups, around=True).intervals().as_dict()
         summary["value_best"] = {"layers": best.layers, "score": score, "minus": minus, "control": best.control, "nothing": best.nothing}

@@ -150,8 +150,7 @@ class BestValues:
 
 
 def differences(pairs: Mapping[str, tuple[Level, Level]], table: ScoreTable, n_boot: int, seed: int, **about: Any) -> dict:
-    """The first minus the second of each pair of levels of a table's rows, all from the same resamples: name -> `Effect`, JSON-able.
-    about: of `resample`."""
+    """The first minus the second of each pair of levels of a table's rows, all from the same resamples: name -> `Effect`, JSON-able."""
 
     def minus(weights: np.ndarray) -> np.ndarray:
         found = {level: level(weights) for level in {each for pair in pairs.values() for each in pair}}
