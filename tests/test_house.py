@@ -34,7 +34,7 @@ BUDGET = {
     "prompts": 150, "language": 270, "kvcache": 150, "keys": 240, "block": 130, "answer": 320,
     "metrics": 780, "datasets": 2370, "datasets/pocket": 1140, "readout": 1140, "tasks": 4200, "plots": 980, "explorer": 670, "run": 2590, "__main__": 10,
 }
-CORE_BUDGET, PACKAGE_BUDGET = 3_200, 17_020  # the flat files together, the whole package
+CORE_BUDGET, PACKAGE_BUDGET = 3_200, 17_030  # the flat files together, the whole package
 LARGEST = 320  # lines of a module: a longer one is two ideas
 
 
