@@ -11,17 +11,13 @@ Medians of interleaved runs, CPU time on one thread (other work on the machine d
 """
 
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.bench_capture import onevision_shaped  # noqa: E402
+from benchmarks.bench_capture import onevision_shaped
 from kvutils.answer import ImageSession
 from kvutils.keys import KeySelection
 from kvutils.models import MLM

@@ -11,7 +11,6 @@ explorer_attention_seconds  from one word to all image tokens, of all layers and
 Medians of several runs but for the slowest of the layers, CPU time on one thread (other work on the machine does not count)."""
 
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,11 +20,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import kvutils as kv  # noqa: E402
-from kvutils.explorer.panel import Panel, colours  # noqa: E402
-from kvutils.layout import TokenLayout  # noqa: E402
+import kvutils as kv
+from kvutils.explorer.panel import Panel, colours
+from kvutils.layout import TokenLayout
 
 QUESTION, OPTIONS = "is there a fish ?", ["yes", "no"]
 LAYERS, TOKENS, HEADS, DIM, HIDDEN = 28, 2929, 4, 128, 3584

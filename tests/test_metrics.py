@@ -303,6 +303,9 @@ def test_an_interval_of_a_chosen_layer_knows_that_the_halves_choose_alike():
     assert np.allclose(found.draws, plain.draws)
     effect = found.effects()
     assert effect.high - effect.mean == pytest.approx(effect.mean - effect.low) and effect.units == 60
+    few = scores[:6, 2]
+    found = statistics.resample(lambda w: statistics.mean_statistic(w, few), 6, 20_000, 5, around=True)
+    assert found.error == pytest.approx(few.std(ddof=1) / 6**0.5, rel=0.02) and not found.jackknife
 
 
 def test_the_best_of_jagged_levels_is_ahead_of_the_ends_but_their_mean_is_not():

@@ -241,6 +241,13 @@ def test_what_the_readme_adds_to_the_verdicts_is_stored():
     helped = read_json(folder / "04_prefix.json")["readouts"]["referring_by_class_name"]
     gains = [layer for layer, each in zip(helped["layers"], helped["added"]["correct"], strict=True) if each["low"] > 0]
     assert f"layers {', '.join(map(str, gains[:-1]))} and {gains[-1]} gain" in told
+    qwen = notebook.ROOT / "data/results/pocket/pocket-qwen"
+    union, more = ({each["name"]: each for each in read_json(qwen / f"{name}.json")["claims"][claim]["others"]}
+                   for name, claim in (("01_value_flow", "C2a"), ("05_blink_gap", "C8")))  # fmt: skip
+    for each in (union[f"best layer between minus layer 1, {BY_BEST}, mean over 6 tasks"], more["art style: value right, model wrong, minus independence"]):
+        assert f"{each['value']:+.1f} [{each['low']:+.1f}, {each['high']:+.1f}]" in told
+    right = {kind: 100 * each["accuracy"]["mean"] for kind, each in read_json(notebook.ROOT / "data/pocket/qwen2_5_vl/accuracy.json").items()}
+    assert "Now these are {existence:.0f} and {position:.0f} %, colours {colour:.0f} %".format(**right) in told and f"a third ({right['class_match']:.0f} %)" in told
     beyond = parts["art style: value right, model wrong, minus independence"]
     assert f"co-segmentation builds up ({builds:+.1f} points) and referring falls ({falls:.1f})" in told
     assert f"+{beyond['value']:.1f} % of items [{beyond['low']:.1f}, {beyond['high']:+.1f}] in `pocket`" in told

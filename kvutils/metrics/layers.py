@@ -47,7 +47,7 @@ class Halves:
     def chosen(self, scores: np.ndarray, statistic: Statistic = mean_statistic) -> Level:
         """That statistic of scores (n, L, ...) in the layers that the halves choose for each other *by the same weights*, so that every
         resample chooses anew: halves that choose alike where layers hardly differ have estimates that go together, and with layers that
-        stay an interval is too narrow by up to a sixth (simulated, benchmarks/VERDICTS.md)."""
+        stay an interval would be too narrow (benchmarks/VERDICTS.md)."""
 
         def level(weights: np.ndarray) -> np.ndarray:
             with np.errstate(invalid="ignore"):  # a resample may leave a half without any item to choose on: it takes the first

@@ -162,7 +162,11 @@ class Resampled:
     def error(self) -> np.ndarray:
         """() or (L,) standard error; NaN with fewer than two defined resamples."""
         draws = self.draws if len(self.draws) > 1 and np.isfinite(self.draws).all() else np.ma.masked_invalid(self.draws)
-        spread = draws.std(axis=0, ddof=1) * ((self.units - 1) / math.sqrt(max(self.units, 1)) if self.jackknife else 1)
+        units, spread = max(self.units, 2), draws.std(axis=0, ddof=1)
+        if self.jackknife:
+            spread *= (units - 1) / math.sqrt(units)
+        elif self.around:  # resamples of few units vary by less than new ones would
+            spread *= math.sqrt(units / (units - 1))
         return np.ma.filled(spread, np.nan)[()]
 
     def intervals(self) -> Interval | list[Interval]:
