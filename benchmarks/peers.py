@@ -154,7 +154,7 @@ def block_nnsight(case: Case) -> torch.Tensor:
 
 
 def additive_mask(case: Case, inputs, mask: torch.Tensor) -> torch.Tensor:
-    """(1, H, T, T): causal, and in rows behind the image without the keys of mask (G, N)."""
+    """(1, H, T, T): causal, and in rows after the image without the keys of mask (G, N)."""
     slots = (inputs["input_ids"][0] == case.mlm.image_token_id).nonzero().flatten()
     length, lowest = inputs["input_ids"].shape[1], torch.finfo(case.mlm.dtype).min
     blocked = torch.zeros(case.mlm.num_heads, length, dtype=torch.bool, device=case.mlm.device)

@@ -87,7 +87,7 @@ class MLM:
 
     def prompt(self, question: str | None = None, prefix: str | None = None, images: int = 1) -> str:
         """The text `prefix + images + question` as the model's chat template writes it. Published LLaVA templates move images to
-        the front of a message. If that would put the prefix behind the image, prefix, image tokens and question are given to the
+        the front of a message. If that would put the prefix after the image, prefix, image tokens and question are given to the
         template as one text, a line each."""
         token = self.processor.image_token
         for name, text in (("prefix", prefix or ""), ("question", question or "")):

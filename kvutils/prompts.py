@@ -96,7 +96,7 @@ class PromptTokens:
         """A prompt that is meant up to its last image only; a stand-in for the question follows."""
         prompt = self.mlm.prompt(question=_QUESTION, prefix=self.prefix, images=images)
         if prompt.rfind(self.mlm.processor.image_token) > prompt.find(_QUESTION):
-            raise ParameterError(f"the chat template of {self.mlm.name} does not put the question behind the image, so no "
+            raise ParameterError(f"the chat template of {self.mlm.name} does not put the question after the image, so no "
                                  f"cached image can serve several questions: {prompt[:200]!r}")  # fmt: skip
         return prompt
 

@@ -360,7 +360,7 @@ QUESTION_TWICE = (
 )
 
 
-@pytest.mark.parametrize("template, message", [(QUESTION_FIRST, "behind the image"), (QUESTION_TWICE, "cached")])
+@pytest.mark.parametrize("template, message", [(QUESTION_FIRST, "after the image"), (QUESTION_TWICE, "cached")])
 def test_prompts_that_cannot_share_an_image(template, message):
     mlm = tiny_pocket()
     mlm.processor.chat_template = template

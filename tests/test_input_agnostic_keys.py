@@ -146,7 +146,7 @@ def test_planted_keys_make_two_modes_and_sinks(verdict):
     assert (claim["primary"]["value"], claim["primary"]["low"], claim["primary"]["units"]) == (2, 2, 144)
     heads, late, near = claim["others"]
     assert (heads["value"], heads["units"], late["value"], near["value"]) == (2, 2, 100, pytest.approx(100 * 25 / 288))
-    assert verdict("C5", claim) == "present" and "in 2 of 3 layers behind layer 0 (2, 3), open in 0 (none)" in claim["note"]
+    assert verdict("C5", claim) == "present" and "in 2 of 3 layers after layer 0 (2, 3), open in 0 (none)" in claim["note"]
     assert verdict("C5", claim_c5(described | {"images": 99})) == "cannot appear here"
 
 
@@ -460,7 +460,7 @@ def test_answers_under_blocks(mlm, tmp_path, monkeypatch):
     assert len(calls) == 4, "another block under the same name is another answer"
 
 
-ABOUT = {"layers": [4, 5], "below": 12}
+ABOUT = {"layers": [4, 5], "below": 12, "families": {BLOCK: {"keys": 12.0}, EVERY: {"keys": 64.0}}}
 
 
 def answered(task, accuracy=0.75, block=0.1, every=-0.1, draws=8):
@@ -518,7 +518,7 @@ def test_effects_of_a_block_and_of_its_controls(asked):
     ({"block": 0, "every": 0}, {}, ("cannot appear here",) * 2, "hiding every image key of layers 4-5 makes a difference of +0.00"),
     ({"block": 0.1, "every": 0}, {}, ("present", "holds"), "paper's size"),  # hiding all of them is no bound of what hiding some does
     ({"block": 0, "every": 0.1}, {}, ("absent", "does not hold"), ""),  # better without any of them: something can change
-    ({"block": 0.1}, {"below": 0}, ("cannot appear here",) * 2, "0 image keys of layers 4-5 are below"),
+    ({"block": 0.1}, {"below": 0}, ("cannot appear here",) * 2, "0 of 64 image keys of layers 4-5 lie below"),
     ({"block": 0.005, "accuracy": 0.993}, {}, ("cannot appear here",) * 2, "eiling: 19 errors on POPE"),
     ({"block": 0.005, "accuracy": 0.989}, {}, ("cannot appear here",) * 2, "eiling: F1 could rise by 1.2 points, 1.5 would matter"),
 ])  # fmt: skip

@@ -154,7 +154,7 @@ def test_attention_mass_leaves_the_model_alone_and_refuses_what_cannot_be(monkey
         with pytest.raises(DataError, match=message):
             attention_mass(mlm, images, ["yes"])
     mlm.processor.chat_template = "{% for c in messages[0]['content'] %}{{ c.get('text', '') }}{% endfor %}<image>"
-    with pytest.raises(ParameterError, match="behind the image"):
+    with pytest.raises(ParameterError, match="after the image"):
         attention_mass(mlm, pictures(1), ["yes"])
 
 

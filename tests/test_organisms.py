@@ -12,7 +12,7 @@ from recipe import effects, organisms, train
 from recipe.arms import ARMS, BASE, QUESTIONS, USUAL, question_first
 from recipe.families import FAMILIES
 from recipe.measure import SIZES
-from recipe.organism_plots import sign
+from recipe.organism_plots import judged, sign
 from recipe.packing import IMAGE, PAD, encode, pack
 from recipe.pool import make_pool
 from recipe.samples import PLAIN, Sample, in_sentence
@@ -20,6 +20,7 @@ from scipy.stats import t as scipy_t
 
 from kvutils.datasets.pocket import questions as q
 from kvutils.errors import ParameterError
+from kvutils.metrics.statistics import interval_text
 from kvutils.run import notebook
 
 FAMILY = FAMILIES["pocket"]
@@ -113,6 +114,13 @@ def test_effects_are_differences_over_seeds_and_items():
     assert "medium-0.9 (seed 2,3,4)" in effects.missing(results)["OQ2"]  # with which broad-0.9 is compared
 
 
+def test_what_is_0_in_both_arms_has_no_interval():
+    keys = {"keys": {"relative_variance": np.full((2, 1, 20), 0.5).tolist()}}
+    found = effects.effects({name: {seed: keys for seed in (2, 3)} for name in ("base", "narrow-0.2")})["OQ2"]["narrow-0.2"]["readings"]
+    near, varies = found["near-constant keys"], found["variance of the most constant 1 % of keys"]
+    assert near["mean"] == 0 and interval_text(near) == "not defined: 0 in both" and judged({"narrow-0.2": {"readings": found}}) == [varies]
+
+
 def test_levels_hold_what_arms_are_compared_with():
     keys = {"keys": {"norm": [[1.0], [2.0]]}}
     assert {*effects.levels({"broad-0.9": {2: keys}, "medium-0.9": {2: keys}})["OQ2"]["norm of keys"]} == {"broad-0.9", "medium-0.9"}
@@ -144,7 +152,7 @@ def test_readme_tells_the_effects_that_are_stored():
               ("style read from values", "narrow-0.9-distil", "narrow-0.9"), ("light read from values", "narrow-0.9", "narrow-0.2"),
               ("style read from values", "broad-0.9", "medium-0.9")}  # fmt: skip
     by_name, told = {each.name: each for each in effects.READINGS["OQ1"]}, " ".join((notebook.ROOT / "README.md").read_text().split())
-    every = [each for arms in effects.effects(results).values() for arm in arms.values() for each in arm["readings"].values()]
+    every = [each for arms in effects.effects(results).values() for each in judged(arms)]
     assert f"{sum(sign(each) != 0 for each in every)} of {len(every)} differences have an interval without 0, where {len(every) / 20:.0f} would" in told
     for name, *arms in wanted:
         found = effects.effect_of(by_name[name], results, *arms)

@@ -16,7 +16,7 @@ from kvutils.datasets.samples import DomainImage, YesNoSample
 from kvutils.errors import DataError, ParameterError
 from kvutils.images import encode_image
 from kvutils.metrics.layers import Halves
-from kvutils.metrics.statistics import paired_difference
+from kvutils.metrics.statistics import resample
 from kvutils.models import load_mlm
 from kvutils.probes import fit_linear_probe
 from kvutils.prompts import tokenize
@@ -280,7 +280,18 @@ def test_layers_are_chosen_without_a_prefix_on_the_other_half_and_all_samples_ar
     best = summarise_prefixes(table, statistic, 300)["best"]
     assert best["layers"] == [1, 2]
     read = [np.where(halves.second, table.of(f"{c}.2")[:, 3], table.of(f"{c}.1")[:, 3]) for c in ("correct", "none")]
-    assert best["correct_minus"]["none"] == pytest.approx(paired_difference(*read, n_boot=300, groups=table.groups).as_dict())
+    stays = resample(lambda w: w @ (read[0] - read[1]) / w.sum(1), len(table), 300, 0, table.groups, around=True)  # no resample chooses another
+    assert best["correct_minus"]["none"] == pytest.approx(stays.effects().as_dict())
+
+
+def test_where_layers_hardly_differ_the_choice_is_part_of_the_interval():
+    table = table_of({}, own=0.05)
+    table.values[:, [name.endswith(".2") for name in table.sources], 3] -= 0.1
+    best = summarise_prefixes(table, statistic, 300)["best"]
+    halves = Halves.of(table.groups, 0)
+    read = [np.where(halves.second, *(table.of(f"{c}.{layer}")[:, 3] for layer in reversed(best["layers"]))) for c in ("correct", "none")]
+    stays = resample(lambda w: w @ (read[0] - read[1]) / w.sum(1), len(table), 300, 0, table.groups, around=True).effects()
+    assert best["correct_minus"]["none"]["mean"] == pytest.approx(stays.mean) and best["correct_minus"]["none"]["error"] > 1.1 * stays.error
 
 
 @pytest.mark.parametrize("change, why", [

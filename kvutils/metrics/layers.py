@@ -44,20 +44,20 @@ class Halves:
         """(n, ...) scores of every item at the layer that was chosen for its half: no item has chosen its own layer."""
         return scores[np.arange(len(scores)), np.where(self.second, best[1], best[0])]
 
-    def chosen(self, scores: np.ndarray, statistic: Statistic = mean_statistic) -> Level:
+    def chosen(self, scores: np.ndarray, statistic: Statistic = mean_statistic, by: np.ndarray | None = None, best: Statistic | None = None) -> Level:
         """That statistic of scores (n, L, ...) in the layers that the halves choose for each other *by the same weights*, so that every
         resample chooses anew: halves that choose alike where layers hardly differ have estimates that go together, and with layers that
-        stay an interval would be too narrow (benchmarks/VERDICTS.md)."""
+        stay an interval would be too narrow (benchmarks/VERDICTS.md). by (n, L, ...), best: what chooses, and the statistic of it; these
+        scores and this one unless they are given."""
+        by, best = scores if by is None else by, each_layer(best or statistic)
 
         def level(weights: np.ndarray) -> np.ndarray:
             with np.errstate(invalid="ignore"):  # a resample may leave a half without any item to choose on: it takes the first
-                by_half = [each_layer(statistic)(weights[:, chooses], scores[chooses]) for chooses in self.choosing]
-            best = np.stack([np.where(np.isnan(each), -np.inf, each).argmax(axis=1) for each in by_half], axis=1)
-            found = np.empty(len(weights))
-            for pair in np.unique(best, axis=0):
-                drawn = (best == pair).all(axis=1)
-                found[drawn] = statistic(weights[drawn], self.read(scores, pair))
-            return found
+                by_half = [best(weights[:, chooses], by[chooses]) for chooses in self.choosing]
+            pairs, which = np.unique(np.stack([np.where(np.isnan(each), -np.inf, each).argmax(axis=1) for each in by_half]), axis=1, return_inverse=True)
+            rows = [np.flatnonzero(which == index) for index in range(pairs.shape[1])]
+            found = [statistic(weights[each], self.read(scores, pair)) for each, pair in zip(rows, pairs.T, strict=True)]
+            return np.concatenate(found)[np.concatenate(rows).argsort()]
 
         return level
 

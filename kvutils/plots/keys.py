@@ -58,7 +58,7 @@ def variance(trained: Mapping) -> Figure:
     right.tick_params(length=0)
     behind = [each["two_modes"] for each in modes[1:]]
     cause = "two modes, which layers of different scale alone can make" if limit["two_modes"] else "one mode"
-    figure.suptitle(f"All layers together have {cause};\nwithin heads, {behind.count('yes')} of the {layers - 1} layers behind layer 0 have "
+    figure.suptitle(f"All layers together have {cause};\nwithin heads, {behind.count('yes')} of the {layers - 1} layers after layer 0 have "
                     f"two modes (open in {behind.count('open')})")  # fmt: skip
     return figure
 
@@ -106,11 +106,11 @@ def shares_by_layer(keys: Mapping) -> Figure:
     axes[1].axhline(0, color="black", lw=0.8)
     sink = trained["sinks"]["raw"]["mass"]["all"]["mean"]
     gap = "none to compare" if sink is None else f"{sink:+.2f} (above 0: sinks)"
-    axes[1].set(title=f"attention to keys that vary least minus that\nto others of their head: {gap}", ylabel="multiples of the average key's")
+    axes[1].set(title=f"attention to keys that vary least minus that\nto others of their head: {gap}", ylabel="attention, in multiples of the mean key's")
     for axis in axes:
         _tick_layers(axis, layers)
     first, (mean, low, high) = trained["shares"]["within_heads"]["layers"][0]["mean"], (100 * compared["behind_layer_0"][key] for key in _NUMBERS)
-    figure.suptitle(f"{first:.0%} of the keys of layer 0, where no attention has run, vary little;\nbehind it, trained minus untrained is "
+    figure.suptitle(f"{first:.0%} of the keys of layer 0, where no attention has run, vary little;\nafter it, trained minus untrained is "
                     f"{mean:+.1f} % of the keys [{low:+.1f}, {high:+.1f}]")  # fmt: skip
     return figure
 

@@ -1,6 +1,6 @@
 """Where the text behind an image looks: the attention that the image tokens receive from it.
 
-`attention_mass`: from all text behind the image, per key; are some keys attention sinks? `token_attention`: from one word, per layer and
+`attention_mass`: from all text after the image, per key; are some keys attention sinks? `token_attention`: from one word, per layer and
 head. `prompt_saliency`: from the last prompt token, per image token (ours): co-segmentation after Amir et al. picks clusters that are
 salient; their saliency is the attention of DINO's class token. A language model has none; its last prompt token, from which the answer
 starts, is what comes closest."""
@@ -32,7 +32,7 @@ QUESTION = "Describe the image."
 def attention_mass(mlm: MLM, images: Iterable[ImageLike], questions: Sequence[str], prefix: str | None = None,
                    batch_size: int = 8) -> torch.Tensor:  # fmt: skip
     """(L, G, N) float64 on the CPU: the attention weight (0..1) that each image key receives, as a mean. The mean is over images,
-    questions, all text tokens behind the image (question and what the chat template adds) and the query heads that a key-value
+    questions, all text tokens after the image (question and what the chat template adds) and the query heads that a key-value
     head serves. Summed over N it is the share of its attention that the text spends on the image. The images need one token grid,
     as in `key_variance`, and may come from a generator. Raises DataError for different token grids and for no images, ImageError,
     ParameterError."""
@@ -50,7 +50,7 @@ def attention_mass(mlm: MLM, images: Iterable[ImageLike], questions: Sequence[st
         end = int(vision.layouts[0].slots[-1]) + 1
         for question, text in zip(questions, texts, strict=True):
             if not torch.equal(text.input_ids[:, :end], texts[0].input_ids[:, :end]) or text.input_ids.shape[1] == end:
-                raise ParameterError(f"the chat template of {mlm.name} does not put the question {question!r} behind the image")
+                raise ParameterError(f"the chat template of {mlm.name} does not put the question {question!r} after the image")
         return [(_received(mlm, vision, texts, end), len(batch) * len(questions))]
 
     if not (found := list(over_images(run, images, batch_size))):
@@ -70,7 +70,7 @@ def prompt_saliency(mlm: MLM, image: ImageLike, question: str = QUESTION) -> tup
 @torch.no_grad()
 def token_attention(session: SessionBatch, ids: Sequence[int], block: KeySelection | None = None) -> torch.Tensor:
     """(L, H, N) float32 on the CPU: attention weight (0..1) of the last of `ids` on every image token of a session's one prompt.
-    ids: text behind the image, such as `session.tokens.tail(question, 1)` and tokens of the answer. The image is not read again,
+    ids: text after the image, such as `session.tokens.tail(question, 1)` and tokens of the answer. The image is not read again,
     and of the text only the weights of this one token are kept. block: image keys hidden from the text. Raises ParameterError for
     a closed session, ModelError for weights that are not finite."""
     mlm, slots = session.mlm, torch.from_numpy(session.slots[0])

@@ -62,7 +62,8 @@ def families(models: Models, claims: Mapping[str, Mapping]) -> dict:
     smallest, listed = claims["X1"]["smallest"], parts
     parts = [one if one["low"] is None or word_of(one, smallest) == PRESENT else at_once(one, len(listed)) for one in listed]
     weakest = min(parts, key=lambda one: (-1, 0) if one["low"] is None else (order.index(word_of(one, smallest)), one["value"]))
-    note = f"The weakest is {weakest['name']}; {words.count(PRESENT)} of {len(words)} effects are present, over {len(chosen)} families."
+    note = f"The weakest is {weakest['name']}; {words.count(PRESENT)} of {len(words)} effects are present, over {len(chosen)} families, of " \
+           f"which one model speaks for each ({', '.join(name for name, _ in chosen.values())})."
     others = [each for each, other in zip(listed, parts, strict=True) if other is not weakest]
     return measured(weakest, others, list(needs.values()), note)
 

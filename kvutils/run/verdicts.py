@@ -111,7 +111,8 @@ def of_effect(claim: Mapping, found: Mapping) -> Verdict:
         return Verdict(word, f"{'A change' if equal else 'An effect'} of {amount(smallest, unit)} or more is excluded: the {what} is {value} {unit}, "
                              f"its 90 % interval [{low}, {high}]{_few(one)}.")  # fmt: skip
     if word == CANNOT_TELL:
-        least = f"only {rough(one['detectable'])} {unit} or more would have been found with probability .8" if one["error"] else "too few to differ"
+        least = f"only {rough(one['detectable'])} {unit} or more" if one["error"] and one["detectable"] <= one.get("most", one["detectable"]) else "none"
+        least = f"{least} would have been found with probability .8" if one["error"] else "too few to differ"
         return Verdict(word, f"Open: the {what} is {about}; {least}.")
     if word == OPPOSITE:
         return Verdict(word, f"The effect points the other way: {about}.")

@@ -141,8 +141,8 @@ def results(measured: Mapping[str, ChoiceTable], about: Mapping) -> dict:
 def _finding(c8: Mapping, x5: Mapping) -> str:
     if "reason" in c8["primary"]:
         return f"Neither the gap (C8) nor whether it can be closed (X5) was measured: {c8['primary']['reason']}."
-    return (f"Values right and model wrong on {interval_text(c8['size'], 1)} % of the items ({c8['size']['name'].split(':')[0]}), "
-            f"{interval_text(c8['primary'], 1, sign=True)} beyond guessing. {c8['note']} Adding the readout to the option scores changes accuracy by "
+    return (f"Values right and model wrong on {interval_text(c8['size'], 1)} % of all items ({c8['size']['name'].split(':')[0]}); of the "
+            f"{c8['primary']['n']:,} whose answer names an option {interval_text(c8['primary'], 1, sign=True)} beyond guessing. {c8['note']} Adding the readout to the option scores changes accuracy by "
             f"{interval_text(x5['primary'], 1, sign=True)} points ({x5['primary']['name'].split(':')[0]}). {x5['note']}")
 
 

@@ -59,7 +59,7 @@ def results(tables: Mapping, about: Mapping) -> dict:
     claims = {"C5": claim_c5(described), "C6": claim_c6(blocks, pope, mme), "X2": claim_x2(blocks, pope), "X4": claim_x4(described, compared)}
     effect, score, every = (found["families"][name]["headline"] for found, name in ((pope, BLOCK), (mme, BLOCK), (pope, EVERY)))
     bimodal = [layer for layer, each in enumerate(described["modes"]["layers"]) if each["two_modes"] == "yes" and layer]
-    finding = (f"The variance of image keys has two separate modes in {len(bimodal)} of {total - 1} layers behind layer 0. Blocking the keys "
+    finding = (f"The variance of image keys has two separate modes in {len(bimodal)} of {total - 1} layers after layer 0. Blocking the keys "
                f"that vary least in layers {layers[0]}-{layers[-1]} changes POPE by {interval_text(effect, 1, True, 100)} F1 points and MME by "
                f"{interval_text(score, 0, True)} points, hiding every image key there changes POPE by {interval_text(every, 1, True, 100)}; "
                f"the image is read most in layers {reading['layers'][0]}-{reading['layers'][-1]}.")
@@ -89,7 +89,7 @@ def _tables(described: Mapping, compared: Mapping, blocks: Mapping, pope: Mappin
 
 
 def claim_c5(described: Mapping) -> dict:
-    """C5: layers behind layer 0 whose log-variance, each head's mode subtracted, has two modes. described: of `describe_keys`, or what it
+    """C5: layers after layer 0 whose log-variance, each head's mode subtracted, has two modes. described: of `describe_keys`, or what it
     holds of `images`, `modes`, `thresholds`, `shares` and `order`."""
     found, pooled, layers = described["modes"], described["thresholds"]["raw"], described["modes"]["layers"]
     which = {word: [str(layer) for layer, each in enumerate(layers) if each["two_modes"] == word and layer] for word in ("yes", "open")}
@@ -97,15 +97,15 @@ def claim_c5(described: Mapping) -> dict:
     others = [part("the same count, with whole KV heads left out", Effect.of(found["heads"]), "one KV head"),
               part("share of such layers, later half minus earlier", late, unit="% of layers", smallest=100 / max(len(layers) // 2, 1)),
               part("near-constant keys", near, unit="% of keys", smallest=SMALLEST_SHARE)]
-    note = f"Two modes within heads in {len(which['yes'])} of {len(layers) - 1} layers behind layer 0 ({', '.join(which['yes']) or 'none'}), " \
+    note = f"Two modes within heads in {len(which['yes'])} of {len(layers) - 1} layers after layer 0 ({', '.join(which['yes']) or 'none'}), " \
            f"open in {len(which['open'])} ({', '.join(which['open']) or 'none'}); all layers together have " \
            f"{'two modes' if pooled['two_modes'] else 'one mode'}, which layers of different scale alone can make.{_order_note(described)}"
     need = enough("images on one grid", described["images"], FEWEST_IMAGES)
-    return measured(part("layers behind layer 0 with two modes", Effect.of(found["count"])), others, [need], note)
+    return measured(part("layers after layer 0 with two modes", Effect.of(found["count"]), most=len(layers) - 1), others, [need], note)
 
 
 def claim_x4(described: Mapping, compared: Mapping) -> dict:
-    """X4: share of keys behind layer 0 that vary little within their head, trained minus untrained; and whether these are sinks. The
+    """X4: share of keys after layer 0 that vary little within their head, trained minus untrained; and whether these are sinks. The
     threshold is the valley of the trained model in layers with two modes, else variance below a fixed share of the squared norm. Attention
     and norm are those of the trained model's keys below it minus the others of their head, undefined where no head has both."""
     found = compared["within_heads"]
@@ -122,7 +122,7 @@ def claim_x4(described: Mapping, compared: Mapping) -> dict:
            f"{untrained:.1f} % of the untrained one's, one draw of random weights (by the valley of the log-variance in {valleys} layers, by a fixed limit in the " \
            f"others).{_order_note(described)}"
     need = enough("images on one grid", described["images"], FEWEST_IMAGES)
-    return measured(part("share within heads behind layer 0, trained minus untrained", difference), others, [need], note)
+    return measured(part("share within heads after layer 0, trained minus untrained", difference), others, [need], note)
 
 
 def _order_note(described: Mapping) -> str:

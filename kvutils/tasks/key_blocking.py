@@ -150,8 +150,9 @@ def claim_c6(about: Mapping, pope: Mapping, mme: Mapping) -> dict:
         beside.append(part(f"MME score, {name}", effect, unit="score points", smallest=mme["smallest"]))
     effect, turned = Effect.of(mme["families"][BLOCK]["headline"]), pope["families"][EVERY]["changed"]
     seen = "no answer changed" if math.isnan(effect.detectable) else f"{effect.detectable:.1f} or more would have been found"
-    note = (f"F1 is {100 * pope['plain']['headline']['mean']:.1f} without a block (paper: {PAPER_F1}) and changes by {blocked.mean:+.2f} with it, by "
-            f"{every.mean:+.2f} with every image key of these layers hidden, which turns {turned['now_right']:.1%} of the questions right and "
+    hidden, late = (about["families"][name]["keys"] for name in (BLOCK, EVERY))
+    note = (f"The block hides {hidden:,.0f} of {late:,.0f} late image keys. F1 is {100 * pope['plain']['headline']['mean']:.1f} without it "
+            f"(paper: {PAPER_F1}) and changes by {blocked.mean:+.2f} with it, by {every.mean:+.2f} with every image key of these layers hidden, which turns {turned['now_right']:.1%} of the questions right and "
             f"{turned['now_wrong']:.1%} wrong. MME's total of at most {100 * mme['smallest']:g} changes by {effect.mean:+.1f} ({seen}; 1 % of the "
             f"total, {mme['smallest']:g}, would matter: ours, the paper states no figure).")  # fmt: skip
     return measured(part("POPE F1, blocked minus unblocked", blocked), beside, _needs(about, pope), note)
@@ -162,7 +163,7 @@ def claim_x2(about: Mapping, pope: Mapping) -> dict:
     units = pope["plain"]["images"]  # the intervals' degrees of freedom count draws as well
     parts = [part(f"POPE F1, block minus {name}", _points(pope["versus"][name]), units=units) for name in CONTROLS]
     chances = [f"{pope['versus'][name]['as_large']:.0%} ({name})" for name in CONTROLS[:2] if "as_large" in pope["versus"][name]]
-    note = f"Draws of other keys that raise F1 as much as the block or more: {', '.join(chances) or 'one draw tells none'}."
+    note = f"F1 changes as favourably as with the block, or more so, in so many draws of other keys: {', '.join(chances) or 'one draw tells none'}."
     return measured(parts[0], parts[1:], _needs(about, pope), note)
 
 
@@ -176,7 +177,8 @@ def _needs(about: Mapping, pope: Mapping) -> list[dict]:
     limit = f"{'' if room >= smallest else 'ceiling: '}F1 could rise by {room:.1f} points, {smallest:g} would matter"
     layers = f"layers {min(about['layers'])}-{max(about['layers'])}"
     every, own = (_points(pope["families"][name]["headline"]) for name in (EVERY, BLOCK))
-    below = f"{about['below']} image keys of {layers} are below the paper's threshold, or one between the two modes of all layers together"
+    below = f"{about['below']} of {about['families'][EVERY]['keys']:,.0f} image keys of {layers} lie below a variance that sets them apart: the " \
+            "paper's threshold for its model, else the valley between two modes of all layers together"
     return [prerequisite("keys below the threshold", about["below"] > 0, below),
             lever(f"hiding every image key of {layers}", every, own, smallest, "F1 points"),
             no_ceiling("POPE", pope["plain"]["errors"]), prerequisite("POPE: room for the effect", room >= smallest, limit)]

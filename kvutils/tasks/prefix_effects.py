@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from kvutils.metrics.effects import measured, no_floor, part
-from kvutils.metrics.layers import Halves
+from kvutils.metrics.layers import Halves, each_layer
 from kvutils.metrics.statistics import UNDEFINED, Effect, Resampled, Statistic, bootstrap_ci, column_mean, interval_text, resample
 from kvutils.readout.words import UNCENTRED
 from kvutils.store import Frame
@@ -81,43 +81,38 @@ def summarise_prefixes(table: ScoreTable, statistic: Statistic, n_boot: int = 20
     families.
 
     best_layer: that of the values *without* prefix, over all samples, of all layers but the first, which no prefix can reach. `best`: each
-    sample in the layer that is best so in the other half of the groups (`layers`): score per condition, `correct_minus` every other,
-    `random_minus_none`, and `above_untrained`, without prefix minus the untrained model; with fewer than four groups it has no numbers, and
-    says why. added: per condition and layer, its score minus that without prefix. moved: the same over the samples that show objects or
-    background; None where none does. uncentred: a summary of those families."""
+    sample in the layer that is best so in the other half of the groups (`layers`), which every resample chooses anew: score per condition,
+    `correct_minus` every other, `random_minus_none`, and `above_untrained`, without prefix minus the untrained model; with fewer than four
+    groups it has no numbers, and says why. added: per condition and layer, its score minus that without prefix. moved: the same over the
+    samples that show objects or background; None where none does. uncentred: a summary of those families."""
     conditions = [c for c in CONDITIONS if by_layer(table.sources, kind + c)]
     layers = [layer for layer, _ in by_layer(table.sources, f"{kind}none")]
     families = conditions + [UNTRAINED] * bool(not kind and by_layer(table.sources, UNTRAINED))
     scores = np.stack([np.stack([table.of(f"{kind}{family}.{layer}") for family in families], axis=1) for layer in layers], axis=1)
-    first, groups, n_layers = sum(layer == 0 for layer in layers), len(set(table.groups)), len(layers)
+    first, groups = sum(layer == 0 for layer in layers), len(set(table.groups))
     why = "" if groups >= FEWEST else f"{groups} images are too few to choose a layer on some and read it on others, {FEWEST} are needed"
-    why = why if first < n_layers else "only the first layer, which no prefix reaches, has a score"
-    chosen: list[int] = []
+    why = why if first < len(layers) else "only the first layer, which no prefix reaches, has a score"
+    scored, options = each_layer(statistic), (len(table), n_boot, seed, table.groups)
+    layered = resample(lambda w: each_layer(scored)(w, scores), *options)
     if not why:
-        halves = Halves.of(table.groups, seed)
-        chosen = [first + each for each in halves.best(scores[:, first:, 0], statistic)]
-        scores = np.concatenate([scores, halves.read(scores, chosen)[:, None]], axis=1)  # (n, layers and the chosen ones, families, k)
+        halves, inside = Halves.of(table.groups, seed), scores[:, first:]
+        chosen = halves.best(inside[:, :, 0], statistic)
+        at_chosen = resample(halves.chosen(inside, scored, inside[:, :, 0], statistic), *options, around=True)
 
-    def curves(weights: np.ndarray) -> np.ndarray:
-        found = [statistic(weights, scores[:, layer, family]) for layer, family in np.ndindex(scores.shape[1:3])]
-        return np.stack(found, axis=1).reshape(len(weights), *scores.shape[1:3])
-
-    drawn = resample(curves, len(table), n_boot, seed, table.groups)
-
-    def of(family: str, other: str | None = None) -> Resampled:
-        """Per layer the score in a family, or its difference to that in another."""
+    def of(drawn: Resampled, family: str, other: str | None = None) -> Resampled:
+        """The score in a family, or its difference to that in another."""
         a, b = (None if each is None else families.index(each) for each in (family, other))
         value, draws = (each[..., a] - (0 if b is None else each[..., b]) for each in (drawn.value, drawn.draws))
         return replace(drawn, value=value, draws=draws)
 
-    def by_layers(*families: str) -> list[dict]:
-        return [each.as_dict() for each in of(*families).intervals()[:n_layers]]
+    def by_layers(*names: str) -> list[dict]:
+        return [each.as_dict() for each in of(layered, *names).intervals()]
 
-    def at_best(*families: str) -> dict:
-        return UNDEFINED.as_dict() | {"reason": why} if why else of(*families).effects()[-1].as_dict()
+    def at_best(*names: str) -> dict:
+        return UNDEFINED.as_dict() | {"reason": why} if why else of(at_chosen, *names).effects().as_dict()
 
-    plain = drawn.value[first:n_layers, 0]
-    best = {"layers": [layers[each] for each in chosen], "scores": {c: at_best(c) for c in conditions},
+    plain = layered.value[first:, 0]
+    best = {"layers": [] if why else [layers[first + each] for each in chosen], "scores": {c: at_best(c) for c in conditions},
             "correct_minus": {c: at_best("correct", c) for c in conditions if c != "correct"}, "random_minus_none": at_best("random", "none")}
     summary: dict = {"n": len(table), "groups": groups, "skipped": len(table.skipped), "why_skipped": dict(table.skipped),
                      "left_out": dict(table.left_out), "layers": layers, "best": best,

@@ -104,7 +104,7 @@ def claim_c2a(summaries: Mapping[str, Mapping], best_union: Mapping | None = Non
     for kind, (low, high) in DEPTHS.items():
         shapes = [summaries[t.name]["build_then_degrade"].get("value") for t in SIX if kind in t.name and t.name in summaries]
         depths = [shape["peak_depth"]["mean"] for shape in shapes if shape]
-        said += [f"{kind} peaks at {min(depths):.2f} to {max(depths):.2f} of the depth (paper: {low} to {high})"] if depths else []
+        said += [f"the {kind} tasks have their peaks at {min(depths):.2f} to {max(depths):.2f} of the depth (paper: {low} to {high})"] if depths else []
     found = _shape(summaries, best_union, "first", "layer 1", "The values build up to a layer between", "fall from layer 1")
     return found | {"others": [*found["others"], *first.values()], "note": " ".join([found["note"], *(f"{each.capitalize()}." for each in said)])}
 

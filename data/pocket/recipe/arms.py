@@ -41,7 +41,7 @@ QUESTIONS = {
         "They are made by training and stand where the model needs no information: more of them with weight decay and AdamW than with Muon, "
         "more with a narrow mix than with a broad one, fewer image tokens among them where a first token or a system prompt takes the "
         "attention that nothing else needs; with patches in reverse order they stay with the place, not with the patch.",
-        "share of near-constant keys behind layer 0, among the first 15 image tokens and the others; attention to the first token and to "
+        "share of near-constant keys after layer 0, among the first 15 image tokens and the others; attention to the first token and to "
         "these 15; norms of keys and key biases"),
     "OQ3": Question(
         ("C8", "X5"), "Can information that the values hold and the model does not say be surfaced?",
@@ -137,7 +137,7 @@ ARMS: Mapping[str, Arm] = {
     "styles-named": Arm(("OQ3",), "styles of three images named in 40 % of the steps", _all(shares=_STYLES)),
     "styles-compared": Arm(("OQ3",), "styles of three images named and compared in 40 % of the steps", _all(shares=_STYLES, compare_styles=True),
                            "styles-named"),
-    "sentences": Arm(("OQ3",), "answers in a sentence, to questions about one image", _all(sentences=True)),
+    "sentences": Arm(("OQ2", "OQ3"), "answers in a sentence, to questions about one image", _all(sentences=True)),
     "first-0": Arm(("OQ4",), "no question before the image, which 46 % of the samples had before", _all(shares=question_first(0.0))),
     "first-8": Arm(("OQ4",), "the question before the image in 8 % of the samples", _all(shares=question_first(0.08))),
 }  # fmt: skip

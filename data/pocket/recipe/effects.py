@@ -76,7 +76,7 @@ def _probe(result: Mapping, attribute: str, family: str, labels: str) -> tuple[n
 
 def _near(places: slice) -> Callable:
     def of(result: Mapping) -> tuple[np.ndarray, list]:
-        near = (np.array(result["keys"]["relative_variance"])[1:] < NEAR_CONSTANT).mean(axis=(0, 1))  # behind layer 0
+        near = (np.array(result["keys"]["relative_variance"])[1:] < NEAR_CONSTANT).mean(axis=(0, 1))  # after layer 0
         return near[places], [*range(len(near))][places]
 
     return of
@@ -181,7 +181,7 @@ def seeds_of(results: Results, arm: str, against: str) -> list[int]:
 
 def effects(results: Results) -> dict[str, dict[str, dict]]:
     """question -> arm -> {against, varies, seeds, readings: name -> effect as a mapping, with `seeds`: the difference of each; unit; control:
-    of what it is compared with, or None}; only arms that exist, JSON-able."""
+    of what it is compared with, or None}; only arms that exist, JSON-able. Where both have 0 with every seed there is no interval."""
     found: dict[str, dict[str, dict]] = {}
     for question, readings in READINGS.items():
         found[question] = {}
@@ -193,9 +193,11 @@ def effects(results: Results) -> dict[str, dict[str, dict]]:
             for reading in readings:
                 each = effect_of(reading, results, name, arm.against)
                 if each.n:
-                    by_seed = [reading.each(results[name][seed]) - reading.each(results[arm.against][seed]) for seed in seeds]
+                    ones, others = ([reading.each(results[each][seed]) for seed in seeds] for each in (name, arm.against))
                     control = reading.control and float(np.mean([replace(reading, of=reading.control).each(results[arm.against][seed]) for seed in seeds]))
-                    read[reading.name] = each.as_dict() | {"seeds": by_seed, "unit": reading.unit, "control": control}
+                    about = {"seeds": [one - other for one, other in zip(ones, others, strict=True)], "unit": reading.unit, "control": control}
+                    nothing = {} if any(ones + others) else {"low": None, "high": None, "reason": "0 in both"}  # resampling 0 is no interval
+                    read[reading.name] = each.as_dict() | about | nothing
             found[question][name] = {"against": arm.against, "varies": arm.varies, "seeds": seeds, "readings": read}
     return found
 

@@ -167,7 +167,7 @@ def key_statistics(mlm: MLM, images: int, mass_images: int) -> dict:
 
 @torch.no_grad()
 def first_token_mass(mlm: MLM, images: Sequence[Image.Image], questions: Sequence[str]) -> torch.Tensor:
-    """(L,) the attention weight (0..1) of the text behind the image on the first token of the prompt, mean over heads, tokens, images."""
+    """(L,) the attention weight (0..1) of the text after the image on the first token of the prompt, mean over heads, tokens, images."""
     language, vision = mlm.model.model.language_model, prepare_images(mlm, images)
     total, projected = torch.zeros(mlm.num_layers), encode_images(mlm, vision)[1]
     with attention_by(language.config, "eager"):

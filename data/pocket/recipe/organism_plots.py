@@ -16,6 +16,11 @@ def sign(found: Mapping) -> int:
     return 0 if found["low"] is None else int(found["low"] > 0) - int(found["high"] < 0)
 
 
+def judged(arms: Mapping[str, Mapping]) -> list[Mapping]:
+    """The effects of a question that have an interval."""
+    return [found for arm in arms.values() for found in arm["readings"].values() if found["low"] is not None]
+
+
 @styled
 def differences(question: str, arms: Mapping[str, Mapping]) -> Figure:
     """A panel per reading, a row per arm: the arm minus the one it is compared with, with its 95 % interval, and the seeds as points."""
@@ -36,11 +41,10 @@ def differences(question: str, arms: Mapping[str, Mapping]) -> Figure:
         axis.tick_params(labelsize=7.5)
         axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.set_ylim(len(rows) - 0.4, -0.5)
-    sure = sum(sign(found) != 0 for arm in arms.values() for found in arm["readings"].values())
-    total = sum(len(arm["readings"]) for arm in arms.values())
+    found = judged(arms)
     seeds = sorted({seed for arm in arms.values() for seed in arm["seeds"]})
-    figure.suptitle(f"{question}: {QUESTIONS[question].asked}\n{sure} of {total} differences have an interval without 0 "
-                    f"(95 %, over seeds {', '.join(map(str, seeds))} and items; points: seeds)", fontsize=10)  # fmt: skip
+    figure.suptitle(f"{question}: {QUESTIONS[question].asked}\n{sum(sign(each) != 0 for each in found)} of {len(found)} differences have an interval without 0 "
+                    f"(95 %, over seeds {', '.join(map(str, seeds))} and items; blue: such an interval, black points: seeds)", fontsize=10)  # fmt: skip
     return figure
 
 

@@ -27,7 +27,7 @@ from recipe.measure import CHOICE, SEED, SIZES, accuracies, measure
 from recipe.organism_plots import draw
 from recipe.pool import load_or_make_pool
 from recipe.train import train
-from recipe.trainer import WORK, load_stage
+from recipe.trainer import WORK, computes_bfloat16, load_stage
 
 RESULTS = Path(__file__).resolve().parents[2] / "results" / "organisms"
 MODEL = "pocket"
@@ -129,7 +129,7 @@ def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
     curve = json.loads((out / "all" / "curve.json").read_text())["points"] if steps else []
     losses = [point for point in curve if "loss" in point]
     about = {"arm": name, "seed": seed if steps else 0, "steps": steps, "changed": changed(arm), "seconds": seconds, "loss": losses, "sizes": options.sizes,
-             "begins": shipped()}  # fmt: skip
+             "begins": shipped(), "precision": "bfloat16" if computes_bfloat16(options.device) else "float32"}  # fmt: skip
     write_text(result_file(name, seed, options.results), _text({"about": about, **found}))
     return seconds
 
