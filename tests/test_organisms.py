@@ -152,8 +152,16 @@ def test_readme_tells_the_effects_that_are_stored():
               ("style read from values", "narrow-0.9-distil", "narrow-0.9"), ("light read from values", "narrow-0.9", "narrow-0.2"),
               ("style read from values", "broad-0.9", "medium-0.9")}  # fmt: skip
     by_name, told = {each.name: each for each in effects.READINGS["OQ1"]}, " ".join((notebook.ROOT / "README.md").read_text().split())
-    every = [each for arms in effects.effects(results).values() for each in judged(arms)]
-    assert f"{sum(sign(each) != 0 for each in every)} of {len(every)} differences have an interval without 0, where {len(every) / 20:.0f} would" in told
+    found = {question: judged(arms) for question, arms in effects.effects(results).items()}
+    for differences, of in ((found["OQ1"], "this question's "), (sum(found.values(), []), "")):
+        sure, chance = sum(sign(each) != 0 for each in differences), len(differences) / 20
+        assert f"{sure} of {of}{len(differences)} differences have an interval without 0, where {chance:.0f} would by chance" in told
+    few, some = ([round(effects.READINGS["OQ2"][0].each(result) / 100 * 3168) for result in results[arm].values()] for arm in ("adamw-10", "sentences"))
+    assert f"weight decay ({min(few)} or {max(few)} of 3,168) and with answers in a sentence ({min(some)} to {max(some)})" in told
+    others = [effects.READINGS["OQ2"][2].each(result) for seeds in results.values() for result in seeds.values()]
+    assert not any(others) and len(ARMS) - len(results) == 3  # none of the later image tokens; still to be trained
+    first = next(each for each in effects.READINGS["OQ2"] if each.name == "attention to the first 15 image tokens")
+    assert f"({interval_text(effects.effect_of(first, results, 'no-system', 'base').as_dict(), 1, True)})".replace(" [", " % of its attention [") in told
     for name, *arms in wanted:
         found = effects.effect_of(by_name[name], results, *arms)
         assert re.search(rf"{found.mean:+.1f} (points )?\[{found.low:+.1f}, {found.high:+.1f}\]".replace("+", r"\+"), told), (name, found)
