@@ -63,6 +63,8 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):  # 16-bit greyscale: "I;16", "I;16B", or "I" in 32-bit containers
         values = np.asarray(image)
         largest = 1 if image.mode == "F" else 65535
+        if image.mode == "I" and 0 < values.max() <= 255:  # Pillow's own 8-bit greys in 32 bits, or 16 bits that are almost black
+            raise ImageError(f"{name}: whole numbers up to {values.max()} in 32 bits may be greys of 8 or of 16 bits; convert it to mode \"L\" or \"I;16\"")
         if not (values.min() >= -1e-5 and values.max() <= largest + 1e-5):  # NaN is neither; interpolation rounds
             raise ImageError(f"{name}: grey values of {values.dtype} must lie in 0..{largest}, found {values.min()} to {values.max()}")
         grey = np.round(values.clip(0) * (255 / largest)).astype(np.uint8)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from kvutils.errors import ParameterError, at_least, one_of
 from kvutils.images import ImageLike
-from kvutils.language import embed, read_layers, resolve_layers
+from kvutils.language import embed, not_finite, read_layers, resolve_layers
 from kvutils.layout import TokenLayout
 from kvutils.models import MLM, usable_device
 from kvutils.prompts import prepare_text
@@ -95,7 +95,7 @@ def capture(mlm: MLM, images: Iterable[ImageLike], prefix: str | None = None, la
     last requested layer only (not at all without keys and values). How it looks at pictures is a setting of the `MLM`.
     features adds encoder and projector. to: where results go (None: the model's device). With on_capture(index, capture)
     nothing is kept and None is returned, and `images` may be a generator: memory stays constant. A batch that does not fit
-    the device is halved. Raises ImageError, ParameterError, MemoryLimitError.
+    the device is halved. Raises ImageError, ParameterError, MemoryLimitError; ModelError for keys or values that are not finite.
 
     >>> shot = kv.capture(mlm, [scene], layers=[3, 7])[0]
     >>> shot.layers, shot.values.shape     # (L, G, N, D)
@@ -105,8 +105,13 @@ def capture(mlm: MLM, images: Iterable[ImageLike], prefix: str | None = None, la
     mlm.prompt(prefix=prefix)  # one for all: a list is said to be none
 
     def run(pictures: Sequence[Image.Image], names: Sequence[str]) -> list[Capture]:
-        return capture_prepared(mlm, prepare_images(mlm, pictures, names), prefix, layers, keys=keys, values=values,
-                                features=features, to=to)  # fmt: skip
+        shots = capture_prepared(mlm, prepare_images(mlm, pictures, names), prefix, layers, keys=keys, values=values,
+                                 features=features, to=to)  # fmt: skip
+        for name, shot in zip(names, shots, strict=True):
+            for which, found in (("keys", shot.keys), ("values", shot.values)):
+                if found is not None and not (finite := found.isfinite().flatten(1).all(1)).all():
+                    raise not_finite(mlm, f"{which} of {name} that are not finite in layer {layers[int(finite.logical_not().nonzero()[0])]}, the first of them")
+        return shots
 
     captures = over_images(run, images, batch_size, progress)
     if on_capture is None:

@@ -194,6 +194,8 @@ def wrap_mlm(model: PreTrainedModel, processor, name: str = "custom", base_view_
                           ("its processor, with a tokenizer and an image processor", hasattr(processor, "tokenizer") and hasattr(processor, "image_processor"))):
         if not there:
             raise ModelError(f"expected {needed}, found {type(model).__name__} and {type(processor).__name__}")
+    if "longrope" in str(getattr(model.config.get_text_config(), "rope_parameters", "")):
+        raise ModelError(f"{name} has rotary embeddings of type longrope, which depend on the longest prompt of a batch: keys would as well")
     side = getattr(model.config.vision_config, "image_size", None)
     sizes = [list(size) for size in getattr(model.config, "image_grid_pinpoints", None) or []]
     base_view_only = base_view_only or sizes == [[side, side]]  # the only tile of the pocket model would repeat the base view

@@ -414,7 +414,8 @@ def test_text_values_are_means_over_the_tokens_of_a_text(family):
 
 
 @pytest.mark.parametrize("family", ALL)
-@pytest.mark.parametrize("read", [lambda mlm: text_values(mlm, ["red", "blue"]), lambda mlm: prompt_saliency(mlm, picture(40, 30))])
+@pytest.mark.parametrize("read", [lambda mlm: text_values(mlm, ["red", "blue"]), lambda mlm: prompt_saliency(mlm, picture(40, 30)),
+                                  lambda mlm: capture(mlm, [picture(40, 30)])])
 def test_what_is_not_finite_gives_no_score(family, read):
     """A text whose value is NaN would score every token alike, and the whole picture would count as named."""
     mlm = tiny(family)

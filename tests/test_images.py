@@ -122,6 +122,7 @@ def closed():
     (None, "a path or a PIL.Image"), ([1, 2], "not list"), (np.zeros((4, 4, 3), np.uint8), "ndarray; PIL.Image.fromarray"),
     (torch.zeros(3, 4, 4).to_sparse(), "not Tensor"), (closed(), r"images\[0\]: the picture cannot be read .*closed"),
     ("https://example.org/a.png", "download the picture"), (Image.new("RGB", (0, 4)), "0x4 is empty"),
+    (Image.fromarray(RGB[..., 0]).convert("I"), r"up to \d+ in 32 bits may be greys of 8 or of 16 bits"),  # it would be black
 ])  # fmt: skip
 def test_what_is_not_a_picture(image, said):
     with pytest.raises(ImageError, match=said):

@@ -90,6 +90,8 @@ def test_predictions_beyond_the_classes_stay_in_the_denominator():
     found = masks.class_counts(*map(torch.from_numpy, (mask("0 1 9 1"), mask("0 1 1 v"))), range(2))
     assert found.tolist() == [1, 1, 1, 2, 1, 1]  # right, true, said
     assert masks.class_mean_iou(np.ones((1, 1)), found[None]).tolist() == [(1 + 0.5) / 2]
+    nothing = masks.class_counts(*map(torch.from_numpy, (mask("0 1"), mask("v v"))), range(2))
+    assert np.isnan(masks.class_mean_iou(np.ones((1, 1)), nothing[None])).all()
     from_one = masks.class_counts(*map(torch.from_numpy, (mask("0 1 2 2"), mask("0 1 2 1"))), range(1, 3))  # background is no class
     assert from_one.tolist() == [1, 1, 2, 1, 1, 2]
 
@@ -242,6 +244,8 @@ def test_no_item_chooses_its_own_layer():
     scores = np.where(halves.second[:, None], [0.0, 1.0], [1.0, 0.0])
     best = halves.best(scores)
     assert best == [1, 0] and halves.read(scores, best).tolist() == [0.0] * 60
+    almost = 1 + 1e-12 * np.arange(3) * np.ones((60, 1))  # what sums differ by between processors chooses no layer
+    assert halves.best(almost) == [0, 0] and halves.chosen(almost)(np.ones((1, 60))).tolist() == [1.0]
     assert 0.3 < halves.second.mean() < 0.7 and all(len({halves.second[i] for i in range(60) if groups[i] == g}) == 1 for g in set(groups))
 
 

@@ -45,6 +45,13 @@ def test_what_differs_is_named(family, change, said):
         check_mlm(mlm)
 
 
+def test_keys_that_would_depend_on_the_batch_are_refused():
+    mlm = tiny("llava_next")
+    mlm.model.config.text_config.rope_parameters["rope_type"] = "longrope"
+    with pytest.raises(ModelError, match="longrope"):
+        models.wrap_mlm(mlm.model, mlm.processor)
+
+
 def test_a_processor_of_another_model_is_found():
     mlm = tiny("llava_onevision")
     mlm.processor.num_image_tokens += 5

@@ -11,6 +11,8 @@ import numpy as np
 from kvutils.errors import ParameterError
 from kvutils.metrics.statistics import TAILS, Interval, Level, Statistic, Units, effect, finite_scores, mean_statistic, resample
 
+TIE = 9  # digits: layers whose scores differ by less are equal, or the last bits of a processor's sums would choose
+
 
 @dataclass(frozen=True, eq=False)
 class Halves:
@@ -38,7 +40,7 @@ class Halves:
 
     def best(self, scores: np.ndarray, statistic: Statistic = mean_statistic) -> list[int]:
         """[2] index of the best of the L layers of scores (n, L, ...) for the first, and for the second half; the earliest on a tie."""
-        return [int(np.nanargmax(each_layer(statistic)(np.ones((1, chooses.sum())), scores[chooses])[0])) for chooses in self.choosing]
+        return [int(np.nanargmax(each_layer(statistic)(np.ones((1, chooses.sum())), scores[chooses])[0].round(TIE))) for chooses in self.choosing]
 
     def read(self, scores: np.ndarray, best: Sequence[int]) -> np.ndarray:
         """(n, ...) scores of every item at the layer that was chosen for its half: no item has chosen its own layer."""
@@ -54,7 +56,8 @@ class Halves:
         def level(weights: np.ndarray) -> np.ndarray:
             with np.errstate(invalid="ignore"):  # a resample may leave a half without any item to choose on: it takes the first
                 by_half = [best(weights[:, chooses], by[chooses]) for chooses in self.choosing]
-            pairs, which = np.unique(np.stack([np.where(np.isnan(each), -np.inf, each).argmax(axis=1) for each in by_half]), axis=1, return_inverse=True)
+            best_of = np.stack([np.where(np.isnan(each), -np.inf, each.round(TIE)).argmax(axis=1) for each in by_half])
+            pairs, which = np.unique(best_of, axis=1, return_inverse=True)
             rows = [np.flatnonzero(which == index) for index in range(pairs.shape[1])]
             found = [statistic(weights[each], self.read(scores, pair)) for each, pair in zip(rows, pairs.T, strict=True)]
             return np.concatenate(found)[np.concatenate(rows).argsort()]
@@ -90,12 +93,12 @@ def build_then_degrade(scores, halves: Halves, groups: Units = None, statistic: 
 
     between_first, between_last = effect(scores, between, *options)
     found = resample(lambda w: each_layer(statistic)(w, scores), len(scores), *options, few=0)
-    peaks = np.nanargmax(found.draws, axis=1)
+    peaks = np.nanargmax(found.draws.round(TIE), axis=1)
     low, high = np.quantile(peaks, TAILS, method="inverted_cdf")
     return {
         "best": best, "minus_first": first.as_dict(), "minus_last": last.as_dict(),
         "between_first": between_first.as_dict(), "between_last": between_last.as_dict(),
-        "peak": Interval(float(np.nanargmax(found.value)), float(low), float(high), len(scores)).as_dict(),
+        "peak": Interval(float(np.nanargmax(found.value.round(TIE))), float(low), float(high), len(scores)).as_dict(),
         "peak_shares": (np.bincount(peaks, minlength=scores.shape[1]) / len(peaks)).tolist(),
     }  # fmt: skip
 

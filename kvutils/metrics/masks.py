@@ -14,6 +14,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from kvutils import VOID
+from kvutils.metrics.statistics import ratio
 
 
 def binary_counts(predicted: torch.Tensor, mask: np.ndarray) -> np.ndarray:
@@ -109,10 +110,10 @@ def class_counts(said: torch.Tensor, true: torch.Tensor, labels: range) -> np.nd
 
 
 def class_mean_iou(weights: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """(n_boot,) mean IoU of `class_counts` (n, 3 * K) over the classes that occur in a resample, as BDD100K's seg.py."""
+    """(n_boot,) mean IoU of `class_counts` (n, 3 * K) over the classes that occur in a resample, as BDD100K's seg.py; NaN without any."""
     right, true, said = np.split(weights @ counts, 3, axis=1)
     ious = right / np.maximum(true + said - right, 1)
-    return ious.sum(axis=1) / np.maximum((true > 0).sum(axis=1), 1)
+    return ratio(ious.sum(axis=1), (true > 0).sum(axis=1))
 
 
 def largest_region_boxes(masks: torch.Tensor) -> list[tuple[int, int, int, int] | None]:
