@@ -105,8 +105,7 @@ def capture(mlm: MLM, images: Iterable[ImageLike], prefix: str | None = None, la
     mlm.prompt(prefix=prefix)  # one for all: a list is said to be none
 
     def run(pictures: Sequence[Image.Image], names: Sequence[str]) -> list[Capture]:
-        shots = capture_prepared(mlm, prepare_images(mlm, pictures, names), prefix, layers, keys=keys, values=values,
-                                 features=features, to=to)  # fmt: skip
+        shots = capture_prepared(mlm, prepare_images(mlm, pictures, names), prefix, layers, keys=keys, values=values, features=features, to=to)
         for name, shot in zip(names, shots, strict=True):
             for which, found in (("keys", shot.keys), ("values", shot.values)):
                 if found is not None and not (finite := found.isfinite().flatten(1).all(1)).all():
