@@ -39,7 +39,7 @@ def differences(question: str, arms: Mapping[str, Mapping]) -> Figure:
         axis.set_title(name.replace(": ", ":\n") if ": " in name else fill(name, 32), fontsize=8.5)
         axis.set_xlabel(unit, fontsize=8)
         axis.tick_params(labelsize=7.5)
-        axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.xaxis.set_major_locator(MaxNLocator(4))
         axis.set_ylim(len(rows) - 0.4, -0.5)
     found = judged(arms)
     seeds = sorted({seed for arm in arms.values() for seed in arm["seeds"]})
