@@ -151,10 +151,10 @@ def claim_c6(about: Mapping, pope: Mapping, mme: Mapping) -> dict:
     effect, turned = Effect.of(mme["families"][BLOCK]["headline"]), pope["families"][EVERY]["changed"]
     seen = "no answer changed" if math.isnan(effect.detectable) else f"{effect.detectable:.1f} or more would have been found"
     hidden, late = (about["families"][name]["keys"] for name in (BLOCK, EVERY))
-    note = (f"The block hides {hidden:,.0f} of {late:,.0f} late image keys. F1 is {100 * pope['plain']['headline']['mean']:.1f} without it "
-            f"(paper: {PAPER_F1}) and changes by {blocked.mean:+.2f} with it, by {every.mean:+.2f} with every image key of these layers hidden, which turns {turned['now_right']:.1%} of the questions right and "
-            f"{turned['now_wrong']:.1%} wrong. MME's total of at most {100 * mme['smallest']:g} changes by {effect.mean:+.1f} ({seen}; 1 % of the "
-            f"total, {mme['smallest']:g}, would matter: ours, the paper states no figure).")  # fmt: skip
+    note = (f"The block hides {hidden:,.0f} of {late:,.0f} late image keys. F1 is {100 * pope['plain']['headline']['mean']:.1f} without it (paper: {PAPER_F1}) "
+            f"and changes by {blocked.mean:+.2f} with it, by {every.mean:+.2f} with every image key of these layers hidden, which turns "
+            f"{turned['now_right']:.1%} of the questions right and {turned['now_wrong']:.1%} wrong. MME's total of at most {100 * mme['smallest']:g} changes "
+            f"by {effect.mean:+.1f} ({seen}; 1 % of the total, {mme['smallest']:g}, would matter: ours, the paper states no figure).")  # fmt: skip
     return measured(part("POPE F1, blocked minus unblocked", blocked), beside, _needs(about, pope), note)
 
 
