@@ -238,7 +238,7 @@ def test_two_by_two_with_both_denominators():
     value = np.array([1, 1, 1, 1, 1, 0, 0, 0, 0, 0], bool)
     model = np.array([1, 0, 0, 0, 1, 1, 0, 0, 0, 0], bool)
     table = table_of(model, {"value.1": value}, options=4)
-    found = table_of_two(table, table.says("value.1"), n_boot=400)
+    found = table_of_two(table, table.says("value.1")[:, None], Halves.of(table.groups), n_boot=400)
     # The readout says 0 1 2 3 0 2 3 0 1 2; the model misses items whose answers are 1 2 3 2 3 0 1.
     guess = (3 * 1 + 2 * 2 + 3 * 2 + 2 * 2) / 100
     assert found["counts"] == {"both": 2, "value_only": 3, "model_only": 1, "neither": 4} and found["errors"] == 7
@@ -249,7 +249,7 @@ def test_two_by_two_with_both_denominators():
         assert found[f"above_{name}"]["mean"] == pytest.approx(0.3 - level)
     assert found["above_chance"]["low"] < found["above_chance"]["mean"] < found["above_chance"]["high"]
     right = table_of(np.ones(12, bool), {"value.1": np.ones(12, bool)})  # no errors: no share of them
-    found = table_of_two(right, right.gold, n_boot=50)
+    found = table_of_two(right, right.gold[:, None], Halves.of(right.groups), n_boot=50)
     undefined = dict.fromkeys(("mean", "low", "high", "error"))
     assert found["of_errors"] == undefined | {"n": 0, "units": 12} and found["shares"]["value_only"]["mean"] == 0
 
@@ -289,7 +289,8 @@ def test_unresolved_answers_are_counted_and_in_no_cell():
     found = describe_table(table, n_boot=50)
     assert found["model"]["unresolved"]["mean"] == 0.25 and found["model"]["accuracy"]["mean"] == 0.75
     assert found["model"]["option_scores"]["mean"] == 1 and found["model"]["said"]["-1"] == 5
-    all_of_it, without = found["table"], table_of_two(some_items(table, table.resolved), table.gold[5:], n_boot=50)
+    rest = some_items(table, table.resolved)
+    all_of_it, without = found["table"], table_of_two(rest, rest.gold[:, None], Halves.of(rest.groups), n_boot=50)
     assert all_of_it["counts"] == {"both": 15, "value_only": 0, "model_only": 0, "neither": 0} and all_of_it["errors"] == 0
     assert all_of_it["n"] == all_of_it["shares"]["both"]["units"] == 15 and all_of_it["unresolved"] == 5
     assert found["by_option_scores"]["n"] == 20 and all_of_it["shares"]["both"] == without["shares"]["both"]

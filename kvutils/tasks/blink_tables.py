@@ -1,10 +1,11 @@
 """Value right or wrong by model right or wrong: the 2 x 2 table, its denominators and its controls (section 4.2), claim C8.
 
-Cross-fitted: the layer that answers an item is chosen on the other half of the items, so that every item is reported and none has
-chosen its own layer. With more folds than two the same items choose for all, and intervals become too narrow: of readouts that know
+Cross-fitted: the layer that answers an item is chosen on the other half of the items, in every resample anew, so that every item is
+reported and none has chosen its own layer. With more folds than two the same items choose for all, and intervals become too narrow: of readouts that know
 nothing (28 layers, 117 items), 3 to 5 % lie above guessing with halves, 7 % with five folds, 12 % with twenty.
 Layers from 1 on: the values of layer 0 are a linear map of the projector's output, and stand beside as the first value projection."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
@@ -17,8 +18,8 @@ from kvutils.images import SMALL, encode_image
 from kvutils.metrics.answers import LETTERS, NEEDS_JUDGE, blink_scores, low_mass
 from kvutils.metrics.effects import FEWEST_ERRORS, measured, part, prerequisite
 from kvutils.metrics.layers import Halves
-from kvutils.metrics.statistics import Effect, bootstrap_ci, effect, mean_effect, mean_statistic, ratio, resample
-from kvutils.tasks.choices import UNRESOLVED, ChoiceTable, some_items
+from kvutils.metrics.statistics import Effect, Level, bootstrap_ci, mean_effect, mean_statistic, ratio, resample
+from kvutils.tasks.choices import UNRESOLVED, ChoiceTable
 from kvutils.tasks.tables import FIRST
 
 CELLS = ("both", "value_only", "model_only", "neither")  # who is right
@@ -26,13 +27,20 @@ OTHERS = ("pixels", "encoder_original", "encoder", "projector", FIRST, "alone.va
 HEADLINE = "art style"  # the paper's subtask
 
 
+def candidates(table: ChoiceTable, name: str) -> list[str]:
+    """The sources that the halves choose from: `name` or, of a family, its layers >= 1."""
+    return [name] if name in table.sources else table.layers(name)[1:]
+
+
+def says_of_each(table: ChoiceTable, name: str = "value", readout: str | None = None) -> np.ndarray:
+    """(n, L) what each of the candidates answers to each item."""
+    return np.stack([table.says(source, readout) for source in candidates(table, name)], axis=1)
+
+
 def sources_of(table: ChoiceTable, halves: Halves, name: str = "value", readout: str | None = None) -> list[str]:
-    """[2] the source that answers the first, and the second half: `name` or, of a family, the layer >= 1 that is right most often on
-    the items that choose for it."""
-    if name in table.sources:
-        return [name] * 2
-    sources = table.layers(name)[1:]
-    return [sources[best] for best in halves.best(np.stack([table.right(source, readout) for source in sources], axis=1))]
+    """[2] the source that answers the first, and the second half: the candidate that is right most often on the items that choose for it."""
+    sources = candidates(table, name)
+    return [sources[best] for best in halves.best(says_of_each(table, name, readout) == table.gold[:, None])]
 
 
 def says_of(table: ChoiceTable, halves: Halves, sources: Sequence[str], readout: str | None = None) -> np.ndarray:
@@ -68,8 +76,9 @@ def describe_table(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dic
         found = bootstrap_ci(np.column_stack([*right.values()]), mean_statistic, n_boot, seed, table.groups)
         return {name: each.as_dict() for name, each in zip(right, found, strict=True)}
 
-    def two(chosen: Sequence[str], readout: str | None = None, against: ChoiceTable = table) -> dict:
-        return table_of_two(against, says_of(table, halves, chosen, readout), n_boot, seed) | {"layers": layers_of(chosen)}
+    def two(name: str = "value", readout: str | None = None, against: ChoiceTable = table) -> dict:
+        found = table_of_two(against, says_of_each(table, name, readout), halves, n_boot, seed)
+        return found | {"layers": layers_of(sources_of(table, halves, name, readout))}
 
     return {"subtask": table.subtask, "title": table.title, "n": len(table), "groups": len(set(table.groups)),
             "options": table.options, "chance": 1 / table.options,
@@ -80,16 +89,15 @@ def describe_table(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dic
             "readouts": {name: accuracies({source: table.right(source, name) for source in table.sources}) for name in table.readouts},
             "readout": table.readouts[0], "said": np.bincount(says, minlength=table.options).tolist(),
             "telling": {"id": table.ids[telling], "source": sources[int(halves.second[telling])]},
-            "table": two(sources) | {"of_all_items": effect((says == table.gold) & table.model_wrong, mean_statistic, n_boot, seed, table.groups).as_dict()},
-            "others": {name: two(each) | _minus(table, says, says_of(table, halves, each), n_boot, seed)
-                       for name, each in other_sources(table, halves).items()},
-            "by_option_scores": two(sources, against=replace(table, said=table.option_scores.argmax(axis=1))),
-            "by_readouts": {name: two(sources_of(table, halves, readout=name), name) for name in table.readouts[1:]}}  # fmt: skip
+            "table": two() | _beyond(table, halves, n_boot, seed),
+            "others": {name: two(name) | _minus(table, halves, name, n_boot, seed) for name in other_sources(table, halves)},
+            "by_option_scores": two(against=replace(table, said=table.option_scores.argmax(axis=1))),
+            "by_readouts": {name: two(readout=name) for name in table.readouts[1:]}}  # fmt: skip
 
 
-def table_of_two(table: ChoiceTable, says: np.ndarray, n_boot: int = 2000, seed: int = 0) -> dict:
-    """The 2 x 2 table of a readout's answers (n,) against the model's, as effects over the n items whose answer names an option: what
-    cannot be read (`unresolved`, a number) is no wrong answer.
+def table_of_two(table: ChoiceTable, says: np.ndarray, halves: Halves, n_boot: int = 2000, seed: int = 0) -> dict:
+    """The 2 x 2 table of a readout's answers, in that of L layers (n, L) which is right most often on the half that chooses, against the
+    model's, as effects over the n items whose answer names an option: what cannot be read (`unresolved`, a number) is no wrong answer.
 
     counts, shares: of `CELLS`. of_errors: value_only as a share of the model's errors (None where it makes none). value_accuracy,
     model_accuracy. Three levels that the value_only share is compared with, on the same items (above_...: the share minus it):
@@ -97,14 +105,15 @@ def table_of_two(table: ChoiceTable, says: np.ndarray, n_boot: int = 2000, seed:
       at_chance        a readout that guesses all options alike: errors / K
       at_guess         a readout that guesses, each option as often as this one says it: opposite preferences alone do not pass it
       at_independence  a readout of this accuracy that is as good on the model's errors as elsewhere"""
-    says, unresolved, table = says[table.resolved], int((~table.resolved).sum()), some_items(table, table.resolved)
-    model, wrong, value, k = table.model_right, table.model_wrong, says == table.gold, table.options
-    cells = np.stack([value & model, value & wrong, ~value & model, ~value & wrong], axis=1)
-    missed = (table.gold[:, None] == np.arange(k)) & wrong[:, None]  # (n, K) the right option where the model is wrong
-    packed = np.column_stack([cells, says[:, None] == np.arange(k), missed]).astype(float)
+    k, read, right = table.options, table.resolved[:, None], says == table.gold[:, None]
+    model, wrong = table.model_right[:, None], table.model_wrong[:, None]
+    cells = np.stack([right & model, right & wrong, ~right & model, ~right & wrong], axis=2)
+    missed = np.broadcast_to(((table.gold[:, None] == np.arange(k)) & wrong)[:, None], (*says.shape, k))  # the right option where the model is wrong
+    said = (says[:, :, None] == np.arange(k)) & read[:, None]
+    packed = np.concatenate([cells, said, missed], axis=2).astype(float)
 
-    def statistic(weights: np.ndarray) -> np.ndarray:
-        means = ratio(weights @ packed, weights.sum(axis=1, keepdims=True))
+    def statistic(weights: np.ndarray, packed: np.ndarray) -> np.ndarray:
+        means = ratio(weights @ packed, weights @ read)
         both, only, _, neither = shares = means[:, : len(CELLS)].T
         wrong = only + neither
         levels = [wrong / k, (means[:, -2 * k : -k] * means[:, -k:]).sum(axis=1), (both + only) * wrong]
@@ -113,20 +122,37 @@ def table_of_two(table: ChoiceTable, says: np.ndarray, n_boot: int = 2000, seed:
 
     names = [*CELLS, "of_errors", "value_accuracy", "model_accuracy"]
     names += [f"{side}_{level}" for side in ("at", "above") for level in ("chance", "guess", "independence")]
-    effects = resample(statistic, len(table), n_boot, seed, table.groups).effects()
-    found = {name: each.as_dict() for name, each in zip(names, effects, strict=True)}
-    found["of_errors"]["n"] = errors = int(wrong.sum())
-    return {"n": len(table), "unresolved": unresolved, "errors": errors,
-            "counts": dict(zip(CELLS, cells.sum(axis=0).tolist(), strict=True)), "shares": {name: found[name] for name in CELLS},
-            **{name: found[name] for name in names[len(CELLS) :]}}  # fmt: skip
+    found = _effects(table, halves.chosen(packed, statistic, right, mean_statistic), names, n_boot, seed)
+    found["of_errors"]["n"] = errors = int(table.model_wrong.sum())
+    counts = halves.read(cells, halves.best(right)).sum(axis=0).tolist()
+    return {"n": int(read.sum()), "unresolved": int((~read).sum()), "errors": errors, "counts": dict(zip(CELLS, counts, strict=True)),
+            "shares": {name: found[name] for name in CELLS}, **{name: found[name] for name in names[len(CELLS) :]}}  # fmt: skip
 
 
-def _minus(table: ChoiceTable, values: np.ndarray, says: np.ndarray, n_boot: int, seed: int) -> dict:
-    """By how much the values' answers (n,) exceed others: in their share of "value right, model wrong", and in accuracy."""
-    rest, ahead = some_items(table, table.resolved), (values == table.gold).astype(float) - (says == table.gold)
-    packed = ahead[table.resolved, None] * np.column_stack([rest.model_wrong, rest.resolved])
-    found = resample(lambda w: ratio(w @ packed, w.sum(axis=1, keepdims=True)), len(rest), n_boot, seed, rest.groups).effects()
-    return dict(zip(("values_minus_this", "accuracy_minus_this"), (each.as_dict() for each in found), strict=True))
+def _effects(table: ChoiceTable, level: Level, names: Sequence[str], n_boot: int, seed: int) -> dict[str, dict]:
+    """What a level of all items gives, by name: over the items whose answer names an option, and the units of these."""
+    read = {"n": int(table.resolved.sum()), "units": len(set(itertools.compress(table.groups, table.resolved)))}
+    effects = resample(level, len(table), n_boot, seed, table.groups, around=True).effects()
+    return {name: each.as_dict() | read for name, each in zip(names, effects, strict=True)}
+
+
+def _beyond(table: ChoiceTable, halves: Halves, n_boot: int, seed: int) -> dict:
+    """of_all_items: "value right, model wrong" as a share of all items."""
+    right = says_of_each(table) == table.gold[:, None]
+    level = halves.chosen((right & table.model_wrong[:, None]).astype(float), by=right, best=mean_statistic)
+    return {"of_all_items": resample(level, len(table), n_boot, seed, table.groups, around=True).effects().as_dict()}
+
+
+def _minus(table: ChoiceTable, halves: Halves, name: str, n_boot: int, seed: int) -> dict:
+    """By how much the values' answers exceed those of another source: in their share of "value right, model wrong", and in accuracy."""
+    of = np.column_stack([table.model_wrong, table.resolved])
+
+    def level(name: str) -> Level:
+        right = says_of_each(table, name) == table.gold[:, None]
+        return halves.chosen((right[:, :, None] & of[:, None]).astype(float), lambda w, each: ratio(w @ each, w @ of[:, 1:]), right, mean_statistic)
+
+    values, others = level("value"), level(name)
+    return _effects(table, lambda w: values(w) - others(w), ("values_minus_this", "accuracy_minus_this"), n_boot, seed)
 
 
 def official_scores(tables: Mapping[str, ChoiceTable]) -> dict:
