@@ -32,9 +32,9 @@ ALLOWED = {
 BUDGET = {
     "__init__": 90, "errors": 100, "checkpoints": 130, "images": 90, "processors": 150, "layout": 280, "probes": 310, "store": 320, "models": 315, "vision": 200,
     "prompts": 150, "language": 270, "kvcache": 160, "keys": 240, "block": 130, "answer": 320,
-    "metrics": 780, "datasets": 2370, "datasets/pocket": 1140, "readout": 1140, "tasks": 4200, "plots": 980, "explorer": 670, "run": 2590, "__main__": 10,
+    "metrics": 780, "datasets": 2370, "datasets/pocket": 1140, "readout": 1140, "tasks": 4220, "plots": 980, "explorer": 670, "run": 2590, "__main__": 10,
 }
-CORE_BUDGET, PACKAGE_BUDGET = 3_200, 17_045  # the flat files together, the whole package (wrong numbers that came without a word cost the last 15)
+CORE_BUDGET, PACKAGE_BUDGET = 3_200, 17_065  # the flat files together, the whole package; the last 35: numbers that were wrong without a word, C8 choosing anew
 LARGEST = 320  # lines of a module: a longer one is two ideas
 
 

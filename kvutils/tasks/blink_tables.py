@@ -27,25 +27,21 @@ OTHERS = ("pixels", "encoder_original", "encoder", "projector", FIRST, "alone.va
 HEADLINE = "art style"  # the paper's subtask
 
 
-def candidates(table: ChoiceTable, name: str) -> list[str]:
-    """The sources that the halves choose from: `name` or, of a family, its layers >= 1."""
-    return [name] if name in table.sources else table.layers(name)[1:]
-
-
-def says_of_each(table: ChoiceTable, name: str = "value", readout: str | None = None) -> np.ndarray:
-    """(n, L) what each of the candidates answers to each item."""
-    return np.stack([table.says(source, readout) for source in candidates(table, name)], axis=1)
+def answers_of(table: ChoiceTable, name: str = "value", readout: str | None = None) -> tuple[list[str], np.ndarray]:
+    """The L sources that the halves choose from, `name` or, of a family, its layers >= 1; and (n, L) what each answers to each item."""
+    sources = [name] if name in table.sources else table.layers(name)[1:]
+    return sources, np.stack([table.says(source, readout) for source in sources], axis=1)
 
 
 def sources_of(table: ChoiceTable, halves: Halves, name: str = "value", readout: str | None = None) -> list[str]:
-    """[2] the source that answers the first, and the second half: the candidate that is right most often on the items that choose for it."""
-    sources = candidates(table, name)
-    return [sources[best] for best in halves.best(says_of_each(table, name, readout) == table.gold[:, None])]
+    """[2] the source that answers the first, and the second half: the one that is right most often on the items that choose for it."""
+    sources, says = answers_of(table, name, readout)
+    return [sources[best] for best in halves.best(says == table.gold[:, None])]
 
 
-def says_of(table: ChoiceTable, halves: Halves, sources: Sequence[str], readout: str | None = None) -> np.ndarray:
+def says_of(table: ChoiceTable, halves: Halves, sources: Sequence[str]) -> np.ndarray:
     """(n,) what the source of its half answers to each item."""
-    return np.where(halves.second, *(table.says(source, readout) for source in reversed(sources)))
+    return np.where(halves.second, *(table.says(source) for source in reversed(sources)))
 
 
 def other_sources(table: ChoiceTable, halves: Halves) -> dict[str, list[str]]:
@@ -66,7 +62,7 @@ def describe_table(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dic
     accuracy. said: how often the values say each option. telling: id and source of the first item with value right and model wrong, of the
     first one if there is none. Cross-fitted, each a `table_of_two` with its layers: table, of the values; others, of every other source;
     by_option_scores, with the model's most probable option as its answer; by_readouts, by the subtask's other readouts. ParameterError for
-    fewer than four independent items. table has `of_all_items` too: the value_only share of all items, the unresolved among them."""
+    fewer than four independent items."""
     halves = Halves.of(table.groups, seed)
     sources = sources_of(table, halves)
     says = says_of(table, halves, sources)
@@ -77,7 +73,7 @@ def describe_table(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dic
         return {name: each.as_dict() for name, each in zip(right, found, strict=True)}
 
     def two(name: str = "value", readout: str | None = None, against: ChoiceTable = table) -> dict:
-        found = table_of_two(against, says_of_each(table, name, readout), halves, n_boot, seed)
+        found = table_of_two(against, answers_of(table, name, readout)[1], halves, n_boot, seed)
         return found | {"layers": layers_of(sources_of(table, halves, name, readout))}
 
     return {"subtask": table.subtask, "title": table.title, "n": len(table), "groups": len(set(table.groups)),
@@ -89,7 +85,7 @@ def describe_table(table: ChoiceTable, n_boot: int = 2000, seed: int = 0) -> dic
             "readouts": {name: accuracies({source: table.right(source, name) for source in table.sources}) for name in table.readouts},
             "readout": table.readouts[0], "said": np.bincount(says, minlength=table.options).tolist(),
             "telling": {"id": table.ids[telling], "source": sources[int(halves.second[telling])]},
-            "table": two() | _beyond(table, halves, n_boot, seed),
+            "table": two(),
             "others": {name: two(name) | _minus(table, halves, name, n_boot, seed) for name in other_sources(table, halves)},
             "by_option_scores": two(against=replace(table, said=table.option_scores.argmax(axis=1))),
             "by_readouts": {name: two(readout=name) for name in table.readouts[1:]}}  # fmt: skip
@@ -99,8 +95,9 @@ def table_of_two(table: ChoiceTable, says: np.ndarray, halves: Halves, n_boot: i
     """The 2 x 2 table of a readout's answers, in that of L layers (n, L) which is right most often on the half that chooses, against the
     model's, as effects over the n items whose answer names an option: what cannot be read (`unresolved`, a number) is no wrong answer.
 
-    counts, shares: of `CELLS`. of_errors: value_only as a share of the model's errors (None where it makes none). value_accuracy,
-    model_accuracy. Three levels that the value_only share is compared with, on the same items (above_...: the share minus it):
+    counts, shares: of `CELLS`. of_all_items: value_only as a share of all items, the unresolved among them; of_errors: of the model's
+    errors (None where it makes none). value_accuracy, model_accuracy. Three levels that the value_only share is compared with, on the same
+    items (above_...: the share minus it):
 
       at_chance        a readout that guesses all options alike: errors / K
       at_guess         a readout that guesses, each option as often as this one says it: opposite preferences alone do not pass it
@@ -113,34 +110,29 @@ def table_of_two(table: ChoiceTable, says: np.ndarray, halves: Halves, n_boot: i
     packed = np.concatenate([cells, said, missed], axis=2).astype(float)
 
     def statistic(weights: np.ndarray, packed: np.ndarray) -> np.ndarray:
-        means = ratio(weights @ packed, weights @ read)
-        both, only, _, neither = shares = means[:, : len(CELLS)].T
+        sums = weights @ packed
+        both, only, _, neither = shares = (means := ratio(sums, weights @ read))[:, : len(CELLS)].T
         wrong = only + neither
         levels = [wrong / k, (means[:, -2 * k : -k] * means[:, -k:]).sum(axis=1), (both + only) * wrong]
-        found = [*shares, ratio(only, wrong), both + only, 1 - wrong, *levels, *(only - level for level in levels)]
-        return np.stack(found, axis=1)
+        of = [sums[:, 1] / weights.sum(axis=1), ratio(only, wrong)]
+        return np.stack([*shares, *of, both + only, 1 - wrong, *levels, *(only - level for level in levels)], axis=1)
 
-    names = [*CELLS, "of_errors", "value_accuracy", "model_accuracy"]
+    names = [*CELLS, "of_all_items", "of_errors", "value_accuracy", "model_accuracy"]
     names += [f"{side}_{level}" for side in ("at", "above") for level in ("chance", "guess", "independence")]
-    found = _effects(table, halves.chosen(packed, statistic, right, mean_statistic), names, n_boot, seed)
+    effects = _effects(table, halves.chosen(packed, statistic, right, mean_statistic), n_boot, seed)
+    shares = [replace(each, low=max(each.low, 0.0), high=min(each.high, 1.0)) for each in effects[:-3]]  # the others are differences
+    found = {name: each.as_dict() for name, each in zip(names, shares + effects[-3:], strict=True)}
     found["of_errors"]["n"] = errors = int(table.model_wrong.sum())
+    found["of_all_items"] |= {"n": len(table), "units": len(set(table.groups))}
     counts = halves.read(cells, halves.best(right)).sum(axis=0).tolist()
     return {"n": int(read.sum()), "unresolved": int((~read).sum()), "errors": errors, "counts": dict(zip(CELLS, counts, strict=True)),
             "shares": {name: found[name] for name in CELLS}, **{name: found[name] for name in names[len(CELLS) :]}}  # fmt: skip
 
 
-def _effects(table: ChoiceTable, level: Level, names: Sequence[str], n_boot: int, seed: int) -> dict[str, dict]:
-    """What a level of all items gives, by name: over the items whose answer names an option, and the units of these."""
-    read = {"n": int(table.resolved.sum()), "units": len(set(itertools.compress(table.groups, table.resolved)))}
-    effects = resample(level, len(table), n_boot, seed, table.groups, around=True).effects()
-    return {name: each.as_dict() | read for name, each in zip(names, effects, strict=True)}
-
-
-def _beyond(table: ChoiceTable, halves: Halves, n_boot: int, seed: int) -> dict:
-    """of_all_items: "value right, model wrong" as a share of all items."""
-    right = says_of_each(table) == table.gold[:, None]
-    level = halves.chosen((right & table.model_wrong[:, None]).astype(float), by=right, best=mean_statistic)
-    return {"of_all_items": resample(level, len(table), n_boot, seed, table.groups, around=True).effects().as_dict()}
+def _effects(table: ChoiceTable, level: Level, n_boot: int, seed: int) -> list[Effect]:
+    """What a level of all items gives, with the items whose answer names an option, and the units of these."""
+    n, units = int(table.resolved.sum()), len(set(itertools.compress(table.groups, table.resolved)))
+    return [replace(each, n=n, units=units) for each in resample(level, len(table), n_boot, seed, table.groups, around=True).effects()]
 
 
 def _minus(table: ChoiceTable, halves: Halves, name: str, n_boot: int, seed: int) -> dict:
@@ -148,11 +140,12 @@ def _minus(table: ChoiceTable, halves: Halves, name: str, n_boot: int, seed: int
     of = np.column_stack([table.model_wrong, table.resolved])
 
     def level(name: str) -> Level:
-        right = says_of_each(table, name) == table.gold[:, None]
+        right = answers_of(table, name)[1] == table.gold[:, None]
         return halves.chosen((right[:, :, None] & of[:, None]).astype(float), lambda w, each: ratio(w @ each, w @ of[:, 1:]), right, mean_statistic)
 
     values, others = level("value"), level(name)
-    return _effects(table, lambda w: values(w) - others(w), ("values_minus_this", "accuracy_minus_this"), n_boot, seed)
+    more, better = _effects(table, lambda w: values(w) - others(w), n_boot, seed)
+    return {"values_minus_this": more.as_dict(), "accuracy_minus_this": better.as_dict()}
 
 
 def official_scores(tables: Mapping[str, ChoiceTable]) -> dict:
