@@ -187,8 +187,9 @@ def load_mlm(name: str, device: str | torch.device | None = None, dtype: str | t
     return mlm
 
 
-def wrap_mlm(model: PreTrainedModel, processor, name: str = "custom", base_view_only: bool = False) -> MLM:
-    """Use a model that is already in memory; it is put into evaluation mode."""
+def wrap_mlm(model: PreTrainedModel, processor, name: str = "custom", base_view_only: bool | None = None) -> MLM:
+    """Use a model that is already in memory; it is put into evaluation mode. base_view_only: None for no tile where its only one would
+    repeat the base view, as in the pocket models; False for a model that was trained with such a tile."""
     one_of("model family", model.config.model_type, FAMILIES, ModelError)
     for needed, there in (("a model with lm_head, as AutoModelForImageTextToText makes it", hasattr(model, "lm_head")),
                           ("its processor, with a tokenizer and an image processor", hasattr(processor, "tokenizer") and hasattr(processor, "image_processor"))):
@@ -196,10 +197,9 @@ def wrap_mlm(model: PreTrainedModel, processor, name: str = "custom", base_view_
             raise ModelError(f"expected {needed}, found {type(model).__name__} and {type(processor).__name__}")
     if "longrope" in str(getattr(model.config.get_text_config(), "rope_parameters", "")):
         raise ModelError(f"{name} has rotary embeddings of type longrope, which depend on the longest prompt of a batch: keys would as well")
-    side = getattr(model.config.vision_config, "image_size", None)
-    sizes = [list(size) for size in getattr(model.config, "image_grid_pinpoints", None) or []]
-    base_view_only = base_view_only or sizes == [[side, side]]  # the only tile of the pocket model would repeat the base view
-    return MLM(model.eval(), processor, name, model.config.model_type, IN_MEMORY, base_view_only=base_view_only)
+    side, sizes = getattr(model.config.vision_config, "image_size", None), getattr(model.config, "image_grid_pinpoints", None) or []
+    views = [list(size) for size in sizes] == [[side, side]] if base_view_only is None else base_view_only
+    return MLM(model.eval(), processor, name, model.config.model_type, IN_MEMORY, base_view_only=views)
 
 
 def need_mlm(mlm: object) -> None:
