@@ -22,6 +22,7 @@ from kvutils.datasets.pocket.world import draw_mark
 from kvutils.datasets.samples import MultipleChoice
 from kvutils.errors import DataError, ParameterError
 from kvutils.metrics.layers import Halves
+from kvutils.metrics.statistics import Effect
 from kvutils.run import items as run_items
 from kvutils.store import Parts, to_json
 from kvutils.tasks import blink_interventions, blink_tables, choices
@@ -252,6 +253,20 @@ def test_two_by_two_with_both_denominators():
     found = table_of_two(right, right.gold[:, None], Halves.of(right.groups), n_boot=50)
     undefined = dict.fromkeys(("mean", "low", "high", "error"))
     assert found["of_errors"] == undefined | {"n": 0, "units": 12} and found["shares"]["value_only"]["mean"] == 0
+
+
+def test_c8_chooses_its_layer_anew_in_every_resample():
+    random = np.random.default_rng(0)
+    table = table_of(random.random(200) < 0.5, {f"value.{layer}": random.random(200) < 0.5 for layer in range(13)})
+    halves = Halves.of(table.groups)
+    anew = describe_table(table, n_boot=300)["table"]
+    stays = table_of_two(table, blink_tables.says_of(table, halves, blink_tables.sources_of(table, halves))[:, None], halves, n_boot=300)
+    assert anew["above_guess"]["mean"] == stays["above_guess"]["mean"] and anew["counts"] == stays["counts"]
+    assert anew["above_guess"]["error"] > 1.2 * stays["above_guess"]["error"]
+    # The interval is as wide as the few units whose answer can be read make it.
+    table.said[5:] = UNRESOLVED
+    few = Effect.of(describe_table(table, n_boot=300)["table"]["above_guess"])
+    assert few.units == 5 and few.low < few.narrow[0] < few.narrow[1] < few.high
 
 
 def test_opposite_preferences_are_not_knowledge(verdict):
