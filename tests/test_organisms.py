@@ -156,10 +156,16 @@ def test_readme_tells_the_effects_that_are_stored():
     for differences, of in ((found["OQ1"], "this question's "), (sum(found.values(), []), "")):
         sure, chance = sum(sign(each) != 0 for each in differences), len(differences) / 20
         assert f"{sure} of {of}{len(differences)} differences have an interval without 0, where {chance:.0f} would by chance" in told
-    few, some = ([round(effects.READINGS["OQ2"][0].each(result) / 100 * 3168) for result in results[arm].values()] for arm in ("adamw-10", "sentences"))
+    assert {name: len(seeds) for name, seeds in results.items()} == dict.fromkeys(ARMS, 3)
+
+    def counted(arm: str, reading: int, keys: int) -> list[int]:
+        return [round(effects.READINGS["OQ2"][reading].each(result) / 100 * keys) for result in results[arm].values()]
+
+    few, some, many, read = (counted(arm, 0, 3168) for arm in ("adamw-10", "sentences", "nothing-12", "text-first"))
     assert f"weight decay ({min(few)} or {max(few)} of 3,168) and with answers in a sentence ({min(some)} to {max(some)})" in told
-    others = [effects.READINGS["OQ2"][2].each(result) for seeds in results.values() for result in seeds.values()]
-    assert not any(others) and len(ARMS) - len(results) == 3  # none of the later image tokens; still to be trained
+    elsewhere = {arm: most for arm in results if (most := max(counted(arm, 2, 11 * 2 * 129)))}
+    assert f"before ({min(many)} to {max(many)}, at most {elsewhere.pop('nothing-12')} of them elsewhere; with plain text before {min(read)} to {max(read)})" in told
+    assert not elsewhere and f"trains all {len(ARMS)} arms" in told
     first = next(each for each in effects.READINGS["OQ2"] if each.name == "attention to the first 15 image tokens")
     assert f"({interval_text(effects.effect_of(first, results, 'no-system', 'base').as_dict(), 1, True)})".replace(" [", " % of its attention [") in told
     for name, *arms in wanted:
