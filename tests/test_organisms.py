@@ -164,10 +164,20 @@ def test_readme_tells_the_effects_that_are_stored():
     few, some, many, read = (counted(arm, 0, 3168) for arm in ("adamw-10", "sentences", "nothing-12", "text-first"))
     assert f"weight decay ({min(few)} or {max(few)} of 3,168) and with answers in a sentence ({min(some)} to {max(some)})" in told
     elsewhere = {arm: most for arm in results if (most := max(counted(arm, 2, 11 * 2 * 129)))}
-    assert f"before ({min(many)} to {max(many)}, at most {elsewhere.pop('nothing-12')} of them elsewhere; with plain text before {min(read)} to {max(read)})" in told
+    most = elsewhere.pop("nothing-12")
+    assert f"before ({min(many)} to {max(many)}, at most {most} of them elsewhere; with plain text before {min(read)} to {max(read)})" in told
     assert not elsewhere and f"trains all {len(ARMS)} arms" in told
     first = next(each for each in effects.READINGS["OQ2"] if each.name == "attention to the first 15 image tokens")
     assert f"({interval_text(effects.effect_of(first, results, 'no-system', 'base').as_dict(), 1, True)})".replace(" [", " % of its attention [") in told
     for name, *arms in wanted:
         found = effects.effect_of(by_name[name], results, *arms)
         assert re.search(rf"{found.mean:+.1f} (points )?\[{found.low:+.1f}, {found.high:+.1f}\]".replace("+", r"\+"), told), (name, found)
+
+
+def test_notebook_06_tells_the_effects_of_beginning_from_nothing():
+    cells = json.loads((notebook.ROOT / "notebooks" / "06_open_questions.ipynb").read_text())["cells"]
+    told, results = {cell["id"]: "".join(cell["source"]) for cell in cells}, effects.load(organisms.RESULTS)
+    for question, index, text in (("OQ2", 0, "({mean:.1f} % of keys [{low:+.1f}, {high:+.1f}])"), ("OQ2", 3, "without plain text [{low:+.1f}, {high:+.1f}]"),
+                                  ("OQ5", 0, "({mean:+.1f} [{low:+.1f}, {high:+.1f}])")):  # fmt: skip
+        found = effects.effect_of(effects.READINGS[question][index], results, "nothing-12", "text-first")
+        assert text.format(**vars(found)) in told[f"came-{question.lower()}"]
