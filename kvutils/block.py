@@ -108,22 +108,20 @@ def _blocking_hook(mlm: MLM, mask: torch.Tensor, rows: np.ndarray, queries: str)
         if queries == "after" and seen + length - 1 <= last.min():
             return None  # the model's own fast path for the image itself
         repeats, device = batch // len(by_slot), hidden.device
-        query = torch.arange(seen, seen + length, device=device)
+        first = 0 if queries == "all" else max(0, int(last.min()) + 1 - seen)  # of this pass's queries, the first that is kept from a key
+        query = torch.arange(seen + first, seen + length, device=device)[:, None]
+        ends = torch.from_numpy(last).to(device).repeat_interleave(repeats)[:, None, None, None]
         keys = by_slot.to(device).repeat_interleave(repeats, dim=0)[:, :, None]  # (B, G, 1, S)
         if mlm.attention != GROUPED:
             keys = keys.repeat_interleave(mlm.num_heads // mlm.num_kv_heads, dim=1)  # (B, H, 1, S)
-        if queries == "after" and seen > last.max():
-            blocked = keys
-        elif queries == "after":
-            ends = torch.from_numpy(last).to(device).repeat_interleave(repeats)
-            blocked = keys & (query > ends[:, None])[:, None, :, None]
-        else:
-            blocked = keys & (query[:, None] != torch.arange(keys.shape[-1], device=device))
+        blocked = keys & (query != torch.arange(keys.shape[-1], device=device) if queries == "all" else query > ends)
         mask = kwargs.get("attention_mask")
         if mask is None:  # how sdpa is told to be causal
-            mask = torch.arange(total, device=device) <= query[:, None]
-        mask, blocked = mask.to(device), torch.nn.functional.pad(blocked, (0, total - blocked.shape[-1]))
-        lowest = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-        return args, kwargs | {"attention_mask": mask.masked_fill(blocked, lowest)}
+            mask = torch.full((length, total), torch.finfo(hidden.dtype).min, dtype=hidden.dtype, device=device).triu_(seen + 1)
+        elif mask.dtype == torch.bool:  # sdpa itself would make this of every head's mask
+            mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill_(~mask, torch.finfo(hidden.dtype).min)
+        mask = mask.to(device).expand(batch, keys.shape[1], -1, -1).clone()
+        mask[:, :, first:, : keys.shape[-1]].masked_fill_(blocked, torch.finfo(mask.dtype).min)
+        return args, kwargs | {"attention_mask": mask}
 
     return hook

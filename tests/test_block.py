@@ -140,9 +140,8 @@ def check_calls(mlm, calls, selection, slots, queries, present, tolerance=1e-5):
         last = seen[layer] + length - 1
         if layer in selection.layers and (queries == "all" or last > slots.max(axis=1).min()):
             assert mask.shape == (len(query), mlm.num_heads, length, key.shape[2])
-            given = mask if mask.dtype == torch.bool else mask == 0
-            assert mask.dtype == torch.bool or set(mask.unique().tolist()) == {0, torch.finfo(mask.dtype).min}
-            assert np.array_equal(given.numpy().swapaxes(1, 2)[real], allowed.swapaxes(1, 2)[real])
+            assert set(mask.unique().tolist()) == {0, torch.finfo(mask.dtype).min}
+            assert np.array_equal((mask == 0).numpy().swapaxes(1, 2)[real], allowed.swapaxes(1, 2)[real])
         seen[layer] += length
     assert set(seen.values()) != {0} and len(set(seen.values())) == 1
 
