@@ -271,3 +271,12 @@ def check_mlm(mlm, sizes: tuple[int, ...] = (), pictures: Sequence[tuple[int, in
     if wrong:
         raise ModelError(f"{mlm.name} is not what kvutils expects:\n  " + "\n  ".join(wrong) + "\nThis is another checkpoint, or "
                          "another version of transformers reads it differently (requirements.txt names the one tested).")  # fmt: skip
+
+
+def check_tower(name: str, config) -> None:
+    """ModelError unless a LLaVA configuration reads layers that its vision tower has, and only tokens that have a place in the picture."""
+    read, strategy, tower = config.vision_feature_layer, config.vision_feature_select_strategy, config.vision_config
+    depth, needed = tower.num_hidden_layers, "default" if tower.model_type == "clip_vision_model" else "full"
+    if strategy != needed or not all(-depth - 1 <= layer <= depth for layer in ([read] if isinstance(read, int) else read)):
+        raise ModelError(f"{name} reads layer {read} of its vision tower with vision_feature_select_strategy {strategy!r}; expected one from {-depth - 1} to "
+                         f"{depth}, and {needed!r}: the class token that CLIP has, and no other tower, has no place in the picture")  # fmt: skip

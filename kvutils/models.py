@@ -18,7 +18,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from kvutils.checkpoints import ENCODERS, FAMILIES, MODELS, QWEN, ModelSpec, find_model, need_model
 from kvutils.errors import KVUtilsError, MemoryLimitError, ModelError, ParameterError, at_least, of_kind, one_of, writing
-from kvutils.layout import check_mlm
+from kvutils.layout import check_mlm, check_tower
 from kvutils.processors import PROMPTS, load_processor, quiet_transformers, render, turn_of
 
 QWEN_MAX_PIXELS = 1280 * 28 * 28  # of a picture for Qwen2.5-VL: 1280 tokens, the upper end that its model card recommends
@@ -197,6 +197,8 @@ def wrap_mlm(model: PreTrainedModel, processor, name: str = "custom", base_view_
             raise ModelError(f"expected {needed}, found {type(model).__name__} and {type(processor).__name__}")
     if "longrope" in str(getattr(model.config.get_text_config(), "rope_parameters", "")):
         raise ModelError(f"{name} has rotary embeddings of type longrope, which depend on the longest prompt of a batch: keys would as well")
+    if model.config.model_type != QWEN:
+        check_tower(name, model.config)
     side, sizes = getattr(model.config.vision_config, "image_size", None), getattr(model.config, "image_grid_pinpoints", None) or []
     views = [list(size) for size in sizes] == [[side, side]] if base_view_only is None else base_view_only
     return MLM(model.eval(), processor, name, model.config.model_type, IN_MEMORY, base_view_only=views)

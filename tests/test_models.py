@@ -52,6 +52,21 @@ def test_keys_that_would_depend_on_the_batch_are_refused():
         models.wrap_mlm(mlm.model, mlm.processor)
 
 
+@pytest.mark.parametrize(("family", "change", "said"), [
+    ("llava_next", {"vision_feature_select_strategy": "full"}, "'full'; expected one from -[0-9]+ to [0-9]+, and 'default'"),
+    ("llava_onevision", {"vision_feature_select_strategy": "default"}, "'default'; expected .*, and 'full'"),
+    ("llava_next", {"vision_feature_layer": -99}, "reads layer -99 of its vision tower"),
+    ("llava_onevision", {"vision_feature_layer": [-2, 99]}, r"reads layer \[-2, 99\] of its vision tower"),
+])  # fmt: skip
+def test_features_that_its_tower_does_not_have_are_refused(family, change, said):
+    mlm = tiny(family)
+    models.wrap_mlm(mlm.model, mlm.processor)
+    for name, value in change.items():
+        setattr(mlm.model.config, name, value)
+    with pytest.raises(ModelError, match=said):
+        models.wrap_mlm(mlm.model, mlm.processor)
+
+
 def test_a_processor_of_another_model_is_found():
     mlm = tiny("llava_onevision")
     mlm.processor.num_image_tokens += 5
