@@ -465,6 +465,15 @@ def test_stages_say_what_they_need_follow_each_other_and_resume(tmp_path, monkey
     assert json.loads((home / "pocket-4" / "curves.json").read_text())["all"] == json.loads((folder / "all" / "curve.json").read_text())
 
 
+@pytest.mark.parametrize(("found", "pays"), [
+    ({"amx_bf16": True, "avx512_bf16": True, "cpu_name": "Intel Xeon"}, True), ({"avx512_bf16": True, "cpu_name": "AMD EPYC"}, True),
+    ({"avx512_bf16": True, "cpu_name": "Intel Xeon"}, False), ({"cpu_name": "AMD EPYC"}, False), ({}, False),
+])  # fmt: skip
+def test_training_is_in_bfloat16_where_that_is_faster(found, pays, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    assert trainer.computes_bfloat16("cpu") is pays and trainer.computes_bfloat16("cuda")
+
+
 def test_a_trained_model_is_written_where_kvutils_looks_for_it(tmp_path, monkeypatch, pool):
     torch.manual_seed(0)
     mlm, pair, folder = FAMILY.build_mlm(), FAMILY.build_pair(), tmp_path / "training" / "pocket-1"
