@@ -62,6 +62,7 @@ from kvutils.tasks.yes_no import Mme, Pope
 
 TABLE = Path(__file__).resolve().parent / "VERDICTS.md"
 BOOT = 200  # resamples of a simulated run; a notebook makes 2,000
+WEIGHTS = 5  # draws of random weights, as in notebook 03
 PAPER, POCKET = "paper", "pocket"
 Random = np.random.Generator
 Draw = Callable[[str, float, Random], dict]  # (size, true effect in the claim's unit, random) -> the claim as a notebook stores it
@@ -210,10 +211,12 @@ def draw_few_images(size: str, layers: float, random: Random) -> dict:
 
 
 def draw_x4(size: str, percent: float, random: Random) -> dict:
-    """Both models have keys that vary little, in the first rows; the trained one has more, or the untrained one if negative."""
+    """All models have keys that vary little, in the first rows; the trained one has more, or those with random weights if negative. Others follow
+    from the draw of weights: up to 3 % of the keys of each model, as in `pocket-qwen` with random weights."""
     layers, _, side = GRIDS[size]
     both, seed = torch.arange(side * side) < 0.1 * side * side, int(random.integers(2**31))
-    trained, untrained = (key_table(size, both | low_keys(size, layers, max(sign * percent, 0) / 90, random), random) for sign in (1, -1))
+    trained, *untrained = (key_table(size, both | low_keys(size, layers, (max(sign * percent, 0) + random.uniform(0, 3)) / 90, random), random)
+                           for sign in (1, *[-1] * WEIGHTS))  # fmt: skip
     found = described(trained, seed)
     return claim_x4(found, compare_trained(trained, untrained, found["thresholds"], BOOT, seed))
 

@@ -251,6 +251,26 @@ def mean_effect(effects: Sequence[Effect]) -> Effect:
     return Effect(mean, mean - reach, mean + reach, sum(each.n for each in effects), error, units)
 
 
+def with_draws(effects: Sequence[Effect], drawn: Resampled, times: float) -> list[Effect]:
+    """Effects (metrics) that rest on drawn (K, metrics), with the variance between draws beside that of images, or whatever was resampled.
+
+    Scores R_k of K draws have a sample variance s2 of v (what was drawn) + t (the images) on average, t = sum_k Var(R_k - mean R) / (K - 1)
+    over resamples of images. So v = s2 - t, at least 0, and error^2 is that over images + times v: times = 1 / K for the mean of all draws
+    that could be; 1 + 1 / K if one more of them is compared with it. Student's t with Welch and Satterthwaite's freedom, at least K - 1: K
+    - 1 of s2, units - 1 of the rest."""
+    k, found = len(drawn.value), []
+    chance = replace(drawn, draws=drawn.draws - drawn.draws.mean(axis=1, keepdims=True)).error
+    for each, total, noise in zip(effects, drawn.value.var(axis=0, ddof=1), (chance**2).sum(axis=0) / (k - 1), strict=True):
+        if total > noise:
+            draws, images = times * total, each.error**2 - times * noise
+            freedom = max(k - 1, (draws + images) ** 2 / (draws**2 / (k - 1) + images**2 / (each.units - 1)))
+            error = math.sqrt(draws + images)
+            reach = float(stdtrit(freedom, TAILS[1])) * error
+            each = Effect(each.mean, each.mean - reach, each.mean + reach, each.n, error, round(freedom) + 1)
+        found.append(each)
+    return found
+
+
 def finite_scores(scores) -> np.ndarray:
     scores = np.asarray(scores, dtype=float)
     bad = int((~np.isfinite(scores).all(axis=tuple(range(1, scores.ndim)))).sum())

@@ -98,7 +98,8 @@ def shares_by_layer(keys: Mapping) -> Figure:
     layers, limits = trained["layers"], trained["thresholds"]["within_heads"]
     figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.9))
     curve(axes[0], range(layers), trained["shares"]["within_heads"]["layers"], (COLOURS[0], "-", "o", "trained"), factor=100)
-    curve(axes[0], range(layers), compared["untrained"]["layers"], (COLOURS[7], ":", "^", "untrained"), factor=100)
+    curve(axes[0], range(layers), compared["untrained"]["layers"], (COLOURS[7], ":", "^", f"random weights, {len(compared['draws'])} draws"), factor=100)
+    axes[0].plot(range(layers), 100 * np.array(compared["draws"]).T, "_", color=COLOURS[7], alpha=0.6)  # each draw
     valleys, near = sum(each["method"] == "valley" for each in limits), trained["thresholds"]["near_constant"]["value"]
     axes[0].set(title=f"below the valley in {valleys} layers, in others\nvariance below {near:.0%} of the squared norm", ylabel="% of a layer's keys")
     axes[0].legend()

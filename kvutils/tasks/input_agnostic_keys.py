@@ -44,9 +44,10 @@ def open_data(profile: str, options: Mapping[str, Mapping] | None = None, size: 
 
 def results(tables: Mapping, about: Mapping) -> dict:
     """All that notebook 03 derives from what it has measured, JSON-able: `keys`, `knock_out`, `blocking`, `sweep`, `claims`, `finding`,
-    `tables`. tables: `keys` (with `turned`) and `keys_untrained`, `reading` (`KnockOut`), and `Answers`: `pope` and `mme` under every
+    `tables`. tables: `keys` (with `turned`) and `keys_untrained_0` ..., `reading` (`KnockOut`), and `Answers`: `pope` and `mme` under every
     block, `sweep` and `sweep_held_out` of `ask_sweep`. about: the notebook's `parameters`."""
-    parameters, trained, untrained = about["parameters"], tables["keys"], tables["keys_untrained"]
+    parameters, trained = about["parameters"], tables["keys"]
+    untrained = [tables[f"keys_untrained_{draw}"] for draw in range(parameters["random_weights"])]
     seed, total = parameters["seed"], len(trained.variance)
     options = parameters["bootstrap"], seed
     described = describe_keys(trained, parameters["model"], *options)
@@ -105,22 +106,23 @@ def claim_c5(described: Mapping) -> dict:
 
 
 def claim_x4(described: Mapping, compared: Mapping) -> dict:
-    """X4: share of keys after layer 0 that vary little within their head, trained minus untrained; and whether these are sinks. The
-    threshold is the valley of the trained model in layers with two modes, else variance below a fixed share of the squared norm. Attention
-    and norm are those of the trained model's keys below it minus the others of their head, undefined where no head has both."""
+    """X4: share of keys after layer 0 that vary little within their head, trained minus the mean of draws of random weights; and whether
+    these are sinks. The threshold is the valley of the trained model in layers with two modes, else variance below a fixed share of the
+    squared norm. Attention and norm are those of the trained model's keys below it minus the others of their head, undefined where no head
+    has both."""
     found = compared["within_heads"]
-    difference, every = (Effect.of(each).scaled(100) for each in (found["behind_layer_0"], found["difference"]["all"]))
+    difference, every = (Effect.of(each).scaled(100) for each in (found["behind_layer_0"], found["all"]))
     sinks, why = described["sinks"]["within_heads"], "no layer and head has keys below and above the threshold"
     others = [part("the same with layer 0, whose keys are a projection of the patches alone", every),
-              part("near-constant keys, trained minus untrained", Effect.of(compared["near_constant"]["difference"]["all"]).scaled(100)),
+              part("near-constant keys, trained minus untrained", Effect.of(compared["near_constant"]["all"]).scaled(100)),
               *(part(f"{name} of these keys minus that of the others of their head", Effect.of(sinks[kind]["all"]), why,
                      unit="times the average key's", smallest=SMALLEST_SINK)
                 for kind, name in (("mass", "attention per key"), ("norm", "norm")))]  # fmt: skip
     valleys = sum(each["method"] == "valley" for each in described["thresholds"]["within_heads"])
-    untrained = 100 * found["untrained"]["all"]["mean"]
+    untrained, each = 100 * found["untrained"]["all"]["mean"], ", ".join(f"{100 * sum(draw) / len(draw):.1f}" for draw in found["draws"])
     note = f"With layer 0, whose keys no attention has reached, {untrained + every.mean:.1f} % of the trained model's keys vary little and " \
-           f"{untrained:.1f} % of the untrained one's, one draw of random weights (by the valley of the log-variance in {valleys} layers, by a fixed limit in the " \
-           f"others).{_order_note(described)}"
+           f"{untrained:.1f} % with random weights ({each} % in {len(found['draws'])} of them), by the valley of the log-variance in {valleys} layers, by a " \
+           f"fixed limit in the others. The trained model is judged as one more draw of weights.{_order_note(described)}"
     need = enough("images on one grid", described["images"], FEWEST_IMAGES)
     return measured(part("share within heads after layer 0, trained minus untrained", difference), others, [need], note)
 

@@ -10,12 +10,13 @@ Three scales of the same variance are told apart throughout:
 Intervals are over token positions, the same resample in all layers and heads: the noise of a variance over so many images is small, and
 positions are what another crop would change."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from kvutils.metrics.statistics import Statistic, effect, mean_statistic, ratio, resample
+from kvutils.metrics.statistics import Statistic, mean_statistic, ratio, resample, with_draws
 from kvutils.readout.selections import variance_threshold
 from kvutils.tasks.bimodality import bimodal_layers, head_modes
 from kvutils.tasks.key_table import KeyTable
@@ -149,17 +150,27 @@ def causal_order(table: KeyTable, n_boot: int = 2000, seed: int = 0) -> dict:
     return {"row": int(row), "lowest": LOWEST, "curves": curves, "maps": drawn}
 
 
-def compare_trained(trained: KeyTable, untrained: KeyTable, found: dict, n_boot: int = 2000, seed: int = 0) -> dict:
-    """X4: share of input-agnostic keys, trained minus untrained, with intervals over positions; JSON-able. Both by the trained model's
-    thresholds. Keys of random weights are short, so that under the raw one all of them vary little; the other two are free of that.
-    behind_layer_0: without the layer whose keys are computed from a patch alone."""
+def compare_trained(trained: KeyTable, untrained: Sequence[KeyTable], found: dict, n_boot: int = 2000, seed: int = 0) -> dict:
+    """X4: share of input-agnostic keys, trained minus the mean of untrained models, draws of random weights; JSON-able. All by the trained
+    model's thresholds. Keys of random weights are short, so that under the raw one all of them vary little; the other two are free of that.
+    Intervals are over positions and draws: the trained model is judged as one more of them. all: of every layer; behind_layer_0: without
+    the one whose keys are computed from a patch alone; layers: of the mean of the draws, over positions; draws (K, L): each one's share."""
+
+    def difference(shares: np.ndarray) -> dict:
+        """Of shares (P, 1 + K), the trained model's first."""
+        drawn, k = resample(lambda w: mean_statistic(w, shares), len(shares), n_boot, seed), shares.shape[1] - 1
+        between = [each[..., :1] - each[..., 1:].mean(-1, keepdims=True) for each in (drawn.value, drawn.draws)]
+        effects = replace(drawn, value=between[0], draws=between[1]).effects()
+        random = replace(drawn, value=drawn.value[1:, None], draws=drawn.draws[:, 1:, None])
+        return (with_draws(effects, random, 1 + 1 / k) if k > 1 else effects)[0].as_dict()
+
     result = {}
     for scale in SCALES:
-        masks = [agnostic(each, found, scale) for each in (trained, untrained)]
-        gap = (masks[0].double() - masks[1].double())[..., trained.real].movedim(-1, 0).numpy()
-        result[scale] = {"difference": _all_and_layers(_over_heads(gap), mean_statistic, n_boot, seed),
-                         "behind_layer_0": effect(gap[:, 1:].mean((1, 2)), n_boot=n_boot, seed=seed).as_dict(),
-                         "untrained": shares(untrained, masks[1], n_boot, seed)}  # fmt: skip
+        masks = torch.stack([agnostic(each, found, scale) for each in (trained, *untrained)]).double()
+        held = masks[..., trained.real].movedim(-1, 0).numpy()  # (P, 1 + K, L, G)
+        layers = held.mean(-1)
+        result[scale] = {"all": difference(layers.mean(-1)), "behind_layer_0": difference(layers[..., 1:].mean(-1)),
+                         "untrained": shares(trained, masks[1:].mean(0), n_boot, seed), "draws": layers.mean(0)[1:].tolist()}  # fmt: skip
     return result
 
 

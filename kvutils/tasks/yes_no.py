@@ -2,7 +2,6 @@
 texts, one per sample of the task, in that order. Whatever gives it (a plain model, one with keys blocked), nothing here knows about
 models."""
 
-import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -10,13 +9,12 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import numpy as np
-from scipy.stats import t as student
 
 from kvutils.datasets.mme import GROUPS, SUBTASKS
 from kvutils.datasets.samples import YesNoSample
 from kvutils.errors import DataError
 from kvutils.metrics.answers import mme_parse, pope_counts, pope_parse
-from kvutils.metrics.statistics import Effect, Interval, Resampled, ratio, resample
+from kvutils.metrics.statistics import Interval, Resampled, ratio, resample, with_draws
 from kvutils.store import Frame
 
 Measures = dict[tuple[str, str], np.ndarray]  # (subset or summary, metric) -> (n_boot,)
@@ -236,7 +234,7 @@ class Scored:
 
     def change(self, now: Sequence[str], before: Sequence[str]) -> dict:
         """Mean score of the sets `now` minus that of the sets `before`, an `Effect` of every metric, paired; JSON-able. Several sets are
-        draws (of random keys, say) of many that could be: the variance between them counts as in `_with_draws`, and a single set against
+        draws (of random keys, say) of many that could be: the variance between them counts as in `with_draws`, and a single set against
         several is judged as one more of theirs. changed: the share of questions that are right and were wrong, and the reverse, over all
         pairs of sets."""
         places, was = ([list(self.sets).index(name) for name in side] for side in (now, before))
@@ -248,7 +246,7 @@ class Scored:
         for side, other in ((places, was), (was, places)):
             if len(side) > 1:
                 drawn = replace(self.found, value=self.found.value[side], draws=self.found.draws[:, side])
-                found = _with_draws(found, drawn, 1 / len(side) + (side is was and len(other) == 1))
+                found = with_draws(found, drawn, 1 / len(side) + (side is was and len(other) == 1))
         right, was_right = (self.right[side].mean(axis=0) for side in (places, was))  # (n,) shares
         changed = {"now_right": float((right * (1 - was_right)).mean()), "now_wrong": float(((1 - right) * was_right).mean())}
         return self._report(found) | {"sets": [len(now), len(before)], "changed": changed}
@@ -264,23 +262,3 @@ class Scored:
             scores.setdefault(subset, {})[metric] = interval.as_dict() | {"n": n}
         return {"title": task.title, "n": len(task.samples), "images": len(task.images), "questions": task.questions,
                 "headline": scores[task.metric[0]][task.metric[1]], "scores": scores}  # fmt: skip
-
-
-def _with_draws(effects: Sequence[Effect], drawn: Resampled, times: float) -> list[Effect]:
-    """Effects (metrics) that rest on drawn (K, metrics), with the variance between draws beside that of images.
-
-    Scores R_k of K draws have a sample variance s2 of v (what was drawn) + t (the images) on average, t = sum_k Var(R_k - mean R) / (K - 1)
-    over resamples of images. So v = s2 - t, at least 0, and error^2 is that over images + times v: times = 1 / K for the mean of all draws
-    that could be; 1 + 1 / K if one more of them is compared with it. Student's t with Welch and Satterthwaite's freedom, at least K - 1: K
-    - 1 of s2, units - 1 of the rest."""
-    k, found = len(drawn.value), []
-    chance = replace(drawn, draws=drawn.draws - drawn.draws.mean(axis=1, keepdims=True)).error
-    for each, total, noise in zip(effects, drawn.value.var(axis=0, ddof=1), (chance**2).sum(axis=0) / (k - 1), strict=True):
-        if total > noise:
-            draws, images = times * total, each.error**2 - times * noise
-            freedom = max(k - 1, (draws + images) ** 2 / (draws**2 / (k - 1) + images**2 / (each.units - 1)))
-            error = math.sqrt(draws + images)
-            reach = float(student.ppf(0.975, freedom)) * error
-            each = Effect(each.mean, each.mean - reach, each.mean + reach, each.n, error, round(freedom) + 1)
-        found.append(each)
-    return found
