@@ -256,7 +256,16 @@ def test_what_the_readme_adds_to_the_verdicts_is_stored():
     assert "correspondence {value:.1f} and, by mean colour and position of patches alone, {pixels:.1f}".format(**points) in told
     right = {kind: 100 * each["accuracy"]["mean"] for kind, each in read_json(notebook.ROOT / "data/pocket/qwen2_5_vl/accuracy.json").items()}
     assert "Now these are {existence:.0f} and {position:.0f} %, colours {colour:.0f} %".format(**right) in told and f"a third ({right['class_match']:.0f} %)" in told
+    keys = [read_json(folder.with_name(model) / "03_input_agnostic_keys.json")["keys"]["compared"]["within_heads"] for model in ("pocket", "pocket-qwen")]
+    low, high, least, most = (100 * pick(np.mean(draw[1:]) for draw in each["draws"]) for each in keys for pick in (min, max))
+    assert f"({low:.1f} to {high:.1f} % of keys after layer 0)" in told and f"draws have {least:.1f} to {most:.1f} %" in told
     assert f"co-segmentation builds up ({builds:+.1f} points) and referring falls ({falls:.1f})" in told
+
+
+@pytest.mark.parametrize("file", sorted((notebook.ROOT / "data" / "results").glob("*/*/0[1-5]_*.json")), ids=lambda file: f"{file.parent.name}-{file.stem[:2]}")
+def test_committed_results_say_the_choices_of_their_items(file):
+    items = read_json(file.parent / "items" / file.name)
+    assert {name: read_json(file)[name] for name in ("choices", "parameters")} == {"choices": items["choices"], "parameters": items["about"]["parameters"]}
 
 
 def test_the_committed_tables_are_those_of_the_committed_results():

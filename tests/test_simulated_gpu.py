@@ -82,9 +82,11 @@ def test_whose_seconds(gpu, work, share):
 
 
 def test_its_own_seconds_are_not_the_hosts(gpu):
-    there = torch.zeros(1).to("cuda")
-    gpu.restart()
-    for _ in range(5000):
-        there.add(1)
-    assert gpu.launches == 5000
-    assert abs(gpu.host) < 5000 * 2e-6  # of about 50 ms in all
+    there, hosts = torch.zeros(1).to("cuda"), []
+    for _ in range(5):  # other work on the machine can only add to one of them
+        gpu.restart()
+        for _ in range(5000):
+            there.add(1)
+        assert gpu.launches == 5000
+        hosts.append(abs(gpu.host))
+    assert min(hosts) < 5000 * 2e-6  # of about 50 ms in all
