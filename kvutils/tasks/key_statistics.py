@@ -154,7 +154,7 @@ def compare_trained(trained: KeyTable, untrained: Sequence[KeyTable], found: dic
     """X4: share of input-agnostic keys, trained minus the mean of untrained models, draws of random weights; JSON-able. All by the trained
     model's thresholds. Keys of random weights are short, so that under the raw one all of them vary little; the other two are free of that.
     Intervals are over positions and draws: the trained model is judged as one more of them. all: of every layer; behind_layer_0: without
-    the one whose keys are computed from a patch alone; layers: of the mean of the draws, over positions; draws (K, L): each one's share."""
+    the one whose keys are computed from a patch alone; untrained: `shares` of the mean of the draws, over positions; draws (K, L): of each."""
 
     def difference(shares: np.ndarray) -> dict:
         """Of shares (P, 1 + K), the trained model's first."""
