@@ -201,10 +201,10 @@ def _beyond(found: Mapping, unit: str) -> str:
 
 
 def _size(claim: Mapping, found: Mapping) -> str:
-    """How a present effect compares with the paper's figure, where it states one; in the paper's terms where they are others."""
-    one, paper = found.get("size") or found["primary"], claim["effect"]
-    if paper is None:
-        return "" if one["high"] >= claim["smallest"] else f", smaller than what would matter ({claim['smallest']:g})"
+    """How a present effect compares with what would matter and with the paper's figure, if there is one; in the paper's terms if they differ."""
+    one, paper, high = found.get("size") or found["primary"], claim["effect"], found["primary"]["high"]
+    if paper is None or high < claim["smallest"]:
+        return "" if high >= claim["smallest"] else f", smaller than what would matter ({claim['smallest']:g})"
     terms = f"; in its terms ours is {interval_of(one)}" if found.get("size") else ""
     reaches = one["high"] is not None and one["high"] >= paper
     return f", of the paper's size ({paper:g}{terms})" if reaches else f", smaller than the paper's {paper:g}{terms}"
