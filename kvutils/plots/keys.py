@@ -14,7 +14,7 @@ KNOCK_OUT_STYLE = {"one": (COLOURS[0], "-", "o", "in this layer alone"),  # whic
                    "until": (COLOURS[2], "-.", "D", "in this layer and all before it")}
 MODES = {"yes": "two modes", "open": "open", "no": "one mode"}
 _NUMBERS = ("mean", "low", "high")
-BLOCK, EVERY, BELOW = "input-agnostic", "all keys", "reading layers, input-agnostic"
+BLOCK, EVERY, BELOW, LOWEST = "input-agnostic", "all keys", "reading layers, input-agnostic", "reading layers, lowest variance"
 ROWS = {EVERY: ("every image key", COLOURS[3], "v"),  # condition -> its label, colour and marker
         BLOCK: ("the block: keys that vary least", COLOURS[0], "o"),
         "random": ("random keys", COLOURS[7], "s"),
@@ -22,7 +22,7 @@ ROWS = {EVERY: ("every image key", COLOURS[3], "v"),  # condition -> its label, 
         "highest variance": ("keys that vary most", COLOURS[7], "s"),
         "same positions, early layers": ("same positions as the block", COLOURS[7], "s"),
         BELOW: ("keys that vary as little", COLOURS[2], "D"),
-        "reading layers, lowest variance": ("as many as the block, lowest", COLOURS[2], "D"),
+        LOWEST: ("as many as the block, lowest", COLOURS[2], "D"),
         "reading layers, random": ("as many as the block, random", COLOURS[2], "D")}
 
 
@@ -45,7 +45,8 @@ def variance(trained: Mapping) -> Figure:
         counts, edges = (np.array(trained["histograms"][scale][name]) for name in ("layers", "log10_edges"))
         above.stairs(counts.sum(0), edges, fill=True, color=COLOURS[0], alpha=0.75)
         below.pcolormesh(edges, np.arange(layers + 1) - 0.5, counts / counts.max(axis=1, keepdims=True), cmap="Blues")
-        below.set(ylim=(layers - 0.5, -0.5), title="each layer by itself (darker: more keys)")
+        held = np.flatnonzero(counts.sum(0))
+        below.set(xlim=(edges[held[0]], edges[held[-1] + 1]), ylim=(layers - 0.5, -0.5), title="each layer by itself (darker: more keys)")
         _tick_layers(below, layers, "y")
         below.set_xlabel(unit)
     for axis in axes[:, 0]:
@@ -136,7 +137,7 @@ def knock_out(found: Mapping, block: Sequence[int]) -> Figure:
     if layers <= 12:
         for (row, column), value in np.ndenumerate(values):
             colour = "white" if value > 0.55 * values.max() else "black"
-            axes[1].text(column, row, f"{round(value) + 0}", ha="center", va="center", fontsize=8.5, color=colour)
+            axes[1].text(column, row, f"{round(round(value, 6)) + 0}", ha="center", va="center", fontsize=8.5, color=colour)
     axes[1].set_yticks(range(len(order)), [kind.replace("_", " ") for kind in order], fontsize=8.5)
     axes[1].set_title("points lost without the image from this layer on")
     _tick_layers(axes[1], layers)
@@ -191,11 +192,11 @@ def block_effects(blocking: Mapping) -> Figure:
     note = "in brackets: how many keys are hidden; bars: 95 % intervals; ticks: single draws of random keys"
     legend_below(figure, axes[0, :1], title=note, fontsize=8.5, title_fontsize=8.5)
     pope = {name: each["headline"] for name, each in blocking["pope"]["families"].items()}
-    change = {name: 100 * pope[name]["mean"] for name in (EVERY, BLOCK, BELOW)}
+    change = {name: 100 * pope[name]["mean"] for name in (EVERY, BLOCK, LOWEST)}
     idle = max(abs(pope[EVERY]["low"]), abs(pope[EVERY]["high"])) < blocking["pope"]["smallest"]
     figure.suptitle(f"{_span(late).capitalize()} {'are no lever for' if idle else 'and'} POPE: hiding every image key changes it by "
-                    f"{change[EVERY]:+.1f} points, the block by {change[BLOCK]:+.1f};\nin {_span(about[BELOW]['layers'])}, hiding the keys that "
-                    f"vary as little changes it by {change[BELOW]:+.1f}")  # fmt: skip
+                    f"{change[EVERY]:+.1f} points, the block by {change[BLOCK]:+.1f};\nin {_span(about[LOWEST]['layers'])}, hiding as many that "
+                    f"vary least changes it by {change[LOWEST]:+.1f}")  # fmt: skip
     return figure
 
 

@@ -120,7 +120,7 @@ def photographs(maps: Mapping[str, Mapping], numbers: Mapping) -> Figure:
         axis.set_title(name, fontsize=9)
     figure.colorbar(shown, ax=axes, shrink=0.6, label="cosine similarity to the point (centred)")
     turns = ", upright where it is read by columns" if numbers["turns"] else ""
-    band = f"The horizontal band needs no photograph: a grey picture has one{turns}" if numbers["band"] else "A grey picture has no horizontal band"
+    band = f"A grey picture has a horizontal band{turns}" if numbers["band"] else "A grey picture has no horizontal band"
     figure.suptitle(f"{band}\nbelow: % of the variance between tokens that lies between rows | between columns", fontsize=10)
     return figure
 

@@ -148,7 +148,7 @@ def numbers_table(lines: list[dict]) -> str:
     cells = []
     for line in lines:
         needs = "\n".join(f"{'yes' if each['holds'] else '**no**'}: {each['reason']}" for each in line["prerequisites"]) or "–"
-        detectable = line["detectable"] and f"{rough(line['detectable'])} {line['unit']}"
+        detectable = None if line["kind"] == "tasks" else line["detectable"] and f"{rough(line['detectable'])} {line['unit']}"
         effect = line["paper"] if line["effect"] is None else amount(line["effect"], "tasks" if line["kind"] == "tasks" else line["unit"])
         cells.append([line["id"], f"**{line['verdict']}**", effect, ours(line), amount(line["smallest"], line["unit"]), detectable,
                       line["n"], units(line), needs])  # fmt: skip
@@ -190,7 +190,7 @@ def side_by_side(folders: Sequence[Path]) -> str:
         cells.append([claim["id"], claim["short"], *(words if claim["notebook"] else (f"{words[0]}, all models together", *["″"] * len(words[1:])))])
     profile = folders[0].parent.name
     figure = f"![Claims C1 and C2 in every model, and C3](figures/models_{profile}.png)"
-    return f"Every model of profile `{profile}`, with its report:\n\n{markdown_table(header, cells)}\n\n{figure}"
+    return f"Every finished model of profile `{profile}`, with its report:\n\n{markdown_table(header, cells)}\n\n{figure}"
 
 
 def draw_models(root: Path) -> None:
@@ -220,7 +220,7 @@ def runs(folders: Iterable[Path]) -> str:
         words: dict[str, list[str]] = {}
         for line in rows(read_all(folder)):
             if line["id"].startswith("C") and line["notebook"]:
-                words.setdefault(line["verdict"], []).append(line["id"])
+                words.setdefault(line["verdict"], []).append(f"{line['id']} ({ours(line).partition(' tasks')[0]})" if line["tasks"] else line["id"])
         machines = [about.get("machine", {}) for about in read_results(folder / "provenance").values()]
         named = ({each[key] for each in machines if key in each} for key in ("device", "torch", "transformers"))
         hardware, torch, transformers = (", ".join(sorted(each)) or "–" for each in named)

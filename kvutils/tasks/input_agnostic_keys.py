@@ -8,7 +8,7 @@ from kvutils.errors import ParameterError
 from kvutils.metrics.answers import low_mass
 from kvutils.metrics.effects import enough, measured, part
 from kvutils.metrics.statistics import Effect, interval_text
-from kvutils.tasks.key_blocking import BLOCK, EVERY, claim_c6, claim_x2, conditions, effects, last_layers, sweep
+from kvutils.tasks.key_blocking import BLOCK, EVERY, READING, claim_c6, claim_x2, conditions, effects, last_layers, sweep
 from kvutils.tasks.key_statistics import compare_trained, describe_keys
 from kvutils.tasks.knock_out import as_questions, reading_layers, summarise_knock_out
 
@@ -57,23 +57,27 @@ def results(tables: Mapping, about: Mapping) -> dict:
     _, blocks = conditions(trained, threshold, reading["layers"], layers, parameters["draws"], seed)
     pope, mme = ({**effects(each.task, each.texts, *options), "option_mass": each.option_mass, "warnings": low_mass(each.option_mass)}
                  for each in (tables["pope"], tables["mme"]))  # fmt: skip
+    swept = sweep(tables["sweep"], tables["sweep_held_out"], total, *options)
     claims = {"C5": claim_c5(described), "C6": claim_c6(blocks, pope, mme), "X2": claim_x2(blocks, pope), "X4": claim_x4(described, compared)}
+    tried = "POPE F1, lowest {share:.0%} of the last {depth} layers hidden minus none, the best such block on the other half of the images"
+    claims["C6"]["others"].append(part(tried.format(**swept["best"]), Effect.of(swept["held_out"]).scaled(100)))
     effect, score, every = (found["families"][name]["headline"] for found, name in ((pope, BLOCK), (mme, BLOCK), (pope, EVERY)))
-    bimodal = [layer for layer, each in enumerate(described["modes"]["layers"]) if each["two_modes"] == "yes" and layer]
-    finding = (f"The variance of image keys has two separate modes in {len(bimodal)} of {total - 1} layers after layer 0. Blocking the keys "
+    modes = [each["two_modes"] for each in described["modes"]["layers"][1:]]
+    finding = (f"The variance of image keys surely has two separate modes in {modes.count('yes')} of {total - 1} layers after layer 0 ({modes.count('open')} open). Blocking the keys "
                f"that vary least in layers {layers[0]}-{layers[-1]} changes POPE by {interval_text(effect, 1, True, 100)} F1 points and MME by "
                f"{interval_text(score, 0, True)} points, hiding every image key there changes POPE by {interval_text(every, 1, True, 100)}; "
                f"the image is read most in layers {reading['layers'][0]}-{reading['layers'][-1]}.")
     return {"keys": {"trained": described, "compared": compared},
             "knock_out": summarise_knock_out(tables["reading"], *options) | {"reading": reading},
             "blocking": {"about": blocks, "pope": pope, "mme": mme},
-            "sweep": sweep(tables["sweep"], tables["sweep_held_out"], total, *options), "claims": claims, "finding": finding,
+            "sweep": swept, "claims": claims, "finding": finding,
             "tables": _tables(described, compared, blocks, pope, mme)}  # fmt: skip
 
 
 def _tables(described: Mapping, compared: Mapping, blocks: Mapping, pope: Mapping, mme: Mapping) -> list[dict]:
     """For REPORT.md: {title, header, rows} of every block, of the scores without one, and of the keys of every layer."""
-    changed = [[name, f"{each['keys']:.0f}", f"{each['mass']:.1%}", interval_text(pope["families"][name]["headline"], 2, True, 100),
+    said = {BLOCK: "the block: lowest variance", READING[0]: "reading layers, below the threshold"}
+    changed = [[said.get(name, name), f"{each['keys']:.0f}", f"{each['mass']:.1%}", interval_text(pope["families"][name]["headline"], 2, True, 100),
                 interval_text(mme["families"][name]["headline"], 2, True)] for name, each in blocks["families"].items()]  # fmt: skip
     scores = [[found["plain"]["title"], subset, metric, interval_text(each, 1 if metric == "score" else 3), each["n"]]
               for found in (pope, mme) for subset, metrics in found["plain"]["scores"].items() for metric, each in metrics.items()]  # fmt: skip
@@ -95,10 +99,11 @@ def claim_c5(described: Mapping) -> dict:
     found, pooled, layers = described["modes"], described["thresholds"]["raw"], described["modes"]["layers"]
     which = {word: [str(layer) for layer, each in enumerate(layers) if each["two_modes"] == word and layer] for word in ("yes", "open")}
     late, near = (Effect.of(each).scaled(100) for each in (found["late_minus_early"], described["shares"]["near_constant"]["all"]))
-    others = [part("the same count, with whole KV heads left out", Effect.of(found["heads"]), "one KV head"),
+    by_head = replace(by_head := Effect.of(found["heads"]), low=max(by_head.low, 0.0), high=min(by_head.high, len(layers) - 1.0))
+    others = [part("the same count, with whole KV heads left out", by_head, "one KV head"),
               part("share of such layers, later half minus earlier", late, unit="% of layers", smallest=100 / max(len(layers) // 2, 1)),
               part("near-constant keys", near, unit="% of keys", smallest=SMALLEST_SHARE)]
-    note = f"Two modes within heads in {len(which['yes'])} of {len(layers) - 1} layers after layer 0 ({', '.join(which['yes']) or 'none'}), " \
+    note = f"Surely two modes within heads in {len(which['yes'])} of {len(layers) - 1} layers after layer 0 ({', '.join(which['yes']) or 'none'}), " \
            f"open in {len(which['open'])} ({', '.join(which['open']) or 'none'}); all layers together have " \
            f"{'two modes' if pooled['two_modes'] else 'one mode'}, which layers of different scale alone can make.{_order_note(described)}"
     need = enough("images on one grid", described["images"], FEWEST_IMAGES)

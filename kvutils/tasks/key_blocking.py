@@ -44,7 +44,7 @@ def conditions(table: KeyTable, threshold: Mapping, reading: Sequence[int], laye
     is read. Controls: random keys, as many in each layer and head; those that receive as much attention; the keys that vary most; the same
     positions in the first layers; in the reading layers the keys below the threshold, and as many lowest and random ones as the block has;
     "all keys" of the layers. about: JSON-able; `below`: how many keys of these layers are below
-    the paper's threshold or one between two modes, 0 where there is neither."""
+    the paper's threshold or one between two modes, 0 where there is neither or layer 0 alone makes the second mode."""
     at_least("draws", draws)
     total, heads, tokens = table.variance.shape
     layers = last_layers(total) if layers is None else tuple(layers)
@@ -53,7 +53,9 @@ def conditions(table: KeyTable, threshold: Mapping, reading: Sequence[int], laye
         raise ParameterError(f"expected {len(layers)} reading layers, as many as are blocked, found {reading}")
     every = KeySelection(BLOCK, agnostic(table, {"raw": threshold}), tuple(range(total)))
     block, method = every.restrict(layers), "raw threshold"
-    below = int(block.mask.sum()) if threshold["method"] in ("paper", "valley") else 0
+    # The shorter keys of layer 0, which no attention has reached, make a valley that tells nothing about the others.
+    apart = threshold["method"] == "paper" or threshold["method"] == "valley" and keys.variance_threshold(table.variance[1:][..., real])["two_modes"]
+    below = int(block.mask.sum()) if apart else 0
     if not block.mask.any():
         block = replace(keys.select_lowest(table.variance, real, FALLBACK, layers), name=BLOCK)
         method = f"no key below the raw threshold: lowest {FALLBACK:g} of each layer"
@@ -178,7 +180,7 @@ def _needs(about: Mapping, pope: Mapping) -> list[dict]:
     layers = f"layers {min(about['layers'])}-{max(about['layers'])}"
     every, own = (_points(pope["families"][name]["headline"]) for name in (EVERY, BLOCK))
     below = f"{about['below']} of {about['families'][EVERY]['keys']:,.0f} image keys of {layers} lie below a variance that sets them apart: the " \
-            "paper's threshold for its model, else the valley between two modes of all layers together"
+            "paper's threshold for its model, else the valley between two modes of all layers, which are there without layer 0 too"
     return [prerequisite("keys below the threshold", about["below"] > 0, below),
             lever(f"hiding every image key of {layers}", every, own, smallest, "F1 points"),
             no_ceiling("POPE", pope["plain"]["errors"]), prerequisite("POPE: room for the effect", room >= smallest, limit)]

@@ -108,14 +108,16 @@ def summary(table: ScoreTable) -> dict:
         return " and ".join(f"{told(found[name][layers[0]][column], '.2f')} and {told(found[name][layers[-1]][column], '.2f')} ({name})"
                             for name in table.ids if name not in (GREY, COLUMNWISE))  # fmt: skip
 
+    averages = {name: [told(on_average(name, each), ".0%") for each in COLUMNS[:2]] for name in table.ids if name not in (GREY, COLUMNWISE)}
+    pictured = " and ".join(f"{rows} and {columns} on average ({name})" for name, (rows, columns) in averages.items())
     (rows, columns), (turned, upright) = ([on_average(name, each) or 0.0 for each in COLUMNS[:2]] for name in (GREY, COLUMNWISE))
     places, band = (FIRST, layers[0], layers[-1]), rows > BAND * columns  # over all layers: a single one may differ
     turns = band and upright > BAND * turned
-    head = "The horizontal band needs no photograph, a plain grey picture has one as well" if band else "A plain grey picture has no horizontal band"
+    head = "A plain grey picture has a horizontal band" if band else "A plain grey picture has no horizontal band"
     because = "" if not band else ": so it comes from the order in which causal attention reads" if turns else ": so it is not the order of reading"
     return {"pictures": found, "band": band, "turns": turns, "said": (
         f"{head}: in the first value projection, layer 1, the last layer and on average of all from layer 1 on, rows of the grid account for "
         f"{shares(GREY, 'rows')} of how its tokens' values differ and columns for {shares(GREY, 'columns')}; where the same tokens are read column "
-        f"by column, rows for {shares(COLUMNWISE, 'rows')} and columns for {shares(COLUMNWISE, 'columns')}{because}. Which tokens of a photograph are "
+        f"by column, rows for {shares(COLUMNWISE, 'rows')} and columns for {shares(COLUMNWISE, 'columns')}{because}. Of a photograph they are {pictured}. Which tokens of a photograph are "
         f"alike agrees with SigLIP at a correlation of {agreeing('like SigLIP')}, and with the grey picture at {agreeing('like grey')}, in layer 1 "
         "and in the last layer.")}  # fmt: skip

@@ -225,11 +225,12 @@ class Scored:
 
     def summary(self, name: str) -> dict:
         """Every metric of every subset of one answer set with its 95 % interval over images; JSON-able. scores: by subset, then summaries
-        over subsets, each metric as mean, low, high, n. headline: one of them. errors: how many answers are not right; unknown: how many
-        say neither yes nor no: they are scored as the authors do, never dropped."""
+        over subsets, each metric as mean, low, high, n. headline: one of them. errors: how many answers of its questions are not right;
+        unknown: how many answers say neither yes nor no: they are scored as the authors do, never dropped."""
         place = list(self.sets).index(name)
         found = replace(self.found, value=self.found.value[place], draws=self.found.draws[:, place])
-        errors, unknown = ~self.right[place], self.task.unknown(self.sets[name])
+        mine = [self.task.subsets.index(subset) for subset in self.task.members(self.task.metric[0])]
+        errors, unknown = self.task.member[:, mine].any(axis=1) & ~self.right[place], self.task.unknown(self.sets[name])
         return self._report(found.intervals()) | {"errors": int(errors.sum()), "unknown": int(unknown.sum())}
 
     def change(self, now: Sequence[str], before: Sequence[str]) -> dict:

@@ -140,7 +140,7 @@ READINGS: Mapping[str, tuple[Reading, ...]] = {  # of each question; the first i
             Reading("variance of the most constant 1 % of keys", _most_constant, unit="% of their squared norm"),
             Reading("attention to the first token", _of_keys("mass_of_first_token"), unit="% of attention"),
             Reading(f"attention to the first {FIRST} image tokens", _of_keys("mass_first"), unit="% of attention"),
-            Reading("norm of keys", _of_keys("norm"), factor=1, unit=""), Reading("norm of key biases", _of_keys("bias"), factor=1, unit=""),
+            Reading("norm of keys", _of_keys("norm"), factor=1, unit="key units"), Reading("norm of key biases", _of_keys("bias"), factor=1, unit="key units"),
             Reading("accuracy, all kinds", _accuracy())),
     "OQ3": tuple(Reading(f"{title}: {name}", _blink(subtask, score))
                  for subtask, title in (("Art_Style", "art style"), ("Visual_Similarity", "visual similarity")) for name, score in (
@@ -181,7 +181,7 @@ def seeds_of(results: Results, arm: str, against: str) -> list[int]:
 
 def effects(results: Results) -> dict[str, dict[str, dict]]:
     """question -> arm -> {against, varies, seeds, readings: name -> effect as a mapping, with `seeds`: the difference of each; unit; control:
-    of what it is compared with, or None}; only arms that exist, JSON-able. Where both have 0 with every seed there is no interval."""
+    of what it is compared with, or None}; only arms that exist, JSON-able. Where both have 0 with every seed, or no item differs, there is no interval."""
     found: dict[str, dict[str, dict]] = {}
     for question, readings in READINGS.items():
         found[question] = {}
@@ -196,7 +196,8 @@ def effects(results: Results) -> dict[str, dict[str, dict]]:
                     ones, others = ([reading.each(results[each][seed]) for seed in seeds] for each in (name, arm.against))
                     control = reading.control and float(np.mean([replace(reading, of=reading.control).each(results[arm.against][seed]) for seed in seeds]))
                     about = {"seeds": [one - other for one, other in zip(ones, others, strict=True)], "unit": reading.unit, "control": control}
-                    nothing = {} if any(ones + others) else {"low": None, "high": None, "reason": "0 in both"}  # resampling 0 is no interval
+                    same = "0 in both" if not any(ones + others) else "" if each.error else "no item differs"  # resampling 0 is no interval
+                    nothing = {"low": None, "high": None, "reason": same} if same else {}
                     read[reading.name] = each.as_dict() | about | nothing
             found[question][name] = {"against": arm.against, "varies": arm.varies, "seeds": seeds, "readings": read}
     return found
