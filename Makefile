@@ -135,7 +135,7 @@ organisms: $(STAMP)  ## train and measure the arms of notebook 06: ARMS="base na
 
 clean:  ## remove stored parts and bytecode (results and training checkpoints stay)
 	rm -rf data/cache .pytest_cache build
-	find kvutils tests benchmarks notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
+	find kvutils tests benchmarks notebooks data/pocket -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
 
 distclean: clean  ## clean, and remove .venv and .venv-peers
 	rm -rf '$(VENV)' .venv-peers

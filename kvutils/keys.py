@@ -51,9 +51,6 @@ class KeyVariance:
         """Add B images and return itself. keys: (B, ..., D), any float type, every call the same (..., D). Raises DataError for
         another shape and for keys that are not finite (half precision may have overflowed)."""
         keys = torch.as_tensor(keys)
-        if self.mean is not None and keys.shape[1:] != self.mean.shape:
-            raise DataError(f"keys of shape (B, *{tuple(self.mean.shape)}) were expected, found {tuple(keys.shape)}; "
-                            "give every image the same token grid (same resize)")  # fmt: skip
         if not torch.isfinite(keys).all():
             raise DataError("keys hold NaN or infinite values; run the model in bfloat16 or float32 instead of float16")
         for image in keys:
@@ -67,7 +64,7 @@ class KeyVariance:
         return self
 
     def merge(self, other: KeyVariance) -> KeyVariance:
-        """Add the images another stream (another process, another shard) has seen. Returns itself."""
+        """Add the images another stream (another process, another shard) has seen. Returns itself; DataError for another shape."""
         if other.count == 0:
             return self
         self._begin(other.mean)
@@ -94,6 +91,9 @@ class KeyVariance:
         if self.mean is None:
             self.mean = torch.zeros_like(key, dtype=torch.float64)
             self.sum_squares, self.sum_norms = self.mean.new_zeros(2, *key.shape[:-1])
+        elif key.shape != self.mean.shape:
+            raise DataError(f"keys of shape {tuple(self.mean.shape)} of each image were expected, found {tuple(key.shape)}; "
+                            "give every image the same token grid (same resize)")  # fmt: skip
 
     def _per_image(self, sums: torch.Tensor | None) -> torch.Tensor:
         if self.count == 0:

@@ -195,6 +195,18 @@ def test_parts_depend_on_the_data_and_where_they_are_read_from(whole, tmp_path, 
     assert Run("01_value_flow").parts(mlm, {}).folder == Run("02_siglip_baseline").parts(mlm, {}).folder  # 02 reads what 01 stored
 
 
+def test_a_picture_has_its_sources_though_memory_is_short(pocket):
+    """Of two pictures in memory the first grows and drives the second out, before that one has its new source."""
+    asked = [["value.0"], ["value.0", "value.1"]]
+    one = FeatureExtractor(pocket.mlm).images(ITEMS[:1], sources=asked[0])[0].nbytes
+    extractor = FeatureExtractor(pocket.mlm, memory_bytes=int(2.5 * one))
+    for sources in asked:
+        for found, (_, shown) in zip(extractor.images(ITEMS[:2], sources=sources), ITEMS[:2], strict=True):
+            assert set(found.features) == set(sources)
+            fresh = FeatureExtractor(pocket.mlm).images([("again", shown)], sources=sources)[0]
+            assert all(torch.equal(found.features[source], fresh.features[source]) for source in sources)
+
+
 def test_results_of_other_weights_are_not_written_over(tmp_path, monkeypatch):
     """Folders of checkpoints are often called alike."""
     monkeypatch.setenv("KVUTILS_CACHE", str(tmp_path))
@@ -202,6 +214,8 @@ def test_results_of_other_weights_are_not_written_over(tmp_path, monkeypatch):
     mlm, run = tiny_pocket(), Run("05_blink_gap", model="/a/checkpoint-1000")
     write_json(tmp_path / "data/results/pocket/checkpoint-1000/provenance/05_blink_gap.json", {"revision": mlm.revision})
     assert run.parts(mlm, {}).folder.parts[-3:-1] == ("checkpoint-1000", "parts")
+    untrained = replace(mlm, revision="untrained seed 0")  # the control of a later run of the same folder
+    assert run.parts(untrained, {}).folder.parts[-3] == "checkpoint-1000"
     with pytest.raises(ParameterError, match=f"holds results of other weights .{mlm.revision}; /a/checkpoint-1000 has 9."):
         run.parts(replace(mlm, revision="9"), {})
 

@@ -33,7 +33,7 @@ from kvutils.tasks.key_statistics import agnostic, compare_trained, describe_key
 from kvutils.tasks.key_table import KeyTable, measure_keys, measure_turned, turned
 from kvutils.tasks.knock_out import KnockOut, as_questions, blocked_layers, condition_of, knock_out, reading_layers, summarise_knock_out
 from kvutils.tasks.yes_no import Answers, Mme, Pope
-from tests.tiny_models import compare_answers, noisy, picture, summarise_answers, tiny_pocket
+from tests.tiny_models import compare_answers, noisy, picture, summarise_answers, tiny, tiny_pocket
 
 BLANK = picture(32, 32)
 CLAIMS = {claim["id"]: claim for claim in load_claims()}
@@ -105,10 +105,21 @@ def test_a_stopped_measurement_goes_on(mlm, tmp_path):
         for name in ("variance", "norm", "mass"):
             assert torch.equal(getattr(one, name), getattr(plain, name)), name
         assert np.array_equal(one.foreground, plain.foreground) and one.layout.grids == plain.layout.grids
-    with pytest.raises(DataError, match="two chunks"):
-        measure_keys(mlm, labelled(3), QUESTIONS, chunk=3, progress=False)
+    with pytest.raises(DataError, match="needs images"):
+        measure_keys(mlm, [], QUESTIONS, progress=False)
     with pytest.raises(ParameterError, match="mass_images"):
         measure_keys(mlm, labelled(3), QUESTIONS, chunk=1, mass_images=0, progress=False)
+
+
+
+def test_stored_keys_of_another_grid_are_not_averaged(tmp_path):
+    """What is read back was checked against nothing when it was measured: 8 tokens each, once upright and once across."""
+    mlm, parts = tiny("qwen2_5_vl"), Parts(tmp_path, seed=0)
+    images = [LabelledImage(f"{width}", picture(width, 168 - width, 3), np.zeros((168 - width, width), np.uint8)) for width in (56, 112)]
+    for _ in range(2):
+        with pytest.raises(DataError, match="grid"):
+            measure_keys(mlm, images, (), parts, chunk=1, progress=False)
+    assert len([*parts.folder.rglob("keys/*.safetensors")]) >= 1
 
 
 def test_a_planted_constant_head_is_found():

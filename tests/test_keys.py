@@ -48,6 +48,8 @@ def test_merging_shards_in_any_order_equals_one_stream():
     torch.testing.assert_close(merged.result, direct(x))
     torch.testing.assert_close(merged.mean_norm, x.double().norm(dim=-1).mean(0))
     torch.testing.assert_close(stored.result, direct(x[13:]))  # the merged stream is left as it was
+    with pytest.raises(DataError, match="same token grid"):  # which would broadcast
+        merged.merge(KeyVariance().update(x[:, :, :1]))
     assert torch.equal(stored.update(x).result, KeyVariance().update(x[13:]).update(x).result)
     torch.testing.assert_close(c.result, direct(x[13:]))  # a state is a copy
 

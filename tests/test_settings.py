@@ -76,7 +76,7 @@ def test_a_change_is_found_where_one_is_planted_and_none_where_nothing_changes(f
     assert largest["batch size 1"] == 0 and largest["attention eager"] < 1e-3  # other kernels, rounded to half precision
     assert largest["precision bfloat16"] > 1 < largest["resolution 0.75 of the side"]  # other weights; coarser pictures
     (before,), (after,) = (run_task(tasks["referring_segmentation"], reader, progress=False).of("value.4")[:1, 3] for reader in (
-        FeatureExtractor(mlm, keys=False), ValueReader(settings_of(mlm, load, 999)["precision bfloat16"](), [2, 4])))  # fmt: skip
+        FeatureExtractor(mlm, keys=False), ValueReader(settings_of(mlm, load, lambda: 999)["precision bfloat16"](), [2, 4])))  # fmt: skip
     assert before != after
     claim = claim_x6(found)
     def broken(dtype: str, attention: str):
@@ -113,12 +113,12 @@ def test_the_model_of_one_setting_is_gone_before_the_next_is_loaded():
 
 def test_parts_of_one_setting_are_not_those_of_another(tmp_path):
     mlm, load = tiny("qwen2_5_vl"), loader("qwen2_5_vl", {})
-    every = settings_of(mlm, load, 64 * 56)
+    every = settings_of(mlm, load, lambda: 64 * 56)
     assert every["resolution 0.75 of the side"]().mlm.max_pixels == 64 * 56 * 9 // 16
-    assert settings_of(replace(mlm, max_pixels=1024), load, 64 * 56)["resolution 0.75 of the side"]().mlm.max_pixels == 576
-    assert str(settings_of(replace(mlm, max_pixels=1024), load, 1)["attention eager"]().mlm.max_pixels) == "1024"
+    assert settings_of(replace(mlm, max_pixels=1024), load, lambda: 64 * 56)["resolution 0.75 of the side"]().mlm.max_pixels == 576
+    assert str(settings_of(replace(mlm, max_pixels=1024), load, lambda: 1)["attention eager"]().mlm.max_pixels) == "1024"
     mlm = tiny("llava_next")
-    every = [each() for name, each in settings_of(mlm, loader("llava_next", {}), 999).items()
+    every = [each() for name, each in settings_of(mlm, loader("llava_next", {}), lambda: 999).items()
              if name not in ("precision float16", "image backend torchvision")]  # fmt: skip
     readers = [ValueReader(setting, [1]).fingerprint for setting in every]
     assert len(set(readers)) == 4

@@ -132,6 +132,7 @@ def _read(root: Path, progress: bool = False) -> list[FolderPicture]:
     points = _points(root / "points.csv", files, sizes)
 
     def mask(name: str) -> np.ndarray:
+        expect(name in masks, f"{root} has no mask of {name}")
         labels = _labels(masks[name], pictures[name])
         return (labels > 0).astype(np.uint8) if white else labels
 

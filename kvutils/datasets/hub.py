@@ -91,7 +91,7 @@ def revision_of(repository: str) -> str:
     if repository not in known:
         cached = _cached(repository) if constants.HF_HUB_OFFLINE else None
         known[repository] = cached.name if cached else ask_hub(repository, lambda: HfApi().dataset_info(repository).sha)
-        write_json(file, known)
+        write_json(file, known := {**known, **_revisions()[1]})  # another process may have added its own while the hub was asked
     return known[repository]
 
 

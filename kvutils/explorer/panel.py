@@ -204,7 +204,8 @@ class Panel:
         behind = self.session(prefix).tokens.tail(question, 1)
         ids = [*behind, *answer.tokens]
         self._asked[number := next(_NUMBERS)] = {"question": question, "options": options, "prefix": prefix, "block": block, "ids": ids}
-        self._asked.pop(number - QUESTIONS, None)
+        if len(self._asked) > QUESTIONS:
+            del self._asked[next(iter(self._asked))]
         words = [{"index": i, "text": self.mlm.tokenizer.decode([each]), "answer": i >= len(behind)} for i, each in enumerate(ids)]
         lacking = [word.strip(punctuation) or word for word in f"{prefix or ''} {question}".split()
                    if self.mlm.tokenizer.unk_token_id in words_of(self.mlm, word)]  # fmt: skip

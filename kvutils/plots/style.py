@@ -3,10 +3,9 @@ dictionaries {mean, low, high} of a results file; None is what is not defined, a
 every kind of source keeps its colour in every figure."""
 
 import base64
-import functools
 import io
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -29,15 +28,7 @@ STYLE = {"figure.dpi": 110, "savefig.dpi": 150, "font.size": 9, "axes.titlesize"
          "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False, "figure.constrained_layout.use": True, "svg.hashsalt": "kvutils"}
 
 
-def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Draw in the one style, whatever the notebook has set."""
-
-    @functools.wraps(draw)
-    def wrapped(*arguments, **options) -> Figure:
-        with mpl.rc_context(STYLE):
-            return draw(*arguments, **options)
-
-    return wrapped
+styled = mpl.rc_context(STYLE)  # decorates what draws: in the one style, whatever the notebook has set
 
 
 def decode_image(text: str) -> np.ndarray:

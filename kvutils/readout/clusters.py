@@ -3,12 +3,11 @@
 Clusters that are salient in most images are the common object. An MLM has no class token whose attention gives saliency,
 so `oracle_clusters` reports beside it the best that any choice of clusters could do."""
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Sequence
 
 import numpy as np
 from sklearn import config_context
-from sklearn.cluster import KMeans, kmeans_plusplus
+from sklearn.cluster import KMeans
 from sklearn.preprocessing import normalize
 
 MAX_CLUSTERS = 14
@@ -27,22 +26,13 @@ def cluster_tokens(tokens: Sequence[np.ndarray], seed: int = 0) -> tuple[list[np
         limit = min(MAX_CLUSTERS, len(np.unique(points, axis=0)))
     inertias: list[float] = []
     with config_context(assume_finite=True, skip_parameter_validation=True):
-        for chosen in _starts(points, limit, seed):
-            model = KMeans(len(chosen), init=points[chosen], n_init=1).fit(points)
+        for k in range(1, limit + 1):
+            model = KMeans(k, n_init=1, random_state=seed).fit(points)
             inertias.append(model.inertia_ / len(points))
             if len(inertias) > 1 and inertias[-1] > ELBOW * inertias[-2]:
                 break
         labels = model.predict(points).astype(np.int64)
     return np.split(labels, np.cumsum([len(t) for t in tokens])[:-1]), inertias
-
-
-def _starts(points: np.ndarray, limit: int, seed: int) -> Iterator[np.ndarray]:
-    """The points (k,) that k-means++ begins with for k = 1, 2, ..., limit: what `KMeans(k, random_state=seed)` would draw. A larger k
-    begins with those of a smaller one that looks at as many candidates per draw, so they are drawn once."""
-    for candidates, sizes in groupby(range(1, limit + 1), lambda k: 2 + int(np.log(k))):  # scikit-learn's number
-        sizes = list(sizes)
-        chosen = kmeans_plusplus(points - points.mean(axis=0), sizes[-1], random_state=seed, n_local_trials=candidates)[1]
-        yield from (chosen[:k] for k in sizes)
 
 
 def salient_clusters(labels: Sequence[np.ndarray], saliency: Sequence[np.ndarray], num_clusters: int,

@@ -169,8 +169,9 @@ class FeatureExtractor:
         while missing:
             lacking = self._lacking(next(iter(missing)), wanted)
             some = [each for each in missing if self._lacking(each, wanted) == lacking][: len(rows) if seen else max(1, TOGETHER // self._longest)]
+            known = [self._memory.get(place) for place in some]  # which may have gone from memory by then
             made = self._extract([missing.pop(place) for place in some], lacking)
-            found |= {place: self._keep(place, one) for place, one in zip(some, made, strict=True)}
+            found |= {place: self._keep(place, one, before) for place, one, before in zip(some, made, known, strict=True)}
         return [self._checked(name, found[place]) if checked else found[place] for (name, *_), place in zip(rows, places, strict=True)]
 
     def image(self, name: str, key: str, opened: Opener, sources: Set[str], ahead: Iterable[Picture] = ()) -> ImageFeatures:
@@ -184,20 +185,22 @@ class FeatureExtractor:
         while len(rows) < (1 if alone else TOGETHER // self._longest) and (picture := next(coming, None)):
             if picture[1] not in rows and self._lacking(f"{picture[1]} None", sources) == lacking:
                 rows[picture[1]] = *picture[:2], picture[2](), None
+        known = [self._memory.get(f"{each} None") for each in rows]
         try:
             made = self._extract([*rows.values()], lacking)
         except ImageError:  # perhaps of another picture: that is said when it is its turn
             rows = {key: rows[key]}
             made = self._extract([*rows.values()], lacking)
-        return [self._keep(f"{each} None", one) for each, one in zip(rows, made, strict=True)][0]
+        return [self._keep(f"{each} None", one, before) for each, one, before in zip(rows, made, known, strict=False)][0]
 
     def _lacking(self, place: str, sources: Set[str]) -> Set[str]:
         return sources - self._memory[place].features.keys() if place in self._memory else sources
 
-    def _keep(self, place: str, made: ImageFeatures) -> ImageFeatures:
-        """In memory, with what is known of it already; the oldest go."""
-        if kept := self._memory.pop(place, None):
-            self._held -= kept.nbytes
+    def _keep(self, place: str, made: ImageFeatures, kept: ImageFeatures | None) -> ImageFeatures:
+        """In memory, with what was known of it before; the oldest go."""
+        if held := self._memory.pop(place, None):
+            self._held -= held.nbytes
+        if kept:
             made = replace(kept, features=kept.features | made.features, not_finite=kept.not_finite | made.not_finite)
         self._held += made.nbytes
         self._memory[place] = made

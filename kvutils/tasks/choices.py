@@ -140,7 +140,7 @@ def read_items(mlm: MLM, items: Sequence[MultipleChoice], parts: Parts | None = 
     mlm = base_views(mlm)
     extractor = FeatureExtractor(mlm, None, encoder_original, keys=False, memory_bytes=0)
     models = {"value": mlm} | ({"untrained.value": base_views(untrained)} if untrained else {})
-    depends = [list(models), extractor.fingerprint, max_new_tokens]
+    depends = [{name: each.settings for name, each in models.items()}, extractor.fingerprint, max_new_tokens]
 
     def compute(some: list[MultipleChoice]) -> list[dict]:
         return in_halves(lambda few: _read_batch(models, extractor, few, max_new_tokens), some)

@@ -62,6 +62,7 @@ def conditions(table: KeyTable, threshold: Mapping, reading: Sequence[int], laye
     variance, mass = table.variance[list(layers)], table.mass[list(layers)]
     like = keys.select_same_positions(block, reading)
     found: dict[str, KeySelection | None] = {NONE: None, BLOCK: block}
+    seed *= 1000  # two seeds have no draw in common
     found |= {f"{CONTROLS[0]}/{draw:02d}": keys.select_random(block, real, seed + draw) for draw in range(draws)}
     found |= {f"{CONTROLS[1]}/{draw:02d}": keys.select_random_matched_mass(block, mass, real, seed + draw) for draw in range(draws)}
     found[CONTROLS[2]] = keys.select_highest(block, variance, real)
@@ -114,7 +115,8 @@ def ask_under_blocks(task: YesNoTask, mlm: MLM, blocks: Mapping[str, KeySelectio
     # Of what is blocked, not of its name.
     blocked = {name: "" if each is None else digest([each.layers, np.packbits(each.mask.cpu()).tobytes().hex()]) for name, each in blocks.items()}
     depends = [mlm.settings, blocked]
-    chunks = list(in_chunks(parts, f"blocked/{task.name}", items, compute, chunk, depends, of=list, unit="image", progress=progress))
+    chunks = list(in_chunks(parts, f"blocked/{task.name}", items, compute, chunk, depends, unit="image", progress=progress,
+                            of=lambda item: [*item, first[item[0]].size]))  # fmt: skip
     pairs = {pair: place for place, pair in enumerate((image, question) for image, questions in items for question in questions)}
     places = [pairs[sample.image_id, sample.question] for sample in task.samples]
     words = [np.array(json.loads(bytes(each["words"].tolist())), dtype=object) for each in chunks]

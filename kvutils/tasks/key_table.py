@@ -76,13 +76,13 @@ class KeyTable:
 
 def measure_keys(mlm: MLM, images: Sequence[LabelledImage], questions: Sequence[str], parts: Parts | None = None, *,
                  mass_images: int = 200, chunk: int = 50, progress: bool = True) -> KeyTable:  # fmt: skip
-    """Read the keys of all images (at least 2 chunks' worth), and the attention that `questions` pay to them, if there are any. images: any
+    """Read the keys of all images, and the attention that `questions` pay to them, if there are any. images: any
     sequence of samples with `id`, `image` and `mask` (0 background, `VOID` unknown), all of one token grid. mass_images: how many of them
-    the attention is measured on. With `parts` finished chunks are kept, and a stopped run goes on. Raises DataError for too few images or
-    different grids, and what `capture` raises."""
+    the attention is measured on. With `parts` finished chunks are kept, and a stopped run goes on. Raises DataError for different grids and
+    for no images, and what `capture` raises."""
     at_least("mass_images", mass_images)
-    if len(images) <= chunk:
-        raise DataError(f"{len(images)} images make no two chunks of {chunk}: give more, or a smaller chunk")
+    if not len(images):
+        raise DataError("a variance across images needs images, found none")
     mass_images = min(mass_images, len(images)) if questions else 0
     grid, total, mass, foreground = SameGrid(), KeyVariance(), 0.0, 0.0
 
@@ -97,14 +97,17 @@ def measure_keys(mlm: MLM, images: Sequence[LabelledImage], questions: Sequence[
             seen.append(labels == 1)
 
         capture(mlm, [s.image for s in samples], values=False, features=False, to=None, on_capture=add)
-        found = variance.state_dict() | {"foreground": torch.from_numpy(np.sum(seen, axis=0, dtype=float))}
+        found = variance.state_dict() | {"foreground": torch.from_numpy(np.sum(seen, axis=0, dtype=float)), "cells": torch.from_numpy(grid.layout.cells)}
         heard = [sample.image for i, sample in zip(some, samples, strict=True) if i < mass_images]
         if heard:
             found["mass"] = attention_mass(mlm, heard, questions) * len(heard)
         return found
 
-    chunks = in_chunks(parts, "keys", range(len(images)), compute, chunk, [mlm.settings, list(questions)],
-                       of=lambda i: [images[i].id, i < mass_images], unit="image", progress=progress)  # fmt: skip
+    chunks = list(in_chunks(parts, "keys", range(len(images)), compute, chunk, [mlm.settings, list(questions)],
+                            of=lambda i: [images[i].id, i < mass_images], unit="image", progress=progress))  # fmt: skip
+    if len({tuple(each["cells"].flatten().tolist()) for each in chunks}) > 1:  # of chunks that were stored the images are not opened again
+        raise DataError("the images have several token grids: resize all of them to one size, or, with a LLaVA model, use dataclasses.replace(mlm, "
+                        "base_view_only=True)")  # fmt: skip
     for found in chunks:
         foreground, mass = foreground + found["foreground"], mass + found.get("mass", 0.0)
         total.merge(KeyVariance.from_state(found))

@@ -36,7 +36,7 @@ def run_prefixes(readout: PrefixReadout, parts: Parts | None = None, progress: b
     layers whose probe did not converge `left_out`. DataError if nothing is left or too many cannot be read. With `parts`, finished chunks
     are kept there and a run that was stopped goes on, with the same bytes."""
     sources = [f"{family}.{layer}" for family in readout.families for layer in readout.extractor.layers]
-    depends = [readout.name, sources, list(readout.columns), readout.extractor.fingerprint]
+    depends = [readout.name, readout.parameters, sources, list(readout.columns), readout.extractor.fingerprint]
     items = [(sample, readout.prefixes(sample)) for sample in readout.samples]
     fit = cache(readout.fit)  # once, before the first chunk that is not stored
 

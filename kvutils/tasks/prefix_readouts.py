@@ -7,7 +7,7 @@ of each layer into a few numbers (`columns`), for each of its families:
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -46,6 +46,7 @@ class PrefixReadout(ABC):
     statistic: ClassVar[Statistic]  # the metric of values (n, k), for each row of weights (n_boot, n)
     columns: Sequence[str]
     samples: Sequence[Any]
+    parameters: Mapping[str, Any] = {}  # JSON-able: what else its scores depend on, beside the samples that are scored
     lacking: frozenset[int] = frozenset()  # places of layers of which `fit` finds that they can have no score
 
     def __init__(self, extractor: FeatureExtractor, writer: PrefixWriter, families: Sequence[str], seed: int = 0):
@@ -133,6 +134,7 @@ class DomainPrefix(PrefixReadout):
         super().__init__(extractor, writer, (*CONDITIONS, UNTRAINED) if readout == "text" else FEWER, seed)
         self.samples, self.train, self.class_names = samples, train, tuple(class_names)
         self.readout, self.strength = readout, strength
+        self.parameters = {"strength": strength, "train": [sample.id for sample in train]}
         self.name = f"domain_by_{readout}"
         self.domains = sorted({sample.domain for sample in samples})
         if len(self.domains) < 2:

@@ -3,6 +3,7 @@ model runs, the headline scores of the six tasks are measured again, in a middle
 items, and POPE's F1. Every picture is read alone: a batch can change answers only."""
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from kvutils.checkpoints import QWEN
 from kvutils.datasets import USES, open_dataset
-from kvutils.errors import DataError, MemoryLimitError, ModelError, ParameterError
+from kvutils.errors import DataError, ImageError, MemoryLimitError, ModelError, ParameterError
 from kvutils.metrics.effects import measured, part
 from kvutils.metrics.statistics import UNDEFINED, paired_difference, resample
 from kvutils.models import MLM
@@ -26,6 +27,7 @@ from kvutils.tasks.base import ScoreTable, Task, run_task
 from kvutils.tasks.key_blocking import NONE, ask_under_blocks
 from kvutils.tasks.yes_no import Answers, Pope
 
+log = logging.getLogger(__name__)
 PICTURES, FEWEST = 40, 4  # of each task, about; its items at least
 BATCH = 16  # prompts that are answered together
 COARSE = 3 / 4  # of the side of a picture
@@ -65,7 +67,7 @@ class ValueReader(FeatureExtractor):
         return digest([super().fingerprint, self.setting.scale])
 
 
-def settings_of(mlm: MLM, load: Load, pixels: int) -> dict[str, Callable[[], Setting]]:
+def settings_of(mlm: MLM, load: Load, pixels: Callable[[], float]) -> dict[str, Callable[[], Setting]]:
     """The settings of a model by name; each is made when it is called, and raises ParameterError where it cannot be had. load(dtype=,
     attention=) gives the model anew. pixels: of a usual picture. A lower resolution is `COARSE` of the side: fixed grids of tokens are
     shown pictures made smaller and brought back, Qwen2.5-VL gets fewer tokens. float16 is for GPUs alone."""
@@ -82,8 +84,8 @@ def settings_of(mlm: MLM, load: Load, pixels: int) -> dict[str, Callable[[], Set
     found |= {f"attention {name}": partial(loaded, attention=name) for name in ATTENTION if name != now["attention"]}
     backend = "torchvision" if mlm.image_backend == "pil" else "pil"
     found[f"image backend {backend}"] = lambda: Setting(replace(mlm, processor=other_backend(mlm.processor, mlm.family)))
-    fewer = int(COARSE**2 * min(pixels, mlm.max_pixels or pixels))
-    lower = (lambda: Setting(replace(mlm, max_pixels=fewer))) if mlm.family == QWEN else lambda: Setting(mlm, COARSE)
+    fewer = lambda: int(COARSE**2 * min(pixels(), mlm.max_pixels or math.inf))  # noqa: E731
+    lower = (lambda: Setting(replace(mlm, max_pixels=fewer()))) if mlm.family == QWEN else lambda: Setting(mlm, COARSE)
     return found | {f"resolution {COARSE:g} of the side": lower}
 
 
@@ -104,7 +106,8 @@ def open_pope(profile: str, data_options: Mapping[str, Mapping | None]) -> Pope 
     hub = any((options or {}).get("root") == "hub" for options in data_options.values())
     try:
         return Pope(open_dataset(USES[profile]["03"]["pope"], "hub" if hub else None))
-    except DataError:
+    except DataError as error:
+        log.warning("X6 goes without POPE: %s", error)
         return None
 
 
@@ -120,11 +123,11 @@ def measure_settings(tasks: Mapping[str, Task], tables: Mapping[str, ScoreTable]
     if pope is not None:
         shown = set(_spread(pope.images, pictures))
         pope = Pope([sample for sample in pope.samples if sample.image_id in shown])
-    sizes = [np.prod(task.images(task.samples[0])[0][1]().size) for task in few]
+    first = [task.images(task.samples[0])[0][1] for task in few]
     plain, left_out = Setting(mlm), {}
     scored: dict[str, dict[str, ScoreTable]] = {}
     said = {} if pope is None else {NONE: _answers(pope, plain, parts)}
-    for name, make in tqdm(settings_of(mlm, load, int(np.median(sizes or [1]))).items(), "settings", disable=not progress):
+    for name, make in tqdm(settings_of(mlm, load, lambda: np.median([np.prod(each().size) for each in first])).items(), "settings", disable=not progress):
         setting = reader = None  # the model before is put away first: two hardly fit
         try:
             setting, now = make(), {}
@@ -132,13 +135,13 @@ def measure_settings(tasks: Mapping[str, Task], tables: Mapping[str, ScoreTable]
                 reader = ValueReader(setting, layers)
                 now = {task.name: run_task(task, reader, parts, progress=False) for task in few}
             said |= {} if pope is None else {name: _answers(pope, setting, parts)}
-        except (DataError, MemoryLimitError, ModelError, ParameterError) as error:  # such as values that exceed a precision
+        except (DataError, ImageError, MemoryLimitError, ModelError, ParameterError) as error:  # such as values that exceed a precision
             left_out[name] = str(error)
             continue
         for task, table in now.items():
             scored.setdefault(task, {})[name] = table
         if pope is None and not now:
-            left_out[name] = "nothing is answered without POPE, which is not on this machine"
+            left_out[name] = "nothing is answered without POPE, which could not be read"
     sources = [f"value.{layer}" for layer in layers]
     found: dict[str, ScoreTable | Answers] = {UNDER + task: _beside(tables[task], each, sources) for task, each in scored.items()}
     return found | ({} if pope is None else {UNDER + pope.name: Answers(pope, said, {})}), left_out

@@ -163,4 +163,17 @@ def results(measured: Mapping, about: Mapping) -> dict:
     claims = {"C1": claim_c1(tasks), "C2a": claim_c2a(tasks, best_union), "C2b": claim_c2b(tasks, best_union), "X6": claim_x6(settings)}
     says = [f"{claims[name]['note']} On average that is {interval_text(claims[name]['primary'], 1, True)} points." for name in ("C1", "C2a", "C2b")]
     return {"tasks": tasks, "language_model_adds": language_model_adds(tasks), "centring": centring(tasks), "text_reading": reading,
-            "settings": settings, "photographs": photographs.summary(measured["photographs"]), "claims": claims, "finding": " ".join(says)}
+            "settings": settings, "photographs": photographs.summary(measured["photographs"]), "claims": claims, "finding": " ".join(says),
+            "tables": [every_metric(tasks)]}
+
+
+def every_metric(tasks: Mapping[str, Mapping]) -> dict:
+    """For REPORT.md: {title, header, rows} of each task's headline and its other metrics."""
+    before, rows = ("pixels", "encoder_original", "projector"), []
+    for each in tasks.values():
+        for layer in each.get("value_best", {"layers": []})["layers"][:1]:
+            shown = *before, *(f"{family}.{layer}" for family in ("value", "untrained.value", "lens.value"))
+            rows += [[each["title"], metric, layer, *(interval_text(found[source]) if source in found else None for source in shown)]
+                     for metric, found in ((each["metric"], each["sources"]), *each["secondary"].items())]  # fmt: skip
+    header = ["task", "metric", "layer", *before, "values of this layer", "untrained", "read through the language model's head"]
+    return {"title": "every metric, in the value layer that the first half of the items chooses by the headline", "header": header, "rows": rows}
