@@ -28,7 +28,7 @@ from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoTokenizer, SiglipModel, SiglipTextModel
 
 from kvutils import data_folder
-from kvutils.checkpoints import ENCODERS
+from kvutils.checkpoints import ENCODERS, find_model
 from kvutils.errors import ModelError, ParameterError, at_least
 from kvutils.language import not_finite, read_layers, resolve_layers
 from kvutils.models import MLM, Encoder
@@ -65,14 +65,14 @@ class SiglipText:
 
 def load_siglip_text(name: str, device: str | torch.device = "cpu") -> SiglipText:
     """The text tower of a SigLIP (name in `ENCODERS`, folder or hub id); ModelError if it has none."""
-    source = ENCODERS[name].source if name in ENCODERS else name
+    source, at = (spec := find_model(name, ENCODERS)).source, {"revision": spec.revision}
     try:
         with quiet_transformers():
-            if (kind := AutoConfig.from_pretrained(source).model_type) != "siglip":
+            if (kind := AutoConfig.from_pretrained(source, **at).model_type) != "siglip":
                 raise ModelError(f"{name}: {source} is a {kind!r}, not a SigLIP pair of two towers")
-            tokenizer = AutoTokenizer.from_pretrained(source)  # before the weights: it may need packages that are not there
+            tokenizer = AutoTokenizer.from_pretrained(source, **at)  # before the weights: it may need packages that are not there
             # Whole: for the text tower alone, every weight of the other would be reported as unexpected.
-            model = SiglipModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True).text_model
+            model = SiglipModel.from_pretrained(source, **at, dtype=torch.float32, use_safetensors=True).text_model
     except ImportError as error:
         raise ModelError(f"{name}: the tokenizer of {source} needs the packages sentencepiece and protobuf (requirements.txt): "
                          f"pip install sentencepiece protobuf\n{str(error).strip().splitlines()[0]}") from error  # fmt: skip
