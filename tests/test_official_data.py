@@ -366,6 +366,8 @@ def test_refcoco_has_one_sample_per_sentence(copy):
         (f"{one['ref_id']}-{each['sent_id']}", each["sent"], *2 * [str(one["image_id"])], names[one["category_id"]])
         for one in rest for each in one["sentences"]
     ]  # fmt: skip
+    there = {(str(one["image_id"]), names[one["category_id"]]) for one in content["annotations"]}  # of all things, those without a sentence too
+    assert all(one.shown == {name for image, name in there if image == one.image_id} for one in samples)
     for number, one in enumerate(samples):
         mask = segmentation_mask(content["annotations"][number // 2]["segmentation"], *one.image.size[::-1])
         assert one.mask.dtype == np.uint8 and np.array_equal(one.mask, mask) and mask.any()
@@ -535,8 +537,9 @@ def test_bdd_domains_come_from_the_detection_labels(copy, caplog):
     a, b, c, d, e, *others = sorted(path.stem for path in root.glob("bdd100k/images/10k/*/*"))
     known = {a: ("night", "highway"), b: ("daytime", "highway"), c: ("night", "city street"), e: ("dawn/dusk", "residential")}
     set_attributes(root, known | dict.fromkeys(others, ("dawn/dusk", "tunnel")))
-    found = open_dataset("bdd-10k", root, part="all")
+    found = open_dataset("bdd-10k", root, part="all", domains=bdd10k.DOMAINS)
     assert {one.id: one.domain for one in found} == {a: "night highway", b: "day highway"}
+    assert [one.id for one in open_dataset("bdd-10k", root, part="all")] == [a], "what the paper scores"
     assert "1 of 40 images have no attributes" in caplog.text
     any_scene = open_dataset("bdd-10k", root, part="all", domains=[("night", ""), ("dawn/dusk", "residential")], balance=False)
     assert {one.id: one.domain for one in any_scene} == {a: "night", c: "night", e: "dusk residential"}
@@ -560,12 +563,13 @@ def test_bdd_parts_share_no_recording_and_are_balanced(copy):
     root = copy("bdd-10k")
     names = sorted(path.stem for path in root.glob("bdd100k/images/10k/*/*"))
     set_attributes(root, {name: ("night" if i // 2 % 3 else "daytime", "highway") for i, name in enumerate(names)})
-    scored, training = open_dataset("bdd-10k", root), open_dataset("bdd-10k-train", root)
+    both_of = {"domains": bdd10k.DOMAINS}
+    scored, training = open_dataset("bdd-10k", root, **both_of), open_dataset("bdd-10k-train", root)
     recordings = [{one.id.partition("-")[0] for one in part} for part in (scored, training)]
     assert not recordings[0] & recordings[1] and min(map(len, recordings)) > 4
     both = [[one.domain for one in part] for part in (scored, training)]
     assert both[0].count("day highway") <= both[0].count("night highway") and {*both[0]} == {*both[1]}
-    assert len(open_dataset("bdd-10k", root, balance=False)) + len(training) == len(names)
+    assert len(open_dataset("bdd-10k", root, balance=False, **both_of)) + len(training) == len(names)
     assert [one.id for one in scored] == sorted(one.id for one in scored)
     few, again = (open_dataset("bdd-10k-train", root, images=4) for _ in range(2))
     assert {one.id for one in few} < {one.id for one in training} and [one.id for one in few] == [one.id for one in again]

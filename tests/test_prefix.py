@@ -33,6 +33,7 @@ from kvutils.tasks.prefix_answers import ABSENT, NAMED
 from kvutils.tasks.prefix_effects import DOMAIN_SMALLEST, REFERRING_SMALLEST, claim_c7a, claim_c7b, claim_x3, results, summarise_prefixes
 from kvutils.tasks.prefix_readouts import FEWER, MOVED, DomainPrefix, ReferringPrefix
 from kvutils.tasks.prefixes import CONDITIONS, PrefixWriter
+from kvutils.tasks.text_segmentation import ReferringSegmentation
 
 
 @pytest.fixture(scope="module")
@@ -415,3 +416,16 @@ def test_results_and_figures_need_only_the_items(redraw, tmp_path):
     drawn = [line.get_xdata()[0] for line in left.lines if line.get_marker() == "o"]
     assert drawn == pytest.approx([100 * best[c]["mean"] for c in CONDITIONS if c != "correct"])
     assert "better: +4." in left.get_title() and "better: +50.0" in right.get_title()
+
+
+def test_nothing_that_an_image_is_known_to_show_is_a_wrong_name(mlm, writer):
+    """Of things without an expression of their own, too: in prefixes, and in the control of notebook 01."""
+    samples = open_dataset("pocket-refcoco", scenes=8)
+    names = {one.class_name for one in samples}
+    alone = samples[0].class_name
+    known = [replace(one, shown=frozenset(names - {alone})) for one in samples]
+    readout, task = ReferringPrefix(known, FeatureExtractor(mlm, keys=False), writer, "class_name"), ReferringSegmentation(known)
+    apart = [one for one in known if alone not in {each.class_name for each in known if each.image_id == one.image_id}]
+    found = [prefixes["wrong"] for one in apart if (prefixes := readout.prefixes(one))]
+    assert apart and set(found) <= {writer.correct("class_name", alone)}
+    assert {task._wrong[one.id] for one in apart} <= {one.text for one in known if one.class_name == alone}

@@ -156,7 +156,7 @@ def test_everything_is_made_from_the_results(root, capsys):
     readme = (root / "README.md").read_text()
     assert "TYPED" not in readme and "| 2 of 2 tasks | **present** | 2 of 2 tasks ahead, 0 behind, 0 equal, 0 open; fewer ahead than the 6 of the paper. |" in readme and "in this small model" in readme
     assert max(line.count("|") for line in readme.splitlines()) == 6 + 1
-    assert ("| [pocket](data/results/pocket/pocket/REPORT.md) | pocket, full | cpu (mine) | torch 2.1, transformers – | 0.25 | present: C1; "
+    assert ("| [pocket](data/results/pocket/pocket/REPORT.md) | pocket, full | cpu (mine) | torch 2.1, transformers – | 0.25 | present: C1 (2 of 2); "
             "not measured: C2a C2b C4 C5 C6 C7a C7b C8 |") in readme  # fmt: skip
     assert "figures/01_overview.png" in readme and "give on **2 of 2 tasks**." in readme
     assert "01_value_flow.png)\n\n[01_value_flow](notebooks/01_value_flow.ipynb). C1, image values suffice for six tasks: **present**;" in readme

@@ -215,7 +215,7 @@ def test_photographs_are_measured_and_said(redraw):
     assert np.isnan(photographs._numbers(flat, "value.1", None)).all()
     summaries = claims_of(FLOW)["tasks"]
     figures = redraw("01_value_flow", {"tasks": summaries, "maps": maps, "photographs": numbers})
-    assert "a grey picture has one, upright" in figures["01_photographs"].get_suptitle()
+    assert "A grey picture has a horizontal band, upright" in figures["01_photographs"].get_suptitle()
     assert "on 6 of 6 tasks;" in figures["01_value_flow"].get_suptitle() and "build up on 0" in figures["01_value_flow"].get_suptitle()
     for count in (1, 5):  # with data sets left out each column has its sources and layers below it
         figure = plots.value_flow.layer_curves(dict([*summaries.items()][:count]))

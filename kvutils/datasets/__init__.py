@@ -28,7 +28,7 @@ _LOADERS: dict[str, tuple[Callable[..., Iterable], Callable[..., Iterable]]] = {
     "blink": (blink.blink_items, choices.pocket_blink),
     "coco": (coco.coco_images, pocket.key_images),
     "bdd-10k": (bdd10k.bdd10k_images, pocket.domain_scenes),
-    "bdd-10k-train": (partial(bdd10k.bdd10k_images, part="training", balance=False, images=100),
+    "bdd-10k-train": (partial(bdd10k.bdd10k_images, domains=bdd10k.DOMAINS, part="training", balance=False, images=100),
                       partial(pocket.domain_scenes, scenes=100, stream="domain-training")),
 }  # fmt: skip
 _ON_DISK = {name: real for name, (real, _) in _LOADERS.items()}

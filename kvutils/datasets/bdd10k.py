@@ -5,7 +5,7 @@ background and BDD has none. The domain of an image is known only from the detec
 4,000 of these 10,000 (bdd100k issues 22 and 120); some labels are wrong (issue 20). Images of images/10k/test have no masks.
 
 What the paper read as "night and highway" is not published further. Ours: every image of train and val that its labels call night
-and highway, and as control, so that there is a wrong domain to name, as many by day on a highway. Images whose names begin alike
+and highway; what a probe is fitted on are these and those by day on a highway, whose domain is the wrong one. Images whose names begin alike
 (one recording) go either to those that are scored or to those that a probe is fitted on."""
 
 import hashlib
@@ -42,7 +42,7 @@ _LABEL = np.full(256, VOID, np.uint8)  # number in the file -> label; adding 1 w
 _LABEL[: len(CLASS_NAMES)] = np.arange(1, len(CLASS_NAMES) + 1)
 
 
-def bdd10k_images(root: str | Path, domains: Sequence[Sequence[str]] = DOMAINS, split: str | Sequence[str] = _SPLITS,
+def bdd10k_images(root: str | Path, domains: Sequence[Sequence[str]] = DOMAINS[:1], split: str | Sequence[str] = _SPLITS,
                   part: str = "scored", balance: bool = True, images: int | None = None) -> list[DomainImage]:  # fmt: skip
     """Images of the domains, by name; `domain` is in words, such as "night highway".
 
@@ -93,12 +93,15 @@ def read_attributes(home: Path, names: set[str]) -> dict[str, dict]:
     labels/100k/{train,val}/<name>.json: one image per file. The split of an image in the 100K set may be another than
     in the 10K set, so all are read. Raises DataError where there is none of them, or one is malformed."""
     labels = home / "labels"
-    files = [labels / form.format(split) for form in ("det_20/det_{}.json", "bdd100k_labels_images_{}.json") for split in _SPLITS]
-    files = [file for file in files if file.is_file()]
+    forms = "det_20/det_{}.json", "bdd100k_labels_images_{}.json"
+    files = [file for form in forms for split in _SPLITS if (file := labels / form.format(split)).is_file()]
     single = [path for split in _SPLITS for name in sorted(names) if (path := labels / "100k" / split / f"{name}.json").is_file()]
     if not files and not single:
         raise missing_data("bdd-10k", f"scene and time of day are in none of {labels / 'det_20'}, {labels} "
                                       f"(bdd100k_labels_images_*.json) and {labels / '100k'}")  # fmt: skip
+    for split in _SPLITS:
+        if not single and not {labels / form.format(split) for form in forms} & {*files}:
+            log.warning("BDD-10K: %s has no list of the 100K images of %s, so that those among these images are left out", labels, split)
     known: dict[str, dict] = {}
     for file in files:
         for number, entry in enumerate(read_json(file, list, object_hook=_without_boxes)):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from kvutils import VOID
-from kvutils.datasets.files import every, expect, find, need, read_lines
+from kvutils.datasets.files import every, expect, find, need, read_lines, visible
 from kvutils.datasets.labels import Picture, check_sizes, read_labels
 from kvutils.datasets.samples import Clip, Pictures
 from kvutils.errors import at_least
@@ -40,6 +40,7 @@ def _open_clip(home: Path, name: str, resolution: str, max_frames: int | None) -
     pictures = [Picture(file) for file in files]
     masks = home / "Annotations" / resolution / name
     paths = need("davis-2017", f"annotations of {name}", [masks / f"{file.stem}.png" for file in files])
+    need("davis-2017", f"frames of {name}", [folder / f"{mask.stem}.jpg" for mask in visible(masks.glob("*.png"))])
     check_sizes(paths, pictures)
     first = _read_mask(paths[0], pictures[0])
     expect(first[first != VOID].any(), f"DAVIS-2017 {name}: the first annotation marks no object to follow")

@@ -25,6 +25,7 @@ from kvutils.errors import DataError, ParameterError, one_of
 _Entries = list[tuple[str, str]]  # (where ImageNet has it, "<class>/<image>" in ImageNet-S) of each image
 VARIANTS = {50: 752, 300: 4097, 919: 12419}  # classes -> images of the validation split
 IGNORED = 1000
+_TRAINING = """; its training split (148 GB) is for the supervised probe alone, which -p data_options '{"imagenet-s-train": null}' leaves out"""
 
 
 def imagenet_s_masks(root: str | Path, variant: int = 50, max_images: int | None = None, classes: Sequence[str] | None = None,
@@ -151,7 +152,7 @@ def _find_files(root: Path, variant: int, split: str, imagenet: str | Path | Non
     for folder in (Path(each) for each in (root / "imagenet", imagenet) if each is not None):
         for place in (folder / ("val" if split == "validation" else "train"), folder):
             found += [[place / source for source, _ in entries], [place / Path(source).name for source, _ in entries]]
-    files = need("imagenet-s", f"images of {home / split}", *found, hint="; imagenet= may name ImageNet's folder")
+    files = need("imagenet-s", f"images of {home / split}", *found, hint=f"; imagenet= may name ImageNet's folder{_TRAINING if split != 'validation' else ''}")
     pictures = [Picture(file) for file in files]
     folder = home / f"{split}-segmentation"
     masks = need("imagenet-s", f"masks in {folder}", [folder / f"{name}.png" for _, name in entries])

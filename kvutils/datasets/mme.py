@@ -63,12 +63,14 @@ def _file_pairs(root: str | Path, subtasks: Sequence[str], max_images: int | Non
         texts, pictures = folder / "questions_answers_YN", folder / "images"
         if not texts.is_dir():
             texts = pictures = folder
-        files = every("mme", texts, "*.txt", ", files of questions: is MME extracted whole?")[:max_images]
+        files = every("mme", texts, "*.txt", ", files of questions: is MME extracted whole?")
         found = {path.stem: path for path in visible(pictures.glob("*")) if path.suffix.lower() in _PICTURES}
         if missing := [path.stem for path in files if path.stem not in found]:
             raise missing_data("mme", f"MME {subtask}: {len(missing)} of the {len(files)} images in {pictures} are missing (first: "
                                       f"{missing[0]}.jpg)")  # fmt: skip
-        for path in files:
+        if lost := sorted(found.keys() - {path.stem for path in files}):
+            raise missing_data("mme", f"MME {subtask}: {len(lost)} of the {len(found)} files of questions in {texts} are missing (first: {lost[0]}.txt)")
+        for path in files[:max_images]:
             pair = [(*line.rpartition("\t")[::2], where) for where, line in read_lines(path)]
             yield subtask, path.stem, found[path.stem], pair, f"{path}: expected two lines of a question, a tab, and Yes or No"
 

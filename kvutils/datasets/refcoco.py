@@ -15,8 +15,9 @@ A local copy is told by its columns. No copy has category names, only COCO's ids
 
 import json
 import pickle
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ class _Reference:
     sentences: list[tuple[int, str]]
     where: str
     picture: Picture | None = None
+    shown: frozenset[str] = frozenset()
 
 
 def refcoco_masks(root: str | Path, split: str | Sequence[str] = "val", split_by: str = "unc", images: str | Path | None = None,
@@ -80,7 +82,7 @@ def refcoco_masks(root: str | Path, split: str | Sequence[str] = "val", split_by
             picture.turn(one.size, one.where)
         for sentence_id, sentence in one.sentences:
             samples.append(NamedMask(f"{one.id}-{sentence_id}", str(one.image_id), picture, text=sentence, mask=partial(_mask, one, picture),
-                                     group=str(one.image_id), class_name=one.class_name))  # fmt: skip
+                                     group=str(one.image_id), class_name=one.class_name, shown=one.shown))  # fmt: skip
     return samples
 
 
@@ -98,7 +100,9 @@ def _toolkit_references(root: str | Path, splits: Sequence[str], split_by: str) 
     for kind in ("images", "annotations", "categories"):
         with reading(file, f"the instances of RefCOCO with a list {kind!r}"):
             known[kind] = {entry["id"]: entry for entry in content[kind]}
-    found = []
+    found, shown = [], defaultdict(set)
+    for each in known["annotations"].values():
+        shown[each.get("image_id")].add(known["categories"].get(each.get("category_id"), {}).get("name"))
     for number, record in enumerate(read_references(path)):
         if record["split"] not in splits:
             continue
@@ -106,7 +110,8 @@ def _toolkit_references(root: str | Path, splits: Sequence[str], split_by: str) 
         for key, kind in (("image_id", "images"), ("ann_id", "annotations"), ("category_id", "categories")):
             expect(record[key] in known[kind], f"{where}: {key} {record[key]} is none of the {kind} in {file}")
         category = known["categories"][record["category_id"]].get("name")
-        found.append(_reference(record, known["annotations"][record["ann_id"]], known["images"][record["image_id"]], category, where))
+        one = _reference(record, known["annotations"][record["ann_id"]], known["images"][record["image_id"]], category, where)
+        found.append(replace(one, shown=frozenset(shown[one.image_id])))
     return found
 
 

@@ -106,7 +106,7 @@ class ImageGroup:
 class NamedMask:
     """An image, a text and the pixels it names: a class name (ImageNet-S) or a referring expression (RefCOCO).
 
-    `group` is the unit of resampling when several samples come from one image."""
+    `group` is the unit of resampling when several samples come from one image. `shown`: all classes that the image is known to show."""
 
     id: str
     image_id: str
@@ -115,6 +115,7 @@ class NamedMask:
     mask: np.ndarray = Opened()
     group: str
     class_name: str = ""
+    shown: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

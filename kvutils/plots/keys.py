@@ -157,7 +157,7 @@ def block_effects(blocking: Mapping) -> Figure:
     groups: dict[tuple[int, ...], list[str]] = {}
     for name in ROWS:
         groups.setdefault(tuple(about[name]["layers"]), []).append(name)
-    what = {tuple(late): "the last third", tuple(about[BELOW]["layers"]): "where the image is read most"}
+    what = {tuple(late): "the last ones", tuple(about[BELOW]["layers"]): "where the image is read most"}
     rows = []  # (condition or "", label)
     for layers, members in groups.items():
         rows.append(("", f"{_span(layers)}, {what.get(layers, 'the first')}"))

@@ -31,8 +31,8 @@ PAPER_F1 = 78.1  # of POPE, without a block
 
 
 def last_layers(layers: int) -> tuple[int, ...]:
-    """The last third, rounded up: the last 10 of 28, as in the paper."""
-    return tuple(range(layers - -(-layers // 3), layers))
+    """The last ten, as in the paper; of a model of up to 20 layers the last third, rounded up."""
+    return tuple(range(layers - (10 if layers > 20 else -(-layers // 3)), layers))
 
 
 def conditions(table: KeyTable, threshold: Mapping, reading: Sequence[int], layers: Sequence[int] | None = None, draws: int = 20,

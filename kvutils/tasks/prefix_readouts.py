@@ -101,7 +101,7 @@ class ReferringPrefix(PrefixReadout):
         self.name = f"referring_by_{kind}"
         self._shown: dict[str, set[str]] = {}
         for sample in samples:
-            self._shown.setdefault(sample.image_id, set()).add(sample.class_name)
+            self._shown.setdefault(sample.image_id, set()).update((sample.class_name, *sample.shown))
         self._things = sorted({(self._text(sample), sample.class_name) for sample in samples})
 
     def _text(self, sample: NamedMask) -> str:
@@ -125,7 +125,7 @@ class DomainPrefix(PrefixReadout):
     """Semantic segmentation of one domain with the domain's name before the image; mIoU over the classes that occur. readout "text": the
     class name with the largest dot product, on pixels that show some class; centring texts does not change it. "probe": under `FEWER`
     conditions, a linear probe each, fitted on the tokens of other images of the domains, each with its own prefix of that condition, for
-    the classes (and background) that their tokens show. Objects, for how far values move, are all classes but `STUFF`."""
+    the classes (and background) that their tokens show; a wrong domain is another one of all these images. Objects, for how far values move, are all classes but `STUFF`."""
 
     statistic = staticmethod(lambda weights, values: class_mean_iou(weights, values[:, : -len(MOVED)]))
 
@@ -136,7 +136,7 @@ class DomainPrefix(PrefixReadout):
         self.readout, self.strength = readout, strength
         self.parameters = {"strength": strength, "train": [sample.id for sample in train]}
         self.name = f"domain_by_{readout}"
-        self.domains = sorted({sample.domain for sample in samples})
+        self.domains = sorted({sample.domain for sample in (*samples, *train)})
         if len(self.domains) < 2:
             raise DataError(f"prefixes of a wrong domain need at least two domains, found {self.domains}")
         labels = self.class_names if readout == "text" else ("background", *self.class_names)

@@ -59,7 +59,7 @@ class TextSegmentation(Task):
         super().__init__(samples)
         own: dict[str, set[str]] = {}  # of an image, the texts and classes that hold
         for sample in samples:
-            own.setdefault(sample.image_id, set()).update((sample.text, sample.class_name))
+            own.setdefault(sample.image_id, set()).update((sample.text, sample.class_name, *sample.shown))
         texts = sorted({(sample.text, sample.class_name) for sample in samples})
         self._wrong = {}  # for every sample a text of another image that no sample of its own image has
         for sample in samples:
