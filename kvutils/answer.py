@@ -19,7 +19,7 @@ from PIL import Image
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from kvutils.block import block_keys, slot_rows
-from kvutils.errors import ImageError, ParameterError, at_least
+from kvutils.errors import ImageError, ParameterError, at_least, one_of
 from kvutils.images import ImageLike, open_image
 from kvutils.keys import KeySelection
 from kvutils.language import Continuation, Prefix, check_masks, embed, prefill
@@ -139,6 +139,7 @@ class SessionBatch(contextlib.AbstractContextManager):
                      queries: str = "after") -> dict[str, list[list[Answer]]]:  # fmt: skip
         """What `answer` gives under each of several blocks; the layers before the first in which one hides a key are run once for all."""
         prefix, ends = self._open(), end_tokens(self.mlm)
+        one_of("queries", queries, ("after", "all"))
         at_least("max_new_tokens (or 0 with options)", max_new_tokens, 1 if options is None else 0)
         groups = _portions(self._asked(questions, options))
         shared, slots = len(blocks) > 1 and queries == "after", self.slots if any(blocks.values()) else None

@@ -310,7 +310,8 @@ def weights_sample(model: PreTrainedModel) -> str:
     """Checksum of the configuration and of some values of every weight: another training of a model in memory is another model."""
     digest = hashlib.sha256(model.config.to_json_string().encode())
     for name, each in model.state_dict().items():
-        digest.update(f"{name} {tuple(each.shape)}".encode())
-        if not each.is_meta:  # offloaded by accelerate
+        tensor = isinstance(each, torch.Tensor)  # torch's quantised modules keep packed ones and dtypes as well
+        digest.update(f"{name} {tuple(each.shape) if tensor else each}".encode())
+        if tensor and not each.is_meta:  # offloaded by accelerate
             digest.update(each.detach().flatten()[:: max(1, each.numel() // 64)].cpu().double().numpy().tobytes())
     return f"sha256:{digest.hexdigest()[:16]}"

@@ -16,6 +16,7 @@ step inside the plane costs little. The preconditioner is F's Hessian, estimated
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -90,7 +91,8 @@ def fit_linear_probe(X: Tensor, y: Tensor, num_classes: int = 2, strength: float
     (N,) or (S, N), bool or >= 0: rows of weight 0 (padding, void tokens) take no part and may hold any label and feature.
     strength is scikit-learn's C. float64 is solved in float64, all else in float32.
 
-    A source has converged when |gradient|^2 <= 2 tol F / strength. F is 1/strength-strongly convex in w, so its loss is then
+    A source has converged when |gradient|^2 <= 2 tol F / strength and what the intercepts could still gain, by their curvature where
+    features tell little, is below tol F. F is 1/strength-strongly convex in w, so its loss is then
     within a share of about tol of the minimum (in practice a tenth of that). Sources do not depend on those beside them.
 
     ParameterError: shapes that do not fit, labels out of range, a source with fewer than two classes, NaN or Inf. Source:
@@ -109,7 +111,7 @@ def fit_linear_probe(X: Tensor, y: Tensor, num_classes: int = 2, strength: float
         raise ParameterError(f"fit_linear_probe: expected arrays of numbers, X (S, N, C) and labels y (N,) from 0 on ({error})") from error
     if y.is_floating_point() and not (y == y.round()).all():
         raise ParameterError("fit_linear_probe: expected whole numbers as labels y, found fractions")
-    of_kind("strength", strength, (int, float), "a number")
+    of_kind("strength", strength, Real, "a number")
     at_least("num_classes", num_classes, 2)
     at_least("max_iter", max_iter)
     if X.ndim < 2 or X.numel() == 0:
@@ -200,11 +202,16 @@ def _fit_chunk(X: Tensor, onehot: Tensor, s: Tensor, keep: Tensor | None, streng
     metric = torch.empty_like(point)  # weights under which a direction's squared length is F's curvature
     metric[..., :P] = ridge
     iterations = torch.zeros(S, dtype=torch.long, device=A.device)
+    # The intercepts, which nothing holds, bend the loss by so much where features tell little; 0: of a class that no row has.
+    rows = s.sum(1, keepdim=True)
+    share = ((onehot @ s.unsqueeze(-1)).squeeze(-1) / rows)[:, -K:]
+    bend = rows * share * (1 - share)
     loss, state = model(point[..., P:])
     factor = None
     for iteration in range(max_iter + 1):
         gradient = model.residual(state) @ A + ridge * point[..., :P]
-        converged = gradient.square().sum((1, 2)) * (strength / 2) <= tol * loss
+        still = torch.where(bend > 0, gradient[..., -1].square() / (2 * bend), 0).sum(1)
+        converged = torch.maximum(gradient.square().sum((1, 2)) * (strength / 2), still) <= tol * loss
         todo = (~converged).nonzero().flatten()
         if iteration == max_iter or not len(todo):
             break

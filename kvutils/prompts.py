@@ -128,7 +128,8 @@ class PromptTokens:
         texts = [] if isinstance(options, str) else [one for one in options or () if isinstance(one, str)]
         if not texts or len(set(texts)) < len(options):
             raise ParameterError(f"options must be a list of different texts, at least one, not {options!r}")
-        spelled = options if isinstance(options, Mapping) else {option: (option,) for option in options}
+        spelled = options if isinstance(options, Mapping) else dict(zip(options, options, strict=True))
+        spelled = {label: (texts,) if isinstance(texts, str) else texts for label, texts in spelled.items()}
         found, unknown = {label: [] for label in spelled}, self.mlm.tokenizer.unk_token_id
         for label, text in ((label, text) for label, spellings in spelled.items() for text in spellings):
             if text not in self._spelled:
@@ -145,4 +146,4 @@ class PromptTokens:
 
 def for_all(options) -> bool:
     """Whether these are one question's options, meant for every question, and not options of each."""
-    return options is None or isinstance(options, str | Mapping) or not options or isinstance(options[0], str)
+    return options is None or isinstance(options, str | Mapping) or not options or isinstance(next(iter(options)), str)

@@ -1,8 +1,7 @@
 """Results and parts of a run on disk: written whole or not at all, checked when read, reused only while valid.
 
-Every write goes to a file of its own in the same folder, which is then renamed over the target. A killed run or a full disk
-leaves the previous file; two runs in one folder each write whole files and share the parts between them (`Parts.make_all`):
-that is also how several processes, GPUs and nodes with a common file system work on one run."""
+Every write goes to a file of its own in the same folder, which is then renamed over the target: a killed run or a full disk leaves the
+previous file, and processes, GPUs and nodes with a common file system share the parts of one run (`Parts.make_all`)."""
 
 import ast
 import hashlib
@@ -41,7 +40,10 @@ def atomic(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask says; safetensors makes files that others cannot read
         yield temporary
+        temporary.chmod(mode)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())  # otherwise a power cut may leave the new name with old or no content
         os.replace(temporary, path)
@@ -193,9 +195,8 @@ def fingerprint(**depends: object) -> str:
 
 
 class Parts:
-    """The finished parts of one run, in `root/<fingerprint>/`: one safetensors file each, with its checksum in the header.
-
-    Stale parts are not found; one that is truncated or altered counts as missing (the log says so) and is made again.
+    """The finished parts of one run, in `root/<fingerprint>/`: one safetensors file each, with its checksum in the header. Stale parts are
+    not found; one that is truncated or altered counts as missing (the log says so) and is made again.
 
     >>> parts = Parts("data/cache/parts", model=mlm.revision, episodes=100, seed=0)
     >>> table = run_task(task, extractor, parts)   # chunks are computed once, then read
@@ -255,10 +256,9 @@ class Parts:
             return None
 
     def make_all(self, jobs: Sequence[tuple[str, Callable[[], object]]]) -> Iterator[object]:
-        """The parts of all jobs (key, compute), in order, as the files hold them: a resumed run goes on from the same values.
-        Processes that run the same jobs in this folder share them: a part is computed by the one that locks it first, and while
-        one waits for a part of another it computes those that come later. The operating system gives back the lock of a process
-        that dies, so its part is computed by another."""
+        """The parts of all jobs (key, compute), in order, as the files hold them: a resumed run goes on from the same values. Processes that
+        run the same jobs in this folder share them: a part is computed by the one that locks it first, and while one waits for a part of
+        another it computes those that come later. A process that dies loses its locks, so another computes its part."""
         ahead = 0  # everything before it was finished or somebody's when it was last looked at
         for place, (key, compute) in enumerate(jobs):
             ahead = max(ahead, place + 1)

@@ -195,6 +195,10 @@ def test_option_scores_are_sums_over_the_options_tokens(family, attention):
                 logits = full_logits(mlm, [IMAGES[0]], question, answer=option)[:-1]
                 expected = logits.log_softmax(-1)[torch.arange(len(ids)), ids].sum()
                 assert abs(scores[i, j] - expected) < 1e-5 * len(ids)
+        named = scores_of(session, QUESTIONS, {"it is": "yes", "fish": ("a red fish",), "cars": "car car"})  # one spelling each
+        assert torch.equal(named, scores)
+        with pytest.raises(ParameterError, match="queries 'befor'"):
+            session.ask(QUESTIONS, queries="befor")
         # options of one question do not see each other
         alone = torch.cat([scores_of(session, QUESTIONS, [option]) for option in options], dim=1)
         assert torch.allclose(scores, alone, atol=1e-5)

@@ -96,6 +96,7 @@ def test_a_misspelt_model_and_a_hub_out_of_reach_are_said_once_and_at_once(tmp_p
 def test_ctrl_c_is_answered_in_words(monkeypatch, capsys):
     monkeypatch.setattr(cli, "run", Mock(side_effect=KeyboardInterrupt))
     assert main(["report"]) == 130 and "the same command goes on" in capsys.readouterr().err
+    assert main(["capture", "photo.jpg", "--out", "x.safetensors"]) == 130 and "Nothing is written before the last photo is read" in capsys.readouterr().err
 
 
 def test_ctrl_c_is_answered_in_one_sentence_where_the_reader_of_the_pipe_is_gone():

@@ -1,6 +1,7 @@
 """A folder of one's own pictures: what tasks read of it, what `kvutils probe` makes of it, and what is said of one that does not fit."""
 
 import json
+import os
 import shutil
 from unittest.mock import Mock
 
@@ -193,3 +194,51 @@ def test_probe_shows_what_is_like_a_point_on_the_first_thing(folder, tmp_path, m
     assert main(["probe", str(folder), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
     x, y = (int(each) for each in shown["point"])
     assert corners[y, x] == 1 and max(x, y) < 18
+
+
+def test_white_with_soft_edges_is_no_mask_of_classes(folder):
+    """Its few greys would be classes, and the thing itself void."""
+    large = np.zeros((384, 384), np.uint8)
+    large[82:251, 101:303] = 255
+    Image.fromarray(large).resize((96, 96), Image.Resampling.BOX).save(folder / "masks" / "p1.png")
+    with pytest.raises(DataError, match="p1.png: expected class numbers, found . values, as the soft edges"):
+        kv.open_dataset("folder", folder)
+
+
+def test_white_is_white_in_one_bit_and_in_eight(folder):
+    for i in range(COUNT):
+        with Image.open(folder / "masks" / f"p{i}.png") as mask:
+            Image.fromarray((np.array(mask) % kv.VOID > 0) * np.uint8(255)).convert("1" if i % 2 else "L").save(folder / "masks" / f"p{i}.png")
+    found = kv.open_dataset("folder", folder)
+    assert all(one.classes == (1,) and set(np.unique(one.mask)) == {0, 1} for one in found)
+
+
+def test_a_mask_that_may_be_turned_or_not_is_refused(folder):
+    upside_down = Image.Exif()
+    upside_down[0x0112] = 3
+    with Image.open(folder / "p0.png") as image:
+        image.save(folder / "p0.png", exif=upside_down)
+    with pytest.raises(DataError, match="p0.png: EXIF turns its picture, which keeps its size, .* save the picture upright"):
+        kv.open_dataset("folder", folder)
+
+
+def test_every_picture_with_points_is_in_a_pair(folder):
+    for count in (2, 3, 5):
+        (folder / "points.csv").write_text("image,name,x,y\n" + "".join(f"p{i},eye,{i},4\n" for i in range(count)))
+        pairs = kv.open_dataset("folder", folder, samples="pairs")
+        assert {each for pair in pairs for each in (pair.source_id, pair.target_id)} == {f"p{i}" for i in range(count)}
+    (folder / "points.csv").write_text("image,name,x,y\np0,eye,1,4\np1,nose,1,4\np2,nose,3,4\n")
+    assert len(kv.open_dataset("folder", folder, samples="pairs")) == 2
+
+
+def test_names_that_are_no_utf8_are_named(folder):
+    shutil.copy(folder / "p0.png", os.fsencode(folder) + b"/caf\xe9.png")
+    with pytest.raises(DataError, match=r"caf.udce9.png': its name is no UTF-8, which results are written in; rename it"):
+        kv.open_dataset("folder", folder)
+
+
+def test_scores_are_kept_though_a_picture_cannot_be_drawn(folder, tmp_path, capsys):
+    Image.new("RGB", (2, 900)).save(folder / "a.png")  # too thin for Qwen2.5-VL
+    code = main(["probe", str(folder), "--model", "pocket-qwen", "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert "a is not drawn: " in said and "too thin" in said and (tmp_path / "out" / "probe.json").is_file() and code in (0, 1)

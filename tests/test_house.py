@@ -30,11 +30,11 @@ ALLOWED = {
 # Lines per room, blank ones and comments counted, rounded up to tens. A budget goes down as its room shrinks. It is raised
 # only by a commit that says what the new lines are for and what they made superfluous.
 BUDGET = {
-    "__init__": 90, "errors": 100, "checkpoints": 130, "images": 90, "processors": 150, "layout": 290, "probes": 310, "store": 320, "models": 320, "vision": 200,
+    "__init__": 90, "errors": 100, "checkpoints": 130, "images": 90, "processors": 150, "layout": 290, "probes": 320, "store": 320, "models": 320, "vision": 200,
     "prompts": 150, "language": 270, "kvcache": 160, "keys": 240, "block": 130, "answer": 320,
-    "metrics": 800, "datasets": 2380, "datasets/pocket": 1140, "readout": 1140, "tasks": 4250, "plots": 990, "explorer": 670, "run": 2590, "__main__": 10,
+    "metrics": 800, "datasets": 2390, "datasets/pocket": 1140, "readout": 1140, "tasks": 4250, "plots": 990, "explorer": 670, "run": 2600, "__main__": 10,
 }
-CORE_BUDGET, PACKAGE_BUDGET = 3_210, 17_120  # the flat files together, the whole package; last: every metric in the report, grids of stored keys, half-extracted data
+CORE_BUDGET, PACKAGE_BUDGET = 3_220, 17_150  # the flat files together, the whole package; last: every metric in the report, grids of stored keys, half-extracted data, masks of one's own
 LARGEST = 320  # lines of a module: a longer one is two ideas
 
 

@@ -202,3 +202,15 @@ def test_shuffled_labels_keep_counts_and_void_entries():
     assert torch.equal(out, shuffled_labels(y, 3, y != 255)) and out.dtype == y.dtype
     assert torch.equal(out.sort().values, y) and torch.equal(out[40:], y[40:])
     assert not torch.equal(out, shuffled_labels(y, 4, y != 255)) and not torch.equal(out, y)
+
+
+@pytest.mark.parametrize("counts", [(7, 5, 5, 2, 2), (10, 190)])
+def test_intercepts_are_fitted_under_a_strong_penalty(counts):
+    """Of classes as they are: under a penalty that leaves the features nothing, the intercepts still say how frequent each class is."""
+    y = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    X = torch.randn(len(y), 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    probe = fit_linear_probe(X, y, len(counts), strength=np.float64(2e-4), class_balanced=False)
+    priors = torch.tensor(counts, dtype=torch.float64) / len(y)
+    assert probe.converged and float(probe.loss) < float(-(priors.log() * priors).sum() * len(y)) * 1.001
+    if len(counts) == 2:
+        assert float(probe.bias) == pytest.approx(np.log(190 / 10), abs=0.15)  # the loss within a thousandth

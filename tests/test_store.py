@@ -297,3 +297,14 @@ def test_the_time_that_parts_took_is_kept_with_them(tmp_path):
     assert first.seconds == second.seconds and all(0.02 <= each < 5 for each in first.seconds.values()) and first.seconds.keys() == {"a", "b"}
     (third := Parts(tmp_path, "another notebook")).load("a")
     assert third.seconds == {}  # what several read is counted once
+
+
+def test_files_can_be_read_by_those_whom_the_umask_allows(tmp_path):
+    """safetensors makes files that only their owner can read: of no use on a disk that several share."""
+    before = os.umask(0o022)
+    try:
+        Parts(tmp_path, seed=0).make_all([("one", lambda: {"x": torch.ones(2)})]).__next__()
+    finally:
+        os.umask(before)
+    (file,) = tmp_path.rglob("*.safetensors")
+    assert file.stat().st_mode & 0o777 == 0o644

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from scipy.ndimage import binary_erosion
 from tqdm import tqdm
 
 from kvutils import VOID
@@ -99,14 +100,14 @@ def _episode(query: FolderPicture, number: int, others: Sequence[FolderPicture],
 
 
 def _pairs(pictures: Sequence[FolderPicture]) -> list[KeypointPair]:
-    size, found = max(2, -(-len(pictures) // PARTS)), []
-    for start in range(0, len(pictures), size):
-        group = pictures[start : start + size]
+    found, count = [], max(1, min(PARTS, len(pictures) // 2))  # none of a single picture
+    for number, some in enumerate(np.array_split(np.arange(len(pictures)), count)):
+        group = [pictures[place] for place in some]
         steps = range(1, min(PARTNERS + 1, len(group)))
         for one, other in ((one, group[(i + step) % len(group)]) for i, one in enumerate(group) for step in steps):
             if names := sorted(one.points.keys() & other.points.keys()):
                 points = [np.array([each.points[name] for name in names]) for each in (one, other)]
-                found.append(KeypointPair(f"{one.id}-{other.id}", f"group {start // size}", one.id, partial(getattr, one, "image"), points[0],
+                found.append(KeypointPair(f"{one.id}-{other.id}", f"group {number}", one.id, partial(getattr, one, "image"), points[0],
                                           other.id, partial(getattr, other, "image"), points[1], other.box))  # fmt: skip
     return found
 
@@ -115,6 +116,8 @@ def _read(root: Path, progress: bool = False) -> list[FolderPicture]:
     """Every picture with what there is of it, by name. All is opened once: what is damaged shows before anything is measured."""
     expect(root.is_dir(), f"{root}: expected a folder of pictures, found {'a file' if root.exists() else 'nothing'}")
     files: dict[str, Path] = {}
+    for path in (root, *root.iterdir()):
+        expect("\\udc" not in ascii(str(path)), f"{ascii(str(path))}: its name is no UTF-8, which results are written in; rename it")
     for path in visible(path for path in root.iterdir() if path.suffix.lower() in FORMATS):
         expect(path.stem not in files, f"{path}: {files.get(path.stem)} has the same name; rename one of the two")
         files[path.stem] = path
@@ -144,10 +147,17 @@ def _read(root: Path, progress: bool = False) -> list[FolderPicture]:
 
 
 def _labels(path: Path, picture: Picture) -> np.ndarray:
-    labels = read_labels(path, picture, ("1", "L", "P"), "class numbers in one channel (a grey or palette image)").astype(np.uint8)
-    shown = len(np.unique(labels))
-    expect(shown <= MOST_CLASSES, f"{path}: expected class numbers, found {shown} values, as the soft edges of a drawing or JPEG make; save it "
-                                  "as PNG without smoothing, 0 and the number of a class alone (or 255)")  # fmt: skip
+    labels = read_labels(path, picture, ("1", "L", "P"), "class numbers in one channel (a grey or palette image)")
+    labels = (labels * VOID if labels.dtype == bool else labels).astype(np.uint8)  # of one bit or of eight, white is white
+    with Image.open(path) as image:
+        turn = picture.turn(image.size)
+    expect(turn.orientation == 1 or turn.size != picture().size, f"{path}: EXIF turns its picture, which keeps its size, so that nothing tells "
+                                                                 "whether the mask is turned as well; save the picture upright")  # fmt: skip
+    white, grey, shown = labels == VOID, (labels > 0) & (labels < VOID), len(np.unique(labels))
+    thick = [binary_erosion(seen, np.ones((3, 3))).any() for seen in (white, grey)]  # soft edges of white are thin
+    soft = shown > MOST_CLASSES or thick[0] and grey.any() and not thick[1]
+    expect(not soft, f"{path}: expected class numbers, found {shown} values, as the soft edges of a drawing or JPEG make; save it as PNG without "
+                     "smoothing, 0 and the number of a class alone (or 255)")  # fmt: skip
     return labels
 
 

@@ -58,8 +58,9 @@ def explore(models: Model | Sequence[Model], images: ImageLike | Sequence[ImageL
         raise ParameterError("context must be a list of pictures, not a single one")
     names = [str(one) if isinstance(one, str | PathLike) else f"images[{i}]" if len(images) > 1 else "picture" for i, one in enumerate(images)]
     extractors = [one if isinstance(one, FeatureExtractor) else FeatureExtractor(one, encoder_original=encoder) for one in models]
+    context = list(context or ())
     pairs = product(extractors, zip(images, names, strict=True))
-    return Explorer([Panel(extractor, *picture, list(context or ())) for extractor, picture in pairs])
+    return Explorer([Panel(extractor, *picture, context) for extractor, picture in pairs])
 
 
 class Explorer(anywidget.AnyWidget):

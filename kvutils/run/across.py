@@ -79,8 +79,9 @@ def at_once(one: Mapping, count: int) -> dict:
 
 def ability(models: Models, claims: Mapping[str, Mapping]) -> dict:
     """C3: correlation of what the language model adds, mean over the tasks of notebook 01, with accuracy, the mean of POPE's (notebook
-    03) and the mean of the subtasks of BLINK that are asked (05; BLINK has 14). Models that lack one of the three, or a task that others have, are left out. A model and what it
-    was before its last stage are one training: both are in the correlation, its interval counts them once."""
+    03) and the mean of the subtasks of BLINK that are asked (05; BLINK has 14). Models that lack one of the three, or a task that others
+    have, are left out. A model and what it was before its last stage are one training: both are in the correlation, its interval counts
+    them once."""
     points = adds_and_ability(models)
     most = max((tasks for *_, tasks in points.values()), default=0)
     points = {model: (x, y) for model, (x, y, tasks) in points.items() if tasks == most}

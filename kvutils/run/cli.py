@@ -64,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         except OSError:  # Ctrl-C has ended a `tee` that reads us, too: what is not yet written has nowhere to go
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print("\nStopped. What is finished is kept, and the same command goes on.", file=sys.stderr)
+        kept = "Nothing is written before the last photo is read" if arguments[:1] == ["capture"] else "What is finished is kept, and the same command goes on"
+        print(f"\nStopped. {kept}.", file=sys.stderr)
         return STOPPED
 
 

@@ -173,7 +173,8 @@ def table(profile: str, model: str, notebooks: Sequence[str] = NOTEBOOKS, size: 
     spec, report = find_model(model), find_rehearsal(model)
     chosen = {number: parameters_of(number, profile, size, source) for number in notebooks}
     lost = {number: left_out(number, profile, each) for number, each in chosen.items()}
-    hours, said = hours_of(report, size, gpu, lost) if report else ({}, f"run `make rehearse MODEL={model}` to know them" if base_name(model) in MODELS else "known of published models alone")
+    unknown = f"run `make rehearse MODEL={model}` to know them" if base_name(model) in MODELS else "known of published models alone"
+    hours, said = hours_of(report, size, gpu, lost) if report else ({}, unknown)
     wanted = {number: data_of(number, profile, each) for number, each in chosen.items()}
     data = look_for_data(_together(wanted))
     models = {each.name: look_for_model(each) for each in (spec, ENCODERS[original_encoder(model)])}

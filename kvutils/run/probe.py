@@ -112,7 +112,11 @@ def _pictures(pictures: Sequence[FolderPicture], extractor: FeatureExtractor) ->
     figures, most = {}, max(1, -(-len(extractor.layers) // LAYERS))
     for place, one in enumerate(pictures[:SHOWN]):
         context = {other.id: other.image for other in pictures[max(0, place - CONTEXT) : place + CONTEXT] if other is not one}
-        scene = picture(extractor, one.id, one.image, _point(one), context)
+        try:
+            scene = picture(extractor, one.id, one.image, _point(one), context)
+        except KVUtilsError as error:  # scores matter more
+            print(f"{one.id} is not drawn: {error}")
+            continue
         some = [name for name in scene["pca"] if "." not in name or int(name.rpartition(".")[2]) % most == 0]
         figures[f"picture-{one.id}"] = overview(scene | {kind: {name: scene[kind][name] for name in some} for kind in ("pca", "similarity")})
     return figures

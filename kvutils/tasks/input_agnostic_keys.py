@@ -63,9 +63,9 @@ def results(tables: Mapping, about: Mapping) -> dict:
     claims["C6"]["others"].append(part(tried.format(**swept["best"]), Effect.of(swept["held_out"]).scaled(100)))
     effect, score, every = (found["families"][name]["headline"] for found, name in ((pope, BLOCK), (mme, BLOCK), (pope, EVERY)))
     modes = [each["two_modes"] for each in described["modes"]["layers"][1:]]
-    finding = (f"The variance of image keys surely has two separate modes in {modes.count('yes')} of {total - 1} layers after layer 0 ({modes.count('open')} open). Blocking the keys "
-               f"that vary least in layers {layers[0]}-{layers[-1]} changes POPE by {interval_text(effect, 1, True, 100)} F1 points and MME by "
-               f"{interval_text(score, 0, True)} points, hiding every image key there changes POPE by {interval_text(every, 1, True, 100)}; "
+    finding = (f"The variance of image keys surely has two separate modes in {modes.count('yes')} of {total - 1} layers after layer 0 "
+               f"({modes.count('open')} open). Blocking the keys that vary least in layers {layers[0]}-{layers[-1]} changes POPE by "
+               f"{interval_text(effect, 1, True, 100)} F1 points and MME by {interval_text(score, 0, True)} points, hiding every image key there changes POPE by {interval_text(every, 1, True, 100)}; "
                f"the image is read most in layers {reading['layers'][0]}-{reading['layers'][-1]}.")
     return {"keys": {"trained": described, "compared": compared},
             "knock_out": summarise_knock_out(tables["reading"], *options) | {"reading": reading},

@@ -78,8 +78,8 @@ def measure_keys(mlm: MLM, images: Sequence[LabelledImage], questions: Sequence[
                  mass_images: int = 200, chunk: int = 250, progress: bool = True) -> KeyTable:  # fmt: skip
     """Read the keys of all images, and the attention that `questions` pay to them, if there are any. images: any
     sequence of samples with `id`, `image` and `mask` (0 background, `VOID` unknown), all of one token grid. mass_images: how many of them
-    the attention is measured on. With `parts` finished chunks are kept (at 7B some 0.3 to 0.6 GB each), and a stopped run goes on. Raises DataError for different grids and
-    for no images, and what `capture` raises."""
+    the attention is measured on. With `parts` finished chunks are kept (at 7B some 0.3 to 0.6 GB each), and a stopped run goes on. Raises
+    DataError for different grids and for no images, and what `capture` raises."""
     at_least("mass_images", mass_images)
     if not len(images):
         raise DataError("a variance across images needs images, found none")

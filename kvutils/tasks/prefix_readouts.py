@@ -125,7 +125,8 @@ class DomainPrefix(PrefixReadout):
     """Semantic segmentation of one domain with the domain's name before the image; mIoU over the classes that occur. readout "text": the
     class name with the largest dot product, on pixels that show some class; centring texts does not change it. "probe": under `FEWER`
     conditions, a linear probe each, fitted on the tokens of other images of the domains, each with its own prefix of that condition, for
-    the classes (and background) that their tokens show; a wrong domain is another one of all these images. Objects, for how far values move, are all classes but `STUFF`."""
+    the classes (and background) that their tokens show; a wrong domain is another one of all these images. Objects, for how far values
+    move, are all classes but `STUFF`."""
 
     statistic = staticmethod(lambda weights, values: class_mean_iou(weights, values[:, : -len(MOVED)]))
 
