@@ -119,5 +119,5 @@ def summary(table: ScoreTable) -> dict:
         f"{head}: in the first value projection, layer 1, the last layer and on average of all from layer 1 on, rows of the grid account for "
         f"{shares(GREY, 'rows')} of how its tokens' values differ and columns for {shares(GREY, 'columns')}; where the same tokens are read column "
         f"by column, rows for {shares(COLUMNWISE, 'rows')} and columns for {shares(COLUMNWISE, 'columns')}{because}. Of a photograph they are {pictured}. "
-        f"Which of its tokens are alike agrees with SigLIP at a correlation of {agreeing('like SigLIP')}, and with the grey picture at {agreeing('like grey')}, in layer 1 "
+        f"Which tokens of a photograph are alike agrees with SigLIP at a correlation of {agreeing('like SigLIP')}, and with the grey picture at {agreeing('like grey')}, in layer 1 "
         "and in the last layer.")}  # fmt: skip
