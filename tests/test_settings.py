@@ -160,3 +160,9 @@ def test_the_bound_holds_for_every_score_and_a_change_is_sure(found, word):
     if word == "does not hold" and len(claim["others"]) == 2:
         noisy = {"score 3": part("b: score 3", Effect(1, -9, 11, 60, 5, 60))}  # reaches further, and says nothing
         assert judge(X6, claim_x6(found | {"changes": found["changes"] | {"b": noisy}})).word == word
+
+
+def test_without_any_of_the_six_tasks_there_is_nothing_to_compare():
+    """As where notebook 01 reads the probe's data set alone, and POPE is not to be had: no usual picture, whose size Qwen's would follow."""
+    found, left_out = measure_settings({}, {}, None, tiny("qwen2_5_vl"), loader("qwen2_5_vl", {}), progress=False)
+    assert not found and "without POPE, which could not be read" in left_out["resolution 0.75 of the side"]

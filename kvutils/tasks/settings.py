@@ -127,7 +127,7 @@ def measure_settings(tasks: Mapping[str, Task], tables: Mapping[str, ScoreTable]
     plain, left_out = Setting(mlm), {}
     scored: dict[str, dict[str, ScoreTable]] = {}
     said = {} if pope is None else {NONE: _answers(pope, plain, parts)}
-    for name, make in tqdm(settings_of(mlm, load, lambda: np.median([np.prod(each().size) for each in first])).items(), "settings", disable=not progress):
+    for name, make in tqdm(settings_of(mlm, load, lambda: np.median([np.prod(each().size) for each in first] or [1])).items(), "settings", disable=not progress):
         setting = reader = None  # the model before is put away first: two hardly fit
         try:
             setting, now = make(), {}
