@@ -9,8 +9,8 @@ In this order:
     absent               the 90 % interval lies within +- the smallest effect of interest: larger effects are excluded
     cannot tell          none of these; the effect that would have been found with probability .8 is stated
 
-Claims about a number of tasks (`kind: tasks`) are present if some task is ahead by Holm's procedure over the tasks, of the paper's size
-if as many are as in the paper; opposite if none is ahead and some behind; absent if all are equal. A question whether nothing changes
+Claims about a number of tasks (`kind: tasks`) are present if some task (of C4's several, `least` 2) is ahead by Holm's procedure over the
+tasks, of the paper's size if as many are as in the paper; opposite if none is ahead and some behind; absent if all are equal. A question whether nothing changes
 (`kind: equal`) holds where `absent` is shown, and fails where a change of the smallest size of interest is. X claims are questions of
 ours: they hold (present) or do not hold (absent); the other words are the same."""
 
@@ -128,15 +128,15 @@ def of_tasks(claim: Mapping, found: Mapping) -> Verdict:
     words = [word_of(each, smallest) for each in tasks]
     count = {word: words.count(word) for word in (PRESENT, OPPOSITE, ABSENT, CANNOT_TELL)}
     about = f"{count[PRESENT]} of {len(tasks)} tasks ahead, {count[OPPOSITE]} behind, {count[ABSENT]} equal, {count[CANNOT_TELL]} open"
-    if ahead:
+    if len(ahead) >= claim["least"]:
         size = f"fewer ahead than the {paper} of the paper" if count[PRESENT] < paper else f"at least the {paper} of the paper"
         return Verdict(PRESENT, f"{about}; {size}.")
-    if behind:
+    if behind and not ahead:
         return Verdict(OPPOSITE, f"It points the other way: {about}; in the paper {paper} are ahead.")
     if count[ABSENT] == len(tasks):
         return Verdict(ABSENT, f"Differences of {amount(smallest, claim['unit'])} or more are excluded on all {len(tasks)} tasks.")
-    chance = " (one of several may be so by chance)" if count[PRESENT] + count[OPPOSITE] else ""
-    return Verdict(CANNOT_TELL, f"Open: {about}{chance}; in the paper {paper} are ahead.")
+    few = f"; several would be {claim['least']}" if ahead else " (one of several may be so by chance)" if count[PRESENT] + count[OPPOSITE] else ""
+    return Verdict(CANNOT_TELL, f"Open: {about}{few}; in the paper {paper} are ahead.")
 
 
 def _surely(tasks: Sequence[Mapping], sign: int, beyond: float = 0.0) -> list[Mapping]:
