@@ -42,6 +42,7 @@ from kvutils.layout import TokenLayout
 from kvutils.metrics.effects import measured, part
 from kvutils.metrics.statistics import Effect, column_mean
 from kvutils.run import across, notebook, report
+from kvutils.run.judged import load_claims
 from kvutils.run.verdicts import VERDICTS, judge
 from kvutils.store import read_json
 from kvutils.tasks.base import SHUFFLED, UNTRAINED, ScoreTable, summarise
@@ -348,7 +349,7 @@ def draw_x1(size: str, points: float, random: Random) -> dict:
         true = {"C1": 20.0, "C2a": points if place == 2 else 4.0, "C2b": 4.0}
         found = {key: measured(part(key, _noisy(value, 0.8, random))) for key, value in true.items()}
         models[family] = {"01_value_flow": {"claims": found}}, {"01_value_flow": {"family": family}}
-    return across.measure(models, report.load_claims())["X1"]
+    return across.measure(models, load_claims())["X1"]
 
 
 def draw_x6(size: str, points: float, random: Random) -> dict:
@@ -365,7 +366,7 @@ def _noisy(true: float, error: float, random: Random, units: int = 200) -> Effec
 
 @cache
 def claims() -> dict[str, dict]:
-    return {claim["id"]: claim for claim in report.load_claims()}
+    return {claim["id"]: claim for claim in load_claims()}
 
 
 def truths(name: str, draw: Draw, opposite: bool = True, **cannot: Draw) -> list[Truth]:

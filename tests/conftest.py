@@ -42,7 +42,7 @@ def _seed():
 @pytest.fixture
 def verdict():
     """(claim id, what a notebook stores of it) -> the word of its verdict, by data/claims.yaml."""
-    from kvutils.run.report import load_claims
+    from kvutils.run.judged import load_claims
     from kvutils.run.verdicts import judge
     from kvutils.store import to_json
 

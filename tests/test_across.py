@@ -12,6 +12,7 @@ from kvutils.metrics.effects import measured, no_floor, part
 from kvutils.metrics.statistics import Effect
 from kvutils.plots.models import BEFORE, beside_each_other
 from kvutils.run import report
+from kvutils.run.judged import of_profile
 from kvutils.run.across import correlation, shown
 from kvutils.store import write_json
 
@@ -142,7 +143,7 @@ def test_the_models_of_a_profile_stand_in_one_figure(tmp_path):
     write_json(tmp_path / "data/results/paper/old/01_value_flow.json", {"claims": {"C1": {"entries": []}}, "parameters": {"size": "full"}})
     report.draw_models(tmp_path)
     assert (tmp_path / "figures" / "models_paper.png").stat().st_size > 10_000
-    drawn = beside_each_other(shown(report.of_profile(tmp_path / "data/results/paper")))
+    drawn = beside_each_other(shown(of_profile(tmp_path / "data/results/paper")))
     c1, *_, scatter = drawn.axes
     assert [label.get_text() for label in c1.get_yticklabels()] == ["alone", "bare", "old", "qwen"]
     places = {bar.lines[0].get_xdata()[0] for bar in c1.containers}
@@ -153,7 +154,7 @@ def test_the_models_of_a_profile_stand_in_one_figure(tmp_path):
 def test_a_line_leads_from_a_model_before_its_last_stage_to_the_model(tmp_path):
     for name, added in (("alone", 3.0), (f"alone{BEFORE}", 1.0), ("other", 5.0)):
         write_model(tmp_path, name, added=added)
-    scatter = beside_each_other(shown(report.of_profile(tmp_path / "data/results/paper"))).axes[-1]
+    scatter = beside_each_other(shown(of_profile(tmp_path / "data/results/paper"))).axes[-1]
     assert [1.0, 3.0] in [list(line.get_xdata()) for line in scatter.lines if line.get_linestyle() == "-"]
     hollow = {line.get_xdata()[0]: line.get_markerfacecolor() == "white" for line in scatter.lines if line.get_marker() != "None"}
     assert hollow == {3.0: False, 1.0: True, 5.0: False}

@@ -22,7 +22,7 @@ from kvutils.plots.keys import sweep_map
 from kvutils.prompts import PromptTokens
 from kvutils.readout.attention import attention_mass
 from kvutils.readout.selections import select_all, select_lowest, selected_mass, variance_threshold
-from kvutils.run.report import load_claims
+from kvutils.run.judged import load_claims
 from kvutils.run.verdicts import judge
 from kvutils.store import Frame, Parts, read_frame, to_json, write_frame
 from kvutils.tasks import key_blocking, key_statistics

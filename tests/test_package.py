@@ -18,7 +18,7 @@ from kvutils.datasets import open_dataset
 from kvutils.datasets.catalog import CATALOG
 from kvutils.models import load_encoder, load_mlm
 from kvutils.run import cli
-from kvutils.run.report import load_claims
+from kvutils.run.judged import load_claims
 assert kvutils.__file__.startswith(sys.argv[1]), kvutils.__file__
 assert load_mlm("pocket").num_layers == 12 and load_encoder("pocket-siglip")
 assert len(load_claims()) == 16 and len(CATALOG) == 11 and len(open_dataset("pocket-imagenet-s", scenes=2)) > 0

@@ -19,7 +19,7 @@ from kvutils.readout.features import FeatureExtractor
 from kvutils.run.cli import main
 from kvutils.run.notebook import ROOT
 from kvutils.run.plan import NOTEBOOKS, data_of, look_for_data
-from kvutils.run.report import load_claims
+from kvutils.run.judged import load_claims
 from kvutils.run.verdicts import judge
 from kvutils.store import to_json
 from kvutils.tasks.base import run_task, summarise

@@ -23,7 +23,7 @@ from kvutils.prompts import tokenize
 from kvutils.readout.features import FeatureExtractor
 from kvutils.readout.maps import to_grid
 from kvutils.run.items import derive, write_items
-from kvutils.run.report import load_claims
+from kvutils.run.judged import load_claims
 from kvutils.run.verdicts import word_of
 from kvutils.store import Frame, Parts, to_json
 from kvutils.tasks import prefix_answers

@@ -19,7 +19,7 @@ from kvutils import plots
 from kvutils.errors import DataError, ParameterError
 from kvutils.metrics.effects import measured, part
 from kvutils.metrics.statistics import Effect
-from kvutils.run import compare, kernels, notebook, plan, replicate, report
+from kvutils.run import compare, judged, kernels, notebook, plan, replicate
 from kvutils.run.cli import main
 from kvutils.run.notebook import PROFILES, Run, check_parameters
 from kvutils.store import Parts, write_json
@@ -57,7 +57,7 @@ def root(tmp_path, monkeypatch):
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "pyproject.toml").write_text("[tool.kvutils]\nrepository = ''\n")
     monkeypatch.setattr(notebook, "ROOT", tmp_path)
-    monkeypatch.setattr(report, "load_claims", lambda: [CLAIM])
+    monkeypatch.setattr(judged, "load_claims", lambda: [CLAIM])
     monkeypatch.setenv("KVUTILS_OUT", str(tmp_path))
     monkeypatch.delenv("KVUTILS_CACHE", raising=False)
     write_book(tmp_path / STUB)
@@ -224,9 +224,9 @@ def test_another_profile_writes_beside_its_results_once_everything_is_there(root
 ELSEWHERE = """
 import sys
 from pathlib import Path
-from kvutils.run import cli, notebook, report
+from kvutils.run import cli, judged, notebook
 notebook.ROOT = Path({root!r})
-report.load_claims = lambda: []
+judged.load_claims = lambda: []
 code = cli.main(['replicate', *sys.argv[1:]])
 sys.exit("a grammar was built that nothing needs" if "lark" in sys.modules else code)
 """

@@ -9,7 +9,7 @@ import pytest
 
 from kvutils.metrics.effects import enough, measured, no_ceiling, no_floor, part
 from kvutils.metrics.statistics import UNDEFINED, Effect, interval_text
-from kvutils.run import notebook, report
+from kvutils.run import judged, notebook, report
 from kvutils.run.cli import main
 from kvutils.run.verdicts import FAILS, HOLDS, NOT_MEASURED, judge, word_of_part
 from kvutils.store import read_json, write_json
@@ -18,9 +18,9 @@ from kvutils.tasks.value_flow import BY_BEST
 OTHERS = ("pocket-2", "pocket-3", "pocket-next", "pocket-qwen")  # trained models, beside the main one
 
 
-def claim(name="C6", kind="effect", effect=3.1, smallest=1.5, unit="F1 points") -> dict:
+def claim(name="C6", kind="effect", effect=3.1, smallest=1.5, unit="F1 points", least=1) -> dict:
     return {"id": name, "short": "blocking helps", "section": "3.2", "statement": "Blocking helps.", "paper": "POPE +3.1", "effect": effect,
-            "unit": unit, "smallest": smallest, "why": "half", "kind": kind, "primary": "blocked minus not", "needs": "keys",
+            "unit": unit, "smallest": smallest, "why": "half", "kind": kind, "primary": "blocked minus not", "needs": "keys", "least": least,
             "notebook": "01_value_flow"}  # fmt: skip
 
 
@@ -65,6 +65,10 @@ FLOOR = no_floor("referring", Effect(0.2, -0.4, 0.8, 9, 0.3, 9), "mIoU points")
     ({"name": "X6", "kind": "equal"}, measured(one(1, 2)), "cannot tell", None),
     ({"kind": "tasks", "effect": 3, "unit": "points"}, measured(part("ahead"), tasks=[one(5, 1), one(-5, 1), one(0, 0.5), one(0, 9)]),
      "present", "1 of 4 tasks ahead, 1 behind, 1 equal, 1 open; fewer ahead than the 3 of the paper."),
+    ({"kind": "tasks", "effect": 3, "least": 2}, measured(part("ahead"), tasks=[one(5, 1), one(-5, 1), one(-6, 1), one(0, 9)]), "cannot tell",
+     "Open: 1 of 4 tasks ahead, 2 behind, 0 equal, 1 open; several would be 2; in the paper 3 are ahead."),
+    ({"kind": "tasks", "effect": 3, "least": 2}, measured(part("ahead"), tasks=[one(5, 1), one(4, 1), one(-6, 1)]), "present",
+     "2 of 3 tasks ahead, 1 behind, 0 equal, 0 open; fewer ahead than the 3 of the paper."),
     ({"kind": "tasks", "effect": 1}, measured(part("ahead"), tasks=[one(-5, 1), one(0, 0.5)]), "opposite",
      "It points the other way: 0 of 2 tasks ahead, 1 behind, 1 equal, 0 open; in the paper 1 are ahead."),
     ({"kind": "tasks", "effect": 3}, measured(part("ahead"), tasks=[one(0, 0.5)] * 2), "absent",
@@ -81,45 +85,45 @@ def test_words_and_sentences(about, found, verdict, why):
 def test_each_comparison_has_its_own_word():
     bare = part("other", Effect(1, *[float("nan")] * 2, 1, float("nan"), 1))
     others = [one(0, 0.6, name="MME", unit="points", smallest=9), one(0.3, 0.1, 5, "depth", unit="share"), bare]
-    assert report.comparisons(claim(), measured(one(2.9, 1.0), others)) == [
+    assert judged.comparisons(claim(), measured(one(2.9, 1.0), others)) == [
         ["**C6**", "**blocked minus not**", "+2.90 [+1.90, +3.90] F1 points", "1.5", "1.4", 400, "100", "present"],
         ["C6", "MME", "+0.00 [-0.60, +0.60] points", "9", "0.87", 400, "100", "absent"],
         ["C6", "depth", "+0.30 [+0.20, +0.40] share", None, "0.19", 400, "5, few units", None],
         ["C6", "other", "+1.00, interval not defined: too few independent units to resample", "1.5", None, 1, "1", "not measured"]]
-    changed = report.comparisons(claim("X6", "equal"), measured(one(0, 5, name="may be largest"), [one(4, 0.1, name="batch size")]))
+    changed = judged.comparisons(claim("X6", "equal"), measured(one(0, 5, name="may be largest"), [one(4, 0.1, name="batch size")]))
     assert [cells[1:3] for cells in changed] == [["**batch size**", "+4.00 [+3.90, +4.10] F1 points"], ["may be largest", "+0.00 [-5.00, +5.00] F1 points"]]
     assert [word_of_part(claim("X6", "equal"), one(value, 0.1)) for value in (0, 3)] == [HOLDS, FAILS]
     assert word_of_part(claim("X2"), part("a", UNDEFINED)) == NOT_MEASURED
-    assert report.comparisons(claim(), {"entries": []})[0][1].endswith("run notebook 01 again.")
+    assert judged.comparisons(claim(), {"entries": []})[0][1].endswith("run notebook 01 again.")
 
 
 def test_a_line_of_the_tables():
-    line = report.row(claim(), measured(one(2.9, 1.0, 7), prerequisites=[enough("keys", 3, 1)], note="A note."))
+    line = judged.row(claim(), measured(one(2.9, 1.0, 7), prerequisites=[enough("keys", 3, 1)], note="A note."))
     assert [line[key] for key in ("verdict", "value", "low", "high", "n", "units", "note")] == ["present", 2.9, 1.9, 3.9, 400, 7, "A note."]
-    assert report.ours(line) == "+2.90 [+1.90, +3.90] F1 points" and report.units(line) == "7, few units"
+    assert judged.ours(line) == "+2.90 [+1.90, +3.90] F1 points" and judged.units(line) == "7, few units"
     assert line["prerequisites"] == [{"name": "keys", "holds": True, "reason": "3 keys, 1 are needed"}]
-    assert report.ours(report.row(claim(), None)) == "–" == report.ours(report.row(claim(), {"entries": []}))
-    many = report.row(claim(kind="tasks", effect=3), measured(part("ahead"), tasks=[one(5, 1, name="a"), one(-5, 1, name="b")]))
-    none = report.row(claim(kind="tasks"), measured(part("ahead", Effect(0, *[float("nan")] * 2, 0, float("nan"), 0))))
-    assert report.ours(many) == "1 of 2 tasks (1 behind)" and report.ours(none) == "–" and many["tasks"] == {"a": "present", "b": "opposite"}
+    assert judged.ours(judged.row(claim(), None)) == "–" == judged.ours(judged.row(claim(), {"entries": []}))
+    many = judged.row(claim(kind="tasks", effect=3), measured(part("ahead"), tasks=[one(5, 1, name="a"), one(-5, 1, name="b")]))
+    none = judged.row(claim(kind="tasks"), measured(part("ahead", Effect(0, *[float("nan")] * 2, 0, float("nan"), 0))))
+    assert judged.ours(many) == "1 of 2 tasks (1 behind)" and judged.ours(none) == "–" and many["tasks"] == {"a": "present", "b": "opposite"}
 
 
 def test_one_sentence_beside_the_numbers():
     note = "It builds on 2 of 6 tasks (Co-segmentation), falls on 0. More follows."
     for about, found, said in (({"effect": None}, one(5, 1), "It builds on 2 of 6 tasks (Co-segmentation), falls on 0."),
                                ({}, one(5, 1), "The effect is +5.00"), ({"effect": None}, one(0, 0.5), "An effect of 1.5")):  # fmt: skip
-        assert report.sentence(report.row(claim(**about), measured(found, note=note))).startswith(said)
+        assert judged.sentence(judged.row(claim(**about), measured(found, note=note))).startswith(said)
 
 
 def test_all_claims_are_there():
-    claims = report.load_claims()
+    claims = judged.load_claims()
     assert [c["id"] for c in claims] == "C1 C2a C2b C3 C4 C5 C6 C7a C7b C8 X1 X2 X3 X4 X5 X6".split()
     fields = set("id short section statement paper effect unit smallest why kind primary needs notebook".split())
-    assert all(c.keys() == fields and c["kind"] in ("effect", "tasks", "equal") and c["smallest"] > 0 for c in claims)
+    assert all(c.keys() == fields | ({"least"} if c["kind"] == "tasks" else set()) and c["kind"] in ("effect", "tasks", "equal") and c["smallest"] > 0 for c in claims)
 
 
 def test_what_matters_is_half_of_what_the_paper_states():
-    stated = {c["id"]: (c["smallest"], c["effect"]) for c in report.load_claims() if c["kind"] == "effect" and c["effect"] is not None}
+    stated = {c["id"]: (c["smallest"], c["effect"]) for c in judged.load_claims() if c["kind"] == "effect" and c["effect"] is not None}
     assert list(stated) == ["C6", "C7a", "C7b", "C8"]
     stated["C8"] = stated["C8"][0], stated["C8"][1] - 25  # its comparison is above guessing
     assert all(abs(least - found / 2) <= 0.05 + 1e-9 for least, found in stated.values())

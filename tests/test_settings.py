@@ -14,7 +14,7 @@ from kvutils.errors import ModelError
 from kvutils.metrics.effects import part
 from kvutils.metrics.statistics import Effect
 from kvutils.readout.features import FeatureExtractor
-from kvutils.run.report import load_claims
+from kvutils.run.judged import load_claims
 from kvutils.run.verdicts import judge
 from kvutils.store import Parts
 from kvutils.tasks import settings

@@ -22,7 +22,7 @@ from kvutils.datasets.catalog import CATALOG
 from kvutils.datasets.hub import HUB
 from kvutils.errors import DataError, KVUtilsError, ParameterError
 from kvutils.images import encode_image
-from kvutils.run import DONE, FAILED, items, notebook, report
+from kvutils.run import DONE, FAILED, items, judged, notebook
 from kvutils.run.compare import differences, leaves
 from kvutils.store import Frame, need_writable, read_frame, read_json, to_json, write_json, write_text
 from kvutils.tasks.base import FEW, SKIPPED
@@ -41,7 +41,7 @@ def check(chosen: argparse.Namespace) -> int:
     """Say of each folder what fits and what does not; 1 if anything does not."""
     root, found = notebook.output_root(), False
     runs = {path.parent: None for path in sorted((root / "data" / "results").glob("*/*/items"))}  # results are made from items
-    if not (folders := [Path(each) for each in chosen.folders] or list(dict.fromkeys(report.result_folders(root)) | runs)):
+    if not (folders := [Path(each) for each in chosen.folders] or list(dict.fromkeys(judged.result_folders(root)) | runs)):
         raise DataError(f"{root} holds no results: name the folder of a run, such as data/results/<profile>/<model>")
     if chosen.figures and len(folders) != 1:
         raise ParameterError(f"--figures takes the figures of one run, found {len(folders)} folders")
@@ -79,7 +79,7 @@ def check_folder(folder: Path, figures: Path, without_pictures: bool = False) ->
     if absent := [name for name in items.RESULTS if name not in names]:
         fits.append(f"not run: {', '.join(absent)}")
     try:
-        lines = report.rows(report.read_all(folder) | derived)
+        lines = judged.rows(judged.read_all(folder) | derived)
         fits.append("verdicts: " + ", ".join(f"{line['id']} {line['verdict']}" for line in lines))
         if (file := folder / "claims.json").exists():
             stored, now = ({line["id"]: line for line in each} for each in (read_json(file, list), lines))

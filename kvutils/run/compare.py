@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from kvutils.run.report import read_results, rows
+from kvutils.run.judged import read_results, rows
 from kvutils.store import read_json
 
 TOLERANCE = 1e-6  # relative: what another machine of the same kind may differ by

@@ -25,7 +25,7 @@ from kvutils import named_folder
 from kvutils.checkpoints import MODELS, base_name
 from kvutils.datasets import USES, data_sources
 from kvutils.errors import ParameterError, one_of
-from kvutils.run import DEFAULT, report
+from kvutils.run import DEFAULT, judged, report
 from kvutils.run import PROFILES as PROFILES
 from kvutils.run.sizes import SIZES as SIZES
 from kvutils.run.verdicts import Verdict, judge
@@ -104,7 +104,7 @@ class Run:
 
     def verdicts(self, claims: Mapping[str, Mapping]) -> dict[str, Verdict]:
         """Print the verdict of each claim of this notebook, why, and its note; -> {claim: verdict}."""
-        found = {claim["id"]: judge(claim, claims[claim["id"]]) for claim in report.load_claims() if claim["id"] in claims}
+        found = {claim["id"]: judge(claim, claims[claim["id"]]) for claim in judged.load_claims() if claim["id"] in claims}
         if self.profile == "pocket":
             print("In this small model:")
         for name, verdict in found.items():
@@ -114,8 +114,8 @@ class Run:
 
     def claims_table(self, claims: Mapping[str, Mapping]) -> Markdown:
         """What stands behind the verdicts: of each claim its primary comparison (bold) and the others, each with its own word."""
-        lines = [line for claim in report.load_claims() if claim["id"] in claims for line in report.comparisons(claim, claims[claim["id"]])]
-        return table(report.COMPARISONS, lines)
+        lines = [line for claim in judged.load_claims() if claim["id"] in claims for line in judged.comparisons(claim, claims[claim["id"]])]
+        return table(judged.COMPARISONS, lines)
 
     def choices(self, choices: Mapping[str, str]) -> Markdown:
         """The choices made where the paper is silent."""

@@ -20,11 +20,11 @@ import torch
 from tqdm import tqdm
 
 from kvutils.checkpoints import MODELS, find_model
-from kvutils.errors import DataError, ParameterError
-from kvutils.run import compare, notebook, plan, report
+from kvutils.errors import DataError, ParameterError, one_of
+from kvutils.run import compare, judged, notebook, plan, report
 from kvutils.run.kernels import ONE_THREAD, changed_parameters, rank, run_all, show, side_by_side, time_text
 from kvutils.run.notebook import Run
-from kvutils.run.sizes import left_out, parameters_of
+from kvutils.run.sizes import SIZES, left_out, parameters_of
 from kvutils.run.verdicts import NOTHING
 from kvutils.store import digest, need_writable, read_json
 
@@ -133,7 +133,7 @@ def replicate(chosen: argparse.Namespace) -> int:
         return int(bool(failures))
     written = report.write(out)
     said = "In this small model:\n" if run.profile == "pocket" else ""
-    print(f"\n{said}{verdict_lines(report.rows(report.read_all(run.folder)))}\n")
+    print(f"\n{said}{verdict_lines(judged.rows(judged.read_all(run.folder)))}\n")
     print(f"results: {show(run.folder)}\nfigures: {show(run.figures)}")
     print("".join(f"updated: {show(path)}\n" for path in written), end="")
     if failures:
@@ -150,6 +150,7 @@ def replicate(chosen: argparse.Namespace) -> int:
 def figures(chosen: argparse.Namespace) -> int:
     """Draw the stored results of a profile and model; nothing is run."""
     from kvutils import plots
+    one_of("SIZE", chosen.size, SIZES)
     run = Run("", chosen.profile, model_of(chosen), chosen.size)
     names = [path.stem for path in sorted(run.folder.glob("[0-9][0-9]_*.json"))]
     for name in tqdm(names or [""], "figures", disable=None):  # none: `draw_all` says so
@@ -162,7 +163,7 @@ def figures(chosen: argparse.Namespace) -> int:
 def make_report(chosen: argparse.Namespace) -> int:
     """Write the generated files that are stale, or with --check only name them; 1 if there are some then."""
     root = notebook.output_root()
-    if not report.result_folders(root):
+    if not judged.result_folders(root):
         raise DataError(f"{root} holds no results to report: expected data/results/<profile>/<model> (is KVUTILS_OUT right?)")
     paths = list(report.stale(root)) if chosen.check else report.write(root)
     for path in paths:
