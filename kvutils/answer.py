@@ -60,7 +60,9 @@ class Answer:
 
     @property
     def best(self) -> str:
-        """The option with the highest score."""
+        """The option with the highest score; ParameterError for an answer to an open question."""
+        if not self.scores:
+            raise ParameterError("an open question has no best option: ask with options, or read .text")
         return max(self.scores, key=self.scores.__getitem__)
 
 

@@ -1,10 +1,13 @@
 """Data sets by name. Real ones are read from their official layout, `pocket-*` ones are generated from a seed, "folder" is one's own."""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from functools import partial
+from numbers import Integral
 from os import PathLike
 from pathlib import Path
+from types import UnionType
+from typing import get_args, get_origin
 
 from kvutils.datasets import bdd10k, blink, coco, davis, folder, imagenet_s, mme, msrc, pascal5i, pope, refcoco, spair
 from kvutils.datasets.catalog import CATALOG, data_root, missing_data
@@ -61,7 +64,7 @@ def open_dataset(name: str, root: str | Path | None = None, **options) -> Sequen
     root: the folder of a real data set (default: its own in `KVUTILS_DATA`), or "hub" for those that the Hugging Face hub
     holds; of "folder", that of your pictures (`kvutils.datasets.folder` says what may be in it). options: those of the loader,
     such as sizes and the seed of a pocket set, or samples="episodes" of a folder. Raises DataError for an unknown name, a
-    missing folder and options that do not exist.
+    missing folder and options that do not exist, ParameterError for what an option cannot be.
 
     >>> len(kv.open_dataset("pocket-davis-2017", count=2, frames=3))
     2
@@ -79,8 +82,13 @@ def open_dataset(name: str, root: str | Path | None = None, **options) -> Sequen
         options["root"] = root
     elif root is not None:
         raise DataError(f"{name} is generated, not read: leave root out")
-    for option in options:
-        one_of(f"option of {name}", option, inspect.signature(loader).parameters, DataError)
+    known = inspect.signature(loader).parameters
+    for option, value in options.items():
+        one_of(f"option of {name}", option, known, DataError)
+        kind = known[option].annotation
+        kinds = [{int: Integral, Path: PathLike}.get(each, get_origin(each) or each) for each in (get_args(kind) if isinstance(kind, UnionType) else [kind])]
+        if not isinstance(value, tuple(kinds)) or isinstance(value, Sized) and not value:
+            raise ParameterError(f"{option} of {name} must be {inspect.formatannotation(kind)}, and not empty; found {value!r}")
     found = loader(**options)
     return found if isinstance(found, Sequence) else list(found)
 

@@ -95,6 +95,7 @@ def text_values(mlm: MLM, texts: Sequence[str], layers: str | int | Iterable[int
     torch.Size([2, 12, 2, 16])
     """
     at_least("batch_size", batch_size)
+    texts = texts if isinstance(texts, str) else list(texts)
     for text in texts or [""]:
         if isinstance(texts, str) or not isinstance(text, str) or not text.strip() or mlm.processor.image_token in text:
             raise ParameterError("texts must be a list of texts of at least one word each, without the image token; found "

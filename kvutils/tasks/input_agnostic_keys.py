@@ -129,7 +129,8 @@ def claim_x4(described: Mapping, compared: Mapping) -> dict:
            f"{untrained:.1f} % with random weights ({each} % in {len(found['draws'])} of them), by the valley of the log-variance in {valleys} layers, by a " \
            f"fixed limit in the others. The trained model is judged as one more draw of weights.{_order_note(described)}"
     need = enough("images on one grid", described["images"], FEWEST_IMAGES)
-    return measured(part("share within heads after layer 0, trained minus untrained", difference), others, [need], note)
+    draws = {"units": len(found["draws"])}  # on how few of them the interval rests, beside the positions
+    return measured(part("share within heads after layer 0, trained minus untrained", difference, **draws), others, [need], note)
 
 
 def _order_note(described: Mapping) -> str:

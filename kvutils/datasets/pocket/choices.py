@@ -13,25 +13,24 @@ from collections.abc import Callable, Hashable, Sequence
 import numpy as np
 from PIL import Image
 
+from kvutils.datasets.files import some_of
 from kvutils.datasets.pocket import questions as q
 from kvutils.datasets.pocket.sets import SEED, PocketScene, describe_scene, pocket_scene
 from kvutils.datasets.pocket.shapes import CLASSES
 from kvutils.datasets.pocket.world import STYLES, Scene, draw_mark
 from kvutils.datasets.samples import MultipleChoice
-from kvutils.errors import at_least, one_of
+from kvutils.errors import at_least
 
 _PORTRAIT_EVERY = 5  # scenes in which all kinds are mixed: every fifth a portrait, as in the training pool
 _ITEMS, _ANSWERS = 31, 32  # what random numbers are for
 
 
-def pocket_blink(items: int = 400, subtasks: Sequence[str] = (), seed: int = SEED) -> list[MultipleChoice]:
+def pocket_blink(items: int = 400, subtasks: str | Sequence[str] | None = None, seed: int = SEED) -> list[MultipleChoice]:
     """`items` multiple-choice items of each subtask (default: all of `SUBTASKS`), subtask by subtask.
 
     Drawing takes about 10 to 20 ms an item. Raises ParameterError for no items and for an unknown subtask."""
     at_least("items", items)
-    wanted = (subtasks,) if isinstance(subtasks, str) else tuple(subtasks) or SUBTASKS
-    for name in wanted:
-        one_of("BLINK subtask of the pocket world", name, SUBTASKS)
+    wanted = SUBTASKS if subtasks is None else some_of("BLINK subtask of the pocket world", subtasks, SUBTASKS)
     return [item for name in wanted for item in _MAKE[name](items, seed)]
 
 

@@ -169,7 +169,7 @@ def _draw(items: Sequence[int], seed: tuple[int, ...]) -> list[int]:
     return [items[i] for i in np.random.default_rng(seed).permutation(len(items))]
 
 
-def questions_of_every_kind(per_kind: int = 200, scenes: int = 1200, kinds: tuple[str, ...] = tuple(KINDS),
+def questions_of_every_kind(per_kind: int = 200, scenes: int = 1200, kinds: Sequence[str] = tuple(KINDS),
                             seed: int = SEED) -> list[Question]:  # fmt: skip
     """About `per_kind` questions of each kind, every answer equally often as far as `scenes` scenes allow.
 
