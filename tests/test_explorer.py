@@ -42,6 +42,9 @@ def test_open_tells_all_that_a_view_needs(explored):
     layout, mlm = kv.capture(explored.panels[0].mlm, [IMAGE])[0].layout, explored.panels[0].mlm
     shown, rects, slots, view, newline = buffers
     assert (about["width"], about["height"], about["tokens"], about["layers"], about["heads"]) == (60, 40, len(layout), 5, 4)
+    assert about["point"] == [30, 20] and kv.explore(mlm, IMAGE, point=(7, 39)).answer("open")[0]["panels"][0]["point"] == [7, 39]
+    with pytest.raises(kvutils.errors.DataError, match="point: the point .60, 3. is outside its image of 60 x 40 pixels"):
+        kv.explore(mlm, IMAGE, point=(60, 3))
     assert Image.open(io.BytesIO(shown)).size == (60, 40) and about["can_ask"] and about["interventions"]
     np.testing.assert_array_equal(np.frombuffer(rects, "<f4").reshape(-1, 4), layout.rects.astype(np.float32))
     assert np.frombuffer(slots, "<i4").tolist() == layout.slots.tolist() and np.frombuffer(view, "<i4").tolist() == layout.view.tolist()

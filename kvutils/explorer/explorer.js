@@ -158,7 +158,7 @@ class Panel {
     this.state = { mode: "similarity", queryLayer: null, queryHead: null, word: 0, ...kept, view: this.viewList.at(-1) };
     if (!sources.includes(kept.source)) Object.assign(this.state, { source: best.name,
       layer: best.layers?.[best.layers.length >> 1] ?? null, head: null });
-    this.anchor = { panel: this.index, token: this.tokenAt(about.width / 2, about.height / 2) ?? this.tokens(this.state.view)[0] };
+    this.anchor = { panel: this.index, token: this.tokenAt(...about.point) ?? this.tokens(this.state.view)[0] };
     this.name = [about.title, ...(about.model.startsWith(about.title) ? [] : [about.model])].join(" · ");
     this.title.replaceChildren(about.title, h("span", { className: "kvx-model",
       textContent: this.name.slice(about.title.length) + (stretched ? ` · ${size.join(" × ")} px, drawn stretched` : "") }));

@@ -20,7 +20,7 @@ from kvutils.images import ImageLike, open_image
 from kvutils.keys import KeySelection, key_variance, select_region
 from kvutils.kvcache import Capture, capture_prepared
 from kvutils.language import check_masks, not_finite, resolve_layers
-from kvutils.layout import TokenLayout
+from kvutils.layout import TokenLayout, check_points
 from kvutils.prompts import PromptTokens
 from kvutils.readout.attention import token_attention
 from kvutils.readout.encoders import encode_prepared
@@ -40,11 +40,14 @@ SHOWN = 1024  # pixels of the longer side of the picture that is shown
 
 class Panel:
     """extractor: the model, its layers and the towers beside it. picture: a path or `PIL.Image`. name: of the picture, in messages.
-    context: other pictures, over which the variance of keys is taken, brought to the size of this one as notebook 03 does."""
+    context: other pictures, over which the variance of keys is taken, brought to the size of this one as notebook 03 does. point: x, y in
+    pixels that is marked at first (default: the middle)."""
 
-    def __init__(self, extractor: FeatureExtractor, picture: ImageLike, name: str = "picture", context: Sequence[ImageLike] = ()):
+    def __init__(self, extractor: FeatureExtractor, picture: ImageLike, name: str = "picture", context: Sequence[ImageLike] = (),
+                 point: Sequence[float] | None = None):  # fmt: skip
         self.extractor, self.mlm, self.given, self.name, self.context = extractor, extractor.mlm, picture, name, context
         self.picture = open_image(picture, name)
+        (self.point,) = check_points(np.array(self.picture.size) / 2 if point is None else point, self.picture.size, "point").tolist()
         self.small = self.picture.reduce(max(1, max(self.picture.size) // SHOWN))  # a whole number of pixels first, which is fast
         self.small.thumbnail((SHOWN, SHOWN))
         self._sessions: dict[str | None, ImageSession] = {}
@@ -103,8 +106,8 @@ class Panel:
         more = {"layers": list(self.extractor.layers), "heads": self.mlm.num_kv_heads}
         sources = [{"name": each, "label": LABELS[each], "text": each in self.readable} | (more if each in LAYERED else dict.fromkeys(more)) for each in self.sources]
         width, height = self.picture.size
-        return {"model": f"{self.mlm.name} ({self.mlm.revision})", "width": width, "height": height, "tokens": len(self.layout), "sources": sources,
-                "heads": self.mlm.num_heads, "layers": self.mlm.num_layers, "interventions": able, "can_ask": able, "context": len(self.context) > 1}  # fmt: skip
+        return {"model": f"{self.mlm.name} ({self.mlm.revision})", "width": width, "height": height, "point": self.point, "tokens": len(self.layout),
+                "sources": sources, "heads": self.mlm.num_heads, "layers": self.mlm.num_layers, "interventions": able, "can_ask": able, "context": len(self.context) > 1}  # fmt: skip
 
     def tokens(self, source: str, layer: int | None = None, head: int | None = None) -> torch.Tensor:
         """(N, C) features as the model wrote them, newlines included; zeros there for pixels and towers. Raises ParameterError."""

@@ -37,14 +37,15 @@ _HOLDING: weakref.WeakSet["Explorer"] = weakref.WeakSet()  # the explorer that h
 
 
 def explore(models: Model | Sequence[Model], images: ImageLike | Sequence[ImageLike], *, context: Iterable[ImageLike] | None = None,
-            encoder: Encoder | None = None) -> "Explorer":  # fmt: skip
+            encoder: Encoder | None = None, point: Sequence[float] | None = None) -> "Explorer":  # fmt: skip
     """One picture, or two side by side: click for similarity, ask, see attention, block image keys and ask again.
 
     models: an `MLM`, or a `FeatureExtractor` that has baselines beside it; two for two models on one image. images: a path or
     `PIL.Image`, two for one model on two images. context: other pictures, at least two, better a hundred: which keys are input-agnostic
-    shows over them. encoder: a SigLIP tower to show beside the model's own. The model is not changed. Memory (features, cached prompt) is
-    freed when the last view is closed, by `close()` and when another explorer is opened; an earlier one reads its picture again when it
-    is clicked. Raises ImageError, ParameterError, and what `capture` raises.
+    shows over them. encoder: a SigLIP tower to show beside the model's own. point: x, y in pixels that is marked at first (default: the
+    middle). The model is not changed. Memory (features, cached prompt) is freed when the last view is closed, by `close()` and when another
+    explorer is opened; an earlier one reads its picture again when it is clicked. Raises DataError for a point outside its picture,
+    ImageError, ParameterError, and what `capture` raises.
 
     >>> kv.explore(mlm, scene)
     Explorer(145 image tokens of picture in pocket)
@@ -60,7 +61,7 @@ def explore(models: Model | Sequence[Model], images: ImageLike | Sequence[ImageL
     extractors = [one if isinstance(one, FeatureExtractor) else FeatureExtractor(one, encoder_original=encoder) for one in models]
     context = list(context or ())
     pairs = product(extractors, zip(images, names, strict=True))
-    return Explorer([Panel(extractor, *picture, context) for extractor, picture in pairs])
+    return Explorer([Panel(extractor, *picture, context, point) for extractor, picture in pairs])
 
 
 class Explorer(anywidget.AnyWidget):
@@ -205,11 +206,11 @@ class Explorer(anywidget.AnyWidget):
         return {}, []
 
     def picture(self) -> bytes:
-        """The first view as a PNG: the picture, and what is like the token in its middle."""
+        """The first view as a PNG: the picture, and what is like the token at its point."""
         figure = Figure(figsize=(8, 3.4 * len(self.panels)), dpi=110, layout="constrained")
         for row, panel in enumerate(self.panels):
             layout, (width, height), layer = panel.layout, panel.picture.size, panel.extractor.layers[len(panel.extractor.layers) // 2]
-            finest, token = layout.spatial(), int(layout.token_at([[width / 2, height / 2]])[0])
+            finest, token = layout.spatial(), int(layout.token_at([panel.point])[0])
             found = panel.similar(panel.directions("value", layer)[token], "value", layer)[finest]
             left, right = (figure.add_subplot(len(self.panels), 2, 2 * row + column) for column in (1, 2))
             left.imshow(panel.small, extent=(0, width, height, 0))
