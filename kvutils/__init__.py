@@ -15,6 +15,7 @@ kv.open_dataset("pocket-coco", count=1)[0].image or one of your own.
 What `kv.` offers (each is loaded when it is first used):
 
     load_mlm          a multimodal language model by name, folder or hub id
+    wrap_mlm          a model of one of the three families that is in memory already
     load_encoder      a SigLIP vision tower by name, folder or hub id
     capture           pictures -> keys, values, tower and projector features of their image tokens
     Capture           what one picture became: tensors and their TokenLayout
@@ -54,7 +55,7 @@ atexit.register(gc.freeze)  # a second less: at the exit Python looks for garbag
 __version__ = "0.1.0"
 VOID = 255  # value of mask pixels without annotation: excluded from training and from every score
 _HOME = {
-    "load_mlm": "models", "load_encoder": "models", "capture": "kvcache", "Capture": "kvcache", "text_values": "readout.words",
+    "load_mlm": "models", "wrap_mlm": "models", "load_encoder": "models", "capture": "kvcache", "Capture": "kvcache", "text_values": "readout.words",
     "TokenLayout": "layout", "KeyVariance": "keys", "key_variance": "keys", "KeySelection": "keys", "select_region": "keys", "block_keys": "block",
     "ImageSession": "answer", "fit_linear_probe": "probes", "open_dataset": "datasets", "explore": "explorer.widget"}  # fmt: skip
 __all__ = list(_HOME)

@@ -57,10 +57,10 @@ class KeyVariance:
             self._begin(image)
             image = image.to(self.mean)
             delta = image - self.mean
+            self.mean = self.mean + delta / (self.count + 1)  # not in place: a stream may have begun in inference mode
+            self.sum_squares = self.sum_squares + delta.square().sum(-1) * (self.count / (self.count + 1))
+            self.sum_norms = self.sum_norms + image.norm(dim=-1)
             self.count += 1
-            self.mean += delta / self.count
-            self.sum_squares += delta.square().sum(-1) * ((self.count - 1) / self.count)
-            self.sum_norms += image.norm(dim=-1)
         return self
 
     def merge(self, other: KeyVariance) -> KeyVariance:
@@ -205,7 +205,7 @@ def select_region(mlm: MLM, layout: TokenLayout, region: Sequence[float] | np.nd
     of_kind("layout", layout, TokenLayout, "a TokenLayout, such as capture.layout")
     tokens, size = np.flatnonzero(layout.seeing), np.array(layout.image_size)
     try:
-        found = region.numpy(force=True) if isinstance(region, torch.Tensor) else np.array(region)
+        found = (region.float() if region.is_floating_point() else region).numpy(force=True) if isinstance(region, torch.Tensor) else np.array(region)
     except ValueError:  # a ragged list: no box
         found = np.array(str(region))
     low, high = layout.rects[tokens, :2], layout.rects[tokens, 2:]

@@ -72,11 +72,12 @@ class _ReadingCache(DynamicCache):
 
     def __init__(self, layers: Sequence[int], store: Store):
         super().__init__()
-        self.wanted, self.store = {layer: position for position, layer in enumerate(layers)}, store
+        self.wanted, self.store, self.shown = {layer: position for position, layer in enumerate(layers)}, store, 0
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         if layer_idx in self.wanted:
             self.store(self.wanted[layer_idx], key_states, value_states)
+            self.shown += 1
         if layer_idx >= max(self.wanted):
             raise _LastLayerReached
         return key_states, value_states
@@ -84,11 +85,12 @@ class _ReadingCache(DynamicCache):
 
 def read_layers(mlm: MLM, embeddings: torch.Tensor, text: TextInputs, layers: Sequence[int], store: Store) -> None:
     """Run the language model on embeddings (B, T, C) up to the last of the layers; no head. store(position in `layers`, keys (B,
-    G, T, D), values (B, G, T, D)) is called layer after layer."""
-    language_model = mlm.model.model.language_model
+    G, T, D), values (B, G, T, D)) is called layer after layer. ModelError where the model does not use its cache."""
+    language_model, cache = mlm.model.model.language_model, _ReadingCache(layers, store)
     with contextlib.suppress(_LastLayerReached):
-        language_model(inputs_embeds=embeddings, attention_mask=text.attention_mask, position_ids=text.position_ids,
-                       use_cache=True, **{CACHE: _ReadingCache(layers, store)})  # fmt: skip
+        language_model(inputs_embeds=embeddings, attention_mask=text.attention_mask, position_ids=text.position_ids, use_cache=True, **{CACHE: cache})
+    if cache.shown != len(cache.wanted):  # such as gradient checkpointing in a part that trains
+        raise ModelError(f"{mlm.name} hands the keys and values of {cache.shown} of {len(cache.wanted)} layers to its cache; is all of it in evaluation mode?")
     # accelerate's hooks put offloaded weights away after a forward, which the modules left early missed.
     layer = language_model.layers[max(layers)]
     for module in (layer.self_attn, layer, language_model):

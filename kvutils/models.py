@@ -16,7 +16,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, SiglipVisionModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from kvutils.checkpoints import ENCODERS, FAMILIES, MODELS, QWEN, ModelSpec, find_model, need_model
+from kvutils.checkpoints import ENCODERS, FAMILIES, QWEN, ModelSpec, find_model, need_model
 from kvutils.errors import KVUtilsError, MemoryLimitError, ModelError, ParameterError, at_least, of_kind, one_of, writing
 from kvutils.layout import check_mlm, check_tower
 from kvutils.processors import PROMPTS, load_processor, quiet_transformers, render, turn_of
@@ -34,7 +34,7 @@ class MLM:
     How it looks at pictures (`dataclasses.replace(mlm, ...)` for another way, the weights are shared): base_view_only
     (LLaVA), only the picture squashed to a square, no tiles; pad_to_square with it, not squashed but padded with the mean
     colour, which is how LLaVA-OneVision is shown several images; max_pixels (Qwen2.5-VL), scaled down to at most so many.
-    prompts: the form of its prompts in data/prompts.yaml."""
+    prompts: the form of its prompts in data/prompts.yaml. One thread at a time may use a model: blocked keys are hooks on its layers."""
 
     model: PreTrainedModel
     processor: Any
@@ -59,8 +59,8 @@ class MLM:
 
     def __repr__(self) -> str:
         heads = f"{self.num_heads} query and {self.num_kv_heads} key-value heads of {self.head_dim}"
-        return (f"MLM {self.name} ({self.family}, {self.revision})\n  {self.num_layers} layers, {heads}, {self.dtype} on {self.device}, "
-                f"{self.attention}{', base view only' if self.base_view_only else ''}")  # fmt: skip
+        where = f"{self.dtype} on {self.device}, {self.attention}{', base view only' if self.base_view_only else ''}"
+        return f"MLM {self.name} ({self.family}, {self.revision})\n  {self.num_layers} layers, {heads}, {where}"
 
     @property
     def settings(self) -> dict:
@@ -127,8 +127,8 @@ class Encoder:
         return {"encoder": self.name, "revision": self.revision, "configuration": self.configuration, "dtype": str(self.model.dtype).removeprefix("torch.")}
 
     def __repr__(self) -> str:
-        size = f"{self.model.config.num_hidden_layers} layers of {self.model.config.hidden_size} channels"
-        return f"Encoder {self.name} ({self.revision})\n  {size}, {self.model.dtype} on {self.model.device}"
+        layers, channels = self.model.config.num_hidden_layers, self.model.config.hidden_size
+        return f"Encoder {self.name} ({self.revision})\n  {layers} layers of {channels} channels, {self.model.dtype} on {self.model.device}"
 
 
 def load_mlm(name: str, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
@@ -139,11 +139,9 @@ def load_mlm(name: str, device: str | torch.device | None = None, dtype: str | t
     device: default CUDA if there is one, of several processes to each its own. dtype: default float32 on CPU and for pocket
     models, else bfloat16 (on GPUs that have none float16, Qwen2.5-VL float32). device_map: as in accelerate, not with `device`; default
     `placement`. untrained: the same configuration with the random initialisation of its class under `seed` (control).
-    max_pixels: of a picture, for Qwen2.5-VL alone (0: `QWEN_MAX_PIXELS`, 1280 tokens, or fewer if the checkpoint's own
-    bound is lower; of the published one it is 16,384).
-    prompts: the form in which it is asked (data/prompts.yaml).
-    Only safetensors are read. Raises ParameterError, ModelError also where `check_mlm` finds the model to be another than the code
-    expects, MemoryLimitError.
+    max_pixels: of a picture, for Qwen2.5-VL alone (0: `QWEN_MAX_PIXELS`, 1280 tokens, or fewer if the checkpoint's own bound is lower; of the
+    published one it is 16,384). prompts: the form in which it is asked (data/prompts.yaml).
+    Only safetensors are read. Raises ParameterError, MemoryLimitError, ModelError also where `check_mlm` finds another model than expected.
 
     >>> kv.load_mlm("pocket", device="cpu").num_layers
     12
@@ -183,18 +181,21 @@ def load_mlm(name: str, device: str | torch.device | None = None, dtype: str | t
         mlm.max_pixels = max_pixels or min(QWEN_MAX_PIXELS, processor.image_processor.size["longest_edge"])
     mlm.revision, mlm.configuration = f"untrained seed {seed}" if untrained else _revision(spec), _checksum(spec.source, SMALL_FILES)
     if spec.profile != "pocket":
-        check_mlm(mlm, MODELS[mlm.name].sizes if mlm.name in MODELS else ())
+        check_mlm(mlm, spec.sizes)
     return mlm
 
 
 def wrap_mlm(model: PreTrainedModel, processor, name: str = "custom", base_view_only: bool | None = None) -> MLM:
     """Use a model that is already in memory; it is put into evaluation mode. base_view_only: None for no tile where its only one would
-    repeat the base view, as in the pocket models; False for a model that was trained with such a tile."""
+    repeat the base view, as in the pocket models; False for a model that was trained with such a tile. Raises ModelError for another kind.
+
+    >>> kv.wrap_mlm(mlm.model, mlm.processor, "mine").name     # what AutoModelForImageTextToText and AutoProcessor load
+    'mine'
+    """
     one_of("model family", model.config.model_type, FAMILIES, ModelError)
-    for needed, there in (("a model with lm_head, as AutoModelForImageTextToText makes it", hasattr(model, "lm_head")),
-                          ("its processor, with a tokenizer and an image processor", hasattr(processor, "tokenizer") and hasattr(processor, "image_processor"))):
-        if not there:
-            raise ModelError(f"expected {needed}, found {type(model).__name__} and {type(processor).__name__}")
+    if not (hasattr(model, "lm_head") and hasattr(processor, "tokenizer") and hasattr(processor, "image_processor")):
+        raise ModelError("expected a model with lm_head, as AutoModelForImageTextToText makes it, and its processor, with a tokenizer and an image "
+                         f"processor, found {type(model).__name__} and {type(processor).__name__}")  # fmt: skip
     if "longrope" in str(getattr(model.config.get_text_config(), "rope_parameters", "")):
         raise ModelError(f"{name} has rotary embeddings of type longrope, which depend on the longest prompt of a batch: keys would as well")
     if model.config.model_type != QWEN:
@@ -205,8 +206,10 @@ def wrap_mlm(model: PreTrainedModel, processor, name: str = "custom", base_view_
 
 
 def need_mlm(mlm: object) -> None:
-    """ParameterError for all but an `MLM`, such as its name."""
+    """ParameterError for all but an `MLM`, such as its name, and for one in training mode, whose dropout and checkpoints change what is read."""
     of_kind("the model", mlm, MLM, 'an MLM, as load_mlm("pocket") gives it')
+    if mlm.model.training:
+        raise ParameterError(f"{mlm.name} is in training mode: call mlm.model.eval() first")
 
 
 def load_encoder(name: str, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Encoder:

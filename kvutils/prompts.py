@@ -146,4 +146,4 @@ class PromptTokens:
 
 def for_all(options) -> bool:
     """Whether these are one question's options, meant for every question, and not options of each."""
-    return options is None or isinstance(options, str | Mapping) or not options or isinstance(next(iter(options)), str)
+    return options is None or isinstance(options, str | Mapping) or not len(options) or isinstance(next(iter(options)), str)

@@ -1,5 +1,6 @@
 """Capture against the plain model: same bits, nothing left behind, one clear error for what cannot be."""
 
+import copy
 import json
 import weakref
 from dataclasses import replace
@@ -331,6 +332,7 @@ def test_reading_layers_heads_and_tokens():
     *[("pocket", {}, lambda mlm, layers=layers: capture(mlm, IMAGES, layers=layers), "layer")
       for layers in (5, [0, 9], [-6], [], "first", [1.5], ["2"], [None])],
     ("pocket", {}, lambda mlm: mlm.prompt(prefix="f\udcfcr"), "prefix must be UTF-8 text"),
+    ("pocket", {}, lambda mlm: capture(replace(mlm, model=copy.deepcopy(mlm.model).train()), IMAGES), r"training mode: call mlm.model.eval\(\)"),
     ("pocket", {}, lambda mlm: text_values(mlm, "fish"), "list"),
     ("pocket", {}, lambda mlm: text_values(mlm, ["fish", " "]), "at least one word"),
     ("pocket", {}, lambda mlm: text_values(mlm, ["fish", "a <image>"]), "without the image token"),
@@ -338,6 +340,26 @@ def test_reading_layers_heads_and_tokens():
 def test_arguments_out_of_range(family, setting, call, said):
     with pytest.raises(ParameterError, match=said):
         call(replace(tiny(family), **setting))
+
+
+def test_a_cache_that_is_not_used_is_no_capture():
+    """Gradient checkpointing in a part that trains drops it: what was reserved would be returned as it is."""
+    mlm = replace(tiny("llava_onevision"), model=copy.deepcopy(tiny("llava_onevision").model))
+    mlm.model.gradient_checkpointing_enable()
+    expected = capture(tiny("llava_onevision"), IMAGES[:1])[0].keys
+    assert torch.equal(capture(mlm, IMAGES[:1])[0].keys, expected), "in evaluation mode it is"
+    for layer in mlm.model.model.language_model.layers:
+        layer.train()
+    with pytest.raises(ModelError, match="keys and values of 0 of 5 layers to its cache; is all of it in evaluation mode"):
+        capture(mlm, IMAGES[:1])
+
+
+def test_tiles_that_the_processor_cuts_otherwise_are_refused():
+    mlm = tiny("llava_next")
+    processor = copy.deepcopy(mlm.processor)
+    processor.image_processor.image_grid_pinpoints = processor.image_processor.image_grid_pinpoints[:1]
+    with pytest.raises(ModelError, match="cuts tiles by image_grid_pinpoints .* its configuration places them by"):
+        capture(replace(mlm, processor=processor), IMAGES[:1])
 
 
 def test_bad_images_are_named(tmp_path):
@@ -487,7 +509,7 @@ def test_ways_to_load_a_folder(tmp_path):
     (lambda folder: load_mlm(str(folder / "bert")), ModelError, "bert"),
     (lambda folder: load_encoder("siglip"), ModelError, "siglip-so400m"),
     (lambda folder: wrap_mlm(tiny_siglip().model, None), ModelError, "model family"),
-    (lambda folder: wrap_mlm(tiny("llava_next").model, None), ModelError, "expected its processor, .* and NoneType"),
+    (lambda folder: wrap_mlm(tiny("llava_next").model, None), ModelError, "expected a model with lm_head, .* and its processor, .* and NoneType"),
     (lambda folder: wrap_mlm((one := tiny("llava_next")).model.model, one.processor), ModelError, "expected a model with lm_head"),
     (lambda folder: load_mlm("pocket", dtype="float3"), ParameterError, "dtype"),
     (lambda folder: load_mlm("pocket", dtype="int8"), ParameterError, "dtype"),

@@ -28,7 +28,7 @@ def test_the_import_is_light_and_says_how_threads_wait(monkeypatch, given, found
 
 def test_the_docstring_tells_every_name_and_each_is_there():
     table = re.findall(r"^    (\w+)  +\S.*$", kv.__doc__.split("What `kv.` offers")[1].split("One vocabulary")[0], re.M)
-    assert table == kv.__all__ and len(set(table)) == 15
+    assert table == kv.__all__ and len(set(table)) == 16
     assert set(table) <= set(dir(kv)) and {"VOID", "data_folder"} <= set(dir(kv))
     for name in table:
         assert getattr(kv, name).__name__ == name and getattr(kv, name).__doc__

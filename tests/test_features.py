@@ -479,6 +479,19 @@ def test_saliency_is_the_attention_of_the_last_token(family):
     assert mlm.attention == "sdpa"
 
 
+def test_what_is_no_source_no_picture_and_no_text_is_said(tmp_path):
+    extractor = FeatureExtractor(tiny("llava_onevision"), layers=[1])
+    for sources in (["value.2"], "value.2", ["foo"]):
+        with pytest.raises(ParameterError, match="unknown source '(value.2|foo)'.*expected one of .*value.1"):
+            extractor.images([("a", picture(60, 40))], sources=sources)
+    assert extractor.images([("a", picture(60, 40))], sources="value.1")[0].features.keys() == {"value.1"}
+    (image := picture(60, 40)).save(tmp_path / "a.png")
+    assert torch.equal(extractor.saliency(("a", tmp_path / "a.png")), FeatureExtractor(extractor.mlm).saliency(("a", image)))
+    for call in (lambda: extractor.alignment.text(""), lambda: extractor.alignment.scores({}, "fish"), lambda: FeatureExtractor(extractor.mlm, vocabulary="fish")):
+        with pytest.raises(ParameterError, match="texts must be a list of texts of at least one word each"):
+            call()
+
+
 def test_weights_shown_are_right_in_half_precision():
     """What all keys have in common, such as Qwen2's biases, leaves the softmax as it is; transformers' eager rounds it into the differences."""
     layer = tiny_onevision().model.model.language_model.layers[0].self_attn

@@ -205,6 +205,17 @@ def test_white_with_soft_edges_is_no_mask_of_classes(folder):
         kv.open_dataset("folder", folder)
 
 
+def test_masks_in_a_format_of_pictures_are_refused(folder):
+    """A class number would come back as several, on the edges of what it marks."""
+    with Image.open(folder / "masks" / "p1.png") as mask:
+        mask.convert("L").save(folder / "masks" / "p1.jpg", quality=95)
+    with pytest.raises(DataError, match="p1.png: .*p1.jpg has the same name; remove|p1.jpg: .*p1.png has the same name; remove"):
+        kv.open_dataset("folder", folder)
+    (folder / "masks" / "p1.png").unlink()
+    with pytest.raises(DataError, match="p1.jpg: JPEG changes class numbers; save masks as PNG"):
+        kv.open_dataset("folder", folder)
+
+
 def test_white_is_white_in_one_bit_and_in_eight(folder):
     for i in range(COUNT):
         with Image.open(folder / "masks" / f"p{i}.png") as mask:

@@ -85,6 +85,15 @@ def folder(tmp_path_factory):
     return save(tiny("llava_onevision"), tmp_path_factory.mktemp("models") / "tiny")
 
 
+def test_a_folder_is_no_published_model_whatever_its_name(folder, tmp_path, monkeypatch):
+    for name in ("llava-onevision-7b", "pocket"):
+        shutil.copytree(folder, tmp_path / name)
+        mlm = load_mlm(tmp_path / name, device="cpu")
+        assert mlm.name == f"{name}-folder" and mlm.num_layers == 5
+    monkeypatch.chdir(tmp_path / "pocket")
+    assert load_mlm(".", device="cpu").name == "pocket-folder"
+
+
 def test_a_loaded_folder_is_checked(folder, tmp_path):
     assert load_mlm(str(folder), device="cpu").num_layers == 5
     broken = shutil.copytree(folder, tmp_path / "broken")

@@ -27,6 +27,7 @@ from kvutils.errors import one_of
 
 FORMATS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SAMPLES = ("episodes", "training", "named", "pairs")
+LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP")  # formats of pictures, in which a class number may become another
 MOST_CLASSES = 40  # in one mask, and background; of more it is no drawing of classes
 PARTNERS, PARTS = 5, 8  # of a picture, with which it is paired; groups of pictures that are paired among themselves
 
@@ -123,7 +124,9 @@ def _read(root: Path, progress: bool = False) -> list[FolderPicture]:
         files[path.stem] = path
     expect(files, f"{root} holds no picture ({', '.join(FORMATS)}); name the folder in which the pictures themselves are, or convert them")
     masks = {path.stem: path for path in visible((root / "masks").glob("*.*"))}
-    for name, path in masks.items():
+    for path in visible((root / "masks").glob("*.*")):
+        name = path.stem
+        expect(masks[name] == path, f"{path}: {masks[name]} has the same name; remove one of the two")
         expect(name in files, f"{path}: {root} has no picture {name}; name the mask as its picture, or remove it")
     pictures, sizes, shown, boxes = {name: Picture(path) for name, path in files.items()}, {}, {}, {}
     for name, picture in tqdm(pictures.items(), f"reading {root.name}", unit="picture", delay=3, disable=not progress):
@@ -150,13 +153,14 @@ def _labels(path: Path, picture: Picture) -> np.ndarray:
     labels = read_labels(path, picture, ("1", "L", "P"), "class numbers in one channel (a grey or palette image)")
     labels = (labels * VOID if labels.dtype == bool else labels).astype(np.uint8)  # of one bit or of eight, white is white
     with Image.open(path) as image:
-        turn = picture.turn(image.size)
+        turn, kind = picture.turn(image.size), image.format
+    expect(kind not in LOSSY, f"{path}: {kind} changes class numbers; save masks as PNG, BMP or TIFF")
     expect(turn.orientation == 1 or turn.size != picture().size, f"{path}: EXIF turns its picture, which keeps its size, so that nothing tells "
                                                                  "whether the mask is turned as well; save the picture upright")  # fmt: skip
     white, grey, shown = labels == VOID, (labels > 0) & (labels < VOID), len(np.unique(labels))
     thick = [binary_erosion(seen, np.ones((3, 3))).any() for seen in (white, grey)]  # soft edges of white are thin
     soft = shown > MOST_CLASSES or thick[0] and grey.any() and not thick[1]
-    expect(not soft, f"{path}: expected class numbers, found {shown} values, as the soft edges of a drawing or JPEG make; save it as PNG without "
+    expect(not soft, f"{path}: expected class numbers, found {shown} values, as the soft edges of a drawing make; save it as PNG without "
                      "smoothing, 0 and the number of a class alone (or 255)")  # fmt: skip
     return labels
 

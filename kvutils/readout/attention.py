@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from kvutils.answer import SessionBatch
 from kvutils.block import block_keys
-from kvutils.errors import DataError, ParameterError
+from kvutils.errors import DataError, ParameterError, at_least
 from kvutils.images import ImageLike, open_image
 from kvutils.keys import KeySelection, SameGrid
 from kvutils.language import CACHE, EXACT, embed, not_finite
@@ -73,6 +73,7 @@ def token_attention(session: SessionBatch, ids: Sequence[int], block: KeySelecti
     ids: text after the image, such as `session.tokens.tail(question, 1)` and tokens of the answer. The image is not read again,
     and of the text only the weights of this one token are kept. block: image keys hidden from the text. Raises ParameterError for
     a closed session, ModelError for weights that are not finite."""
+    at_least("the number of ids", len(ids))
     mlm, slots = session.mlm, torch.from_numpy(session.slots[0])
     weights = torch.empty(mlm.num_layers, mlm.num_heads, len(slots))
 

@@ -159,7 +159,9 @@ class FeatureExtractor:
                checked: bool = True, seen: tuple[VisionInputs, Sequence[list[torch.Tensor]]] | None = None) -> list[ImageFeatures]:  # fmt: skip
         """Features of images, in passes of up to `TOGETHER` tokens. prefix: text before the image, of all or of each. sources: only these. checked:
         ModelError where the model gives NaN or Inf, which else is said by `not_finite`. seen: the pixels of all and what the tower made of them."""
-        wanted, texts = set(self.sources if sources is None else sources), [prefix] * len(items) if isinstance(prefix, str | None) else prefix
+        for source in () if sources is None else [sources] if isinstance(sources, str) else (sources := list(sources)):
+            one_of("source", source, [*self.sources, *HEADS])
+        wanted, texts = set(self.sources if sources is None else [sources] if isinstance(sources, str) else sources), [prefix] * len(items) if isinstance(prefix, str | None) else prefix
         rows = [(name, picture_key(image := open_image(each, name)), image, text) for (name, each), text in zip(items, texts, strict=True)]
         places = [f"{key} {text!r}" for _, key, _, text in rows]
         found = {place: self._memory[place] for place in places if place in self._memory}
@@ -220,8 +222,8 @@ class FeatureExtractor:
 
     def saliency(self, item: Item) -> torch.Tensor:
         """(N,) float32 attention of the last prompt token of "Describe the image.", scaled to 0..1 over the image's tokens (0 if constant)."""
-        if (key := picture_key(item[1])) not in self._saliency:
-            layout, attention = prompt_saliency(self.mlm, self.shown(item[1]))
+        if (key := picture_key(image := open_image(item[1], item[0]))) not in self._saliency:
+            layout, attention = prompt_saliency(self.mlm, self.shown(image))
             attention = attention[torch.from_numpy(image_tokens(layout))]
             low, high = attention.min(), attention.max()
             self._saliency[key] = (attention - low) / (high - low).clamp_min(torch.finfo(torch.float32).tiny)

@@ -59,10 +59,13 @@ def select_all(layers: Iterable[int], heads: int, tokens: int) -> KeySelection:
 
 
 def select_lowest(variance: torch.Tensor, real: torch.Tensor, share: float, layers: Sequence[int]) -> KeySelection:
-    """The given share (0..1) of the keys of each layer, those of lowest variance (L, G, N); newlines are never among them."""
+    """The given share (0..1) of the keys of each of these layers, those of lowest variance (L, G, N), L all layers of the model; newlines are
+    never among them."""
     if not 0 < share <= 1:
         raise ParameterError(f"share must be above 0 and at most 1, not {share}")
-    layers = tuple(layers)
+    layers, real = tuple(layers), torch.as_tensor(real)
+    if max(layers) >= len(variance):
+        raise DataError(f"variance must be (L, G, N) of all layers, of which it takes {layers}; found {len(variance)} layers")
     mask = torch.zeros(len(layers), *variance.shape[1:], dtype=torch.bool)
     for row, layer in enumerate(layers):
         values = variance[layer].masked_fill(~real, torch.inf).flatten()
@@ -74,11 +77,13 @@ def select_lowest(variance: torch.Tensor, real: torch.Tensor, share: float, laye
 def select_random(like: KeySelection, real: torch.Tensor, seed: int) -> KeySelection:
     """As many keys in each layer and head as `like` has, drawn from all that are no newlines."""
     places, random = np.flatnonzero(real), np.random.default_rng(seed)
-    return _filled("random", like, like.mask.sum(-1), lambda _, count: random.permutation(places)[:count])
+    return _filled("random", like, real, like.mask.sum(-1), lambda _, count: random.permutation(places)[:count])
 
 
-def _filled(name: str, like: KeySelection, wanted: torch.Tensor, choose: Callable) -> KeySelection:
+def _filled(name: str, like: KeySelection, real: torch.Tensor, wanted: torch.Tensor, choose: Callable) -> KeySelection:
     """The positions that choose((layer, head), wanted (L, G) there) gives, in the layers of `like`."""
+    if int(like.mask.sum(-1).max()) > len(np.flatnonzero(real)):
+        raise DataError(f"{like.name} has more keys than the {len(np.flatnonzero(real))} that are no newlines: a control cannot have as many")
     mask = torch.zeros_like(like.mask)
     for place, each in np.ndenumerate(wanted.numpy()):
         mask[(*place, choose(place, each))] = True
@@ -86,9 +91,10 @@ def _filled(name: str, like: KeySelection, wanted: torch.Tensor, choose: Callabl
 
 
 def select_highest(like: KeySelection, values: torch.Tensor, real: torch.Tensor) -> KeySelection:
-    """As many keys in each layer and head as `like` has, those of the highest values (L, G, N), such as the variance."""
-    order = values.masked_fill(~real, -torch.inf).argsort(descending=True, stable=True)
-    return _filled("highest variance", like, like.mask.sum(-1), lambda place, count: order[place][:count])
+    """As many keys in each layer and head as `like` has, those of the highest values (L, G, N), such as the variance, of the
+    layers of `like`."""
+    order = _of_layers(like, values).masked_fill(~torch.as_tensor(real), -torch.inf).argsort(descending=True, stable=True)
+    return _filled("highest variance", like, real, like.mask.sum(-1), lambda place, count: order[place][:count])
 
 
 def select_same_positions(like: KeySelection, layers: Iterable[int]) -> KeySelection:
@@ -109,9 +115,17 @@ def select_random_matched_mass(like: KeySelection, mass: torch.Tensor, real: tor
         closest = int(np.argmin([each.min() for each in gaps]))
         return orders[closest][: gaps[closest].argmin()]
 
-    return _filled("random, same attention", like, selected_mass(like, mass), choose)
+    return _filled("random, same attention", like, real, selected_mass(like, mass), choose)
 
 
 def selected_mass(selection: KeySelection, mass: torch.Tensor) -> torch.Tensor:
-    """(L, G) float64: the attention mass (L, G, N) that the selected keys receive together."""
-    return torch.where(selection.mask, mass, 0.0).sum(-1)
+    """(L, G) float64: the attention mass (L, G, N), of the selection's layers, that the selected keys receive together."""
+    return torch.where(selection.mask, _of_layers(selection, mass), 0.0).sum(-1)
+
+
+def _of_layers(selection: KeySelection, values: torch.Tensor) -> torch.Tensor:
+    """Values as they are; DataError unless they are (L, G, N) of the selection's layers."""
+    if values.shape != selection.mask.shape:
+        raise DataError(f"expected values {tuple(selection.mask.shape)} of layers {selection.layers} alone, such as variance[list(selection.layers)], "
+                        f"found {tuple(values.shape)}")  # fmt: skip
+    return values

@@ -95,11 +95,7 @@ def text_values(mlm: MLM, texts: Sequence[str], layers: str | int | Iterable[int
     torch.Size([2, 12, 2, 16])
     """
     at_least("batch_size", batch_size)
-    texts = texts if isinstance(texts, str) else list(texts)
-    for text in texts or [""]:
-        if isinstance(texts, str) or not isinstance(text, str) or not text.strip() or mlm.processor.image_token in text:
-            raise ParameterError("texts must be a list of texts of at least one word each, without the image token; found "
-                                 + repr(texts if isinstance(texts, str) else text))  # fmt: skip
+    texts = check_texts(mlm, texts)
     layers, before = resolve_layers(mlm, layers), list(start_tokens(mlm) if behind is None else behind)
     result = torch.empty(len(texts), len(layers), mlm.num_kv_heads, mlm.head_dim)
     for start in range(0, len(texts), batch_size):
@@ -117,6 +113,16 @@ def text_values(mlm: MLM, texts: Sequence[str], layers: str | int | Iterable[int
         first = broken[broken[:, 1].argmin()].tolist()
         raise not_finite(mlm, f"values of the text {texts[first[0]]!r} that are not finite in layer {layers[first[1]]}, the first of them")
     return result
+
+
+def check_texts(mlm: MLM, texts: Iterable[str]) -> list[str]:
+    """The texts as a list; ParameterError for a single one, for none, and for one without a word or with the image token."""
+    found = [None] if isinstance(texts, str) else list(texts) or [""]
+    for text in found:
+        if not isinstance(text, str) or not text.strip() or mlm.processor.image_token in text:
+            said = repr(texts if text is None else text)
+            raise ParameterError(f"texts must be a list of texts of at least one word each, without the image token; found {said}")
+    return found
 
 
 def start_tokens(mlm: MLM) -> list[int]:
@@ -150,7 +156,7 @@ class TextAlignment:
             raise ParameterError("encoder_text needs the encoder it belongs to: pass encoder_original as well")
         self.mlm, self.layers, self.untrained = mlm, tuple(layers), untrained
         self.encoder, self.encoder_text = encoder, encoder_text
-        self.vocabulary = vocabulary_of(mlm) if vocabulary is None else tuple(vocabulary)
+        self.vocabulary = vocabulary_of(mlm) if vocabulary is None else tuple(check_texts(mlm, vocabulary))
         self.sources = []
         if encoder_text is not None:
             self.sources.append("encoder_original")
@@ -184,8 +190,9 @@ class TextAlignment:
 
     def text(self, text: str) -> dict[str, torch.Tensor]:
         """Vector (C,) float32 of the text in every source, centred or, in `uncentred.` ones, as it is; read one at a time, so without
-        batch effects. ParameterError as `names_like`."""
+        batch effects. ParameterError as `names_like` and `text_values`."""
         if text not in self._texts:
+            check_texts(self.mlm, [text])
             names, plain = self.names_like(text), self._plain([text])
             mean = self._means[names] = self._means[names] if names in self._means else self._plain(names)
             made = {source: vector - mean[source] for source, vector in plain.items()}
@@ -219,7 +226,7 @@ class TextAlignment:
         What follows from the image alone is made once as long as the same `features` are asked about, text after text."""
         if features is not self._image[0]:
             self._image = features, {}
-        vectors, made = [self.text(text) for text in texts], self._image[1]
+        vectors, made = [self.text(text) for text in check_texts(self.mlm, texts)], self._image[1]
         scores = {}
         for source in self.sources if sources is None else sources:
             texts_here = torch.stack([v[source] for v in vectors]).to(self.mlm.device)
