@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from scipy.special import stdtrit
 from scipy.stats import pearsonr
 
 from kvutils.checkpoints import MODELS
@@ -12,8 +13,8 @@ from kvutils.metrics.effects import measured, no_floor, part
 from kvutils.metrics.statistics import Effect
 from kvutils.plots.models import BEFORE, beside_each_other
 from kvutils.run import report
+from kvutils.run.across import at_once, correlation, shown
 from kvutils.run.judged import of_profile
-from kvutils.run.across import correlation, shown
 from kvutils.store import write_json
 
 
@@ -68,6 +69,13 @@ def test_x1_is_as_strong_as_its_weakest_effect(tmp_path, second, verdict, weakes
     assert verdict != "cannot appear here" or said.endswith("points from its control (qwen2_5_vl).") and said.count("Floor") == 1
 
 
+def test_an_interval_for_several_has_the_freedom_of_the_effect_that_is_one_of_them():
+    """Of a mean over tasks that is less than its units."""
+    few, many = (part("C2a", Effect(1.0, 0.0, 2.0, 500, 0.5, units), units=400) for units in (11, 400))
+    assert few["freedom"] == 10 and at_once(few, 9)["low"] == pytest.approx(1 - 0.5 * float(stdtrit(10, 1 - 0.025 / 9)))
+    assert at_once(few, 9)["low"] < at_once(many, 9)["low"]
+
+
 def test_a_copy_of_a_folder_is_no_further_training(tmp_path):
     for number in range(6):
         write_model(tmp_path, f"m{number}", added=number + 0.1 * number**2, accuracy=0.5 + 0.04 * number)
@@ -116,7 +124,7 @@ def test_a_correlation_of_zero_is_absent_with_enough_models_alone():
     many = correlation("r", x, y, 200)
     assert -0.5 < many["low90"] < many["high90"] < 0.5 and many["detectable"] == pytest.approx(0.197, abs=0.002)
     few = correlation("r", x[:6], y[:6], 6)
-    assert few == correlation("r", x[:6], y[:6], 5) | {key: few[key] for key in ("units", "error", "low", "high", "low90", "high90", "detectable")}
+    assert few == correlation("r", x[:6], y[:6], 5) | {key: few[key] for key in ("units", "freedom", "error", "low", "high", "low90", "high90", "detectable")}
     assert correlation("r", x[:6], y[:6], 5)["low"] < few["low"] and correlation("r", x[:6], y[:6], 3)["reason"] == "3 trainings are too few"
     assert few["low90"] < -0.5 and few["detectable"] == pytest.approx(0.924, abs=0.002)
     assert correlation("r", x, x, 200)["low"] > 0.99 and correlation("r", x, np.ones(200), 200)["reason"] == "the models do not differ"

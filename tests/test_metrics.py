@@ -130,7 +130,7 @@ def test_an_effect_as_result_part_and_text():
     assert nothing.as_dict() == {"mean": None, "low": None, "high": None, "n": 0, "error": None, "units": 0}
     stored = effects.part("a", found, unit="x")
     assert stored | {"low90": None, "high90": None, "detectable": None} == {
-        "name": "a", "value": 0.25, "low": -0.0001, "high": 0.5, "n": 7, "error": 0.125, "units": 40, "unit": "x",
+        "name": "a", "value": 0.25, "low": -0.0001, "high": 0.5, "n": 7, "error": 0.125, "units": 40, "freedom": 39, "unit": "x",
         "low90": None, "high90": None, "detectable": None}  # fmt: skip
     assert stored["high90"] == pytest.approx(0.25 + 1.685 * 0.125, abs=1e-3) and stored["detectable"] == pytest.approx(0.36, abs=0.01)
     assert effects.effect_of(stored) == found
@@ -275,7 +275,6 @@ def test_build_then_degrade(curve, first, last):
     for name, sign in (("minus_first", first), ("minus_last", last)):
         found = result[name]
         assert ((found["low"] > 0) - (found["high"] < 0)) == sign and (found["n"], found["units"]) == (120, 60)
-    assert sum(result["peak_shares"]) == pytest.approx(1)
     for name, end in (("between_first", 0), ("between_last", -1)):
         assert result[name]["mean"] == pytest.approx((scores[:, 1:-1].mean(axis=1) - scores[:, end]).mean()) and result[name]["units"] == 60
     if first == last == 1:

@@ -269,6 +269,16 @@ def test_effects_are_the_planted_ones_in_a_layer_that_a_prefix_reaches():
     assert summarise_prefixes(table, statistic, 30)["moved"]["background"]["filler"][1]["mean"] is None
 
 
+def test_the_untrained_model_is_read_in_its_own_best_layer():
+    """The first included: where its layers scatter, the best of the trained ones would be ahead of any fixed one."""
+    table = table_of({})
+    for layer, level in ((0, 0.45), (1, 0.1), (2, 0.15)):
+        place = table.sources.index(f"untrained.{layer}")
+        table.values[:, place, 3] += level - 0.2
+    found = summarise_prefixes(table, statistic, 300)["best"]["above_untrained"]
+    assert found["mean"] == pytest.approx(0.05, abs=0.01)
+
+
 def test_layers_are_chosen_without_a_prefix_on_the_other_half_and_all_samples_are_read():
     """One half is best in layer 1, the other in layer 2: each is read where the other is best, whatever prefixes do there."""
     table = table_of({"correct": 0.04})

@@ -78,8 +78,7 @@ def build_then_degrade(scores, halves: Halves, groups: Units = None, statistic: 
     other (`best`, two indices), so that every item is used; `minus_first` and `minus_last` are its paired differences, the choice made
     anew in every resample. On a curve that only falls the one is below 0 and the other above. The best of several is ahead of a layer by
     its noise between layers as well: `between_first` and `between_last` are the differences of the mean over all layers between, which chose
-    nothing. `peak`: the best layer of all, over all items, with its interval (indices), and `peak_shares`, how often each layer is best
-    among the resamples. ParameterError for fewer than three layers."""
+    nothing. `peak`: the best layer of all, over all items, with its interval (indices). ParameterError for fewer than three layers."""
     scores = finite_scores(scores)
     if scores.shape[1] < 3:
         raise ParameterError(f"a layer between the first and the last needs at least 3 layers, found {scores.shape[1]}")
@@ -99,7 +98,6 @@ def build_then_degrade(scores, halves: Halves, groups: Units = None, statistic: 
         "best": best, "minus_first": first.as_dict(), "minus_last": last.as_dict(),
         "between_first": between_first.as_dict(), "between_last": between_last.as_dict(),
         "peak": Interval(float(np.nanargmax(found.value.round(TIE))), float(low), float(high), len(scores)).as_dict(),
-        "peak_shares": (np.bincount(peaks, minlength=scores.shape[1]) / len(peaks)).tolist(),
     }  # fmt: skip
 
 

@@ -43,8 +43,8 @@ def gap(results: Mapping) -> Figure:
                        for row, each in enumerate(found.values())], factor=100)  # fmt: skip
     left.set_yticks(range(len(subtasks)), [f"{each['title']}\n{each['table']['n']} items" for each in subtasks.values()])
     beyond, added = (results["claims"][name]["primary"] for name in ("C8", "X5"))
-    left.set(xlim=(0, 100), xlabel="% of items", title=f"Values right, model wrong, beyond guessing:\n{_interval(beyond)} % of items")
-    right.set(xlabel="accuracy minus the model's (points)", title=f"Values added to the option scores:\n{_interval(added)} points")
+    left.set(xlim=(0, 100), xlabel="% of items", title=f"Values right, model wrong, beyond guessing\n({beyond['name'].partition(':')[0]}): {_interval(beyond)} % of items")
+    right.set(xlabel="accuracy minus the model's (points)", title=f"Values added to the option scores\n(mean): {_interval(added)} points")
     for axis in (left, right):
         axis.grid(axis="y", visible=False)
     legend_below(figure, [left], place="left", ncols=3)

@@ -21,8 +21,8 @@ ROWS = {EVERY: ("every image key", COLOURS[3], "v"),  # condition -> its label, 
         "random, same attention": ("random keys, same attention", COLOURS[7], "s"),
         "highest variance": ("keys that vary most", COLOURS[7], "s"),
         "same positions, early layers": ("same positions as the block", COLOURS[7], "s"),
-        BELOW: ("keys that vary as little", COLOURS[2], "D"),
-        LOWEST: ("as many as the block, lowest", COLOURS[2], "D"),
+        BELOW: ("all below the block's threshold", COLOURS[2], "D"),
+        LOWEST: ("as many as the block, varying least", COLOURS[2], "D"),
         "reading layers, random": ("as many as the block, random", COLOURS[2], "D")}
 
 
@@ -108,7 +108,7 @@ def shares_by_layer(keys: Mapping) -> Figure:
     axes[1].axhline(0, color="black", lw=0.8)
     sink = trained["sinks"]["raw"]["mass"]["all"]["mean"]
     gap = "none to compare" if sink is None else f"{sink:+.2f} (above 0: sinks)"
-    axes[1].set(title=f"attention to keys that vary least minus that\nto others of their head: {gap}", ylabel="attention, in multiples of the mean key's")
+    axes[1].set(title=f"attention to keys below the pooled threshold\nminus that to others of their head: {gap}", ylabel="attention, in multiples of the mean key's")
     for axis in axes:
         _tick_layers(axis, layers)
     first, (mean, low, high) = trained["shares"]["within_heads"]["layers"][0]["mean"], (100 * compared["behind_layer_0"][key] for key in _NUMBERS)

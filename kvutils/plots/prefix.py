@@ -27,7 +27,9 @@ def _told(found: Mapping, smallest: float) -> tuple[str, str]:
         return "not defined", "grey"
     mean, low, high = (round(100 * found[key], 3) + 0.0 for key in ("mean", "low", "high"))
     words = "better" if low > 0 else "worse" if high < 0 else "no effect" if -smallest < low and high < smallest else "open"
-    return f"{words}: {round(mean, 1) + 0.0:+.1f} [{low:+.1f}, {high:+.1f}]", {"better": COLOURS[0], "worse": COLOURS[3]}.get(words, "grey")
+    colour = {"better": COLOURS[0], "worse": COLOURS[3]}.get(words, "grey")
+    words += ", too small to matter" if colour != "grey" and -smallest < low and high < smallest else ""
+    return f"{words}: {round(mean, 1) + 0.0:+.1f} [{low:+.1f}, {high:+.1f}]", colour
 
 
 @styled
@@ -45,7 +47,7 @@ def prefix_effects(readouts: Mapping[str, Mapping], answers: Mapping) -> Figure:
         forest(axis, [(row, found[c], _told(found[c], smallest)[1], "o", None) for row, c in enumerate(others)],
                [f"minus {CONDITION_STYLE[c][3]}" for c in others], factor=100)  # fmt: skip
         axis.set(title=f"{title}\n{_told(found['none'], smallest)[0]}", xlabel=f"{unit} ({n})")
-    head = "A true word before the image: blue, surely better than the control; orange, surely worse (titles: against no prefix)"
+    head = "A true word before the image: blue, surely better than the control; orange, surely worse;\ngrey band: too small to matter (titles: against no prefix)"
     figure.suptitle(head, fontsize=10)
     return figure
 

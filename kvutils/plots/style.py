@@ -17,7 +17,7 @@ from PIL import Image
 COLOURS = sns.color_palette("colorblind")
 SOURCE_STYLE = {"value": (COLOURS[0], "-", "o", "image values"),  # family of sources -> colour, line, marker, label
                 "untrained.value": (COLOURS[7], ":", "^", "values, untrained model"),
-                "shuffled.value": (COLOURS[3], ":", "v", "control: shuffled labels or text")}
+                "shuffled.value": (COLOURS[3], ":", "v", "shuffled labels, or another text")}
 # What comes before the language model, in order of the data flow; its points in a legend.
 BEFORE = {"pixels": "pixels", "encoder_original": "SigLIP", "encoder": "encoder", "projector": "projector"}
 FIRST = "first projection"  # of values (and keys): layer 0

@@ -62,19 +62,20 @@ def families(models: Models, claims: Mapping[str, Mapping]) -> dict:
     smallest, listed = claims["X1"]["smallest"], parts
     parts = [one if one["low"] is None or word_of(one, smallest) == PRESENT else at_once(one, len(listed)) for one in listed]
     weakest = min(parts, key=lambda one: (-1, 0) if one["low"] is None else (order.index(word_of(one, smallest)), one["value"]))
-    note = f"The weakest is {weakest['name']}; {words.count(PRESENT)} of {len(words)} effects are present, over {len(chosen)} families, of " \
+    about = {"what": f"weakest of {len(listed)} effects, {weakest['name'].partition(', its')[0]},"}
+    note = f"{words.count(PRESENT)} of {len(words)} effects are present, over {len(chosen)} families, of " \
            f"which one model speaks for each ({', '.join(name for name, _ in chosen.values())})."
     others = [each for each, other in zip(listed, parts, strict=True) if other is not weakest]
-    return measured(weakest, others, list(needs.values()), note)
+    return measured(weakest | about, others, list(needs.values()), note)
 
 
 def at_once(one: Mapping, count: int) -> dict:
     """A part with intervals that hold for so many parts at once (Bonferroni)."""
-    reach, narrow = (float(stdtrit(max(one["units"], 2) - 1, 1 - level / count)) * one["error"] for level in (0.025, 0.05))
+    reach, narrow = (float(stdtrit(max(one["freedom"], 1), 1 - level / count)) * one["error"] for level in (0.025, 0.05))
     value = one["value"]
     return {**one, "name": f"{one['name']}, its interval for {count} effects at once", "low": value - reach, "high": value + reach,
             "low90": value - narrow, "high90": value + narrow,
-            "detectable": reach + float(stdtrit(max(one["units"], 2) - 1, POWER)) * one["error"]}  # fmt: skip
+            "detectable": reach + float(stdtrit(max(one["freedom"], 1), POWER)) * one["error"]}  # fmt: skip
 
 
 def ability(models: Models, claims: Mapping[str, Mapping]) -> dict:

@@ -105,7 +105,7 @@ def of_effect(claim: Mapping, found: Mapping) -> Verdict:
         word = ABSENT if _changed(claim, found) else PRESENT if word == PRESENT else CANNOT_TELL
     if word == NOT_MEASURED:
         return Verdict(word, _sentence(one.get("reason") or "too few resamples"))
-    what, about = "change that may be largest" if equal else "effect", f"{interval_of(one)} {unit}{_few(one)}"
+    what, about = one.get("what", "effect"), f"{interval_of(one)} {unit}{_few(one)}"
     if word == (PRESENT if equal else ABSENT):
         value, low, high = texts(one["value"], one["low90"], one["high90"])
         return Verdict(word, f"{'A change' if equal else 'An effect'} of {amount(smallest, unit)} or more is excluded: the {what} is {value} {unit}, "
@@ -145,7 +145,7 @@ def _surely(tasks: Sequence[Mapping], sign: int, beyond: float = 0.0) -> list[Ma
         over = sign * one["value"] - beyond
         if not one["error"]:
             return 0.0 if over > 0 else 1.0
-        return float(stdtr(one["units"] - 1, -over / one["error"]))
+        return float(stdtr(one["freedom"], -over / one["error"]))
 
     sure = []
     for rank, one in enumerate(sorted(tasks, key=chance)):

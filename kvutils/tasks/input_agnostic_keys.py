@@ -116,21 +116,21 @@ def claim_x4(described: Mapping, compared: Mapping) -> dict:
     squared norm. Attention and norm are those of the trained model's keys below it minus the others of their head, undefined where no head
     has both."""
     found = compared["within_heads"]
-    difference, every = (Effect.of(each).scaled(100) for each in (found["behind_layer_0"], found["all"]))
+    difference, with_first = (Effect.of(each).scaled(100) for each in (found["behind_layer_0"], found["all"]))
     sinks, why = described["sinks"]["within_heads"], "no layer and head has keys below and above the threshold"
-    others = [part("the same with layer 0, whose keys are a projection of the patches alone", every),
+    others = [part("the same with layer 0, whose keys are a projection of the patches alone", with_first),
               part("near-constant keys, trained minus untrained", Effect.of(compared["near_constant"]["all"]).scaled(100)),
               *(part(f"{name} of these keys minus that of the others of their head", Effect.of(sinks[kind]["all"]), why,
                      unit="times the average key's", smallest=SMALLEST_SINK)
                 for kind, name in (("mass", "attention per key"), ("norm", "norm")))]  # fmt: skip
     valleys = sum(each["method"] == "valley" for each in described["thresholds"]["within_heads"])
     untrained, each = 100 * found["untrained"]["all"]["mean"], ", ".join(f"{100 * sum(draw) / len(draw):.1f}" for draw in found["draws"])
-    note = f"With layer 0, whose keys no attention has reached, {untrained + every.mean:.1f} % of the trained model's keys vary little and " \
+    note = f"With layer 0, whose keys no attention has reached, {untrained + with_first.mean:.1f} % of the trained model's keys vary little and " \
            f"{untrained:.1f} % with random weights ({each} % in {len(found['draws'])} of them), by the valley of the log-variance in {valleys} layers, by a " \
            f"fixed limit in the others. The trained model is judged as one more draw of weights.{_order_note(described)}"
     need = enough("images on one grid", described["images"], FEWEST_IMAGES)
-    draws = {"units": len(found["draws"])}  # on how few of them the interval rests, beside the positions
-    return measured(part("share within heads after layer 0, trained minus untrained", difference, **draws), others, [need], note)
+    every = {"units": described["positions"]}  # the interval's degrees of freedom count draws as well
+    return measured(part("share within heads after layer 0, trained minus untrained", difference, **every), others, [need], note)
 
 
 def _order_note(described: Mapping) -> str:

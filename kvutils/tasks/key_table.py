@@ -47,6 +47,11 @@ class KeyTable:
         """(N,) bool: tokens that are no newlines."""
         return torch.from_numpy(~self.layout.is_newline)
 
+    def strips(self, axis: int, count: int = 6) -> list[int]:
+        """For each token that is no newline, in which of so many strips of the picture it lies, side by side (axis 0) or above each other (1)."""
+        place = self.layout.centers[self.real.numpy(), axis] / self.layout.image_size[axis]
+        return (count * place).astype(int).clip(0, count - 1).tolist()
+
     def frame(self) -> Frame:
         """A row per layer, key-value head and image token: where the token is, and its key's statistics."""
         layout, shape = self.layout, self.variance.shape

@@ -82,8 +82,8 @@ def summarise_prefixes(table: ScoreTable, statistic: Statistic, n_boot: int = 20
 
     best_layer: that of the values *without* prefix, over all samples, of all layers but the first, which no prefix can reach. `best`: each
     sample in the layer that is best so in the other half of the groups (`layers`), which every resample chooses anew: score per condition,
-    `correct_minus` every other, `random_minus_none`, and `above_untrained`, without prefix minus the untrained model; with fewer than four
-    groups it has no numbers, and says why. added: per condition and layer, its score minus that without prefix. moved: the same over the
+    `correct_minus` every other, `random_minus_none`, and `above_untrained`, without prefix minus the untrained model in its own best layer;
+    with fewer than four groups it has no numbers, and says why. added: per condition and layer, its score minus that without prefix. moved: the same over the
     samples that show objects or background; None where none does. uncentred: a summary of those families."""
     conditions = [c for c in CONDITIONS if by_layer(table.sources, kind + c)]
     layers = [layer for layer, _ in by_layer(table.sources, f"{kind}none")]
@@ -119,7 +119,10 @@ def summarise_prefixes(table: ScoreTable, statistic: Statistic, n_boot: int = 20
                      "best_layer": layers[first + int(np.argmax(plain))] if len(plain) else layers[0],
                      "scores": {family: by_layers(family) for family in families}, "added": {c: by_layers(c, "none") for c in conditions[1:]}}
     if UNTRAINED in families:
-        best["above_untrained"] = at_best("none", UNTRAINED)
+        best["above_untrained"] = UNDEFINED.as_dict() | {"reason": why}
+        if not why:  # the untrained model too in the best of its layers, the first included, as the control of C1
+            levels = [halves.chosen(each, statistic) for each in (inside[:, :, 0], scores[:, :, families.index(UNTRAINED)])]
+            best["above_untrained"] = resample(lambda w: levels[0](w) - levels[1](w), *options, around=True).effects().as_dict()
     if not kind and MOVED[0] in table.columns:
         summary["moved"] = {column.removeprefix("moved_"): _moved(table, column, conditions[1:], layers, n_boot, seed) for column in MOVED}
     if not kind and by_layer(table.sources, f"{UNCENTRED}none"):

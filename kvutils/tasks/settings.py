@@ -211,7 +211,8 @@ def claim_x6(found: Mapping) -> dict:
     primary = max(known, key=lambda each: max(-each["low90"], each["high90"]), default=part("any setting", reason="no setting can be changed here"))
     notes = [largest_change(name, scores) for name, scores in found["changes"].items()]
     notes += [f"{name}: not measured ({why.rstrip('.')})" for name, why in found["left_out"].items()]
-    return measured(primary, [each for each in listed if each is not primary], note=f"Largest changes, in points: {'; '.join(notes)}.")
+    about = {"what": f"change whose interval reaches furthest ({primary['name']})"}
+    return measured(primary | about, [each for each in listed if each is not primary], note=f"Largest changes, in points: {'; '.join(notes)}.")
 
 
 def largest_change(setting: str, scores: Mapping[str, Mapping]) -> str:
