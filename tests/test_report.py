@@ -186,7 +186,7 @@ def test_other_models_stand_in_columns_beside_the_first(root):
     for model in ("pocket-qwen", "pocket-qwen-read"):  # a stage of training is listed among the runs, but has no column
         write_json(results / model / "01_value_flow.json", other)
     text = report.readme((root / "README.md").read_text(), root)
-    header, _, c1, c2a = text.split("Every finished model of profile `pocket`, with its report:\n\n")[1].splitlines()[:4]
+    header, _, c1, c2a = text.split("every finished model of profile pocket, 2 of them</b></summary>\n\n")[1].splitlines()[:4]
     assert header == "|  | claim | [pocket](data/results/pocket/pocket/REPORT.md) | [pocket-qwen](data/results/pocket/pocket-qwen/REPORT.md) |"
     assert c1.startswith("| C1 | image values suffice") and "| **present** 2 of 2 tasks | **" in c1 and c1.endswith("** 1 of 2 tasks (1 behind) |")
     assert c2a.endswith("| **not measured** | **not measured** |")

@@ -51,7 +51,7 @@ def variance(trained: Mapping) -> Figure:
         below.set_xlabel(unit)
     for axis in axes[:, 0]:
         axis.axvline(np.log10(limit["value"]), color="black", lw=1.2, ls="--", label=f"threshold ({limit['method']})")
-    axes[0, 0].legend()
+    axes[0, 0].legend(loc="upper left", frameon=True, framealpha=1, edgecolor="none")
     axes[0, 0].set(title=f"all layers together: {MODES['yes' if limit['two_modes'] else 'no']}", ylabel="keys")
     axes[0, 1].set_title("all layers together, heads aligned")
     right = axes[1, 1].secondary_yaxis("right")
@@ -192,11 +192,11 @@ def block_effects(blocking: Mapping) -> Figure:
     note = "in brackets: how many keys are hidden; bars: 95 % intervals; ticks: single draws of random keys"
     legend_below(figure, axes[0, :1], title=note, fontsize=8.5, title_fontsize=8.5)
     pope = {name: each["headline"] for name, each in blocking["pope"]["families"].items()}
-    change = {name: 100 * pope[name]["mean"] for name in (EVERY, BLOCK, LOWEST)}
+    change = {name: 100 * pope[name]["mean"] for name in (EVERY, BLOCK, BELOW, LOWEST)}
     idle = max(abs(pope[EVERY]["low"]), abs(pope[EVERY]["high"])) < blocking["pope"]["smallest"]
     figure.suptitle(f"{_span(late).capitalize()} {'are no lever for' if idle else 'and'} POPE: hiding every image key changes it by "
-                    f"{change[EVERY]:+.1f} points, the block by {change[BLOCK]:+.1f};\nin {_span(about[LOWEST]['layers'])}, hiding as many that "
-                    f"vary least changes it by {change[LOWEST]:+.1f}")  # fmt: skip
+                    f"{change[EVERY]:+.1f} points, the block by {change[BLOCK]:+.1f};\nin {_span(about[LOWEST]['layers'])}, hiding all below the "
+                    f"block's threshold changes it by {change[BELOW]:+.1f}, as many as the block by {change[LOWEST]:+.1f}")  # fmt: skip
     return figure
 
 

@@ -33,7 +33,7 @@ def beside_each_other(found: Mapping[str, Mapping]) -> Figure:
             axes[-1].plot(*each["adds"], marker, color=colour, ms=5, alpha=0.75, mfc="white" if name.endswith(BEFORE) else None)
             axes[-1].annotate("" if name.endswith(BEFORE) else name, each["adds"], xytext=(4, -9 if MARKERS.index(marker) % 2 else 4),
                               textcoords="offset points", fontsize=7, color=colour)  # fmt: skip
-    axes[-1].set(title=ABILITY, xlabel="best value layer minus\nprojector, points (hollow:\nbefore the last stage)", ylabel="accuracy of POPE\nand BLINK, %")
+    axes[-1].set(title=ABILITY, xlabel="best value layer minus\nprojector, points (hollow: -read,\nbefore the last stage)", ylabel="accuracy of POPE\nand BLINK, %")
     axes[-1].margins(x=0.35, y=0.25)
     for family, (colour, marker) in families.items():
         axes[0].plot([], [], marker, color=colour, label=family)

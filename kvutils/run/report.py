@@ -15,7 +15,7 @@ from kvutils.store import to_json, write_text
 
 PICTURES = {"02_siglip_baseline": "02_steps", "03_input_agnostic_keys": "03_block_effects", "04_prefix": "04_prefix_effects",
             "05_blink_gap": "05_gap"}  # the figure that stands for a notebook in the README, where it is not named after it
-FIRST = "A generated scene, the colours of its tokens through the model, and what is like one clicked point"  # README's first figure
+FIRST = "A generated scene and its tokens from encoder to last layer: principal components as colours, and what is similar to the marked point"  # README's first figure
 _IN_A_CELL = str.maketrans({"|": "\\|", "<": "&lt;", "\n": "<br>"})
 
 
@@ -93,7 +93,8 @@ def side_by_side(folders: Sequence[Path]) -> str:
         cells.append([claim["id"], claim["short"], *(words if claim["notebook"] else (f"{words[0]}, all models together", *["″"] * len(words[1:])))])
     profile = folders[0].parent.name
     figure = f"![Claims C1 and C2 in every model, and C3](figures/models_{profile}.png)"
-    return f"Every finished model of profile `{profile}`, with its report:\n\n{markdown_table(header, cells)}\n\n{figure}"
+    summary = f"<details><summary><b>The same for every finished model of profile {profile}, {len(folders)} of them</b></summary>"
+    return f"{summary}\n\n{markdown_table(header, cells)}\n\n{figure}\n\n</details>"
 
 
 def draw_models(root: Path) -> None:

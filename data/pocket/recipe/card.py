@@ -51,7 +51,7 @@ a cosine to 2 %; bf16 autocast where the machine computes in it.
 {hours}
 
 1. **encoder**: a tower for pictures and one for captions, contrastively, by the sigmoid loss over all {captions} captions at once:
-   class, colour, style, light, place, painted letters and the parts that they mark. A caption holds for every picture that entails it;
+   class, colour, style, light, place, painted letters and the parts that they mark. A caption counts as true of every picture that it fits;
    where only a small part of a thing is in view its captions count neither way. 70 % of the steps on windows around a thing at its
    native scale, 30 % on whole scenes{places}; clean daylight scenes alone for 45 % of the steps, all styles and lights gradually after.
 2. **text**: the language model alone. It reads pictures of every kind told in plain words, marks and several pictures too, and answers
@@ -163,7 +163,7 @@ def model_card(name: str, seed: int, family, mlm, report: dict[str, dict], curve
         own=f" The weights of the kinds of question are those of the other families, but for {own}." if own else "",
         untrained=" and ".join(UNTRAINED))  # fmt: skip
     before = "" if model != "pocket" else (
-        "*Model before*: the one shipped until this recipe, on the same questions. All of the following differ at once, so no part of a "
+        "*Model before*: the previous pocket model, on the same questions. All of the following differ at once, so no part of a "
         "difference belongs to one of them: it had 8 layers instead of 12, one token per word, a text stage on a grid of word embeddings, "
         "losses on marks and places, a tower trained at 0.9 of the rate, and styles were compared in its training.\n\n")  # fmt: skip
     return f"""# {name}
