@@ -61,8 +61,7 @@ class Answer:
     @property
     def best(self) -> str:
         """The option with the highest score; ParameterError for an answer to an open question."""
-        if not self.scores:
-            raise ParameterError("an open question has no best option: ask with options, or read .text")
+        at_least("the number of options (an open question has none: read .text)", len(self.scores))
         return max(self.scores, key=self.scores.__getitem__)
 
 
@@ -217,6 +216,7 @@ class ImageSession(SessionBatch):
 
     def choose(self, questions: Sequence[str], options: Choices, max_new_tokens: int = MAX_NEW_TOKENS, **intervention) -> list[Answer]:
         """Multiple choice: text, and scores of the options."""
+        options = options if options is None or isinstance(options, str | Mapping) else list(options)
         return self.answer([questions], options if for_all(options) else [options], max_new_tokens, **intervention)[0]
 
 

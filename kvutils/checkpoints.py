@@ -84,7 +84,7 @@ def find_model(name: str | PathLike, known: dict[str, ModelSpec] = MODELS) -> Mo
         folder or validate_repo_id(name)
     except HFValidationError as error:
         raise ModelError(f"{name!r} is neither a folder nor a hub id: {str(error).splitlines()[0]}") from error
-    base = Path(name).resolve().name if folder else name
+    base = Path(name).resolve().name.replace("@", "-") if folder else name  # behind @ is a commit
     return ModelSpec(f"{base}-folder" if base_name(base) in known else base, "", name, "custom")  # a folder is no published model
 
 

@@ -57,9 +57,9 @@ class KeyVariance:
             self._begin(image)
             image = image.to(self.mean)
             delta = image - self.mean
-            self.mean = self.mean + delta / (self.count + 1)  # not in place: a stream may have begun in inference mode
-            self.sum_squares = self.sum_squares + delta.square().sum(-1) * (self.count / (self.count + 1))
-            self.sum_norms = self.sum_norms + image.norm(dim=-1)
+            self.mean += delta / (self.count + 1)
+            self.sum_squares += delta.square().sum(-1) * (self.count / (self.count + 1))
+            self.sum_norms += image.norm(dim=-1)
             self.count += 1
         return self
 
@@ -89,8 +89,9 @@ class KeyVariance:
 
     def _begin(self, key: torch.Tensor) -> None:
         if self.mean is None:
-            self.mean = torch.zeros_like(key, dtype=torch.float64)
-            self.sum_squares, self.sum_norms = self.mean.new_zeros(2, *key.shape[:-1])
+            with torch.inference_mode(False):  # what a stream holds may be changed there and outside
+                self.mean = torch.zeros_like(key, dtype=torch.float64)
+                self.sum_squares, self.sum_norms = self.mean.new_zeros(2, *key.shape[:-1])
         elif key.shape != self.mean.shape:
             raise DataError(f"keys of shape {tuple(self.mean.shape)} of each image were expected, found {tuple(key.shape)}; "
                             "give every image the same token grid (same resize)")  # fmt: skip
@@ -205,7 +206,7 @@ def select_region(mlm: MLM, layout: TokenLayout, region: Sequence[float] | np.nd
     of_kind("layout", layout, TokenLayout, "a TokenLayout, such as capture.layout")
     tokens, size = np.flatnonzero(layout.seeing), np.array(layout.image_size)
     try:
-        found = (region.float() if region.is_floating_point() else region).numpy(force=True) if isinstance(region, torch.Tensor) else np.array(region)
+        found = (region.double() if region.is_floating_point() else region).numpy(force=True) if isinstance(region, torch.Tensor) else np.array(region)
     except ValueError:  # a ragged list: no box
         found = np.array(str(region))
     low, high = layout.rects[tokens, :2], layout.rects[tokens, 2:]

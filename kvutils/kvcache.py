@@ -62,7 +62,8 @@ class Capture:
     def select(self, index) -> "Capture":
         """The capture of some tokens: integer indices, as from `layout.spatial()`, or a bool mask over N."""
         try:
-            index = np.arange(len(self.layout))[np.atleast_1d(index if np.size(index) else np.array([], int)).reshape(-1)]
+            index = np.ravel(index)
+            index = np.arange(len(self.layout))[index if len(index) else index.astype(int)]
         except IndexError as error:
             raise ParameterError(f"index: expected integers below {len(self.layout)}, or as many booleans ({error})") from error
         rows = {name: t.index_select(-2, torch.from_numpy(index).to(t.device)) for name, t in self._tensors().items()}

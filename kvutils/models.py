@@ -208,8 +208,8 @@ def wrap_mlm(model: PreTrainedModel, processor, name: str = "custom", base_view_
 def need_mlm(mlm: object) -> None:
     """ParameterError for all but an `MLM`, such as its name, and for one in training mode, whose dropout and checkpoints change what is read."""
     of_kind("the model", mlm, MLM, 'an MLM, as load_mlm("pocket") gives it')
-    if mlm.model.training:
-        raise ParameterError(f"{mlm.name} is in training mode: call mlm.model.eval() first")
+    if any(part.training for part in mlm.model.modules() if isinstance(part, PreTrainedModel)):
+        raise ParameterError(f"{mlm.name} is in training mode, or a part of it: call mlm.model.eval() first")
 
 
 def load_encoder(name: str, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Encoder:

@@ -89,9 +89,10 @@ def prepare_images(mlm: MLM, images: Sequence[Image.Image], names: Sequence[str]
     if mlm.family == QWEN:
         return _prepare_qwen(mlm, list(images), names or [f"images[{index}]" for index in range(len(images))])
     side, config = mlm.model.config.vision_config.image_size, mlm.model.config
-    theirs, ours = ([tuple(size) for size in each.image_grid_pinpoints] for each in (mlm.processor.image_processor, config))
-    if theirs != ours and not mlm.base_view_only:
-        raise ModelError(f"the image processor of {mlm.name} cuts tiles by image_grid_pinpoints {theirs}, its configuration places them by {ours}")
+    if not mlm.base_view_only:
+        theirs, ours = ([tuple(size) for size in each.image_grid_pinpoints] for each in (mlm.processor.image_processor, config))
+        if theirs != ours:
+            raise ModelError(f"the image processor of {mlm.name} cuts tiles by image_grid_pinpoints {theirs}, its configuration places them by {ours}")
     # With one square resolution there is one tile to cut, and to drop: the base view is the same either way.
     processor, options = mlm.processor.image_processor, {"image_grid_pinpoints": [[side, side]]} if mlm.base_view_only else {}
     shown = [_padded(image, processor.image_mean) for image in images] if mlm.pad_to_square else list(images)

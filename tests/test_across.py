@@ -76,6 +76,16 @@ def test_an_interval_for_several_has_the_freedom_of_the_effect_that_is_one_of_th
     assert at_once(few, 9)["low"] < at_once(many, 9)["low"]
 
 
+def test_results_of_another_version_beside_these_do_no_harm(tmp_path):
+    for name in ("a", "b"):
+        write_model(tmp_path, name, values=(5.0, 4.0, 2.4), family=name)
+    path = tmp_path / "data/results/paper/b/01_value_flow.json"
+    path.write_text(path.read_text().replace('"freedom"', '"degrees"'))
+    found = lines_of(tmp_path)
+    assert found["a"]["C1"]["verdict"] == "present" and found["a"]["X1"]["why"] == "1 of 2 families measured."
+    assert found["b"]["C1"]["why"].startswith("Its results are of another version of kvutils")
+
+
 def test_a_copy_of_a_folder_is_no_further_training(tmp_path):
     for number in range(6):
         write_model(tmp_path, f"m{number}", added=number + 0.1 * number**2, accuracy=0.5 + 0.04 * number)

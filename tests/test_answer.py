@@ -223,6 +223,10 @@ def test_choices_add_spellings_and_may_be_of_each_question():
         assert list(answer.scores) == some and answer.best == some[int(expected.argmax())]
         assert list(answer.scores.values()) == pytest.approx(expected.tolist(), abs=1e-5)
         assert answer.tokens == session.ask([question])[0].tokens
+    listed = session.choose(QUESTIONS[:1], options[0])[0].scores
+    assert all(session.choose(QUESTIONS[:1], some)[0].scores == listed for some in (np.array(options[0]), (each for each in options[0])))
+    with pytest.raises(ParameterError, match="an open question has none: read .text"):
+        session.ask(QUESTIONS[:1])[0].best  # noqa: B018
     batch = SessionBatch(mlm, IMAGES[:2])
     nested = batch.answer([QUESTIONS[:2], QUESTIONS[:1]], [options, options[:1]], max_new_tokens=0)
     assert nested[0][1].scores == pytest.approx(answers[1].scores, abs=1e-5)

@@ -19,7 +19,7 @@ from kvutils.answer import ImageSession
 from kvutils.datasets.refcoco import CATEGORIES
 from kvutils.errors import ImageError, ModelError, ParameterError
 from kvutils.kvcache import capture
-from kvutils.language import resolve_layers
+from kvutils.language import read_layers, resolve_layers
 from kvutils.models import load_encoder, load_mlm, wrap_mlm
 from kvutils.prompts import prepare_text
 from kvutils.readout.attention import prompt_saliency
@@ -332,7 +332,7 @@ def test_reading_layers_heads_and_tokens():
     *[("pocket", {}, lambda mlm, layers=layers: capture(mlm, IMAGES, layers=layers), "layer")
       for layers in (5, [0, 9], [-6], [], "first", [1.5], ["2"], [None])],
     ("pocket", {}, lambda mlm: mlm.prompt(prefix="f\udcfcr"), "prefix must be UTF-8 text"),
-    ("pocket", {}, lambda mlm: capture(replace(mlm, model=copy.deepcopy(mlm.model).train()), IMAGES), r"training mode: call mlm.model.eval\(\)"),
+    ("pocket", {}, lambda mlm: capture(replace(mlm, model=copy.deepcopy(mlm.model).train()), IMAGES), "training mode, or a part of it: call mlm.model.eval"),
     ("pocket", {}, lambda mlm: text_values(mlm, "fish"), "list"),
     ("pocket", {}, lambda mlm: text_values(mlm, ["fish", " "]), "at least one word"),
     ("pocket", {}, lambda mlm: text_values(mlm, ["fish", "a <image>"]), "without the image token"),
@@ -348,10 +348,22 @@ def test_a_cache_that_is_not_used_is_no_capture():
     mlm.model.gradient_checkpointing_enable()
     expected = capture(tiny("llava_onevision"), IMAGES[:1])[0].keys
     assert torch.equal(capture(mlm, IMAGES[:1])[0].keys, expected), "in evaluation mode it is"
+    text = prepare_text(mlm, [mlm.prompt()], prepare_images(mlm, IMAGES[:1]))
     for layer in mlm.model.model.language_model.layers:
         layer.train()
-    with pytest.raises(ModelError, match="keys and values of 0 of 5 layers to its cache; is all of it in evaluation mode"):
+    with pytest.raises(ModelError, match="keys and values of 0 of 2 layers to its cache; is all of it in evaluation mode"):
+        read_layers(mlm, mlm.model.get_input_embeddings()(text.input_ids), text, [1, 3], lambda *_: None)
+    mlm.model.model.language_model.train()
+    with pytest.raises(ParameterError, match="training mode, or a part of it"):
         capture(mlm, IMAGES[:1])
+
+
+def test_some_of_the_tokens_of_a_capture():
+    shot = capture(tiny("llava_onevision"), IMAGES[:1])[0]
+    for index, tokens in ((3, 1), (np.int64(3), 1), (torch.tensor([3, 5]), 2), ([], 0), (torch.empty(0), 0), (shot.layout.is_newline, shot.layout.is_newline.sum())):
+        some = shot.select(index)
+        assert len(some.layout) == tokens == some.keys.shape[-2]
+    assert torch.equal(shot.select(3).keys, shot.keys[..., 3:4, :])
 
 
 def test_tiles_that_the_processor_cuts_otherwise_are_refused():

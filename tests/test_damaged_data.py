@@ -240,7 +240,7 @@ OPTIONS = [
     ("msrc", {"unknown_colours": "ignore"}, "unknown_colours 'ignore'; expected one of error, void"),
     ("imagenet-s", {"variant": 100}, "variant of ImageNet-S 100 .*expected one of 50, 300, 919"),
     ("imagenet-s", {"classes": ("goldfish",)}, "50 classes has no class 'goldfish'"),
-    ("imagenet-s", {"classes": ()}, "classes of imagenet-s must be .*Sequence.*, and not empty; found ()"),
+    ("imagenet-s", {"classes": ()}, "classes of imagenet-s must be .*Sequence.*, and not empty; found \\[]"),
     ("imagenet-s-train", {"per_class": 11}, "per_class=11, but .*im50_train.txt lists 10 images of n01000000"),
     ("refcoco", {"split": "test"}, r"split of RefCOCO \(unc\) 'test'.*expected one of train, val, testA, testB"),
     ("refcoco", {"split": []}, "split of refcoco must be str .*not empty"),

@@ -45,6 +45,9 @@ def test_open_tells_all_that_a_view_needs(explored):
     assert about["point"] == [30, 20] and kv.explore(mlm, IMAGE, point=(7, 39)).answer("open")[0]["panels"][0]["point"] == [7, 39]
     with pytest.raises(kvutils.errors.DataError, match="point: the point .60, 3. is outside its image of 60 x 40 pixels"):
         kv.explore(mlm, IMAGE, point=(60, 3))
+    for wrong in ((), (1, 2, 3, 4)):
+        with pytest.raises(kvutils.errors.ParameterError, match="point: expected x, y in pixels, found"):
+            kv.explore(mlm, IMAGE, point=wrong)
     assert Image.open(io.BytesIO(shown)).size == (60, 40) and about["can_ask"] and about["interventions"]
     np.testing.assert_array_equal(np.frombuffer(rects, "<f4").reshape(-1, 4), layout.rects.astype(np.float32))
     assert np.frombuffer(slots, "<i4").tolist() == layout.slots.tolist() and np.frombuffer(view, "<i4").tolist() == layout.view.tolist()

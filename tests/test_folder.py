@@ -214,6 +214,11 @@ def test_masks_in_a_format_of_pictures_are_refused(folder):
     (folder / "masks" / "p1.png").unlink()
     with pytest.raises(DataError, match="p1.jpg: JPEG changes class numbers; save masks as PNG"):
         kv.open_dataset("folder", folder)
+    with Image.open(folder / "masks" / "p1.jpg") as mask:
+        mask.save(folder / "masks" / "p1.gif")
+    (folder / "masks" / "p1.jpg").unlink()
+    with pytest.raises(DataError, match="p1.gif: GIF changes class numbers"):
+        kv.open_dataset("folder", folder)
 
 
 def test_white_is_white_in_one_bit_and_in_eight(folder):

@@ -22,7 +22,7 @@ from kvutils.metrics.statistics import Effect
 from kvutils.plots.keys import sweep_map
 from kvutils.prompts import PromptTokens
 from kvutils.readout.attention import attention_mass
-from kvutils.readout.selections import select_all, select_highest, select_lowest, select_random, selected_mass, variance_threshold
+from kvutils.readout.selections import select_all, select_highest, select_lowest, select_random, select_random_matched_mass, selected_mass, variance_threshold
 from kvutils.run.judged import load_claims
 from kvutils.run.verdicts import judge
 from kvutils.store import Frame, Parts, read_frame, to_json, write_frame
@@ -498,6 +498,9 @@ def test_controls_want_the_values_of_the_layers_that_are_blocked(mlm):
     for control in (lambda: select_random(select_all([0], 2, 17), real, 0), lambda: select_highest(select_all([0], 2, 17), variance[:1], real)):
         with pytest.raises(DataError, match="all has more keys than the 16 that are no newlines"):
             control()
+    everything = select_all([4, 5], 2, 17)
+    assert select_random_matched_mass(everything, variance[4:], real, 0).mask.any(), "which needs no equal number"
+    assert not select_lowest(variance, real, 0.1, []).mask.any()
 
 
 def test_answers_under_blocks(mlm, tmp_path, monkeypatch):

@@ -39,6 +39,15 @@ def test_is_the_mean_squared_distance_to_the_mean_key_whatever_the_batch_size():
         assert parts.mean.shape == (3, 2, 5, 8) and parts.sum_squares.shape == (3, 2, 5), "memory is that of one mean key"
 
 
+def test_a_stream_goes_on_in_and_out_of_inference_mode():
+    keys = torch.randn(6, 3, 2, 4, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        stream = KeyVariance().update(keys[:2])
+    stream.update(keys[2:4])
+    stream.merge(KeyVariance().update(keys[4:]))
+    torch.testing.assert_close(stream.result, KeyVariance().update(keys).result)
+
+
 def test_merging_shards_in_any_order_equals_one_stream():
     x = keys()
     a, b, c = (KeyVariance().update(part) for part in x.split([2, 11, 7]))

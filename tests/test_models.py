@@ -90,6 +90,7 @@ def test_a_folder_is_no_published_model_whatever_its_name(folder, tmp_path, monk
         shutil.copytree(folder, tmp_path / name)
         mlm = load_mlm(tmp_path / name, device="cpu")
         assert mlm.name == f"{name}-folder" and mlm.num_layers == 5
+    assert load_mlm(shutil.copytree(folder, tmp_path / "pocket@x"), device="cpu").name == "pocket-x"
     monkeypatch.chdir(tmp_path / "pocket")
     assert load_mlm(".", device="cpu").name == "pocket-folder"
 

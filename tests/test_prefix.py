@@ -425,7 +425,7 @@ def test_results_and_figures_need_only_the_items(redraw, tmp_path):
     best = found["readouts"]["referring_by_class_name"]["best"]["correct_minus"]
     drawn = [line.get_xdata()[0] for line in left.lines if line.get_marker() == "o"]
     assert drawn == pytest.approx([100 * best[c]["mean"] for c in CONDITIONS if c != "correct"])
-    assert "better: +4." in left.get_title() and "better: +50.0" in right.get_title()
+    assert "better:\n+4." in left.get_title() and "better:\n+50.0" in right.get_title()
 
 
 def test_nothing_that_an_image_is_known_to_show_is_a_wrong_name(mlm, writer):

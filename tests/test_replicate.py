@@ -31,7 +31,7 @@ import json, os
 from pathlib import Path
 folder = Path(os.environ["KVUTILS_OUT"], "data", "results", profile, model)
 folder.mkdir(parents=True, exist_ok=True)
-one = {"name": "a", "value": 3.0, "low": LOW, "high": 4.0, "low90": LOW, "high90": 4.0, "detectable": 5.0, "error": 1.0, "n": 50, "units": 50}
+one = {"name": "a", "value": 3.0, "low": LOW, "high": 4.0, "low90": LOW, "high90": 4.0, "detectable": 5.0, "error": 1.0, "n": 50, "units": 50, "freedom": 49}
 claim = {"primary": one, "others": [], "prerequisites": [], "note": ""}
 found = {"claims": {"C1": claim}, "parameters": {"seed": seed}}
 (folder / "01_stub.json").write_text(json.dumps(found))
@@ -98,7 +98,7 @@ def test_a_run_is_clean_and_the_same_again(root, capsys):
     printed = capsys.readouterr().out
     assert "01_stub  done in" in printed and "In this small model:\nC1   present             The effect is +3.00 [+2.00, +4.00] points." in printed
     assert main(["replicate"]) == 0 and path.read_bytes() == first
-    assert "10 numbers as committed, 0 differ" in capsys.readouterr().out
+    assert "11 numbers as committed, 0 differ" in capsys.readouterr().out
     assert json.loads((root / RESULTS).with_name("claims.json").read_text())[0]["verdict"] == "present"
 
 
@@ -473,6 +473,7 @@ def test_mistakes_and_what_an_installed_package_lacks_are_said(root, capsys):
     said = capsys.readouterr()  # once, not for each notebook
     assert said.err == "error: unknown parameter 'sead' (did you mean 'seed'?); expected one of profile, model, seed\n" and not said.out
     assert main(["replicate", "--notebooks", "07"]) == 2 and "no notebook 07" in capsys.readouterr().err
+    assert main(["figures", "--size", "quck"]) == 2 and "unknown SIZE 'quck' (did you mean 'quick'?)" in capsys.readouterr().err
     shutil.rmtree(root / "notebooks")
     for verb in ("replicate", "figures", "report"):
         assert main([verb]) == 2 and "needs a clone of the repository" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from kvutils.metrics.statistics import UNDEFINED, Effect, interval_text
 from kvutils.run import judged, notebook, report
 from kvutils.run.cli import main
 from kvutils.run.verdicts import FAILS, HOLDS, NOT_MEASURED, judge, word_of_part
-from kvutils.store import read_json, write_json
+from kvutils.store import read_frame, read_json, write_json
 from kvutils.tasks.value_flow import BY_BEST
+from kvutils.tasks.yes_no import Answers, Pope, Scored
 
 OTHERS = ("pocket-2", "pocket-3", "pocket-next", "pocket-qwen")  # trained models, beside the main one
 
@@ -66,7 +68,11 @@ FLOOR = no_floor("referring", Effect(0.2, -0.4, 0.8, 9, 0.3, 9), "mIoU points")
     ({"kind": "tasks", "effect": 3, "unit": "points"}, measured(part("ahead"), tasks=[one(5, 1), one(-5, 1), one(0, 0.5), one(0, 9)]),
      "present", "1 of 4 tasks ahead, 1 behind, 1 equal, 1 open; fewer ahead than the 3 of the paper."),
     ({"kind": "tasks", "effect": 3, "least": 2}, measured(part("ahead"), tasks=[one(5, 1), one(-5, 1), one(-6, 1), one(0, 9)]), "cannot tell",
-     "Open: 1 of 4 tasks ahead, 2 behind, 0 equal, 1 open; several would be 2; in the paper 3 are ahead."),
+     "Open: 1 of 4 tasks ahead, 2 behind, 0 equal, 1 open; of all together surely 1 ahead and 2 behind, 2 would do; in the paper 3 are ahead."),
+    ({"kind": "tasks", "effect": 3, "least": 2}, measured(part("ahead"), tasks=[one(5, 1), one(3, 2.75), one(0, 6), one(0, 6)]), "cannot tell",
+     "Open: 2 of 4 tasks ahead, 0 behind, 0 equal, 2 open; of all together surely 1 ahead and 0 behind, 2 would do; in the paper 3 are ahead."),
+    ({"kind": "tasks", "effect": 3, "least": 2}, measured(part("ahead"), tasks=[one(-5, 1), one(0, 9)]), "cannot tell", None),
+    ({"kind": "tasks", "effect": 3, "least": 2}, measured(part("ahead"), tasks=[one(5, 1)]), "not measured", "1 tasks were measured, 2 are needed."),
     ({"kind": "tasks", "effect": 3, "least": 2}, measured(part("ahead"), tasks=[one(5, 1), one(4, 1), one(-6, 1)]), "present",
      "2 of 3 tasks ahead, 1 behind, 0 equal, 0 open; fewer ahead than the 3 of the paper."),
     ({"kind": "tasks", "effect": 1}, measured(part("ahead"), tasks=[one(-5, 1), one(0, 0.5)]), "opposite",
@@ -265,6 +271,21 @@ def test_what_the_readme_adds_to_the_verdicts_is_stored():
     low, high, least, most = (100 * pick(np.mean(draw[1:]) for draw in each["draws"]) for each in keys for pick in (min, max))
     assert f"({low:.1f} to {high:.1f} % of keys after layer 0)" in told and f"draws have {least:.1f} to {most:.1f} %" in told
     assert f"co-segmentation builds up ({builds:+.1f} points) and referring falls ({falls:.1f})" in told
+
+
+def test_readme_has_the_f1_of_every_model():
+    """Of all scenes, and of those that POPE's own rule would take: three classes, hence six questions in a split."""
+    told, f1 = (notebook.ROOT / "README.md").read_text(), {}
+    for model in ("pocket", *OTHERS):
+        asked = Answers.of_frame(read_frame(notebook.ROOT / f"data/results/pocket/{model}/items/03_input_agnostic_keys/pope.parquet"))
+        pairs = list(zip(asked.task.samples, asked.texts["none"], strict=True))
+        questions = Counter((sample.image_id, sample.subset) for sample, _ in pairs)
+        some = [pair for pair in pairs if questions[pair[0].image_id, pair[0].subset] == 6]
+        tasks = [(Pope(samples), texts) for samples, texts in (zip(*each, strict=True) for each in (pairs, some))]
+        f1[model] = [f"{100 * Scored.of(task, {'': texts}, n_boot=1).headline(''):.1f}" for task, texts in tasks]
+        assert "on the {1} of {0} that show three classes".format(*(len(task.images) for task, _ in tasks)) in told
+    first = [", ".join(each) for each in zip(*(f1[model] for model in ("pocket", "pocket-2", "pocket-3")), strict=True)]
+    assert all(f"| {every} ({three}) |" in told for every, three in (first, f1["pocket-qwen"], f1["pocket-next"]))
 
 
 @pytest.mark.parametrize("file", sorted((notebook.ROOT / "data" / "results").glob("*/*/0[1-5]_*.json")), ids=lambda file: f"{file.parent.name}-{file.stem[:2]}")

@@ -87,7 +87,9 @@ def open_dataset(name: str, root: str | Path | None = None, **options) -> Sequen
         one_of(f"option of {name}", option, known, DataError)
         kind = known[option].annotation
         kinds = [{int: Integral, Path: PathLike}.get(each, get_origin(each) or each) for each in (get_args(kind) if isinstance(kind, UnionType) else [kind])]
-        if not isinstance(value, tuple(kinds)) or isinstance(value, Sized) and not value:
+        if Sequence in kinds and isinstance(value, Iterable) and not isinstance(value, str):
+            options[option] = value = list(value)
+        if not isinstance(value, tuple(kinds)) or isinstance(value, Sized) and not len(value):
             raise ParameterError(f"{option} of {name} must be {inspect.formatannotation(kind)}, and not empty; found {value!r}")
     found = loader(**options)
     return found if isinstance(found, Sequence) else list(found)

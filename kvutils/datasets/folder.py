@@ -27,7 +27,7 @@ from kvutils.errors import one_of
 
 FORMATS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SAMPLES = ("episodes", "training", "named", "pairs")
-LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP")  # formats of pictures, in which a class number may become another
+UNFAITHFUL = ("JPEG", "MPO", "JPEG2000", "GIF")  # formats in which a class number may become another
 MOST_CLASSES = 40  # in one mask, and background; of more it is no drawing of classes
 PARTNERS, PARTS = 5, 8  # of a picture, with which it is paired; groups of pictures that are paired among themselves
 
@@ -154,7 +154,7 @@ def _labels(path: Path, picture: Picture) -> np.ndarray:
     labels = (labels * VOID if labels.dtype == bool else labels).astype(np.uint8)  # of one bit or of eight, white is white
     with Image.open(path) as image:
         turn, kind = picture.turn(image.size), image.format
-    expect(kind not in LOSSY, f"{path}: {kind} changes class numbers; save masks as PNG, BMP or TIFF")
+    expect(kind not in UNFAITHFUL, f"{path}: {kind} changes class numbers; save masks as PNG, BMP or TIFF")
     expect(turn.orientation == 1 or turn.size != picture().size, f"{path}: EXIF turns its picture, which keeps its size, so that nothing tells "
                                                                  "whether the mask is turned as well; save the picture upright")  # fmt: skip
     white, grey, shown = labels == VOID, (labels > 0) & (labels < VOID), len(np.unique(labels))

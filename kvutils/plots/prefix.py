@@ -29,7 +29,7 @@ def _told(found: Mapping, smallest: float) -> tuple[str, str]:
     words = "better" if low > 0 else "worse" if high < 0 else "no effect" if -smallest < low and high < smallest else "open"
     colour = {"better": COLOURS[0], "worse": COLOURS[3]}.get(words, "grey")
     words += ", too small to matter" if colour != "grey" and -smallest < low and high < smallest else ""
-    return f"{words}: {round(mean, 1) + 0.0:+.1f} [{low:+.1f}, {high:+.1f}]", colour
+    return f"{words}:\n{round(mean, 1) + 0.0:+.1f} [{low:+.1f}, {high:+.1f}]", colour
 
 
 @styled

@@ -159,9 +159,10 @@ class FeatureExtractor:
                checked: bool = True, seen: tuple[VisionInputs, Sequence[list[torch.Tensor]]] | None = None) -> list[ImageFeatures]:  # fmt: skip
         """Features of images, in passes of up to `TOGETHER` tokens. prefix: text before the image, of all or of each. sources: only these. checked:
         ModelError where the model gives NaN or Inf, which else is said by `not_finite`. seen: the pixels of all and what the tower made of them."""
-        for source in () if sources is None else [sources] if isinstance(sources, str) else (sources := list(sources)):
-            one_of("source", source, [*self.sources, *HEADS])
-        wanted, texts = set(self.sources if sources is None else [sources] if isinstance(sources, str) else sources), [prefix] * len(items) if isinstance(prefix, str | None) else prefix
+        wanted = set(self.sources if sources is None else [sources] if isinstance(sources, str) else sources)
+        for source in wanted:
+            one_of("source", source, [*self.sources, *(HEADS if self.encoder_original else ())])
+        texts = [prefix] * len(items) if isinstance(prefix, str | None) else prefix
         rows = [(name, picture_key(image := open_image(each, name)), image, text) for (name, each), text in zip(items, texts, strict=True)]
         places = [f"{key} {text!r}" for _, key, _, text in rows]
         found = {place: self._memory[place] for place in places if place in self._memory}

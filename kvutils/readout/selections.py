@@ -64,7 +64,7 @@ def select_lowest(variance: torch.Tensor, real: torch.Tensor, share: float, laye
     if not 0 < share <= 1:
         raise ParameterError(f"share must be above 0 and at most 1, not {share}")
     layers, real = tuple(layers), torch.as_tensor(real)
-    if max(layers) >= len(variance):
+    if any(layer >= len(variance) for layer in layers):
         raise DataError(f"variance must be (L, G, N) of all layers, of which it takes {layers}; found {len(variance)} layers")
     mask = torch.zeros(len(layers), *variance.shape[1:], dtype=torch.bool)
     for row, layer in enumerate(layers):
@@ -77,24 +77,29 @@ def select_lowest(variance: torch.Tensor, real: torch.Tensor, share: float, laye
 def select_random(like: KeySelection, real: torch.Tensor, seed: int) -> KeySelection:
     """As many keys in each layer and head as `like` has, drawn from all that are no newlines."""
     places, random = np.flatnonzero(real), np.random.default_rng(seed)
-    return _filled("random", like, real, like.mask.sum(-1), lambda _, count: random.permutation(places)[:count])
+    return _filled("random", like, _counts(like, real), lambda _, count: random.permutation(places)[:count])
 
 
-def _filled(name: str, like: KeySelection, real: torch.Tensor, wanted: torch.Tensor, choose: Callable) -> KeySelection:
+def _filled(name: str, like: KeySelection, wanted: torch.Tensor, choose: Callable) -> KeySelection:
     """The positions that choose((layer, head), wanted (L, G) there) gives, in the layers of `like`."""
-    if int(like.mask.sum(-1).max()) > len(np.flatnonzero(real)):
-        raise DataError(f"{like.name} has more keys than the {len(np.flatnonzero(real))} that are no newlines: a control cannot have as many")
     mask = torch.zeros_like(like.mask)
     for place, each in np.ndenumerate(wanted.numpy()):
         mask[(*place, choose(place, each))] = True
     return KeySelection(name, mask, like.layers)
 
 
+def _counts(like: KeySelection, real: torch.Tensor) -> torch.Tensor:
+    """(L, G) how many keys a selection has; DataError where so many are not `real`."""
+    if (like.mask.sum(-1) > (most := np.count_nonzero(real))).any():
+        raise DataError(f"{like.name} has more keys than the {most} that are no newlines: a control cannot have as many")
+    return like.mask.sum(-1)
+
+
 def select_highest(like: KeySelection, values: torch.Tensor, real: torch.Tensor) -> KeySelection:
     """As many keys in each layer and head as `like` has, those of the highest values (L, G, N), such as the variance, of the
     layers of `like`."""
     order = _of_layers(like, values).masked_fill(~torch.as_tensor(real), -torch.inf).argsort(descending=True, stable=True)
-    return _filled("highest variance", like, real, like.mask.sum(-1), lambda place, count: order[place][:count])
+    return _filled("highest variance", like, _counts(like, real), lambda place, count: order[place][:count])
 
 
 def select_same_positions(like: KeySelection, layers: Iterable[int]) -> KeySelection:
@@ -115,7 +120,7 @@ def select_random_matched_mass(like: KeySelection, mass: torch.Tensor, real: tor
         closest = int(np.argmin([each.min() for each in gaps]))
         return orders[closest][: gaps[closest].argmin()]
 
-    return _filled("random, same attention", like, real, selected_mass(like, mass), choose)
+    return _filled("random, same attention", like, selected_mass(like, mass), choose)
 
 
 def selected_mass(selection: KeySelection, mass: torch.Tensor) -> torch.Tensor:

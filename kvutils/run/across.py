@@ -10,7 +10,7 @@ from scipy.special import stdtrit
 from kvutils.metrics.effects import measured, part
 from kvutils.metrics.statistics import POWER, Effect
 from kvutils.plots.models import BEFORE
-from kvutils.run.verdicts import ABSENT, CANNOT_TELL, OPPOSITE, PRESENT, judge, word_of
+from kvutils.run.verdicts import ABSENT, CANNOT_TELL, OPPOSITE, PRESENT, is_current, judge, word_of
 
 FEWEST_MODELS, FEWEST_FAMILIES = 6, 2
 IN_EVERY_FAMILY = ("C1", "C2a", "C2b")
@@ -44,7 +44,7 @@ def families(models: Models, claims: Mapping[str, Mapping]) -> dict:
     interval, that one of several is not by an interval that holds for all of them at once."""
     chosen: dict[str, tuple[str, dict]] = {}
     for name, (results, provenance) in sorted(models.items(), key=lambda each: -sum(len(found.get("claims", ())) for found in each[1][0].values())):
-        found = {key: each for key, each in results.get("01_value_flow", {}).get("claims", {}).items() if "primary" in each}
+        found = {key: each for key, each in results.get("01_value_flow", {}).get("claims", {}).items() if is_current(each)}
         family = provenance.get("01_value_flow", {}).get("family")
         if family and set(IN_EVERY_FAMILY) <= found.keys():
             chosen.setdefault(family, (name, found))

@@ -12,7 +12,7 @@ import yaml
 from kvutils import data_folder
 from kvutils.errors import DataError
 from kvutils.run import DEFAULT, across
-from kvutils.run.verdicts import HOLDS, NOT_MEASURED, OPPOSITE, PRESENT, SAY_FEW, decided_by, interval_of, judge, rough, smallest_of, word_of_part
+from kvutils.run.verdicts import HOLDS, NOT_MEASURED, OPPOSITE, PRESENT, SAY_FEW, decided_by, interval_of, is_current, judge, rough, smallest_of, word_of_part
 from kvutils.store import read_json
 
 COMPARISONS = ("claim", "comparison", "value [95 % interval]", "smallest effect of interest", "detectable", "n", "units", "verdict")
@@ -31,7 +31,7 @@ def load_claims() -> list[dict]:
 def row(claim: Mapping, found: Mapping | None) -> dict:
     """One line of claims.json: the verdict, why, and the numbers that it rests on, in the claim's unit."""
     verdict = judge(claim, found)
-    found = found if found and "primary" in found else {}
+    found = found if found and is_current(found) else {}
     one, tasks = decided_by(claim, found) if found else {}, found.get("tasks", []) if claim["kind"] == "tasks" else []
     return {"id": claim["id"], "verdict": verdict.word, "why": verdict.why, "note": found.get("note", ""),
             **{key: claim[key] for key in ("kind", "paper", "effect", "unit", "smallest", "notebook")}, "comparison": one.get("name"),
@@ -58,7 +58,7 @@ def sentence(line: Mapping) -> str:
 
 def comparisons(claim: Mapping, found: Mapping) -> list[list]:
     """What stands behind a verdict: rows under `COMPARISONS`, the one that decides in bold, each with its own word."""
-    if "primary" not in found:
+    if not is_current(found):
         return [[claim["id"], judge(claim, found).why, *[""] * (len(COMPARISONS) - 3), NOT_MEASURED]]
     parts = {each["name"]: each for each in (found["primary"], *found.get("tasks", ()), *found["others"])}
     first, line = decided_by(claim, found), row(claim, found)

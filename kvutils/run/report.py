@@ -10,7 +10,7 @@ from kvutils import plots
 from kvutils.errors import DataError
 from kvutils.plots import models
 from kvutils.run import DEFAULT, across, judged
-from kvutils.run.verdicts import NOTHING, amount, rough
+from kvutils.run.verdicts import NOTHING, amount, is_current, rough
 from kvutils.store import to_json, write_text
 
 PICTURES = {"02_siglip_baseline": "02_steps", "03_input_agnostic_keys": "03_block_effects", "04_prefix": "04_prefix_effects",
@@ -68,7 +68,7 @@ def details(lines: list[dict], results: Mapping, provenance: Mapping[str, Mappin
                 f"\nJudged by: {claim['primary'].strip()}. Smallest effect of interest: {amount(claim['smallest'], claim['unit'])} ({claim['why']}). "
                 f"What has to hold first: {claim['needs']}."]  # fmt: skip
         found = judged.measurement(claim, results)
-        if found and "primary" in found:
+        if found and is_current(found):
             out += ["", markdown_table(judged.COMPARISONS[1:], [cells[1:] for cells in judged.comparisons(claim, found)])]
     for name, found in results.items():
         if found.get("choices"):

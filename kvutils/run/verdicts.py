@@ -10,7 +10,7 @@ In this order:
     cannot tell          none of these; the effect that would have been found with probability .8 is stated
 
 Claims about a number of tasks (`kind: tasks`) are present if some task (of C4's several, `least` 2) is ahead by Holm's procedure over the
-tasks, of the paper's size if as many are as in the paper; opposite if none is ahead and some behind; absent if all are equal. A question whether nothing changes
+tasks, of the paper's size if as many are as in the paper; opposite if none is ahead and as many behind; absent if all are equal. A question whether nothing changes
 (`kind: equal`) holds where `absent` is shown, and fails where a change of the smallest size of interest is. X claims are questions of
 ours: they hold (present) or do not hold (absent); the other words are the same."""
 
@@ -41,7 +41,7 @@ def judge(claim: Mapping, found: Mapping | None) -> Verdict:
     """The verdict on a claim of data/claims.yaml from what a notebook stored of it (`kvutils.metrics.effects`)."""
     if found is None:
         return Verdict(NOT_MEASURED, NOTHING)
-    if "primary" not in found:
+    if not is_current(found):
         again = f"run notebook {claim['notebook'][:2]} again" if claim["notebook"] else "run the notebooks again"
         return Verdict(NOT_MEASURED, f"Its results are of another version of kvutils: {again}.")
     failed = [each["reason"] for each in found["prerequisites"] if not each["holds"]]
@@ -49,6 +49,11 @@ def judge(claim: Mapping, found: Mapping | None) -> Verdict:
         return Verdict(CANNOT_APPEAR, _sentence("; ".join(dict.fromkeys(failed))))
     verdict = of_tasks(claim, found) if claim["kind"] == "tasks" else of_effect(claim, found)
     return Verdict(_of_a_question(claim, verdict.word), verdict.why)
+
+
+def is_current(found: Mapping) -> bool:
+    """Whether what is stored of a claim has what this version judges by."""
+    return "freedom" in found.get("primary", {})
 
 
 def smallest_of(claim: Mapping, one: Mapping) -> float | None:
@@ -121,8 +126,8 @@ def of_effect(claim: Mapping, found: Mapping) -> Verdict:
 
 def of_tasks(claim: Mapping, found: Mapping) -> Verdict:
     tasks, smallest, paper = [each for each in found.get("tasks", ()) if each["low"] is not None], claim["smallest"], claim["effect"]
-    if not tasks:
-        return Verdict(NOT_MEASURED, "No task was measured.")
+    if len(tasks) < claim["least"]:
+        return Verdict(NOT_MEASURED, f"{len(tasks)} tasks were measured, {claim['least']} are needed." if tasks else "No task was measured.")
     ahead, behind = (_surely(tasks, sign) for sign in (1, -1))
     behind = [each for each in behind if each["low"] < -smallest]
     words = [word_of(each, smallest) for each in tasks]
@@ -131,11 +136,12 @@ def of_tasks(claim: Mapping, found: Mapping) -> Verdict:
     if len(ahead) >= claim["least"]:
         size = f"fewer ahead than the {paper} of the paper" if count[PRESENT] < paper else f"at least the {paper} of the paper"
         return Verdict(PRESENT, f"{about}; {size}.")
-    if behind and not ahead:
+    if len(behind) >= claim["least"] and not ahead:
         return Verdict(OPPOSITE, f"It points the other way: {about}; in the paper {paper} are ahead.")
     if count[ABSENT] == len(tasks):
         return Verdict(ABSENT, f"Differences of {amount(smallest, claim['unit'])} or more are excluded on all {len(tasks)} tasks.")
-    few = f"; several would be {claim['least']}" if ahead else " (one of several may be so by chance)" if count[PRESENT] + count[OPPOSITE] else ""
+    sure = f"; of all together surely {len(ahead)} ahead and {len(behind)} behind, {claim['least']} would do"
+    few = sure if ahead or behind else " (one of several may be so by chance)" if count[PRESENT] + count[OPPOSITE] else ""
     return Verdict(CANNOT_TELL, f"Open: {about}{few}; in the paper {paper} are ahead.")
 
 
@@ -192,7 +198,9 @@ def _sentence(text: str) -> str:
 
 
 def _few(one: Mapping) -> str:
-    return f" (few units: {one['units']})" if one["units"] < SAY_FEW else ""
+    if one["units"] < SAY_FEW:
+        return f" (few units: {one['units']})"
+    return f" (few degrees of freedom: {one['freedom']})" if one["freedom"] < SAY_FEW - 1 else ""
 
 
 def _beyond(found: Mapping, unit: str) -> str:

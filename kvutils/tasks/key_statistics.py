@@ -7,9 +7,10 @@ Three scales of the same variance are told apart throughout:
                  upper one holds most keys, in other layers near_constant
   near_constant  variance / mean norm^2 below a fixed `NEAR_CONSTANT`, which needs no modes and so compares models that have none
 
-Intervals are over six strips of the picture, by leaving each out (`KeyTable.strips`): the noise of a variance over so many images is small,
-and places are what another crop would change. Neighbouring tokens are alike, most of all in a row: taken one by one, intervals of smooth
-random maps, which have no effect, lie beside 0 in 58 % of the cases; by strips in about 10 %."""""
+Most intervals are over six strips of the picture, by leaving each out (`KeyTable.strips`): the noise of a variance over so many images is
+small, and places are what another crop would change. Neighbouring tokens are alike, most of all in a row: taken one by one, intervals of
+smooth random maps, which have no effect, lie beside 0 in 58 % of the cases; by strips in about 13 %, of smoother ones more often. Modes,
+and trained minus untrained, have intervals of their own."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from kvutils.metrics.statistics import Statistic, mean_statistic, ratio, resample, with_draws
+from kvutils.metrics.statistics import Interval, Statistic, mean_statistic, ratio, resample, with_draws
 from kvutils.readout.selections import variance_threshold
 from kvutils.tasks.bimodality import bimodal_layers, head_modes
 from kvutils.tasks.key_table import KeyTable
@@ -141,7 +142,7 @@ def causal_order(table: KeyTable, n_boot: int = 2000, seed: int = 0) -> dict:
         return np.concatenate([curves[..., 1:].mean(-1, keepdims=True), curves], axis=-1).reshape(len(weights), -1)
 
     strips = table.strips(0)  # of which each has a part of the first row
-    found = [each.as_dict() for each in resample(lambda w: statistic(w, packed), len(packed), n_boot, seed, strips).intervals()]
+    found = _within(resample(lambda w: statistic(w, packed), len(packed), n_boot, seed, strips).intervals(), 0, 1)
     step = len(found) // len(places)
     curves = {name: {"all": found[i * step], "layers": found[i * step + 1 : (i + 1) * step]} for i, name in enumerate(places)}
     drawn = {}
@@ -190,8 +191,13 @@ def _all_and_layers(values: np.ndarray, statistic: Statistic, table: KeyTable, n
                     most: float = np.inf) -> dict:  # fmt: skip
     """Intervals over strips of a statistic of values (P, ...) that gives the model's number, then each layer's; least, most: what it can be."""
     found = resample(lambda w: statistic(w, values), len(values), n_boot, seed, table.strips(1))
-    within = [replace(each, low=max(each.low, least), high=min(each.high, most)).as_dict() for each in (found.effects()[0], *found.intervals()[1:])]
+    within = _within([found.effects()[0], *found.intervals()[1:]], least, most)
     return {"all": within[0], "layers": within[1:]}
+
+
+def _within(found: Sequence[Interval], least: float, most: float) -> list[dict]:
+    """Intervals that end at what a number can be."""
+    return [replace(each, low=max(each.low, least), high=min(each.high, most)).as_dict() for each in found]
 
 
 def histograms(table: KeyTable) -> dict:
