@@ -247,6 +247,27 @@ def test_both_hub_copies_of_refcoco_hold_the_official_samples(whole, copies, tmp
         open_dataset("refcoco", tmp_path)
 
 
+def test_official_files_come_before_a_copy_beside_them(whole, copies, tmp_path, caplog):
+    """Which knows less of an image, and says so where it is read."""
+    beside = shutil.copytree(whole / "refcoco", tmp_path / "refcoco")
+    shutil.copy(next((copies / "refcoco").rglob("*.parquet")), beside)
+    assert open_dataset("refcoco", beside)[0].shown and data_sources(["refcoco"], {"refcoco": {"root": beside}}) == {
+        "data": {"refcoco": "files in the official layout"}}  # fmt: skip
+    assert not caplog.records
+    assert not open_dataset("refcoco", copies / "refcoco")[0].shown
+    assert "a wrong prefix may name another thing" in caplog.text
+
+
+def test_images_of_coco_without_an_annotation_are_left_out_as_on_the_hub(whole, tmp_path):
+    root = shutil.copytree(whole / "coco", tmp_path / "coco")
+    first, second, *_ = (one.id for one in open_dataset("coco", root, count=3))
+    path = root / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    content["annotations"] = [one for one in content["annotations"] if one["image_id"] != int(first)]
+    path.write_text(json.dumps(content))
+    assert open_dataset("coco", root, count=2)[0].id == second
+
+
 def test_coco_from_a_parquet_copy(copies, monkeypatch):
     images = open_dataset("coco", copies / "coco", count=3)
     assert [one.id for one in images] == ["000000000139", "000000000285", "000000000632"]

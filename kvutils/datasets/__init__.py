@@ -38,6 +38,7 @@ _ON_DISK = {name: real for name, (real, _) in _LOADERS.items()}
 _GENERATED = {f"pocket-{name}": twin for name, (_, twin) in _LOADERS.items()} | {"pocket-questions": yes_no.questions_of_every_kind}
 _EVERY = _GENERATED | _ON_DISK | {"folder": folder.folder_samples}
 DATASETS = tuple(_EVERY)
+_OFFICIAL = {"coco": coco.OFFICIAL, "refcoco": refcoco.OFFICIAL}  # sets that are read from these where a copy of the hub's lies beside
 FOLDERS = {"imagenet-s-train": "imagenet-s", "bdd-10k-train": "bdd-10k"}  # where it is not the data set's name
 _SIX_TASKS = {
     "foreground_segmentation": "pascal-5i", "co_segmentation": "msrc", "semantic_segmentation": "imagenet-s",
@@ -139,7 +140,7 @@ def data_sources(names: Iterable[str], options: Mapping[str, Mapping] | None = N
         if root == HUB:
             found[name] = f"hub: {hub} at {revision_of(hub)}"
         else:
-            found[name] = f"copy of the hub's {hub}" if hub and holds_parquet(root) else "files in the official layout"
+            found[name] = f"copy of the hub's {hub}" if hub and holds_parquet(root, _OFFICIAL.get(name, ())) else "files in the official layout"
     return {"data": found} if found else {}
 
 

@@ -15,28 +15,28 @@ from kvutils import VOID, data_folder
 from kvutils.datasets.catalog import missing_data
 from kvutils.datasets.coco_masks import check_segmentation, segmentation_mask
 from kvutils.datasets.files import expect, find, limits, need, read_json, reading
-from kvutils.datasets.hub import HUB, holds_parquet, open_rows, picture_at
+from kvutils.datasets.hub import holds_parquet, open_rows, picture_at
 from kvutils.datasets.labels import Picture, Turn
 from kvutils.datasets.samples import LabelledImage
 
 # The 500 images of COCO val2014 (val2017 is a part of it, with the same numbers) that POPE asks about: other measurements on
 # COCO leave them out, whether or not POPE is on the disk. From its lists (RUCAIBox/POPE, MIT licence, commit 3df3ba1b).
 POPE_IMAGES = frozenset(map(int, (data_folder() / "pope_images.txt").read_text(encoding="utf-8").split()))
+OFFICIAL = ("val2017", "images/val2017")  # where its pictures lie
 _COLUMNS = ("image_id", "width", "height", "objects")
 
 
 def coco_images(root: str | Path, count: int = 1000) -> list[LabelledImage]:
     """`count` images with label maps: 1 any annotated object, `VOID` in crowds, 0 background.
 
-    The paper takes 1,000 COCO images and does not say which. Here they are those of val2017 with the lowest numbers, without the images
-    that POPE asks about (`POPE_IMAGES`), in the order of their numbers: a number says nothing of the content, a larger set begins with
-    the smaller one, and disk and hub give the same images. Raises ParameterError, and DataError for missing images or annotations
+    The paper takes 1,000 COCO images and does not say which. Here they are those of val2017 with the lowest numbers and any annotation (the
+    hub's copy has no others), without the images that POPE asks about (`POPE_IMAGES`), in the order of their numbers: a number says nothing of
+    the content, a larger set begins with the smaller one, and disk and hub give the same images. Raises ParameterError, and DataError for missing images or annotations
     before anything is opened."""
     limits(count=count)
-    folders = [Path(root) / "val2017", Path(root) / "images" / "val2017"]
-    if str(root) == HUB or not any(folder.is_dir() for folder in folders) and holds_parquet(root):
+    if holds_parquet(root, OFFICIAL):
         return _from_parquet(root, count)
-    return _from_json(Path(root), find("coco", *folders), count)
+    return _from_json(Path(root), find("coco", *(Path(root, folder) for folder in OFFICIAL)), count)
 
 
 def _choose(numbers: Sequence[int], count: int, where: str) -> list[int]:
@@ -50,7 +50,7 @@ def _choose(numbers: Sequence[int], count: int, where: str) -> list[int]:
 def _from_json(root: Path, folder: Path, count: int) -> list[LabelledImage]:
     path = find("coco", root / "annotations" / "instances_val2017.json", hint=": it says where the objects are")
     images, objects = _read_annotations(path)
-    chosen = _choose(list(images), count, str(path))
+    chosen = _choose([number for number in images if number in objects], count, str(path))
     with reading(path, "file names of the images as text"):
         names = [folder / images[number]["file_name"] for number in chosen]
     pictures = [Picture(file) for file in need("coco", f"images in {folder}", names)]

@@ -23,9 +23,9 @@ from kvutils.store import read_json, write_json
 HUB = "hub"  # given as root=: read from the hub instead of a folder
 
 
-def holds_parquet(root: str | Path) -> bool:
-    """Whether `root` is the hub or a folder with a local copy of a hub repository."""
-    return str(root) == HUB or bool(visible(Path(root).rglob("*.parquet")))
+def holds_parquet(root: str | Path, official: Sequence[str] = ()) -> bool:
+    """Whether `root` is the hub or a folder with a local copy of a hub repository, and without any of the `official` paths, which come first."""
+    return str(root) == HUB or not any(Path(root, path).exists() for path in official) and bool(visible(Path(root).rglob("*.parquet")))
 
 
 def open_rows(name: str, root: str | Path, split: str, columns: Sequence[str], pictures: Sequence[str] = (), config: str | None = None,

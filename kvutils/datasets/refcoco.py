@@ -14,6 +14,7 @@ A pickle can run programs when it is read: this one is read with every class and
 A local copy is told by its columns. No copy has category names, only COCO's ids: their names are here."""
 
 import json
+import logging
 import pickle
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,8 @@ from kvutils.datasets.labels import Picture
 from kvutils.datasets.samples import NamedMask
 from kvutils.errors import DataError, ParameterError, one_of
 
+log = logging.getLogger(__name__)
+OFFICIAL = ("refcoco/instances.json", "instances.json")  # the toolkit's annotations, below its data folder
 SPLITS = {"unc": ("train", "val", "testA", "testB"), "google": ("train", "val", "test")}
 WHOLE, ANNOTATIONS = "jxu124/refcoco-benchmark", "jxu124/refcoco"
 # Of jxu124/refcoco: its own names of the UNC splits.
@@ -68,7 +71,10 @@ def refcoco_masks(root: str | Path, split: str | Sequence[str] = "val", split_by
     one_of("split_by", split_by, SPLITS)
     splits = some_of(f"split of RefCOCO ({split_by})", split, SPLITS[split_by])
     limits(max_images=max_images)
-    found = (_hub_references if holds_parquet(root) else _toolkit_references)(root, splits, split_by)
+    copied = holds_parquet(root, OFFICIAL)
+    found = (_hub_references if copied else _toolkit_references)(root, splits, split_by)
+    if copied:
+        log.warning("RefCOCO's copies on the hub say of an image what is referred to alone: a wrong prefix may name another thing that it shows")
     expect(found, f"RefCOCO: no reference of the split {', '.join(splits)} ({split_by}) in {root}")
     kept = set(list(dict.fromkeys(one.image_id for one in found))[:max_images])
     found = [one for one in found if one.image_id in kept]
@@ -94,7 +100,7 @@ def _mask(one: _Reference, picture: Picture) -> np.ndarray:
 
 
 def _toolkit_references(root: str | Path, splits: Sequence[str], split_by: str) -> list[_Reference]:
-    file = find("refcoco", Path(root) / "refcoco" / "instances.json", Path(root) / "instances.json")
+    file = find("refcoco", *(Path(root, path) for path in OFFICIAL))
     path = find("refcoco", file.parent / f"refs({split_by}).p")
     content, known = read_json(file), {}
     for kind in ("images", "annotations", "categories"):

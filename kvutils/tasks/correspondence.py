@@ -33,10 +33,10 @@ def point_hits(predicted: np.ndarray, truth: np.ndarray, size: float, alpha: flo
 class SemanticCorrespondence(Task):
     """The centre of the target token most similar (cosine) to the token under each source key point.
 
-    Headline: PCK@0.1 of the target's box, per pair, then the mean over pairs (HPF's rule, distance <=). Beside it PCK per point (SD-DINO's
-    rule, distance <), PCK@0.1 of the image's longer side, because 0.1 of a box can be less than a token, and a soft-argmax over the tokens
-    within `RADIUS` token sizes of the best match (ours). Points that are not visible in both images are left out; a pair without points is
-    skipped. Rows are resampled over both images, which in SPair serve dozens of pairs each; layers are chosen on other categories than they
+    Headline: PCK@0.1 of the target's box, per pair, then the mean over pairs (HPF's rule, distance <=). Beside it PCK per point (pooled over
+    all pairs; distance < as SD-DINO), PCK@0.1 of the image's longer side, because 0.1 of a box can be less than a token, and a soft-argmax
+    over the tokens within `RADIUS` token sizes of the best match (ours). Points that are not visible in both images are left out; a pair
+    without points is skipped. Rows are resampled over both images, which in SPair serve dozens of pairs each; layers are chosen on other categories than they
     are read on, so that halves share no image."""
 
     name, title, metric = "semantic_correspondence", "Semantic correspondence", "PCK@0.1 per image"
