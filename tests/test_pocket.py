@@ -10,7 +10,7 @@ import pytest
 import torch
 from recipe import export, train, trainer
 from recipe.captions import CAPTIONS, LONGEST, caption_tokens, encoder_batch
-from recipe.evaluate import UNTRAINED, answer_blocks, balanced_samples, missed_gates
+from recipe.evaluate import UNTRAINED, answer_blocks, balanced_samples, in_view, missed_gates
 from recipe.families import FAMILIES
 from recipe.model import answer_logits
 from recipe.muon import Muon
@@ -383,6 +383,17 @@ def test_yes_and_no_are_as_frequent_in_what_training_asks(pool):
         samples = Sampler(pool, words=words).draw("single", 60, np.random.default_rng(0))
         blocks = [block for sample in samples for block in sample.blocks if block[0].startswith("existence")]
         assert len(blocks) > 50 and sum(answer == "yes" for *_, answer in blocks) * 2 == len(blocks)
+
+
+def test_what_naming_any_thing_in_view_would_give():
+    """Of a scene with two red fish and a blue car; in two steps the thing that is named is none of them."""
+    facts = q.Facts(((0, 0, 20.0, 20.0, 1.0), (0, 0, 50.0, 20.0, 1.0), (1, 5, 70.0, 70.0, 1.0)), 0, 0)
+    fish, car, red, blue = CLASSES[0], CLASSES[1], COLOURS[0], COLOURS[5]
+    for kind, question, answer, share in (
+        ("class", f"what is the {blue} thing ?", car, 1 / 3), ("colour", f"what colour is the {fish} ?", red, 2 / 3),
+        ("hop_class", f"what is the thing left of the {car} ?", fish, 1.0), ("hop_colour", f"what colour is the thing left of the {fish} ?", blue, 1.0),
+    ):  # fmt: skip
+        assert in_view(kind, facts, question, answer) == pytest.approx(share)
 
 
 def test_evaluation_balances_the_answers_and_says_which_gates_are_missed(pool, mlm):

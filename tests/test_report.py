@@ -267,6 +267,11 @@ def test_what_the_readme_adds_to_the_verdicts_is_stored():
     assert "correspondence {value:.1f} and, by mean colour and position of patches alone, {pixels:.1f}".format(**points) in told
     right = {kind: 100 * each["accuracy"]["mean"] for kind, each in read_json(notebook.ROOT / "data/pocket/qwen2_5_vl/accuracy.json").items()}
     assert "Now these are {existence:.0f} and {position:.0f} %, colours {colour:.0f} %".format(**right) in told and f"a third ({right['class_match']:.0f} %)" in told
+    main = read_json(notebook.ROOT / "data/pocket/llava-onevision/accuracy.json")
+    seen = {kind: (100 * main[kind]["accuracy"]["mean"], 100 * main[kind]["in_view"]) for kind in ("colour", "class", "hop_colour")}
+    assert "named ({:.0f} %; who names any colour in view is right in {:.0f})".format(*seen["colour"]) in told
+    assert "the right one in {0[0]:.0f} and {1[0]:.0f} %, where naming any class or colour in view would give {0[1]:.0f} and {1[1]:.0f} %".format(
+        seen["class"], seen["hop_colour"]) in told  # fmt: skip
     keys = [read_json(folder.with_name(model) / "03_input_agnostic_keys.json")["keys"]["compared"]["within_heads"] for model in ("pocket", "pocket-qwen")]
     low, high, least, most = (100 * pick(np.mean(draw[1:]) for draw in each["draws"]) for each in keys for pick in (min, max))
     assert f"({low:.1f} to {high:.1f} % of keys after layer 0)" in told and f"draws have {least:.1f} to {most:.1f} %" in told

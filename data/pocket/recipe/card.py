@@ -84,16 +84,20 @@ def _interval(found: dict) -> str:
     return "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**found)
 
 
+def _share(found: float | None) -> str:
+    return "–" if found is None else f"{found:.3f}"
+
+
 def accuracy_table(report: dict[str, dict], before: bool) -> str:
     """before: with a column of the model that was shipped before."""
     lines = [
-        "| kind | example | n | accuracy [95 % interval] | blind [95 % interval] | most frequent answer |" + " model before |" * before,
-        "|---|---|---|---|---|---|" + "---|" * before,
+        "| kind | example | n | accuracy [95 % interval] | blind [95 % interval] | most frequent answer | any thing in view |" + " model before |" * before,
+        "|---|---|---|---|---|---|---|" + "---|" * before,
     ]
     for kind, found in report.items():
         lines.append(
             f"| {kind} | {EXPLAIN[kind]} | {found['n']} | {_interval(found['accuracy'])} | {_interval(found['blind'])} "
-            f"| {found['majority']:.3f} |" + f" {_interval(BEFORE[kind])} |" * before
+            f"| {found['majority']:.3f} | {_share(found.get('in_view'))} |" + f" {_interval(BEFORE[kind])} |" * before
         )
     return "\n".join(lines)
 
@@ -148,6 +152,7 @@ def model_card(name: str, seed: int, family, mlm, report: dict[str, dict], curve
     missed = missed_gates(report)
     weak = [kind for kind, found in report.items() if found["accuracy"]["mean"] < 0.75]
     blind = [kind for kind, found in report.items() if not above_blind(found)]
+    seen = [kind for kind, found in report.items() if found["accuracy"]["low"] <= found.get("in_view", 0)]
     world = f"{len(CLASSES)} classes, {len(COLOURS)} colours, {len(STYLES)} styles and {len(DOMAINS)} lights"
     model = name.removesuffix(f"-{seed}")
     pieces = [len(encode(word)) for word in (*CLASSES, *COLOURS, *STYLES, *DOMAINS, *PARTS)]
@@ -163,7 +168,7 @@ def model_card(name: str, seed: int, family, mlm, report: dict[str, dict], curve
         own=f" The weights of the kinds of question are those of the other families, but for {own}." if own else "",
         untrained=" and ".join(UNTRAINED))  # fmt: skip
     before = "" if model != "pocket" else (
-        "*Model before*: the previous pocket model, on the same questions. All of the following differ at once, so no part of a "
+        "*Model before*: the previous pocket model, on 1,000 such questions of each kind. All of the following differ at once, so no part of a "
         "difference belongs to one of them: it had 8 layers instead of 12, one token per word, a text stage on a grid of word embeddings, "
         "losses on marks and places, a tower trained at 0.9 of the rate, and styles were compared in its training.\n\n")  # fmt: skip
     return f"""# {name}
@@ -179,7 +184,8 @@ It is a real, small model: what is measured on it says what happens in it, not w
 ## What it can do
 
 Held-out scenes, questions with every answer equally often as far as scenes allow, 95 % bootstrap intervals over scenes; the weights as
-they lie here, computed in float32. *Blind* is the same model and question with the image of another sample.
+they lie here, computed in float32. *Blind* is the same model and question with the image of another sample. *Any thing in view*: naming the class or colour of a random thing
+of the picture, whatever is asked (of questions in two steps, one that they do not name).
 
 {accuracy_table(report, before=bool(before))}
 
@@ -191,6 +197,7 @@ they lie here, computed in float32. *Blind* is the same model and question with 
 Anything outside the pocket world: it was trained on {world}, on no photograph, and on at
 most three images at a time. It answers in a word or a short list. Kinds under 75 %: {", ".join(weak) or "none"}.
 Kinds not clearly above blind and the most frequent answer: {", ".join(blind) or "none"}.
+Kinds above these, but not above naming any thing in view, whatever is asked: {", ".join(seen) or "none"}. That it finds the thing that is meant is not shown there.
 
 {recipe}
 ## Learning curves

@@ -1,7 +1,8 @@
 """How well the pocket model answers on held-out scenes, beside the blind baseline:
 `PYTHONPATH=data/pocket python -m recipe.evaluate`.
 
-Blind: the same questions to the same model with every image replaced by that of another sample.
+Blind: the same questions to the same model with every image replaced by that of another sample. In view: who names the class or colour of any
+thing in view, whatever is asked, is far above blind as well; only a model above that looks the right thing up.
 """
 
 import argparse
@@ -16,6 +17,8 @@ from tqdm import tqdm
 
 from kvutils.checkpoints import MODELS
 from kvutils.datasets.pocket import questions as q
+from kvutils.datasets.pocket.shapes import CLASSES
+from kvutils.datasets.pocket.world import COLOURS
 from kvutils.metrics.statistics import bootstrap_ci
 from recipe.families import FAMILIES
 from recipe.model import answer_logits
@@ -26,6 +29,7 @@ from recipe.samples import PLAIN, Sample, Sampler
 SEVERAL = ("letter", "part", "correspondence", "style_match", "class_match")
 GATES = {"existence": (0.80, 0.97)}  # at least, and below: between chance and ceiling
 ABOVE_BLIND = ("existence", "class", "colour", "position")  # clearly above blind and the most frequent answer; others are in no gate
+IN_VIEW = {"class": 0, "hop_class": 0, "hop_match": 0, "colour": 1, "hop_colour": 1}  # kinds that ask for a thing's class (0) or colour (1)
 UNTRAINED = ("style_match",)  # styles are named in training, never compared
 
 
@@ -115,9 +119,16 @@ def answers_right(mlm, samples: list[Sample], embed: Callable, image: ImageToken
     return np.array([found[sample][block] for sample, block in where], dtype=float)
 
 
+def in_view(kind: str, facts: q.Facts, question: str, answer: str) -> float:
+    """How often the class or colour of a random thing in view is the answer; of kinds in two steps, of one that the question does not name."""
+    names = [(CLASSES, COLOURS)[IN_VIEW[kind]][thing[IN_VIEW[kind]]] for thing in facts.present
+             if not kind.startswith("hop") or CLASSES[thing[0]] not in question.split()]  # fmt: skip
+    return names.count(answer) / len(names)
+
+
 def evaluate(mlm, family, pool: Pool, count: int = 500, seed: int = 11, progress: bool = True) -> dict[str, dict]:
-    """Per question kind: n, scenes, accuracy and blind accuracy with 95 % intervals over scenes, share of the most
-    frequent answer."""
+    """Per question kind: n, scenes, accuracy and blind accuracy with 95 % intervals over scenes, share of the most frequent answer; of
+    `IN_VIEW` also what naming any thing in view would give."""
     device = next(mlm.parameters()).device
     mlm.eval()
 
@@ -144,6 +155,8 @@ def evaluate(mlm, family, pool: Pool, count: int = 500, seed: int = 11, progress
                 "accuracy": bootstrap_ci(seen[here], groups=scenes, seed=seed).as_dict(),
                 "blind": bootstrap_ci(blind[here], groups=scenes, seed=seed).as_dict(),
             }
+            if kind in IN_VIEW:
+                report[kind]["in_view"] = float(np.mean([in_view(kind, pool.facts(one.images[0][0]), *one.blocks[0][1:]) for one in samples[kind]]))
     return report
 
 

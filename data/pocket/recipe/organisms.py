@@ -9,6 +9,7 @@ import argparse
 import json
 import time
 from collections.abc import Mapping
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -42,14 +43,15 @@ def changed(arm: Arm) -> dict[str, Any]:
             for name, value in vars(arm.ingredients).items() if value != getattr(USUAL, name)}  # fmt: skip
 
 
+@cache
 def shipped() -> str:
     """Of the weights that arms begin with, which a newly trained model replaces."""
     return digest([sha256((Path(spec.source) / "model.safetensors").read_bytes()).hexdigest() for spec in SHIPPED])
 
 
 def folder_of(name: str, seed: int, options: argparse.Namespace) -> Path:
-    """Of an arm's training; a trial of fewer steps has its own."""
-    return options.out / f"arm-{name}-{seed}{f'-of-{options.steps}' if options.steps else ''}"
+    """Of an arm's training from the shipped weights; a trial of fewer steps has its own."""
+    return options.out / f"arm-{name}-{seed}-{shipped()}{f'-of-{options.steps}' if options.steps else ''}"
 
 
 def begin_in(out: Path, arm: Arm) -> Path:
@@ -160,12 +162,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--ranks", type=int, help="processes that share each step (default: 2 on a CPU, 1 on a GPU)")
     parser.add_argument("--threads", type=int, default=1, help="threads per process (default 1)")
     parser.add_argument("--out", type=Path, default=WORK, metavar="FOLDER", help="with the trainings (default: data/training)")
-    parser.add_argument("--results", type=Path, metavar="FOLDER", help="default: data/results/organisms, of --steps, --small and --rates trials in --out")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="default: data/results/organisms; of trials (--steps, --small, --scenes, --development, --rates) in --out")
     parser.add_argument("--status", action="store_true", help="only say how far it is")
     parser.add_argument("--figures", type=Path, metavar="FOLDER", help="only draw the figures there")
     parser.add_argument("--quiet", action="store_true", help="print nothing while training")
     options = parser.parse_args(arguments)
-    options.results = options.results or (options.out / "trials" if options.steps or options.small != 1 or options.rates else RESULTS)
+    trial = options.steps or options.rates or any(getattr(options, name) != parser.get_default(name) for name in ("small", "scenes", "development"))
+    options.results = options.results or (options.out / "trials" if trial else RESULTS)
     if options.figures:
         plots.save(draw(effects(load(options.results))), options.figures)
         return
