@@ -31,8 +31,8 @@ def coco_images(root: str | Path, count: int = 1000) -> list[LabelledImage]:
 
     The paper takes 1,000 COCO images and does not say which. Here they are those of val2017 with the lowest numbers and any annotation (the
     hub's copy has no others), without the images that POPE asks about (`POPE_IMAGES`), in the order of their numbers: a number says nothing of
-    the content, a larger set begins with the smaller one, and disk and hub give the same images. Raises ParameterError, and DataError for missing images or annotations
-    before anything is opened."""
+    the content, a larger set begins with the smaller one, and disk and hub give the same images. Raises ParameterError, and
+    DataError for missing images or annotations before anything is opened."""
     limits(count=count)
     if holds_parquet(root, OFFICIAL):
         return _from_parquet(root, count)

@@ -17,8 +17,9 @@ FEWEST_ERRORS = 20  # of a model, below which nothing can be said about its erro
 
 def part(name: str, found: Effect = UNDEFINED, reason: str = "too few independent units to resample", **more: object) -> dict:
     """{name, value, low, high, low90, high90, detectable, error, n, units, freedom, ...} of one comparison; `reason` is kept where it or its
-    interval is undefined. freedom: degrees of the interval's Student's t, fewer than units - 1 where several effects or draws meet. more: `unit` and `smallest`, the smallest effect of interest, where they are not those of the claim; `what` it
-    is called in a sentence, where that is not "effect"."""
+    interval is undefined. freedom: degrees of the interval's Student's t, fewer than units - 1 where several effects or draws meet. more:
+    `unit` and `smallest`, the smallest effect of interest, where they are not those of the claim; `what` it is called in a sentence,
+    where that is not "effect"."""
     numbers = found.as_dict() | {"freedom": found.units - 1}
     low, high = found.narrow if found.units > 1 else (math.nan, math.nan)
     derived = {"low90": low, "high90": high, "detectable": found.detectable if found.units > 1 else math.nan}

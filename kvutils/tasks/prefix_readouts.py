@@ -88,8 +88,8 @@ class PrefixReadout(ABC):
 
 class ReferringPrefix(PrefixReadout):
     """Task 4 with a prefix: the class name, or the expression itself; the readout is that of the expression. wrong: the prefix of a thing
-    of another image whose class this image does not show, as far as its data set says (of all samples' classes). The class name is read in all families, the expression
-    under `FEWER` conditions."""
+    of another image whose class this image does not show, as far as its data set says (of all samples' classes). The class name is
+    read in all families, the expression under `FEWER` conditions."""
 
     statistic = staticmethod(column_mean(IOU))
     columns = (*COLUMNS, *MOVED)
