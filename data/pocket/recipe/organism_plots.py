@@ -44,7 +44,7 @@ def differences(question: str, arms: Mapping[str, Mapping]) -> Figure:
     found = judged(arms)
     seeds = sorted({seed for arm in arms.values() for seed in arm["seeds"]})
     figure.suptitle(f"{question}: {QUESTIONS[question].asked}\n{sum(sign(each) != 0 for each in found)} of {len(found)} differences have an interval without 0 "
-                    f"(95 %, over seeds {', '.join(map(str, seeds))} and items; blue: such an interval, black points: seeds, no bar: nothing differs)", fontsize=10)  # fmt: skip
+                    f"(95 %, over seeds {', '.join(map(str, seeds))} and items)\nblue: such an interval; black points: seeds; no bar: nothing differs", fontsize=10)  # fmt: skip
     return figure
 
 
