@@ -152,7 +152,7 @@ def model_card(name: str, seed: int, family, mlm, report: dict[str, dict], curve
     missed = missed_gates(report)
     weak = [kind for kind, found in report.items() if found["accuracy"]["mean"] < 0.75]
     blind = [kind for kind, found in report.items() if not above_blind(found)]
-    seen = [kind for kind, found in report.items() if found["accuracy"]["low"] <= found.get("in_view", 0)]
+    seen = [kind for kind, found in report.items() if kind not in blind and found["accuracy"]["low"] <= found.get("in_view", 0)]
     world = f"{len(CLASSES)} classes, {len(COLOURS)} colours, {len(STYLES)} styles and {len(DOMAINS)} lights"
     model = name.removesuffix(f"-{seed}")
     pieces = [len(encode(word)) for word in (*CLASSES, *COLOURS, *STYLES, *DOMAINS, *PARTS)]
