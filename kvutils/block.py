@@ -8,13 +8,14 @@ query heads h = g*H/G .. (g+1)*H/G - 1 that KV head g serves do not see the keys
 
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import numpy as np
 import torch
 
 from kvutils.errors import DataError, ParameterError, of_kind, one_of
 from kvutils.keys import KeySelection
-from kvutils.language import GROUPED, check_masks
+from kvutils.language import CACHE, GROUPED, check_masks
 from kvutils.layout import TokenLayout
 from kvutils.models import MLM, need_mlm
 
@@ -36,7 +37,8 @@ def block_keys(mlm: MLM, selection: KeySelection, slots: Slots, queries: str = "
     Exact for prefill, for a continued or static cache, and for decoding, with "sdpa" and "eager" attention. A forward pass
     whose queries all come before is untouched, and so is every layer without a selected key. Blocks inside each other act
     together. At the end, or after an exception, the model is as it was. Raises ModelError (attention that takes no mask),
-    DataError, ParameterError; inside, ParameterError for a slot beyond the sequence or a batch that the rows do not fit.
+    DataError, ParameterError; inside, ParameterError for a slot beyond the sequence, a batch that the rows do not fit, or a
+    whole prompt with no image token at a slot. Slots are of one prompt: take them from the session, or a capture with its prefix.
 
     >>> with kv.ImageSession(mlm, scene) as session:
     ...     layout, question = session.layouts[0], ["is there a tree ?"]
@@ -57,6 +59,8 @@ def block_keys(mlm: MLM, selection: KeySelection, slots: Slots, queries: str = "
         raise DataError(f"{selection.name} chooses among {tokens} image tokens, not {rows.shape[1]} as given")
     check_masks(mlm, selection.layers)
     with ExitStack() as stack:
+        if selection.mask.any():
+            stack.callback(mlm.model.register_forward_pre_hook(partial(_check_inputs, mlm, rows), with_kwargs=True).remove)
         for layer, mask in zip(selection.layers, selection.mask, strict=True):
             if mask.any():
                 attention = mlm.model.model.language_model.layers[layer].self_attn
@@ -84,6 +88,19 @@ def slot_rows(slots: Slots) -> np.ndarray:
         raise DataError("slots must be integers (N,) or (B, N), different positions from 0 on, counted from the start of the "
                         f"sequence; found {rows.dtype} {rows.shape}")  # fmt: skip
     return rows.astype(np.int64)
+
+
+def _check_inputs(mlm: MLM, rows: np.ndarray, module, args, kwargs) -> None:
+    """A forward pre-hook of the whole model: ParameterError for a prompt whose image tokens are not where the slots say."""
+    ids, cache, pixels = args[0] if args else kwargs.get("input_ids"), kwargs.get(CACHE), kwargs.get("pixel_values")
+    if mlm.base_view_only and pixels is not None and pixels.ndim == 5 and pixels.shape[1] > 1:
+        raise ParameterError(f"these pixels are of tiles, and {mlm.name} and its layouts are of base views alone: ask by `ImageSession`")
+    if ids is None or cache is not None and cache.get_seq_length() or len(ids) % len(rows) or rows.max() >= ids.shape[1]:
+        return  # what is no prompt from its start on; the layers say what does not fit
+    images, slots = (ids == mlm.image_token_id).cpu(), torch.from_numpy(rows).repeat_interleave(len(ids) // len(rows), dim=0)
+    if images.any() and not (found := images.gather(1, slots)).all():
+        raise ParameterError(f"no image token stands at slot {int(slots[~found][0])} of this prompt: the layout is another's, or the prompt begins "
+                             "otherwise (a prefix; a first token that the template and the tokenizer both wrote)")  # fmt: skip
 
 
 def _blocking_hook(mlm: MLM, mask: torch.Tensor, rows: np.ndarray, queries: str) -> Callable:

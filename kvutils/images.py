@@ -57,6 +57,8 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     width, height = image.size
     if not 0 < width * height <= max_pixels:
         raise ImageError(f"{name}: {width}x{height} is empty or more than the {max_pixels:,} pixels allowed; scale it down")
+    if getattr(image, "_tile_size", image.size) != image.size:
+        image.filename = ""  # Pillow would map a turned TIFF from the disk as if it had been stored turned: scrambled pixels
     image.load()  # broken pixels are found here, before metadata are looked for behind them
     turn = _UPRIGHT.get(orientation(image))
     image = image if turn is None else image.transpose(turn)

@@ -15,7 +15,7 @@ from PIL import Image
 from kvutils.errors import ParameterError, at_least, one_of
 from kvutils.images import ImageLike
 from kvutils.language import embed, not_finite, read_layers, resolve_layers
-from kvutils.layout import TokenLayout
+from kvutils.layout import TokenLayout, chosen
 from kvutils.models import MLM, usable_device
 from kvutils.prompts import prepare_text
 from kvutils.vision import VisionInputs, compact, encode_images, over_images, prepare_images
@@ -61,11 +61,7 @@ class Capture:
 
     def select(self, index) -> "Capture":
         """The capture of some tokens: integer indices, as from `layout.spatial()`, or a bool mask over N."""
-        try:
-            index = np.ravel(index)
-            index = np.arange(len(self.layout))[index if len(index) else index.astype(int)]
-        except IndexError as error:
-            raise ParameterError(f"index: expected integers below {len(self.layout)}, or as many booleans ({error})") from error
+        index = chosen(index, len(self.layout))
         rows = {name: t.index_select(-2, torch.from_numpy(index).to(t.device)) for name, t in self._tensors().items()}
         return replace(self, layout=self.layout.select(index), **rows)
 

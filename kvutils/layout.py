@@ -64,9 +64,10 @@ class TokenLayout:
         return np.flatnonzero(real & (self.view == wanted))
 
     def select(self, index) -> "TokenLayout":
-        """The layout of some of the tokens (integer indices or a bool mask over N)."""
+        """The layout of some of the tokens (integer indices or a bool mask over N); ParameterError for others."""
+        index = chosen(index, len(self))
         names = ("slots", "rects", "cells", "view", "is_newline")
-        return replace(self, **{name: getattr(self, name)[np.asarray(index)] for name in names})
+        return replace(self, **{name: getattr(self, name)[index] for name in names})
 
     def token_labels(self, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Class of every token: the majority of the pixels in its rectangle (see `pixel_sums`), `VOID` pixels left out. mask (H,
@@ -74,6 +75,8 @@ class TokenLayout:
         (N,) float64, the share of the rectangle's pixels that carry the label."""
         if (mask := np.asarray(mask)).shape != self.image_size[::-1]:
             raise DataError(f"the mask must be (H, W) = {self.image_size[::-1]} like its image, not {mask.shape}")
+        if mask.dtype.kind not in "biu" or mask.min() < 0:
+            raise DataError(f"the mask must hold a class per pixel, whole numbers from 0 on ({VOID} for none), not {mask.dtype} from {mask.min():g} to {mask.max():g}")
         labels, coverage = np.full(len(self), -1), np.zeros(len(self))
         seen = np.flatnonzero(self.seeing)
         for value in np.unique(mask[mask != VOID]):
@@ -145,10 +148,22 @@ def _interpolation(centers: np.ndarray, size: int) -> torch.Tensor:
     return torch.from_numpy((1 - np.abs(position[:, None] - np.arange(len(centers)))).clip(0))
 
 
+def chosen(index, count: int) -> np.ndarray:
+    """(n,) int64 of integer indices into `count` tokens, or of a bool mask over them; ParameterError for others."""
+    try:
+        index = np.ravel(index)
+        return np.arange(count)[index if len(index) else index.astype(int)]
+    except IndexError as error:
+        raise ParameterError(f"index: expected integers below {count}, or as many booleans ({error})") from error
+
+
 def check_points(points, size: tuple[float, float] = (np.inf, np.inf), where: str = "points") -> np.ndarray:
     """(K, 2) float64 of points x, y; DataError unless all are finite and lie in a picture of (width, height), if that is given."""
     try:
-        points = np.asarray(points, dtype=np.float64).reshape(-1, 2)
+        points = np.asarray(points, dtype=np.float64)
+        points = points.reshape(-1, 2) if points.ndim < 2 and points.size in (0, 2) else points
+        if points.ndim != 2 or points.shape[1] != 2:  # such as key points with a column of what is visible
+            raise ValueError
     except (TypeError, ValueError) as error:
         raise DataError(f"{where}: expected points (K, 2) of x, y pixel coordinates, found {str(points)[:60]!r}") from error
     inside = np.isfinite(points).all(axis=1) & ((points >= 0) & (points < size) | np.isinf(size)).all(axis=1)

@@ -123,8 +123,8 @@ class PromptTokens:
 
     def options(self, options: Options) -> dict[str, list[list[int]]]:
         """Label -> token ids of each spelling, as the model would begin its turn with them. options: texts, or label ->
-        spellings. Spellings with equal tokens count once, those with tokens unknown to the model not at all; ParameterError where
-        an option has no other."""
+        spellings. Spellings with equal tokens count once, those that continue another one with it, those with tokens unknown to
+        the model not at all; ParameterError where an option has no other, and for two options of the same tokens."""
         texts = [] if isinstance(options, str) else [one for one in options or () if isinstance(one, str)]
         if not texts or len(set(texts)) < len(options):
             raise ParameterError(f"options must be a list of different texts, at least one, not {options!r}")
@@ -138,6 +138,11 @@ class PromptTokens:
                 found[label].append(ids)
         if lacking := [label for label, spellings in found.items() if not spellings]:
             raise ParameterError(f"the option {lacking[0]!r} has no tokens that {self.mlm.name} knows")
+        found = {label: [ids for ids in some if not any(ids != one and ids[: len(one)] == one for one in some)] for label, some in found.items()}
+        told: dict[tuple[int, ...], str] = {}
+        for label, ids in ((label, tuple(ids)) for label, some in found.items() for ids in some):
+            if (other := told.setdefault(ids, label)) != label:
+                raise ParameterError(f"{self.mlm.name} writes the options {other!r} and {label!r} with the same tokens: nothing tells them apart")
         return found
 
     def _behind_images(self, ids: list[int]) -> int:

@@ -435,6 +435,18 @@ def test_answer_all_reads_every_image_once_and_no_more_than_asked(capsys):
     assert "1/1" in capsys.readouterr().err
 
 
+def test_spellings_that_continue_another_and_options_alike():
+    mlm = tiny("llava_onevision")
+    tokens = PromptTokens(mlm)
+    (red,), (fish,) = (mlm.tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("red", "fish"))
+    assert tokens.options({"a": ["red fish", "red"], "b": ["fish"]}) == {"a": [[red]], "b": [[fish]]}  # what begins so begins with "red"
+    with ImageSession(mlm, picture(40, 32, 0)) as session:
+        one, two = (session.choose(QUESTIONS[:1], {"a": texts, "b": ["fish"]}, 0)[0] for texts in (["red"], ["red", "red fish", "red red"]))
+    assert one.scores == two.scores and one.mass <= 1
+    with pytest.raises(ParameterError, match="options 'a' and 'b' with the same tokens"):
+        tokens.options({"a": ["red"], "b": ["fish", "red"]})
+
+
 @pytest.mark.parametrize("images", [[], [[]], [IMAGES[0], []], None, [None], ["gone.png"]])
 def test_no_image(images):
     with pytest.raises(ImageError):

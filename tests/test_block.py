@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -334,7 +335,7 @@ def test_an_empty_selection_changes_nothing(family, attention):
     partly = union(nothing, choose(mlm, slots, (2,)))
     with block_keys(mlm, partly, slots):
         changed = [name for name, found in hooks(mlm).items() if found != state[name]]
-    assert [name.split(".")[-2:] for name in changed] == [["2", "self_attn"]]
+    assert [name.split(".")[-2:] for name in changed if name] == [["2", "self_attn"]]  # beside the whole model, whose prompt is looked at
 
 
 def test_impossible_selections_are_one_clear_error():
@@ -357,6 +358,19 @@ def test_impossible_selections_are_one_clear_error():
         refuse(DataError, "integers .* different positions", chosen, bad)
     captures = capture(mlm, [pictures(1)[0], pictures(1)[0].resize((90, 40))], keys=False, values=False)
     refuse(DataError, "one token grid", chosen, [one.layout for one in captures])
+
+
+def test_a_slot_without_an_image_token_is_an_error():
+    mlm = model("llava_onevision", "sdpa")
+    inputs, slots = batch(mlm)
+    with block_keys(mlm, everything(mlm, slots), slots):
+        generate(mlm, inputs)  # right for the prompt, and for the steps behind it
+        with pytest.raises(ParameterError, match="no image token stands at slot"):  # a token more at the beginning
+            logits(mlm, {**inputs, **{name: torch.cat([inputs[name][:, :1], inputs[name]], dim=1) for name in ("input_ids", "attention_mask")}})
+    base = replace(mlm, base_view_only=True)
+    with pytest.raises(ParameterError, match="pixels are of tiles"), block_keys(base, everything(mlm, slots), slots):
+        logits(base, inputs)
+    assert not mlm.model._forward_pre_hooks
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)

@@ -86,6 +86,18 @@ def test_the_orientation_is_applied_once_and_broken_metadata_are_none(tmp_path, 
     assert open_image(broken).size == (7, 5)
 
 
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "I;16", "RGB"])
+def test_a_turned_tiff_in_one_piece_is_not_scrambled(tmp_path, mode):
+    upright = Image.fromarray(np.arange(60 * 40, dtype=np.uint16 if mode == "I;16" else np.uint8).reshape(40, 60))
+    upright = upright if mode == "I;16" else upright.convert(mode)
+    exif = Image.Exif()
+    exif[0x112] = 6
+    upright.save(tmp_path / "turned.tif", exif=exif, strip_size=10**9)
+    upright.save(tmp_path / "upright.tif")
+    turned, wanted = (open_image(tmp_path / f"{name}.tif") for name in ("turned", "upright"))
+    assert turned.size == (40, 60) and np.array_equal(np.asarray(turned), np.asarray(wanted.transpose(Image.Transpose.ROTATE_270)))
+
+
 def test_broken_files_name_the_file(tmp_path):
     buffer = io.BytesIO()
     Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(buffer, "PNG")

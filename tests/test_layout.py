@@ -246,6 +246,24 @@ def test_to_pixels_is_bilinear_between_token_centres():
         layout.to_pixels(torch.zeros(3))
 
 
+def test_points_masks_and_indices_of_other_forms_are_errors():
+    layout = grid_layout(2, 3, (24, 16))
+    shape = layout.image_size[::-1]
+    points = np.array([[1.0, 2.0, 2.0], [3.0, 1.0, 0.0]])  # as COCO's key points
+    for wrong in (points, np.ones((2, 4)), points[None, :, :2], [1.0, 2.0, 3.0]):
+        with pytest.raises(DataError, match="expected points"):
+            layout.token_at(wrong)
+    assert np.array_equal(layout.token_at((1.0, 2.0)), layout.token_at(points[:1, :2])) and not len(layout.token_at([]))
+    for wrong in (np.full(shape, 0.9), np.full(shape, -1), np.full(shape, np.nan)):
+        with pytest.raises(DataError, match="whole numbers from 0 on"):
+            layout.token_labels(wrong)
+    assert layout.token_labels(np.ones(shape, bool))[0].max() == 1
+    for wrong in ([len(layout)], [True]):
+        with pytest.raises(ParameterError, match="expected integers below"):
+            layout.select(wrong)
+    assert [len(layout.select(each)) for each in ([], 0, [[0, 1], [2, 3]])] == [0, 1, 4]
+
+
 def test_select_keeps_positions():
     layout = handmade()
     part = layout.select(layout.spatial())
