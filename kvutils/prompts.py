@@ -142,7 +142,7 @@ class PromptTokens:
         told: dict[tuple[int, ...], str] = {}
         for label, ids in ((label, tuple(ids)) for label, some in found.items() for ids in some):
             if (other := told.setdefault(ids, label)) != label:
-                raise ParameterError(f"{self.mlm.name} writes the options {other!r} and {label!r} with the same tokens: nothing tells them apart")
+                raise ParameterError(f"an answer that begins with {other!r} may also begin with {label!r} and would count for both: the same tokens")
         return found
 
     def _behind_images(self, ids: list[int]) -> int:

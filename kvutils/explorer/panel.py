@@ -47,9 +47,10 @@ class Panel:
                  point: Sequence[float] | None = None):  # fmt: skip
         self.extractor, self.mlm, self.given, self.name, self.context = extractor, extractor.mlm, picture, name, context
         self.picture = open_image(picture, name)
-        self.point, *more = check_points(np.array(self.picture.size) / 2 if point is None else point, self.picture.size, "point").tolist() or [None]
-        if more or not self.point:
+        point = np.array(self.picture.size) / 2 if point is None else point
+        if np.size(point) != 2:
             raise ParameterError(f"point: expected x, y in pixels, found {point}")
+        (self.point,) = check_points(np.reshape(point, (1, 2)), self.picture.size, "point").tolist()
         self.small = self.picture.reduce(max(1, max(self.picture.size) // SHOWN))  # a whole number of pixels first, which is fast
         self.small.thumbnail((SHOWN, SHOWN))
         self._sessions: dict[str | None, ImageSession] = {}
