@@ -11,11 +11,11 @@ import torch
 from recipe import effects, organisms, train
 from recipe.arms import ARMS, BASE, QUESTIONS, USUAL, question_first
 from recipe.families import FAMILIES
-from recipe.measure import SIZES
+from recipe.measure import SEED, SIZES, lookups
 from recipe.organism_plots import judged, sign
 from recipe.packing import IMAGE, PAD, encode, pack
 from recipe.pool import make_pool
-from recipe.samples import PLAIN, Sample, in_sentence
+from recipe.samples import PLAIN, Sample, crowd_sample, in_sentence
 from scipy.stats import t as scipy_t
 
 from kvutils.datasets.pocket import questions as q
@@ -53,6 +53,48 @@ def test_the_shares_of_an_arm_can_be_drawn(name, pool):
     assert sum(made.shares["all"].values()) == pytest.approx(1)
     kinds = {b[0] for kind in made.shares["all"] for sample in made.sampler(pool, False).draw(kind, 20, rng) for b in sample.blocks}
     assert (kinds == {"existence"}) == name.startswith("narrow")
+
+
+def test_a_crowd_is_asked_about_what_its_text_says():
+    for number in range(30):
+        sample = crowd_sample(np.random.default_rng(number))
+        told = {tuple(words[1:3]) for thing in sample.prefix.split(" .")[0].split(" , ") if (words := thing.split())}  # ("red", "fish")
+        assert 4 <= len(told) <= 7 and len({colour for colour, _ in told}) == len({cls for _, cls in told}) == len(told) and not sample.images
+        asked = {(question.split()[3], answer) if kind == "class" else (answer, question.split()[4]) for kind, question, answer in sample.blocks}
+        assert asked == told and len(sample.blocks) == 2 * len(told)
+
+
+def test_biases_of_queries_and_keys_begin_where_an_arm_has_them():
+    mlm, usual = FAMILY.build_mlm(), FAMILY.build_mlm()
+    train.begin_biases(mlm, 1.0)
+    drawn = {name: each for name, each in mlm.state_dict().items() if name.endswith(("q_proj.bias", "k_proj.bias")) and "language_model" in name}
+    assert 0.95 < torch.cat([*drawn.values()]).std() < 1.05
+    values = [each for name, each in mlm.state_dict().items() if name.endswith("v_proj.bias") and "language_model" in name]
+    assert len(values) == 12 and not any(each.any() for each in [*values, *(usual.state_dict()[name] for name in drawn)])
+
+
+def test_look_ups_in_texts_are_measured():
+    mlm = FAMILY.build_mlm().eval()
+    found = lookups(mlm, FAMILY.full, 12)
+    assert {kind: len(each["right"]) for kind, each in found["accuracy"].items()} == {"class": 12, "colour": 12}
+    for layer in mlm.model.language_model.layers:  # attention is even: each of the t tokens that the t-th sees gets 1 / t
+        layer.self_attn.q_proj.weight.data.zero_()
+    even = []
+    for number in range(3):
+        things = crowd_sample(np.random.default_rng((SEED, number))).prefix.split(" .")[0].split(" , ")
+        for place, thing in enumerate(things):
+            read = len(FAMILY.full.head) + len(encode(" , ".join([*things[:place], " ".join(thing.split()[:3])])))
+            even.append(len(encode(thing.split()[1])) / read)
+    bound = np.array(lookups(mlm, FAMILY.full, 12)["bound"])
+    assert bound.shape == (12, 14) and np.allclose(bound, np.mean(even), atol=1e-6)
+    with torch.no_grad():
+        mlm.lm_head.weight.zero_()
+        assert "1" not in lookups(mlm, FAMILY.full, 12)["accuracy"]["class"]["right"]  # says the first of the vocabulary
+
+
+def test_an_arm_of_texts_begins_with_no_weights_that_are_shipped(monkeypatch):
+    monkeypatch.setattr(organisms, "shipped", lambda: "theirs")
+    assert organisms.begins(ARMS["lookups"]) == "" and organisms.begins(ARMS["text-first"]) == organisms.begins(ARMS["base"]) == "theirs"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.08, 0.45])
@@ -164,10 +206,15 @@ def test_readme_tells_the_effects_that_are_stored():
 
     few, some, many, read = (counted(arm, 0, 3168) for arm in ("adamw-10", "sentences", "nothing-12", "text-first"))
     assert f"weight decay ({min(few)} or {max(few)} of 3,168) and with answers in a sentence ({min(some)} to {max(some)})" in told
-    elsewhere = {arm: most for arm in results if (most := max(counted(arm, 2, 11 * 2 * 129)))}
+    elsewhere = {arm: most for arm in results if ARMS[arm].stage == "all" and (most := max(counted(arm, 2, 11 * 2 * 129)))}
     most = elsewhere.pop("nothing-12")
     assert f"before ({min(many)} to {max(many)}, at most {most} of them elsewhere; with plain text before {min(read)} to {max(read)})" in told
-    assert not elsewhere and f"trains all {len(ARMS)} arms" in told
+    assert not elsewhere and f"trains all {len(ARMS) - 1} arms (variants of the recipe; a {len(ARMS)}th is the shipped model)" in told
+    found = {arm: [round(effects.READINGS["OQ6"][0].each(result)) for result in results[arm].values()] for arm, made in ARMS.items() if made.stage == "text"}
+    both = sorted(found.pop("lookups-rope-biases"), reverse=True)
+    others = sum(found.values(), [])
+    assert f"all nine name any thing of the text ({min(others)} to {max(others)} % right)" in told and len(others) == 9
+    assert f"500 steps give {both[0]}, {both[1]} and {both[2]} %" in told
     first = next(each for each in effects.READINGS["OQ2"] if each.name == "attention to the first 15 image tokens")
     assert f"({interval_text(effects.effect_of(first, results, 'no-system', 'base').as_dict(), 1, True)})".replace(" [", " % of its attention [") in told
     for name, *arms in wanted:
@@ -179,6 +226,8 @@ def test_notebook_06_tells_the_effects_of_beginning_from_nothing():
     cells = json.loads((notebook.ROOT / "notebooks" / "06_open_questions.ipynb").read_text())["cells"]
     told, results = {cell["id"]: "".join(cell["source"]) for cell in cells}, effects.load(organisms.RESULTS)
     for question, index, text in (("OQ2", 0, "({mean:.1f} % of keys [{low:+.1f}, {high:+.1f}])"), ("OQ2", 3, "without plain text [{low:+.1f}, {high:+.1f}]"),
-                                  ("OQ5", 0, "({mean:+.1f} [{low:+.1f}, {high:+.1f}])")):  # fmt: skip
-        found = effects.effect_of(effects.READINGS[question][index], results, "nothing-12", "text-first")
+                                  ("OQ5", 0, "({mean:+.1f} [{low:+.1f}, {high:+.1f}])"),
+                                  ("OQ6", 0, "difference of {mean:.0f} points cannot be told from 0 [{low:+.0f}, {high:+.0f}]")):  # fmt: skip
+        arms = ("nothing-12", "text-first") if question != "OQ6" else ("lookups-rope-biases", "lookups-rope")
+        found = effects.effect_of(effects.READINGS[question][index], results, *arms)
         assert text.format(**vars(found)) in told[f"came-{question.lower()}"]

@@ -153,6 +153,11 @@ READINGS: Mapping[str, tuple[Reading, ...]] = {  # of each question; the first i
                     unit="% of their norm")),
     "OQ5": (Reading("best layer between minus layer 1", _built(0), _difference),
             Reading("best layer between minus the last", _built(-1), _difference)),
+    "OQ6": (Reading("accuracy, class and colour in a text", _accuracy("class", "colour")), Reading("accuracy, class in a text", _accuracy("class")),
+            Reading("accuracy, colour in a text", _accuracy("colour")),
+            # In place of the attention to the token before, which told nothing: seen when two seeds had been trained.
+            Reading("attention of a thing's name to its colour, the head with most", lambda result: (np.array([np.max(result["bound"])]), None),
+                    unit="% of attention")),
 }  # fmt: skip
 
 

@@ -78,8 +78,8 @@ class OneVision(Llava):
 
     def build_mlm(self, **language) -> LlavaOnevisionForConditionalGeneration:
         """language: other values of the language model's configuration."""
-        text = Qwen2Config(**LANGUAGE | language, num_attention_heads=14, num_key_value_heads=2,
-                           rope_parameters={"rope_type": "default", "rope_theta": 1e6})  # fmt: skip
+        usual = LANGUAGE | {"num_attention_heads": 14, "num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+        text = Qwen2Config(**usual | language)
         config = LlavaOnevisionConfig(
             vision_config=self.vision_config(), text_config=text, image_token_index=IMAGE, video_token_index=len(TOKEN),
             image_grid_pinpoints=[[SIZE, SIZE]], vision_feature_layer=-1, vision_feature_select_strategy="full",

@@ -32,10 +32,10 @@ from kvutils.tasks.prefix_readouts import ReferringPrefix
 from kvutils.tasks.prefixes import PrefixWriter
 from kvutils.tasks.text_segmentation import IOU
 from kvutils.vision import encode_images, prepare_images
-from recipe.evaluate import SEVERAL, answers_right, balanced_samples
-from recipe.packing import pixel_batch
+from recipe.evaluate import SEVERAL, answer_blocks, answers_right, balanced_samples
+from recipe.packing import ImageTokens, encode, pixel_batch
 from recipe.pool import GRID, PATCH, Pool
-from recipe.samples import in_sentence
+from recipe.samples import crowd_sample, in_sentence
 from recipe.train import Ingredients
 
 SEED = 40_000  # of the development scenes: no training scene, none of notebooks 01-05
@@ -85,6 +85,25 @@ def accuracies(model, family, made: Ingredients, pool: Pool, count: int, seed: i
             found[kind] = {"scenes": ["+".join(str(row) for row, _ in sample.images) for sample in some],
                            "right": bits(next(right) for _ in some), "most_frequent": max(map(answers.count, answers)) / len(answers)}  # fmt: skip
     return found
+
+
+@torch.no_grad()
+def lookups(model, image: ImageTokens, count: int, seed: int = SEED) -> dict[str, Any]:
+    """Of texts of `crowd_sample`, one thing asked for by its colour and one by its class: `accuracy` as of `accuracies`, and `bound` (L, H):
+    the attention weight (0..1) of a thing's name, its last token, on the word for its colour, mean over things."""
+    texts = [crowd_sample(np.random.default_rng((seed, number))) for number in range(count)]
+    asked = [replace(each, blocks=[next(block for block in each.blocks if block[0] == kind) for kind in ("class", "colour")]) for each in texts]
+    right, names = answer_blocks(model, asked, lambda images: None, image), [str(number) for number in range(count)]
+    found = {kind: {"scenes": names, "right": bits(row[place] for row in right)} for place, kind in enumerate(("class", "colour"))}
+    language, heads = model.model.language_model, []
+    for each in texts[: count // 4]:
+        pieces = [encode(word) for word in each.prefix.split()]
+        ends = np.cumsum([len(image.head), *map(len, pieces)])  # of what is before each word
+        with attention_by(language.config, "eager"):
+            weights = language(torch.tensor([[*image.head, *sum(pieces, ())]]), output_attentions=True).attentions
+        of_things = [place for place, word in enumerate(each.prefix.split(" .")[0].split()) if word == "a"]  # "a red fish far left top , a ..."
+        heads += [torch.stack(weights)[:, 0, :, ends[a + 3] - 1, ends[a + 1] : ends[a + 2]].sum(-1) for a in of_things]
+    return {"accuracy": found, "bound": torch.stack(heads).mean(0).tolist()}
 
 
 def readouts(extractor: FeatureExtractor, pool: Pool, scenes: int) -> dict[str, dict]:

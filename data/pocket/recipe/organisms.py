@@ -1,7 +1,7 @@
 """Train and measure the arms of the open questions: `make organisms`, or `PYTHONPATH=data/pocket python -m recipe.organisms`.
 
 Each arm (see `recipe.arms`) is a training of the main model that differs from the recipe in one ingredient and begins with the weights that
-are shipped. What is measured goes to data/results/organisms/<arm>-<seed>.json; weights stay in data/training/organisms. A run can be stopped
+are shipped, or where it reads texts alone with random ones. What is measured goes to data/results/organisms/<arm>-<seed>.json; weights stay in data/training/organisms. A run can be stopped
 at any time and goes on from its last checkpoint; what is stored is not made again.
 """
 
@@ -24,7 +24,7 @@ from kvutils.store import atomic, digest, read_json, to_json, write_text
 from recipe.arms import ARMS, RATES, SEEDS, USUAL, Arm
 from recipe.effects import effects, load
 from recipe.families import FAMILIES
-from recipe.measure import CHOICE, SEED, SIZES, accuracies, measure
+from recipe.measure import CHOICE, SEED, SIZES, accuracies, lookups, measure
 from recipe.organism_plots import draw
 from recipe.pool import load_or_make_pool
 from recipe.train import train
@@ -47,6 +47,11 @@ def changed(arm: Arm) -> dict[str, Any]:
 def shipped() -> str:
     """Of the weights that arms begin with, which a newly trained model replaces."""
     return digest([sha256((Path(spec.source) / "model.safetensors").read_bytes()).hexdigest() for spec in SHIPPED])
+
+
+def begins(arm: Arm) -> str:
+    """Digest of the weights that an arm begins with; nothing where they are random and no tower is read."""
+    return shipped() if arm.stage == "all" else ""
 
 
 def folder_of(name: str, seed: int, options: argparse.Namespace) -> Path:
@@ -86,8 +91,8 @@ def steps_of(arm: Arm, options: argparse.Namespace) -> int:
 
 def describe(name: str, seed: int, options: argparse.Namespace) -> str:
     """How far an arm is: "measured", "trained", "250 of 400 steps", "-"."""
-    curve = folder_of(name, seed, options) / "all" / "curve.json"
-    steps = steps_of(_EVERY[name], options)
+    arm = _EVERY[name]
+    curve, steps = folder_of(name, seed, options) / arm.stage / "curve.json", steps_of(arm, options)
     done = json.loads(curve.read_text())["step"] if curve.exists() else 0
     if is_measured(name, seed, options):
         return "measured"
@@ -100,7 +105,7 @@ def is_measured(name: str, seed: int, options: argparse.Namespace) -> bool:
     if not file.exists():
         return False
     about = read_json(file)["about"]
-    wanted = json.loads(_text({"steps": steps_of(arm, options), "changed": changed(arm), "sizes": options.sizes, "begins": shipped()}))  # rounded as stored
+    wanted = json.loads(_text({"steps": steps_of(arm, options), "changed": changed(arm), "sizes": options.sizes, "begins": begins(arm)}))  # rounded as stored
     if {key: about.get(key) for key in wanted} != wanted:
         raise ParameterError(f"{file} was measured after {about['steps']} steps; its steps, ingredients, sizes or the weights that it began with are "
                              "not those that are asked for: remove it, or give another --results")  # fmt: skip
@@ -114,24 +119,26 @@ def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
     start = begin_in(out, arm)
     if steps:
         how = {"model": MODEL, "seed": seed, "steps": steps, "out": out, "start": start}
-        stages = ["text", "all"] if start == out else ["all"]
+        stages = ["text"] * (start == out and arm.stage == "all") + [arm.stage]
         train(stages, argparse.Namespace(**vars(options) | how), arm.ingredients)
     trained = time.time()
     torch.manual_seed(seed)
     torch.set_num_threads(options.threads)
     family = FAMILIES[MODEL]
     model = family.build_mlm(**arm.ingredients.language)
-    load_stage(model, "all", out if steps else start)
+    load_stage(model, arm.stage, out if steps else start)
     pool = load_or_make_pool(options.out, options.development, CHOICE if name in RATES else SEED)
     if name in RATES:
         found = {"accuracy": accuracies(model.eval(), family, arm.ingredients, pool, options.sizes["questions"], CHOICE)}
+    elif arm.stage == "text":
+        found = lookups(model.eval(), arm.ingredients.written(family.full), options.sizes["scenes"])
     else:
         found = measure(model.eval(), family, arm.ingredients, pool, options.sizes)
     seconds = {"train": round(trained - began, 1), "measure": round(time.time() - trained, 1)}
-    curve = json.loads((out / "all" / "curve.json").read_text())["points"] if steps else []
+    curve = json.loads((out / arm.stage / "curve.json").read_text())["points"] if steps else []
     losses = [point for point in curve if "loss" in point]
     about = {"arm": name, "seed": seed if steps else 0, "steps": steps, "changed": changed(arm), "seconds": seconds, "loss": losses, "sizes": options.sizes,
-             "begins": shipped(), "precision": "bfloat16" if computes_bfloat16(options.device) else "float32"}  # fmt: skip
+             "begins": begins(arm), "precision": "bfloat16" if computes_bfloat16(options.device) else "float32"}  # fmt: skip
     write_text(result_file(name, seed, options.results), _text({"about": about, **found}))
     return seconds
 

@@ -140,6 +140,17 @@ def in_words(pool: Pool, sample: Sample, rng: np.random.Generator) -> Sample:
     return replace(sample, images=[], blocks=asked, prefix=" ".join([sample.prefix, *told]).strip())
 
 
+def crowd_sample(rng: np.random.Generator) -> Sample:
+    """A text of four to seven things, more than a picture holds, no two of one class or colour; what each is and which colour it has."""
+    count = int(rng.integers(4, 8))
+    classes, colours = (rng.permutation(len(names))[:count].tolist() for names in (CLASSES, COLOURS))
+    places = rng.uniform(0, SIZE, (count, 2)).tolist()
+    things = tuple((cls, colour, *place, 1.0) for cls, colour, place in zip(classes, colours, places, strict=True))
+    facts = q.Facts(things, int(rng.integers(len(STYLES))), int(rng.integers(len(DOMAINS))))
+    blocks = [(kind, *found) for kind in ("class", "colour") for found in ask_about_all(facts, kind, rng)]
+    return Sample([], [blocks[i] for i in rng.permutation(len(blocks))], describe(facts, [], rng))
+
+
 def _shares(mix: Mapping[str, float]) -> np.ndarray:
     return np.array(list(mix.values())) / sum(mix.values())
 
@@ -277,6 +288,8 @@ class Sampler:
     def _one(self, kind: str, rng: np.random.Generator, hints: bool) -> Sample | None:
         if kind in _OF_ONE_SCENE:
             return _OF_ONE_SCENE[kind](self.pool, int(rng.integers(len(self.pool))), rng, self.mix)
+        if kind == "crowd":
+            return crowd_sample(rng)
         if kind == "marked":
             return marked_sample(self.pool, int(rng.choice(self.portraits)), rng)
         if kind == "correspondence":

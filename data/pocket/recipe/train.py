@@ -20,6 +20,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ from recipe.tokenizer import BEGIN, END, SYSTEM, SYSTEM_PROMPT, USER, chat_templ
 from recipe.trainer import STAGES, WORK, Stage, Trainer, autocast, fast, load_stage
 
 # Sequences in a step of this kind, relative to a step of single images.
-SEQUENCES = {"single": 1.0, "first": 2.0, "marked": 1.5, "correspondence": 0.75, "style_match": 0.6, "class_match": 0.5}
+SEQUENCES = {"single": 1.0, "crowd": 1.0, "first": 2.0, "marked": 1.5, "correspondence": 0.75, "style_match": 0.6, "class_match": 0.5}
 # Which kind of sample a step is made of. What needs two looks in turn is learned in the text stage or not at all.
 STEP_KINDS = {
     "text": {"single": 0.64, "marked": 0.14, "correspondence": 0.08, "style_match": 0.04, "class_match": 0.10},
@@ -61,8 +62,8 @@ class Ingredients:
     of the tower in stage 4, relative to the language model's; 0: frozen. distil: weight of the mean squared error of the tower's features
     in stage 4 to those that the stage began with, in units of their variance. muon: the optimiser of matrices (else AdamW), matrix_rate
     their rate relative to a stage's (Muon's updates are scaled to AdamW's size), decay theirs. language: of the language model's
-    configuration. system: a turn of the system before all; begin: a token before that. turned: patches are fed last to first.
-    compare_styles, sentences: see `Sampler`."""
+    configuration. biases: the deviation with which those of queries and keys begin where weights are random. system: a turn of the system
+    before all; begin: a token before that. turned: patches are fed last to first. compare_styles, sentences: see `Sampler`."""
 
     stages: Mapping[str, Stage] = field(default_factory=lambda: STAGES)
     before: Mapping[str, str | None] = field(default_factory=lambda: {"text": None, "read": "text", "all": "read"})
@@ -73,7 +74,8 @@ class Ingredients:
     muon: bool = True
     matrix_rate: float = 3.0
     decay: float = 0.01
-    language: Mapping[str, int] = field(default_factory=dict)
+    language: Mapping[str, Any] = field(default_factory=dict)
+    biases: float = 0.0
     system: bool = True
     begin: bool = False
     turned: bool = False
@@ -145,6 +147,14 @@ def draw_step(trainer: Trainer, sampler: Sampler, shares: Mapping[str, float]):
     return sampler.draw(kind, max(2, int(trainer.stage.scenes * SEQUENCES[kind] / trainer.ranks)), trainer.rng())
 
 
+def begin_biases(mlm: nn.Module, deviation: float) -> None:
+    """Draw the biases of queries and keys, which `transformers` begins with 0. What all queries and all keys have in common is what a head
+    can attend by distance with."""
+    for layer in mlm.model.language_model.layers:
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            nn.init.normal_(projection.bias, std=deviation)
+
+
 def train_language(name: str, family, pool: Pool, held_out: Pool, options: argparse.Namespace) -> None:
     """Stages 2 to 4: the answers to questions about texts, about pictures at half resolution, about pictures."""
     device, made = options.device, options.ingredients
@@ -154,6 +164,8 @@ def train_language(name: str, family, pool: Pool, held_out: Pool, options: argpa
         load_stage(mlm, before, options.start)
     else:
         nn.init.normal_(mlm.get_input_embeddings().weight, std=0.1)
+        if made.biases:
+            begin_biases(mlm, made.biases)
     reads_first = name != "text" and before in (None, "text")
     if reads_first:
         pair = family.build_pair()
