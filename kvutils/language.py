@@ -33,7 +33,7 @@ CACHE = "cache" if "cache" in inspect.signature(Qwen2Model.forward).parameters e
 def resolve_layers(mlm: MLM, layers: str | int | Iterable[int]) -> tuple[int, ...]:
     """Increasing layer numbers of "all", a number, or several; negative numbers count from the end."""
     need_mlm(mlm)
-    wanted = range(mlm.num_layers) if isinstance(layers, str) and layers == "all" else layers.tolist() if isinstance(layers, np.ndarray) else layers
+    wanted = range(mlm.num_layers) if isinstance(layers, str) and layers == "all" else layers.tolist() if isinstance(layers, np.ndarray | torch.Tensor) else layers
     wanted = list(wanted) if isinstance(wanted, Iterable) and not isinstance(wanted, str) else [wanted]
     for layer in wanted:
         if isinstance(layer, bool) or not isinstance(layer, int | np.integer) or not -mlm.num_layers <= layer < mlm.num_layers:

@@ -192,7 +192,7 @@ def wrap_mlm(model: PreTrainedModel, processor, name: str = "custom", base_view_
     >>> kv.wrap_mlm(mlm.model, mlm.processor, "mine").name     # what AutoModelForImageTextToText and AutoProcessor load
     'mine'
     """
-    one_of("model family", model.config.model_type, FAMILIES, ModelError)
+    one_of("model family", getattr(getattr(model, "config", None), "model_type", type(model).__name__), FAMILIES, ModelError)
     if not (hasattr(model, "lm_head") and hasattr(processor, "tokenizer") and hasattr(processor, "image_processor")):
         raise ModelError("expected a model with lm_head, as AutoModelForImageTextToText makes it, and its processor, with a tokenizer and an image "
                          f"processor, found {type(model).__name__} and {type(processor).__name__}")  # fmt: skip

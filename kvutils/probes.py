@@ -112,6 +112,7 @@ def fit_linear_probe(X: Tensor, y: Tensor, num_classes: int = 2, strength: float
     if y.is_floating_point() and not (y == y.round()).all():
         raise ParameterError("fit_linear_probe: expected whole numbers as labels y, found fractions")
     of_kind("strength", strength, Real, "a number")
+    of_kind("tol", tol, Real, "a number")
     at_least("num_classes", num_classes, 2)
     at_least("max_iter", max_iter)
     if X.ndim < 2 or X.numel() == 0:

@@ -98,6 +98,9 @@ def a(tmp_path_factory):
     (lambda a: kv.open_dataset("pocket-davis-2017", count=1, seed=-1), "seed must be a whole number of at least 0, not -1"),
     (lambda a: kv.explore(a.mlm, a.folder), "is a folder, and a picture is meant"),
     (lambda a: kv.explore("pocket", a.image), "expected a model, as load_mlm gives it"),
+    (lambda a: kv.explore(a.mlm, a.image, encoder="pocket-siglip"), "encoder_original: expected an Encoder, as load_encoder gives it"),
+    (lambda a: kv.wrap_mlm(a.mlm, a.mlm.processor), "unknown model family 'MLM'"),
+    (lambda a: kv.fit_linear_probe(X, Y, tol=None), "tol: expected a number"),
 ])  # fmt: skip
 def test_a_mistake_is_answered_in_one_sentence(a, call, said):
     with pytest.raises(KVUtilsError, match=said) as caught:
@@ -110,6 +113,7 @@ def test_what_is_meant_is_taken(a):
     pocket = Path(kv.data_folder()) / "pocket" / "llava-onevision"
     assert kv.load_mlm(pocket).name == "llava-onevision"
     a.image.save(a.folder / "one.png")
+    assert all(kv.capture(a.mlm, [a.image], layers=each)[0].layers == (1,) for each in (torch.tensor(1), torch.tensor([1]), np.array(1)))
     shots = kv.capture(a.mlm, [a.image, str(a.folder / "one.png"), a.folder / "one.png"], layers=1)
     assert all(torch.equal(one.values, shots[0].values) for one in shots) and shots[0].layers == (1,)
     assert a.selection.restrict(1).layers == kv.KeySelection("one", np.ones((1, 2, 3), bool), 1).layers == (1,)

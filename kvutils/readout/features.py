@@ -25,7 +25,7 @@ import psutil
 import torch
 from PIL import Image
 
-from kvutils.errors import ImageError, MemoryLimitError, ModelError, one_of
+from kvutils.errors import ImageError, MemoryLimitError, ModelError, of_kind, one_of
 from kvutils.images import ImageLike, open_image
 from kvutils.kvcache import capture_prepared
 from kvutils.language import resolve_layers
@@ -125,6 +125,8 @@ class FeatureExtractor:
     def __init__(self, mlm: MLM, untrained: MLM | None = None, encoder_original: Encoder | None = None, *,
                  encoder_text: SiglipText | None = None, layers: str | int | Iterable[int] = "all", keys: bool = True,
                  memory_bytes: int | None = None, vocabulary: Sequence[str] | None = None):  # fmt: skip
+        if encoder_original is not None:
+            of_kind("encoder_original", encoder_original, Encoder, "an Encoder, as load_encoder gives it")
         self.mlm, self.untrained, self.encoder_original = mlm, untrained, encoder_original
         self.layers, self.keys = resolve_layers(mlm, layers), keys
         free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
