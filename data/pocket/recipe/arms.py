@@ -2,7 +2,8 @@
 
 Every arm goes on with stage 4, at full resolution and on the same scenes, and begins with the shipped model (three begin with the tower of
 stage 1 and a language model that has never read an image): nobody needs a checkpoint that is not in the repository. Seeds are of batches,
-from 2 on: the shipped model was trained with seed 1, whose batches it has seen. Four arms read texts alone, from random weights. The questions that the paper's claims raise are in
+from 2 on: the shipped model was trained with seed 1, whose batches it has seen. Four arms read texts alone,
+from random weights. The questions that the paper's claims raise are in
 `QUESTIONS`, with what we expected, written before an arm was trained; what came lies in data/results/organisms."""
 
 from collections.abc import Mapping

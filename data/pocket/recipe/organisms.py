@@ -1,7 +1,8 @@
 """Train and measure the arms of the open questions: `make organisms`, or `PYTHONPATH=data/pocket python -m recipe.organisms`.
 
 Each arm (see `recipe.arms`) is a training of the main model that differs from the recipe in one ingredient and begins with the weights that
-are shipped, or where it reads texts alone with random ones. What is measured goes to data/results/organisms/<arm>-<seed>.json; weights stay in data/training/organisms. A run can be stopped
+are shipped, or where it reads texts alone with random ones.
+What is measured goes to data/results/organisms/<arm>-<seed>.json; weights stay in data/training/organisms. A run can be stopped
 at any time and goes on from its last checkpoint; what is stored is not made again.
 """
 
