@@ -76,8 +76,7 @@ class TokenLayout:
         if (mask := np.asarray(mask)).shape != self.image_size[::-1]:
             raise DataError(f"the mask must be (H, W) = {self.image_size[::-1]} like its image, not {mask.shape}")
         if mask.dtype.kind not in "biu" or mask.min() < 0:
-            found = mask.min() if mask.dtype.kind == "i" else f"numbers of {mask.dtype}"
-            raise DataError(f"the mask must hold a class per pixel, whole numbers from 0 on ({VOID} for none), not {found}")
+            raise DataError(f"the mask must hold whole numbers from 0 on ({VOID}: no class), not {mask.min() if mask.dtype.kind == 'i' else mask.dtype}")
         labels, coverage = np.full(len(self), -1), np.zeros(len(self))
         seen = np.flatnonzero(self.seeing)
         for value in np.unique(mask[mask != VOID]):
