@@ -78,13 +78,13 @@ test: test-code test-notebooks  ## all tests: the code, then every notebook
 test-code: $(STAMP)  ## the tests of the code alone (ARGS="-k keys")
 	@$(RUN) -m pytest tests -p no:nbval -n logical --maxprocesses 4 --dist worksteal $(ARGS)
 
-# papermill executes each notebook and compares its verdicts with the committed ones; nbval then compares the
+# papermill executes each notebook and compares its verdicts and their numbers with the committed ones; nbval then compares the
 # marked outputs, reading the parts that the first execution has stored, a notebook per process. Both write results and
 # figures into data/cache/check, not over the committed ones.
 test-notebooks: $(STAMP)  ## execute the notebooks with papermill, compare verdicts and outputs (nbval)
 	@KVUTILS_OUT='$(CHECK)' $(RUN) -m kvutils replicate --check $(CHOSEN) $(ATONCE)
 	@KVUTILS_OUT='$(CHECK)' MPLBACKEND=module://matplotlib_inline.backend_inline OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
-	  $(RUN) -m pytest -n $(or $(JOBS),logical) --maxprocesses 6 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=1800 $(FILES)
+	  $(RUN) -m pytest -n $(or $(JOBS),logical) --maxprocesses 6 --dist loadfile --nbval-lax --nbval-sanitize-with notebooks/nbval.cfg --nbval-current-env --nbval-cell-timeout=1800 $(FILES)
 
 # With the first of $KVUTILS_CHROMIUM, chromium, chromium-browser and google-chrome; ARGS="tests/browser/test_view.py" leaves
 # JupyterLab out. What was measured and where the screenshots lie stands at the end.

@@ -271,7 +271,7 @@ def test_accelerate_launch_shares_the_parts_and_writes_once(root, monkeypatch, p
 def test_check_compares_with_the_committed_verdicts(root, capsys):
     exec(WRITE.replace("LOW", "2.0"), {"profile": "pocket", "model": "pocket", "seed": 0})
     committed = (root / RESULTS).read_bytes()
-    for low, code, said in (("2.0", 0, "the verdicts are those in"), ("-2.0", 1, "C1: present in")):
+    for low, code, said in (("2.0", 0, "the verdicts are those in"), ("-2.0", 1, "C1: present, +3.00 [+2.00, +4.00] points in")):
         write_book(root / STUB, low=low)
         assert main(["replicate", "--check"]) == code and said in capsys.readouterr().out
     assert (root / RESULTS).read_bytes() == committed
@@ -406,6 +406,23 @@ def test_results_of_another_version_are_not_drawn(tmp_path):
 def test_numbers_are_compared(after, said):
     assert compare.numbers_apart({"x": {"a": [1.0, 2], "b": True, "text": "3"}}, after) == said
     assert "no earlier results" in compare.numbers_apart({"x": {}}, after)
+
+
+@pytest.mark.parametrize(("low", "value", "said"), [
+    (10.0, 12.4, []),  # as another processor rounds: its half interval is 2
+    (10.0, 12.6, ["present, +12.0 [+10.0, +14.0] points in", "present, +12.6 [+10.0, +14.0] points now"]),
+    (9.0, 12.0, ["present, +12.0 [+10.0, +14.0] points in", "present, +12.0 [+9.0, +14.0] points now"]),
+    (-1.0, 12.0, ["present, +12.0 [+10.0, +14.0] points in", "cannot tell, +12.0 [-1.0, +14.0] points now"]),
+    (None, None, ["present, +12.0 [+10.0, +14.0] points in", "not measured, – now"]),
+])
+def test_verdicts_are_compared_with_the_numbers_behind_them(tmp_path, monkeypatch, low, value, said):
+    monkeypatch.setattr(judged, "load_claims", lambda: [CLAIM])
+    other = part("a", Effect(value, low, 14.0, 50, 1.0, 50)) if value else part("a", reason="no item")
+    for name, one in (("old", part("a", Effect(12.0, 10.0, 14.0, 50, 1.0, 50))), ("new", other)):
+        write_json(tmp_path / name / "01_stub.json", {"claims": {"C1": measured(one)}})
+    differ = compare.verdicts_apart(tmp_path / "old", tmp_path / "new", ["01_stub"])
+    assert len(differ) == bool(said) and all(each in differ[0] for each in said)
+    assert compare.verdicts_apart(tmp_path / "old", tmp_path / "new", ["02_stub"]) == []
 
 
 def test_what_is_committed_counts_not_what_an_interrupted_run_left(root, monkeypatch):

@@ -7,18 +7,25 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from kvutils.run.judged import read_results, rows
+from kvutils.run.judged import ours, read_results, rows
 from kvutils.store import read_json
 
 TOLERANCE = 1e-6  # relative: what another machine of the same kind may differ by
+FAR = 0.25  # of half its interval: what another kind of processor may move the number behind a verdict by, which rounds otherwise
 SHOWN = 5  # differences that are named
 
 
 def verdicts_apart(old: Path, new: Path, names: list[str]) -> list[str]:
-    """Where the verdicts of two folders of results differ, for the claims of the notebooks `names`."""
+    """Where the verdicts of two folders of results differ, or the numbers behind them by more than `FAR`, for the claims of the notebooks `names`."""
     pairs = zip(rows(read_results(old)), rows(read_results(new)), strict=True)
-    return [f"{before['id']}: {before['verdict']} in {old}, {after['verdict']} now" for before, after in pairs
-            if before["notebook"] in names and before["verdict"] != after["verdict"]]
+    return [f"{before['id']}: {before['verdict']}, {ours(before)} in {old}; {after['verdict']}, {ours(after)} now" for before, after in pairs
+            if before["notebook"] in names and (any(before[key] != after[key] for key in ("verdict", "tasks")) or _moved(before, after))]
+
+
+def _moved(before: Mapping, after: Mapping) -> bool:
+    ends = [(before[key], after[key]) for key in ("value", "low", "high")]
+    defined = not any(None in pair for pair in ends)  # else the words differ, or neither has an interval
+    return defined and max(abs(one - other) for one, other in ends) > FAR * (before["high"] - before["low"]) / 2
 
 
 def committed(path: Path) -> dict:
