@@ -1,5 +1,6 @@
 """Token ids of `prefix + images + question`, split behind the last image: what is cached, what is asked."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -118,6 +119,8 @@ class PromptTokens:
             if ids[:end] != self.head(images) or end == len(ids):
                 raise ParameterError(f"the prompt of {question!r} does not begin with the tokens that are cached: the chat "
                                      f"template or the tokenizer of {self.mlm.name} mixes it with what is before it")  # fmt: skip
+            if self.mlm.tokenizer.unk_token_id in ids[end:]:
+                warnings.warn(f"{self.mlm.name} has no token for some characters of {question!r}: it reads 'unknown' in their place", stacklevel=2)
             self._prompts[question, images] = ids[end:]
         return self._prompts[question, images]
 
@@ -134,7 +137,7 @@ class PromptTokens:
         for label, text in ((label, text) for label, spellings in spelled.items() for text in spellings):
             if text not in self._spelled:
                 self._spelled[text] = self.mlm.tokenizer(text, add_special_tokens=False)["input_ids"]
-            if (ids := self._spelled[text]) and ids not in found[label] and (unknown is None or unknown not in ids):
+            if (ids := self._spelled[text]) and ids not in found[label] and unknown not in ids:
                 found[label].append(ids)
         if lacking := [label for label, spellings in found.items() if not spellings]:
             raise ParameterError(f"the option {lacking[0]!r} has no tokens that {self.mlm.name} knows")
