@@ -409,8 +409,8 @@ def test_numbers_are_compared(after, said):
 
 
 @pytest.mark.parametrize(("low", "value", "said"), [
-    (10.0, 12.4, []),  # as another processor rounds: its half interval is 2
-    (10.0, 12.6, ["present, +12.0 [+10.0, +14.0] points in", "present, +12.6 [+10.0, +14.0] points now"]),
+    (10.0, 12.1, []),  # as another processor rounds: its half interval is 2
+    (10.0, 12.3, ["present, +12.0 [+10.0, +14.0] points in", "present, +12.3 [+10.0, +14.0] points now"]),
     (9.0, 12.0, ["present, +12.0 [+10.0, +14.0] points in", "present, +12.0 [+9.0, +14.0] points now"]),
     (-1.0, 12.0, ["present, +12.0 [+10.0, +14.0] points in", "cannot tell, +12.0 [-1.0, +14.0] points now"]),
     (None, None, ["present, +12.0 [+10.0, +14.0] points in", "not measured, – now"]),

@@ -11,7 +11,7 @@ from kvutils.run.judged import ours, read_results, rows
 from kvutils.store import read_json
 
 TOLERANCE = 1e-6  # relative: what another machine of the same kind may differ by
-FAR = 0.25  # of half its interval: what another kind of processor may move the number behind a verdict by, which rounds otherwise
+FAR = 0.1  # of half its interval: what another kind of processor may move the number behind a verdict by, which rounds otherwise
 SHOWN = 5  # differences that are named
 
 
