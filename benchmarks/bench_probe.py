@@ -26,7 +26,7 @@ from kvutils.probes import LinearProbe, fit_linear_probe
 SHOTS, PATCH = 5, 8
 # ratio: sources, KV heads, head dimension, tokens along a side, episodes, scikit-learn's tolerance, goal
 SIZES = {
-    "probe_time_ratio": (30, 2, 32, 12, 5, 1e-4, 0.05),  # the pocket model's values: N = 720, C = 64
+    "probe_time_ratio": (30, 2, 32, 12, 5, 1e-4, 0.05),  # the first pocket model's values: N = 720, C = 64
     "probe_time_ratio_c128": (30, 4, 32, 12, 3, 1e-4, 0.08),  # the width of its encoder and projector
     "probe_time_ratio_c512_n3645": (8, 4, 128, 27, 1, 1e-5, 0.2),  # values and tokens of LLaVA-OneVision-7B
 }

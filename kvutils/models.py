@@ -193,9 +193,9 @@ def wrap_mlm(model: PreTrainedModel, processor, name: str = "custom", base_view_
     'mine'
     """
     one_of("model family", getattr(getattr(model, "config", None), "model_type", type(model).__name__), FAMILIES, ModelError)
-    if not (hasattr(model, "lm_head") and hasattr(processor, "tokenizer") and hasattr(processor, "image_processor")):
-        raise ModelError("expected a model with lm_head, as AutoModelForImageTextToText makes it, and its processor, with a tokenizer and an image "
-                         f"processor, found {type(model).__name__} and {type(processor).__name__}")  # fmt: skip
+    if not all(map(hasattr, (getattr(model, "model", None), model, processor, processor), ("language_model", "lm_head", "tokenizer", "image_processor"))):
+        raise ModelError("expected a model with lm_head, as AutoModelForImageTextToText makes it (of an adapter: merge_and_unload()), and its processor, "
+                         f"with a tokenizer and an image processor, found {type(model).__name__} and {type(processor).__name__}")  # fmt: skip
     if "longrope" in str(getattr(model.config.get_text_config(), "rope_parameters", "")):
         raise ModelError(f"{name} has rotary embeddings of type longrope, which depend on the longest prompt of a batch: keys would as well")
     if model.config.model_type != QWEN:

@@ -43,9 +43,9 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.touch()
         mode = temporary.stat().st_mode  # as the umask says; safetensors makes files that others cannot read
         yield temporary
-        temporary.chmod(mode)
-        with open(temporary, "rb") as file:
+        with open(temporary, "rb+") as file:  # Windows syncs no file that is only read
             os.fsync(file.fileno())  # otherwise a power cut may leave the new name with old or no content
+        temporary.chmod(mode)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise not_written(path, error) from error
@@ -272,17 +272,14 @@ class Parts:
     def _claims(self, key: str, compute: Callable[[], object]) -> bool:
         """Compute and save a part that is neither finished nor another process's; whether that was done."""
         path = self.folder / ".locks" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.lock"
-        lock = FileLock(path, timeout=0)
+        lock = FileLock(path, timeout=0, fallback_to_soft=False)  # a soft one would outlive its process
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire()
         except Timeout:
             return False
-        except NotImplementedError as error:
-            raise StoreError(f"the file system of {self.folder} has no file locks ({error}), by which runs share work. "
-                             "Set KVUTILS_CACHE to a folder on another one.") from error  # fmt: skip
-        except OSError as error:
-            raise not_written(path, error) from error
+        except OSError as error:  # also of a file system without locks
+            raise not_written(f"{path}, a file lock by which runs share work,", error) from error
         try:  # apart from the above: what `compute` raises says nothing about this lock
             if self.finished(key):
                 return False

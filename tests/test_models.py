@@ -52,6 +52,18 @@ def test_keys_that_would_depend_on_the_batch_are_refused():
         models.wrap_mlm(mlm.model, mlm.processor)
 
 
+def test_an_adapter_around_a_model_is_refused():
+    """It forwards what it lacks, as peft's do, and its `model` is the whole model."""
+    mlm = tiny("llava_next")
+
+    class Adapter:
+        def __getattr__(self, name):
+            return mlm.model if name == "model" else getattr(mlm.model, name)
+
+    with pytest.raises(ModelError, match=r"merge_and_unload\(\)"):
+        models.wrap_mlm(Adapter(), mlm.processor)
+
+
 @pytest.mark.parametrize(("family", "change", "said"), [
     ("llava_next", {"vision_feature_select_strategy": "full"}, "'full'; expected one from -[0-9]+ to [0-9]+, and 'default'"),
     ("llava_onevision", {"vision_feature_select_strategy": "default"}, "'default'; expected .*, and 'full'"),

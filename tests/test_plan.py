@@ -110,6 +110,10 @@ def test_hours_are_host_seconds_and_passes_on_the_stated_gpu(monkeypatch):
         table("paper", "owner/name", ["05"], gpu="t5")  # also where there is no rehearsal to compute hours from
     monkeypatch.setattr("kvutils.run.plan.device_name", lambda: "NVIDIA A100-SXM4-80GB")
     assert "on one A100" in hours_of(report, "full")[1]
+    for name, found in (("NVIDIA L40S", "L40S"), ("NVIDIA L4", "L4"), ("NVIDIA RTX A1000 Laptop GPU", "H100"), ("Tesla T4", "T4"), ("NVIDIA A10G", "A10")):
+        monkeypatch.setattr("kvutils.run.plan.device_name", lambda name=name: name)
+        assert f"on one {found}:" in hours_of(report, "full")[1]
+    monkeypatch.setattr("kvutils.run.plan.device_name", lambda: "NVIDIA A100-SXM4-80GB")
     measured, said = hours_of(report | {"device": "NVIDIA A100-SXM4-80GB", "full_size": True}, "full")
     assert measured["01"] == pytest.approx((10834 * 2.5 + 1500 * 9) / 3600) and "as a rehearsal measured them" in said
 

@@ -120,6 +120,26 @@ def test_notebooks_that_fail_stay_as_they_were_and_the_others_are_run(root, caps
     assert any(output.output_type == "error" for cell in kept.cells for output in cell.get("outputs", []))
 
 
+def test_copies_are_not_run_and_what_is_no_notebook_stops_no_other(root, capsys):
+    """As JupyterLab names copies; a notebook with marks of a merge, one without a cell of parameters."""
+    shutil.copy(root / STUB, root / "notebooks" / "01_stub-Copy1.ipynb")
+    (root / "notebooks" / "05_stub.ipynb").write_text("<<<<<<< HEAD\n{}")
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")]), root / "notebooks" / "07_stub.ipynb")
+    assert [path.stem for path in replicate.find_notebooks(["01"], root / "notebooks")] == ["01_stub"]
+    assert main(["replicate", "--jobs", "3"]) == 1
+    said = capsys.readouterr().out
+    assert "01_stub  done in" in said and "05_stub  stopped: NotJSONError" in said and "07_stub  not run: unknown parameter" in said
+
+
+def test_what_was_edited_while_a_notebook_ran_stays(root, capsys):
+    edit = f"import pathlib\np = pathlib.Path({str(root / STUB)!r})\np.write_text(p.read_text().replace('print(', 'print (', 1))"
+    write_book(root / STUB, edit)
+    assert main(["replicate"]) == 0
+    assert "01_stub.ipynb (the notebook was edited meanwhile)" in capsys.readouterr().out
+    kept, done = (nbformat.read(path, as_version=4) for path in (root / STUB, root / "data" / "cache" / "failed" / "01_stub.ipynb"))
+    assert not any(cell.get("execution_count") for cell in kept.cells) and any(cell.get("execution_count") for cell in done.cells)
+
+
 def test_how_long_a_notebook_takes_is_said_before_it_runs(root, monkeypatch, capsys):
     kept = root / RESULTS.replace("01_stub", "provenance/01_stub")
     write_json(kept, {"machine": {"hours": 0.05, "device": "cpu (mine)"}})
@@ -158,18 +178,28 @@ def test_as_many_notebooks_at_a_time_as_cores_and_memory_allow(monkeypatch, jobs
     assert kernels.side_by_side(jobs, most) == found
 
 
+def test_a_container_has_less_memory_than_its_machine(tmp_path, monkeypatch):
+    (tmp_path / "max").write_text("3500000000\n")
+    (tmp_path / "none").write_text("max\n")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    monkeypatch.setattr(kernels.psutil, "virtual_memory", lambda: Mock(available=24 * 2**30))
+    for limits, found in ((["max", "none", "gone"], 2), (["none"], 6)):
+        monkeypatch.setattr(kernels, "LIMITS", [tmp_path / each for each in limits])
+        assert kernels.side_by_side(None, 6) == found
+
+
 def test_notebooks_side_by_side_have_a_thread_each(root, monkeypatch):
     """Each waits for the other, so one after the other they would fail."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     meet = ("import os, pathlib, time\npathlib.Path({0!r}).touch()\nend = time.monotonic() + 60\n"
             "while not os.path.exists({1!r}) and time.monotonic() < end:\n    time.sleep(0.05)\n"
-            "assert os.path.exists({1!r})\nprint(os.environ['OMP_NUM_THREADS'], os.getcwd())")
+            "assert os.path.exists({1!r})\nprint(os.environ['OMP_NUM_THREADS'], os.getcwd(), os.environ['PYTHONPATH'].split(os.pathsep)[0])")
     for mine, other in (("01", "02"), ("02", "01")):
         write_book(root / "notebooks" / f"{mine}_stub.ipynb", meet.format(str(root / mine), str(root / other)))
     before = os.getcwd()
     assert main(["replicate", "--jobs", "2"]) == 0 and os.getcwd() == before
     said = [nbformat.read(root / "notebooks" / f"{name}_stub.ipynb", as_version=4).cells[2].outputs[0].text for name in ("01", "02")]
-    assert said == ["1 notebooks\n"] * 2
+    assert said == ["1 notebooks .\n"] * 2  # kvutils is imported from this clone, also where it is not installed
 
 
 def test_a_widget_leaves_its_picture():

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -212,10 +213,25 @@ def test_a_stale_file_is_found(root, edit, old, new):
     assert main(["report", "--check"]) == 1
 
 
+def test_results_are_read_alike_from_within_their_folder(root, monkeypatch):
+    folder = root / "data" / "results" / "pocket" / "pocket"
+    whole = judged.rows(judged.read_all(folder))
+    monkeypatch.chdir(folder)
+    assert judged.rows(judged.read_all(Path("."))) == whole
+
+
 def test_a_readme_without_markers_is_an_error(root, capsys):
     (root / "README.md").write_text("# T\n")
     assert main(["report"]) == 2
     assert "<!-- badges:start -->" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("project", [None, "[project]\nname = 'mine'\n", "[tool.mine]\n"])
+def test_a_readme_of_ones_own_beside_results_stays(root, project):
+    (root / "README.md").write_text("# Mine\n")
+    (root / "pyproject.toml").unlink() if project is None else (root / "pyproject.toml").write_text(project)
+    assert root / "data/results/pocket/pocket/claims.json" in report.write(root)
+    assert (root / "README.md").read_text() == "# Mine\n"
 
 
 @pytest.mark.parametrize(("value", "shown"), [

@@ -113,6 +113,18 @@ def test_a_full_disk_loses_nothing(tmp_path):
     assert sorted(p.name for p in tmp_path.rglob("*.*")) == ["a.safetensors", "depends.json", "r.json"]
 
 
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
+    """Marker files in their place would stay when their process dies on another machine, and all others wait for ever."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def missing(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+    with pytest.raises(StoreError, match="a file lock by which runs share work, could not be written .*not implemented.*KVUTILS_CACHE"):
+        list(Parts(tmp_path, x=1).make_all([("part", lambda: 1)]))
+
+
 def test_what_cannot_be_written_is_said_and_what_was_there_stays(tmp_path, monkeypatch):
     """Where a folder cannot be made, a part be locked or a figure be drawn."""
     (tmp_path / "file").write_text("")

@@ -67,4 +67,4 @@ def lever(name: str, change: Effect, own: Effect, smallest: float, unit: str) ->
     mean, low, high = (round(each, 2) + 0.0 for each in (change.mean, change.low, change.high))  # + 0.0: no "-0.00"
     holds = not all(-smallest < each.narrow[0] and each.narrow[1] < smallest for each in (change, own))
     known = f"{name} makes a difference of {mean:+.2f} [{low:+.2f}, {high:+.2f}] {unit}; {smallest:g} or more, by that or by the block, is"
-    return prerequisite(f"{name}: a lever", holds, f"{known} not excluded" if holds else f"no lever: {known} excluded")
+    return prerequisite(f"{name}: a lever", holds, f"{known} not excluded" if holds else f"nothing to change there: {known} excluded")

@@ -89,7 +89,7 @@ def overview(scene: Mapping, tasks: Mapping[str, Mapping] | None = None, profile
     figure.colorbar(shown, ax=rows[1], shrink=0.9, ticks=(-1, 0, 1)).set_label("cosine", fontsize=10)
     above, known = _counts(tasks or {}, "value_best", "minus", "control")
     here = "in this small model, " if profile == "pocket" else ""
-    said = (f"\n{here}on {above} of {known} perception tasks the image values hold more than pixels or random weights give" if known else
+    said = (f"\n{here}on {above} of {known} perception tasks the image values hold more than their controls give" if known else
             "\nprincipal components as colours, and what is similar to one point")  # fmt: skip
     figure.suptitle(f"What image tokens hold, from the encoder through the language model: {said}", fontsize=12, x=0.01, ha="left")
     return figure
@@ -147,7 +147,7 @@ def layer_curves(tasks: Mapping[str, Mapping]) -> Figure:
         axis.tick_params(axis="x", labelsize=8.5)
     above, known = _counts(tasks, "value_best", "minus", "control")
     (up, _), (down, _) = (_counts(tasks, "build_then_degrade", "value", end) for end in ("minus_first", "minus_last"))
-    figure.suptitle(f"Image values hold more than pixels and random weights on {above} of {known} tasks;\nfrom layer 1 on they build up on {up} and "
+    figure.suptitle(f"Image values hold more than their controls on {above} of {known} tasks;\nfrom layer 1 on they build up on {up} and "
                     f"fall towards the last layer on {down}", fontsize=11)  # fmt: skip
     for axis in axes[-columns:]:  # the lowest of each column
         axis.set_xlabel("before the language model | layer", fontsize=8.5)

@@ -115,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
         help="a notebook parameter, as JSON (3, true, [0, 1]) or a text; writes below data/cache/runs")
     add("--jobs", type=int, metavar="N", help="notebooks at a time (default: a small model on a CPU as many as there are cores, else 1)")
     add("--out", type=os.path.expanduser, help="write everything below this folder, not the repository")
-    add("--check", action="store_true", help="write below data/cache/check and compare the verdicts with the committed ones")
+    add("--check", action="store_true", help="write below data/cache/check and compare the verdicts and their numbers with the committed ones")
 
     add = verb("check", "compute a run's results again from what it left per item; say what fits and what does not (no model is loaded)",
                "exit codes: 0 everything fits; 1 something does not; 2 not understood").add_argument

@@ -53,7 +53,7 @@ def fetch(options: argparse.Namespace) -> int:
         raise ParameterError("KVUTILS_DATA is not set. It names the folder for the real data sets, such as\n"
                              f'  make data DATASETS="{" ".join(names)}" KVUTILS_DATA=$HOME/kvutils-data')
     need_writable(root, "KVUTILS_DATA")
-    lock = FileLock(root / ".download.lock")  # it goes with the process, however that ends
+    lock = FileLock(root / ".download.lock", fallback_to_soft=False)  # it goes with the process, however that ends
     try:
         held = lock.acquire(timeout=0)
     except Timeout:

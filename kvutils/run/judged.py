@@ -98,7 +98,7 @@ def read_results(folder: Path) -> dict[str, dict]:
 
 def read_all(folder: Path) -> dict:
     """The results in data/results/<profile>/<model>, and under None the claims that all models of the profile are read for."""
-    return {**read_results(folder), None: {"claims": across.measure(of_profile(folder.parent), load_claims())}}
+    return {**read_results(folder), None: {"claims": across.measure(of_profile(folder.resolve().parent), load_claims())}}
 
 
 def of_profile(home: Path) -> across.Models:

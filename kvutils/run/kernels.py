@@ -31,6 +31,7 @@ from kvutils.store import atomic, write_text
 BAR = re.compile(r"\d%\||\d\w* \[\d+:\d\d")  # what every line of a tqdm bar contains
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 GIB_EACH = 1.5  # main memory of a notebook with the pocket model, at most
+LIMITS = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # of small models: threads mostly wait, and collapse beside other work
 SETUP = """\
 import importlib.util, os, subprocess, sys, tomllib
@@ -60,7 +61,7 @@ def rank() -> int:
 
 def changed_parameters(book: NotebookNode, given: dict) -> dict:
     """The given parameters that differ from the defaults in the cell tagged `parameters`; an unknown name is an error."""
-    source = next(cell.source for cell in book.cells if "parameters" in cell.metadata.get("tags", []))
+    source = next((cell.source for cell in book.cells if "parameters" in cell.metadata.get("tags", [])), "")
     known: dict = {}
     exec(source, {}, known)  # the notebook is about to be executed in any case
     for name, value in given.items():
@@ -120,6 +121,7 @@ def kernels(environment: Mapping[str, str]) -> Iterator[Path]:
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what stops a notebook is said by `explain`, and what stops all by `cli`
     with tempfile.TemporaryDirectory() as folder:
         own = {name: os.environ.get(name, value) for name, value in environment.items()} | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+        own["PYTHONPATH"] = os.pathsep.join([str(notebook.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # a clone that is not installed
         options = ["--log-level=CRITICAL", "--HistoryManager.enabled=False", "--IPKernelApp.exec_lines=__import__('gc').disable()"]
         write_kernel_spec(os.path.join(folder, "share", "kernels", "python3"), extra_arguments=options, overrides={"env": own})
         # What Jupyter and IPython would write below the home folder, which may be read-only, goes there too.
@@ -181,7 +183,8 @@ def side_by_side(jobs: int | None, most: int) -> int:
     if "WORLD_SIZE" in os.environ or rank():
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # not on macOS
-    return max(1, min(most, cores, int(psutil.virtual_memory().available / 2**30 / GIB_EACH)))
+    limits = [int(text) for file in LIMITS if file.is_file() and (text := file.read_text().strip()).isdecimal()]  # of a container
+    return max(1, min(most, cores, int(min(psutil.virtual_memory().available, *limits) / 2**30 / GIB_EACH)))
 
 
 def say(text: str, file: TextIO | None = None) -> None:
@@ -193,13 +196,17 @@ def say(text: str, file: TextIO | None = None) -> None:
 def run_one(path: Path, parameters: dict, executed: Path, folder: Path, takes: str) -> tuple[str, bool]:
     """Execute a notebook and write it to `executed`; (what to say of it, whether it failed)."""
     say(f"{path.stem}  running{takes}")
-    start, failed = time.monotonic(), notebook.cache_root() / "failed" / path.name
+    start, target, failed = time.monotonic(), executed / path.name, notebook.cache_root() / "failed" / path.name
     failed.unlink(missing_ok=True)
     try:
-        write_text(executed / path.name, nbformat.writes(execute(path, parameters, failed, folder)) + "\n")
-    except (KVUtilsError, PapermillExecutionError, OSError, RuntimeError) as error:  # the last: the kernel died
+        before = path.read_bytes()
+        text = nbformat.writes(execute(path, parameters, failed, folder)) + "\n"
+        target = target if path.read_bytes() == before else failed  # edited meanwhile: that stays
+        write_text(target, text)
+    except Exception as error:  # also of a dead kernel, or of what is no notebook: the others go on
         return explain(path, error, failed), True
-    return f"{path.stem}  done in {tqdm.format_interval(time.monotonic() - start)} min: {show(executed / path.name)}", False
+    said = " (the notebook was edited meanwhile)" if target == failed else ""
+    return f"{path.stem}  done in {tqdm.format_interval(time.monotonic() - start)} min: {show(target)}{said}", False
 
 
 def run_all(paths: Mapping[Path, dict], executed: Path, takes: Mapping[str, tuple[float, str]], jobs: int, environment: Mapping) -> list[str]:

@@ -93,8 +93,8 @@ class Run:
         where (samples of another source or size have the same ids), and on whatever else is given (JSON-able). ParameterError where
         the results of a folder's other weights would be lost."""
         came = self.folder / "provenance" / self.results.name
-        trained = not mlm.revision.startswith("untrained")
-        if os.path.isabs(self.model) and trained and came.is_file() and (other := read_json(came).get("revision")) != mlm.revision:
+        kept = not mlm.revision.startswith("untrained") and os.environ.get("RANK", "0") in ("", "0")  # other ranks' results are thrown away
+        if os.path.isabs(self.model) and kept and came.is_file() and (other := read_json(came).get("revision")) != mlm.revision:
             raise ParameterError(f"{self.folder} holds results of other weights ({other}; {self.model} has {mlm.revision}). Move it away, or "
                                  "write elsewhere: KVUTILS_OUT=/a/folder")  # fmt: skip
         sources = data_sources(USES[self.profile].get(self.notebook[:2], {}).values(), data_options)

@@ -6,6 +6,7 @@ arithmetic on a stated one (data/sizes.yaml says how much each size reads, and h
 
 import os
 import platform
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -144,7 +145,7 @@ def hours_of(report: Mapping, size: str, gpu: str | None = None, lost: Mapping[s
     if gpu is None and report["full_size"] and report["device"] == device_name():
         gpu, fast, wide, said = "", 0, 0, f"on one {device_name()}: as a rehearsal measured them there"
     else:
-        gpu = next((name for name in gpus if name in device_name().lower()), "h100") if gpu is None else gpu.lower()
+        gpu = next((name for name in gpus if re.search(rf"\b{name}(?!\d)", device_name().lower())), "h100") if gpu is None else gpu.lower()
         fast, wide = gpus[gpu]["tflops"], gpus[gpu]["tbytes"]
         said = (f"on one {gpu.upper()}: host seconds as rehearsed ({report['device']}) x items; per pass operations / ({rate['share']:.0%} of {fast} "
                 f"TFLOP/s) + weights / {wide} TB/s + {rate['pause']} s;\n         other tensor work at {wide} to a core's {rate['core']} TB/s "
@@ -179,7 +180,7 @@ def table(profile: str, model: str, notebooks: Sequence[str] = NOTEBOOKS, size: 
     data = look_for_data(_together(wanted))
     models = {each.name: look_for_model(each) for each in (spec, ENCODERS[original_encoder(model)])}
     stated = gpu.lower() if gpu is not None else "" if torch.cuda.is_available() else "h100"
-    room = declared()["gpus"][stated]["gib"] if stated else torch.cuda.get_device_properties(0).total_memory / GIB
+    room = declared()["gpus"][stated]["gib"] if stated else sum(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())) / GIB
     whole = spec.family == QWEN and not (declared()["gpus"][stated].get("bf16", True) if stated else torch.cuda.is_bf16_supported(False))
     if whole:  # see `load_mlm`
         hours, said = {}, "not known: Qwen2.5-VL is loaded in float32 where there is no bfloat16"

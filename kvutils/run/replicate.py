@@ -38,7 +38,7 @@ def need_clone() -> None:
 
 def find_notebooks(wanted: list[str], folder: Path) -> list[Path]:
     """The notebooks `NN_name.ipynb` of a folder in order: all, or those that begin with one of `wanted`."""
-    found = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+    found = sorted(path for path in folder.glob("[0-9][0-9]_*.ipynb") if re.fullmatch(r"\w+", path.stem))  # no copy, as JupyterLab names them
     for name in wanted or [""]:
         if not any(path.stem.startswith(name) for path in found):
             raise ParameterError(f"no notebook {name or 'to run'} in {folder}; there are: {', '.join(path.stem for path in found) or 'none'}.")

@@ -157,8 +157,8 @@ def readme(text: str, root: Path) -> str:
     address = repository(root)
     badges = [badge("00_quickstart", address)] if address else []
     lines = judged.rows(judged.read_all(root / "data" / "results" / Path(*DEFAULT)))
-    overview = [f"![{FIRST}](figures/01_overview.png)\n\n{FIRST}. In this small model the image values hold more than pixels or random "
-                f"weights give on **{judged.ours(lines[0])}**."] if lines[0]["tasks"] else []  # fmt: skip
+    overview = [f"![{FIRST}](figures/01_overview.png)\n\n{FIRST}. In this small model the image values hold more than their controls, "
+                f"such as pixels or random weights, give on **{judged.ours(lines[0])}**."] if lines[0]["tasks"] else []  # fmt: skip
     shorts = {claim["id"]: claim["short"] for claim in judged.load_claims()}
     gallery = []
     for name in dict.fromkeys(line["notebook"] for line in lines if line["notebook"] and line["why"] != NOTHING):
@@ -184,8 +184,8 @@ def generated(root: Path) -> dict[Path, str]:
         about = "Made by `make report` from the results beside it, by the rules of `kvutils/run/verdicts.py`; the README says what the words mean."
         parts = [f"# {title_of(folder)}", about, table(lines, folder.parent.name), f"## The numbers\n\n{numbers_table(lines)}"]
         files[folder / "REPORT.md"] = "\n\n".join([*parts, details(lines, results, judged.read_results(folder / "provenance"))])
-    path = root / "README.md"
-    if path.exists():  # a folder of results somewhere else has none
+    path, project = root / "README.md", root / "pyproject.toml"
+    if path.exists() and project.exists() and "[tool.kvutils]" in project.read_text(encoding="utf-8"):  # elsewhere it is another's
         files[path] = readme(path.read_text(encoding="utf-8"), root)
     return files
 

@@ -181,8 +181,8 @@ def _needs(about: Mapping, pope: Mapping) -> list[dict]:
     limit = f"{'' if room >= smallest else 'ceiling: '}F1 could rise by {room:.1f} points, {smallest:g} would matter"
     layers = f"layers {min(about['layers'])}-{max(about['layers'])}"
     every, own = (_points(pope["families"][name]["headline"]) for name in (EVERY, BLOCK))
-    below = f"{about['below']} of {about['families'][EVERY]['keys']:,.0f} image keys of {layers} are set apart by their variance (below the paper's " \
-            f"threshold for its model, else a valley that is there without layer 0 too); the block hides {about['families'][BLOCK]['keys']:,.0f}"
+    below = f"{about['below']} of {about['families'][EVERY]['keys']:,.0f} image keys of {layers} are set apart by their variance (by the paper's " \
+            f"threshold for its model, else a gap between two modes that is there without layer 0 too); the block hides {about['families'][BLOCK]['keys']:,.0f}"
     return [prerequisite("keys that stand apart", about["below"] > 0, below),
             lever(f"hiding every image key of {layers}", every, own, smallest, "F1 points"),
             no_ceiling("POPE", pope["plain"]["errors"]), prerequisite("POPE: room for the effect", room >= smallest, limit)]
