@@ -128,7 +128,6 @@ def test_views_of_one_explorer_have_questions_of_their_own(monkeypatch):
     assert sent[4]["ok"]
 
 
-@pytest.mark.filterwarnings("ignore:.* has no token for")
 def test_an_answer_is_never_blank_and_unknown_words_are_named(monkeypatch):
     explorer = kv.explore(tiny_pocket(), IMAGE)
     found = explorer.answer("ask", {"question": "is this a roof?", "prefix": "a chimney , a red roof"})[0]

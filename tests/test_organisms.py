@@ -196,9 +196,9 @@ def test_readme_tells_the_effects_that_are_stored():
               ("style read from values", "broad-0.9", "medium-0.9")}  # fmt: skip
     by_name, told = {each.name: each for each in effects.READINGS["OQ1"]}, " ".join((notebook.ROOT / "README.md").read_text().split())
     found = {question: judged(arms) for question, arms in effects.effects(results).items()}
-    for differences, of in ((found["OQ1"], "this question's "), (sum(found.values(), []), "")):
+    for differences in (found["OQ1"], sum(found.values(), [])):
         sure, chance = sum(sign(each) != 0 for each in differences), len(differences) / 20
-        assert f"{sure} of {of}{len(differences)} differences have an interval without 0, where {chance:.0f} would by chance" in told
+        assert f"{sure} of {len(differences)} differences have an interval without 0, where {chance:.0f} would by chance" in told
     assert {name: len(seeds) for name, seeds in results.items()} == dict.fromkeys(ARMS, 3)
 
     def counted(arm: str, reading: int, keys: int) -> list[int]:

@@ -184,7 +184,7 @@ def side_by_side(jobs: int | None, most: int) -> int:
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # not on macOS
     limits = [int(text) for file in LIMITS if file.is_file() and (text := file.read_text().strip()).isdecimal()]  # of a container
-    return max(1, min(most, cores, int(min(psutil.virtual_memory().available, *limits) / 2**30 / GIB_EACH)))
+    return max(1, min(most, cores, int(min([psutil.virtual_memory().available, *limits]) / 2**30 / GIB_EACH)))
 
 
 def say(text: str, file: TextIO | None = None) -> None:
