@@ -51,14 +51,6 @@ if importlib.util.find_spec("kvutils") is None:
     sys.path.insert(0, "repository")"""
 
 
-def rank() -> int:
-    """Number of this process among those that `accelerate launch` or torchrun started for one run; 0 alone."""
-    told = os.environ.get("RANK") or "0"
-    if not told.isdecimal():
-        raise ParameterError(f"the environment variable RANK is {told!r}: expected the number of a process, or nothing")
-    return int(told)
-
-
 def changed_parameters(book: NotebookNode, given: dict) -> dict:
     """The given parameters that differ from the defaults in the cell tagged `parameters`; an unknown name is an error."""
     source = next((cell.source for cell in book.cells if "parameters" in cell.metadata.get("tags", [])), "")
@@ -138,7 +130,7 @@ def execute(path: Path, parameters: dict, failed: Path, folder: Path) -> Noteboo
     set_colab_cells(book, path.stem, report.repository(notebook.ROOT))
     source, target = folder / path.name, folder / f"executed-{path.name}"
     nbformat.write(book, source)
-    bar = {"desc": path.stem, "leave": False, "disable": True if rank() else None}  # None: unless it is a terminal
+    bar = {"desc": path.stem, "leave": False, "disable": True if notebook.rank() else None}  # None: unless it is a terminal
     where = {"metadata": {"path": str(path.parent)}}  # papermill's `cwd` would be that of this whole process, of all its notebooks
     try:
         return clean(papermill.execute_notebook(source, target, parameters, kernel_name="python3", progress_bar=bar, resources=where))
@@ -155,7 +147,7 @@ def explain(path: Path, error: Exception, failed: Path) -> str:
     if isinstance(error, OSError):
         return f"{path.stem}  stopped: {not_written(f'what goes through {tempfile.gettempdir()}', error)}"
     if not isinstance(error, PapermillExecutionError):
-        return f"{path.stem}  stopped: {type(error).__name__}: {error} (out of memory?)"
+        return f"{path.stem}  stopped: {type(error).__name__}: {error}{' (out of memory?)' * isinstance(error, RuntimeError)}"  # the kernel died
     line = next((line.strip() for line in error.source.splitlines() if line.strip() and not line.startswith("#")), "")  # as a reader sees the cell
     text = f"{path.stem}  stopped in cell [{error.exec_count}] `{line[:60]}`: {error.ename}: {ANSI.sub('', error.evalue)}"
     if not issubclass(getattr(errors, error.ename, Exception), KVUtilsError):
@@ -180,7 +172,7 @@ def side_by_side(jobs: int | None, most: int) -> int:
     if jobs is not None:
         at_least("--jobs", jobs)
         return jobs
-    if "WORLD_SIZE" in os.environ or rank():
+    if "WORLD_SIZE" in os.environ or notebook.rank():
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # not on macOS
     limits = [int(text) for file in LIMITS if file.is_file() and (text := file.read_text().strip()).isdecimal()]  # of a container
@@ -221,7 +213,7 @@ def run_all(paths: Mapping[Path, dict], executed: Path, takes: Mapping[str, tupl
                 running[pool.submit(run_one, path, paths[path], executed, folder, said)] = path.stem
             for done in as_completed(running):
                 said, failed = done.result()
-                say(said, sys.stderr if failed and rank() else None)
+                say(said, sys.stderr if failed and notebook.rank() else None)
                 failures += [running[done]] * failed
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -93,7 +93,7 @@ class Run:
         where (samples of another source or size have the same ids), and on whatever else is given (JSON-able). ParameterError where
         the results of a folder's other weights would be lost."""
         came = self.folder / "provenance" / self.results.name
-        kept = not mlm.revision.startswith("untrained") and os.environ.get("RANK", "0") in ("", "0")  # other ranks' results are thrown away
+        kept = not mlm.revision.startswith("untrained") and not rank()  # what other processes write is thrown away
         if os.path.isabs(self.model) and kept and came.is_file() and (other := read_json(came).get("revision")) != mlm.revision:
             raise ParameterError(f"{self.folder} holds results of other weights ({other}; {self.model} has {mlm.revision}). Move it away, or "
                                  "write elsewhere: KVUTILS_OUT=/a/folder")  # fmt: skip
@@ -174,6 +174,14 @@ def check_value(name: str, value: object, expected: type) -> None:
     most = 2**32 - 1 if name in ("seed", "max_pixels") else 10**6  # more resamples, draws or images fill the memory
     if expected is int and not 0 <= value <= most:
         raise ParameterError(f"parameter {name} = {value}: expected a whole number from 0 to {most:,}.")
+
+
+def rank() -> int:
+    """Number of this process among those that `accelerate launch` or torchrun started for one run; 0 alone."""
+    told = os.environ.get("RANK") or "0"
+    if not told.isdecimal():
+        raise ParameterError(f"the environment variable RANK is {told!r}: expected the number of a process, or nothing")
+    return int(told)
 
 
 @cache

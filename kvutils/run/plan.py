@@ -180,12 +180,13 @@ def table(profile: str, model: str, notebooks: Sequence[str] = NOTEBOOKS, size: 
     data = look_for_data(_together(wanted))
     models = {each.name: look_for_model(each) for each in (spec, ENCODERS[original_encoder(model)])}
     stated = gpu.lower() if gpu is not None else "" if torch.cuda.is_available() else "h100"
-    room = declared()["gpus"][stated]["gib"] if stated else sum(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())) / GIB
+    cards = [torch.cuda.get_device_properties(i).total_memory / GIB for i in range(torch.cuda.device_count())]
+    room = declared()["gpus"][stated]["gib"] if stated else sum(cards)
     whole = spec.family == QWEN and not (declared()["gpus"][stated].get("bf16", True) if stated else torch.cuda.is_bf16_supported(False))
     if whole:  # see `load_mlm`
         hours, said = {}, "not known: Qwen2.5-VL is loaded in float32 where there is no bfloat16"
     assumed = f"one {stated.upper()} of {room} GiB: assumed{', as GPU= says' if gpu else '; GPU=NAME names another'}. Here: " if stated else ""
-    gpus = f"{torch.cuda.device_count()} x {torch.cuda.get_device_properties(0).total_memory / GIB:.0f} GiB, " if torch.cuda.is_available() else ""
+    gpus = f"{len(cards)} x {cards[0]:.0f} GiB, " if cards else ""
     how = f"{' DATA=' + source if source != 'files' else ''}{' SIZE=' + size if size != 'full' else ''}"
     lines = [f"make replicate PROFILE={profile} MODEL={model}{how}", "",
              f"device   {assumed}{device_name()}, {gpus}{psutil.virtual_memory().total / GIB:.0f} GiB of main memory"]  # fmt: skip

@@ -22,8 +22,8 @@ from tqdm import tqdm
 from kvutils.checkpoints import MODELS, find_model
 from kvutils.errors import DataError, ParameterError, one_of
 from kvutils.run import compare, judged, notebook, plan, report
-from kvutils.run.kernels import ONE_THREAD, changed_parameters, rank, run_all, show, side_by_side, time_text
-from kvutils.run.notebook import Run
+from kvutils.run.kernels import ONE_THREAD, changed_parameters, run_all, show, side_by_side, time_text
+from kvutils.run.notebook import Run, rank
 from kvutils.run.sizes import SIZES, left_out, parameters_of
 from kvutils.run.verdicts import NOTHING
 from kvutils.store import digest, need_writable, read_json

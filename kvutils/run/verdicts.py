@@ -10,9 +10,8 @@ In this order:
     cannot tell          none of these; the effect that would have been found with probability .8 is stated
 
 Claims about a number of tasks (`kind: tasks`) are present if some task (of C4's several, `least` 2) is ahead by Holm's procedure over the
-tasks, of the paper's size if as many are as in the paper (each by its own interval, as all counts that are said); opposite if none is ahead and as many behind;
-absent if all are equal. A question whether
-nothing changes (`kind: equal`) holds where `absent` is shown, and fails where a change of the smallest size of interest is. X claims are questions of
+tasks, of the paper's size if as many are as in the paper (each by its own interval, as all counts that are said); opposite if none is ahead
+and as many behind; absent if all are equal. A question whether nothing changes (`kind: equal`) holds where `absent` is shown, and fails where a change of the smallest size of interest is. X claims are questions of
 ours: they hold (present) or do not hold (absent); the other words are the same."""
 
 from collections.abc import Mapping, Sequence
