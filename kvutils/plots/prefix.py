@@ -17,7 +17,7 @@ CONDITION_STYLE = {"none": ("black", "-", "D", "no prefix"),  # condition -> col
                    "unrelated": (COLOURS[4], "--", "P", "unrelated words"),
                    "filler": (COLOURS[7], ":", "X", "filler (token count only)")}
 JUDGED = ("referring_by_class_name", "domain_by_text")  # the readouts that claims are about
-ABOUT = {"referring_by_class_name": "referring expressions", "domain_by_text": "street scenes"}
+ABOUT = {"referring_by_class_name": "referring expressions", "domain_by_text": "scenes by domain"}
 NAMED = "accuracy on the object named"
 
 
